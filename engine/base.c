@@ -1,0 +1,407 @@
+/* base.c - see base.h. Nothing here knows of models, devices or experiments. */
+#define _GNU_SOURCE
+#include "base.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* --- Errors ------------------------------------------------------------------------------------ */
+
+static _Thread_local char last_message[512];
+static _Thread_local char last_birthplace[64];
+
+static const char *const status_texts[ST_COUNT] = {
+#define X(name, text) [ST_##name] = text,
+#include "status.def"
+#undef X
+};
+
+const char *status_text(status st) {
+    return (unsigned)st < ST_COUNT ? status_texts[st] : "unknown status";
+}
+
+/* Messages are one line on a terminal whatever a hostile file put into a name. */
+static void blank_controls(char *s) {
+    for (; *s; s++)
+        if ((unsigned char)*s < 32 || *s == 127) *s = ' ';
+}
+
+status fail_at(const char *file, int line, status st, const char *format, ...) {
+    CHECK(st != ST_OK);
+    const char *slash = strrchr(file, '/');
+    snprintf(last_birthplace, sizeof last_birthplace, "%s:%d", slash ? slash + 1 : file, line);
+    va_list args;
+    va_start(args, format);
+    char message[sizeof last_message]; /* an argument may be last_message itself */
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    blank_controls(message);
+    memcpy(last_message, message, sizeof last_message);
+    return st;
+}
+
+status fail_prefix(status st, const char *format, ...) {
+    if (st == ST_OK) return st;
+    char prefix[256], whole[sizeof last_message + sizeof prefix + 2];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(prefix, sizeof prefix, format, args);
+    va_end(args);
+    blank_controls(prefix);
+    snprintf(whole, sizeof whole, "%s: %s", prefix, last_message);
+    whole[sizeof last_message - 1] = 0;
+    memcpy(last_message, whole, sizeof last_message);
+    return st;
+}
+
+const char *fail_message(void) { return last_message; }
+const char *fail_birthplace(void) { return last_birthplace; }
+
+void check_failed(const char *file, int line, const char *condition) {
+    fflush(stdout);
+    fprintf(stderr, "amalgam: internal error at %s:%d: %s\n", file, line, condition);
+    abort();
+}
+
+/* --- Memory ------------------------------------------------------------------------------------ */
+
+/* Fault injection is for single-threaded tests; the counters are not atomic on purpose. */
+static int64_t mem_seen, mem_fails_at;
+
+static bool mem_refused(void) {
+    mem_seen++;
+    if (mem_fails_at == 0 || --mem_fails_at > 0) return false;
+    return true;
+}
+
+int64_t mem_fail_at(int64_t n) {
+    const int64_t seen = mem_seen;
+    mem_seen = 0;
+    mem_fails_at = n;
+    return seen;
+}
+
+status arena_open(arena *a, size_t bytes) {
+    *a = (arena){0};
+    if (mem_refused()) return FAIL(ST_NOMEM, "arena of %zu bytes", bytes);
+    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return FAIL(ST_NOMEM, "arena of %zu bytes: %s", bytes, strerror(errno));
+    a->base = p;
+    a->size = bytes;
+    return ST_OK;
+}
+
+void arena_close(arena *a) {
+    if (a->base) munmap(a->base, a->size ? a->size : 1);
+    *a = (arena){0};
+}
+
+void *arena_push(arena *a, size_t count, size_t size, size_t align) {
+    CHECK(!a->sealed);
+    CHECK(align && (align & (align - 1)) == 0);
+    size_t at = (a->used + align - 1) & ~(align - 1), bytes;
+    if (__builtin_mul_overflow(count, size, &bytes)) return NULL;
+    if (at > a->size || bytes > a->size - at) return NULL;
+    if (mem_refused()) return NULL;
+    /* Pages below the peak were used before and reset; those above are zero from the kernel. */
+    if (at < a->peak) memset(a->base + at, 0, bytes < a->peak - at ? bytes : a->peak - at);
+    a->used = at + bytes;
+    if (a->used > a->peak) a->peak = a->used;
+    return a->base + at;
+}
+
+char *arena_string(arena *a, const char *s, size_t length) {
+    char *copy = arena_array(a, char, length + 1);
+    if (copy && length) memcpy(copy, s, length);
+    return copy;
+}
+
+char *arena_format(arena *a, const char *format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    const int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    char *s = n < 0 ? NULL : arena_array(a, char, (size_t)n + 1);
+    if (s) vsnprintf(s, (size_t)n + 1, format, again);
+    va_end(again);
+    return s;
+}
+
+void arena_reset(arena *a, size_t used) {
+    CHECK(used <= a->used);
+    a->used = used;
+}
+
+void arena_seal(arena *a) { a->sealed = true; }
+
+void *mem_alloc(size_t count, size_t size) {
+    if (mem_refused()) return NULL;
+    return calloc(count ? count : 1, size ? size : 1);
+}
+
+void *mem_resize(void *old, size_t count, size_t size) {
+    size_t bytes;
+    if (__builtin_mul_overflow(count, size, &bytes)) return NULL;
+    if (mem_refused()) return NULL;
+    return realloc(old, bytes ? bytes : 1);
+}
+
+void mem_free(void *p) { free(p); }
+
+/* --- Text -------------------------------------------------------------------------------------- */
+
+static bool text_room(text *t, size_t more) {
+    if (t->failed) return false;
+    const size_t need = t->length + more + 1;
+    if (need <= t->size) return true;
+    size_t size = t->size ? t->size : 64;
+    while (size < need) size *= 2;
+    char *p = mem_resize(t->data, size, 1);
+    if (!p) {
+        t->failed = true;
+        return false;
+    }
+    t->data = p;
+    t->size = size;
+    return true;
+}
+
+void text_bytes(text *t, const void *bytes, size_t n) {
+    if (!text_room(t, n)) return;
+    if (n) memcpy(t->data + t->length, bytes, n);
+    t->length += n;
+    t->data[t->length] = 0;
+}
+
+void text_add(text *t, const char *format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    const int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    if (n >= 0 && text_room(t, (size_t)n)) {
+        vsnprintf(t->data + t->length, (size_t)n + 1, format, again);
+        t->length += (size_t)n;
+    }
+    va_end(again);
+}
+
+void text_clear(text *t) {
+    t->length = 0;
+    t->failed = false;
+    if (t->data) t->data[0] = 0;
+}
+
+void text_free(text *t) {
+    mem_free(t->data);
+    *t = (text){0};
+}
+
+status text_status(const text *t) {
+    return t->failed ? FAIL(ST_NOMEM, "text of %zu bytes", t->length) : ST_OK;
+}
+
+/* --- Hash -------------------------------------------------------------------------------------- */
+
+static uint64_t mix64(uint64_t x) { /* splitmix64 finaliser */
+    x ^= x >> 30;
+    x *= 0xbf58476d1ce4e5b9u;
+    x ^= x >> 27;
+    x *= 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+uint64_t hash_bytes(const void *bytes, size_t n, uint64_t seed) {
+    /* Eight bytes at a time: digests run over whole checkpoints. */
+    const uint8_t *p = bytes;
+    uint64_t h = mix64(seed ^ 0xcbf29ce484222325u ^ (uint64_t)n);
+    for (; n >= 8; n -= 8, p += 8) {
+        uint64_t word;
+        memcpy(&word, p, 8);
+        h = (h ^ word) * 0x100000001b3u;
+        h ^= h >> 29;
+    }
+    for (; n; n--, p++) h = (h ^ *p) * 0x100000001b3u;
+    return mix64(h);
+}
+
+uint64_t hash_u64(uint64_t value, uint64_t seed) {
+    return mix64(mix64(seed + 0x9e3779b97f4a7c15u) ^ value);
+}
+
+/* --- Files ------------------------------------------------------------------------------------- */
+
+status file_map_open(file_map *m, const char *path) {
+    *m = (file_map){0};
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    struct stat st;
+    status result = ST_OK;
+    if (fstat(fd, &st) != 0) {
+        result = FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    } else if (!S_ISREG(st.st_mode)) {
+        result = FAIL(ST_IO, "%s: not a regular file", path);
+    } else if (st.st_size > 0) {
+        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) {
+            result = FAIL(ST_IO, "%s: %s", path, strerror(errno));
+        } else {
+            m->data = p;
+            m->size = (size_t)st.st_size;
+        }
+    }
+    close(fd);
+    return result;
+}
+
+void file_map_close(file_map *m) {
+    if (m->data) munmap((void *)(uintptr_t)m->data, m->size);
+    *m = (file_map){0};
+}
+
+status file_read(char **data, size_t *size, const char *path) {
+    *data = NULL;
+    *size = 0;
+    file_map m;
+    TRY(file_map_open(&m, path));
+    char *copy = mem_alloc(m.size + 1, 1);
+    if (!copy) {
+        file_map_close(&m);
+        return FAIL(ST_NOMEM, "%s: %zu bytes", path, m.size);
+    }
+    if (m.size) memcpy(copy, m.data, m.size);
+    *data = copy;
+    *size = m.size;
+    file_map_close(&m);
+    return ST_OK;
+}
+
+status file_make_dirs(const char *path) {
+    char part[4096];
+    const size_t n = strlen(path);
+    if (n >= sizeof part) return FAIL(ST_IO, "path of %zu bytes is too long", n);
+    memcpy(part, path, n + 1);
+    for (size_t i = 1; i <= n; i++) {
+        if (part[i] != '/' && part[i] != 0) continue;
+        const char keep = part[i];
+        part[i] = 0;
+        if (mkdir(part, 0777) != 0 && errno != EEXIST)
+            return FAIL(ST_IO, "%s: %s", part, strerror(errno));
+        part[i] = keep;
+    }
+    return ST_OK;
+}
+
+status file_write(const char *path, const void *data, size_t size) {
+    char temporary[4096];
+    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
+        (int)sizeof temporary)
+        return FAIL(ST_IO, "%s: path too long", path);
+    const char *slash = strrchr(path, '/');
+    if (slash && slash != path) {
+        char dir[4096];
+        snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path);
+        TRY(file_make_dirs(dir));
+    }
+    const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) return FAIL(ST_IO, "%s: %s", temporary, strerror(errno));
+    const uint8_t *p = data;
+    bool ok = true;
+    for (size_t left = size; left && ok;) {
+        const ssize_t n = write(fd, p, left);
+        if (n < 0 && errno == EINTR) continue;
+        ok = n > 0;
+        if (ok) {
+            p += n;
+            left -= (size_t)n;
+        }
+    }
+    ok = ok && fsync(fd) == 0;
+    const int problem = errno;
+    if (close(fd) != 0) ok = false;
+    if (!ok || rename(temporary, path) != 0) {
+        const int why = ok ? errno : problem;
+        unlink(temporary);
+        return FAIL(ST_IO, "%s: %s", path, strerror(why));
+    }
+    return ST_OK;
+}
+
+bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+const char *path_join(char *buf, size_t n, const char *dir, const char *name) {
+    const int length = name[0] == '/' ? snprintf(buf, n, "%s", name)
+                                      : snprintf(buf, n, "%s/%s", dir, name);
+    CHECK(length >= 0 && (size_t)length < n);
+    return buf;
+}
+
+/* --- The root ---------------------------------------------------------------------------------- */
+
+static char root_path[2048];
+
+static bool is_root(const char *dir) {
+    char probe[2200];
+    snprintf(probe, sizeof probe, "%s/experiments/amalgam.meta.lua", dir);
+    return file_exists(probe);
+}
+
+void root_set(const char *dir) {
+    CHECK(strlen(dir) < sizeof root_path);
+    strcpy(root_path, dir);
+}
+
+const char *root_dir(void) {
+    if (root_path[0]) return root_path;
+    const char *given = getenv("AMALGAM_ROOT");
+    if (given && given[0] && strlen(given) < sizeof root_path) {
+        root_set(given);
+        return root_path;
+    }
+    char exe[2048];
+    const ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    if (n > 0) {
+        exe[n] = 0;
+        for (char *slash = strrchr(exe, '/'); slash && slash != exe; slash = strrchr(exe, '/')) {
+            *slash = 0;
+            if (is_root(exe)) {
+                root_set(exe);
+                return root_path;
+            }
+        }
+    }
+    root_set(".");
+    return root_path;
+}
+
+/* --- Numbers ----------------------------------------------------------------------------------- */
+
+bool parse_i64(const char *s, int64_t lo, int64_t hi, int64_t *out) {
+    if (!*s || isspace((unsigned char)*s)) return false;
+    char *end;
+    errno = 0;
+    const long long v = strtoll(s, &end, 10);
+    if (errno || *end || v < lo || v > hi) return false;
+    *out = v;
+    return true;
+}
+
+bool parse_f64(const char *s, double lo, double hi, double *out) {
+    if (!*s || isspace((unsigned char)*s)) return false;
+    char *end;
+    errno = 0;
+    const double v = strtod(s, &end);
+    if (errno || *end || !(v >= lo && v <= hi)) return false;
+    *out = v;
+    return true;
+}
