@@ -340,8 +340,8 @@ status file_write(const char *path, const void *data, size_t size) {
 bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 const char *path_join(char *buf, size_t n, const char *dir, const char *name) {
-    const int length = name[0] == '/' ? snprintf(buf, n, "%s", name)
-                                      : snprintf(buf, n, "%s/%s", dir, name);
+    const int length =
+        name[0] == '/' ? snprintf(buf, n, "%s", name) : snprintf(buf, n, "%s/%s", dir, name);
     CHECK(length >= 0 && (size_t)length < n);
     return buf;
 }

@@ -18,9 +18,12 @@ void progress_start(progress *p, const char *title, int64_t total) {
 }
 
 static void duration(char *buf, size_t n, int64_t s) {
-    if (s < 60) snprintf(buf, n, "%ds", (int)s);
-    else if (s < 3600) snprintf(buf, n, "%dm%02ds", (int)(s / 60), (int)(s % 60));
-    else snprintf(buf, n, "%dh%02dm", (int)(s / 3600), (int)(s / 60 % 60));
+    if (s < 60)
+        snprintf(buf, n, "%ds", (int)s);
+    else if (s < 3600)
+        snprintf(buf, n, "%dm%02ds", (int)(s / 60), (int)(s % 60));
+    else
+        snprintf(buf, n, "%dh%02dm", (int)(s / 3600), (int)(s / 60 % 60));
 }
 
 void progress_show(progress *p, int64_t done, const char *note) {

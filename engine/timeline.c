@@ -25,7 +25,8 @@ void timeline_wait_until_ns(timeline *t, int64_t when_ns) {
     const int64_t at = when_ns + t->origin_ns;
     const struct timespec ts = {.tv_sec = (time_t)(at / 1000000000), .tv_nsec = at % 1000000000};
     if (when_ns > timeline_now_ns(t))
-        while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL) == EINTR) {}
+        while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL) == EINTR) {
+        }
 }
 
 void timeline_spend_ns(timeline *t, int64_t cost_ns) {

@@ -1,0 +1,70 @@
+/* ref_quant.h - the definition of every quantised form: weights by group, activations by token, KV by
+ * token and head. Packing for a kernel starts from these forms; loaders of foreign checkpoints end in
+ * them. Round to nearest even throughout. */
+#ifndef AMALGAM_REF_QUANT_H
+#define AMALGAM_REF_QUANT_H
+#include "kernel.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The one canonical quantised matrix [n, k], row n = output feature.
+ *
+ *   value(n, k) = (code(n, k) - zero(n, k / group)) * scale(n / block_n, k / group) * global_scale
+ *
+ * code: 8-bit formats one byte an element, row-major [n, k]; 4-bit formats two a byte, low nibble =
+ * even k, [n, k / 2]. INT8 codes are signed with zero = 0; INT4 codes are 0..15 with the zero point
+ * in `zero`, or 8 when `zero` is NULL (sym); FP8 and FP4 codes are the bit patterns, zero = 0. */
+typedef struct {
+    weight_format format;
+    int32_t n, k;
+    int32_t group;      /* inputs that share a scale; k when per channel */
+    int32_t block_n;    /* outputs that share a scale: 1, or 128 for FP8b */
+    dtype scale_type;   /* F16 (INT4), F32 (INT8, FP8, FP8b), UE8M0 (MXFP4), E4M3 (NVFP4) */
+    uint8_t *code;      /* [n, k] or [n, k / 2] */
+    void *scale;        /* [ceil(n / block_n), ceil(k / group)] of scale_type */
+    uint8_t *zero;      /* [n, k / group] integers, or NULL */
+    float global_scale; /* 1 except NVFP4 */
+} qmatrix;
+
+/* Bytes of the parts of a qmatrix for these sizes, so that callers can lay it into their memory. */
+int64_t qmatrix_code_bytes(const precision *p, int32_t n, int32_t k);
+int64_t qmatrix_scale_count(const precision *p, int32_t n, int32_t k);
+int64_t qmatrix_zero_count(const precision *p, int32_t n, int32_t k); /* 0 when symmetric */
+
+/* Lay out a qmatrix in arena `a` for format p (not W16). SHAPE as precision_fits_shape; NOMEM. */
+status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_t k);
+
+/* Round-to-nearest quantisation of w [n, k] row-major into an allocated q.
+ *   INT8   s = amax / 127 per row
+ *   INT4   asymmetric: s = (max - min) / 15 with min <= 0 <= max, zero = round(-min / s), s rounded
+ *          to f16 first so that codes are chosen for the scale that is stored;
+ *          sym: s = amax / 7 (codes -7..7 offset by 8, and -8 allowed when it is nearer)
+ *   FP8    s = amax / 448 per row or per 128 x 128 block
+ *   MXFP4  s = 2^(floor(log2 amax) - 2) per 32 (OCP Microscaling 1.0, section 6.3)
+ *   NVFP4  global = amax / (448 * 6), s = e4m3(amax_group / 6 / global)
+ * An all-zero group gets scale 1 and zero codes. A NaN or infinity in w is FORMAT with its place. */
+status ref_quantize_weight(qmatrix *q, const float *w);
+
+/* out [rows, k] = rows row0 .. row0+rows-1 of q as f32, exactly (f64 product rounded once). */
+void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t rows);
+
+/* Activations, in place: x [t, k] becomes the value that the device multiplies with.
+ *   A16 unchanged; A8 s = amax/127 per token; AFP8 s = amax/448 per token, or per token and 128
+ *   inputs when group == 128. */
+void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32_t group);
+
+/* KV of one token and head: d values -> codes (kv_format_bytes) and two parameters.
+ *   KF_8, KF_4: scale = (max - min) / (2^b - 1), minimum = min, both rounded to f16, value =
+ *   code * scale + minimum; KF_FP8: scale = amax / 448, minimum = 0; KF_16: codes are f32 here (the
+ *   cpu device keeps 16-bit KV unrounded), parameters unused.
+ * A constant vector gets scale 0. codes: KF_8/KF_FP8 d bytes, KF_4 d/2 bytes low nibble first. */
+void ref_kv_quantize(void *codes, uint16_t params[2], const float *x, int32_t d, kv_format f);
+void ref_kv_dequantize(float *x, const void *codes, const uint16_t params[2], int32_t d,
+                       kv_format f);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
