@@ -1,0 +1,24 @@
+/* trace.h - a recorded run of the scheduler: what went in, and a hash of each batch that came out.
+ * Feeding the inputs to a fresh scheduler must reproduce every batch: that proves it pure, and what is
+ * left between two devices is then only their difference in time.
+ *
+ * File: JSON lines. {"policy":…,"limits":…} then {"add":…}, {"cancel":id}, {"step":n,"now":ns,
+ * "hash":"…","tokens":[…],"stop":[…],"done":ns}. */
+#ifndef AMALGAM_TRACE_H
+#define AMALGAM_TRACE_H
+#include "sched.h"
+
+typedef struct trace trace;
+
+/* Write to `path`. The recorder is called at each arrow that crosses the scheduler's border. */
+status trace_open(trace **out, const char *path, const sched_policy *p, const sched_limits *l);
+void trace_add(trace *t, const request *r, int64_t now_ns);
+void trace_cancel(trace *t, int64_t id, int64_t now_ns);
+void trace_step(trace *t, const batch *b, int64_t pick_ns, const int32_t *token, const bool *stop,
+                int64_t commit_ns);
+/* Flush and close; IO when anything could not be written. */
+status trace_close(trace *t);
+
+/* Replay: *n_steps batches were compared, *n_different of them differed. FORMAT for a broken file. */
+status trace_replay(const char *path, int64_t *n_steps, int64_t *n_different);
+#endif
