@@ -16,7 +16,7 @@ debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
 
-PKGS     := lua5.4 jansson libpcre2-8 openblas
+PKGS     := lua5.4 jansson libpcre2-8 libutf8proc openblas
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
