@@ -123,16 +123,15 @@ static status cpu_memory(device *d, int64_t *usable) {
     return ST_OK;
 }
 
-/* Replace the values of matrix `index` by those of its quantised form. */
-static status round_to_format(cpu *c, const weight_source *s, const precision *p, float *value) {
+/* Replace the values [n, k] of one matrix by those of its quantised form. */
+static status round_to_format(cpu *c, const precision *p, float *value, int32_t n, int32_t k) {
     const size_t mark = c->scratch.used;
     qmatrix q;
-    status st = qmatrix_alloc(&q, &c->scratch, p, s->n, s->k);
+    status st = qmatrix_alloc(&q, &c->scratch, p, n, k);
     if (st == ST_OK) st = ref_quantize_weight(&q, value);
     if (st == ST_OK) {
-#pragma omp parallel for num_threads(threads_for(c, (int64_t)s->n * s->k))
-        for (int32_t i = 0; i < s->n; i++)
-            ref_dequantize_weight(value + (int64_t)i * s->k, &q, i, 1);
+#pragma omp parallel for num_threads(threads_for(c, (int64_t)n *k))
+        for (int32_t i = 0; i < n; i++) ref_dequantize_weight(value + (int64_t)i * k, &q, i, 1);
     }
     arena_reset(&c->scratch, mark);
     return st;
@@ -141,44 +140,35 @@ static status round_to_format(cpu *c, const weight_source *s, const precision *p
 static status cpu_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
     cpu *c = self(d);
     CHECK(!c->ready);
-    const bool quantised = s->quantise && p->weight != WF_16;
-    if (quantised) TRY(precision_fits_shape(p, s->n, s->k));
+    const int32_t n = s->shape.n, k = s->shape.k, count = s->shape.count;
+    const int64_t size = (int64_t)n * k;
+    const bool quantised = s->shape.quantise && p->weight != WF_16, has_bias = s->shape.has_bias;
+    if (quantised) TRY(precision_fits_shape(p, n, k));
 
-    const int64_t size = (int64_t)s->n * s->k;
     cpu_weight *w = arena_array(&c->weights, cpu_weight, 1);
-    float *value = arena_push(&c->weights, (size_t)(s->count * size), sizeof(float), ALIGN);
+    float *value = arena_push(&c->weights, (size_t)(count * size), sizeof(float), ALIGN);
     float *bias = NULL;
-    if (s->has_bias)
-        bias = arena_push(&c->weights, (size_t)s->count * (size_t)s->n, sizeof(float), ALIGN);
-    if (!w || !value || (s->has_bias && !bias))
-        return FAIL(ST_NOMEM, "%s: %lld elements", s->name, (long long)(s->count * size));
+    if (has_bias) bias = arena_push(&c->weights, (size_t)count * (size_t)n, sizeof(float), ALIGN);
+    if (!w || !value || (has_bias && !bias))
+        return FAIL(ST_NOMEM, "%s: %lld elements", s->name, (long long)(count * size));
     *w = (cpu_weight){.value = value, .bias = bias};
 
-    for (int32_t j = 0; j < s->count; j++) {
+    for (int32_t j = 0; j < count; j++) {
 #pragma omp parallel for num_threads(threads_for(c, size))
-        for (int32_t i = 0; i < s->n; i++)
-            weight_source_row(s, j, i, value + j * size + (int64_t)i * s->k);
-        if (quantised) TRY(round_to_format(c, s, p, value + j * size));
-        if (bias) weight_source_bias(s, j, bias + (int64_t)j * s->n);
+        for (int32_t i = 0; i < n; i++)
+            weight_source_row(s, j, i, value + j * size + (int64_t)i * k);
+        if (quantised) TRY(round_to_format(c, p, value + j * size, n, k));
+        if (bias) weight_source_bias(s, j, bias + (int64_t)j * n);
     }
-    if (s->quantise || s->count > 1) c->k_max = (int32_t)i64_max(c->k_max, s->k);
-
-    weight_shape shape = {.n = s->n,
-                          .k = s->k,
-                          .count = s->count,
-                          .quantise = s->quantise,
-                          .has_bias = s->has_bias,
-                          .shard = s->shard,
-                          .n_fused = s->n_fused};
-    memcpy(shape.fused_rows, s->fused_rows, sizeof shape.fused_rows);
-    *out = (weight){.n = s->n,
-                    .k = s->k,
-                    .count = s->count,
+    if (s->shape.quantise) c->k_max = (int32_t)i64_max(c->k_max, k); /* experts are among them */
+    *out = (weight){.n = n,
+                    .k = k,
+                    .count = count,
                     .format = quantised ? p->weight : WF_16,
                     .group = quantised ? p->group : 0,
-                    .has_bias = s->has_bias,
+                    .has_bias = has_bias,
                     .sym = quantised && p->sym,
-                    .bytes = weight_shape_bytes(&shape, p, s->n_parts ? s->part[0].type : DT_BF16),
+                    .bytes = weight_shape_bytes(&s->shape, p, s->type),
                     .data = w};
     return ST_OK;
 }
