@@ -562,8 +562,10 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
         return FAIL(ST_NOTFOUND, "%s has no %s", k->config.name, weight_field_text(f));
     if (k->files) {
         *out = k->source[source_at(f, layer)];
+        out->type = checkpoint_dtype(k);
         return ST_OK;
     }
+    out->type = k->config.type;
     out->shape = weight_field_shape(&k->config, f);
     make_synthetic(k, f, layer, out);
     return ST_OK;
