@@ -59,6 +59,9 @@ bool sched_pick(sched *s, int64_t now_ns, batch *out);
  * request (an end token, a stop string). max_new is the scheduler's own business. */
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop, int64_t now_ns);
 
+/* The request of sequence `seq` of the batch picked last, until it is committed. */
+const request *sched_request(const sched *s, const batch *b, int32_t seq);
+
 /* Take a request out wherever it is, between steps: pages go back. NOTFOUND when it is not alive. */
 status sched_cancel(sched *s, int64_t id, int64_t now_ns);
 
