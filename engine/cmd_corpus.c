@@ -1,5 +1,5 @@
 /* cmd_corpus.c - see cmd_corpus.h. */
-#include "cmd_corpus.h"
+#include "cli.h"
 #include "corpus.h"
 
 #include <jansson.h>
