@@ -68,13 +68,19 @@ static inline float f32_from_bits(uint32_t u) {
     return x;
 }
 
+/* All ones or all zeros. Masks rather than `?:`, because the compiler would move the floating-point
+ * operation of one arm into a branch, and then no loop around it becomes vector code. */
+static inline uint32_t mask_if(bool c) { return 0u - (uint32_t)c; }
+static inline uint32_t pick(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
+}
+
 /* Magnitude `m` of a format with `mant` mantissa bits and exponent bias `bias`, not Inf or NaN. */
 static inline float widen(uint32_t m, int mant, int bias) {
     const uint32_t shifted = (m << (23 - mant)) + ((uint32_t)(127 - bias) << 23);
-    const float normal = f32_from_bits(shifted);
-    const float subnormal = f32_from_bits(shifted + (1u << 23)) -
-                            f32_from_bits((uint32_t)(128 - bias) << 23); /* 2^(1 - bias) */
-    return m >> mant ? normal : subnormal;
+    const uint32_t subnormal = mask_if(m >> mant == 0);
+    return f32_from_bits(shifted + (subnormal & 1u << 23)) -
+           f32_from_bits(subnormal & (uint32_t)(128 - bias) << 23); /* 2^(1 - bias), or 0 */
 }
 
 /* The inverse, to nearest even; `a` = bits of a finite |x|. Runs past the largest code on overflow:
@@ -85,21 +91,21 @@ static inline uint32_t narrow(uint32_t a, int mant, int bias) {
         (a + ((1u << (drop - 1)) - 1) + ((a >> drop) & 1) - ((uint32_t)(127 - bias) << 23)) >> drop;
     const uint32_t magic = (uint32_t)(127 + 24 - bias - mant) << 23; /* 2^23 subnormal steps */
     const uint32_t subnormal = bits_from_f32(f32_from_bits(a) + f32_from_bits(magic)) - magic;
-    return a >= (uint32_t)(128 - bias) << 23 ? normal : subnormal;
+    return pick(mask_if(a >= (uint32_t)(128 - bias) << 23), normal, subnormal);
 }
 
 static inline float widen_f16(uint32_t h) {
     const uint32_t m = h & 0x7fff;
     const uint32_t special = 0x7f800000u | (m & 0x3ff) << 13;
-    const uint32_t u = m >= 0x7c00 ? special : bits_from_f32(widen(m, 10, 15));
+    const uint32_t u = pick(mask_if(m >= 0x7c00), special, bits_from_f32(widen(m, 10, 15)));
     return f32_from_bits(u | (h & 0x8000) << 16);
 }
 
 static inline uint32_t narrow_f16(float x) {
     const uint32_t u = bits_from_f32(x), a = u & 0x7fffffff;
-    const uint32_t special = a > 0x7f800000u ? 0x7e00 | ((a >> 13) & 0x3ff) : 0x7c00;
-    const uint32_t m = narrow(a, 10, 15);
-    return (a >= 0x47800000u /* 2^16 */ ? special : m) | ((u >> 16) & 0x8000);
+    const uint32_t nan = mask_if(a > 0x7f800000u) & (0x200 | ((a >> 13) & 0x3ff));
+    const uint32_t overflow = mask_if(a >= 0x47800000u /* 2^16 */);
+    return pick(overflow, 0x7c00 | nan, narrow(a, 10, 15)) | ((u >> 16) & 0x8000);
 }
 
 static inline float widen_bf16(uint32_t h) { return f32_from_bits(h << 16); }
@@ -112,7 +118,7 @@ static inline uint32_t narrow_bf16(float x) {
 
 static inline float widen_e4m3(uint32_t b) {
     const uint32_t m = b & 0x7f;
-    const uint32_t u = m == 0x7f ? 0x7fc00000u : bits_from_f32(widen(m, 3, 7));
+    const uint32_t u = pick(mask_if(m == 0x7f), 0x7fc00000u, bits_from_f32(widen(m, 3, 7)));
     return f32_from_bits(u | (b & 0x80) << 24);
 }
 
@@ -120,7 +126,7 @@ static inline uint32_t narrow_e4m3(float x) {
     const uint32_t u = bits_from_f32(x), a = u & 0x7fffffff;
     const uint32_t m = narrow(a, 3, 7);
     const uint32_t saturated = m > 0x7e ? 0x7e : m; /* 448 */
-    return a > 0x7f800000u ? 0x7f : saturated | ((u >> 24) & 0x80);
+    return pick(mask_if(a > 0x7f800000u), 0x7f, saturated | ((u >> 24) & 0x80));
 }
 
 static inline float widen_e5m2(uint32_t b) { return widen_f16(b << 8); } /* f16 cut short */
