@@ -11,13 +11,7 @@ static int32_t kv_heads_of_rank(const model_config *c, int32_t tp) {
 }
 
 int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp) {
-    int64_t head = 0; /* one token, one head, all layers */
-    for (int32_t i = 0; i < c->n_layers; i++) {
-        const kv_pair kv = precision_kv(p, i);
-        head += kv_format_bytes((kv_format)kv.k, c->head_dim) +
-                kv_format_bytes((kv_format)kv.v, c->head_dim);
-    }
-    return head * kv_heads_of_rank(c, tp) * KV_PAGE_TOKENS;
+    return model_kv_token_bytes(c, p, tp) * KV_PAGE_TOKENS;
 }
 
 /* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is counted

@@ -2,10 +2,10 @@
 #include "device.h"
 #include <string.h>
 
-extern const device_ops device_cpu;
-
 const device_ops *const devices[] = {
     &device_cpu,
+    &device_sim,
+    &device_null,
     NULL,
 };
 
