@@ -47,7 +47,7 @@ int cmd_evaluate(int argc, char **argv) {
     const cli_option options[] = {
         {"--model",     CLI_TEXT, &model,     "DIR",  "checkpoint folder"          },
         {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"                 },
-        {"--device",    CLI_TEXT, &device,    "NAME", "cpu"                        },
+        {"--device",    CLI_TEXT, &device_name,    "NAME", "cpu"                        },
         {"--text",      CLI_TEXT, &path,      "FILE", "what to score"              },
         {"--window",    CLI_INT,  &window,    "N",    "tokens of a window (512)"   },
         {"--stride",    CLI_INT,  &stride,    "N",    "from window to window (256)"},
