@@ -33,7 +33,7 @@ static status print_json(json_t *object) {
 /* Precisions of the size columns. gpt-oss is 2880 wide, no multiple of 128: MXFP4 stands in. */
 static status four_bit(precision *p, const model_config *c) {
     TRY(precision_parse(p, "W4"));
-    if (model_fits_precision(c, p, 1) != ST_OK) TRY(precision_parse(p, "MXFP4"));
+    if (model_fits_precision(c, p, 1) != ST_OK) TRY(precision_parse(p, "WMXFP4"));
     return ST_OK;
 }
 
