@@ -121,6 +121,9 @@ static void test_lying_length(void **state) {
         write_raw("length.safetensors", lengths[i], "{}      ", 0);
         assert_status(safetensors_open(&s, in_dir("length.safetensors")), ST_FORMAT);
     }
+    write_raw("length.safetensors", 9, "{}      ", 0); /* one byte too many */
+    assert_status(safetensors_open(&s, in_dir("length.safetensors")), ST_FORMAT);
+    assert_non_null(strstr(fail_message(), "truncated?"));
     write_raw("length.safetensors", 8, "{}      ", 0); /* no tensors are fine */
     assert_ok(safetensors_open(&s, in_dir("length.safetensors")));
     assert_int_equal(safetensors_count(s), 0);
