@@ -3,7 +3,7 @@
 #define _GNU_SOURCE
 #include "test.h"
 
-#include "cmd_tokenize.h"
+#include "cli.h"
 #include "rng.h"
 #include "tokenizer.h"
 #include "utf8.h"
