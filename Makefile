@@ -21,7 +21,9 @@ PKGS     := lua5.4 jansson libpcre2-8 libutf8proc openblas
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # CI treats warnings as errors; elsewhere another compiler's new warning must not stop a user.
-CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp -Iengine -Ikernels -I$(B)/generated $(PKG_CFLAGS)
+# -iquote: our sched.h must not hide the system's <sched.h>.
+CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
+           -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
 LDLIBS   = $(PKG_LIBS) -lm
 
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
@@ -78,7 +80,7 @@ $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@mkdir -p $(@D)
 	@echo "  test  $<"
-	$(Q)$(CC) $(CFLAGS) -Itests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
+	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
 -include $(OBJECTS:.o=.d) $(TESTS:=.d)
 

@@ -92,16 +92,16 @@ static status sim_run(figure *seconds, figure *memory) {
     return ST_OK;
 }
 
-static status cpu_decode(figure *f, const char *name, int32_t batch, double limit) {
+static status cpu_decode(figure *f, const char *name, int32_t n_seqs, double limit) {
     static char dir[1100];
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     o.model = path_join(dir, sizeof dir, root_dir(), "workloads/tiny");
-    o.policy.max_seqs = batch;
+    o.policy.max_seqs = n_seqs;
     o.policy.token_budget = 512;
     o.ctx_max = 512;
     workload_options wo;
     TRY(workload_preset(&wo, "fixed"));
-    wo.n_requests = batch;
+    wo.n_requests = n_seqs;
     wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 64, .min = 1, .max = 64};
     wo.output = (length_law){.kind = LENGTH_FIXED, .a = 256, .min = 1, .max = 256};
     wo.arrival = ARRIVE_AT_ONCE;
@@ -111,7 +111,7 @@ static status cpu_decode(figure *f, const char *name, int32_t batch, double limi
     metrics m;
     double wall_s;
     TRY(serve(&o, &wo, &s, &m, &wall_s));
-    *f = (figure){name, "tokens/s", batch / m.tpot.p50, limit, true};
+    *f = (figure){name, "tokens/s", n_seqs / m.tpot.p50, limit, true};
     return ST_OK;
 }
 

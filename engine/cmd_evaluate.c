@@ -41,13 +41,13 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
 }
 
 int cmd_evaluate(int argc, char **argv) {
-    const char *model = NULL, *precision = "W16A16KV16", *device = "cpu", *path = NULL;
+    const char *model = NULL, *format = "W16A16KV16", *device_name = "cpu", *path = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
         {"--model",     CLI_TEXT, &model,     "DIR",  "checkpoint folder"          },
-        {"--precision", CLI_TEXT, &precision, "NAME", "W16A16KV16"                 },
-        {"--device",    CLI_TEXT, &device,    "NAME", "cpu"                        },
+        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"                 },
+        {"--device",    CLI_TEXT, &device_name,    "NAME", "cpu"                        },
         {"--text",      CLI_TEXT, &path,      "FILE", "what to score"              },
         {"--window",    CLI_INT,  &window,    "N",    "tokens of a window (512)"   },
         {"--stride",    CLI_INT,  &stride,    "N",    "from window to window (256)"},
@@ -66,8 +66,8 @@ int cmd_evaluate(int argc, char **argv) {
     if (st != ST_OK) return cli_exit(st);
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     o.model = model;
-    o.precision = precision;
-    o.device = device;
+    o.precision = format;
+    o.device = device_name;
     o.device_options.threads = (int32_t)threads;
     o.policy.token_budget = (int32_t)i64_max(window, 64);
     o.policy.max_seqs = 1;

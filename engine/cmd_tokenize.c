@@ -1,5 +1,5 @@
 /* cmd_tokenize.c - see cmd_tokenize.h. */
-#include "cmd_tokenize.h"
+#include "cli.h"
 
 #include "json.h"
 #include "tokenizer.h"

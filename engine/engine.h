@@ -87,7 +87,7 @@ const model_config *engine_config(const engine *e);
 const precision *engine_precision(const engine *e);
 const capacity *engine_capacity(const engine *e);
 const engine_stats *engine_statistics(const engine *e);
-const sched *engine_sched(const engine *e);
+sched *engine_sched(engine *e);
 uint64_t engine_digest(const engine *e); /* of the checkpoint; 0 = synthetic */
 int64_t engine_now_ns(const engine *e);
 forward *engine_forward(engine *e);

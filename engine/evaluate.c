@@ -1,6 +1,7 @@
 /* evaluate.c - see evaluate.h. */
 #include "evaluate.h"
 
+#include "kernel.h"
 #include "output.h"
 
 #include <math.h>

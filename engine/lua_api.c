@@ -5,6 +5,7 @@
 #include "evaluate.h"
 #include "formats.h"
 #include "isolate.h"
+#include "kernel.h"
 #include "lua_json.h"
 #include "progress.h"
 #include "results.h"

@@ -557,17 +557,37 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
     if (f == WEIGHT_head && k->config.tied) {
         TRY(checkpoint_source(k, WEIGHT_embed, 0, out));
         out->shape = weight_field_shape(&k->config, WEIGHT_head); /* split over ranks as a head */
+        out->field = WEIGHT_head;
         return ST_OK;
     }
     if (!weight_field_present(&k->config, f))
         return FAIL(ST_NOTFOUND, "%s has no %s", k->config.name, weight_field_text(f));
     if (k->files) {
         *out = k->source[source_at(f, layer)];
-        return ST_OK;
+        out->type = checkpoint_dtype(k);
+    } else {
+        out->type = k->config.type;
+        out->shape = weight_field_shape(&k->config, f);
+        make_synthetic(k, f, layer, out);
     }
-    out->shape = weight_field_shape(&k->config, f);
-    make_synthetic(k, f, layer, out);
+    out->field = f;
+    out->config = &k->config;
     return ST_OK;
+}
+
+weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp) {
+    CHECK(s->config || tp == 1);
+    const weight_shape one =
+        s->config ? weight_shape_shard(s->config, s->field, s->shape, tp) : s->shape;
+    const bool packed = one.quantise && p->weight != WF_16;
+    return (weight){.n = one.n,
+                    .k = one.k,
+                    .count = one.count,
+                    .format = packed ? p->weight : WF_16,
+                    .group = packed ? p->group : 0,
+                    .sym = packed && p->sym,
+                    .has_bias = one.has_bias,
+                    .bytes = weight_shape_bytes(&one, p, s->config ? s->config->type : DT_F16)};
 }
 
 float weight_noise(uint64_t seed, uint64_t counter) {
