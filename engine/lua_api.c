@@ -5,6 +5,7 @@
 #include "evaluate.h"
 #include "formats.h"
 #include "isolate.h"
+#include "kernel.h"
 #include "lua_json.h"
 #include "progress.h"
 #include "results.h"
@@ -363,15 +364,17 @@ static status fill_prompts(session *s, const char *dir, workload *w, uint64_t se
     status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + seed,
                             (size_t)w->prompt_tokens * 6 + 4096);
     if (st == ST_OK)
-        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, false, &tokens);
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
     int32_t *all = st == ST_OK ? arena_array(&s->memory, int32_t, (size_t)w->prompt_tokens) : NULL;
     if (st == ST_OK && !all)
         st = FAIL(ST_NOMEM, "prompts of %lld tokens", (long long)w->prompt_tokens);
-    if (st == ST_OK && tokens.n < 1) st = FAIL(ST_FORMAT, "%s: no tokens in the corpus", dir);
+    if (st == ST_OK && tokens.length < 1) st = FAIL(ST_FORMAT, "%s: no tokens in the corpus", dir);
     int64_t at = 0;
     for (int32_t i = 0; st == ST_OK && i < w->n; i++) {
         request *r = &w->request[i];
-        for (int32_t j = 0; j < r->n_prompt; j++) all[at + j] = tokens.id[(at + j) % tokens.n];
+        for (int32_t j = 0; j < r->n_prompt; j++)
+            all[at + j] = tokens.data[(at + j) % tokens.length];
         r->prompt = all + at;
         at += r->n_prompt;
     }
@@ -508,8 +511,10 @@ static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32
     perplexity_result r;
     status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + (uint64_t)seed, (size_t)bytes);
     if (st == ST_OK)
-        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, false, &tokens);
-    if (st == ST_OK) st = evaluate_perplexity(s->engine, tokens.id, tokens.n, window, stride, &r);
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
+    if (st == ST_OK)
+        st = evaluate_perplexity(s->engine, tokens.data, tokens.length, window, stride, &r);
     text_free(&corpus);
     ids_free(&tokens);
     if (st != ST_OK) luaL_error(L, "%s", fail_message());

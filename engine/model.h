@@ -4,7 +4,7 @@
  * differs from E; rope_theta stands at the top (transformers 4) or in rope_parameters (5); gpt-oss
  * alternates windowed and full layers starting with a windowed one; Mixtral takes the softmax over
  * the chosen experts, Qwen3-MoE over all and renormalises (the same numbers, see model.c);
- * tie_word_embeddings defaults differ by class. */
+ * an absent key takes the default of its class (Mistral's sliding_window), null switches it off. */
 #ifndef AMALGAM_MODEL_H
 #define AMALGAM_MODEL_H
 #include "dtype.h"
@@ -36,7 +36,8 @@ typedef enum { ROUTE_SOFTMAX_TOPK, ROUTE_TOPK_SOFTMAX } route_kind;
 typedef struct model_config {
     char name[64]; /* last component of the folder: "Llama-3.1-8B" */
     char arch[48]; /* architectures[0]: "LlamaForCausalLM" */
-    dtype type;    /* F16, BF16 or F32: of the checkpoint's 16-bit tensors */
+    dtype type;    /* F16, BF16 or F32, as config.json says; what the tensors really are:
+                      checkpoint_dtype (weights.h) */
     int32_t dim, n_layers, n_heads, n_kv_heads, head_dim, vocab, ctx_max;
     int32_t ffn_dim;                      /* 0 when every layer is MoE */
     int32_t n_experts, top_k, expert_dim; /* 0, 0, 0 for dense */
@@ -68,12 +69,14 @@ status model_names(arena *a, const char ***names, int32_t *n);
 int64_t model_parameters(const model_config *c);
 int64_t model_active_parameters(const model_config *c);
 
-/* Can it be split over tp GPUs: heads, KV heads (or replication), FFN width, groups? The reason in
- * the message. `group` is the weight group along K (0 = none). */
+/* Can it be split over tp GPUs: heads, KV heads (or replication), FFN width, groups? SHAPE with the
+ * reason. `group` is the weight group along K (0 = none). */
 status model_fits_tp(const model_config *c, int32_t tp, int32_t group);
 
-/* inv_freq[d] for d < head_dim / 2, in double, and the factor on cos and sin.
+/* inv_freq[d] for d < head_dim / 2, in double, and the factor on cos and sin. Pair d turns by
+ * position * inv_freq[d].
  *   DEFAULT theta^(-2d/D); LINEAR divided by factor; LLAMA3 the wavelength bands of Llama 3.1;
- *   YARN (Peng et al. 2023, eq. 23-25 with the ramp over dims beta_fast..beta_slow). */
+ *   YARN (Peng et al. 2023, eq. 23-25 with the ramp over dims beta_fast..beta_slow). DYNAMIC as
+ *   DEFAULT, because ctx_max never exceeds its original_ctx. */
 void rope_frequencies(const rope_config *r, int32_t head_dim, double *inv_freq, double *factor);
 #endif
