@@ -134,7 +134,8 @@ local function rounded(x)
 end
 
 local RESULT_KEYS = {
-  status = "string", reason = "string", origin = "string", checkpoint = "string", tp = "number",
+  status = "string", reason = "string", origin = "string", checkpoint = "string",
+  precision = "string", tp = "number",
   metrics = "table",
 }
 
@@ -215,6 +216,7 @@ local function make_row(context, entry, result, wall_s)
   for name, value in pairs(entry.key) do key[name] = value end
   if key.tp == nil then key.tp = result.tp end
   if key.checkpoint == nil then key.checkpoint = result.checkpoint end
+  if key.precision == nil then key.precision = result.precision end
   local origin = result.origin or context.origin
   local id = context.identity
   return {
