@@ -1,5 +1,5 @@
 /* cmd_models.c - see cmd_models.h. */
-#include "cmd_models.h"
+#include "cli.h"
 
 #include "json.h"
 #include "weights.h"
