@@ -11,6 +11,8 @@ libjansson-dev:/usr/include/jansson.h
 libpcre2-dev:/usr/include/pcre2.h
 libutf8proc-dev:/usr/include/utf8proc.h
 libopenblas-dev:openblas.pc
+libmicrohttpd-dev:/usr/include/microhttpd.h
+libcurl4-openssl-dev:libcurl.pc
 libcmocka-dev:/usr/include/cmocka.h
 gnuplot-nox:gnuplot
 lua-check:luacheck
