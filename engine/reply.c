@@ -33,24 +33,35 @@ static void put_usage(text *t, const job *j) {
              (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
 }
 
+/* A token as text; what is no complete text on its own, as the vocabulary writes it. */
+static void token_text(const reply_head *h, int32_t id, text *out) {
+    if (h->tok) (void)tokenizer_decode(h->tok, &id, 1, false, out);
+    const bool whole =
+        out->length > 0 && strlen(out->data) == out->length && !strstr(out->data, "\xEF\xBF\xBD");
+    if (whole) return;
+    const char *piece = h->tok ? tokenizer_piece(h->tok, id) : NULL;
+    text_clear(out);
+    if (piece)
+        text_add(out, "%s", piece);
+    else
+        text_add(out, "%d", id);
+}
+
 /* JSON has no infinities; OpenAI's own floor is -9999. */
 static double shown_logprob(float v) { return isfinite(v) ? (double)v : -9999.0; }
 
 static void put_token(text *t, const reply_head *h, int32_t id) {
     text piece = {0};
-    if (h->tok)
-        (void)tokenizer_decode(h->tok, &id, 1, false, &piece);
-    else
-        text_add(&piece, "%d", id);
+    token_text(h, id, &piece);
     api_put_string(t, piece.data ? piece.data : "", piece.length);
     text_free(&piece);
 }
 
 static void put_chat_logprob(text *t, const reply_head *h, int32_t id, float logprob) {
     text piece = {0};
-    if (h->tok) (void)tokenizer_decode(h->tok, &id, 1, false, &piece);
+    token_text(h, id, &piece);
     text_add(t, "{\"token\":");
-    put_token(t, h, id);
+    api_put_string(t, piece.data ? piece.data : "", piece.length);
     text_add(t, ",\"logprob\":%.9g,\"bytes\":[", shown_logprob(logprob));
     for (size_t i = 0; i < piece.length; i++)
         text_add(t, "%s%d", i ? "," : "", (int)(unsigned char)piece.data[i]);
