@@ -366,7 +366,7 @@ static status submit_choice(service *s, job_choice *c) {
 
 static void cancel_choices(service *s, job *j) {
     for (int32_t i = 0; i < j->n_choices; i++)
-        if (j->choice[i].id >= 0 && j->choice[i].finish == FINISH_NONE)
+        if (j->choice[i].id >= 0 && j->choice[i].ending == FINISH_NONE)
             (void)engine_cancel(s->engine, j->choice[i].id);
 }
 
@@ -385,10 +385,9 @@ static void take_finished(service *s) {
             output_take(&c->out, &n);
             c->text_end += n;
         }
-        c->finish = log.finish;
         c->n_cached = log.n_cached;
-        c->job->n_finished++;
         pthread_mutex_unlock(&c->job->lock);
+        c->ending = log.finish;
         touch(s, c);
     }
 }
@@ -402,6 +401,8 @@ static void publish(service *s) {
         c->is_touched = false;
         pthread_mutex_lock(&j->lock);
         c->n_ready = c->n_tokens;
+        if (c->finish == FINISH_NONE && c->ending != FINISH_NONE) j->n_finished++;
+        c->finish = c->ending;
         /* A job has as many touched choices as it likes; only its last one in the list may end it. */
         bool more = false;
         for (int32_t i = 0; i < j->n_choices; i++) more = more || j->choice[i].is_touched;

@@ -32,7 +32,8 @@ typedef struct job_choice {
     float *top_logprob; /* the same */
     int32_t n_tokens, n_ready, size;
     size_t text_end;      /* of all that can be shown */
-    finish_reason finish; /* NONE while it runs */
+    finish_reason finish; /* NONE while it runs; shown with the last tokens, never before them */
+    finish_reason ending; /* engine thread: the finish to be published */
     int32_t n_prompt, n_cached;
     int64_t id;                 /* the engine's, -1 = not handed over */
     struct job_choice *touched; /* engine thread: next of those with new tokens in this step */
