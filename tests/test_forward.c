@@ -605,6 +605,52 @@ static void test_no_samples(void **state) {
     tiny_close(e);
 }
 
+static void assert_vocab_nan(const float *logits, int32_t vocab, bool nan) {
+    for (int32_t i = 0; i < vocab; i++) assert_int_equal(isnan(logits[i]) != 0, nan);
+}
+
+/* A sequence that begins at position 3 reads KV nobody wrote, and every format says so. */
+static void test_unwritten_kv(void **state) {
+    (void)state;
+    const char *const format[] = {"W16", "W16KV8", "W16KV4", "W16KVFP8"};
+    for (int32_t i = 0; i < COUNT_OF(format); i++) {
+        engine *e = tiny_open_layers(1, format[i], 1);
+        float *logits = mem_alloc((size_t)TINY_TOKENS * (size_t)e->c.vocab, sizeof(float));
+        for (int32_t at = 0; at <= 3; at += 3) {
+            stream s = {.token = tiny_token, .n = 10, .at = at, .logits = logits};
+            give_pages(&s, 1, (uint64_t)(50 + at)); /* the second time on other pages */
+            const int32_t chunk = 5;
+            step(e, &s, &chunk, 1);
+            assert_vocab_nan(logits + (int64_t)at * e->c.vocab, e->c.vocab, at > 0);
+        }
+        mem_free(logits);
+        tiny_close(e);
+    }
+}
+
+/* Two sequences that share a full page, as the prefix cache arranges it: the second computes only what
+ * follows, and comes to the same bits. */
+static void test_shared_page(void **state) {
+    (void)state;
+    engine *e = tiny_open_layers(FEW_LAYERS, "W16A16KV8", 2);
+    const size_t size = sizeof(float) * (size_t)TINY_TOKENS * (size_t)e->c.vocab;
+    float *first = mem_alloc(1, size), *second = mem_alloc(1, size);
+    stream s[2] = {
+        {.token = tiny_token, .n = TINY_TOKENS,     .logits = first },
+        { .token = tiny_token,   .n = TINY_TOKENS, .at = KV_PAGE_TOKENS, .logits = second}
+    };
+    give_pages(s, 2, 21);
+    s[1].page[0] = s[0].page[0];
+    step(e, s, (const int32_t[]){TINY_TOKENS, 0}, 2);
+    step(e, s, (const int32_t[]){0, 20}, 2);
+    step(e, s, (const int32_t[]){0, TINY_TOKENS - KV_PAGE_TOKENS - 20}, 2);
+    const int64_t at = (int64_t)KV_PAGE_TOKENS * e->c.vocab;
+    assert_memory_equal(second + at, first + at, size - sizeof(float) * (size_t)at);
+    mem_free(first);
+    mem_free(second);
+    tiny_close(e);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     const device_ops *ops;
@@ -710,7 +756,8 @@ int main(void) {
         cmocka_unit_test(test_layouts),     cmocka_unit_test(test_golden_twins),
         cmocka_unit_test(test_formats),     cmocka_unit_test(test_kv_list),
         cmocka_unit_test(test_threads),     cmocka_unit_test(test_company),
-        cmocka_unit_test(test_no_samples),  cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_no_samples),  cmocka_unit_test(test_unwritten_kv),
+        cmocka_unit_test(test_shared_page), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_no_memory),   cmocka_unit_test(test_inspection),
         cmocka_unit_test(test_decode_rate),
     };
