@@ -73,8 +73,10 @@ typedef struct device_ops {
     /* Device memory of one rank in bytes: usable in all, before weights. 0 = unlimited (cpu, null). */
     status (*memory)(device *d, int64_t *usable);
 
-    /* Take one weight in format p (W16 unless s->quantise). Fills *out; out->bytes equals
-     * weight_shape_bytes of the rank's share on every device. */
+    /* Take one weight in format p (W16 unless s->shape.quantise). Fills *out; out->bytes equals
+     * weight_shape_bytes of the rank's share on every device. Nothing of the source is kept: the
+     * checkpoint may be closed afterwards. The bias of a weight whose columns are split (SHARD_COLS)
+     * is added by one rank alone, since the partial sums are reduced. */
     status (*weight_load)(device *d, const weight_source *s, const precision *p, weight *out);
     status (*setup)(device *d, const device_setup *s);
     /* An activation buffer for the whole run. */
@@ -86,7 +88,8 @@ typedef struct device_ops {
     /* out[t] = table[token[t]]                                            [T, E] */
     status (*embed)(device *d, tensor out, const weight *table);
 
-    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E] */
+    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E]
+     * out is neither of the others. */
     status (*norm)(device *d, tensor out, tensor residual, tensor add, const weight *w, float eps);
 
     /* out = quantise_A(x) W^T + bias. x [T, K], out [T, N]. The activation format applies when w is
@@ -118,7 +121,7 @@ typedef struct device_ops {
     status (*gather)(device *d, tensor out, tensor x);
     /* out [n_samples, V] f32 = x W^T over the whole vocabulary (gathered over ranks). */
     status (*logits)(device *d, tensor out, tensor x, const weight *head);
-    /* Draw one token for each sample_row that has params. */
+    /* Draw one token for each sample_row that has params; the others get token -1. */
     status (*sample)(device *d, tensor logits);
 
     /* Wait; results of the step [n_samples]; cost_ns is 0 unless virtual_time. */

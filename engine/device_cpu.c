@@ -104,8 +104,10 @@ static status cpu_open(device **out, const device_options *o) {
     status st = arena_open(&c->weights, bytes);
     if (st == ST_OK) st = arena_open(&c->scratch, bytes);
     if (st == ST_OK) st = arena_open(&c->run, bytes);
-    *out = &c->base;
-    if (st != ST_OK) device_cpu.close(&c->base);
+    if (st != ST_OK)
+        device_cpu.close(&c->base);
+    else
+        *out = &c->base;
     return st;
 }
 
