@@ -170,9 +170,10 @@ static status print_json(int32_t first, int32_t last) {
 
 /* --- The command ------------------------------------------------------------------------------- */
 
+static const char usage_line[] = "usage: amalgam formats [--gpu NAME|cpu] [--json]\n";
+
 static int usage(const char *problem, const char *what) {
-    fprintf(stderr, "amalgam formats: %s%s\nusage: amalgam formats [--gpu NAME|cpu] [--json]\n",
-            problem, what);
+    fprintf(stderr, "amalgam formats: %s%s\n%s", problem, what, usage_line);
     return 2;
 }
 
@@ -181,6 +182,10 @@ int cmd_formats(int argc, char **argv) {
     bool json = false;
     const char *gpu = NULL;
     for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(usage_line, stdout);
+            return 0;
+        }
         if (strcmp(argv[i], "--json") == 0) {
             json = true;
         } else if (strcmp(argv[i], "--gpu") == 0) {

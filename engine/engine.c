@@ -2,6 +2,8 @@
 #include "engine.h"
 
 #include "formats.h"
+#include "kernel.h"
+#include "sampler.h"
 #include "trace.h"
 
 #include <string.h>
@@ -338,7 +340,7 @@ const model_config *engine_config(const engine *e) { return &e->config; }
 const precision *engine_precision(const engine *e) { return &e->precision; }
 const capacity *engine_capacity(const engine *e) { return &e->capacity; }
 const engine_stats *engine_statistics(const engine *e) { return &e->stats; }
-const sched *engine_sched(const engine *e) { return e->sched; }
+sched *engine_sched(engine *e) { return e->sched; }
 uint64_t engine_digest(const engine *e) { return checkpoint_digest(e->checkpoint); }
 int64_t engine_now_ns(const engine *e) { return timeline_now_ns(&e->clock); }
 forward *engine_forward(engine *e) { return e->forward; }

@@ -11,27 +11,31 @@
 
 /* What a run is; everything here that changes results is part of the natural key of its row. */
 typedef struct {
-    const char *model;       /* folder with config.json, or a name under workloads/models */
-    bool synthetic;          /* weights from weights_seed instead of the folder's files */
+    const char *model; /* folder with config.json, or a name under workloads/models */
+    bool synthetic;    /* weights from weights_seed instead of the folder's files */
     uint64_t weights_seed;
-    const char *precision;   /* "W4A16KV8" */
-    const char *device;      /* "cpu", "sim", "null" */
+    const char *precision; /* "W4A16KV8" */
+    const char *device;    /* "cpu", "sim", "null" */
     device_options device_options;
-    double memory_fraction;  /* of the device memory that may be used (0.9) */
+    double memory_fraction; /* of the device memory that may be used (0.9) */
     sched_policy policy;
-    int32_t ctx_max;         /* prompt + output of a request at most; 0 = the model's limit */
-    int32_t max_requests;    /* alive at a time (waiting and running) */
-    int64_t max_tokens;      /* prompt + output tokens of all of them */
-    int32_t pages;           /* KV pages; 0 = as many as fit (unlimited devices: as max_seqs * ctx_max
+    int32_t ctx_max;      /* prompt + output of a request at most; 0 = the model's limit */
+    int32_t max_requests; /* alive at a time (waiting and running) */
+    int64_t max_tokens;   /* prompt + output tokens of all of them */
+    int32_t pages;        /* KV pages; 0 = as many as fit (unlimited devices: as max_seqs * ctx_max
                                 needs, at most 16384) */
-    int32_t max_samples;     /* rows of logits of a step; 0 = max_seqs (evaluation wants every row) */
-    const char *trace;       /* file to record the scheduler to; NULL = none */
+    int32_t max_samples;  /* rows of logits of a step; 0 = max_seqs (evaluation wants every row) */
+    const char *trace;    /* file to record the scheduler to; NULL = none */
 } engine_options;
 
 #define ENGINE_OPTIONS_DEFAULT                                                                     \
-    ((engine_options){.precision = "W16A16KV16", .device = "cpu", .device_options = {.tp = 1},     \
-                      .memory_fraction = 0.9, .policy = SCHED_POLICY_DEFAULT,                      \
-                      .max_requests = 1024, .max_tokens = 1 << 22})
+    ((engine_options){.precision = "W16A16KV16",                                                   \
+                      .device = "cpu",                                                             \
+                      .device_options = {.tp = 1},                                                 \
+                      .memory_fraction = 0.9,                                                      \
+                      .policy = SCHED_POLICY_DEFAULT,                                              \
+                      .max_requests = 1024,                                                        \
+                      .max_tokens = 1 << 22})
 
 typedef struct engine engine;
 
@@ -71,19 +75,19 @@ void engine_reset(engine *e);
 typedef struct {
     int64_t n_steps, n_decode_steps; /* all; those without any prefill token */
     int64_t tokens_fed, tokens_sampled;
-    int64_t host_ns;                 /* real time neither in forward_step nor waiting for arrivals:
+    int64_t host_ns;    /* real time neither in forward_step nor waiting for arrivals:
                                         our own overhead */
-    int64_t forward_ns;              /* real time inside it */
-    int64_t busy_ns;                 /* timeline spent in steps */
-    int32_t pages_peak;              /* held at a time at most */
-    double batch_mean;               /* sequences per step */
+    int64_t forward_ns; /* real time inside it */
+    int64_t busy_ns;    /* timeline spent in steps */
+    int32_t pages_peak; /* held at a time at most */
+    double batch_mean;  /* sequences per step */
 } engine_stats;
 
 const model_config *engine_config(const engine *e);
 const precision *engine_precision(const engine *e);
 const capacity *engine_capacity(const engine *e);
 const engine_stats *engine_statistics(const engine *e);
-const sched *engine_sched(const engine *e);
+sched *engine_sched(engine *e);
 uint64_t engine_digest(const engine *e); /* of the checkpoint; 0 = synthetic */
 int64_t engine_now_ns(const engine *e);
 forward *engine_forward(engine *e);

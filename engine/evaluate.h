@@ -6,8 +6,8 @@
 #include "tokenizer.h"
 
 typedef struct {
-    int64_t n_scored; /* tokens */
-    double nll;       /* mean negative log-likelihood, nats a token */
+    int64_t n_scored;  /* tokens */
+    double nll;        /* mean negative log-likelihood, nats a token */
     double perplexity; /* exp(nll) */
 } perplexity_result;
 

@@ -200,11 +200,8 @@ static status load_field(loader *l, weight_field field, int32_t layer) {
 status forward_load(forward **out, arena *a, device *d, checkpoint *k, const model_config *c,
                     const precision *p, void (*progress)(void *user, int64_t done, int64_t total),
                     void *user) {
-    if (p->n_kv_layers > 0 && p->n_kv_layers != c->n_layers)
-        return FAIL(ST_SHAPE, "the precision lists KV formats of %d layers, %s has %d",
-                    p->n_kv_layers, c->name, c->n_layers);
     const int32_t tp = d->options.tp;
-    TRY(model_fits_tp(c, tp, p->group));
+    TRY(model_fits_precision(c, p, tp));
     forward *f = arena_array(a, forward, 1);
     layer_weights *layer = arena_array(a, layer_weights, (size_t)c->n_layers);
     if (!f || !layer) return FAIL(ST_NOMEM, "weight handles of %d layers", c->n_layers);

@@ -25,9 +25,9 @@ typedef struct {
 
 typedef struct {
     int64_t index;
-    bool ok;            /* exit status 0 */
-    char reason[256];   /* else: "killed by signal 11 (Segmentation fault)", "timed out after 60 s" */
-    text output;        /* all that the job wrote; the receiver frees it */
+    bool ok;          /* exit status 0 */
+    char reason[256]; /* else: "killed by signal 11 (Segmentation fault)", "timed out after 60 s" */
+    text output;      /* all that the job wrote; the receiver frees it */
     double wall_s;
 } isolate_result;
 

@@ -5,15 +5,19 @@
 #include "evaluate.h"
 #include "formats.h"
 #include "isolate.h"
+#include "kernel.h"
 #include "lua_json.h"
 #include "progress.h"
 #include "results.h"
 
 #include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <lauxlib.h>
 #include <lualib.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -360,15 +364,17 @@ static status fill_prompts(session *s, const char *dir, workload *w, uint64_t se
     status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + seed,
                             (size_t)w->prompt_tokens * 6 + 4096);
     if (st == ST_OK)
-        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, false, &tokens);
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
     int32_t *all = st == ST_OK ? arena_array(&s->memory, int32_t, (size_t)w->prompt_tokens) : NULL;
     if (st == ST_OK && !all)
         st = FAIL(ST_NOMEM, "prompts of %lld tokens", (long long)w->prompt_tokens);
-    if (st == ST_OK && tokens.n < 1) st = FAIL(ST_FORMAT, "%s: no tokens in the corpus", dir);
+    if (st == ST_OK && tokens.length < 1) st = FAIL(ST_FORMAT, "%s: no tokens in the corpus", dir);
     int64_t at = 0;
     for (int32_t i = 0; st == ST_OK && i < w->n; i++) {
         request *r = &w->request[i];
-        for (int32_t j = 0; j < r->n_prompt; j++) all[at + j] = tokens.id[(at + j) % tokens.n];
+        for (int32_t j = 0; j < r->n_prompt; j++)
+            all[at + j] = tokens.data[(at + j) % tokens.length];
         r->prompt = all + at;
         at += r->n_prompt;
     }
@@ -505,8 +511,10 @@ static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32
     perplexity_result r;
     status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + (uint64_t)seed, (size_t)bytes);
     if (st == ST_OK)
-        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, false, &tokens);
-    if (st == ST_OK) st = evaluate_perplexity(s->engine, tokens.id, tokens.n, window, stride, &r);
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
+    if (st == ST_OK)
+        st = evaluate_perplexity(s->engine, tokens.data, tokens.length, window, stride, &r);
     text_free(&corpus);
     ids_free(&tokens);
     if (st != ST_OK) luaL_error(L, "%s", fail_message());
@@ -649,8 +657,11 @@ static int l_precision(lua_State *L) {
 static int l_json_encode(lua_State *L) {
     json_t *value = lua_to_json(L, 1);
     if (!value) return luaL_error(L, "%s", fail_message());
-    char *line = json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY);
+    /* 15 digits bring every decimal of that length back unchanged and keep 0.1 readable. */
+    char *line = json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY |
+                                       JSON_REAL_PRECISION(15));
     json_decref(value);
+    if (!line) return luaL_error(L, "json_encode: out of memory");
     lua_pushstring(L, line);
     free(line);
     return 1;
@@ -740,6 +751,33 @@ static int l_write_file(lua_State *L) {
     const char *path = luaL_checkstring(L, 1), *data = luaL_checklstring(L, 2, &n);
     if (file_write(path, data, n) != ST_OK) return luaL_error(L, "%s", fail_message());
     return 0;
+}
+
+/* lock(path, "exclusive" or "shared", wait): flock on the file, held until the program ends. False
+ * when another program has it and `wait` is false. A lock taken before is given up for the new kind. */
+static int l_lock(lua_State *L) {
+    static const char *const kinds[] = {"exclusive", "shared", NULL};
+    static char held[4096];
+    static int fd = -1;
+    const char *path = luaL_checkstring(L, 1);
+    const int kind = luaL_checkoption(L, 2, NULL, kinds) == 0 ? LOCK_EX : LOCK_SH;
+    const bool wait = lua_toboolean(L, 3);
+    if (fd < 0 || strcmp(held, path) != 0) {
+        const char *slash = strrchr(path, '/');
+        char dir[4096];
+        snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+        if (file_make_dirs(dir) != ST_OK) return luaL_error(L, "%s", fail_message());
+        if (fd >= 0) close(fd);
+        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0) return luaL_error(L, "%s: %s", path, strerror(errno));
+        snprintf(held, sizeof held, "%s", path);
+    }
+    int result;
+    do result = flock(fd, kind | (wait ? 0 : LOCK_NB));
+    while (result != 0 && errno == EINTR && wait);
+    if (result != 0 && errno != EWOULDBLOCK) return luaL_error(L, "%s: %s", path, strerror(errno));
+    lua_pushboolean(L, result == 0);
+    return 1;
 }
 
 /* Sorted names in a folder, without hidden ones; folders end in "/". A missing folder is empty. */
@@ -879,6 +917,7 @@ static const luaL_Reg functions[] = {
     {"read_file",      l_read_file     },
     {"write_file",     l_write_file    },
     {"list",           l_list          },
+    {"lock",           l_lock          },
     {"isolate",        l_isolate       },
     {"progress_start", l_progress_start},
     {"progress_show",  l_progress_show },
@@ -904,7 +943,8 @@ lua_State *lua_api_open(void) {
     lua_pop(L, 1);
     const char *root = root_dir();
     lua_getglobal(L, "package");
-    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua", root, root, root);
+    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua", root,
+                    root, root, root);
     lua_setfield(L, -2, "path");
     lua_pushstring(L, ""); /* no C modules: nothing is loaded that the checkout does not hold */
     lua_setfield(L, -2, "cpath");

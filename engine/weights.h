@@ -52,6 +52,7 @@ typedef struct {
     weight_field field;
     const model_config *config; /* of the checkpoint; NULL in hand-made sources, which have one rank */
     weight_shape shape;         /* of the whole */
+    dtype type; /* of all 16-bit tensors (checkpoint_dtype): what W16 and biases are stored in */
     int32_t
         n_parts; /* 0 = synthetic. Ordered by index, as many for each of the `count` matrices, in
                         each by row_at; together every row once */

@@ -262,6 +262,8 @@ static void wrong_usage_is_status_2(void **state) {
     assert_non_null(strstr(output, "--gpu needs a name"));
     assert_int_equal(RUN("formats", "--gpu", "H300"), 2);
     assert_non_null(strstr(output, "'H300' is none of"));
+    assert_int_equal(RUN("formats", "--help"), 0);
+    assert_non_null(strstr(output, "usage: amalgam formats"));
     assert_int_equal(RUN("formats", "-v"), 2);
     assert_non_null(strstr(output, "usage: amalgam formats"));
 }
