@@ -1,5 +1,5 @@
 /* cmd_models.c - see cmd_models.h. */
-#include "cmd_models.h"
+#include "cli.h"
 
 #include "json.h"
 #include "weights.h"
@@ -135,8 +135,10 @@ static status weight_row(inspection *v, weight_field f) {
     const int32_t times = f < 0 ? 1 : v->c->n_layers;
     weight_source source;
     TRY(checkpoint_source(v->files, f, 0, &source));
-    const char *format = s.quantise && v->p->weight != WF_16 ? weight_format_text(v->p->weight)
-                                                             : dtype_text(v->c->type);
+    char format[16];
+    const bool quantised = s.quantise && v->p->weight != WF_16;
+    snprintf(format, sizeof format, "%s%s", quantised ? "W" : "",
+             quantised ? weight_format_text(v->p->weight) : dtype_text(v->c->type));
     v->total += bytes * times;
     if (v->o->json)
         return print_json(json_pack("{s:s, s:i, s:i, s:i, s:i, s:b, s:s, s:I, s:s}", "weight",
@@ -176,12 +178,12 @@ static status print_weights(inspection *v) {
 
 /* A folder with config.json alone is inspected as synthetic; one with broken weights is an error. */
 static status open_weights(checkpoint **out, const model_config *c, const char *model) {
-    char dir[4096];
+    char dir[4096], single[4400], sharded[4400];
     TRY(model_dir(dir, sizeof dir, model));
-    const status st = checkpoint_open(out, c, dir, 0);
-    return st == ST_NOTFOUND && !*out && strstr(fail_message(), "neither model.safetensors")
-               ? checkpoint_open(out, c, NULL, 0)
-               : st;
+    snprintf(single, sizeof single, "%s/model.safetensors", dir);
+    snprintf(sharded, sizeof sharded, "%s/model.safetensors.index.json", dir);
+    const bool weights = file_exists(single) || file_exists(sharded);
+    return checkpoint_open(out, c, weights ? dir : NULL, 0);
 }
 
 static status inspect_model(const inspect_options *o) {

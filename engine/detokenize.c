@@ -172,29 +172,18 @@ static int32_t fallback_byte(const char *token, size_t n) {
 static void give_up_run(run *r, int32_t at) {
     const size_t n = r->s->held.length;
     text_clear(&r->s->held);
+    r->s->well_formed = 0;
     for (size_t i = 0; i < n; i++) feed(r, at + 1, "\xef\xbf\xbd", 3);
 }
 
 static void end_run(run *r, int32_t at) {
     text *held = &r->s->held;
-    if (held->length > 0 && utf8_valid(held->data, held->length)) {
+    if (held->length > 0 && r->s->well_formed == held->length) {
         feed(r, at + 1, held->data, held->length);
         text_clear(held);
     }
     give_up_run(r, at);
     r->s->ill_formed = false;
-}
-
-/* Is the run ill-formed whatever follows? Only its last 4 bytes can tell anything new. */
-static bool ill_formed(const text *held) {
-    size_t at = 0;
-    while (at < held->length) {
-        uint32_t c;
-        const int32_t k = utf8_next(held->data + at, held->length - at, &c);
-        if (k <= 0) return k < 0;
-        at += (size_t)k;
-    }
-    return false;
 }
 
 static void byte_fallback(run *r, int32_t at, const char *token, size_t n) {
@@ -206,8 +195,14 @@ static void byte_fallback(run *r, int32_t at, const char *token, size_t n) {
         return;
     }
     text_bytes(&s->held, &(char){(char)byte}, 1);
-    s->ill_formed = s->ill_formed || ill_formed(&s->held);
-    if (s->ill_formed) give_up_run(r, at);
+    if (s->held.failed) return;
+    uint32_t c; /* one byte decides about the last character at most */
+    const int32_t k = s->ill_formed ? -1
+                                    : utf8_next(s->held.data + s->well_formed,
+                                                s->held.length - s->well_formed, &c);
+    if (k > 0) s->well_formed += (size_t)k;
+    s->ill_formed = k < 0;
+    if (k < 0) give_up_run(r, at);
 }
 
 /* Append the bytes of a byte-level token; one with a character outside the alphabet (an added token
@@ -276,6 +271,7 @@ static status finish(const run *r) {
 
 void detokenize_reset(detokenize_state *s, const detokenizer *d) {
     text_clear(&s->held);
+    s->well_formed = 0;
     s->ill_formed = s->started = false;
     for (int32_t i = 0; i < d->n_steps; i++) s->strip[i] = d->steps[i].start;
 }

@@ -51,8 +51,9 @@ typedef struct {
     text held;                           /* ByteFallback's run, ByteLevel's unfinished character */
     text room[DETOKENIZE_STEPS_MAX];     /* scratch of each step */
     int32_t strip[DETOKENIZE_STEPS_MAX]; /* how much a fused Strip may still take */
-    bool ill_formed;                     /* the run of byte tokens can no longer be text */
-    bool started;                        /* a token was pushed */
+    size_t well_formed; /* ByteFallback: bytes of `held` that are complete characters */
+    bool ill_formed;    /* the run of byte tokens can no longer be text */
+    bool started;       /* a token was pushed */
 } detokenize_state;
 
 /* Ready for a new sequence, memory kept. Call it once on a zeroed state before the first push. */

@@ -32,7 +32,7 @@ enum {
     ALIGN = 64,            /* a cache line */
     OUTPUTS_PER_TASK = 48, /* of a linear: a multiple of the tile's 3, 48 KB of weights at K 256 */
     ROWS_PER_TASK = 64,    /* query rows of one attention task */
-    PARALLEL_LEAST = 1 << 17, /* element operations under which threads cost more than they bring */
+    PARALLEL_LEAST = 1 << 22, /* element operations under which threads cost more than they bring */
 };
 
 typedef struct {

@@ -36,6 +36,7 @@
  * Easy to get wrong: rates here are per nanosecond and reciprocal, so the hot path multiplies. */
 #include "capacity.h"
 #include "device.h"
+#include "formats.h"
 
 #include "kernel.h"
 #include <math.h>
@@ -201,7 +202,9 @@ static status sim_memory(device *d, int64_t *usable) {
 
 /* --- Weights ---------------------------------------------------------------------------------- */
 
+/* Formats that no kernel is planned for on this architecture are refused, with the reason. */
 static status check_precision(const sim_device *d, const precision *p) {
+    TRY(format_supported(p, d->gpu.sm));
     if (d->matrix_ns[p->act] > 0) return ST_OK;
     return FAIL(ST_UNSUPPORTED, "%s (sm_%d) has no %s matrix units, which A%s needs", d->gpu.name,
                 d->gpu.sm, p->act == AF_FP8 ? "fp8" : "int8", act_format_text(p->act));
@@ -613,13 +616,13 @@ static void sim_explain(device *base, const char *what, const weight *w, int64_t
     const sim_device *d = sim_of(base);
     const terms t = explain_terms(d, what, w, (double)rows);
     const char *bound = t.fixed >= t.memory && t.fixed >= t.compute && t.fixed >= t.convert
-                            ? "launch"
+                            ? "fixed"
                         : t.memory >= t.compute && t.memory >= t.convert ? "memory"
                         : t.compute >= t.convert                         ? "compute"
                                                                          : "conversion";
     snprintf(
         buf, n,
-        "predicted %.2f us: memory %.2f, compute %.2f, conversion %.2f, launch %.2f; %s bound%s",
+        "predicted %.2f us: memory %.2f, compute %.2f, conversion %.2f, fixed %.2f; %s bound%s",
         terms_ns(t) * 1e-3, t.memory * 1e-3, t.compute * 1e-3, t.convert * 1e-3, t.fixed * 1e-3,
         bound, strcmp(what, "attention") == 0 ? " (decodes at a context of 1024)" : "");
 }

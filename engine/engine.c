@@ -158,6 +158,7 @@ void engine_set_hooks(engine *e, const engine_hooks *h) { e->hooks = *h; }
 
 void engine_reset(engine *e) {
     sched_flush_cache(e->sched);
+    if (e->trace) trace_flush_cache(e->trace);
     e->stats = (engine_stats){0};
     e->seqs_run = 0;
     timeline_start_real(&e->host);

@@ -1,7 +1,7 @@
 /* pattern.h - the regular expressions of tokenizer.json, found by PCRE2.
  *
  * The files are written for Oniguruma in Ruby syntax. What the two engines read differently is
- * translated (\s \w \h, line anchors) or refused by name (nested classes, \b, && in a class). */
+ * translated (\s \w \h, line anchors) or refused by name (a class inside a class, \b, &&). */
 #ifndef AMALGAM_PATTERN_H
 #define AMALGAM_PATTERN_H
 #include "json.h"

@@ -43,7 +43,9 @@ enum {
 status tokenizer_encode(const tokenizer *t, const char *s, size_t n, uint32_t flags, ids *out);
 
 /* Append the text of n ids: always valid UTF-8. Ids without a token give nothing; with
- * `skip_special` special tokens give nothing. */
+ * `skip_special` special tokens give nothing. An added token gives its content; tokenizers 0.23 gives
+ * the *normalised* content of a "normalized" one ("▁<s>") and then no longer skips it, which
+ * earlier versions do not and we take for an error. */
 status tokenizer_decode(const tokenizer *t, const int32_t *id, int64_t n, bool skip_special,
                         text *out);
 

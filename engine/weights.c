@@ -546,7 +546,8 @@ static void make_synthetic(const checkpoint *k, weight_field f, int32_t layer, w
         s->synthetic_scale = 0.1f;
         s->synthetic_mean = 1;
     }
-    snprintf(s->name, sizeof s->name, "synthetic layer %d %s", layer, weight_field_text(f));
+    if (f < 0) snprintf(s->name, sizeof s->name, "synthetic %s", weight_field_text(f));
+    if (f >= 0) snprintf(s->name, sizeof s->name, "synthetic %s %d", weight_field_text(f), layer);
 }
 
 status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, weight_source *out) {

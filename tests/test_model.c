@@ -221,6 +221,27 @@ static void test_defaults(void **state) {
     assert_close(c.rope.attention_factor, 1, 1e-15); /* DeepSeek's quotient */
 }
 
+/* gpt-oss without layer_types and rope: every second layer windowed, the first one too, and YaRN. */
+static void test_gpt_oss_defaults(void **state) {
+    (void)state;
+    static const char oss[] =
+        "{\"model_type\":\"gpt_oss\",\"hidden_size\":64,\"intermediate_size\":128,"
+        "\"num_hidden_layers\":4,\"num_attention_heads\":8,\"num_key_value_heads\":2,"
+        "\"vocab_size\":100,\"max_position_embeddings\":131072,\"num_local_experts\":8,"
+        "\"num_experts_per_tok\":2}";
+    model_config c;
+    assert_ok(model_config_parse(&c, oss, strlen(oss), "config.json"));
+    assert_int_equal(c.window[0], 128);
+    assert_int_equal(c.window[1], 0);
+    assert_int_equal(c.window[2], 128);
+    assert_int_equal(c.rope.kind, ROPE_YARN);
+    assert_false(c.rope.truncate);
+    assert_close(c.rope.theta, 1.5e5, 0);
+    assert_close(c.rope.attention_factor, 1.3465735902799727, 1e-12);
+    assert_close(c.swiglu_limit, 7, 0);
+    assert_int_equal(c.head_dim, 64);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     static const struct {
@@ -407,6 +428,23 @@ static void test_rope_golden(void **state) {
     json_decref(rows);
 }
 
+/* So small a base that the ramp would start past the last pair; transformers 5.23 gives these. */
+static void test_rope_ramp_clamped(void **state) {
+    (void)state;
+    const rope_config r = {.kind = ROPE_YARN,
+                           .theta = 10,
+                           .factor = 4,
+                           .beta_fast = 32,
+                           .beta_slow = 1,
+                           .attention_factor = 1.138629436111989,
+                           .truncate = true,
+                           .original_ctx = 4096};
+    double freq[32], factor;
+    rope_frequencies(&r, 64, freq, &factor);
+    assert_close(freq[20], 0.23713736236095428, 1e-6);
+    assert_close(freq[31], 0.10746078193187714, 1e-6);
+}
+
 static void test_out_of_memory(void **state) {
     (void)state;
     arena a;
@@ -423,10 +461,11 @@ static void test_out_of_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sixteen_models),  cmocka_unit_test(test_particulars),
-        cmocka_unit_test(test_both_spellings),  cmocka_unit_test(test_defaults),
-        cmocka_unit_test(test_refusals),        cmocka_unit_test(test_truncated),
-        cmocka_unit_test(test_tensor_parallel), cmocka_unit_test(test_rope_golden),
+        cmocka_unit_test(test_sixteen_models),   cmocka_unit_test(test_particulars),
+        cmocka_unit_test(test_both_spellings),   cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_gpt_oss_defaults), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_truncated),        cmocka_unit_test(test_tensor_parallel),
+        cmocka_unit_test(test_rope_golden),      cmocka_unit_test(test_rope_ramp_clamped),
         cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
