@@ -27,9 +27,16 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    const char *gpu; /* sim: name of a data sheet */
-    int32_t tp;      /* ranks, >= 1 */
-    int32_t threads; /* cpu; 0 = all cores */
+    const char *gpu;        /* sim: name of a data sheet */
+    const gpu_sheet *sheet; /* sim: used instead when not NULL (calibration, tests); copied by open */
+    int32_t tp;             /* ranks, >= 1 */
+    int32_t threads;        /* cpu; 0 = all cores */
+
+    /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
+     * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel
+     * without fused dequantisation does. kv_expand_first: attention of prefill does so with the
+     * quantised cache. UNSUPPORTED at setup by a device that has no such mode. */
+    bool dequant_first, kv_expand_first;
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -132,6 +139,11 @@ typedef struct device_ops {
     status (*linear_gated)(device *d, tensor out, tensor x, const weight *gate_up,
                            activation_kind kind, float limit);
 } device_ops;
+
+/* Tokens of a device without logits: a hash of (seed, request, draw), -1 for rows without params. */
+void device_placeholders(const batch *b, int32_t vocab, sampled *out);
+
+extern const device_ops device_null, device_cpu, device_sim;
 
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];

@@ -1,4 +1,5 @@
-/* gpu.h - data sheets of GPUs: workloads/gpus/<name>.json, with the source of every figure. */
+/* gpu.h - data sheets of GPUs: workloads/gpus/<name>.json, with the source of every figure:
+ * {"title": ..., "<field>": {"value": number, "source": text}, ..., "calibrated": text}. */
 #ifndef AMALGAM_GPU_H
 #define AMALGAM_GPU_H
 #include "base.h"
@@ -13,7 +14,7 @@ typedef struct {
     double f16_flops, int8_ops, fp8_flops;
     double f32_flops;                          /* CUDA cores: dequantisation, softmax */
     double dram_bytes_per_s, link_bytes_per_s; /* link: one direction, to the peers of a node */
-    int64_t memory_bytes, reserved_bytes;      /* nominal; taken by context and libraries */
+    int64_t memory_bytes, reserved_bytes; /* as the driver reports; taken by context, libraries */
     int64_t l2_bytes;
     /* Calibration: what a well-written kernel reaches, as a fraction of the figures above, and fixed
      * costs. From measurements where `calibrated` names them, else from the data sheet defaults. */
@@ -25,6 +26,10 @@ typedef struct {
 
 /* By name from workloads/gpus under root_dir(). NOTFOUND lists the names there are. */
 status gpu_load(gpu_sheet *out, const char *name);
+
+/* The same from memory, without the name; FORMAT, RANGE or NOTFOUND with the key. Every field of
+ * gpu_sheet is required, with a source. */
+status gpu_parse(gpu_sheet *out, const char *data, size_t n, const char *where);
 
 /* Names of all sheets, sorted; *n of them in arena memory. */
 status gpu_names(arena *a, const char ***names, int32_t *n);

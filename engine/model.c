@@ -654,8 +654,9 @@ static status fits_split(const model_config *c, const char *what, int32_t width,
     if (width % tp)
         return FAIL(ST_SHAPE, "%s: %s %d is no multiple of tp %d", c->name, what, width, tp);
     if (group > 0 && width / tp % group)
-        return FAIL(ST_SHAPE, "%s: %s %d / tp %d = %d is no multiple of the weight group %d",
-                    c->name, what, width, tp, width / tp, group);
+        return FAIL(ST_SHAPE,
+                    "%s: %s %d at tp %d, %d a rank, is no multiple of the weight group %d", c->name,
+                    what, width, tp, width / tp, group);
     return ST_OK;
 }
 

@@ -72,6 +72,9 @@ bool sched_pick(sched *s, int64_t now_ns, batch *out);
  * business. */
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop, int64_t now_ns);
 
+/* The request of sequence `seq` of the batch picked last, until it is committed. */
+const request *sched_request(const sched *s, const batch *b, int32_t seq);
+
 /* Take a request out of queue or batch, between steps: its pages go back and it finishes with CANCEL.
  * NOTFOUND when it is neither waiting nor running. */
 status sched_cancel(sched *s, int64_t id, int64_t now_ns);

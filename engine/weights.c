@@ -546,7 +546,8 @@ static void make_synthetic(const checkpoint *k, weight_field f, int32_t layer, w
         s->synthetic_scale = 0.1f;
         s->synthetic_mean = 1;
     }
-    snprintf(s->name, sizeof s->name, "synthetic layer %d %s", layer, weight_field_text(f));
+    if (f < 0) snprintf(s->name, sizeof s->name, "synthetic %s", weight_field_text(f));
+    if (f >= 0) snprintf(s->name, sizeof s->name, "synthetic %s %d", weight_field_text(f), layer);
 }
 
 status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, weight_source *out) {
@@ -556,6 +557,7 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
     if (f == WEIGHT_head && k->config.tied) {
         TRY(checkpoint_source(k, WEIGHT_embed, 0, out));
         out->shape = weight_field_shape(&k->config, WEIGHT_head); /* split over ranks as a head */
+        out->field = WEIGHT_head;
         return ST_OK;
     }
     if (!weight_field_present(&k->config, f))
@@ -563,12 +565,29 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
     if (k->files) {
         *out = k->source[source_at(f, layer)];
         out->type = checkpoint_dtype(k);
-        return ST_OK;
+    } else {
+        out->type = k->config.type;
+        out->shape = weight_field_shape(&k->config, f);
+        make_synthetic(k, f, layer, out);
     }
-    out->type = k->config.type;
-    out->shape = weight_field_shape(&k->config, f);
-    make_synthetic(k, f, layer, out);
+    out->field = f;
+    out->config = &k->config;
     return ST_OK;
+}
+
+weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp) {
+    CHECK(s->config || tp == 1);
+    const weight_shape one =
+        s->config ? weight_shape_shard(s->config, s->field, s->shape, tp) : s->shape;
+    const bool packed = one.quantise && p->weight != WF_16;
+    return (weight){.n = one.n,
+                    .k = one.k,
+                    .count = one.count,
+                    .format = packed ? p->weight : WF_16,
+                    .group = packed ? p->group : 0,
+                    .sym = packed && p->sym,
+                    .has_bias = one.has_bias,
+                    .bytes = weight_shape_bytes(&one, p, s->config ? s->config->type : DT_F16)};
 }
 
 float weight_noise(uint64_t seed, uint64_t counter) {

@@ -25,6 +25,17 @@ typedef enum {
     SHARD_COLS  /* input features are split, partial sums are reduced: o, down */
 } shard_kind;
 
+/* Weights of a model by field: three once, the others in every layer. */
+typedef enum {
+    WEIGHT_embed = -3,
+    WEIGHT_norm = -2,
+    WEIGHT_head = -1,
+#define X(field, ...) WEIGHT_##field,
+#include "layer.def"
+#undef X
+    WEIGHT_COUNT
+} weight_field;
+
 /* Shape of a field for a config, and how it is sharded; of the whole, or of one rank. */
 typedef struct {
     int32_t n, k;  /* of one matrix; vectors have n = 1 */
@@ -38,7 +49,9 @@ typedef struct {
 
 typedef struct {
     char name[128]; /* first tensor, for messages: "model.layers.3.self_attn.q_proj.weight" */
-    weight_shape shape;
+    weight_field field;
+    const model_config *config; /* of the checkpoint; NULL in hand-made sources, which have one rank */
+    weight_shape shape;         /* of the whole */
     dtype type; /* of all 16-bit tensors (checkpoint_dtype): what W16 and biases are stored in */
     int32_t
         n_parts; /* 0 = synthetic. Ordered by index, as many for each of the `count` matrices, in
@@ -74,6 +87,10 @@ typedef struct weight {
     void *data;
 } weight;
 
+/* The handle that a source in format p gives on one of tp ranks, `data` NULL: sizes and bytes are the
+ * same on every device. */
+weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp);
+
 /* Weights of one layer: fields and sources are generated from layer.def. Absent ones have n == 0. */
 typedef struct {
 #define X(field, ...) weight field;
@@ -86,15 +103,6 @@ typedef struct {
     layer_weights *layer;     /* [n_layers] */
 } model_weights;
 
-typedef enum {
-    WEIGHT_embed = -3,
-    WEIGHT_norm = -2,
-    WEIGHT_head = -1,
-#define X(field, ...) WEIGHT_##field,
-#include "layer.def"
-#undef X
-    WEIGHT_COUNT
-} weight_field;
 const char *weight_field_text(weight_field f);
 /* Does this model have it (in every layer)? A tied head is not there: it is the embedding. */
 bool weight_field_present(const model_config *c, weight_field f);

@@ -11,6 +11,9 @@
 extern "C" {
 #endif
 
+/* A CUDA stream without CUDA's headers: the same pointer as cudaStream_t. NULL is the default one. */
+typedef struct CUstream_st *kernel_stream;
+
 enum { KV_PAGE_TOKENS = 64 }; /* P: tokens of one KV page, on every device */
 
 #ifdef __cplusplus

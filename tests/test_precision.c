@@ -234,7 +234,7 @@ static void damaged_names_never_go_astray(void **state) {
     static const char good[] = "W4g64symA8KV[8x12,K8V4x3,16,FP8]";
     for (size_t cut = 0; cut < sizeof good; cut++)
         for (int32_t byte = -1; byte < 128; byte++) {
-            char name[sizeof good], one[PRECISION_NAME_MAX], two[PRECISION_NAME_MAX];
+            char name[sizeof good + 1] = "", one[PRECISION_NAME_MAX], two[PRECISION_NAME_MAX];
             memcpy(name, good, sizeof good);
             name[cut] = (char)(byte < 0 ? 0 : byte);
             precision p, q;

@@ -289,6 +289,7 @@ static void symmetric_and_float_known_answers(void **state) {
     w[0] = 2688.f; /* global 1, s = 448; the second group of 16: amax 12, s = 2 */
     w[16] = 12.f;
     w[17] = -1.f;
+    w[48] = 0.004f; /* / 6 rounds to zero in e4m3: the smallest scale 2^-9 instead, 2.05 steps */
     q = quantized(a, "WNVFP4", w, 16, 32);
     assert_true(q.global_scale == 1.f);
     assert_int_equal(((uint8_t *)q.scale)[0], 0x7e);
@@ -296,6 +297,8 @@ static void symmetric_and_float_known_answers(void **state) {
     assert_int_equal(q.code[0], 0x87); /* 6, and -7/448 is -0 */
     assert_int_equal(q.code[8], 0x97); /* 6, -.5 */
     assert_int_equal(((uint8_t *)q.scale)[2], 0x38);
+    assert_int_equal(((uint8_t *)q.scale)[3], 0x01);
+    assert_true(dequantized(a, &q)[48] == 0x1p-8f);
     q.code[8] ^= 0x10; /* twin */
     assert_true(dequantized(a, &q)[17] != -1.f);
     arena_reset(a, 0);
