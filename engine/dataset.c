@@ -32,11 +32,9 @@ static const struct {
     format_reader read;
     bool ordered; /* rows keep the order in which they were read */
 } formats[] = {
-    {"sharegpt", read_sharegpt, true },
-    {"burstgpt", read_burstgpt, false},
-    {"azure",    read_azure,    false},
-    {"mooncake", read_mooncake, false},
-    {"jsonl",    read_jsonl,    false},
+    {"sharegpt", read_sharegpt, true}, {"burstgpt", read_burstgpt, false},
+    {"azure", read_azure, false},      {"mooncake", read_mooncake, false},
+    {"jsonl", read_jsonl, false},
 };
 
 status dataset_read(dataset *out, const char *path, const dataset_options *o) {

@@ -27,10 +27,11 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    const char *gpu;        /* sim: name of a data sheet */
-    const gpu_sheet *sheet; /* sim: used instead when not NULL (calibration, tests); copied by open */
-    int32_t tp;             /* ranks, >= 1 */
-    int32_t threads;        /* cpu; 0 = all cores */
+    const char *gpu; /* sim: name of a data sheet */
+    const gpu_sheet
+        *sheet;      /* sim: used instead when not NULL (calibration, tests); copied by open */
+    int32_t tp;      /* ranks, >= 1 */
+    int32_t threads; /* cpu; 0 = all cores */
 
     /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
      * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel

@@ -61,13 +61,9 @@ enum { TILE_FEATURES = 128, TILE_ROWS_MAX = 256, TILE_QUERIES = 128, TILE_DECODE
  * multiply-add by scale and zero runs beside it on the float pipe); int8 a PRMT for two; e4m3 and e2m1
  * are shifts and masks. To 8-bit operands half of the work is left. ORDER precision, act. */
 static const double convert_weight[WF_COUNT][AF_COUNT] = {
-    [WF_16] = {0,    0,   0  },
-      [WF_INT8] = {0.5,  0,   0.5},
-      [WF_INT4] = {0.75, 0.5, 1.0},
-    [WF_FP8] = {1.0,  1.0, 0  },
-      [WF_FP8B] = {1.0,  1.0, 0  },
-      [WF_MXFP4] = {1.0,  0.5, 0.5},
-    [WF_NVFP4] = {1.0,  0.5, 0.5},
+    [WF_16] = {0, 0, 0},          [WF_INT8] = {0.5, 0, 0.5}, [WF_INT4] = {0.75, 0.5, 1.0},
+    [WF_FP8] = {1.0, 1.0, 0},     [WF_FP8B] = {1.0, 1.0, 0}, [WF_MXFP4] = {1.0, 0.5, 0.5},
+    [WF_NVFP4] = {1.0, 0.5, 0.5},
 };
 static const double convert_kv[KF_COUNT] = {
     [KF_16] = 0, [KF_FP8] = 1.0, [KF_8] = 0.5, [KF_4] = 0.75};

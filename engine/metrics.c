@@ -248,12 +248,8 @@ static bool set_summary(json_t *o, const char *name, const metric_summary *m) {
         const char *what;
         double v;
     } part[] = {
-        {"mean", m->mean},
-        {"std",  m->std },
-        {"p50",  m->p50 },
-        {"p90",  m->p90 },
-        {"p99",  m->p99 },
-        {"max",  m->max },
+        {"mean", m->mean}, {"std", m->std}, {"p50", m->p50},
+        {"p90", m->p90},   {"p99", m->p99}, {"max", m->max},
     };
     bool done = true;
     char key[64];
@@ -295,11 +291,7 @@ static bool set_vllm(json_t *o, const char *name, const metric_summary *m) {
         const char *what;
         double v;
     } part[] = {
-        {"mean",   m->mean},
-        {"median", m->p50 },
-        {"std",    m->std },
-        {"p90",    m->p90 },
-        {"p99",    m->p99 },
+        {"mean", m->mean}, {"median", m->p50}, {"std", m->std}, {"p90", m->p90}, {"p99", m->p99},
     };
     bool done = true;
     for (int32_t i = 0; i < COUNT_OF(part); i++) {

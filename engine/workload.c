@@ -21,10 +21,10 @@ static const struct {
     double output, output_sigma;
     int32_t output_min, output_max;
 } presets[] = {
-    {"sharegpt",  LENGTH_LOGNORMAL, 134,  1.15, 4,   1024,  135,  0.95, 4,   1024 },
-    {"reasoning", LENGTH_LOGNORMAL, 120,  0.60, 16,  2048,  4000, 0.80, 128, 16384},
-    {"longdoc",   LENGTH_LOGNORMAL, 7059, 0.48, 512, 16384, 208,  0.45, 8,   2048 },
-    {"fixed",     LENGTH_FIXED,     1024, 0,    1,   1024,  128,  0,    1,   128  },
+    {"sharegpt", LENGTH_LOGNORMAL, 134, 1.15, 4, 1024, 135, 0.95, 4, 1024},
+    {"reasoning", LENGTH_LOGNORMAL, 120, 0.60, 16, 2048, 4000, 0.80, 128, 16384},
+    {"longdoc", LENGTH_LOGNORMAL, 7059, 0.48, 512, 16384, 208, 0.45, 8, 2048},
+    {"fixed", LENGTH_FIXED, 1024, 0, 1, 1024, 128, 0, 1, 128},
 };
 
 static length_law preset_law(length_kind kind, double median, double sigma, int32_t min,

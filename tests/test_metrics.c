@@ -129,12 +129,12 @@ static void goodput_counts_requests_within_all_limits(void **state) {
         metric_limits limits;
         double want;
     } rows[] = {
-        {{.ttft_s = 0.026},                      20},
-        {{.ttft_s = 0.025},                      20}, /* at the limit is within */
-        {{.ttft_s = 0.0249},                     10},
-        {{.tpot_s = 0.016},                      20}, /* one token: no time per further token */
-        {{.e2e_s = 0.03},                        10},
-        {{.ttft_s = 0.02, .tpot_s = 0.0149},     0 },
+        {{.ttft_s = 0.026}, 20},
+        {{.ttft_s = 0.025}, 20}, /* at the limit is within */
+        {{.ttft_s = 0.0249}, 10},
+        {{.tpot_s = 0.016}, 20}, /* one token: no time per further token */
+        {{.e2e_s = 0.03}, 10},
+        {{.ttft_s = 0.02, .tpot_s = 0.0149}, 0},
         {{.ttft_s = 1, .tpot_s = 1, .e2e_s = 1}, 30},
     };
     for (int i = 0; i < COUNT_OF(rows); i++) {

@@ -69,9 +69,8 @@ static void bench_sequence(bench *t, int32_t tokens, int32_t kv_len) {
 }
 
 static weight_source matrix(int32_t n, int32_t k, int32_t count) {
-    return (weight_source){
-        .name = "test", .shape = {.n = n, .k = k, .count = count, .quantise = true}
-    };
+    return (weight_source){.name = "test",
+                           .shape = {.n = n, .k = k, .count = count, .quantise = true}};
 }
 
 /* What one operation costs, to a thousandth of a nanosecond. */
@@ -289,24 +288,14 @@ static void defaults_are_plausible_on_h200(void **state) {
     const double long_us = decode_ns("W16A16KV16", &g, 1, 131072) * 1e-3;
     assert_in_range((int)long_us, 115, 150); /* 115; 135 */
 
-    static const int32_t shape[][2] = {
-        {6144,  4096 },
-        {4096,  4096 },
-        {28672, 4096 },
-        {4096,  14336},
-        {57344, 8192 },
-        {8192,  28672}
-    };
+    static const int32_t shape[][2] = {{6144, 4096},  {4096, 4096},  {28672, 4096},
+                                       {4096, 14336}, {57344, 8192}, {8192, 28672}};
     static const struct {
         int64_t rows;
         double least,
             most; /* the best peer, the limit; above 64 rows no more than parity is known */
     } speed_up[] = {
-        {1,    1.9,  5.25},
-        {8,    1.9,  5.19},
-        {16,   1.9,  5.13},
-        {64,   1.15, 3.59},
-        {4096, 0.6,  1.10},
+        {1, 1.9, 5.25}, {8, 1.9, 5.19}, {16, 1.9, 5.13}, {64, 1.15, 3.59}, {4096, 0.6, 1.10},
     };
     bench t;
     bench_open(&t, &(device_options){.sheet = &g, .tp = 1}, "Llama-3.1-8B", "W16");
