@@ -36,7 +36,7 @@ typedef struct {
     /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
      * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel
      * without fused dequantisation does. kv_expand_first: attention of prefill does so with the
-     * quantised cache. UNSUPPORTED at setup by a device that has no such mode. */
+     * quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
 } device_options;
 

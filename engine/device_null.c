@@ -1,7 +1,7 @@
 /* device_null.c - the device that does nothing: what a run on it takes is our own overhead.
  *
- * Sizes of weights are right, memory is unlimited, tensors hold no data, time is real. Drawn tokens are
- * placeholders: a hash of (seed, draw), as on sim, so that both give the same tokens. */
+ * Sizes of weights are right, memory is unlimited, tensors hold no data, time is real. Drawn tokens
+ * are placeholders: a hash of (seed, draw), as on sim, so that both give the same tokens. */
 #include "device.h"
 
 #include "rng.h"

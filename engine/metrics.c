@@ -6,7 +6,7 @@
 
 #define S(ns) ((double)(ns)*1e-9)
 
-/* --- Order statistics --------------------------------------------------------------------------- */
+/* --- Order statistics ------------------------------------------------------------------------- */
 
 /* Hoare's selection: afterwards v[k] is what sorting would put there, nothing larger before it and
  * nothing smaller behind. Middle pivots, so sorted input is no worst case. No NaN. */
@@ -65,7 +65,7 @@ static metric_summary summarise(double *v, int64_t n) {
     return m;
 }
 
-/* --- One run ------------------------------------------------------------------------------------ */
+/* --- One run ---------------------------------------------------------------------------------- */
 
 static bool completed(const request_log *r) {
     return (r->finish == FINISH_STOP || r->finish == FINISH_LENGTH) && r->n_output > 0;
@@ -233,7 +233,7 @@ status metrics_compute(metrics *out, const request_log *log, int64_t n,
     return enough ? ST_OK : FAIL(ST_NOMEM, "metrics of %lld requests", (long long)n);
 }
 
-/* --- JSON --------------------------------------------------------------------------------------- */
+/* --- JSON ------------------------------------------------------------------------------------- */
 
 static bool set_real(json_t *o, const char *key, double v) {
     return !isfinite(v) || json_object_set_new(o, key, json_real(v)) == 0;

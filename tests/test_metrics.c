@@ -92,7 +92,8 @@ static void a_run_by_pencil(void **state) {
     assert_true(isnan(m.steady_output_tokens_per_s));
 }
 
-/* The twin of the above: each instant moved by a microsecond shows where it should and only there. */
+/* The twin of the above: each instant moved by a microsecond shows where it should and only
+ * there. */
 static void one_instant_moves_one_metric(void **state) {
     (void)state;
     request_log log[6];

@@ -183,7 +183,8 @@ static double decode_ns(const char *format, const gpu_sheet *sheet, int32_t seqs
 
 static void attention_by_hand(void **state) {
     (void)state;
-    /* 64 decodes at 4096: all SMs at work, nothing split. A head's K and V take 512 bytes a token. */
+    /* 64 decodes at 4096: all SMs at work, nothing split. A head's K and V take 512 bytes a
+     * token. */
     const double tokens = 64 * 4096 * 8.0, q = 64 * 32 * 128 * 4;
     const double memory = (tokens * 512 + q) / 2e3, compute = tokens * 4 * 16 * 128 / 5e5;
     const double exponentials = tokens * 4 * 4 / 16e3;
@@ -385,7 +386,7 @@ static void formats_without_units_are_refused(void **state) {
     device_sim.close(NULL);
 }
 
-/* --- Whole models ------------------------------------------------------------------------------- */
+/* --- Whole models ----------------------------------------------------------------------------- */
 
 static arena memory;
 

@@ -1,5 +1,6 @@
-/* test_workload.c - generators against the distributions they claim, readers against hand-made files,
- * and everything a broken file can do. Seeds are fixed; tolerances are five standard errors. */
+/* test_workload.c - generators against the distributions they claim, readers against hand-made
+ * files, and everything a broken file can do. Seeds are fixed; tolerances are five standard
+ * errors. */
 #include "test.h"
 
 #include "rng.h"
@@ -33,7 +34,8 @@ static workload_options preset(const char *name) {
     return o;
 }
 
-/* Mean and variance of a clamped, rounded log-normal by the midpoint rule over the normal variable. */
+/* Mean and variance of a clamped, rounded log-normal by the midpoint rule over the normal
+ * variable. */
 static void lognormal_moments(const length_law *l, double *mean, double *variance) {
     enum { STEPS = 200000 };
     double sum = 0, squares = 0, mass = 0;
@@ -264,7 +266,7 @@ static void prefixes_are_shared_and_salts_are_not(void **state) {
     arena_reset(&memory, 0);
 }
 
-/* --- Files -------------------------------------------------------------------------------------- */
+/* --- Files ------------------------------------------------------------------------------------ */
 
 static workload_options file_options(const char *format, const char *name) {
     workload_options o = preset("fixed");
@@ -531,8 +533,8 @@ static const struct {
     {"mooncake", "mooncake.jsonl"}, {"jsonl", "requests.jsonl"},
 };
 
-/* Truncated anywhere and with any byte changed: an answer or a refusal, never a crash. A row that is
- * kept has lengths within bounds. */
+/* Truncated anywhere and with any byte changed: an answer or a refusal, never a crash. A row that
+ * is kept has lengths within bounds. */
 static void damaged_files_do_no_harm(void **state) {
     (void)state;
     rng r;
