@@ -26,8 +26,6 @@
 #include <string.h>
 #include <unistd.h>
 
-extern const device_ops device_cpu;
-
 enum {
     ALIGN = 64,            /* a cache line */
     OUTPUTS_PER_TASK = 48, /* of a linear: a multiple of the tile's 3, 48 KB of weights at K 256 */
@@ -96,7 +94,7 @@ static int threads_for(const cpu *c, int64_t work) {
 static status cpu_open(device **out, const device_options *o) {
     if (o->tp != 1) return FAIL(ST_UNSUPPORTED, "the cpu device has one rank, not %d", o->tp);
     if (o->dequant_first || o->kv_expand_first)
-        return FAIL(ST_UNSUPPORTED, "the cpu device has no mode that expands first");
+        return FAIL(ST_UNSUPPORTED, "the cpu device has no baseline modes");
     cpu *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cpu device");
     c->base = (device){.ops = &device_cpu, .options = *o};

@@ -112,8 +112,8 @@ static row_state lay_state(float *scratch, int32_t rows, int32_t ratio, int32_t 
     return s;
 }
 
-/* Softmax numerators of one row over n new scores, in place; m, l and acc move to the new maximum.
- */
+/* Softmax numerators of one row over n new scores, in place; m, l and acc move to the new
+ * maximum. */
 static void absorb_scores(float *score, int32_t n, float scale, float *m, double *l, float *acc,
                           int32_t head_dim) {
     float largest = *m;

@@ -33,8 +33,8 @@ void ref_attention(float *out, int64_t out_stride, const float *q, int64_t q_str
  *   k, v                 [n_pages, G, P, code bytes of D]
  *   k_params, v_params   [n_pages, G, P, 2] f16: scale, minimum; unused for KV_16
  *
- * P = KV_PAGE_TOKENS. Tokens of one page and head are adjacent: an attention kernel streams them.
-  */
+ * P = KV_PAGE_TOKENS. Tokens of one page and head are adjacent: an attention kernel streams
+ * them. */
 typedef struct {
     kv_format k_format, v_format;
     int32_t n_kv_heads, head_dim;

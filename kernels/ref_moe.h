@@ -22,8 +22,7 @@ extern "C" {
  *   weight   [t, top_k] f32, its factor:
  *            over_chosen   softmax over the chosen logits (Mixtral, gpt-oss)
  *            else          softmax over all n_experts, then divided by the sum of the chosen ones
- *            if
- *                          normalise (Qwen3-MoE, norm_topk_prob)
+ *                          if normalise (Qwen3-MoE, norm_topk_prob)
  *   logits   [t, n_experts] f32
  *
  * Softmax in f64, rounded once. 1 <= top_k <= n_experts. */

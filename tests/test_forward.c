@@ -19,8 +19,7 @@
 #define MODELS "tests/vectors/models"
 enum { MAX_TOKENS = 256, MAX_SEQS = 8, PAGES = 64, STREAM_PAGES = 8, GOLDEN_MODELS = 15 };
 
-/* --- An engine of one model --------------------------------------------------------------------
- */
+/* --- An engine of one model ------------------------------------------------------------------- */
 
 typedef struct {
     arena a;
@@ -71,8 +70,7 @@ static void engine_close(engine *e) {
     arena_close(&e->a);
 }
 
-/* --- Streams of tokens, fed in chunks -----------------------------------------------------------
- */
+/* --- Streams of tokens, fed in chunks --------------------------------------------------------- */
 
 typedef struct {
     const int32_t *token;
@@ -110,8 +108,8 @@ static void add_sequence(batch *b, batch_memory *m, stream *s, int32_t chunk) {
     m->page_start[seq + 1] = m->page_start[seq] + n_pages;
 }
 
-/* One step: chunk[i] more tokens of stream i (0 = none), single tokens first as batch.h wants it.
- */
+/* One step: chunk[i] more tokens of stream i (0 = none), single tokens first as batch.h wants
+ * it. */
 static void step(engine *e, stream *s, const int32_t *chunk, int32_t n_streams) {
     static batch_memory m;
     batch b = {.token = m.token,
@@ -176,8 +174,7 @@ static void run_chunks(engine *e, const int32_t *token, int32_t n, const int32_t
     }
 }
 
-/* --- Golden logits ------------------------------------------------------------------------------
- */
+/* --- Golden logits ---------------------------------------------------------------------------- */
 
 typedef struct {
     char dir[256];
@@ -350,8 +347,7 @@ static void test_layouts(void **state) {
     same_logits("mixtral", "mixtral_fused");
 }
 
-/* --- Twins: one element of one weight -----------------------------------------------------------
- */
+/* --- Twins: one element of one weight --------------------------------------------------------- */
 
 static struct {
     int32_t at;   /* which of the loads, values and biases counted apart, is disturbed */
@@ -426,8 +422,7 @@ static void test_golden_twins(void **state) {
     for_each_golden(golden_twins);
 }
 
-/* --- A synthetic model: company, threads, formats, speed -----------------------------------------
- */
+/* --- A synthetic model: company, threads, formats, speed -------------------------------------- */
 
 /* The shape of the tiny checkpoint. */
 static const char tiny_config[] =
@@ -663,6 +658,9 @@ static void test_refusals(void **state) {
     assert_non_null(strstr(fail_message(), "cpu"));
     assert_ok(device_find(&ops, "cpu"));
     assert_status(ops->open(&d, &(device_options){.tp = 2}), ST_UNSUPPORTED);
+    assert_status(ops->open(&d, &(device_options){.tp = 1, .dequant_first = true}), ST_UNSUPPORTED);
+    assert_status(ops->open(&d, &(device_options){.tp = 1, .kv_expand_first = true}),
+                  ST_UNSUPPORTED);
 
     /* K = 768 is no multiple of a group of 512; a KV list of the wrong length. */
     engine *e = mem_alloc(1, sizeof *e);

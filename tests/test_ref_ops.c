@@ -29,8 +29,7 @@ static float *gaussian(rng *r, int64_t n) {
     return v;
 }
 
-/* --- Norm ---------------------------------------------------------------------------------------
- */
+/* --- Norm ------------------------------------------------------------------------------------- */
 
 static void naive_norm(float *y, const float *x, const float *w, int32_t rows, int32_t cols,
                        double eps) {
@@ -77,8 +76,7 @@ static void test_norm(void **state) {
     for (int i = 0; i < 4; i++) assert_true(y[i] == 0);
 }
 
-/* --- RoPE ---------------------------------------------------------------------------------------
- */
+/* --- RoPE ------------------------------------------------------------------------------------- */
 
 static void test_rope(void **state) {
     (void)state;
@@ -112,8 +110,7 @@ static void test_rope(void **state) {
     }
 }
 
-/* --- Linear -------------------------------------------------------------------------------------
- */
+/* --- Linear ----------------------------------------------------------------------------------- */
 
 static void test_linear(void **state) {
     (void)state;
@@ -181,8 +178,7 @@ static void test_linear_rows(void **state) {
     }
 }
 
-/* --- Activations --------------------------------------------------------------------------------
- */
+/* --- Activations ------------------------------------------------------------------------------ */
 
 static void test_activation(void **state) {
     (void)state;
@@ -228,8 +224,7 @@ static void test_activation(void **state) {
     mem_free(want);
 }
 
-/* --- Experts ------------------------------------------------------------------------------------
- */
+/* --- Experts ---------------------------------------------------------------------------------- */
 
 static void test_moe_route(void **state) {
     (void)state;
@@ -294,8 +289,7 @@ static void test_moe_permute(void **state) {
     mem_free(y);
 }
 
-/* --- Attention ----------------------------------------------------------------------------------
- */
+/* --- Attention -------------------------------------------------------------------------------- */
 
 typedef struct {
     int32_t kv_len, n; /* tokens in all, of them queries at the end */

@@ -1,5 +1,5 @@
-/* test_sampler.c - what is drawn, against probabilities worked out here, and the corners by hand.
- */
+/* test_sampler.c - what is drawn, against probabilities worked out here, and the corners by
+ * hand. */
 #include "test.h"
 
 #include "rng.h"
@@ -42,8 +42,7 @@ static void test_greedy(void **state) {
     for (uint64_t i = 0; i < 10; i++) assert_int_equal(draw_of(tie, 5, &rest, i).token, 1);
 }
 
-/* --- Which tokens can be drawn ------------------------------------------------------------------
- */
+/* --- Which tokens can be drawn ---------------------------------------------------------------- */
 
 /* The truncations written again: everything sorted, bit per token kept. Vocabulary at most 64. */
 static uint64_t naive_kept(const float *logits, int32_t vocab, const sampling *p, double *prob) {
@@ -146,8 +145,8 @@ static void test_distribution(void **state) {
     }
 }
 
-/* Selection and doubling at sizes where they have something to do, against ranks found by counting.
- */
+/* Selection and doubling at sizes where they have something to do, against ranks found by
+ * counting. */
 static void test_large_vocabulary(void **state) {
     (void)state;
     enum { V = V_MAX };
