@@ -5,7 +5,8 @@ return {
   experiment = "e01_accuracy",
   title = "Accuracy by weight format",
   caption = "Cost of weight formats at A16KV16 on the tiny checkpoint, cpu reference: increase "
-    .. "of held-out perplexity over 16-bit weights (left) and exact answers to held-out tasks (right).",
+    .. "of held-out perplexity over 16-bit weights (left) and exact answers to held-out tasks "
+    .. "(right).",
   build = function(data)
     local rows = {}
     local base = data:value("e01", { weight = "16", activation = "A16", kv = "KV16" }, "perplexity")

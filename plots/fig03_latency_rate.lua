@@ -9,7 +9,8 @@ return {
   predicted = true,
   title = "Latency against request rate by precision (predicted)",
   caption = "P99 time to first token (top) and median time per output token (bottom) against "
-    .. "the request rate on H100-SXM, conversations of the sharegpt shape, Poisson arrivals. Predicted.",
+    .. "the request rate on H100-SXM, conversations of the sharegpt shape, Poisson arrivals. "
+    .. "Predicted.",
   build = function(data)
     local rows = {}
     local formats = { labels.base, table.unpack(labels.formats) }

@@ -8,6 +8,8 @@ set datafile missing NaN
 set multiplot layout 1,2
 set logscale x 2
 set logscale y 10
+set xrange [900:150000]
+set format y "%g"
 set xlabel "context (tokens)"
 set xtics ("1k" 1024, "2k" 2048, "4k" 4096, "8k" 8192, "16k" 16384, "32k" 32768, "64k" 65536, \
            "128k" 131072)

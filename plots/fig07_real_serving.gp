@@ -10,6 +10,7 @@ array title_of[count]
 do for [n=1:count] { title_of[n] = name_of(n) }
 pick(n, x) = strcol("series") eq title_of[n] ? x : NaN
 set multiplot layout 1,3 margins 0.07,0.985,0.25,0.95 spacing 0.075,0.1
+set key off
 set xlabel "request rate (1/s)"
 set yrange [0:*]
 set offsets graph 0.05, graph 0.05, 0, 0
@@ -18,13 +19,10 @@ label_of(i) = i == 1 ? "TTFT P50 (ms)" : i == 2 ? "TTFT P99 (ms)" : "end to end 
 do for [i=1:3] {
     m = word(metrics, i)
     set ylabel label_of(i)
-    if (i == 2) {
-        set key at screen 0.5,0.01 center bottom horizontal maxrows 1
-    } else {
-        set key off
-    }
     plot for [n=1:count] data \
         using (column("rate_per_s")):(pick(n, column(m))):(column(m."_lo")):(column(m."_hi")) \
         with yerrorlines lt n title title_of[n]
 }
+load plots."/legend.gp"
+plot for [n=1:count] NaN with linespoints lt n title title_of[n]
 unset multiplot
