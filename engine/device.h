@@ -27,15 +27,16 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    const char *gpu;        /* sim: name of a data sheet */
-    const gpu_sheet *sheet; /* sim: used instead when not NULL (calibration, tests); copied by open */
-    int32_t tp;             /* ranks, >= 1 */
-    int32_t threads;        /* cpu; 0 = all cores */
+    const char *gpu; /* sim: name of a data sheet */
+    const gpu_sheet
+        *sheet;      /* sim: used instead when not NULL (calibration, tests); copied by open */
+    int32_t tp;      /* ranks, >= 1 */
+    int32_t threads; /* cpu; 0 = all cores */
 
     /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
      * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel
      * without fused dequantisation does. kv_expand_first: attention of prefill does so with the
-     * quantised cache. UNSUPPORTED at setup by a device that has no such mode. */
+     * quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
 } device_options;
 
@@ -73,8 +74,10 @@ typedef struct device_ops {
     /* Device memory of one rank in bytes: usable in all, before weights. 0 = unlimited (cpu, null). */
     status (*memory)(device *d, int64_t *usable);
 
-    /* Take one weight in format p (W16 unless s->quantise). Fills *out; out->bytes equals
-     * weight_shape_bytes of the rank's share on every device. */
+    /* Take one weight in format p (W16 unless s->shape.quantise). Fills *out; out->bytes equals
+     * weight_shape_bytes of the rank's share on every device. Nothing of the source is kept: the
+     * checkpoint may be closed afterwards. The bias of a weight whose columns are split (SHARD_COLS)
+     * is added by one rank alone, since the partial sums are reduced. */
     status (*weight_load)(device *d, const weight_source *s, const precision *p, weight *out);
     status (*setup)(device *d, const device_setup *s);
     /* An activation buffer for the whole run. */
@@ -86,7 +89,8 @@ typedef struct device_ops {
     /* out[t] = table[token[t]]                                            [T, E] */
     status (*embed)(device *d, tensor out, const weight *table);
 
-    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E] */
+    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E]
+     * out is neither of the others. */
     status (*norm)(device *d, tensor out, tensor residual, tensor add, const weight *w, float eps);
 
     /* out = quantise_A(x) W^T + bias. x [T, K], out [T, N]. The activation format applies when w is
@@ -118,7 +122,7 @@ typedef struct device_ops {
     status (*gather)(device *d, tensor out, tensor x);
     /* out [n_samples, V] f32 = x W^T over the whole vocabulary (gathered over ranks). */
     status (*logits)(device *d, tensor out, tensor x, const weight *head);
-    /* Draw one token for each sample_row that has params. */
+    /* Draw one token for each sample_row that has params; the others get token -1. */
     status (*sample)(device *d, tensor logits);
 
     /* Wait; results of the step [n_samples]; cost_ns is 0 unless virtual_time. */

@@ -95,6 +95,8 @@ static int threads_for(const cpu *c, int64_t work) {
 
 static status cpu_open(device **out, const device_options *o) {
     if (o->tp != 1) return FAIL(ST_UNSUPPORTED, "the cpu device has one rank, not %d", o->tp);
+    if (o->dequant_first || o->kv_expand_first)
+        return FAIL(ST_UNSUPPORTED, "the cpu device has no mode that expands first");
     cpu *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cpu device");
     c->base = (device){.ops = &device_cpu, .options = *o};
@@ -104,8 +106,10 @@ static status cpu_open(device **out, const device_options *o) {
     status st = arena_open(&c->weights, bytes);
     if (st == ST_OK) st = arena_open(&c->scratch, bytes);
     if (st == ST_OK) st = arena_open(&c->run, bytes);
-    *out = &c->base;
-    if (st != ST_OK) device_cpu.close(&c->base);
+    if (st != ST_OK)
+        device_cpu.close(&c->base);
+    else
+        *out = &c->base;
     return st;
 }
 

@@ -11,9 +11,7 @@
  * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows and
  * are taken once; a step uses their first rows. */
 #include "forward.h"
-#include "kernel.h"
 #include <math.h>
-#include <string.h>
 
 /* Activations of one rank. X router logits, k experts of a token, F of the FFN or of one expert. */
 #define BUFFERS(X)                                                                                 \

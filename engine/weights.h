@@ -50,8 +50,9 @@ typedef struct {
 typedef struct {
     char name[128]; /* first tensor, for messages: "model.layers.3.self_attn.q_proj.weight" */
     weight_field field;
-    const model_config *config; /* of the checkpoint; NULL in hand-made sources, which have one rank */
-    weight_shape shape;         /* of the whole */
+    const model_config
+        *config;        /* of the checkpoint; NULL in hand-made sources, which have one rank */
+    weight_shape shape; /* of the whole */
     dtype type; /* of all 16-bit tensors (checkpoint_dtype): what W16 and biases are stored in */
     int32_t
         n_parts; /* 0 = synthetic. Ordered by index, as many for each of the `count` matrices, in
