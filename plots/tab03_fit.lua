@@ -7,8 +7,8 @@ return {
   experiment = "e03_throughput",
   predicted = true,
   title = "Where models fit",
-  caption = "Predicted smallest tensor-parallel degree on which a model fits with room for 32768 KV "
-    .. "tokens, for W16A16KV16 / FP8 / MXFP4-A16KV8 / W4A16KV4. \"oom\": not on 8 GPUs; \"x\": "
+  caption = "Predicted smallest tensor-parallel degree on which a model fits with room for 32768 "
+    .. "KV tokens, for W16A16KV16 / FP8 / MXFP4-A16KV8 / W4A16KV4. \"oom\": not on 8 GPUs; \"x\": "
     .. "refused, by the GPU or by shapes that cannot be split into whole groups.",
   build = function(data)
     local gpus = data.ordered(labels.gpus, data:distinct("e03", "gpu"))
