@@ -16,7 +16,7 @@ debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
 
-PKGS     := lua5.4 jansson libpcre2-8 libutf8proc openblas
+PKGS     := lua5.4 jansson libpcre2-8 libutf8proc
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
@@ -25,11 +25,6 @@ PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
 LDLIBS   = $(PKG_LIBS) -lm
-
-# Idle OpenMP threads sleep: spinning ones wait for a core that another process holds, which makes the
-# cpu device ten times slower on a machine that is not ours alone.
-OMP_WAIT_POLICY ?= passive
-export OMP_WAIT_POLICY
 
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o)

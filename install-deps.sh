@@ -10,7 +10,6 @@ liblua5.4-dev:/usr/include/lua5.4/lua.h
 libjansson-dev:/usr/include/jansson.h
 libpcre2-dev:/usr/include/pcre2.h
 libutf8proc-dev:/usr/include/utf8proc.h
-libopenblas-dev:openblas.pc
 libcmocka-dev:/usr/include/cmocka.h
 gnuplot-nox:gnuplot
 lua-check:luacheck
@@ -19,7 +18,6 @@ clang-format-14:clang-format-14
 
 present() {
     case $1 in
-        *.pc) pkg-config --exists "${1%.pc}" 2>/dev/null ;;
         /*) [ -e "$1" ] ;;
         *) command -v "$1" >/dev/null 2>&1 ;;
     esac
