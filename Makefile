@@ -16,12 +16,14 @@ debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
 
-PKGS     := lua5.4 jansson libpcre2-8 openblas
+PKGS     := lua5.4 jansson libpcre2-8 libutf8proc
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # CI treats warnings as errors; elsewhere another compiler's new warning must not stop a user.
-CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp -Iengine -Ikernels $(PKG_CFLAGS)
+# -iquote: our sched.h must not hide the system's <sched.h>.
+CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
+           -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
 LDLIBS   = $(PKG_LIBS) -lm
 
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
@@ -46,6 +48,22 @@ setup: ## install the packages that are missing (apt)
 build: setup ## compile build/amalgam
 	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam
 
+# What was built: commit, hash of the difference of the sources to it, compiler, flags. Rewritten only
+# when it changes, so that nothing is compiled again for nothing.
+VERSIONED := engine kernels experiments baselines workloads plots Makefile
+$(B)/generated/version.h: FORCE
+	@mkdir -p $(@D)
+	@commit=$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown); \
+	diff=$$({ git diff HEAD -- $(VERSIONED); git ls-files -o --exclude-standard -- $(VERSIONED) | \
+	    xargs -r sha1sum; } 2>/dev/null | sha1sum | cut -c1-8); \
+	[ "$$diff" = da39a3ee ] && diff=; \
+	{ echo "#define AMALGAM_COMMIT \"$$commit\""; echo "#define AMALGAM_DIFF \"$$diff\""; \
+	  echo "#define AMALGAM_CC \"$$($(CC) --version | head -1)\""; \
+	  echo "#define AMALGAM_CFLAGS \"$($(MODE)) -fopenmp\""; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(O)/engine/results.o $(O)/engine/main.o: $(B)/generated/version.h
+
 $(O)/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	@echo "  cc    $<"
@@ -62,8 +80,45 @@ $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@mkdir -p $(@D)
 	@echo "  test  $<"
-	$(Q)$(CC) $(CFLAGS) -Itests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
+	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
 -include $(OBJECTS:.o=.d) $(TESTS:=.d)
 
-.PHONY: help setup build
+##@ Reproduce
+reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
+	$(Q)for e in experiments/e[0-9]*.lua; do $(O)/amalgam run $$e || exit 1; done
+	$(Q)$(O)/amalgam report
+
+quick: build ## the same on a few points each, under build/quick (about a minute)
+	$(Q)for e in experiments/e[0-9]*.lua; do \
+	    $(O)/amalgam run $$e --quick --results $(B)/quick/results || exit 1; done
+	$(Q)$(O)/amalgam report --results $(B)/quick/results --out $(B)/quick
+
+report: build ## tables, plots and PAPER.md from the results that are stored
+	$(Q)$(O)/amalgam report
+
+compare: build ## two versions by their stored results: make compare BASE=… HEAD=…
+	$(Q)$(O)/amalgam compare $(BASE) $(HEAD)
+
+bench: build ## what the suite itself costs (null, sim and cpu devices)
+	$(Q)$(O)/amalgam bench harness
+
+##@ Check
+test: build ## every check: style, layers, C and Lua tests (under 10 minutes)
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(TESTS)
+	$(Q)tests/run.sh $(O)
+
+asan: setup ## the C tests under the address and undefined-behaviour sanitizers
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) MODE=asan $(B)/asan/amalgam asan-tests
+	$(Q)tests/run.sh $(B)/asan
+
+asan-tests: $(TESTS)
+
+format: ## rewrite the C sources with clang-format 14
+	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch])
+
+clean: ## remove build/ (results stay)
+	rm -rf $(B)
+
+FORCE:
+.PHONY: help setup build reproduce quick report compare bench test asan asan-tests format clean FORCE

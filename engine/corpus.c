@@ -208,10 +208,8 @@ static void say(generator *g, const char *pattern) { expand(g, choose(g, span_of
 
 static void bind_person(generator *g, const char *name, const char *const pronouns[4]) {
     const bool girl = chance(g, 50);
-    static const char *const forms[2][4] = {
-        {"he",  "him", "his", "boy" },
-        {"she", "her", "her", "girl"}
-    };
+    static const char *const forms[2][4] = {{"he", "him", "his", "boy"},
+                                            {"she", "her", "her", "girl"}};
     bind_as(g, name, girl ? "{girl}" : "{boy}");
     for (int i = 0; i < 4; i++) bind(g, span_of(pronouns[i]), span_of(forms[girl][i]));
 }
@@ -456,10 +454,10 @@ static void chat_arithmetic(generator *g) {
 
 static void chat_recall(generator *g) {
     static const char *const facts[][2] = {
-        {"What is my name?",                  "Your name is {hero}."           },
-        {"What is my {pet} called?",          "Your {pet} is called {petname}."},
-        {"Who is my best friend?",            "Your best friend is {friend}."  },
-        {"Which number should you remember?", "The number is {secret}."        },
+        {"What is my name?", "Your name is {hero}."},
+        {"What is my {pet} called?", "Your {pet} is called {petname}."},
+        {"Who is my best friend?", "Your best friend is {friend}."},
+        {"Which number should you remember?", "The number is {secret}."},
     };
     exchange(
         g,

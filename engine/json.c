@@ -11,7 +11,7 @@ static status parse_error(const json_error_t *e, const char *where) {
 
 status json_parse(json_t **out, const char *data, size_t n, const char *where) {
     json_error_t e;
-    *out = json_loadb(data, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
+    *out = json_loadb(data ? data : "", n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
     return *out ? ST_OK : parse_error(&e, where);
 }
 

@@ -2,7 +2,7 @@
  * held-out side that training never sees. */
 #include "test.h"
 
-#include "cmd_corpus.h"
+#include "cli.h"
 #include "corpus.h"
 
 #include <stdlib.h>
@@ -205,12 +205,8 @@ static void options_outside_their_bounds_are_refused(void **state) {
     corpus_task task;
     assert_ok(arena_open(&a, 1 << 16));
     static const corpus_task_options bad[] = {
-        {-1,                    0,                    0                       },
-        {CORPUS_DIGITS_MAX + 1, 0,                    0                       },
-        {0,                     -1,                   0                       },
-        {0,                     CORPUS_PAIRS_MAX + 1, 0                       },
-        {0,                     0,                    -2                      },
-        {0,                     0,                    CORPUS_SENTENCES_MAX + 1},
+        {-1, 0, 0}, {CORPUS_DIGITS_MAX + 1, 0, 0},    {0, -1, 0}, {0, CORPUS_PAIRS_MAX + 1, 0},
+        {0, 0, -2}, {0, 0, CORPUS_SENTENCES_MAX + 1},
     };
     for (int32_t i = 0; i < COUNT_OF(bad); i++)
         assert_status(corpus_task_make(&a, CORPUS_RECALL, bad[i], 0, 0, &task), ST_RANGE);

@@ -1,0 +1,101 @@
+/* capacity.c - see capacity.h. Sums of exact terms; nothing here is estimated. */
+#include "capacity.h"
+
+#include "kernel.h"
+#include <math.h>
+
+#define GIB (1.0 / (1 << 30))
+
+static int32_t kv_heads_of_rank(const model_config *c, int32_t tp) {
+    return c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp; /* replicated when fewer than ranks */
+}
+
+int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp) {
+    return model_kv_token_bytes(c, p, tp) * KV_PAGE_TOKENS;
+}
+
+/* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is
+ * counted although a plan with the fused operation does without, so that a plan never changes the
+ * number of pages. Then the tables of a batch: ids, positions, two words of the KV append for each
+ * token; start, length and the sampler's 64 bytes for each sequence; experts and their weights for
+ * each token. */
+int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, int32_t max_seqs,
+                        int32_t max_samples) {
+    const bool moe = c->n_experts > 0;
+    const int64_t k = moe ? c->top_k : 1, ffn = (moe ? c->expert_dim : c->ffn_dim) / tp;
+    const int64_t h = c->n_heads / tp, g = kv_heads_of_rank(c, tp), dim = c->dim;
+    const int64_t token = 3 * dim                     /* residual, x, y */
+                          + (h + 2 * g) * c->head_dim /* qkv */
+                          + h * c->head_dim           /* attn */
+                          + k * 3 * ffn               /* gate_up, gated */
+                          + (moe ? c->n_experts + k * dim : 0) /* router, expert_y */;
+    const int64_t tables = 16 + (moe ? k * 12 : 0);
+    return max_tokens * (2 * token + tables) + max_samples * (2 * dim + 4 * (int64_t)c->vocab) +
+           max_seqs * (int64_t)(3 * 4 + 64);
+}
+
+/* "Llama-3.1-70B W16A16KV16 tp 1: weights 131.4 GiB + workspace 2.1 GiB, usable 20.3 GiB (90 % of
+ * 22.5 GiB)". */
+static status refuse(const capacity *m, const model_config *c, const precision *p, int32_t tp,
+                     int64_t usable, double fraction, int32_t pages) {
+    char name[PRECISION_NAME_MAX], kv[96] = "";
+    if (pages > 0)
+        snprintf(kv, sizeof kv, " + %d KV pages of %.2f MiB", pages,
+                 (double)m->page_bytes * GIB * 1024);
+    return FAIL(ST_OOM,
+                "%s %.64s tp %d: weights %.1f GiB + workspace %.1f GiB%s, usable %.1f GiB "
+                "(%g %% of %.1f GiB)",
+                c->name, precision_name(p, name), tp, (double)m->weight_bytes * GIB,
+                (double)m->workspace_bytes * GIB, kv, fraction * (double)usable * GIB,
+                fraction * 100, (double)usable * GIB);
+}
+
+status capacity_compute(capacity *out, const model_config *c, const precision *p, int32_t tp,
+                        int64_t usable, double fraction, int32_t max_tokens, int32_t max_seqs,
+                        int32_t pages_wanted, int32_t pages_least) {
+    CHECK(tp >= 1);
+    CHECK(fraction > 0 && fraction <= 1);
+    CHECK(usable >= 0);
+    capacity m = {.weight_bytes = model_weight_bytes(c, p, tp),
+                  .workspace_bytes = workspace_bytes(c, tp, max_tokens, max_seqs, max_seqs),
+                  .page_bytes = kv_page_bytes(c, p, tp)};
+    int64_t pages = pages_wanted;
+    if (usable > 0) {
+        const int64_t room = (int64_t)floor(fraction * (double)usable);
+        const int64_t left = room - m.weight_bytes - m.workspace_bytes;
+        const int64_t fit = left > 0 ? i64_min(left / m.page_bytes, INT32_MAX) : 0;
+        const int64_t least = i64_max(i64_max(pages_least, pages_wanted), 1);
+        if (fit < least) {
+            const bool weights_alone = m.weight_bytes + m.workspace_bytes > room;
+            return refuse(&m, c, p, tp, usable, fraction, weights_alone ? 0 : (int32_t)least);
+        }
+        if (pages_wanted <= 0) pages = fit;
+    } else if (pages < i64_max(pages_least, 1)) {
+        return FAIL(ST_RANGE, "%d KV pages, at least %d are needed", pages_wanted,
+                    pages_least > 1 ? pages_least : 1);
+    }
+    m.n_pages = (int32_t)pages;
+    m.kv_bytes = pages * m.page_bytes;
+    m.kv_tokens = pages * KV_PAGE_TOKENS;
+    *out = m;
+    return ST_OK;
+}
+
+status capacity_choose_tp(int32_t *tp, const model_config *c, const precision *p, int64_t usable,
+                          double fraction, int32_t max_tokens, int32_t max_seqs,
+                          int32_t pages_least) {
+    status last = FAIL(ST_OOM, "%s does not fit", c->name);
+    for (int32_t n = 1; n <= 8; n *= 2) {
+        capacity m;
+        status st = model_fits_precision(c, p, n);
+        if (st == ST_OK)
+            st = capacity_compute(&m, c, p, n, usable, fraction, max_tokens, max_seqs,
+                                  usable > 0 ? 0 : pages_least, pages_least);
+        if (st == ST_OK) {
+            *tp = n;
+            return ST_OK;
+        }
+        last = st;
+    }
+    return last;
+}

@@ -1,0 +1,86 @@
+/* cli.c - see cli.h. */
+#include "cli.h"
+
+#include <math.h>
+#include <string.h>
+
+static void print_help(const char *usage, const cli_option *options) {
+    printf("usage: amalgam %s\n", usage);
+    for (const cli_option *o = options; o->name; o++) {
+        char left[64];
+        snprintf(left, sizeof left, "%s%s%s", o->name, o->value ? " " : "",
+                 o->value ? o->value : "");
+        printf("  %-26s %s\n", left, o->help);
+    }
+}
+
+static status store(const cli_option *o, const char *value) {
+    switch (o->kind) {
+    case CLI_FLAG: *(bool *)o->out = true; return ST_OK;
+    case CLI_TEXT: *(const char **)o->out = value; return ST_OK;
+    case CLI_INT:
+        if (!parse_i64(value, INT64_MIN, INT64_MAX, o->out))
+            return FAIL(ST_USAGE, "%s: '%s' is no integer", o->name, value);
+        return ST_OK;
+    case CLI_NUMBER:
+        if (!parse_f64(value, -INFINITY, INFINITY, o->out))
+            return FAIL(ST_USAGE, "%s: '%s' is no number", o->name, value);
+        return ST_OK;
+    case CLI_TEXTS: {
+        cli_texts *list = o->out;
+        if (list->n == CLI_TEXTS_MAX)
+            return FAIL(ST_USAGE, "%s is given more than %d times", o->name, CLI_TEXTS_MAX);
+        list->item[list->n++] = value;
+        return ST_OK;
+    }
+    }
+    return ST_OK;
+}
+
+status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
+                 const char **args, int32_t *n_args) {
+    const int32_t max_args = *n_args;
+    *n_args = 0;
+    bool only_args = false; /* after "--" */
+    for (int i = 0; i < argc; i++) {
+        const char *arg = argv[i];
+        if (only_args || arg[0] != '-' || !arg[1]) {
+            if (*n_args == max_args)
+                return FAIL(ST_USAGE, "unexpected argument '%s' (amalgam %s)", arg, usage);
+            args[(*n_args)++] = arg;
+            continue;
+        }
+        if (strcmp(arg, "--") == 0) {
+            only_args = true;
+            continue;
+        }
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
+            print_help(usage, options);
+            return ST_INTERRUPTED;
+        }
+        const char *equals = strchr(arg, '=');
+        const size_t n = equals ? (size_t)(equals - arg) : strlen(arg);
+        const cli_option *o = options;
+        while (o->name && (strlen(o->name) != n || strncmp(o->name, arg, n) != 0)) o++;
+        if (!o->name)
+            return FAIL(ST_USAGE, "unknown option '%.*s' (--help lists them)", (int)n, arg);
+        const char *value = NULL;
+        if (o->kind == CLI_FLAG) {
+            if (equals) return FAIL(ST_USAGE, "%s takes no value", o->name);
+        } else if (equals) {
+            value = equals + 1;
+        } else {
+            if (i + 1 == argc) return FAIL(ST_USAGE, "%s needs a value", o->name);
+            value = argv[++i];
+        }
+        TRY(store(o, value));
+    }
+    return ST_OK;
+}
+
+int cli_exit(status st) {
+    if (st == ST_OK || st == ST_INTERRUPTED) return 0;
+    fflush(stdout);
+    fprintf(stderr, "amalgam: %s\n", fail_message()[0] ? fail_message() : status_text(st));
+    return st == ST_USAGE || st == ST_FORMAT || st == ST_RANGE || st == ST_NOTFOUND ? 2 : 1;
+}

@@ -1,0 +1,44 @@
+/* cli.h - options of a command: one table says names, types and help, and fills the variables. */
+#ifndef AMALGAM_CLI_H
+#define AMALGAM_CLI_H
+#include "base.h"
+
+typedef enum { CLI_FLAG, CLI_TEXT, CLI_INT, CLI_NUMBER, CLI_TEXTS } cli_kind;
+
+typedef struct {
+    const char *name; /* "--model" */
+    cli_kind kind;
+    void *out;         /* bool, const char *, int64_t, double, cli_texts: holds the default */
+    const char *value; /* what the help shows after it: "DIR"; NULL for flags */
+    const char *help;
+} cli_option;
+
+enum { CLI_TEXTS_MAX = 32 };
+typedef struct { /* an option that may be repeated */
+    const char *item[CLI_TEXTS_MAX];
+    int32_t n;
+} cli_texts;
+
+/* Read argv[0..argc) (without the command itself). The table ends with a NULL name. Up to *n_args
+ * plain arguments go to args; *n_args becomes their number. USAGE with the reason for anything
+ * unknown, missing or out of form. "--help" prints `usage` and the table, and returns INTERRUPTED.
+  */
+status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
+                 const char **args, int32_t *n_args);
+
+/* For a command's return: prints the recorded failure to standard error and gives the exit status:
+ * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 1 for the rest. */
+int cli_exit(status st);
+
+/* The commands (main.c). argv[0] is the command's name. */
+int cmd_corpus(int argc, char **argv);
+int cmd_doctor(int argc, char **argv);
+int cmd_evaluate(int argc, char **argv);
+int cmd_formats(int argc, char **argv);
+int cmd_generate(int argc, char **argv);
+int cmd_bench(int argc, char **argv);
+int cmd_inspect(int argc, char **argv);
+int cmd_inspect_model(int argc, char **argv);
+int cmd_models(int argc, char **argv);
+int cmd_tokenize(int argc, char **argv);
+#endif

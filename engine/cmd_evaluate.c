@@ -1,0 +1,76 @@
+/* cmd_evaluate.c - `amalgam eval`: perplexity of a text under a precision. */
+#include "cli.h"
+#include "evaluate.h"
+#include "json.h"
+
+#include <string.h>
+
+static status run(engine_options *o, const char *path, int32_t window, int32_t stride, bool json) {
+    char dir[1024], *words = NULL;
+    size_t n_words = 0;
+    tokenizer *t = NULL;
+    engine *e = NULL;
+    ids tokens = {0};
+    perplexity_result r;
+    status st = model_dir(dir, sizeof dir, o->model);
+    if (st == ST_OK) st = tokenizer_open(&t, dir);
+    if (st == ST_OK) st = file_read(&words, &n_words, path);
+    if (st == ST_OK) st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL, &tokens);
+    if (st == ST_OK) st = engine_open(&e, o, NULL, NULL);
+    if (st == ST_OK) st = evaluate_perplexity(e, tokens.data, tokens.length, window, stride, &r);
+    if (st == ST_OK && json) {
+        char name[PRECISION_NAME_MAX];
+        json_t *line = json_pack("{s:s, s:s, s:s, s:I, s:f, s:f, s:f}", "model", o->model,
+                                 "precision", precision_name(engine_precision(e), name), "text",
+                                 path, "scored_tokens", (json_int_t)r.n_scored, "nll_nats", r.nll,
+                                 "perplexity", r.perplexity, "bits_per_byte",
+                                 r.nll / 0.6931471805599453 * (double)r.n_scored / (double)n_words);
+        char *printed = line ? json_line(line) : NULL;
+        puts(printed ? printed : "{}");
+        mem_free(printed);
+        json_decref(line);
+    } else if (st == ST_OK) {
+        printf("perplexity %.4f over %lld tokens (%.4f nats a token)\n", r.perplexity,
+               (long long)r.n_scored, r.nll);
+    }
+    engine_close(e);
+    tokenizer_close(t);
+    ids_free(&tokens);
+    mem_free(words);
+    return st;
+}
+
+int cmd_evaluate(int argc, char **argv) {
+    const char *model = NULL, *format = "W16A16KV16", *device_name = "cpu", *path = NULL;
+    int64_t window = 512, stride = 256, threads = 0;
+    bool json = false;
+    const cli_option options[] = {
+        {"--model", CLI_TEXT, &model, "DIR", "checkpoint folder"},
+        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"},
+        {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
+        {"--text", CLI_TEXT, &path, "FILE", "what to score"},
+        {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
+        {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
+        {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
+        {"--json", CLI_FLAG, &json, NULL, "one object"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n_args = 0;
+    status st = cli_parse(argc - 1, argv + 1, "eval --model DIR --text FILE [options]", options,
+                          NULL, &n_args);
+    if (st == ST_OK && (!model || !path)) st = FAIL(ST_USAGE, "eval needs --model and --text");
+    if (st == ST_OK && (window < 2 || window > 1 << 20 || stride < 1 || stride >= window))
+        st = FAIL(ST_USAGE, "--window must be 2 to %d and --stride below it", 1 << 20);
+    if (st == ST_OK && (threads < 0 || threads > 1024))
+        st = FAIL(ST_USAGE, "--threads is out of range");
+    if (st != ST_OK) return cli_exit(st);
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    o.model = model;
+    o.precision = format;
+    o.device = device_name;
+    o.device_options.threads = (int32_t)threads;
+    o.policy.token_budget = (int32_t)i64_max(window, 64);
+    o.policy.max_seqs = 1;
+    o.max_samples = (int32_t)window;
+    return cli_exit(run(&o, path, (int32_t)window, (int32_t)stride, json));
+}

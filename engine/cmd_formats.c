@@ -1,0 +1,219 @@
+/* cmd_formats.c - `amalgam formats [--gpu NAME|cpu] [--json]`: the support matrix of formats.h.
+ *
+ * One architecture is printed row by row, all of them as a matrix with a cell per architecture.
+ * Text ends in the refusals with their reasons; --json has one object per pair and architecture,
+ * the refused ones included, then the KV formats. */
+#include "formats.h"
+#include "json.h"
+
+#include <string.h>
+
+int cmd_formats(int argc,
+                char **argv); /* declared for main.c in cli.h, which is above this layer */
+
+/* The standard form of a weight format: what its bare name means. */
+static precision pair(weight_format w, act_format a) {
+    char name[32];
+    precision p;
+    snprintf(name, sizeof name, "W%sA%s", weight_format_text(w), act_format_text(a));
+    CHECK(precision_parse(&p, name) == ST_OK);
+    return p;
+}
+
+/* --- Text --------------------------------------------------------------------------------------
+ */
+
+/* Width 11: the family of a kernel, with a star where it is only predicted. */
+static void print_cell(const char *kernel, format_runs runs) {
+    const char *family = strrchr(kernel, '_') ? strrchr(kernel, '_') + 1 : kernel;
+    char star[16];
+    snprintf(star, sizeof star, "%.10s%s", family, runs == RUNS_PREDICTED ? "*" : "");
+    printf(" %-11s", runs == RUNS_DEFINITION ? "definition" : star);
+}
+
+static void print_matrix(void) {
+    char name[16];
+    printf("%-8s %-4s", "weights", "act");
+    for (int32_t i = 0; i < arch_count(); i++) printf(" %-11s", arch_text(arch_at(i), name));
+    printf("\n");
+    for (int32_t w = 0; w < WF_COUNT; w++)
+        for (int32_t a = 0; a < AF_COUNT; a++) {
+            const precision p = pair((weight_format)w, (act_format)a);
+            if (!format_linear_find(&p, ARCH_CPU)) continue; /* among the refusals below */
+            printf("%-8s %-4s", weight_format_text(p.weight), act_format_text(p.act));
+            for (int32_t i = 0; i < arch_count(); i++) {
+                const format_linear *row = format_linear_find(&p, arch_at(i));
+                if (row)
+                    print_cell(row->kernel, row->runs);
+                else
+                    print_cell("-", RUNS_CUDA);
+            }
+            printf("\n");
+        }
+    printf("\n%-13s", "KV (K and V)");
+    for (int32_t i = 0; i < arch_count(); i++) printf(" %-11s", arch_text(arch_at(i), name));
+    printf("\n");
+    for (int32_t f = 0; f < KF_COUNT; f++) {
+        printf("%-13s", kv_format_text((kv_format)f));
+        for (int32_t i = 0; i < arch_count(); i++) {
+            const format_kv *row = format_kv_find((kv_format)f, arch_at(i));
+            if (row)
+                print_cell(row->kernel, row->runs);
+            else
+                print_cell("-", RUNS_CUDA);
+        }
+        printf("\n");
+    }
+}
+
+static void print_arch(int32_t i) {
+    char name[16];
+    const int32_t arch = arch_at(i);
+    printf("%s%s%s%s\n", arch_text(arch, name), arch ? " (" : "", arch_gpus(i), arch ? ")" : "");
+    printf("%-8s %-4s %-17s %-38s %s\n", "weights", "act", "kernel", "instruction", "runs");
+    for (int32_t w = 0; w < WF_COUNT; w++)
+        for (int32_t a = 0; a < AF_COUNT; a++) {
+            const precision p = pair((weight_format)w, (act_format)a);
+            const format_linear *row = format_linear_find(&p, arch);
+            if (!row) continue;
+            printf("%-8s %-4s %-17s %-38s %s\n", weight_format_text(p.weight),
+                   act_format_text(p.act), row->kernel, row->instruction,
+                   format_runs_text(row->runs));
+        }
+    for (int32_t f = 0; f < KF_COUNT; f++) {
+        const format_kv *row = format_kv_find((kv_format)f, arch);
+        if (!row) continue;
+        printf("KV%-11s %-17s %-38s %s\n", kv_format_text((kv_format)f), row->kernel,
+               row->instruction, format_runs_text(row->runs));
+    }
+}
+
+/* Each reason once, with the architectures it names itself. */
+static void print_refusals(int32_t first, int32_t last) {
+    printf("\nrefused:\n");
+    for (int32_t w = 0; w < WF_COUNT; w++)
+        for (int32_t a = 0; a < AF_COUNT; a++) {
+            char said[512] = "";
+            for (int32_t i = first; i <= last; i++) {
+                const precision p = pair((weight_format)w, (act_format)a);
+                if (format_supported(&p, arch_at(i)) == ST_OK) continue;
+                if (strcmp(said, fail_message()) == 0) continue;
+                snprintf(said, sizeof said, "%s", fail_message());
+                printf("  %s\n", said);
+            }
+        }
+}
+
+/* What the cells are worth; a table that is only predicted must not look like one that ran. */
+static void print_legend(int32_t first, int32_t last) {
+    bool predicted = false;
+    int32_t n;
+    const format_linear *row = format_linear_rows(&n);
+    for (int32_t i = 0; i < n; i++)
+        for (int32_t j = first; j <= last; j++)
+            predicted |= row[i].runs == RUNS_PREDICTED && arch_at(j) >= row[i].sm_min &&
+                         arch_at(j) <= row[i].sm_max;
+    printf("\nK and V may differ, and each layer may have its own: see K8V4 and KV[8x4,4x28].\n");
+    if (predicted)
+        printf("* predicted: no kernel is built for these rows yet; sim alone runs them. The cpu\n"
+               "definition computes every pair that is not refused.\n");
+}
+
+/* --- JSON --------------------------------------------------------------------------------------
+ */
+
+/* Print and release. */
+static status put_line(json_t *object) {
+    char *line = object ? json_line(object) : NULL;
+    json_decref(object);
+    if (!line) return FAIL(ST_NOMEM, "a line of JSON");
+    puts(line);
+    mem_free(line);
+    return ST_OK;
+}
+
+/* `key` (arch and formats, released here) and what is known of its row; kernel NULL: refused, with
+ * the reason in fail_message. */
+static status put_row(json_t *key, const char *kernel, const char *instruction, format_runs runs) {
+    json_t *rest = kernel ? json_pack("{s:b, s:s, s:s, s:b, s:s}", "supported", 1, "kernel", kernel,
+                                      "instruction", instruction, "predicted",
+                                      runs == RUNS_PREDICTED, "runs", format_runs_text(runs))
+                          : json_pack("{s:b, s:s}", "supported", 0, "reason", fail_message());
+    const bool whole = key && rest && json_object_update(key, rest) == 0;
+    json_decref(rest);
+    if (whole) return put_line(key);
+    json_decref(key);
+    return put_line(NULL);
+}
+
+static status print_json(int32_t first, int32_t last) {
+    char arch[16];
+    for (int32_t i = first; i <= last; i++) {
+        arch_text(arch_at(i), arch);
+        for (int32_t w = 0; w < WF_COUNT; w++)
+            for (int32_t a = 0; a < AF_COUNT; a++) {
+                const precision p = pair((weight_format)w, (act_format)a);
+                const format_linear *row = format_linear_find(&p, arch_at(i));
+                json_t *key =
+                    json_pack("{s:s, s:s, s:s}", "arch", arch, "weight",
+                              weight_format_text(p.weight), "act", act_format_text(p.act));
+                TRY(row ? put_row(key, row->kernel, row->instruction, row->runs)
+                        : put_row(key, NULL, NULL, RUNS_PREDICTED));
+            }
+        for (int32_t f = 0; f < KF_COUNT; f++) {
+            const format_kv *row = format_kv_find((kv_format)f, arch_at(i));
+            json_t *key = json_pack("{s:s, s:s}", "arch", arch, "kv", kv_format_text((kv_format)f));
+            TRY(row ? put_row(key, row->kernel, row->instruction, row->runs)
+                    : put_row(key, NULL, NULL, RUNS_PREDICTED));
+        }
+    }
+    return ST_OK;
+}
+
+/* --- The command -------------------------------------------------------------------------------
+ */
+
+static const char usage_line[] = "usage: amalgam formats [--gpu NAME|cpu] [--json]\n";
+
+static int usage(const char *problem, const char *what) {
+    fprintf(stderr, "amalgam formats: %s%s\n%s", problem, what, usage_line);
+    return 2;
+}
+
+/* argv[0] is "formats". */
+int cmd_formats(int argc, char **argv) {
+    bool json = false;
+    const char *gpu = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) {
+            fputs(usage_line, stdout);
+            return 0;
+        }
+        if (strcmp(argv[i], "--json") == 0) {
+            json = true;
+        } else if (strcmp(argv[i], "--gpu") == 0) {
+            if (++i == argc) return usage("--gpu needs a name", "");
+            gpu = argv[i];
+        } else {
+            return usage("what is ", argv[i]);
+        }
+    }
+    int32_t first = 0, last = arch_count() - 1, arch;
+    if (gpu) {
+        if (arch_parse(&arch, gpu) != ST_OK) return usage(fail_message(), "");
+        while (arch_at(first) != arch) first++; /* arch_parse gives no other */
+        last = first;
+    }
+    if (json) {
+        if (print_json(first, last) == ST_OK) return 0;
+        fprintf(stderr, "amalgam formats: %s\n", fail_message());
+        return 1;
+    }
+    if (gpu)
+        print_arch(first);
+    else
+        print_matrix();
+    print_refusals(first, last);
+    print_legend(first, last);
+    return 0;
+}

@@ -1,0 +1,27 @@
+/* devices.c - the table of devices: one line each, in the order they are listed to users. */
+#include "device.h"
+#include <string.h>
+
+const device_ops *const devices[] = {
+    &device_cpu,
+    &device_sim,
+    &device_null,
+    NULL,
+};
+
+status device_find(const device_ops **out, const char *name) {
+    char names[128] = "";
+    size_t used = 0;
+    for (int32_t i = 0; devices[i]; i++) {
+        if (!strcmp(devices[i]->name, name)) {
+            *out = devices[i];
+            return ST_OK;
+        }
+        const int n =
+            snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", devices[i]->name);
+        CHECK(n > 0);
+        used += (size_t)n;
+        CHECK(used < sizeof names);
+    }
+    return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s", name, names);
+}

@@ -1,0 +1,181 @@
+/* evaluate.c - see evaluate.h. */
+#include "evaluate.h"
+
+#include "kernel.h"
+#include "output.h"
+
+#include <math.h>
+#include <string.h>
+
+/* log softmax(x)[target] in double. */
+static double log_probability(const float *x, int32_t n, int32_t target) {
+    double top = -INFINITY, sum = 0;
+    for (int32_t i = 0; i < n; i++)
+        if ((double)x[i] > top) top = (double)x[i];
+    for (int32_t i = 0; i < n; i++) sum += exp((double)x[i] - top);
+    return (double)x[target] - top - log(sum);
+}
+
+/* One window as a batch of one sequence in pages 0, 1, 2, …, with rows [from, n) sampled. */
+typedef struct {
+    arena memory;
+    int32_t *position, *page;
+    sample_row *sample;
+    float *logits;
+    sampled *sampled;
+} window_batch;
+
+static status window_open(window_batch *w, int32_t window, int32_t vocab) {
+    const size_t n = (size_t)window;
+    TRY(arena_open(&w->memory, n * (sizeof(sample_row) + sizeof(sampled) + 64) +
+                                   n * (size_t)vocab * sizeof(float) + 65536));
+    w->position = arena_array(&w->memory, int32_t, n);
+    w->page = arena_array(&w->memory, int32_t, n / KV_PAGE_TOKENS + 1);
+    w->sample = arena_array(&w->memory, sample_row, n);
+    w->sampled = arena_array(&w->memory, sampled, n);
+    w->logits = arena_array(&w->memory, float, n *(size_t)vocab);
+    if (!w->position || !w->page || !w->sample || !w->sampled || !w->logits)
+        return FAIL(ST_NOMEM, "window of %d tokens", window);
+    for (int32_t i = 0; i < window; i++) w->position[i] = i;
+    for (int32_t i = 0; i <= window / KV_PAGE_TOKENS; i++) w->page[i] = i;
+    return ST_OK;
+}
+
+/* Sum of log-probabilities of token[from+1 .. n) given all before them. */
+static status score_window(engine *e, window_batch *w, const int32_t *token, int32_t n,
+                           int32_t from, double *sum) {
+    const int32_t vocab = engine_config(e)->vocab, rows = n - 1 - from;
+    for (int32_t i = 0; i < rows; i++) w->sample[i] = (sample_row){.row = from + i, .draw = 0};
+    const int32_t seq_start[2] = {0, n}, page_start[2] = {0, (int32_t)div_up(n, KV_PAGE_TOKENS)};
+    const int64_t id = 0;
+    const batch b = {.n_seqs = 1,
+                     .n_tokens = n,
+                     .n_samples = rows,
+                     .n_decodes = n == 1,
+                     .token = token,
+                     .position = w->position,
+                     .seq_start = seq_start,
+                     .kv_len = &n,
+                     .page_start = page_start,
+                     .page = w->page,
+                     .id = &id,
+                     .sample = w->sample};
+    int64_t cost;
+    TRY(forward_step(engine_forward(e), &b, w->sampled, &cost));
+    TRY(forward_logits(engine_forward(e), w->logits));
+    for (int32_t i = 0; i < rows; i++)
+        *sum += log_probability(w->logits + (int64_t)i * vocab, vocab, token[from + i + 1]);
+    return ST_OK;
+}
+
+status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
+                           int32_t stride, perplexity_result *out) {
+    *out = (perplexity_result){.nll = NAN, .perplexity = NAN};
+    if (n < 2) return FAIL(ST_RANGE, "a text of %lld tokens has nothing to score", (long long)n);
+    if (window < 2 || stride < 1 || stride >= window)
+        return FAIL(ST_RANGE, "window %d and stride %d: stride must be below window", window,
+                    stride);
+    if (window > engine_config(e)->ctx_max)
+        return FAIL(ST_RANGE, "window %d exceeds the model's context of %d", window,
+                    engine_config(e)->ctx_max);
+    if (div_up(window, KV_PAGE_TOKENS) > engine_capacity(e)->n_pages)
+        return FAIL(ST_OOM, "window %d exceeds the KV pool of %lld tokens", window,
+                    (long long)engine_capacity(e)->kv_tokens);
+    CHECK(sched_running(engine_sched(e)) == 0);
+    for (int64_t i = 0; i < n; i++)
+        if (token[i] < 0 || token[i] >= engine_config(e)->vocab)
+            return FAIL(ST_RANGE, "token %d is outside the vocabulary", token[i]);
+    window_batch w = {0};
+    status st = window_open(&w, window, engine_config(e)->vocab);
+    double sum = 0;
+    int64_t scored = 1; /* tokens 0..scored-1 are done; the first has no context */
+    for (int64_t at = 0; st == ST_OK && scored < n; at += stride) {
+        const int32_t size = (int32_t)i64_min(window, n - at);
+        st = score_window(e, &w, token + at, size, (int32_t)(scored - 1 - at), &sum);
+        scored = at + size;
+    }
+    arena_close(&w.memory);
+    TRY(st);
+    out->n_scored = n - 1;
+    out->nll = -sum / (double)out->n_scored;
+    out->perplexity = exp(out->nll);
+    return ST_OK;
+}
+
+/* --- Tasks -------------------------------------------------------------------------------------
+ */
+
+typedef struct {
+    ids prompt;
+    output out;
+    corpus_task task;
+} question;
+
+typedef struct {
+    question *q;
+    status st;
+} answers;
+
+static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+    (void)now_ns;
+    answers *a = user;
+    question *q = &a->q[id];
+    bool stopped = false;
+    if (a->st == ST_OK) a->st = output_push(&q->out, s->token, &stopped);
+    /* Long enough to judge: the answer's terminator is its last character. */
+    return a->st != ST_OK || q->out.text.length >= q->task.answer_bytes;
+}
+
+static status ask(engine *e, const tokenizer *t, arena *a, question *q, int32_t n, corpus_kind kind,
+                  uint64_t seed) {
+    for (int32_t i = 0; i < n; i++) {
+        TRY(corpus_task_make(a, kind, corpus_task_defaults(), seed, i, &q[i].task));
+        TRY(tokenizer_encode(t, q[i].task.prompt, q[i].task.prompt_bytes, TOKENIZER_PARSE_SPECIAL,
+                             &q[i].prompt));
+        output_open(&q[i].out, t, NULL, 0);
+        const request r = {.id = i,
+                           .prompt = q[i].prompt.data,
+                           .n_prompt = (int32_t)q[i].prompt.length,
+                           .max_new = (int32_t)q[i].task.answer_bytes + 2,
+                           .sampling = SAMPLING_GREEDY,
+                           .user = -1};
+        TRY(engine_submit(e, &r));
+    }
+    request_log log;
+    const int32_t *token;
+    for (int32_t done = 0; done < n;) {
+        bool ran;
+        TRY(engine_step(e, &ran));
+        CHECK(ran);
+        while (sched_take_finished(engine_sched(e), &log, &token)) done++;
+    }
+    return ST_OK;
+}
+
+status evaluate_tasks(engine *e, const tokenizer *t, corpus_kind kind, uint64_t seed, int32_t n,
+                      task_result *out) {
+    *out = (task_result){.n = n};
+    arena a;
+    TRY(arena_open(&a, (size_t)n * (sizeof(question) + 65536) + 65536));
+    question *q = arena_array(&a, question, (size_t)n);
+    if (!q) {
+        arena_close(&a);
+        return FAIL(ST_NOMEM, "%d tasks", n);
+    }
+    answers all = {.q = q};
+    engine_set_hooks(e, &(engine_hooks){.user = &all, .token = on_token});
+    status st = ask(e, t, &a, q, n, kind, seed);
+    if (st == ST_OK) st = all.st;
+    engine_set_hooks(e, &(engine_hooks){0});
+    for (int32_t i = 0; i < n; i++) {
+        question *x = &q[i];
+        if (st == ST_OK) st = output_finish(&x->out);
+        out->n_exact += st == ST_OK && x->out.text.length >= x->task.answer_bytes &&
+                        memcmp(x->out.text.data, x->task.answer, x->task.answer_bytes) == 0;
+        output_close(&x->out);
+        ids_free(&x->prompt);
+    }
+    arena_close(&a);
+    out->accuracy = (double)out->n_exact / (double)n;
+    return st;
+}

@@ -1,0 +1,989 @@
+/* lua_api.c - see lua_api.h. ORDER lua api: the table at the end, amalgam.meta.lua. */
+#include "lua_api.h"
+
+#include "engine.h"
+#include "evaluate.h"
+#include "formats.h"
+#include "isolate.h"
+#include "kernel.h"
+#include "lua_json.h"
+#include "progress.h"
+#include "results.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <lauxlib.h>
+#include <lualib.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* --- Options -----------------------------------------------------------------------------------
+ */
+
+/* A misspelt option must not take its default. `known` ends with NULL. */
+static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
+    luaL_checktype(L, index, LUA_TTABLE);
+    index = lua_absindex(L, index);
+    lua_pushnil(L);
+    while (lua_next(L, index)) {
+        if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "%s: a key is no string", what);
+        const char *key = lua_tostring(L, -2);
+        bool found = false;
+        for (const char *const *k = known; *k && !found; k++) found = strcmp(*k, key) == 0;
+        if (!found) luaL_error(L, "%s: unknown key '%s'", what, key);
+        lua_pop(L, 1);
+    }
+}
+
+/* Each reads field `key` of the table at `t`, and leaves *out as it was when it is nil. */
+static void opt_int(lua_State *L, int t, const char *key, int64_t lo, int64_t hi, int64_t *out) {
+    lua_getfield(L, t, key);
+    if (!lua_isnil(L, -1)) {
+        int ok;
+        const lua_Integer v = lua_tointegerx(L, -1, &ok);
+        if (!ok) luaL_error(L, "'%s' is no integer", key);
+        if (v < lo || v > hi)
+            luaL_error(L, "%s = %I is outside %I to %I", key, v, (lua_Integer)lo, (lua_Integer)hi);
+        *out = v;
+    }
+    lua_pop(L, 1);
+}
+
+static void opt_i32(lua_State *L, int t, const char *key, int32_t lo, int32_t hi, int32_t *out) {
+    int64_t wide = *out;
+    opt_int(L, t, key, lo, hi, &wide);
+    *out = (int32_t)wide;
+}
+
+static void opt_num(lua_State *L, int t, const char *key, double lo, double hi, double *out) {
+    lua_getfield(L, t, key);
+    if (!lua_isnil(L, -1)) {
+        int ok;
+        const double v = lua_tonumberx(L, -1, &ok);
+        if (!ok || !(v >= lo && v <= hi))
+            luaL_error(L, "'%s' is no number from %f to %f", key, lo, hi);
+        *out = v;
+    }
+    lua_pop(L, 1);
+}
+
+static void opt_bool(lua_State *L, int t, const char *key, bool *out) {
+    lua_getfield(L, t, key);
+    if (!lua_isnil(L, -1)) {
+        if (!lua_isboolean(L, -1)) luaL_error(L, "'%s' is neither true nor false", key);
+        *out = lua_toboolean(L, -1);
+    }
+    lua_pop(L, 1);
+}
+
+/* The string stays alive as long as the table does. */
+static void opt_str(lua_State *L, int t, const char *key, const char **out) {
+    lua_getfield(L, t, key);
+    if (!lua_isnil(L, -1)) {
+        if (lua_type(L, -1) != LUA_TSTRING) luaL_error(L, "'%s' is no string", key);
+        *out = lua_tostring(L, -1);
+    }
+    lua_pop(L, 1);
+}
+
+/* Push the sub-table `key` (true) or nothing (false). */
+static bool opt_table(lua_State *L, int t, const char *key) {
+    lua_getfield(L, t, key);
+    if (lua_isnil(L, -1)) {
+        lua_pop(L, 1);
+        return false;
+    }
+    if (!lua_istable(L, -1)) luaL_error(L, "'%s' is no table", key);
+    return true;
+}
+
+static const char *const engine_keys[] = {"model",
+                                          "weights",
+                                          "weights_seed",
+                                          "precision",
+                                          "device",
+                                          "gpu",
+                                          "tp",
+                                          "threads",
+                                          "memory_fraction",
+                                          "ctx_max",
+                                          "pages",
+                                          "scheduler",
+                                          "dequant_first",
+                                          "trace",
+                                          /* serve */ "workload",
+                                          "limits",
+                                          /* evaluate */ "text",
+                                          "window",
+                                          "stride",
+                                          "tasks",
+                                          NULL};
+
+/* Options shared by every call that opens an engine. `t` is the option table. */
+static void read_engine_options(lua_State *L, int t, engine_options *o) {
+    check_keys(L, t, "options", engine_keys);
+    *o = ENGINE_OPTIONS_DEFAULT;
+    opt_str(L, t, "model", &o->model);
+    if (!o->model) luaL_error(L, "'model' is missing");
+    const char *weights = "checkpoint";
+    opt_str(L, t, "weights", &weights);
+    o->synthetic = strcmp(weights, "synthetic") == 0;
+    if (!o->synthetic && strcmp(weights, "checkpoint") != 0)
+        luaL_error(L, "weights = '%s' is neither 'checkpoint' nor 'synthetic'", weights);
+    int64_t seed = 0;
+    opt_int(L, t, "weights_seed", 0, INT64_MAX, &seed);
+    o->weights_seed = (uint64_t)seed;
+    opt_str(L, t, "precision", &o->precision);
+    opt_str(L, t, "device", &o->device);
+    opt_str(L, t, "gpu", &o->device_options.gpu);
+    opt_i32(L, t, "tp", 1, 64, &o->device_options.tp);
+    opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);
+    opt_bool(L, t, "dequant_first", &o->device_options.dequant_first);
+    opt_num(L, t, "memory_fraction", 0.01, 1, &o->memory_fraction);
+    opt_i32(L, t, "ctx_max", 1, 1 << 24, &o->ctx_max);
+    opt_i32(L, t, "pages", 1, 1 << 24, &o->pages);
+    opt_str(L, t, "trace", &o->trace);
+    if (opt_table(L, t, "scheduler")) {
+        static const char *const known[] = {
+            "token_budget", "max_seqs",        "max_queue", "chunked_prefill",
+            "prefix_cache", "static_batching", NULL};
+        const int s = lua_gettop(L);
+        check_keys(L, s, "scheduler", known);
+        opt_i32(L, s, "token_budget", 1, 1 << 20, &o->policy.token_budget);
+        opt_i32(L, s, "max_seqs", 1, 65536, &o->policy.max_seqs);
+        opt_i32(L, s, "max_queue", 0, 1 << 24, &o->policy.max_queue);
+        opt_bool(L, s, "chunked_prefill", &o->policy.chunked_prefill);
+        opt_bool(L, s, "prefix_cache", &o->policy.prefix_cache);
+        opt_bool(L, s, "static_batching", &o->policy.static_batching);
+        lua_pop(L, 1);
+    }
+}
+
+static void read_length(lua_State *L, int t, const char *key, length_law *law) {
+    if (!opt_table(L, t, key)) return;
+    static const char *const known[] = {"law",   "fixed", "lo",  "hi", "mu",
+                                        "sigma", "min",   "max", NULL};
+    const int s = lua_gettop(L);
+    check_keys(L, s, key, known);
+    int64_t fixed = -1, lo = -1, hi = -1;
+    double mu = -1, sigma = 0;
+    opt_int(L, s, "fixed", 1, 1 << 24, &fixed);
+    opt_int(L, s, "lo", 1, 1 << 24, &lo);
+    opt_int(L, s, "hi", 1, 1 << 24, &hi);
+    opt_num(L, s, "mu", 0, 20, &mu);
+    opt_num(L, s, "sigma", 0, 10, &sigma);
+    *law = (length_law){.min = 1, .max = 1 << 24};
+    if (fixed > 0)
+        law->kind = LENGTH_FIXED, law->a = (double)fixed;
+    else if (lo > 0 && hi >= lo)
+        law->kind = LENGTH_UNIFORM, law->a = (double)lo, law->b = (double)hi;
+    else if (mu >= 0)
+        law->kind = LENGTH_LOGNORMAL, law->a = mu, law->b = sigma;
+    else
+        luaL_error(L, "%s: give fixed, or lo and hi, or mu and sigma", key);
+    opt_i32(L, s, "min", 1, 1 << 24, &law->min);
+    opt_i32(L, s, "max", 1, 1 << 24, &law->max);
+    lua_pop(L, 1);
+}
+
+static void read_sampling(lua_State *L, int t, sampling *p) {
+    if (!opt_table(L, t, "sampling")) return;
+    static const char *const known[] = {"temperature",        "top_k", "top_p", "min_p",
+                                        "repetition_penalty", "seed",  NULL};
+    const int s = lua_gettop(L);
+    check_keys(L, s, "sampling", known);
+    double temperature = (double)p->temperature, top_p = (double)p->top_p, min_p = (double)p->min_p,
+           penalty = (double)p->repetition_penalty;
+    int64_t seed = (int64_t)p->seed;
+    opt_num(L, s, "temperature", 0, 100, &temperature);
+    opt_i32(L, s, "top_k", 0, 1 << 24, &p->top_k);
+    opt_num(L, s, "top_p", 0, 1, &top_p);
+    opt_num(L, s, "min_p", 0, 1, &min_p);
+    opt_num(L, s, "repetition_penalty", 0.01, 100, &penalty);
+    opt_int(L, s, "seed", 0, INT64_MAX, &seed);
+    p->temperature = (float)temperature;
+    p->top_p = (float)top_p;
+    p->min_p = (float)min_p;
+    p->repetition_penalty = (float)penalty;
+    p->seed = (uint64_t)seed;
+    lua_pop(L, 1);
+}
+
+/* The table "workload" at `t`. */
+static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *o) {
+    static const char *const known[] = {
+        "preset", "name",       "file",     "format",     "n_requests", "prompt", "output",
+        "prefix", "n_prefixes", "arrival",  "rate_per_s", "burstiness", "speed",  "users",
+        "seed",   "salted",     "sampling", "ignore_eos", "contents",   NULL};
+    check_keys(L, t, "workload", known);
+    const char *preset = "fixed", *name = NULL, *file = "", *format = "", *arrival = NULL;
+    opt_str(L, t, "preset", &preset);
+    if (workload_preset(o, preset) != ST_OK) luaL_error(L, "%s", fail_message());
+    opt_str(L, t, "name", &name);
+    opt_str(L, t, "file", &file);
+    opt_str(L, t, "format", &format);
+    if (name) snprintf(o->name, sizeof o->name, "%s", name);
+    if (file[0]) snprintf(o->file, sizeof o->file, "%s", file);
+    if (format[0]) snprintf(o->format, sizeof o->format, "%s", format);
+    opt_i32(L, t, "n_requests", 0, 1 << 24, &o->n_requests);
+    read_length(L, t, "prompt", &o->prompt);
+    read_length(L, t, "output", &o->output);
+    opt_i32(L, t, "prefix", 0, 1 << 24, &o->shared_prefix);
+    opt_i32(L, t, "n_prefixes", 1, 1 << 20, &o->n_prefixes);
+    opt_str(L, t, "arrival", &arrival);
+    if (arrival) {
+        static const struct {
+            const char *name;
+            arrival_kind kind;
+        } kinds[] = {{"at_once", ARRIVE_AT_ONCE}, {"poisson", ARRIVE_POISSON},
+                     {"gamma", ARRIVE_GAMMA},     {"constant", ARRIVE_CONSTANT},
+                     {"trace", ARRIVE_TRACE},     {"closed", ARRIVE_CLOSED}};
+        int32_t at = -1;
+        for (int32_t i = 0; i < COUNT_OF(kinds); i++)
+            if (strcmp(kinds[i].name, arrival) == 0) at = i;
+        if (at < 0) luaL_error(L, "workload: unknown arrival '%s'", arrival);
+        o->arrival = kinds[at].kind;
+    }
+    opt_num(L, t, "rate_per_s", 1e-6, 1e9, &o->rate_per_s);
+    opt_num(L, t, "burstiness", 1e-3, 1e6, &o->burstiness);
+    opt_num(L, t, "speed", 1e-6, 1e6, &o->speed);
+    opt_i32(L, t, "users", 1, 1 << 20, &o->users);
+    int64_t seed = (int64_t)o->seed;
+    opt_int(L, t, "seed", 0, INT64_MAX, &seed);
+    o->seed = (uint64_t)seed;
+    opt_bool(L, t, "salted", &o->salted);
+    opt_bool(L, t, "ignore_eos", &o->ignore_eos);
+    read_sampling(L, t, &o->sampling);
+    o->vocab = vocab;
+}
+
+/* --- Outcomes ----------------------------------------------------------------------------------
+ */
+
+/* Some failures are results of the point, not errors of the script: it does not fit, or the device
+ * cannot do it. Push {status, reason}; raise anything else. */
+static int outcome(lua_State *L, status st) {
+    const char *word = st == ST_OOM                             ? "oom"
+                       : st == ST_UNSUPPORTED || st == ST_SHAPE ? "skipped"
+                                                                : NULL;
+    if (!word) return luaL_error(L, "%s", fail_message());
+    lua_createtable(L, 0, 2);
+    lua_pushstring(L, word);
+    lua_setfield(L, -2, "status");
+    lua_pushstring(L, fail_message());
+    lua_setfield(L, -2, "reason");
+    return 1;
+}
+
+static void set_num(lua_State *L, const char *key, double v) {
+    lua_pushnumber(L, v);
+    lua_setfield(L, -2, key);
+}
+
+static void set_int(lua_State *L, const char *key, int64_t v) {
+    lua_pushinteger(L, v);
+    lua_setfield(L, -2, key);
+}
+
+static void set_str(lua_State *L, const char *key, const char *v) {
+    lua_pushstring(L, v);
+    lua_setfield(L, -2, key);
+}
+
+static void set_digest(lua_State *L, uint64_t digest) {
+    char hex[24];
+    snprintf(hex, sizeof hex, "%016llx", (unsigned long long)digest);
+    set_str(L, "checkpoint", hex);
+}
+
+static void set_capacity(lua_State *L, const capacity *c) {
+    set_int(L, "weight_bytes", c->weight_bytes);
+    set_int(L, "workspace_bytes", c->workspace_bytes);
+    set_int(L, "kv_page_bytes", c->page_bytes);
+    set_int(L, "kv_bytes", c->kv_bytes);
+    set_int(L, "kv_tokens", c->kv_tokens);
+}
+
+static const char *origin_of(const engine_options *o) {
+    if (strcmp(o->device, "sim") == 0) return "predicted";
+    return strcmp(o->device, "null") == 0 ? "reference" : "measured";
+}
+
+/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe.
+ */
+typedef struct {
+    arena memory;
+    engine *engine;
+    tokenizer *tokenizer;
+} session;
+
+static const char session_name[] = "amalgam.session";
+
+static int session_close(lua_State *L) {
+    session *s = luaL_checkudata(L, 1, session_name);
+    engine_close(s->engine);
+    s->engine = NULL;
+    if (s->tokenizer) tokenizer_close(s->tokenizer);
+    s->tokenizer = NULL;
+    arena_close(&s->memory);
+    return 0;
+}
+
+static session *session_new(lua_State *L) {
+    session *s = lua_newuserdatauv(L, sizeof *s, 0);
+    memset(s, 0, sizeof *s);
+    luaL_setmetatable(L, session_name);
+    if (arena_open(&s->memory, (size_t)64 << 30) != ST_OK) luaL_error(L, "%s", fail_message());
+    return s;
+}
+
+/* Model and precision of an option table, without opening an engine. The config is large and calls
+ * are never concurrent within a state. */
+static model_config *load_config(lua_State *L, const engine_options *o) {
+    static model_config config;
+    char dir[1024];
+    if (model_dir(dir, sizeof dir, o->model) != ST_OK || model_config_load(&config, dir) != ST_OK)
+        luaL_error(L, "%s", fail_message());
+    return &config;
+}
+
+/* --- serve -------------------------------------------------------------------------------------
+ */
+
+/* Prompts of generated lengths become slices of held-out text, one after the other, so that a real
+ * checkpoint reads real text. Common prefixes are slices of its beginning, taken in turn. */
+static status fill_prompts(session *s, const char *dir, workload *w, uint64_t seed) {
+    TRY(tokenizer_open(&s->tokenizer, dir));
+    text corpus = {0};
+    ids tokens = {0};
+    status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + seed,
+                            (size_t)w->prompt_tokens * 6 + 4096);
+    if (st == ST_OK)
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
+    int32_t *all = st == ST_OK ? arena_array(&s->memory, int32_t, (size_t)w->prompt_tokens) : NULL;
+    if (st == ST_OK && !all)
+        st = FAIL(ST_NOMEM, "prompts of %lld tokens", (long long)w->prompt_tokens);
+    if (st == ST_OK && tokens.length < 1) st = FAIL(ST_FORMAT, "%s: no tokens in the corpus", dir);
+    int64_t at = 0;
+    for (int32_t i = 0; st == ST_OK && i < w->n; i++) {
+        request *r = &w->request[i];
+        const int64_t prefix = w->options.shared_prefix,
+                      common = prefix > 0 ? i % w->options.n_prefixes * prefix : 0;
+        for (int64_t j = 0; j < r->n_prompt; j++)
+            all[at + j] = tokens.data[(j < prefix ? common + j : at + j) % tokens.length];
+        r->prompt = all + at;
+        at += r->n_prompt;
+    }
+    text_free(&corpus);
+    ids_free(&tokens);
+    return st;
+}
+
+static void push_stats(lua_State *L, const engine_stats *s) {
+    set_int(L, "steps", s->n_steps);
+    set_int(L, "decode_steps", s->n_decode_steps);
+    set_num(L, "batch_mean", s->batch_mean);
+    set_int(L, "kv_pages_peak", s->pages_peak);
+    if (s->n_steps) set_num(L, "step_mean_ms", (double)s->busy_ns / (double)s->n_steps * 1e-6);
+}
+
+static int l_serve(lua_State *L) {
+    engine_options o;
+    lua_settop(L, 1);
+    read_engine_options(L, 1, &o);
+    session *s = session_new(L);
+    const model_config *config = load_config(L, &o);
+
+    if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
+    workload_options wo;
+    const int wt = lua_gettop(L);
+    read_workload(L, wt, config->vocab, &wo);
+    const char *contents = "random";
+    opt_str(L, wt, "contents", &contents);
+    lua_pop(L, 1);
+    metric_limits limits = {0};
+    if (opt_table(L, 1, "limits")) {
+        static const char *const known[] = {"ttft_ms", "tpot_ms", "e2e_ms", NULL};
+        const int t = lua_gettop(L);
+        double ttft_ms = 0, tpot_ms = 0, e2e_ms = 0;
+        check_keys(L, t, "limits", known);
+        opt_num(L, t, "ttft_ms", 0, 1e9, &ttft_ms);
+        opt_num(L, t, "tpot_ms", 0, 1e9, &tpot_ms);
+        opt_num(L, t, "e2e_ms", 0, 1e9, &e2e_ms);
+        limits = (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
+        lua_pop(L, 1);
+    }
+    workload w;
+    if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
+    if (strcmp(contents, "corpus") == 0) {
+        char dir[1024];
+        if (model_dir(dir, sizeof dir, o.model) != ST_OK ||
+            fill_prompts(s, dir, &w, wo.seed) != ST_OK)
+            return luaL_error(L, "%s", fail_message());
+    } else if (strcmp(contents, "random") != 0) {
+        return luaL_error(L, "workload: contents = '%s' is neither 'random' nor 'corpus'",
+                          contents);
+    }
+    o.max_requests = w.n > 0 ? w.n : 1;
+    o.max_tokens = w.prompt_tokens + w.output_tokens + 64;
+
+    const status st = engine_open(&s->engine, &o, NULL, NULL);
+    if (st != ST_OK) return outcome(L, st);
+    request_log *log = arena_array(&s->memory, request_log, (size_t)(w.n ? w.n : 1));
+    if (!log) return luaL_error(L, "out of memory");
+    metrics m;
+    if (engine_serve(s->engine, &s->memory, &w, log) != ST_OK ||
+        metrics_compute(&m, log, w.n, &limits) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+
+    json_t *object = json_object();
+    if (!object || metrics_json(&m, object) != ST_OK) return luaL_error(L, "out of memory");
+    lua_createtable(L, 0, 8);
+    set_str(L, "status", "ok");
+    set_str(L, "origin", origin_of(&o));
+    set_digest(L, engine_digest(s->engine));
+    lua_push_json(L, object);
+    json_decref(object);
+    push_stats(L, engine_statistics(s->engine));
+    set_capacity(L, engine_capacity(s->engine));
+    lua_setfield(L, -2, "metrics");
+    return 1;
+}
+
+/* --- capacity ----------------------------------------------------------------------------------
+ */
+
+/* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
+ * the smallest degree on which it fits is chosen. */
+static int l_capacity(lua_State *L) {
+    engine_options o;
+    lua_settop(L, 1);
+    read_engine_options(L, 1, &o);
+    const model_config *config = load_config(L, &o);
+    gpu_sheet gpu;
+    precision p;
+    if (!o.device_options.gpu) return luaL_error(L, "'gpu' is missing");
+    if (gpu_load(&gpu, o.device_options.gpu) != ST_OK || precision_parse(&p, o.precision) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    const int64_t usable = gpu.memory_bytes - gpu.reserved_bytes;
+    const int32_t ctx = o.ctx_max > 0 ? o.ctx_max : 4096;
+    const int32_t pages_least = (int32_t)div_up(ctx, KV_PAGE_TOKENS);
+    lua_getfield(L, 1, "tp");
+    const bool choose = lua_isnil(L, -1);
+    lua_pop(L, 1);
+    int32_t tp = o.device_options.tp;
+    if (format_supported(&p, gpu.sm) != ST_OK) return outcome(L, ST_UNSUPPORTED);
+    status st = ST_OK;
+    if (choose)
+        st = capacity_choose_tp(&tp, config, &p, usable, o.memory_fraction, o.policy.token_budget,
+                                o.policy.max_seqs, pages_least);
+    if (st == ST_OK) st = model_fits_precision(config, &p, tp);
+    capacity c;
+    if (st == ST_OK)
+        st = capacity_compute(&c, config, &p, tp, usable, o.memory_fraction, o.policy.token_budget,
+                              o.policy.max_seqs, 0, pages_least);
+    if (st != ST_OK) return outcome(L, st);
+    lua_createtable(L, 0, 4);
+    set_str(L, "status", "ok");
+    set_str(L, "origin", "predicted");
+    set_int(L, "tp", tp);
+    lua_createtable(L, 0, 8);
+    set_capacity(L, &c);
+    lua_setfield(L, -2, "metrics");
+    return 1;
+}
+
+/* --- evaluate ----------------------------------------------------------------------------------
+ */
+
+static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32_t stride) {
+    static const char *const known[] = {"seed", "bytes", NULL};
+    const int at = lua_gettop(L);
+    int64_t seed = 0, bytes = 65536;
+    check_keys(L, at, "text", known);
+    opt_int(L, at, "seed", 0, INT32_MAX, &seed);
+    opt_int(L, at, "bytes", 1, 1 << 30, &bytes);
+    lua_pop(L, 1);
+    text corpus = {0};
+    ids tokens = {0};
+    perplexity_result r;
+    status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + (uint64_t)seed, (size_t)bytes);
+    if (st == ST_OK)
+        st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
+    if (st == ST_OK)
+        st = evaluate_perplexity(s->engine, tokens.data, tokens.length, window, stride, &r);
+    text_free(&corpus);
+    ids_free(&tokens);
+    if (st != ST_OK) luaL_error(L, "%s", fail_message());
+    lua_getfield(L, t, "metrics");
+    set_num(L, "perplexity", r.perplexity);
+    set_num(L, "nll_nats", r.nll);
+    set_int(L, "scored_tokens", r.n_scored);
+    lua_pop(L, 1);
+}
+
+static void evaluate_task_list(lua_State *L, session *s, int t) {
+    const int list = lua_gettop(L);
+    for (lua_Integer i = 1; i <= (lua_Integer)lua_rawlen(L, list); i++) {
+        static const char *const known[] = {"kind", "n", "seed", NULL};
+        lua_rawgeti(L, list, i);
+        const int at = lua_gettop(L);
+        const char *kind_name = "arithmetic";
+        int64_t n = 100, seed = 0;
+        corpus_kind kind;
+        check_keys(L, at, "tasks", known);
+        opt_str(L, at, "kind", &kind_name);
+        opt_int(L, at, "n", 1, 1 << 20, &n);
+        opt_int(L, at, "seed", 0, INT32_MAX, &seed);
+        if (!corpus_kind_parse(kind_name, &kind)) luaL_error(L, "unknown task '%s'", kind_name);
+        task_result r;
+        if (evaluate_tasks(s->engine, s->tokenizer, kind, CORPUS_SEED_HELD_OUT + (uint64_t)seed,
+                           (int32_t)n, &r) != ST_OK)
+            luaL_error(L, "%s", fail_message());
+        lua_getfield(L, t, "metrics");
+        lua_pushfstring(L, "%s_accuracy", kind_name);
+        lua_pushnumber(L, r.accuracy);
+        lua_settable(L, -3);
+        lua_pushfstring(L, "%s_n", kind_name);
+        lua_pushinteger(L, r.n);
+        lua_settable(L, -3);
+        lua_settop(L, list);
+    }
+    lua_pop(L, 1);
+}
+
+static int l_evaluate(lua_State *L) {
+    engine_options o;
+    lua_settop(L, 1);
+    read_engine_options(L, 1, &o);
+    int32_t window = 512, stride = 256;
+    opt_i32(L, 1, "window", 2, 1 << 20, &window);
+    opt_i32(L, 1, "stride", 1, 1 << 20, &stride);
+    o.policy.token_budget = window > 2048 ? window : 2048;
+    o.policy.max_seqs = 64;
+    o.max_samples = o.policy.token_budget;
+    session *s = session_new(L);
+    char dir[1024];
+    if (model_dir(dir, sizeof dir, o.model) != ST_OK || tokenizer_open(&s->tokenizer, dir) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    const status st = engine_open(&s->engine, &o, NULL, NULL);
+    if (st != ST_OK) return outcome(L, st);
+    lua_createtable(L, 0, 4);
+    const int t = lua_gettop(L);
+    set_str(L, "status", "ok");
+    set_str(L, "origin", "reference");
+    set_digest(L, engine_digest(s->engine));
+    lua_newtable(L);
+    lua_setfield(L, t, "metrics");
+    if (opt_table(L, 1, "text")) evaluate_text(L, s, t, window, stride);
+    if (opt_table(L, 1, "tasks")) evaluate_task_list(L, s, t);
+    lua_settop(L, t);
+    return 1;
+}
+
+/* --- Registry ----------------------------------------------------------------------------------
+ */
+
+static int push_names(lua_State *L, status (*names)(arena *, const char ***, int32_t *)) {
+    arena a;
+    const char **list;
+    int32_t n;
+    if (arena_open(&a, 1 << 20) != ST_OK) return luaL_error(L, "%s", fail_message());
+    const status st = names(&a, &list, &n);
+    lua_newtable(L);
+    for (int32_t i = 0; st == ST_OK && i < n; i++) {
+        lua_pushstring(L, list[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    arena_close(&a);
+    return st == ST_OK ? 1 : luaL_error(L, "%s", fail_message());
+}
+
+static int l_models(lua_State *L) { return push_names(L, model_names); }
+static int l_gpus(lua_State *L) { return push_names(L, gpu_names); }
+
+static int l_model(lua_State *L) {
+    const engine_options o = {.model = luaL_checkstring(L, 1)};
+    const model_config *c = load_config(L, &o);
+    lua_createtable(L, 0, 12);
+    set_str(L, "name", c->name);
+    set_str(L, "arch", c->arch);
+    set_int(L, "dim", c->dim);
+    set_int(L, "layers", c->n_layers);
+    set_int(L, "heads", c->n_heads);
+    set_int(L, "kv_heads", c->n_kv_heads);
+    set_int(L, "head_dim", c->head_dim);
+    set_int(L, "vocab", c->vocab);
+    set_int(L, "ctx_max", c->ctx_max);
+    set_int(L, "experts", c->n_experts);
+    set_int(L, "parameters", model_parameters(c));
+    set_int(L, "active_parameters", model_active_parameters(c));
+    return 1;
+}
+
+static int l_gpu(lua_State *L) {
+    gpu_sheet g;
+    if (gpu_load(&g, luaL_checkstring(L, 1)) != ST_OK) return luaL_error(L, "%s", fail_message());
+    lua_createtable(L, 0, 12);
+    set_str(L, "name", g.name);
+    set_str(L, "title", g.title);
+    set_int(L, "sm", g.sm);
+    set_int(L, "memory_bytes", g.memory_bytes);
+    set_num(L, "dram_bytes_per_s", g.dram_bytes_per_s);
+    set_num(L, "f16_flops", g.f16_flops);
+    set_num(L, "int8_ops", g.int8_ops);
+    set_num(L, "fp8_flops", g.fp8_flops);
+    set_str(L, "calibrated", g.calibrated);
+    return 1;
+}
+
+/* Canonical name, or nil and the reason. */
+static int l_precision(lua_State *L) {
+    precision p;
+    char name[PRECISION_NAME_MAX];
+    if (precision_parse(&p, luaL_checkstring(L, 1)) != ST_OK) {
+        lua_pushnil(L);
+        lua_pushstring(L, fail_message());
+        return 2;
+    }
+    lua_pushstring(L, precision_name(&p, name));
+    return 1;
+}
+
+/* --- Suite services ----------------------------------------------------------------------------
+ */
+
+static int l_json_encode(lua_State *L) {
+    json_t *value = lua_to_json(L, 1);
+    if (!value) return luaL_error(L, "%s", fail_message());
+    /* 15 digits bring every decimal of that length back unchanged and keep 0.1 readable. */
+    char *line = json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY |
+                                       JSON_REAL_PRECISION(15));
+    json_decref(value);
+    if (!line) return luaL_error(L, "json_encode: out of memory");
+    lua_pushstring(L, line);
+    free(line);
+    return 1;
+}
+
+static int l_json_decode(lua_State *L) {
+    size_t n;
+    const char *s = luaL_checklstring(L, 1, &n);
+    json_t *value;
+    if (json_parse(&value, s, n, "json") != ST_OK) return luaL_error(L, "%s", fail_message());
+    lua_push_json(L, value);
+    json_decref(value);
+    return 1;
+}
+
+static int l_hash(lua_State *L) {
+    size_t n;
+    const char *s = luaL_checklstring(L, 1, &n);
+    char hex[24];
+    snprintf(hex, sizeof hex, "%016llx", (unsigned long long)hash_bytes(s, n, 0));
+    lua_pushstring(L, hex);
+    return 1;
+}
+
+static int l_identity(lua_State *L) {
+    identity id;
+    identity_get(&id);
+    lua_createtable(L, 0, 8);
+    set_str(L, "commit", id.commit);
+    set_str(L, "diff", id.diff);
+    set_str(L, "version", id.version);
+    set_str(L, "machine", id.machine);
+    set_int(L, "schema", RESULTS_SCHEMA);
+    set_str(L, "root", root_dir());
+    char now[21];
+    timeline_utc(now);
+    set_str(L, "time", now);
+    json_t *provenance = identity_provenance();
+    lua_push_json(L, provenance);
+    json_decref(provenance);
+    lua_setfield(L, -2, "provenance");
+    return 1;
+}
+
+static int l_append(lua_State *L) {
+    size_t n;
+    const char *path = luaL_checkstring(L, 1), *line = luaL_checklstring(L, 2, &n);
+    if (results_append(path, line, n) != ST_OK) return luaL_error(L, "%s", fail_message());
+    return 0;
+}
+
+typedef struct {
+    lua_State *L;
+    lua_Integer n;
+} row_list;
+
+static status add_row(void *user, const json_t *value) {
+    row_list *r = user;
+    lua_push_json(r->L, value);
+    lua_rawseti(r->L, -2, ++r->n);
+    return ST_OK;
+}
+
+/* rows, n_broken */
+static int l_rows(lua_State *L) {
+    row_list r = {.L = L};
+    int64_t broken;
+    lua_newtable(L);
+    if (results_read(luaL_checkstring(L, 1), add_row, &r, &broken) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    lua_pushinteger(L, broken);
+    return 2;
+}
+
+static int l_read_file(lua_State *L) {
+    char *data;
+    size_t n;
+    if (file_read(&data, &n, luaL_checkstring(L, 1)) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    lua_pushlstring(L, data, n);
+    mem_free(data);
+    return 1;
+}
+
+static int l_write_file(lua_State *L) {
+    size_t n;
+    const char *path = luaL_checkstring(L, 1), *data = luaL_checklstring(L, 2, &n);
+    if (file_write(path, data, n) != ST_OK) return luaL_error(L, "%s", fail_message());
+    return 0;
+}
+
+/* lock(path, "exclusive" or "shared", wait): flock on the file, held until the program ends. False
+ * when another program has it and `wait` is false. A lock taken before is given up for the new
+ * kind. */
+static int l_lock(lua_State *L) {
+    static const char *const kinds[] = {"exclusive", "shared", NULL};
+    static char held[4096];
+    static int fd = -1;
+    const char *path = luaL_checkstring(L, 1);
+    const int kind = luaL_checkoption(L, 2, NULL, kinds) == 0 ? LOCK_EX : LOCK_SH;
+    const bool wait = lua_toboolean(L, 3);
+    if (fd < 0 || strcmp(held, path) != 0) {
+        const char *slash = strrchr(path, '/');
+        char dir[4096];
+        snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+        if (file_make_dirs(dir) != ST_OK) return luaL_error(L, "%s", fail_message());
+        if (fd >= 0) close(fd);
+        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0) return luaL_error(L, "%s: %s", path, strerror(errno));
+        snprintf(held, sizeof held, "%s", path);
+    }
+    int result;
+    do result = flock(fd, kind | (wait ? 0 : LOCK_NB));
+    while (result != 0 && errno == EINTR && wait);
+    if (result != 0 && errno != EWOULDBLOCK) return luaL_error(L, "%s: %s", path, strerror(errno));
+    lua_pushboolean(L, result == 0);
+    return 1;
+}
+
+/* Sorted names in a folder, without hidden ones; folders end in "/". A missing folder is empty. */
+static int l_list(lua_State *L) {
+    struct dirent **entry = NULL;
+    const char *dir = luaL_checkstring(L, 1);
+    const int n = scandir(dir, &entry, NULL, alphasort);
+    lua_newtable(L);
+    lua_Integer used = 0;
+    for (int i = 0; i < n; i++) {
+        if (entry[i]->d_name[0] != '.') {
+            char path[4096];
+            struct stat st;
+            snprintf(path, sizeof path, "%s/%s", dir, entry[i]->d_name);
+            const bool folder = stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+            lua_pushfstring(L, "%s%s", entry[i]->d_name, folder ? "/" : "");
+            lua_rawseti(L, -2, ++used);
+        }
+        free(entry[i]);
+    }
+    free(entry);
+    return 1;
+}
+
+/* isolate(n, jobs, timeout_s, run, done): run(i) for i = 1..n in child processes, `jobs` at a time;
+ * its result (a table) comes back as JSON and done(i, result or nil, reason, wall_s) is called
+ * here. */
+static int isolated_job(void *user, int64_t index, int fd) {
+    lua_State *L = user;
+    lua_pushvalue(L, 4);
+    lua_pushinteger(L, index);
+    text out = {0};
+    if (lua_pcall(L, 1, 1, 0) != LUA_OK) {
+        text_add(&out, "!%s",
+                 lua_tostring(L, -1) ? lua_tostring(L, -1) : "error without a message");
+    } else {
+        json_t *value = lua_to_json(L, -1);
+        char *line = value ? json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS) : NULL;
+        if (line)
+            text_add(&out, "=%s", line);
+        else
+            text_add(&out, "!the result cannot be stored: %s", fail_message());
+        free(line);
+        json_decref(value);
+    }
+    size_t done = 0;
+    while (!out.failed && done < out.length) {
+        const ssize_t n = write(fd, out.data + done, out.length - done);
+        if (n <= 0) return 1;
+        done += (size_t)n;
+    }
+    return out.failed;
+}
+
+static int l_isolate(lua_State *L) {
+    const lua_Integer n = luaL_checkinteger(L, 1), jobs = luaL_checkinteger(L, 2);
+    const double timeout_s = luaL_checknumber(L, 3);
+    luaL_checktype(L, 4, LUA_TFUNCTION);
+    luaL_checktype(L, 5, LUA_TFUNCTION);
+    luaL_argcheck(L, jobs >= 1 && jobs <= ISOLATE_JOBS_MAX, 2, "out of range");
+    lua_settop(L, 5);
+    static isolate_pool pool;
+    isolate_open(&pool, (int32_t)jobs, timeout_s);
+    for (lua_Integer next = 1, done = 0; done < n; done++) {
+        while (next <= n && pool.n_busy < pool.n_slots) {
+            if (isolate_start(&pool, next, isolated_job, L) != ST_OK) {
+                isolate_close(&pool);
+                return luaL_error(L, "%s", fail_message());
+            }
+            next++;
+        }
+        isolate_result r;
+        if (isolate_wait(&pool, &r) != ST_OK) return luaL_error(L, "%s", fail_message());
+        lua_pushvalue(L, 5);
+        lua_pushinteger(L, r.index);
+        json_t *value = NULL;
+        const bool good =
+            r.ok && r.output.length && r.output.data[0] == '=' &&
+            json_parse(&value, r.output.data + 1, r.output.length - 1, "result") == ST_OK;
+        if (good)
+            lua_push_json(L, value);
+        else
+            lua_pushnil(L);
+        if (good)
+            lua_pushnil(L);
+        else if (r.ok && r.output.length > 1)
+            lua_pushstring(L, r.output.data + 1);
+        else
+            lua_pushstring(L, r.reason[0] ? r.reason : "left no result");
+        json_decref(value);
+        text_free(&r.output);
+        lua_pushnumber(L, r.wall_s);
+        if (lua_pcall(L, 4, 0, 0) != LUA_OK) {
+            isolate_close(&pool);
+            return lua_error(L);
+        }
+    }
+    return 0;
+}
+
+static progress bar; /* one at a time: progress is of the whole program */
+
+static int l_progress_start(lua_State *L) {
+    progress_start(&bar, luaL_checkstring(L, 1), luaL_checkinteger(L, 2));
+    return 0;
+}
+static int l_progress_show(lua_State *L) {
+    progress_show(&bar, luaL_checkinteger(L, 1), luaL_optstring(L, 2, ""));
+    return 0;
+}
+static int l_progress_line(lua_State *L) {
+    progress_line(&bar, "%s", luaL_checkstring(L, 1));
+    return 0;
+}
+static int l_progress_end(lua_State *L) {
+    (void)L;
+    progress_end(&bar);
+    return 0;
+}
+
+/* --- The module --------------------------------------------------------------------------------
+ */
+
+static const luaL_Reg functions[] = {
+    {"serve", l_serve},
+    {"capacity", l_capacity},
+    {"evaluate", l_evaluate},
+    {"models", l_models},
+    {"gpus", l_gpus},
+    {"model", l_model},
+    {"gpu", l_gpu},
+    {"precision", l_precision},
+    {"json_encode", l_json_encode},
+    {"json_decode", l_json_decode},
+    {"hash", l_hash},
+    {"identity", l_identity},
+    {"append", l_append},
+    {"rows", l_rows},
+    {"read_file", l_read_file},
+    {"write_file", l_write_file},
+    {"list", l_list},
+    {"lock", l_lock},
+    {"isolate", l_isolate},
+    {"progress_start", l_progress_start},
+    {"progress_show", l_progress_show},
+    {"progress_line", l_progress_line},
+    {"progress_end", l_progress_end},
+    {NULL, NULL},
+};
+
+static int open_module(lua_State *L) {
+    if (luaL_newmetatable(L, session_name)) {
+        lua_pushcfunction(L, session_close);
+        lua_setfield(L, -2, "__gc");
+    }
+    luaL_newlib(L, functions);
+    return 1;
+}
+
+lua_State *lua_api_open(void) {
+    lua_State *L = luaL_newstate();
+    if (!L) return NULL;
+    luaL_openlibs(L);
+    luaL_requiref(L, "amalgam", open_module, 0);
+    lua_pop(L, 1);
+    const char *root = root_dir();
+    lua_getglobal(L, "package");
+    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua",
+                    root, root, root, root);
+    lua_setfield(L, -2, "path");
+    lua_pushstring(L, ""); /* no C modules: nothing is loaded that the checkout does not hold */
+    lua_setfield(L, -2, "cpath");
+    lua_pop(L, 1);
+    return L;
+}
+
+int lua_api_main(const char *module, int argc, char **argv) {
+    lua_State *L = lua_api_open();
+    if (!L) {
+        fprintf(stderr, "amalgam: out of memory\n");
+        return 1;
+    }
+    int result = 2;
+    lua_getglobal(L, "require");
+    lua_pushstring(L, module);
+    if (lua_pcall(L, 1, 1, 0) == LUA_OK) {
+        lua_getfield(L, -1, "main");
+        lua_createtable(L, argc, 0);
+        for (int i = 0; i < argc; i++) {
+            lua_pushstring(L, argv[i]);
+            lua_rawseti(L, -2, i + 1);
+        }
+        if (lua_pcall(L, 1, 1, 0) == LUA_OK) {
+            result = (int)luaL_optinteger(L, -1, 0);
+            lua_close(L);
+            return result;
+        }
+    }
+    const char *why = lua_tostring(L, -1);
+    fprintf(stderr, "amalgam: %s\n", why ? why : "error without a message");
+    lua_close(L);
+    return result;
+}

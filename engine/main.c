@@ -1,0 +1,105 @@
+/* main.c - one binary: `amalgam COMMAND …`. Commands are the rows of one table; those that are Lua
+ * modules (run, compare, report) live in experiments/. */
+#include "cli.h"
+#include "lua_api.h"
+#include "version.h"
+
+#include <lauxlib.h>
+#include <lualib.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int run_lua_file(int argc, char **argv);
+
+typedef struct {
+    const char *name;
+    int (*run)(int argc, char **argv); /* NULL: the Lua module */
+    const char *module;
+    const char *summary;
+} command;
+
+static const command commands[] = {
+    {"run", NULL, "lib_run", "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
+    {"report", NULL, "lib_report", "tables, plots and PAPER.md from stored results"},
+    {"compare", NULL, "lib_compare", "two versions by their stored results: compare BASE HEAD"},
+    {"generate", cmd_generate, NULL, "text from a prompt"},
+    {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
+    {"bench", cmd_bench, NULL, "speed of the harness: null, sim and cpu devices"},
+    {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
+    {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
+    {"inspect", cmd_inspect, NULL, "inspect model | plan | trace"},
+    {"tokenize", cmd_tokenize, NULL, "ids of a text"},
+    {"corpus", cmd_corpus, NULL, "text and tasks of the seeded generator"},
+    {"doctor", cmd_doctor, NULL, "what this machine has and what is missing"},
+    {"lua", run_lua_file, NULL, "run a Lua script with the module amalgam"},
+};
+
+static int help(FILE *to) {
+    fprintf(to, "amalgam %s: mixed-precision LLM inference and its evaluation\n\n", AMALGAM_COMMIT);
+    for (int32_t i = 0; i < COUNT_OF(commands); i++)
+        fprintf(to, "  amalgam %-10s %s\n", commands[i].name, commands[i].summary);
+    fprintf(to,
+            "\nEvery command takes --help. --root DIR before the command names the checkout.\n");
+    return to == stdout ? 0 : 2;
+}
+
+/* `amalgam lua SCRIPT …`: for tests and house checks; arguments in the global `arg`. */
+static int run_lua_file(int argc, char **argv) {
+    if (argc < 2) {
+        fprintf(stderr, "amalgam: lua needs a script\n");
+        return 2;
+    }
+    lua_State *L = lua_api_open();
+    if (!L) return 1;
+    lua_createtable(L, argc, 0);
+    for (int i = 1; i < argc; i++) {
+        lua_pushstring(L, argv[i]);
+        lua_rawseti(L, -2, i - 1);
+    }
+    lua_setglobal(L, "arg");
+    int result = 0;
+    if (luaL_loadfile(L, argv[1]) != LUA_OK || lua_pcall(L, 0, 1, 0) != LUA_OK) {
+        const char *why = lua_tostring(L, -1);
+        fprintf(stderr, "amalgam: %s\n", why ? why : "error without a message");
+        result = 2;
+    } else if (lua_isinteger(L, -1)) {
+        result = (int)lua_tointeger(L, -1);
+    }
+    lua_close(L);
+    return result;
+}
+
+/* Idle OpenMP threads must sleep: spinning ones wait for a core that another process holds, which
+ * makes the cpu device ten times slower on a machine that is not ours alone. libgomp reads the
+ * variable before main begins, so the program is started over, once. */
+static void idle_threads_sleep(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv); /* on failure: go on as we are */
+}
+
+int main(int argc, char **argv) {
+    idle_threads_sleep(argv);
+    signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
+    int at = 1;
+    if (at + 1 < argc && strcmp(argv[at], "--root") == 0) {
+        if (strlen(argv[at + 1]) > 1000) return help(stderr);
+        root_set(argv[at + 1]);
+        at += 2;
+    }
+    if (at >= argc) return help(stderr);
+    if (strcmp(argv[at], "--help") == 0 || strcmp(argv[at], "help") == 0) return help(stdout);
+    if (strcmp(argv[at], "--version") == 0) {
+        printf("amalgam %s%s%s\n", AMALGAM_COMMIT, AMALGAM_DIFF[0] ? "-dirty-" : "", AMALGAM_DIFF);
+        return 0;
+    }
+    for (int32_t i = 0; i < COUNT_OF(commands); i++) {
+        if (strcmp(commands[i].name, argv[at]) != 0) continue;
+        if (commands[i].run) return commands[i].run(argc - at, argv + at);
+        return lua_api_main(commands[i].module, argc - at - 1, argv + at + 1);
+    }
+    fprintf(stderr, "amalgam: unknown command '%s'\n", argv[at]);
+    return help(stderr);
+}

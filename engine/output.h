@@ -1,0 +1,30 @@
+/* output.h - tokens of one request become text: streamed as whole characters, ended by stop
+ * strings. */
+#ifndef AMALGAM_OUTPUT_H
+#define AMALGAM_OUTPUT_H
+#include "tokenizer.h"
+
+typedef struct {
+    tokenizer_stream stream;
+    text text;    /* everything decoded so far; cut before a stop string */
+    size_t shown; /* bytes already taken by output_take */
+    const char *const *stop;
+    int32_t n_stops;
+    bool stopped;
+} output;
+
+/* `stop` (n_stops strings, none empty) stays the caller's. */
+void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops);
+void output_close(output *o); /* idempotent */
+
+/* One more token. *stopped when a stop string has appeared: the text then ends before it and takes
+ * no more. NOMEM. */
+status output_push(output *o, int32_t token, bool *stopped);
+/* The request is over: what was held back (incomplete characters, beginnings of stop strings) is
+ * text. */
+status output_finish(output *o);
+
+/* Bytes that can be shown now and were not yet; *n may be 0. Nothing that may still turn out to be
+ * part of a stop string is handed out. Valid until the next call. */
+const char *output_take(output *o, size_t *n);
+#endif

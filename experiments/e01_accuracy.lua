@@ -1,0 +1,52 @@
+--- E1: what do weight, activation and KV formats cost in accuracy?
+---
+--- The tiny checkpoint is evaluated on text and tasks that it never saw, on the cpu device, which
+--- defines what each format means. Perplexity is over a sliding window; a task counts when the
+--- greedy answer is exactly right.
+
+local PRECISION = { ["16"] = "W16", ["8"] = "W8", ["4g128"] = "W4", ["4g64"] = "W4g64",
+  ["4g32"] = "W4g32", FP8 = "WFP8", MXFP4 = "WMXFP4" }
+
+---@type Experiment
+return {
+  id = "e01_accuracy",
+  title = "Accuracy of the tiny checkpoint by weight, activation and KV format",
+  question = "What do weight, activation and KV formats cost in perplexity and exact answers?",
+  cost = "about 2 minutes on 2 cores; --quick 10 s",
+  origin = "reference",
+  axes = {
+    { name = "weight", values = { "16", "8", "FP8", "4g128", "4g64", "4g32", "MXFP4" } },
+    { name = "activation", values = { "A16", "A8", "AFP8" } },
+    { name = "kv", values = { "KV16", "KV8", "KVFP8", "K8V4", "KV4" } },
+  },
+  fixed = {
+    model = "tiny", device = "cpu", text_bytes = 32768, text_seed = 0,
+    n_arithmetic = 200, n_recall = 40, -- recall reads hundreds of tokens for one answer
+    window = 256, stride = 128,
+  },
+  quick = { weight = { "16", "4g128" }, activation = { "A16" }, kv = { "KV16", "KV4" },
+    text_bytes = { 4096 }, n_arithmetic = { 20 },
+    n_recall = { 4 } },
+  -- 8-bit activations go with 8-bit weights of the same kind, and there with two caches only.
+  where = function(point)
+    if point.activation == "A16" then return true end
+    local weight = point.activation == "A8" and "8" or "FP8"
+    return point.weight == weight and (point.kv == "KV16" or point.kv == "KV8")
+  end,
+  jobs = "parallel",
+  timeout_s = 300,
+  run = function(amalgam, point)
+    local precision = PRECISION[point.weight] .. point.activation .. point.kv
+    local result = amalgam.evaluate {
+      model = amalgam.identity().root .. "/workloads/tiny",
+      precision = precision, device = point.device, threads = 1,
+      text = { seed = point.text_seed, bytes = point.text_bytes },
+      tasks = {
+        { kind = "arithmetic", n = point.n_arithmetic }, { kind = "recall", n = point.n_recall },
+      },
+      window = point.window, stride = point.stride,
+    }
+    result.precision = amalgam.precision(precision)
+    return result
+  end,
+}

@@ -1,0 +1,413 @@
+--- `amalgam run`: every point of an experiment in a child process of its own, one row for each.
+---
+--- A row is written the moment its point is done, by one append, so a killed run has lost nothing
+--- that was finished and the next one goes on from there. A crash, an error or a time-out of one
+--- point is a row with status `failed`; a mistake of the experiment itself (unknown key, misspelt
+--- axis) stops everything with one line and exit status 2.
+
+local amalgam = require("amalgam")
+local experiment = require("lib_experiment")
+
+local M = {}
+
+local USAGE = [[
+usage: amalgam run EXPERIMENT... [options]
+
+EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e03_throughput").
+
+  --quick             few points, each small; rows go to build/quick/results
+  --only KEY=VALUE    only points with this value (or one of VALUE,VALUE...); may be repeated
+  --device NAME       cpu or sim: as --only device=NAME, also where the experiment fixes one
+  --gpu NAME          the same for gpu
+  --jobs N            points at a time, for experiments that allow it (default: all cores)
+  --results DIR       where rows are kept (default: results)
+  --resume            skip finished points and say so: the default, for those who like to write it
+  --retry-failed      only points whose last row says failed
+  --again             run finished points once more: rows are added, none is replaced
+  --list              print the points and their state, run nothing
+
+Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, bad experiment.]]
+
+---@class RunOptions
+---@field names string[]
+---@field quick? boolean
+---@field only { key: string, value: string }[]
+---@field set { key: string, value: string }[]
+---@field jobs? integer
+---@field results? string
+---@field again? boolean
+---@field retry_failed? boolean
+---@field list? boolean
+---@field help? boolean
+
+---@param args string[]
+---@return RunOptions
+local function parse(args)
+  local o = { names = {}, only = {}, set = {} }
+  local at = 1
+  local function value_of(flag)
+    at = at + 1
+    if not args[at] then experiment.refuse("run: %s needs a value", flag) end
+    return args[at]
+  end
+  local function set_to_next(key)
+    return function(flag) table.insert(o.set, { key = key, value = value_of(flag) }) end
+  end
+  local flags = {
+    ["--quick"] = function() o.quick = true end,
+    ["--resume"] = function() end,
+    ["--retry-failed"] = function() o.retry_failed = true end,
+    ["--again"] = function() o.again = true end,
+    ["--list"] = function() o.list = true end,
+    ["--help"] = function() o.help = true end,
+    ["--results"] = function(flag) o.results = value_of(flag) end,
+    ["--device"] = set_to_next("device"),
+    ["--gpu"] = set_to_next("gpu"),
+    ["--jobs"] = function(flag)
+      local text = value_of(flag)
+      local n = math.tointeger(tonumber(text))
+      if not n or n < 1 or n > 64 then
+        experiment.refuse("run: --jobs %s is no number from 1 to 64", text)
+      end
+      o.jobs = n
+    end,
+    ["--only"] = function(flag)
+      local text = value_of(flag)
+      local key, value = text:match("^([%w_]+)=(.+)$")
+      if not key then experiment.refuse("run: --only %s is not KEY=VALUE", text) end
+      table.insert(o.only, { key = key, value = value })
+    end,
+  }
+  while args[at] do
+    local word = args[at]
+    if flags[word] then
+      flags[word](word)
+    elseif word:find("^%-") then
+      experiment.refuse("run: unknown option '%s' (amalgam run --help lists them)", word)
+    else
+      table.insert(o.names, word)
+    end
+    at = at + 1
+  end
+  if #o.names == 0 and not o.help then
+    experiment.refuse("run: which experiment? (amalgam run --help)")
+  end
+  return o
+end
+
+---@param o RunOptions
+---@param root string
+---@return string
+local function results_root(o, root)
+  if o.results then return o.results end
+  return root .. (o.quick and "/build/quick/results" or "/results")
+end
+
+local FINISHED = { ok = true, skipped = true, oom = true }
+local STATUSES = { ok = true, skipped = true, oom = true, invalid = true, failed = true }
+
+--- The latest row of each point in a results file that was made by the same definition.
+---@param path string
+---@param definition string
+---@return table<string, table> rows by point id
+---@return integer n_other rows of another definition
+---@return integer n_broken lines that are no rows
+local function rows_before(path, definition)
+  local latest, n_other = {}, 0
+  local rows, n_broken = amalgam.rows(path)
+  for _, row in ipairs(rows) do
+    if row.definition ~= definition then
+      n_other = n_other + 1
+    elseif row.point then
+      latest[row.point] = row
+    end
+  end
+  return latest, n_other, n_broken
+end
+
+--- Numbers are stored with nine significant digits: more is noise, and rows stay readable.
+---@param x number
+---@return number
+local function rounded(x)
+  if math.type(x) == "integer" or x ~= x or x == math.huge or x == -math.huge then return x end
+  return tonumber(("%.9g"):format(x)) + 0.0
+end
+
+local RESULT_KEYS = {
+  status = "string", reason = "string", origin = "string", checkpoint = "string",
+  precision = "string", tp = "number",
+  metrics = "table",
+}
+
+--- What `run` returned, checked. Raises for a result that is no result.
+---@param result any
+---@param declared_origin? string
+---@return table
+local function check_result(result, declared_origin)
+  if type(result) ~= "table" then error("run returned a " .. type(result) .. ", no table", 0) end
+  for _, key in ipairs(experiment.sorted_keys(result)) do
+    if not RESULT_KEYS[key] then error(("result: unknown key '%s'"):format(key), 0) end
+    if type(result[key]) ~= RESULT_KEYS[key] then
+      error(("result: '%s' is a %s"):format(key, type(result[key])), 0)
+    end
+  end
+  if not STATUSES[result.status] then
+    error(("result: status '%s' is none of ok, skipped, oom, invalid, failed")
+      :format(tostring(result.status)), 0)
+  end
+  if declared_origin and result.origin and result.origin ~= declared_origin then
+    error(("the experiment says %s and the point says %s"):format(declared_origin,
+      result.origin), 0)
+  end
+  if result.status == "ok" and not (result.origin or declared_origin) then
+    error("result: origin is missing", 0)
+  end
+  local metrics = {}
+  for _, name in ipairs(experiment.sorted_keys(result.metrics or {})) do
+    local value = result.metrics[name]
+    if type(value) ~= "number" then error(("metric '%s' is no number"):format(name), 0) end
+    metrics[name] = rounded(value)
+  end
+  result.metrics = metrics
+  return result
+end
+
+--- Mistakes that no point can escape: they stop the run instead of filling a file with failures.
+---@param why string
+---@return boolean
+local function is_mistake(why)
+  return why:find("unknown key '", 1, true) ~= nil or why:find("has no axis '", 1, true) ~= nil
+    or why:find("' is global: write 'local'", 1, true) ~= nil
+end
+
+---@param loaded Loaded
+---@param entry PointEntry
+---@return table # crosses the process border as JSON
+local function run_point(loaded, entry)
+  local spec = loaded.spec
+  local ok, result = pcall(function()
+    return check_result(spec.run(amalgam, experiment.guard(entry.key)), spec.origin)
+  end)
+  if ok then return result end
+  local why = tostring(result):gsub("%c", " ")
+  return { status = is_mistake(why) and "mistake" or "failed", reason = why }
+end
+
+--- Numbers that were computed and not clocked do not depend on load or clocks.
+local PREDICTED_PROVENANCE = { "cpu", "compiler", "flags" }
+
+---@param origin? string
+---@return table
+local function provenance(origin)
+  local all = amalgam.identity().provenance
+  if origin ~= "predicted" and origin ~= "reference" then return all end
+  local some = {}
+  for _, key in ipairs(PREDICTED_PROVENANCE) do some[key] = all[key] end
+  return some
+end
+
+---@param context table id, run, definition, identity, declared origin
+---@param entry PointEntry
+---@param result table
+---@param wall_s number
+---@return table
+local function make_row(context, entry, result, wall_s)
+  local key = {}
+  for name, value in pairs(entry.key) do key[name] = value end
+  if key.tp == nil then key.tp = result.tp end
+  if key.checkpoint == nil then key.checkpoint = result.checkpoint end
+  if key.precision == nil then key.precision = result.precision end
+  local origin = result.origin or context.origin
+  local id = context.identity
+  return {
+    schema = id.schema, run = context.run, time = os.date("!%Y-%m-%dT%H:%M:%SZ"),
+    commit = id.commit, diff = id.diff, experiment = context.id, definition = context.definition,
+    machine = id.machine, point = entry.id, key = key, origin = origin, status = result.status,
+    reason = result.reason, metrics = result.metrics or {}, provenance = provenance(origin),
+    wall_s = rounded(wall_s),
+  }
+end
+
+--- Which points are left to do, given the rows there are.
+---@param points PointEntry[]
+---@param latest table<string, table>
+---@param o RunOptions
+---@return PointEntry[] todo
+---@return integer n_finished
+---@return integer n_retried
+local function remaining(points, latest, o)
+  local todo, n_finished, n_retried = {}, 0, 0
+  for _, entry in ipairs(points) do
+    local row = latest[entry.id]
+    local finished = row and FINISHED[row.status]
+    if finished then n_finished = n_finished + 1 end
+    if row and not finished then n_retried = n_retried + 1 end
+    local wanted = not finished or o.again
+    if o.retry_failed then wanted = row ~= nil and row.status == "failed" end
+    if wanted then todo[#todo + 1] = entry end
+  end
+  return todo, n_finished, n_retried
+end
+
+--- One writer of measurements at a time on a machine; sweeps of predictions keep out of their way.
+---@param root string
+---@param jobs string
+local function take_lock(root, jobs)
+  local path, kind = root .. "/build/device.lock", jobs == "alone" and "exclusive" or "shared"
+  if amalgam.lock(path, kind, false) then return end
+  print("waiting: another run holds the device lock")
+  amalgam.lock(path, kind, true)
+end
+
+---@param n integer
+---@param one string
+---@return string
+local function count(n, one) return ("%d %s%s"):format(n, one, n == 1 and "" or "s") end
+
+--- Run what is left of one experiment.
+---@param loaded Loaded
+---@param todo PointEntry[]
+---@param context table
+---@param jobs integer
+---@return table tally
+local function run_all(loaded, todo, context, jobs)
+  local spec = loaded.spec
+  local tally = { ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, reasons = {} }
+  local n_reasons = 0
+
+  local function done(index, result, reason, wall_s)
+    local entry = todo[index]
+    result = result or { status = "failed", reason = reason }
+    if result.status == "mistake" then
+      error({ exit = 2, message = result.reason, rows = tally.rows }, 0)
+    end
+    local row = make_row(context, entry, result, wall_s)
+    amalgam.append(context.path, amalgam.json_encode(row))
+    tally.rows = tally.rows + 1
+    tally[result.status] = tally[result.status] + 1
+    if result.status == "failed" or result.status == "invalid" then
+      local why = result.reason or "no reason given"
+      if not tally.reasons[why] then
+        n_reasons = n_reasons + 1
+        tally.first_reason = tally.first_reason or why
+        if n_reasons <= 8 then
+          amalgam.progress_line(("%s: %s: %s"):format(result.status,
+            experiment.describe(loaded, entry.key), why))
+        end
+      end
+      tally.reasons[why] = (tally.reasons[why] or 0) + 1
+    end
+    amalgam.progress_show(tally.rows, experiment.describe(loaded, entry.key))
+  end
+
+  amalgam.progress_start(spec.id, #todo)
+  local ok, why = pcall(amalgam.isolate, #todo, jobs, spec.timeout_s or 600,
+    function(index) return run_point(loaded, todo[index]) end, done)
+  amalgam.progress_end()
+  if not ok then
+    if type(why) == "table" then error(why, 0) end
+    error({
+      exit = 1,
+      message = ("%s: %s; %s of this run kept, the same command goes on from there"):format(spec.id,
+        (tostring(why):gsub("^%S+%.lua:%d+: ", "")), count(tally.rows, "row")),
+    }, 0)
+  end
+  return tally
+end
+
+---@param name string
+---@param o RunOptions
+---@return boolean all_good
+local function run_one(name, o)
+  local identity = amalgam.identity()
+  local loaded = experiment.load(name)
+  local spec = loaded.spec
+  local points = experiment.expand(loaded, { quick = o.quick, only = o.only, set = o.set })
+  local dir = results_root(o, identity.root)
+  local path = ("%s/%s/%s/%s.jsonl"):format(dir, spec.id, identity.machine, identity.version)
+  local shown = path:sub(1, #identity.root + 1) == identity.root .. "/"
+    and path:sub(#identity.root + 2) or path
+  if #points == 0 then experiment.refuse("%s: no point is left by these options", spec.id) end
+
+  local latest, n_other, n_broken = rows_before(path, loaded.definition)
+  local todo, n_finished, n_retried = remaining(points, latest, o)
+  if o.list then
+    for _, entry in ipairs(points) do
+      local row = latest[entry.id]
+      print(("%-8s %s"):format(row and row.status or "to do",
+        experiment.describe(loaded, entry.key)))
+    end
+    return true
+  end
+
+  print(("%s: %s"):format(spec.id, spec.title))
+  if n_broken > 0 then
+    print(("  %s of %s cannot be read (a killed run leaves one) and is left out"):format(
+      count(n_broken, "line"), shown))
+  end
+  if n_other > 0 then
+    print(("  %s in %s belong to another definition of this experiment: run again"):format(
+      count(n_other, "row"), shown))
+  end
+  if n_finished > 0 and not o.again then
+    print(("  %d of %s finished in %s: skipped"):format(n_finished, count(#points, "point"), shown))
+  end
+  if n_retried > 0 then
+    print(("  %s failed before: tried again"):format(count(n_retried, "point")))
+  end
+
+  local started = os.time()
+  local tally = { ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, reasons = {} }
+  if #todo > 0 then
+    take_lock(identity.root, spec.jobs)
+    local jobs = spec.jobs == "alone" and 1 or o.jobs or identity.provenance.cores
+    local context = {
+      id = spec.id, path = path, definition = loaded.definition, identity = identity,
+      origin = spec.origin, run = amalgam.hash(identity.time .. loaded.definition .. os.clock()),
+    }
+    tally = run_all(loaded, todo, context, math.min(jobs, 64))
+  end
+  print(("  %d ok, %d oom, %d skipped, %d failed%s, %d finished before, %d s -> %s"):format(
+    tally.ok, tally.oom, tally.skipped, tally.failed,
+    tally.invalid > 0 and (", %d invalid"):format(tally.invalid) or "",
+    o.again and 0 or n_finished, os.time() - started, shown))
+
+  -- When nothing but one Lua error came out, the experiment is wrong and not a point of it.
+  if tally.failed == tally.rows and tally.rows > 1 and tally.reasons[tally.first_reason]
+      == tally.rows and tally.first_reason:find("^[^:]+%.lua:%d+:") then
+    error({ exit = 2, message = tally.first_reason .. " (every point)" }, 0)
+  end
+  return tally.failed == 0 and tally.invalid == 0
+end
+
+--- Print errors of ours as one line; pass on what is none of ours.
+---@param err any
+---@return integer exit status
+function M.report_error(err)
+  if type(err) ~= "table" or not err.message then
+    io.stderr:write("amalgam: ", (tostring(err):gsub("%c", " ")), "\n")
+    return 2
+  end
+  io.stderr:write("amalgam: ", (tostring(err.message):gsub("%c", " ")), "\n")
+  return err.exit
+end
+
+---@param args string[]
+---@return integer exit status
+function M.main(args)
+  local status = 0
+  local ok, err = pcall(function()
+    local o = parse(args)
+    if o.help then
+      print(USAGE)
+      return
+    end
+    for _, name in ipairs(o.names) do
+      if not run_one(name, o) then status = 1 end
+    end
+  end)
+  if ok then return status end
+  return M.report_error(err)
+end
+
+return M

@@ -1,0 +1,90 @@
+/* linear.h - linear layers with weights in any format, on a GPU: y = epilogue(x W^T + bias).
+ *
+ * Description (linear_problem), choice (a table of variants per architecture, best first) and
+ * launch are three things. A weight is packed once at load for the family that will run it; the
+ * order inside is the one in which that family's fragments are loaded, made by running its own load
+ * path. */
+#ifndef KERNEL_LINEAR_H
+#define KERNEL_LINEAR_H
+#include "ref_quant.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A weight in device memory. Fill format .. family, ask linear_pack_bytes, point code / scale /
+ * bias at device memory, then linear_pack each of the `count` matrices. */
+typedef struct {
+    weight_format format;
+    dtype type; /* F16 or BF16: of x, y and bias, and of W16 weights */
+    int32_t n, k, count;
+    int32_t group; /* 0 = per output channel */
+    bool sym;
+    int32_t family;      /* 80 or 90: which packed order; set by linear_family */
+    void *code, *scale;  /* packed; zeros lie beside the scales */
+    void *bias;          /* [count, n] of `type`, or NULL */
+    float *global_scale; /* [count], NVFP4; else NULL */
+} linear_weight;
+
+/* The family that runs this on a GPU of compute capability sm (80, 86, 89, 90): 90 on Hopper unless
+ * `force` is 80. */
+int32_t linear_family(int32_t sm, int32_t force);
+
+/* Bytes of code and scale for all `count` matrices. UNSUPPORTED or SHAPE with the reason. */
+status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *scale_bytes);
+
+/* Pack matrix `index` from the canonical form in device memory (q's pointers are device pointers;
+ * W16 takes q->code as [n, k] of w->type). Asynchronous on `stream`. */
+status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q, kernel_stream stream);
+
+/* The same on the host, and its inverse: the definition of the packed order, for tests. Pack ->
+ * unpack is the identity for every format, group and family. */
+status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qmatrix *q);
+status ref_linear_unpack(const linear_weight *w, const void *code, const void *scale, qmatrix *q);
+
+typedef enum {
+    LINEAR_STORE,     /* y [m, n] = x W^T + bias */
+    LINEAR_GATED,     /* W rows are gate | up: y [m, n / 2] = activation(gate, up), SILU */
+    LINEAR_GATED_OAI, /* the same with gpt-oss's clamped activation */
+    LINEAR_RESIDUAL   /* y += x W^T + bias */
+} linear_epilogue;
+
+typedef struct {
+    const linear_weight *w;
+    int32_t m;
+    const void *x; /* [m, k] of w->type, row stride ldx elements */
+    void *y;       /* [m, n] of y_type, row stride ldy */
+    int64_t ldx, ldy;
+    dtype y_type; /* w->type, or F32 (logits) */
+    act_format
+        act; /* how x is multiplied: AF_16, or quantised here per token (and 128 inputs for FP8b) */
+    linear_epilogue epilogue;
+    float limit; /* LINEAR_GATED_OAI */
+
+    /* Grouped problem (mixture of experts); all NULL for a dense one. Rows expert_start[e] ..
+     * expert_start[e+1] of the permuted problem use matrix e; row r reads x row x_row[r] (NULL: r).
+     * m is the number of permuted rows and an upper bound on expert_start[count]. Device pointers.
+      */
+    const int32_t *expert_start; /* [count + 1] */
+    const int32_t *x_row;        /* [m] */
+
+    void *workspace;    /* linear_workspace_bytes of device memory, zeroed once, left zeroed */
+    const char *kernel; /* force a variant by name; NULL = the table's choice */
+    int32_t sm, n_sms;
+} linear_problem;
+
+int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms);
+
+/* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.
+ * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph. */
+status kernel_linear(const linear_problem *p, kernel_stream stream);
+
+/* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. */
+const char *linear_choice(const linear_problem *p);
+/* All variants of a family, for benchmarks; NULL-terminated. */
+const char *const *linear_variants(int32_t family);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,322 @@
+/* test_sampler.c - what is drawn, against probabilities worked out here, and the corners by
+ * hand. */
+#include "test.h"
+
+#include "rng.h"
+#include "sampler.h"
+#include <string.h>
+
+enum { V_MAX = 4096 };
+static double scratch[V_MAX * 4];
+static const sampling greedy = {.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
+
+static sampled draw_of(const float *logits, int32_t vocab, const sampling *p, uint64_t draw) {
+    sampled out;
+    assert_true(sampler_bytes(vocab) <= sizeof scratch);
+    memset(scratch, 0xff, sizeof scratch); /* nothing is kept between calls */
+    sampler_draw(&out, logits, vocab, p, draw, NULL, 0, scratch);
+    return out;
+}
+
+static void test_greedy(void **state) {
+    (void)state;
+    const float tie[] = {1, 3, -2, 3, 3};
+    assert_int_equal(draw_of(tie, 5, &greedy, 0).token, 1);
+    const float nan[] = {NAN, -5, NAN, -4, INFINITY, -INFINITY};
+    assert_int_equal(draw_of(nan, 6, &greedy, 0).token, 3);
+    const float none[] = {NAN, -INFINITY, NAN};
+    sampling warm = greedy;
+    warm.temperature = 1;
+    warm.n_logprobs = 2;
+    const sampled s = draw_of(none, 3, &warm, 0);
+    assert_int_equal(s.token, 0);
+    assert_int_equal(s.n_top, 0);
+    assert_true(isinf(s.logprob) && s.logprob < 0);
+    assert_int_equal(draw_of(none, 3, &greedy, 0).token, 0);
+    assert_int_equal(draw_of(tie, 1, &warm, 0).token, 0);
+
+    sampling rest = greedy; /* at temperature 0 nothing else is looked at */
+    rest.top_k = 1;
+    rest.top_p = 0.1f;
+    rest.min_p = 1;
+    for (uint64_t i = 0; i < 10; i++) assert_int_equal(draw_of(tie, 5, &rest, i).token, 1);
+}
+
+/* --- Which tokens can be drawn ---------------------------------------------------------------- */
+
+/* The truncations written again: everything sorted, bit per token kept. Vocabulary at most 64. */
+static uint64_t naive_kept(const float *logits, int32_t vocab, const sampling *p, double *prob) {
+    int32_t order[64], n = 0;
+    double e[64], sum = 0, run = 0;
+    for (int32_t i = 0; i < vocab; i++) {
+        int32_t at = n++;
+        for (; at > 0 && logits[order[at - 1]] < logits[i]; at--) order[at] = order[at - 1];
+        order[at] = i; /* stable: the lower id stays ahead */
+    }
+    for (int32_t i = 0; i < vocab; i++)
+        e[i] = exp(((double)logits[i] - (double)logits[order[0]]) / (double)p->temperature);
+    if (p->top_k > 0 && p->top_k < n) n = p->top_k;
+    for (int32_t i = 0; i < n; i++) sum += e[order[i]];
+    for (int32_t i = 0; i < n && p->top_p < 1; i++) {
+        run += e[order[i]];
+        if (run >= (double)p->top_p * sum * (1 - 1e-12)) n = i + 1;
+    }
+    while (n > 1 && e[order[n - 1]] < (double)p->min_p) n--;
+    uint64_t kept = 0;
+    sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += e[order[i]];
+    for (int32_t i = 0; i < vocab; i++) prob[i] = 0;
+    for (int32_t i = 0; i < n; i++) {
+        kept |= UINT64_C(1) << order[i];
+        prob[order[i]] = e[order[i]] / sum;
+    }
+    return kept;
+}
+
+/* Pearson's chi-square over draws, where 5 are expected at least (the rest pooled), and the number
+ * of cells. */
+static double chi_square(const int32_t *count, const double *prob, int32_t vocab, int32_t draws,
+                         int32_t *cells) {
+    double chi = 0, pool_want = 0, pool_got = 0;
+    *cells = 0;
+    for (int32_t i = 0; i < vocab; i++) {
+        const double want = prob[i] * draws;
+        if (want < 5) {
+            pool_want += want;
+            pool_got += count[i];
+            continue;
+        }
+        chi += pow(count[i] - want, 2) / want;
+        ++*cells;
+    }
+    if (pool_want >= 5) {
+        chi += pow(pool_got - pool_want, 2) / pool_want;
+        ++*cells;
+    }
+    return chi;
+}
+
+/* Mean n, variance 2 n: five deviations above. Seeds are fixed, so this never flickers. */
+static double chi_bound(int32_t cells) { return (cells - 1) + 5 * sqrt(2.0 * (cells - 1)) + 1e-9; }
+
+static void test_distribution(void **state) {
+    (void)state;
+    enum { V = 40, DRAWS = 20000 };
+    rng r;
+    rng_seed(&r, 1, 0);
+    float logits[V];
+    for (int i = 0; i < V; i++) logits[i] = (float)(1.5 * rng_normal(&r));
+    logits[7] = logits[30] = logits[12]; /* ties at some rank */
+    const struct {
+        float temperature;
+        int32_t top_k;
+        float top_p, min_p;
+    } rule[] = {
+        {1, 0, 1, 0},        {0.5f, 0, 1, 0},        {1, 5, 1, 0},    {1, 1, 1, 0},
+        {1.5f, 0, 0.8f, 0},  {1, 0, 1e-6f, 0},       {1, 0, 1, 0.2f}, {1, 0, 1, 1},
+        {2, 20, 0.9f, 0.1f}, {100, 1000, 0.999f, 0},
+    };
+    for (int32_t c = 0; c < COUNT_OF(rule); c++) {
+        sampling p = greedy;
+        p.temperature = rule[c].temperature;
+        p.top_k = rule[c].top_k;
+        p.top_p = rule[c].top_p;
+        p.min_p = rule[c].min_p;
+        double prob[V];
+        int32_t count[V] = {0}, cells;
+        const uint64_t kept = naive_kept(logits, V, &p, prob);
+        for (int32_t i = 0; i < DRAWS; i++) { /* seeds and counters both move */
+            p.seed = 77 + (uint64_t)(i / 100);
+            const int32_t token = draw_of(logits, V, &p, (uint64_t)(i % 100)).token;
+            assert_in_range(token, 0, V - 1);
+            assert_true(kept >> token & 1);
+            count[token]++;
+        }
+        const double chi = chi_square(count, prob, V, DRAWS, &cells);
+        assert_at_most(chi, chi_bound(cells));
+        if (cells > 1) { /* twin: a probability moved by a tenth of the whole */
+            int32_t best = 0;
+            for (int32_t i = 0; i < V; i++)
+                if (prob[i] > prob[best]) best = i;
+            for (int32_t i = 0; i < V; i++) prob[i] *= 0.9;
+            prob[best] += 0.1;
+            assert_more(chi_square(count, prob, V, DRAWS, &cells), chi_bound(cells));
+        }
+    }
+}
+
+/* Selection and doubling at sizes where they have something to do, against ranks found by
+ * counting. */
+static void test_large_vocabulary(void **state) {
+    (void)state;
+    enum { V = V_MAX };
+    static float logits[V];
+    static int32_t rank[V];
+    static double ahead[V + 1]; /* by rank: mass of all better ones */
+    rng r;
+    for (uint64_t seed = 0; seed < 6; seed++) {
+        rng_seed(&r, seed, 0);
+        for (int i = 0; i < V; i++) /* many ties in half of the cases */
+            logits[i] = seed % 2 ? (float)rng_below(&r, 9) : (float)(3 * rng_normal(&r));
+        for (int32_t i = 0; i < V; i++) {
+            rank[i] = 0;
+            for (int32_t j = 0; j < V; j++)
+                rank[i] += logits[j] > logits[i] || (logits[j] == logits[i] && j < i);
+            ahead[rank[i] + 1] = exp((double)logits[i]);
+        }
+        for (int32_t i = 0; i < V; i++) ahead[i + 1] += ahead[i];
+        for (int32_t c = 0; c < 9; c++) {
+            sampling p = greedy;
+            p.temperature = 1;
+            p.seed = seed;
+            if (c % 3 != 1) p.top_k = (int32_t)rng_range(&r, 1, V - 1);
+            if (c % 3 != 0) p.top_p = (float)(0.05 + 0.9 * rng_unit(&r));
+            const double sum = ahead[p.top_k ? p.top_k : V];
+            for (uint64_t i = 0; i < 200; i++) {
+                const int32_t at = rank[draw_of(logits, V, &p, i).token];
+                if (p.top_k) assert_true(at < p.top_k);
+                if (p.top_p < 1) assert_true(ahead[at] < (double)p.top_p * sum * (1 + 1e-12));
+            }
+        }
+    }
+}
+
+/* Equal logits make exact sums: 2 of 4 reach 0.5, and the lower ids are the ones that stay. */
+static void test_top_p_exact(void **state) {
+    (void)state;
+    const float flat[] = {2, 2, 2, 2};
+    const struct {
+        float top_p;
+        int32_t kept;
+    } rule[] = {{0.25f, 1}, {0.2500001f, 2}, {0.5f, 2}, {0.75f, 3}, {0.7500001f, 4}, {0.9999f, 4}};
+    for (int32_t c = 0; c < COUNT_OF(rule); c++) {
+        sampling p = greedy;
+        p.temperature = 1;
+        p.top_p = rule[c].top_p;
+        int32_t most = 0;
+        bool seen[4] = {false};
+        for (uint64_t i = 0; i < 200; i++) seen[draw_of(flat, 4, &p, i).token] = true;
+        for (int32_t i = 0; i < 4; i++)
+            if (seen[i]) most = i + 1;
+        assert_int_equal(most, rule[c].kept);
+    }
+}
+
+/* The draw itself: ids in ascending order, u times the sum. */
+static void test_inverse(void **state) {
+    (void)state;
+    const float logits[] = {0, 0, 0, 0, 0, 0, 0, 0};
+    sampling p = greedy;
+    p.temperature = 0.7f;
+    for (uint64_t seed = 0; seed < 5; seed++)
+        for (uint64_t draw = 0; draw < 50; draw++) {
+            p.seed = seed;
+            const int32_t want = (int32_t)(8 * philox_unit(seed, draw));
+            assert_int_equal(draw_of(logits, 8, &p, draw).token, want);
+        }
+    /* Very low temperatures do not overflow. */
+    const float wide[] = {-3e38f, 3e38f, 2.9e38f};
+    p.temperature = 1e-30f;
+    for (uint64_t draw = 0; draw < 20; draw++)
+        assert_int_equal(draw_of(wide, 3, &p, draw).token, 1);
+}
+
+static void test_penalty(void **state) {
+    (void)state;
+    const float logits[] = {2, 3, -1, -1.5f};
+    const int32_t history[] = {1, 1, 1, 2}; /* once for each token, however often it occurs */
+    sampling p = greedy;
+    sampled out;
+    p.repetition_penalty = 1.4f; /* 3 / 1.4 = 2.14 is still the largest; 3 / 1.4^3 would not be */
+    sampler_draw(&out, logits, 4, &p, 0, history, 4, scratch);
+    assert_int_equal(out.token, 1);
+    p.repetition_penalty = 1.6f; /* 3 / 1.6 = 1.875 < 2 */
+    sampler_draw(&out, logits, 4, &p, 0, history, 4, scratch);
+    assert_int_equal(out.token, 0);
+    const int32_t both[] = {0, 1, 2}; /* negative ones are multiplied: -1 * 1.6 < -1.5 */
+    sampling last = p;
+    last.temperature = 1;
+    const float low[] = {-100, -100, -1, -1.5f};
+    last.min_p = 1; /* only the best */
+    sampler_draw(&out, low, 4, &last, 0, both, 3, scratch);
+    assert_int_equal(out.token, 3);
+    last.repetition_penalty = 1.4f;
+    sampler_draw(&out, low, 4, &last, 0, both, 3, scratch);
+    assert_int_equal(out.token, 2);
+    p.repetition_penalty = 0.5f; /* below 1 it favours what was said */
+    const int32_t weak[] = {0};
+    sampler_draw(&out, logits, 4, &p, 0, weak, 1, scratch);
+    assert_int_equal(out.token, 0);
+}
+
+static void test_logprobs(void **state) {
+    (void)state;
+    const float logits[] = {1, 4, NAN, 4, 2, -3};
+    double sum = 0;
+    for (int i = 0; i < 6; i++)
+        if (i != 2) sum += exp((double)logits[i]);
+    sampling p = greedy;
+    p.n_logprobs = 3;
+    sampled s = draw_of(logits, 6, &p, 0);
+    assert_int_equal(s.token, 1);
+    assert_close(s.logprob, 4 - log(sum), 1e-6);
+    assert_int_equal(s.n_top, 3);
+    const int32_t order[] = {1, 3, 4};
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(s.top_token[i], order[i]);
+        assert_close(s.top_logprob[i], (double)logits[order[i]] - log(sum), 1e-6);
+    }
+    assert_more(fabs((double)s.top_logprob[2] - (double)s.top_logprob[1]), 1e-6); /* twin */
+
+    /* Of the raw logits: neither temperature nor penalty nor truncation shows. */
+    const int32_t history[] = {1, 3};
+    p.repetition_penalty = 10;
+    p.temperature = 0.01f;
+    p.top_k = 1;
+    p.n_logprobs = LOGPROBS_MAX; /* more than there are finite ones */
+    sampler_draw(&s, logits, 6, &p, 0, history, 2, scratch);
+    assert_int_equal(s.token, 4);
+    assert_close(s.logprob, 2 - log(sum), 1e-6);
+    assert_int_equal(s.n_top, 5);
+    assert_int_equal(s.top_token[0], 1);
+    assert_int_equal(s.top_token[4], 5);
+    p.n_logprobs = 0;
+    s = draw_of(logits, 6, &p, 0);
+    assert_int_equal(s.n_top, 0);
+    assert_close(s.logprob, 4 - log(sum), 1e-6);
+    p.n_logprobs = -1;
+    assert_true(draw_of(logits, 6, &p, 0).logprob == 0);
+}
+
+static void refuse(const char *name, sampling p) {
+    assert_status(sampling_check(&p), ST_RANGE);
+    assert_non_null(strstr(fail_message(), name));
+}
+
+static void test_check(void **state) {
+    (void)state;
+    assert_ok(sampling_check(&greedy));
+    refuse("temperature", (sampling){.temperature = -1, .top_p = 1, .repetition_penalty = 1});
+    refuse("temperature", (sampling){.temperature = NAN, .top_p = 1, .repetition_penalty = 1});
+    refuse("temperature", (sampling){.temperature = 101, .top_p = 1, .repetition_penalty = 1});
+    refuse("top_k", (sampling){.top_k = -1, .top_p = 1, .repetition_penalty = 1});
+    refuse("top_p", (sampling){.top_p = 0, .repetition_penalty = 1});
+    refuse("top_p", (sampling){.top_p = NAN, .repetition_penalty = 1});
+    refuse("top_p", (sampling){.top_p = 1.5f, .repetition_penalty = 1});
+    refuse("min_p", (sampling){.top_p = 1, .min_p = 2, .repetition_penalty = 1});
+    refuse("min_p", (sampling){.top_p = 1, .min_p = -1, .repetition_penalty = 1});
+    refuse("repetition_penalty", (sampling){.top_p = 1, .repetition_penalty = 0});
+    refuse("repetition_penalty", (sampling){.top_p = 1, .repetition_penalty = NAN});
+    refuse("logprobs", (sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = 21});
+    refuse("logprobs", (sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -2});
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_greedy),           cmocka_unit_test(test_distribution),
+        cmocka_unit_test(test_large_vocabulary), cmocka_unit_test(test_top_p_exact),
+        cmocka_unit_test(test_inverse),          cmocka_unit_test(test_penalty),
+        cmocka_unit_test(test_logprobs),         cmocka_unit_test(test_check),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
