@@ -23,7 +23,8 @@ return {
         for _, row in ipairs(found) do
           local m = row.metrics
           local title = labels.format_title[precision] or precision
-          rows[#rows + 1] = { model, panel, title, m.rate_per_s, m.ttft_p50_ms, m.ttft_p99_ms, m.tpot_p50_ms, m.tpot_p99_ms }
+          rows[#rows + 1] = { model, panel, title, m.rate_per_s, m.ttft_p50_ms, m.ttft_p99_ms,
+            m.tpot_p50_ms, m.tpot_p99_ms }
         end
       end
     end
