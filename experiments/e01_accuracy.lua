@@ -12,7 +12,7 @@ return {
   id = "e01_accuracy",
   title = "Accuracy of the tiny checkpoint by weight, activation and KV format",
   question = "What do weight, activation and KV formats cost in perplexity and exact answers?",
-  cost = "about 2 minutes on 2 cores; --quick 10 s",
+  cost = "about 3 minutes on 2 cores; --quick 5 s",
   origin = "reference",
   axes = {
     { name = "weight", values = { "16", "8", "FP8", "4g128", "4g64", "4g32", "MXFP4" } },
@@ -21,8 +21,8 @@ return {
   },
   fixed = {
     model = "tiny", device = "cpu", text_bytes = 32768, text_seed = 0,
-    n_arithmetic = 200, n_recall = 40, -- recall reads hundreds of tokens for one answer
-    window = 256, stride = 128,
+    n_arithmetic = 500, n_recall = 24, -- recall reads hundreds of tokens for one answer
+    window = 512, stride = 384,
   },
   quick = { weight = { "16", "4g128" }, activation = { "A16" }, kv = { "KV16", "KV4" },
     text_bytes = { 4096 }, n_arithmetic = { 20 },
