@@ -6,7 +6,8 @@
  *   sim    1,000 ShareGPT-shaped requests on Llama-3.1-8B, one core
  *   cpu    decode speed of the tiny checkpoint, batch 1 and 8
  *
- * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is missed. */
+ * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is
+ * missed. */
 #include "cli.h"
 #include "engine.h"
 #include "json.h"

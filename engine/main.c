@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static int run_lua_file(int argc, char **argv);
 
@@ -72,7 +73,17 @@ static int run_lua_file(int argc, char **argv) {
     return result;
 }
 
+/* Idle OpenMP threads must sleep: spinning ones wait for a core that another process holds, which
+ * makes the cpu device ten times slower on a machine that is not ours alone. libgomp reads the
+ * variable before main begins, so the program is started over, once. */
+static void idle_threads_sleep(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv); /* on failure: go on as we are */
+}
+
 int main(int argc, char **argv) {
+    idle_threads_sleep(argv);
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
     int at = 1;
     if (at + 1 < argc && strcmp(argv[at], "--root") == 0) {
