@@ -11,7 +11,7 @@ libjansson-dev:/usr/include/jansson.h
 libpcre2-dev:/usr/include/pcre2.h
 libutf8proc-dev:/usr/include/utf8proc.h
 libmicrohttpd-dev:/usr/include/microhttpd.h
-libcurl4-openssl-dev:libcurl.pc
+libcurl4-openssl-dev:curl-config
 libcmocka-dev:/usr/include/cmocka.h
 gnuplot-nox:gnuplot
 "

@@ -1,4 +1,5 @@
-/* api.h - the bodies of OpenAI's completions and chat completions: what a client asked for, checked. */
+/* api.h - the bodies of OpenAI's completions and chat completions: what a client asked for,
+ * checked. */
 #ifndef AMALGAM_API_H
 #define AMALGAM_API_H
 #include "chat_template.h"
@@ -34,15 +35,16 @@ typedef struct {
     int32_t n_stops;
 } api_request;
 
-/* Read a body of n bytes. Fields that clients send and that change nothing here are ignored; those that
- * would change the result and are not supported are refused. seed: when the client gave none.
- * FORMAT, RANGE, UNSUPPORTED, USAGE: the client's fault, the message says what; NOTFOUND: another model
- * or a missing field; NOMEM. On failure there is nothing to free. */
+/* Read a body of n bytes. Fields that clients send and that change nothing here are ignored;
+ * those that would change the result and are not supported are refused. seed: when the client
+ * gave none. FORMAT, RANGE, UNSUPPORTED, USAGE: the client's fault, the message says what;
+ * NOTFOUND: another model or a missing field; NOMEM. On failure there is nothing to free. */
 status api_parse(api_request *out, const api_model *m, bool chat, const char *body, size_t n,
                  uint64_t seed);
 void api_request_free(api_request *r); /* idempotent */
 
-/* {"prompt": …} or {"messages": …} to ids (POST /tokenize); {"tokens": […]} to text (/detokenize). */
+/* {"prompt": …} or {"messages": …} to ids (POST /tokenize); {"tokens": […]} to text
+ * (/detokenize). */
 status api_tokenize(ids *out, const api_model *m, const char *body, size_t n);
 status api_detokenize(text *out, const api_model *m, const char *body, size_t n);
 

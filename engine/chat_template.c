@@ -1,7 +1,7 @@
 /* chat_template.c - see chat_template.h. The syntax tree is walked; scopes are lists of names.
  *
- * jinja2's scoping: `set` in a for body or a macro stays there (each pass of a loop begins with an empty
- * scope), an if makes no scope. A macro sees the scope in which it was defined. */
+ * jinja2's scoping: `set` in a for body or a macro stays there (each pass of a loop begins with
+ * an empty scope), an if makes no scope. A macro sees the scope in which it was defined. */
 #include "chat_template.h"
 
 #include "jinja.h"
@@ -50,7 +50,8 @@ static status no_memory(rendering *x) {
     return JINJA_FAIL(&x->r, ST_RANGE, "needs more than %d MiB", RENDER_BYTES >> 20);
 }
 
-/* --- Names -------------------------------------------------------------------------------------- */
+/* --- Names
+ * -------------------------------------------------------------------------------------- */
 
 static status push_scope(rendering *x, scope *parent, scope **made) {
     *made = arena_array(x->r.memory, scope, 1);
@@ -99,7 +100,8 @@ static status assign_all(rendering *x, const jinja_node *n, jinja_value value) {
     return ST_OK;
 }
 
-/* --- Calls -------------------------------------------------------------------------------------- */
+/* --- Calls
+ * -------------------------------------------------------------------------------------- */
 
 /* Run a body with its output going into a value. */
 static status capture(rendering *x, const jinja_node *body, jinja_value *out) {
@@ -177,7 +179,8 @@ static status evaluate_call(rendering *x, const jinja_node *n, const jinja_value
     return JINJA_FAIL(&x->r, ST_FORMAT, "a %s cannot be called", jinja_kind_name(&callee));
 }
 
-/* --- Expressions -------------------------------------------------------------------------------- */
+/* --- Expressions
+ * -------------------------------------------------------------------------------- */
 
 static status evaluate_name(rendering *x, const jinja_node *n, jinja_value *out) {
     const jinja_value *found = find_name(x->scope, n->s, n->n);
@@ -306,7 +309,8 @@ static status evaluate(rendering *x, const jinja_node *n, jinja_value *out) {
     return st;
 }
 
-/* --- Statements --------------------------------------------------------------------------------- */
+/* --- Statements
+ * --------------------------------------------------------------------------------- */
 
 static status emit(rendering *x, const char *s, size_t n) {
     if (x->out->length + n > CHAT_TEMPLATE_OUTPUT_MAX)
@@ -446,14 +450,16 @@ static status run_body(rendering *x, const jinja_node *first, flow *f) {
     return ST_OK;
 }
 
-/* --- Interface ---------------------------------------------------------------------------------- */
+/* --- Interface
+ * ---------------------------------------------------------------------------------- */
 
 status chat_template_open(chat_template **out, const char *source, size_t n, const char *where) {
     *out = NULL;
     chat_template *t = mem_alloc(1, sizeof *t);
     if (!t) return FAIL(ST_NOMEM, "chat template");
     snprintf(t->where, sizeof t->where, "%s", where);
-    /* A byte of source makes at most a node and a list of it: address space, committed as touched. */
+    /* A byte of source makes at most a node and a list of it: address space, committed as
+     * touched. */
     status st = arena_open(&t->memory, (n < CHAT_TEMPLATE_SOURCE_MAX ? n : 1) * 512 + (1 << 20));
     if (st == ST_OK) st = jinja_parse(&t->root, &t->memory, source, n, t->where);
     if (st != ST_OK) {

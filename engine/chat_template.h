@@ -3,15 +3,16 @@
  *     source --jinja_parse.c--> syntax tree --chat_template.c--> text
  *                                    values and filters: jinja_value.c
  *
- * Understood: if / elif / else, for (with filter, else, break, continue and `loop`), set (names, several
- * names, namespace attributes, blocks), macro, call, filter and generation blocks, comments, whitespace
- * control with trim_blocks and lstrip_blocks on; expressions with slices, calls, tests, `~`, `in`, inline
- * if, literals; the filters, tests, methods and functions of the tables in jinja_value.c. Results are those
- * of jinja2 as transformers sets it up (tojson does not escape HTML and keeps the order of keys).
+ * Understood: if / elif / else, for (with filter, else, break, continue and `loop`), set (names,
+ * several names, namespace attributes, blocks), macro, call, filter and generation blocks,
+ * comments, whitespace control with trim_blocks and lstrip_blocks on; expressions with slices,
+ * calls, tests, `~`, `in`, inline if, literals; the filters, tests, methods and functions of the
+ * tables in jinja_value.c. Results are those of jinja2 as transformers sets it up (tojson does
+ * not escape HTML and keeps the order of keys).
  *
- * Anything else is refused by name with its line, when the template is opened where the syntax shows it
- * and at rendering where only the values do. Templates and messages are untrusted: nesting, steps, memory
- * and output are bounded. */
+ * Anything else is refused by name with its line, when the template is opened where the syntax
+ * shows it and at rendering where only the values do. Templates and messages are untrusted:
+ * nesting, steps, memory and output are bounded. */
 #ifndef AMALGAM_CHAT_TEMPLATE_H
 #define AMALGAM_CHAT_TEMPLATE_H
 #include "json.h"
@@ -28,8 +29,9 @@ enum {
 
 typedef struct chat_template chat_template;
 
-/* Parse n bytes; `where` names them in messages ("tokenizer_config.json"). FORMAT, UNSUPPORTED and RANGE
- * with where:line; NOMEM. A template is read-only: any number of threads may render with one. */
+/* Parse n bytes; `where` names them in messages ("tokenizer_config.json"). FORMAT, UNSUPPORTED
+ * and RANGE with where:line; NOMEM. A template is read-only: any number of threads may render
+ * with one. */
 status chat_template_open(chat_template **out, const char *source, size_t n, const char *where);
 void chat_template_close(chat_template *t); /* NULL is fine */
 
@@ -42,8 +44,9 @@ typedef struct {
     int64_t now_s;         /* strftime_now: seconds since the epoch, shown as local time */
 } chat_template_input;
 
-/* Append the text. FORMAT with the line for what the template itself refuses (raise_exception) and for
- * operations that Python would refuse; UNSUPPORTED, RANGE (a limit), NOMEM. `out` may then hold a part. */
+/* Append the text. FORMAT with the line for what the template itself refuses (raise_exception)
+ * and for operations that Python would refuse; UNSUPPORTED, RANGE (a limit), NOMEM. `out` may
+ * then hold a part. */
 status chat_template_render(const chat_template *t, const chat_template_input *in, text *out);
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-/* cmd_bench_serve.c - `amalgam bench serve --url …`: a workload against a server, and its figures. */
+/* cmd_bench_serve.c - `amalgam bench serve --url …`: a workload against a server, and its
+ * figures. */
 #include "cli.h"
 #include "json.h"
 #include "load.h"

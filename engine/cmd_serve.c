@@ -1,4 +1,5 @@
-/* cmd_serve.c - `amalgam serve`: a model behind OpenAI's HTTP interface, until SIGTERM or SIGINT. */
+/* cmd_serve.c - `amalgam serve`: a model behind OpenAI's HTTP interface, until SIGTERM or SIGINT.
+ */
 #include "cli.h"
 #include "server.h"
 
@@ -51,7 +52,8 @@ static status check(const arguments *a) {
     return ST_OK;
 }
 
-/* A folder without tokenizer.json serves token ids; one whose template is beyond us, completions. */
+/* A folder without tokenizer.json serves token ids; one whose template is beyond us, completions.
+ */
 static status open_text(parts *p, const char *dir) {
     char path[1200];
     if (!file_exists(path_join(path, sizeof path, dir, "tokenizer.json"))) {

@@ -1,4 +1,5 @@
-/* jinja.h - syntax tree and values of the template language: private to chat_template.c and its parts. */
+/* jinja.h - syntax tree and values of the template language: private to chat_template.c and its
+ * parts. */
 #ifndef AMALGAM_JINJA_H
 #define AMALGAM_JINJA_H
 #include "json.h"
@@ -15,7 +16,8 @@ typedef struct jinja_loop jinja_loop;
 typedef struct jinja_macro jinja_macro;
 typedef struct jinja_run jinja_run;
 
-/* --- Values ------------------------------------------------------------------------------------- */
+/* --- Values
+ * ------------------------------------------------------------------------------------- */
 
 typedef enum {
     JINJA_MISSING, /* an argument that was not given; never seen by a template */
@@ -33,8 +35,8 @@ typedef enum {
     JINJA_FUNCTION /* a built-in one, by name */
 } jinja_kind;
 
-/* Strings, lists and dicts lie in the arena of the rendering (constants in that of the template) and are
- * never changed once another value can see them. */
+/* Strings, lists and dicts lie in the arena of the rendering (constants in that of the template)
+ * and are never changed once another value can see them. */
 struct jinja_value {
     jinja_kind kind;
     uint32_t n; /* bytes of s */
@@ -67,7 +69,8 @@ struct jinja_loop {
     int32_t depth;
 };
 
-/* --- Syntax tree -------------------------------------------------------------------------------- */
+/* --- Syntax tree
+ * -------------------------------------------------------------------------------- */
 
 typedef enum {
     /* statements */
@@ -124,7 +127,8 @@ struct jinja_node {
 /* Parse into `a`; *root is the first statement or NULL. */
 status jinja_parse(jinja_node **root, arena *a, const char *source, size_t n, const char *where);
 
-/* --- One rendering ------------------------------------------------------------------------------ */
+/* --- One rendering
+ * ------------------------------------------------------------------------------ */
 
 struct jinja_run {
     arena *memory;

@@ -56,7 +56,8 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
-/* --- Plain requests ----------------------------------------------------------------------------- */
+/* --- Plain requests
+ * ----------------------------------------------------------------------------- */
 
 static size_t collect(char *data, size_t size, size_t n, void *user) {
     text *t = user;
@@ -128,7 +129,8 @@ status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *
     return st;
 }
 
-/* --- Streams ------------------------------------------------------------------------------------ */
+/* --- Streams
+ * ------------------------------------------------------------------------------------ */
 
 static void add_event(transfer *t, int64_t now) {
     if (t->n_events == t->size) {
@@ -209,7 +211,8 @@ static size_t on_data(char *data, size_t size, size_t n, void *user) {
     return t->line.failed ? 0 : total;
 }
 
-/* --- Requests ----------------------------------------------------------------------------------- */
+/* --- Requests
+ * ----------------------------------------------------------------------------------- */
 
 static status write_prompt(const loader *l, const request *r, text *out) {
     if (!l->o->tok) {
@@ -289,7 +292,8 @@ static status prepare(loader *l, int32_t at, transfer **out) {
     return ST_OK;
 }
 
-/* due_ns: when it could have gone out. The body of the request after it is prepared when it is away. */
+/* due_ns: when it could have gone out. The body of the request after it is prepared when it is
+ * away. */
 static status dispatch(loader *l, int32_t at, int64_t due_ns) {
     transfer *t = l->prepared;
     if (t && t->at == at)
@@ -361,7 +365,8 @@ static status finish(loader *l, transfer *t, CURLcode code) {
     return spread_tokens(l, t, log);
 }
 
-/* --- The loop ----------------------------------------------------------------------------------- */
+/* --- The loop
+ * ----------------------------------------------------------------------------------- */
 
 static int on_socket(CURL *easy, curl_socket_t s, int what, void *user, void *known) {
     (void)easy;
@@ -470,7 +475,8 @@ static status run_loop(loader *l) {
         if (l->n_done >= l->w->n) break;
         if (!l->user_next && l->next < l->w->n && !l->prepared)
             TRY(prepare(l, l->next, &l->prepared));
-        /* What became due meanwhile goes out before any sleep: a timer in the past fires at once. */
+        /* What became due meanwhile goes out before any sleep: a timer in the past fires at once.
+         */
         TRY(wait_events(l));
     }
     return ST_OK;
@@ -529,7 +535,8 @@ static void judge(loader *l) {
     const int64_t span = w->n > 1 ? w->request[w->n - 1].arrival_ns - w->request[0].arrival_ns : 0;
     r->gap_mean_s = l->user_next || w->n < 2 ? 0 : (double)span * 1e-9 / (w->n - 1);
     r->duration_s = (double)timeline_now_ns(&l->clock) * 1e-9;
-    /* All at once is a burst: the order in which it goes out is no lag that an arrival could show. */
+    /* All at once is a burst: the order in which it goes out is no lag that an arrival could
+     * show. */
     r->valid = r->gap_mean_s == 0 || load_valid(r->lag_p99_s, r->gap_mean_s);
 }
 

@@ -1,14 +1,14 @@
-/* load.h - a load generator for OpenAI-compatible servers: requests go out when the workload says so,
- * whatever the server does (open loop), and every event of every stream is timed on arrival.
+/* load.h - a load generator for OpenAI-compatible servers: requests go out when the workload says
+ * so, whatever the server does (open loop), and every event of every stream is timed on arrival.
  *
- * One thread, libcurl's multi interface over epoll. It measures itself: the lag of a request is how long
- * after it could have gone out it did go out; a run whose p99 lag passes 1 ms or 1 % of the mean gap
- * between arrivals says more about us than about the server and is marked invalid.
+ * One thread, libcurl's multi interface over epoll. It measures itself: the lag of a request is
+ * how long after it could have gone out it did go out; a run whose p99 lag passes 1 ms or 1 % of
+ * the mean gap between arrivals says more about us than about the server and is marked invalid.
  *
- * Logs have the client's instants: dispatch is before the request is handed to libcurl, first_token and
- * token_ns are arrivals of events with a non-empty `choices`, finish is the last of them (the closing
- * usage and [DONE] move nothing), admit is the dispatch. Where a server puts several tokens into an event
- * (usage tells), the gap before it is divided among them. */
+ * Logs have the client's instants: dispatch is before the request is handed to libcurl,
+ * first_token and token_ns are arrivals of events with a non-empty `choices`, finish is the last
+ * of them (the closing usage and [DONE] move nothing), admit is the dispatch. Where a server puts
+ * several tokens into an event (usage tells), the gap before it is divided among them. */
 #ifndef AMALGAM_LOAD_H
 #define AMALGAM_LOAD_H
 #include "tokenizer.h"
@@ -36,8 +36,8 @@ typedef struct {
 /* The served model and its vocabulary (0 when the server does not say). IO, FORMAT. */
 status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *o);
 
-/* Run the workload against the server; log[w->n], its token_ns in `a`. Failed requests are logged as
- * refused. IO when no connection can be made at all; NOMEM. */
+/* Run the workload against the server; log[w->n], its token_ns in `a`. Failed requests are logged
+ * as refused. IO when no connection can be made at all; NOMEM. */
 status load_run(load_report *out, arena *a, const load_options *o, const workload *w,
                 request_log *log);
 

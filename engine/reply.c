@@ -4,7 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-/* --- Pieces ------------------------------------------------------------------------------------- */
+/* --- Pieces
+ * ------------------------------------------------------------------------------------- */
 
 static const char *reason_text(finish_reason f) {
     return f == FINISH_LENGTH ? "length" : f == FINISH_STOP ? "stop" : "abort";
@@ -125,7 +126,8 @@ static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {
     text_add(t, "]");
 }
 
-/* --- The whole object --------------------------------------------------------------------------- */
+/* --- The whole object
+ * --------------------------------------------------------------------------- */
 
 void reply_whole(text *out, const reply_head *h, const job *j) {
     put_head(out, h, j, false);
@@ -151,7 +153,8 @@ void reply_whole(text *out, const reply_head *h, const job *j) {
     text_add(out, "}");
 }
 
-/* --- Events ------------------------------------------------------------------------------------- */
+/* --- Events
+ * ------------------------------------------------------------------------------------- */
 
 status reply_stream_open(reply_stream *s, const job *j) {
     *s = (reply_stream){0};
@@ -168,8 +171,8 @@ void reply_stream_close(reply_stream *s) {
     *s = (reply_stream){0};
 }
 
-/* The next event of a choice, if there is one. The last token carries the finish reason and what was
- * held back; a choice that ends without one (cancelled) gets an event of its own. */
+/* The next event of a choice, if there is one. The last token carries the finish reason and what
+ * was held back; a choice that ends without one (cancelled) gets an event of its own. */
 static bool put_event(text *out, const reply_head *h, const job_choice *c, reply_stream *s) {
     const int32_t at = s->sent[c->index];
     const bool token = at < c->n_ready;

@@ -1,4 +1,5 @@
-/* reply.h - what goes back to a client: OpenAI's objects for a job, whole or as server-sent events. */
+/* reply.h - what goes back to a client: OpenAI's objects for a job, whole or as server-sent
+ * events. */
 #ifndef AMALGAM_REPLY_H
 #define AMALGAM_REPLY_H
 #include "service.h"
@@ -22,8 +23,8 @@ typedef struct {
 status reply_stream_open(reply_stream *s, const job *j);
 void reply_stream_close(reply_stream *s); /* idempotent */
 
-/* Append events that are ready, at least one if there is any, until `enough` bytes are there. Call with
- * the job's lock held. After s->end nothing more comes. */
+/* Append events that are ready, at least one if there is any, until `enough` bytes are there.
+ * Call with the job's lock held. After s->end nothing more comes. */
 void reply_events(text *out, const reply_head *h, const job *j, reply_stream *s, size_t enough);
 
 /* The object of a job that is done. */

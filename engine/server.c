@@ -1,9 +1,10 @@
 /* server.c - see server.h.
  *
- * A connection's life: opened (peer) -> request arrives in pieces (exchange) -> answered at once, or given
- * to the service as a job and suspended -> resumed by wake() when the job has something -> completed.
- * The watch thread ends what does not move: requests that do not arrive, clients that are gone while
- * their connection is suspended (libmicrohttpd does not look at those), readers that take nothing. */
+ * A connection's life: opened (peer) -> request arrives in pieces (exchange) -> answered at once,
+ * or given to the service as a job and suspended -> resumed by wake() when the job has something
+ * -> completed. The watch thread ends what does not move: requests that do not arrive, clients
+ * that are gone while their connection is suspended (libmicrohttpd does not look at those),
+ * readers that take nothing. */
 #define _GNU_SOURCE /* POLLRDHUP */
 #include "server.h"
 
@@ -77,7 +78,8 @@ typedef struct route {
     enum MHD_Result (*answer)(exchange *x);
 } route;
 
-/* --- Answers ------------------------------------------------------------------------------------ */
+/* --- Answers
+ * ------------------------------------------------------------------------------------ */
 
 static enum MHD_Result send_response(exchange *x, int32_t code, const char *type,
                                      struct MHD_Response *r) {
@@ -132,7 +134,8 @@ static enum MHD_Result send_failure(exchange *x, status st) {
     return send_error(x, code_of(st), fail_message());
 }
 
-/* --- Simple routes ------------------------------------------------------------------------------ */
+/* --- Simple routes
+ * ------------------------------------------------------------------------------ */
 
 static enum MHD_Result answer_health(exchange *x) {
     if (!service_healthy(x->server->service)) return send_error(x, 503, "not serving");
@@ -200,9 +203,11 @@ static enum MHD_Result answer_reset(exchange *x) {
     return send_json(x, 200, &t);
 }
 
-/* --- Completions -------------------------------------------------------------------------------- */
+/* --- Completions
+ * -------------------------------------------------------------------------------- */
 
-/* Called by the engine thread with the job's lock held, and only while the connection is suspended. */
+/* Called by the engine thread with the job's lock held, and only while the connection is
+ * suspended. */
 static void wake_connection(void *user) {
     exchange *x = user;
     MHD_resume_connection(x->connection);
@@ -299,7 +304,8 @@ static enum MHD_Result answer_job(exchange *x) {
     return send_response(x, 200, "text/event-stream; charset=utf-8", r);
 }
 
-/* --- Requests ----------------------------------------------------------------------------------- */
+/* --- Requests
+ * ----------------------------------------------------------------------------------- */
 
 static const route routes[] = {
     {"/v1/completions", "POST", false, answer_completions},
@@ -451,7 +457,8 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
     *context = NULL;
 }
 
-/* --- The watch ---------------------------------------------------------------------------------- */
+/* --- The watch
+ * ---------------------------------------------------------------------------------- */
 
 /* Has the other side closed? A suspended connection is read by nobody, so only this tells. */
 static bool is_gone(int fd) {
@@ -484,7 +491,8 @@ static void *watch_thread(void *arg) {
     return NULL;
 }
 
-/* --- Interface ---------------------------------------------------------------------------------- */
+/* --- Interface
+ * ---------------------------------------------------------------------------------- */
 
 static status address_of(const server_options *o, struct sockaddr_storage *out) {
     char port[16];

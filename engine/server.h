@@ -3,8 +3,8 @@
  *   GET  /v1/models /health /ping /version /metrics
  *   POST /v1/completions /v1/chat/completions /tokenize /detokenize /reset_prefix_cache
  *
- * libmicrohttpd reads and writes; each connection is suspended while its job has nothing new, so idle and
- * slow clients cost a socket and nothing else. A stream carries one event a token. */
+ * libmicrohttpd reads and writes; each connection is suspended while its job has nothing new, so
+ * idle and slow clients cost a socket and nothing else. A stream carries one event a token. */
 #ifndef AMALGAM_SERVER_H
 #define AMALGAM_SERVER_H
 #include "service.h"
@@ -31,10 +31,11 @@ typedef struct {
 
 typedef struct server server;
 
-/* Listen and serve from threads of its own. The service and all of `model` stay the caller's. IO when the
- * address cannot be had; RANGE. */
+/* Listen and serve from threads of its own. The service and all of `model` stay the caller's. IO
+ * when the address cannot be had; RANGE. */
 status server_open(server **out, const server_options *o, service *s, const api_model *model);
 int32_t server_port(const server *s);
-/* Stop listening, let the service finish its jobs for grace_s, tell the rest, close all connections. */
+/* Stop listening, let the service finish its jobs for grace_s, tell the rest, close all
+ * connections. */
 void server_close(server *s, double grace_s);
 #endif

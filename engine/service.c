@@ -80,7 +80,8 @@ struct service {
     bool quitting; /* what is cancelled now is cancelled by us */
 };
 
-/* --- Jobs --------------------------------------------------------------------------------------- */
+/* --- Jobs
+ * --------------------------------------------------------------------------------------- */
 
 status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)(void *user),
                void *user) {
@@ -146,7 +147,8 @@ static void end_job(service *s, job *j, status st, const char *why) {
     job_release(j);
 }
 
-/* --- Tokens ------------------------------------------------------------------------------------- */
+/* --- Tokens
+ * ------------------------------------------------------------------------------------- */
 
 static status grow(job_choice *c) {
     const int32_t n_top = c->job->request.n_top;
@@ -209,7 +211,8 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     return stopped;
 }
 
-/* --- Numbers ------------------------------------------------------------------------------------ */
+/* --- Numbers
+ * ------------------------------------------------------------------------------------ */
 
 static void observe(histogram *h, bool seconds, double v) {
     const double *edge = seconds ? seconds_edges : count_edges;
@@ -339,7 +342,8 @@ void service_metrics(service *s, const char *name, text *out) {
     text_free(&label);
 }
 
-/* --- The engine thread -------------------------------------------------------------------------- */
+/* --- The engine thread
+ * -------------------------------------------------------------------------- */
 
 static status submit_choice(service *s, job_choice *c) {
     const api_request *r = &c->job->request;
@@ -403,7 +407,8 @@ static void publish(service *s) {
         c->n_ready = c->n_tokens;
         if (c->finish == FINISH_NONE && c->ending != FINISH_NONE) j->n_finished++;
         c->finish = c->ending;
-        /* A job has as many touched choices as it likes; only its last one in the list may end it. */
+        /* A job has as many touched choices as it likes; only its last one in the list may end
+         * it. */
         bool more = false;
         for (int32_t i = 0; i < j->n_choices; i++) more = more || j->choice[i].is_touched;
         const bool ends = j->accepted && j->n_finished == j->n_choices && !more;
@@ -465,8 +470,8 @@ static void cancel_marked(service *s, bool all) {
     publish(s);
 }
 
-/* A virtual clock ran ahead by what a step would have cost: wait it out, so that clients see the speed
- * that was predicted. */
+/* A virtual clock ran ahead by what a step would have cost: wait it out, so that clients see the
+ * speed that was predicted. */
 static void keep_pace(const service *s, int64_t from_ns, const timeline *real, int64_t real_ns) {
     if (!engine_device(s->engine)->ops->virtual_time) return;
     timeline t = *real;
@@ -524,7 +529,8 @@ static void *engine_thread(void *arg) {
     return NULL;
 }
 
-/* --- Interface ---------------------------------------------------------------------------------- */
+/* --- Interface
+ * ---------------------------------------------------------------------------------- */
 
 status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_requests) {
     *out = NULL;

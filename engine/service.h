@@ -3,9 +3,9 @@
  *     any thread:   service_submit ──inbox──▶  engine thread: submit, step, take finished
  *                   wake() ◀── tokens under the job's lock ──┘
  *
- * The engine thread never waits for a client: it appends tokens to the job, whose memory is bounded by its
- * own max_new, and calls wake once a step for those who wait. All that a client can do to the engine is
- * submit and cancel. */
+ * The engine thread never waits for a client: it appends tokens to the job, whose memory is
+ * bounded by its own max_new, and calls wake once a step for those who wait. All that a client
+ * can do to the engine is submit and cancel. */
 #ifndef AMALGAM_SERVICE_H
 #define AMALGAM_SERVICE_H
 #include "api.h"
@@ -61,18 +61,19 @@ typedef struct service service;
 
 /* Take over a started engine and run it on its own thread. `tok` may be NULL (api.h). */
 status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_requests);
-/* Stop taking jobs, wait up to grace_s for those alive, cancel the rest with a reason; then nothing is
- * alive any more. Idempotent; service_close does it with no grace. */
+/* Stop taking jobs, wait up to grace_s for those alive, cancel the rest with a reason; then
+ * nothing is alive any more. Idempotent; service_close does it with no grace. */
 void service_drain(service *s, double grace_s);
 void service_close(service *s); /* NULL is fine; the engine stays the caller's */
 
-/* A job of `asked`, which is taken over also on failure. wake is called with the job's lock held. */
+/* A job of `asked`, which is taken over also on failure. wake is called with the job's lock held.
+ */
 status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)(void *user),
                void *user);
 void job_release(job *j); /* NULL is fine */
 
-/* Hand over; the service keeps its own reference until the job is done. Draining: the job is done at once
- * with INTERRUPTED. */
+/* Hand over; the service keeps its own reference until the job is done. Draining: the job is done
+ * at once with INTERRUPTED. */
 void service_submit(service *s, job *j);
 /* Its client is gone: pages are freed at the next step. */
 void service_cancel(service *s, job *j);

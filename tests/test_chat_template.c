@@ -1,4 +1,5 @@
-/* test_chat_template.c - against jinja2's renderings, refusals by name and line, limits, damaged input. */
+/* test_chat_template.c - against jinja2's renderings, refusals by name and line, limits, damaged
+ * input. */
 #include "test.h"
 
 #include "chat_template.h"
@@ -57,7 +58,7 @@ static void renderings_are_those_of_jinja2(void **state) {
         if (want) {
             if (st != ST_OK) fail_msg("%s %s: %s", name, what, fail_message());
             if (out.length != json_string_length(want) ||
-                memcmp(out.data, json_string_value(want), out.length) != 0)
+                (out.length && memcmp(out.data, json_string_value(want), out.length) != 0))
                 fail_msg("%s %s:\n--- got\n%s\n--- want\n%s", name, what, out.data,
                          json_string_value(want));
         } else {

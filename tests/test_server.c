@@ -1,5 +1,6 @@
-/* test_server.c - the HTTP server over loopback with libcurl: every endpoint, streams, refusals, clients
- * that leave, read slowly or come in crowds, shutdown. AMALGAM_STREAMS=1000 makes the crowd larger. */
+/* test_server.c - the HTTP server over loopback with libcurl: every endpoint, streams, refusals,
+ * clients that leave, read slowly or come in crowds, shutdown. AMALGAM_STREAMS=1000 makes the
+ * crowd larger. */
 #include "test.h"
 
 #include "json.h"
@@ -17,7 +18,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* --- A server on a small random model ----------------------------------------------------------- */
+/* --- A server on a small random model
+ * ----------------------------------------------------------- */
 
 static const char model_folder[] = "build/tests/serve_model";
 
@@ -92,7 +94,8 @@ static void close_fixture(fixture *f, double grace_s) {
     tokenizer_close(f->tok);
 }
 
-/* --- Requests ----------------------------------------------------------------------------------- */
+/* --- Requests
+ * ----------------------------------------------------------------------------------- */
 
 static size_t collect(char *data, size_t size, size_t n, void *user) {
     text_bytes(user, data, size * n);
@@ -262,7 +265,8 @@ static void close_crowd(crowd *c) {
     mem_free(c);
 }
 
-/* --- Tests -------------------------------------------------------------------------------------- */
+/* --- Tests
+ * -------------------------------------------------------------------------------------- */
 
 static int open_shared(void **state) {
     fixture *f = mem_alloc(1, sizeof *f);
@@ -486,7 +490,8 @@ static void what_is_wrong_is_said(void **state) {
         "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
 }
 
-/* Every token once and in order: the ids of each stream are those of the same request asked alone. */
+/* Every token once and in order: the ids of each stream are those of the same request asked
+ * alone. */
 static void a_crowd_of_streams_gets_every_token_once(void **state) {
     const fixture *f = *state;
     enum { KINDS = 8 };
@@ -555,7 +560,8 @@ static void clients_that_leave_free_their_pages(void **state) {
     close_crowd(c);
     wait_metric(f->url, "amalgam:kv_pages_held", 0, 5);
     wait_metric(f->url, "amalgam:jobs", 0, 5);
-    /* One that asks for no stream is suspended while the engine works: its leaving is seen as well. */
+    /* One that asks for no stream is suspended while the engine works: its leaving is seen as
+     * well. */
     CURL *whole = request_of(f->url, "/v1/completions",
                              "{\"prompt\":\"w\",\"max_tokens\":16000,"
                              "\"ignore_eos\":true}",
@@ -580,8 +586,8 @@ static void send_text(int s, const char *t) {
     assert_int_equal(send(s, t, strlen(t), MSG_NOSIGNAL), (ssize_t)strlen(t));
 }
 
-/* It does not read a byte while the engine makes megabytes for it; others do not wait; then it reads on
- * and nothing is missing. */
+/* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
+ * reads on and nothing is missing. */
 static void a_slow_reader_delays_nobody(void **state) {
     const fixture *f = *state;
     enum { TOKENS = 6000 };
