@@ -50,7 +50,7 @@ build: setup ## compile build/amalgam
 
 # What was built: commit, hash of the difference of the sources to it, compiler, flags. Rewritten only
 # when it changes, so that nothing is compiled again for nothing.
-VERSIONED := engine kernels experiments baselines workloads plots Makefile
+VERSIONED := engine kernels experiments baselines workloads plots Makefile ':!plots/out'
 $(B)/generated/version.h: FORCE
 	@mkdir -p $(@D)
 	@commit=$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown); \
