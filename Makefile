@@ -16,7 +16,7 @@ debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
 
-PKGS     := lua5.4 jansson libpcre2-8 libutf8proc
+PKGS     := lua5.4 jansson libpcre2-8 libutf8proc libmicrohttpd libcurl
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
@@ -24,7 +24,7 @@ PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # -iquote: our sched.h must not hide the system's <sched.h>.
 CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
-LDLIBS   = $(PKG_LIBS) -lm
+LDLIBS   = $(PKG_LIBS) -lm -lpthread
 
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o)
