@@ -14,8 +14,9 @@ typedef struct {
     const char *model; /* folder with config.json, or a name under workloads/models */
     bool synthetic;    /* weights from weights_seed instead of the folder's files */
     uint64_t weights_seed;
-    const char *precision; /* "W4A16KV8" */
-    const char *device;    /* "cpu", "sim", "null" */
+    const char
+        *precision;     /* "W4A16KV8"; "auto", "autoA16KV8": weights as the checkpoint has them */
+    const char *device; /* "cpu", "sim", "null" */
     device_options device_options;
     double memory_fraction; /* of the device memory that may be used (0.9) */
     sched_policy policy;
