@@ -1,4 +1,4 @@
-/* cmd_corpus.c - see cmd_corpus.h. */
+/* cmd_corpus.c - `amalgam corpus`: text and tasks of the seeded generator. */
 #include "cli.h"
 #include "corpus.h"
 

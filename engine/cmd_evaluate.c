@@ -15,7 +15,9 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
     status st = model_dir(dir, sizeof dir, o->model);
     if (st == ST_OK) st = tokenizer_open(&t, dir);
     if (st == ST_OK) st = file_read(&words, &n_words, path);
-    if (st == ST_OK) st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL, &tokens);
+    if (st == ST_OK)
+        st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
     if (st == ST_OK) st = engine_open(&e, o, NULL, NULL);
     if (st == ST_OK) st = evaluate_perplexity(e, tokens.data, tokens.length, window, stride, &r);
     if (st == ST_OK && json) {

@@ -355,7 +355,7 @@ static model_config *load_config(lua_State *L, const engine_options *o) {
  */
 
 /* Prompts of generated lengths become slices of held-out text, one after the other, so that a real
- * checkpoint reads real text. */
+ * checkpoint reads real text. Common prefixes are slices of its beginning, taken in turn. */
 static status fill_prompts(session *s, const char *dir, workload *w, uint64_t seed) {
     TRY(tokenizer_open(&s->tokenizer, dir));
     text corpus = {0};
@@ -372,8 +372,10 @@ static status fill_prompts(session *s, const char *dir, workload *w, uint64_t se
     int64_t at = 0;
     for (int32_t i = 0; st == ST_OK && i < w->n; i++) {
         request *r = &w->request[i];
-        for (int32_t j = 0; j < r->n_prompt; j++)
-            all[at + j] = tokens.data[(at + j) % tokens.length];
+        const int64_t prefix = w->options.shared_prefix,
+                      common = prefix > 0 ? i % w->options.n_prefixes * prefix : 0;
+        for (int64_t j = 0; j < r->n_prompt; j++)
+            all[at + j] = tokens.data[(j < prefix ? common + j : at + j) % tokens.length];
         r->prompt = all + at;
         at += r->n_prompt;
     }

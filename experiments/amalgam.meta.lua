@@ -1,6 +1,6 @@
 ---@meta amalgam
 -- luacheck: ignore
--- Types of the module `amalgam` for editors (LuaLS). No code: the module itself is engine/lua_api.c.
+-- Types of the module `amalgam` for editors (LuaLS). No code: that is engine/lua_api.c.
 -- ORDER lua api: functions are in the order of the table at the end of that file.
 
 ---@class amalgam

@@ -426,6 +426,15 @@ function M.fill(text, file, env)
   end))
 end
 
+--- The text with each part between "<!-- amalgam report: NAME -->" and "<!-- end -->" made anew.
+---@param text string
+---@param blocks table<string, string>
+---@return string
+function M.refresh(text, blocks)
+  return (text:gsub("(<!%-%- amalgam report: ([%w_]+) %-%->\n).-(<!%-%- end %-%->)",
+    function(head, name, tail) return blocks[name] and head .. blocks[name] .. "\n" .. tail end))
+end
+
 ---@param args string[]
 ---@return table
 local function parse(args)
@@ -471,6 +480,10 @@ local function run(args)
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
     template_environment(data, blocks))
   amalgam.write_file(out .. "/PAPER.md", paper)
+  if not o.out and not o.results then
+    local readme = amalgam.read_file(root .. "/README.md")
+    amalgam.write_file(root .. "/README.md", M.refresh(readme, blocks))
+  end
   print(("  -> %s/PAPER.md, %s/plots/out/"):format(out, out))
   return n_bad > 0 and 1 or 0
 end

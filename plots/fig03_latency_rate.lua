@@ -14,14 +14,17 @@ return {
   build = function(data)
     local rows = {}
     local formats = { labels.base, table.unpack(labels.formats) }
-    for at, model in ipairs(MODELS) do
+    local panel = 0
+    for _, model in ipairs(MODELS) do
+      if #data:select("e02", { gpu = GPU, model = model }) > 0 then panel = panel + 1 end
       for _, precision in ipairs(formats) do
         local found = data:select("e02", { gpu = GPU, model = model, precision = precision })
         table.sort(found, function(a, b) return a.key.load < b.key.load end)
         for _, row in ipairs(found) do
           local m = row.metrics
-          rows[#rows + 1] = { model, at, labels.format_title[precision] or precision, m.rate_per_s,
-            m.ttft_p50_ms, m.ttft_p99_ms, m.tpot_p50_ms, m.tpot_p99_ms }
+          local title = labels.format_title[precision] or precision
+          rows[#rows + 1] = { model, panel, title, m.rate_per_s, m.ttft_p50_ms, m.ttft_p99_ms,
+            m.tpot_p50_ms, m.tpot_p99_ms }
         end
       end
     end

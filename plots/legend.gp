@@ -1,4 +1,4 @@
-# legend.gp - loaded before a last "plot ... NaN": an empty plot below the panels, for its key alone.
+# legend.gp - loaded before a last "plot ... NaN": an empty plot below the panels for its key.
 unset title
 unset xlabel
 unset ylabel
