@@ -40,5 +40,6 @@ int cmd_bench(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_inspect_model(int argc, char **argv);
 int cmd_models(int argc, char **argv);
+int cmd_quantise(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 #endif

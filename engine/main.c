@@ -26,6 +26,7 @@ static const command commands[] = {
     {"compare", NULL, "lib_compare", "two versions by their stored results: compare BASE HEAD"},
     {"generate", cmd_generate, NULL, "text from a prompt"},
     {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
+    {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
     {"bench", cmd_bench, NULL, "speed of the harness: null, sim and cpu devices"},
     {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
     {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
