@@ -136,7 +136,6 @@ static void round_row(qmatrix *q, int32_t row, float *w, const solver *s) {
 
 status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool act_order) {
     solver s;
-    TRY(ref_quantize_weight(q, w));
     TRY(solver_open(&s, q->k));
     const status st = solve(&s, gram, damp, act_order);
     if (st == ST_OK) {
@@ -152,7 +151,12 @@ status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool
 /* --- AWQ ---------------------------------------------------------------------------------------
  */
 
-enum { SEARCH_STEPS = 20, CLIP_STEPS = 10 }; /* as AutoAWQ: exponents by 0.05, clips down to half */
+enum {
+    SEARCH_STEPS = 20, /* as AutoAWQ: exponents by 0.05 */
+    CLIP_STEPS = 10,   /* down to half */
+    END_STEPS = 4,     /* 20 % up and down */
+    ROWS = 32          /* of a product with the moments at a time */
+};
 
 typedef struct {
     arena memory;
@@ -193,12 +197,14 @@ static status scaled_loss(search *s, const float *w, const float *scale, double 
     TRY(ref_quantize_weight(&s->q, s->scaled));
     double sum = 0;
 #pragma omp parallel for schedule(static) reduction(+ : sum)
-    for (int32_t r = 0; r < n; r++) {
-        float *e = s->error + (int64_t)r * k, *y = s->product + (int64_t)r * k;
-        ref_dequantize_weight(e, &s->q, r, 1);
-        for (int32_t i = 0; i < k; i++) e[i] = e[i] / scale[i] - w[(int64_t)r * k + i];
-        ref_linear_lanes(y, k, e, k, s->gram, k, NULL, 1, k, k);
-        for (int32_t i = 0; i < k; i++) sum += (double)y[i] * (double)e[i];
+    for (int32_t r0 = 0; r0 < n; r0 += ROWS) {
+        const int32_t rows = (int32_t)i64_min(ROWS, n - r0);
+        float *e = s->error + (int64_t)r0 * k, *y = s->product + (int64_t)r0 * k;
+        const float *was = w + (int64_t)r0 * k;
+        ref_dequantize_weight(e, &s->q, r0, rows);
+        for (int64_t i = 0; i < (int64_t)rows * k; i++) e[i] = e[i] / scale[i % k] - was[i];
+        ref_linear_lanes(y, k, e, k, s->gram, k, NULL, rows, k, k);
+        for (int64_t i = 0; i < (int64_t)rows * k; i++) sum += (double)y[i] * (double)e[i];
     }
     *loss = sum;
     return ST_OK;
@@ -281,67 +287,108 @@ status quantise_awq_scales(float *s, const float *w, int32_t n, int32_t k, const
     return st;
 }
 
-/* e H e^T within one group, e being of row r. */
-static double group_loss(const search *s, const float *e, int32_t at, int32_t size) {
-    double sum = 0;
-    for (int32_t i = 0; i < size; i++) {
-        const float *h = s->gram + (int64_t)(at + i) * s->k + at;
-        float x = 0;
-        for (int32_t j = 0; j < size; j++) x += h[j] * e[at + j];
-        sum += (double)x * (double)e[at + i];
+/* Where a group's range is cut: its lowest value times lo, its highest times hi. */
+typedef struct {
+    float lo, hi;
+} cut;
+
+typedef struct {
+    double *least; /* [n, groups] loss with `best` */
+    cut *best, *base;
+} cuts;
+
+static void clip_group(float *to, const float *x, int32_t n, cut at) {
+    float lo = 0, hi = 0;
+    for (int32_t i = 0; i < n; i++) {
+        lo = x[i] < lo ? x[i] : lo;
+        hi = x[i] > hi ? x[i] : hi;
     }
-    return sum;
+    lo *= at.lo;
+    hi *= at.hi;
+    for (int32_t i = 0; i < n; i++) to[i] = x[i] < lo ? lo : x[i] > hi ? hi : x[i];
 }
 
-/* All groups' ranges times `ratio`; where that beats `least`, remember it in `best`. */
-static status try_clip(search *s, const float *w, float ratio, double *least, float *best) {
-    const int32_t n = s->n, k = s->k, group = s->p->group ? s->p->group : k;
+/* Loss of every group of rows [r0, r0 + rows), e H e^T within the group; better cuts are kept. */
+static void judge_rows(search *s, const float *w, cuts *c, int32_t r0, int32_t rows, cut factor) {
+    const int32_t k = s->k, group = s->p->group ? s->p->group : k;
     const int32_t groups = (int32_t)div_up(k, group);
-    for (int32_t r = 0; r < n; r++)
-        for (int32_t at = 0; at < k; at += group) {
-            const float *row = w + (int64_t)r * k;
-            float *to = s->scaled + (int64_t)r * k, lo = 0, hi = 0;
-            const int32_t end = (int32_t)i64_min(at + group, k);
-            for (int32_t i = at; i < end; i++) lo = fminf(lo, row[i]), hi = fmaxf(hi, row[i]);
-            for (int32_t i = at; i < end; i++) to[i] = fminf(fmaxf(row[i], lo * ratio), hi * ratio);
+    float *e = s->error + (int64_t)r0 * k, *y = s->product + (int64_t)r0 * k;
+    ref_dequantize_weight(e, &s->q, r0, rows);
+    for (int64_t i = 0; i < (int64_t)rows * k; i++) e[i] -= w[(int64_t)r0 * k + i];
+    for (int32_t g = 0; g < groups; g++) {
+        const int32_t at = g * group, size = (int32_t)i64_min(group, k - at);
+        ref_linear_lanes(y, size, e + at, k, s->gram + (int64_t)at * k + at, k, NULL, rows, size,
+                         size);
+        for (int32_t r = 0; r < rows; r++) {
+            double loss = 0;
+            for (int32_t i = 0; i < size; i++)
+                loss += (double)y[(int64_t)r * size + i] * (double)e[(int64_t)r * k + at + i];
+            const int64_t which = (int64_t)(r0 + r) * groups + g;
+            if (!(loss < c->least[which])) continue;
+            c->least[which] = loss;
+            c->best[which] = (cut){c->base[which].lo * factor.lo, c->base[which].hi * factor.hi};
         }
+    }
+}
+
+/* All groups at their base cuts times `factor`. */
+static status try_cut(search *s, const float *w, cuts *c, cut factor) {
+    const int32_t n = s->n, k = s->k, group = s->p->group ? s->p->group : k;
+    const int64_t groups = div_up(k, group);
+    for (int64_t i = 0; i < n * groups; i++) {
+        const int64_t at = i / groups * k + i % groups * group;
+        const int32_t size = (int32_t)i64_min(group, k - i % groups * group);
+        clip_group(s->scaled + at, w + at, size,
+                   (cut){c->base[i].lo * factor.lo, c->base[i].hi * factor.hi});
+    }
     TRY(ref_quantize_weight(&s->q, s->scaled));
 #pragma omp parallel for schedule(static)
-    for (int32_t r = 0; r < n; r++) {
-        float *e = s->error + (int64_t)r * k;
-        ref_dequantize_weight(e, &s->q, r, 1);
-        for (int32_t i = 0; i < k; i++) e[i] -= w[(int64_t)r * k + i];
-        for (int32_t g = 0; g < groups; g++) {
-            const int32_t size = (int32_t)i64_min(group, k - g * group);
-            const double loss = group_loss(s, e, g * group, size);
-            const int64_t at = (int64_t)r * groups + g;
-            if (!(loss < least[at])) continue;
-            least[at] = loss;
-            best[at] = ratio;
+    for (int32_t r = 0; r < n; r += ROWS)
+        judge_rows(s, w, c, r, (int32_t)i64_min(ROWS, n - r), factor);
+    return ST_OK;
+}
+
+/* Both ends together by halves of a tenth, then each end alone around what that found. */
+static status search_cuts(search *s, const float *w, cuts *c) {
+    const int32_t groups = (int32_t)div_up(s->k, s->p->group ? s->p->group : s->k);
+    const size_t bytes = (size_t)s->n * (size_t)groups * sizeof(cut);
+    for (int32_t i = 0; i < s->n * groups; i++) {
+        c->least[i] = DBL_MAX;
+        c->best[i] = (cut){1, 1};
+    }
+    memcpy(c->base, c->best, bytes);
+    for (int32_t i = 0; i <= CLIP_STEPS; i++) {
+        const float f = 1 - 0.5f * (float)i / CLIP_STEPS;
+        TRY(try_cut(s, w, c, (cut){f, f}));
+    }
+    for (int32_t end = 0; end < 2; end++) {
+        memcpy(c->base, c->best, bytes);
+        for (int32_t i = -END_STEPS; i <= END_STEPS; i++) {
+            const float f = 1 + 0.05f * (float)i;
+            if (i) TRY(try_cut(s, w, c, end ? (cut){1, f} : (cut){f, 1}));
         }
     }
     return ST_OK;
 }
 
-status quantise_awq_clip(float *w, int32_t n, int32_t k, const precision *p, const double *gram) {
-    const int32_t group = p->group ? p->group : k, groups = (int32_t)div_up(k, group);
+status quantise_clip(float *out, const float *w, int32_t n, int32_t k, const precision *p,
+                     const double *gram) {
+    const int32_t group = p->group ? p->group : k;
+    const int64_t groups = div_up(k, group), count = n * groups;
     search s;
     TRY(search_open(&s, n, k, p, gram));
-    const size_t count = (size_t)n * (size_t)groups;
-    double *least = mem_alloc(count, sizeof *least);
-    float *best = mem_alloc(count, sizeof *best);
-    status st = least && best ? ST_OK : FAIL(ST_NOMEM, "%d x %d", n, k);
-    for (size_t i = 0; st == ST_OK && i < count; i++) least[i] = DBL_MAX, best[i] = 1;
-    for (int32_t step = 0; st == ST_OK && step <= CLIP_STEPS; step++)
-        st = try_clip(&s, w, 1 - 0.5f * (float)step / CLIP_STEPS, least, best);
-    for (int64_t at = 0; st == ST_OK && at < (int64_t)count; at++) {
-        float *x = w + at / groups * k + at % groups * group, lo = 0, hi = 0;
-        const int32_t size = (int32_t)i64_min(group, k - at % groups * group);
-        for (int32_t i = 0; i < size; i++) lo = fminf(lo, x[i]), hi = fmaxf(hi, x[i]);
-        for (int32_t i = 0; i < size; i++) x[i] = fminf(fmaxf(x[i], lo * best[at]), hi * best[at]);
+    cuts c = {.least = mem_alloc((size_t)count, sizeof *c.least),
+              .best = mem_alloc((size_t)count, sizeof *c.best),
+              .base = mem_alloc((size_t)count, sizeof *c.base)};
+    status st =
+        c.least && c.best && c.base ? search_cuts(&s, w, &c) : FAIL(ST_NOMEM, "%d x %d", n, k);
+    for (int64_t i = 0; st == ST_OK && i < count; i++) {
+        const int64_t at = i / groups * k + i % groups * group;
+        clip_group(out + at, w + at, (int32_t)i64_min(group, k - i % groups * group), c.best[i]);
     }
-    mem_free(least);
-    mem_free(best);
+    mem_free(c.least);
+    mem_free(c.best);
+    mem_free(c.base);
     arena_close(&s.memory);
     return st;
 }
@@ -415,16 +462,21 @@ static status write_matrix(job *j, weight_field f, int32_t index) {
     const precision *p = &j->o->precision;
     float *w = matrix(j, f, index);
     arena a;
-    TRY(arena_open(&a, (size_t)precision_weight_bytes(p, s->n, s->k) + 4096));
+    TRY(arena_open(&a, (size_t)precision_weight_bytes(p, s->n, s->k) + 4096 +
+                           (size_t)s->n * (size_t)s->k * sizeof(float)));
     qmatrix q;
     status st = qmatrix_alloc(&q, &a, p, s->n, s->k);
     const moments *x = j->seen ? observer_moments(j->seen, f, j->layer, index) : NULL;
-    if (st == ST_OK && j->o->method == QUANTISE_AWQ)
-        st = quantise_awq_clip(w, s->n, s->k, p, x->gram);
-    if (st == ST_OK)
-        st = j->o->method == QUANTISE_GPTQ
-                 ? quantise_gptq(&q, w, x->gram, j->o->damp, j->o->act_order)
-                 : ref_quantize_weight(&q, w);
+    const bool integer = p->weight == WF_INT4 || p->weight == WF_INT8;
+    float *clipped = w;
+    if (st == ST_OK && x && integer) {
+        clipped = arena_array(&a, float, (size_t)s->n *(size_t)s->k);
+        st = clipped ? quantise_clip(clipped, w, s->n, s->k, p, x->gram)
+                     : FAIL(ST_NOMEM, "%d x %d", s->n, s->k);
+    }
+    if (st == ST_OK) st = ref_quantize_weight(&q, clipped);
+    if (st == ST_OK && j->o->method == QUANTISE_GPTQ)
+        st = quantise_gptq(&q, w, x->gram, j->o->damp, j->o->act_order);
     if (st == ST_OK) st = write_parts(j, f, index, &q);
     arena_close(&a);
     return st == ST_OK ? st : fail_prefix(st, "%s", j->source[f].name);

@@ -3,7 +3,8 @@
  *   rtn   round to nearest, as the engine does when it loads a plain checkpoint
  *   gptq  Frantar et al. 2022: columns one by one, the error of each spread over those that follow
  *         by the inverse of the inputs' second moments H; columns in the order of diag H, largest
- *         first (act-order), scales of the groups fixed before (so no g_idx is needed)
+ *         first (act-order), scales of the groups fixed before (so no g_idx is needed), ranges
+ *         clipped as below
  *   awq   Lin et al. 2023: inputs that matter are scaled up before rounding and down in what comes
  *         before them (the norm, rows of v and up); then each group's range is clipped. Both by
  *         search for the least error e H e^T of the layer's output
@@ -51,7 +52,7 @@ status quantise_checkpoint(const quantise_options *o);
 /* --- The methods, on one matrix -----------------------------------------------------------------
  */
 
-/* Codes of w [n, k] into q, whose scales it sets as ref_quantize_weight does. gram [k, k] is
+/* Codes of w [n, k] into q, which holds the scales already (ref_quantize_weight sets them). gram [k, k] is
  * symmetric: sum of x x^T over inputs. w is destroyed. NOMEM, FORMAT. */
 status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool act_order);
 
@@ -60,6 +61,7 @@ status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool
 status quantise_awq_scales(float *s, const float *w, int32_t n, int32_t k, const precision *p,
                            const moments *x, const int32_t *tie);
 
-/* Clip w [n, k] in place, group by group, where that loses less. gram as above. */
-status quantise_awq_clip(float *w, int32_t n, int32_t k, const precision *p, const double *gram);
+/* out [n, k] = w with each group's range cut where that loses less. gram as above; out is not w. */
+status quantise_clip(float *out, const float *w, int32_t n, int32_t k, const precision *p,
+                     const double *gram);
 #endif
