@@ -239,6 +239,7 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     a.granules = l.granules;
     a.granule_bytes = l.granule_bytes;
     a.granule = l.granule;
+    a.granule_shift = l.granule == 128 ? 7 : l.granule == 64 ? 6 : l.granule == 32 ? 5 : 4;
     a.epilogue = p->epilogue;
     a.sym = w->sym;
     a.y_f32 = p->y_type == DT_F32;

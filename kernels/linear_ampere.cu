@@ -87,14 +87,14 @@ __device__ __forceinline__ void load_stage(const linear_args &p, const linear_se
             copy16(at + c * 16, code + ((int64_t)b * p.units + unit) * S::unit + in * 16, true);
     }
     if (S::scale) { // [2 R, rows of granules]
-        const int rows = max(1, 64 / p.granule), chunks = rows * p.granule_bytes / 16;
+        const int rows = max(1, 64 >> p.granule_shift), chunks = rows * p.granule_bytes / 16;
         if (tid < 2 * R * chunks) {
             const int slot = tid / chunks, in = tid % chunks;
             const int32_t b = linear_block<R>(p, s.tile_n, slot / R, slot % R);
             if (b < p.blocks)
                 copy16(at + S::code + S::x + slot * unit_scale_bytes(F) + in * 16,
                        p.scale + s.expert * p.scale_bytes +
-                           ((int64_t)b * p.granules + unit * 64 / p.granule) * p.granule_bytes +
+                           ((int64_t)b * p.granules + (unit * 64 >> p.granule_shift)) * p.granule_bytes +
                            in * 16,
                        true);
         }
@@ -147,11 +147,10 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[R][NT / 2], const li
                 chunk[r] = *reinterpret_cast<const uint4 *>(from + (slot0 + r) * S::unit +
                                                             strip * (S::unit / 4) +
                                                             j * bits / 16 * 512 + lane * 16);
-            if (S::scale && (j == 0 || j * 16 % p.granule == 0))
+            if (S::scale && (j * 16 & (p.granule - 1)) == 0)
                 dequant_load_scales<T, F>(scales[r],
-                                          from + S::code + S::x +
-                                              (slot0 + r) * unit_scale_bytes(F) +
-                                              j * 16 / p.granule * p.granule_bytes,
+                                          x + S::x + (slot0 + r) * unit_scale_bytes(F) +
+                                              (j * 16 >> p.granule_shift) * p.granule_bytes,
                                           strip * 16 + lane / 4 * 2, p.sym);
             uint32_t a[4];
             dequant_word<T, F>(a, &reinterpret_cast<const uint32_t *>(&chunk[r])[j * bits % 16 / 4],

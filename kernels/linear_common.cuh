@@ -30,7 +30,7 @@ struct linear_args {
     float *partial;
     int32_t *flags;
     int32_t m, n, k, count;
-    int32_t half_rows, half_blocks, blocks, units, granules, granule_bytes, granule;
+    int32_t half_rows, half_blocks, blocks, units, granules, granule_bytes, granule, granule_shift;
     int32_t epilogue, sym, y_f32, paired; // paired: a tile holds blocks b and b + half_blocks
     float limit;
     int32_t n_tiles, steps; // tiles along N; steps of one tile
@@ -42,35 +42,37 @@ struct linear_args {
 struct linear_segment {
     int32_t expert, m0, m_end, tile_n; // rows [m0, m_end) of the permuted problem
     int32_t step0, step1;              // of the tile
-    int64_t line;                      // place of the tile's first step in the line; -1: not cut
+    int32_t line;                      // place of the tile's first step in the line; -1: not cut
 };
 
 template <int NT> struct linear_walk {
     const linear_args &p;
     const int32_t *tile_start; // [count + 1] in shared memory, grouped problems only
-    int32_t tiles, sk_tiles, cta, ctas, tile;
-    int64_t at, end;
+    int32_t tiles, cta, ctas, tile, share, rest, at, end;
 
     __device__ linear_walk(const linear_args &p, const int32_t *tile_start)
         : p(p), tile_start(tile_start) {
         ctas = gridDim.x;
         cta = ctas - 1 - (int32_t)blockIdx.x;
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
-        sk_tiles = tiles;
+        int32_t sk_tiles = tiles;
         if (!p.stream_all && tiles >= ctas) sk_tiles = tiles % ctas ? tiles % ctas + ctas : 0;
+        share = sk_tiles * p.steps / ctas;
+        rest = sk_tiles * p.steps % ctas;
         at = cut(cta);
         end = cut(cta + 1);
         tile = sk_tiles + cta;
     }
-    __device__ int64_t cut(int32_t i) const { return (int64_t)sk_tiles * p.steps * i / ctas; }
+    // First step of CTA i: all have `share` steps, the first `rest` one more.
+    __device__ int32_t cut(int32_t i) const { return i * share + min(i, rest); }
 
     __device__ bool next(linear_segment &s) {
         int32_t t;
         if (at < end) {
-            t = (int32_t)(at / p.steps);
-            s.line = (int64_t)t * p.steps;
-            s.step0 = (int32_t)(at - s.line);
-            s.step1 = (int32_t)min((int64_t)p.steps, s.step0 + (end - at));
+            t = at / p.steps;
+            s.line = t * p.steps;
+            s.step0 = at - s.line;
+            s.step1 = min(p.steps, s.step0 + (end - at));
             at += s.step1 - s.step0;
         } else if (tile < tiles) {
             t = tile;
@@ -173,8 +175,8 @@ __device__ __forceinline__ bool linear_exchange(float (&acc)[R][NT / 2], const l
     }
     if (s.step1 == p.steps) return true;
     int32_t other = walk.cta + 1;
-    for (int64_t done = s.line + s.step1; done < s.line + p.steps; other++) {
-        const int64_t end = min(walk.cut(other + 1), s.line + p.steps);
+    for (int32_t done = s.line + s.step1; done < s.line + p.steps; other++) {
+        const int32_t end = min(walk.cut(other + 1), s.line + p.steps);
         if (end == done) continue; // an empty cut
         done = end;
         int32_t *flag = p.flags + other * LINEAR_WARPS + warp;

@@ -17,9 +17,9 @@
 // The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup, units of a step,
 // scale granules of a unit (0: none), KB of shared memory for the stages, CTAs that fit an SM.
 #define HOPPER_TILES_4(X, F, T, S)                                                                 \
-    X(F, T, 8, 1, 2, S, 100, 2)                                                                    \
+    X(F, T, 8, 1, 4, S, 100, 2)                                                                    \
     X(F, T, 8, 2, 2, S, 100, 2)                                                                    \
-    X(F, T, 16, 1, 2, S, 100, 2)                                                                   \
+    X(F, T, 16, 1, 4, S, 100, 2)                                                                   \
     X(F, T, 16, 2, 2, S, 100, 2)                                                                   \
     X(F, T, 32, 2, 2, S, 210, 1)                                                                   \
     X(F, T, 64, 2, 2, S, 210, 1)                                                                   \
@@ -62,8 +62,10 @@
 namespace {
 
 // With one CTA an SM the loaders are a whole warpgroup, which can hand registers to the others; with two,
-// one warp.
-__host__ __device__ constexpr int loaders(int ctas) { return ctas == 1 ? 128 : 32; }
+// two warps.
+__host__ __device__ constexpr int loaders(int ctas) { return ctas == 1 ? 128 : 64; }
+// Up to so many x rows mma.sync is quick enough, and wants neither descriptors nor waits.
+constexpr int kMmaRows = 16;
 
 __host__ __device__ constexpr int code_bits(int f) {
     return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
@@ -89,123 +91,162 @@ template <int F, int NT, int R, int KU, int S, int KB> struct tile {
     static constexpr int bytes = at_rows + NT * 4 + 1024; // 1024: alignment of the base
 };
 
+// The loading warps: lane i < 2 R of the first copies the codes of block i and never waits for the kernel
+// before; of the second its scales, and lane 16 the tiles of x. Gathered rows are copied by all of them.
 template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders> struct producer {
     using L = tile<F, NT, R, KU, S, KB>;
     const linear_args &p;
     const CUtensorMap *map;
-    uint8_t *base;
-    uint32_t full, empty;
+    uint8_t *rows_at;
+    uint32_t base, full, empty;
     uint64_t policy;
-    int thread; // of the loading warpgroup
+    int thread;
 
-    __device__ int units(int step) const { return min(KU, p.units - step * KU); }
+    const uint8_t *from; // what this lane copies: its block's start
+    uint32_t to;         // in the first stage
+    bool valid;
+    int blocks; // of the tile
 
-    // Codes and scales of a step; all bytes of the step are announced here.
-    __device__ void weights(const linear_segment &s, int step, int stage) const {
-        if (thread != 0) return;
-        const int n = units(step), unit0 = step * KU;
-        const int row0 = S ? unit0 * 64 / p.granule : 0;
-        const int scale = S ? ((unit0 + n) * 64 + p.granule - 1) / p.granule - row0 : 0;
-        const int scale_bytes = scale * p.granule_bytes;
-        int blocks = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * R; i++) blocks += linear_block<R>(p, s.tile_n, i / R, i % R) < p.blocks;
-        barrier_arrive_expect(full + stage * 8, blocks * (n * L::unit + scale_bytes) +
-                                                    (p.x_row ? 0 : n * NT * 128));
-        const uint32_t code_to = shared_address(base) + stage * (L::code + L::x);
-        const uint32_t scale_to = shared_address(base) + L::at_scale + stage * L::scale;
-#pragma unroll
-        for (int i = 0; i < 2 * R; i++) {
-            const int32_t b = linear_block<R>(p, s.tile_n, i / R, i % R);
-            if (b >= p.blocks) continue;
-            copy_bulk(code_to + i * KU * L::unit,
-                      p.code + s.expert * p.code_bytes + ((int64_t)b * p.units + unit0) * L::unit,
-                      n * L::unit, full + stage * 8, policy);
-            if (S)
-                copy_bulk(scale_to + i * L::scale_block,
-                          p.scale + s.expert * p.scale_bytes +
-                              ((int64_t)b * p.granules + row0) * p.granule_bytes,
-                          scale_bytes, full + stage * 8, policy);
+    __device__ void begin(const linear_segment &s) {
+        if (thread < 64) {
+            const int lane = thread % 32, slot = lane % (2 * R);
+            const int32_t b = linear_block<R>(p, s.tile_n, slot / R, slot % R);
+            blocks = __popc(__ballot_sync(~0u, lane < 2 * R && b < p.blocks));
+            valid = lane < 2 * R && b < p.blocks && (S || thread < 32);
+            from = thread < 32 ? p.code + s.expert * p.code_bytes + (int64_t)b * p.units * L::unit
+                               : p.scale + s.expert * p.scale_bytes +
+                                     (int64_t)b * p.granules * p.granule_bytes;
+            to = base + (thread < 32 ? slot * KU * L::unit : L::at_scale + slot * L::scale_block);
         }
-    }
-
-    __device__ void inputs(const linear_segment &s, int step, int stage) const {
-        const uint32_t to = shared_address(base) + stage * (L::code + L::x) + L::code;
-        const int n = units(step);
-        if (!p.x_row) {
-            for (int u = 0; u < n; u++)
-                copy_tile(to + u * NT * 128, map, (step * KU + u) * 64, s.m0, full + stage * 8);
-            return;
-        }
-        const int32_t *rows = reinterpret_cast<const int32_t *>(base + L::at_rows);
-        for (int u = 0; u < n; u++)
-            for (int row = thread / 8; row < NT; row += kLoaders / 8) {
-                const int chunk = thread % 8;
-                const int k = (step * KU + u) * 64 + chunk * 8;
-                const int32_t from = rows[row];
-                const bool there = from >= 0 && k < p.k;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 to + u * NT * 128 + row * 128 + ((chunk ^ row % 8) << 4)),
-                             "l"(static_cast<const T *>(p.x) + (there ? from * p.ldx + k : 0)),
-                             "r"(there ? 16 : 0)
-                             : "memory");
-            }
-        barrier_arrive_copies(full + stage * 8);
-    }
-
-    __device__ void rows(const linear_segment &s) const {
         if (!p.x_row) return;
-        int32_t *rows = reinterpret_cast<int32_t *>(base + L::at_rows);
+        int32_t *rows = reinterpret_cast<int32_t *>(rows_at);
         asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory");
         for (int i = thread; i < NT; i += kLoaders)
             rows[i] = s.m0 + i < s.m_end ? p.x_row[s.m0 + i] : -1;
         asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory");
     }
 
-    __device__ void run(const int32_t *tile_start) const {
-        linear_segment s;
-        int ahead = 0;
-        if (!tile_start) { // the expert table is the work of the kernel before
-            linear_walk<NT> walk(p, tile_start);
-            while (ahead < L::stages && walk.next(s))
-                for (int step = s.step0; step < s.step1 && ahead < L::stages; step++)
-                    weights(s, step, ahead++);
+    // Codes of a step; all its bytes are announced here.
+    __device__ void codes(int step, int stage) const {
+        const int unit0 = step * KU, n = KU == 1 ? 1 : min(KU, p.units - unit0);
+        const int row0 = S ? unit0 * 64 >> p.granule_shift : 0;
+        const int rows = S ? (((unit0 + n) * 64 + p.granule - 1) >> p.granule_shift) - row0 : 0;
+        if (thread == 16)
+            barrier_arrive_expect(full + stage * 8,
+                                  blocks * (n * L::unit + rows * p.granule_bytes) +
+                                      (p.x_row ? 0 : n * NT * 128));
+        if (valid)
+            copy_bulk(to + stage * (L::code + L::x), from + (uint32_t)unit0 * L::unit, n * L::unit,
+                      full + stage * 8, policy);
+    }
+
+    __device__ void scales(int step, int stage) const {
+        if (!S) return;
+        const int unit0 = step * KU, n = KU == 1 ? 1 : min(KU, p.units - unit0);
+        const int row0 = unit0 * 64 >> p.granule_shift;
+        const int rows = (((unit0 + n) * 64 + p.granule - 1) >> p.granule_shift) - row0;
+        if (valid)
+            copy_bulk(to + stage * L::scale, from + (uint32_t)(row0 * p.granule_bytes),
+                      rows * p.granule_bytes, full + stage * 8, policy);
+    }
+
+    __device__ void inputs(const linear_segment &s, int step, int stage) const {
+        const uint32_t to = base + stage * (L::code + L::x) + L::code;
+        const int n = KU == 1 ? 1 : min(KU, p.units - step * KU);
+        if (!p.x_row) {
+            if (thread == 32 + 16)
+                for (int u = 0; u < n; u++)
+                    copy_tile(to + u * NT * 128, map, (step * KU + u) * 64, s.m0, full + stage * 8);
+            return;
         }
-        wait_for_previous();
+        const int32_t *rows = reinterpret_cast<const int32_t *>(rows_at);
+        for (int u = 0; u < n; u++)
+            for (int row = thread / 8; row < NT; row += kLoaders / 8) {
+                const int chunk = thread % 8;
+                const int k = (step * KU + u) * 64 + chunk * 8;
+                const int32_t m = rows[row];
+                const bool there = m >= 0 && k < p.k;
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                                 to + u * NT * 128 + row * 128 + ((chunk ^ row % 8) << 4)),
+                             "l"(static_cast<const T *>(p.x) + (there ? m * p.ldx + k : 0)),
+                             "r"(there ? 16 : 0)
+                             : "memory");
+            }
+        barrier_arrive_copies(full + stage * 8);
+    }
+
+    __device__ void run(const int32_t *tile_start) {
+        linear_segment s;
+        int ahead = 0; // steps whose scales were asked for before the kernel before had ended
+        if (!p.x_row && !tile_start && S && thread >= 32) {
+            linear_walk<NT> walk(p, tile_start);
+            while (ahead < L::stages && walk.next(s)) {
+                begin(s);
+                for (int step = s.step0; step < s.step1 && ahead < L::stages; step++)
+                    scales(step, ahead++);
+            }
+        }
+        if (p.x_row || thread >= 32) wait_for_previous();
         linear_walk<NT> walk(p, tile_start);
         int stage = 0, parity = 1, at = 0;
         while (walk.next(s)) {
-            rows(s);
+            begin(s);
             for (int step = s.step0; step < s.step1; step++, at++) {
-                if (at >= ahead) {
-                    barrier_wait(empty + stage * 8, parity);
-                    weights(s, step, stage);
-                }
-                inputs(s, step, stage);
+                barrier_wait(empty + stage * 8, parity);
+                if (thread < 32) codes(step, stage);
+                else if (thread < 64 && at >= ahead) scales(step, stage);
+                if (p.x_row || thread >= 32) inputs(s, step, stage);
                 if (++stage == L::stages) stage = 0, parity ^= 1;
             }
         }
     }
 };
 
-// One block's unit: A fragments of a warp's strip, [16, 64].
-template <typename T, int F, int S>
-__device__ __forceinline__ void fragments(uint32_t (&a)[4][4], const uint8_t *code,
-                                          const uint8_t *scale, const linear_args &p, int strip,
-                                          int lane) {
-    constexpr int bits = code_bits(F), unit = 512 * bits;
-    dequant_scales scales;
-    uint4 chunk;
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         __half) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         __nv_bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// B fragments of one unit of x, [NT <= 16, 64], by atom j: two registers for each 8 rows.
+template <int NT>
+__device__ __forceinline__ void load_inputs(uint32_t (&b)[4][NT / 8][2], uint32_t x, int lane) {
+    uint32_t r[4];
+    if (NT == 8) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (j * bits % 16 == 0)
-            chunk = *reinterpret_cast<const uint4 *>(code + strip * (unit / 4) +
-                                                     j * bits / 16 * 512 + lane * 16);
-        if (S && j * S % 4 == 0)
-            dequant_load_scales<T, F>(scales, scale + j * S / 4 * p.granule_bytes,
-                                      strip * 16 + lane / 4 * 2, p.sym);
-        dequant_word<T, F>(a[j], &reinterpret_cast<const uint32_t *>(&chunk)[j * bits % 16 / 4],
-                           scales);
+        for (int h = 0; h < 2; h++) { // 32 inputs
+            load_matrices(r, x + lane % 8 * 128 + (((4 * h + lane / 8) ^ lane % 8) << 4));
+            b[2 * h][0][0] = r[0];
+            b[2 * h][0][1] = r[1];
+            b[2 * h + 1][0][0] = r[2];
+            b[2 * h + 1][0][1] = r[3];
+        }
+    } else {
+        const int row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            load_matrices(r, x + row * 128 + (((2 * j + lane / 8 % 2) ^ row % 8) << 4));
+#pragma unroll
+            for (int i = 0; i < NT / 8; i++) {
+                b[j][i][0] = r[2 * i];
+                b[j][i][1] = r[2 * i + 1];
+            }
+        }
     }
 }
 
@@ -213,11 +254,14 @@ template <typename T, int F, int NT, int R, int KU, int S, int KB, int kCtas>
 __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
     using L = tile<F, NT, R, KU, S, KB>;
+    constexpr int bits = code_bits(F);
+    constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
     uint8_t *base = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
-    const uint32_t full = shared_address(base + L::at_bars), empty = full + L::stages * 8;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t base_at = shared_address(base);
+    const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
     launch_dependents();
     if (threadIdx.x == 0) {
@@ -238,9 +282,9 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     if (warp >= LINEAR_WARPS) {
         if (kCtas == 1) registers_down<88>();
         const int thread = threadIdx.x - 32 * LINEAR_WARPS;
-        if (thread > 0 && !p.x_row) return;
-        const producer<T, F, NT, R, KU, S, KB, loaders(kCtas)> load = {
-            p,    &map, base, full, empty,
+        if (thread >= 64 && !p.x_row) return;
+        producer<T, F, NT, R, KU, S, KB, loaders(kCtas)> load = {
+            p, &map, base + L::at_rows, base_at, full, empty,
             NT <= 64 ? policy_evict_first() : policy_evict_normal(), thread};
         load.run(tile_start);
         return;
@@ -251,38 +295,72 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_walk<NT> walk(p, tile_start);
     linear_segment s;
     const int wg = warp / 4, strip = warp % 4;
+    // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
+    uint32_t code_in = wg * R * KU * L::unit + strip * (L::unit / 4) + lane * 16;
+    int place = strip * 16 + lane / 4 * 2;
+    uint32_t scale_in = base_at + L::at_scale + wg * R * L::scale_block;
+    asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
+    const bool wide_granule = p.granule == 128;
+    const bool sym = p.sym;
+    const int granule_stride = p.granule_bytes;
     int stage = 0, parity = 0;
+    uint32_t stage_at = base_at, scale_at = scale_in;
     while (walk.next(s)) {
-        float acc[R][NT / 2];
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int i = 0; i < NT / 2; i++) acc[r][i] = 0.f;
+        constexpr bool kMma = NT <= kMmaRows;
+        float acc[R][NT / 2] = {};
+        float odd[kMma ? R : 1][kMma ? NT / 2 : 1] = {}; // odd atoms, for shorter chains of mma.sync
         uint32_t a[2][4][4];
         int last = -1; // the stage that the wgmmas in flight may still read
         for (int step = s.step0; step < s.step1; step++) {
-            const int units = min(KU, p.units - step * KU);
+            const int units = KU == 1 ? 1 : min(KU, p.units - step * KU);
             barrier_wait(full + stage * 8, parity);
             if (p.x_row) proxy_fence();
-            const uint8_t *code = base + stage * (L::code + L::x) + wg * R * KU * L::unit;
-            const uint8_t *scale = base + L::at_scale + stage * L::scale + wg * R * L::scale_block;
-            const uint64_t x =
-                group_descriptor(shared_address(base + stage * (L::code + L::x) + L::code));
+            const uint32_t code = stage_at + code_in;
+            const uint32_t x = stage_at + L::code;
+            dequant_scales scales[R];
 #pragma unroll
             for (int u = 0; u < KU; u++) {
-                if (u < units) {
-                    const int row = S == 0 ? 0 : S == 1 ? (u * 64 / p.granule) : u * S;
+                if (KU == 1 || u < units) {
+                    uint4 chunk[R][kChunks];
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+#pragma unroll
+                        for (int c = 0; c < kChunks; c++)
+                            chunk[r][c] = shared_u128(code + (r * KU + u) * L::unit + c * 512);
+                    if (S == 1 && (u % 2 == 0 || !wide_granule)) {
+                        const uint32_t row = wide_granule ? u / 2 : u;
+#pragma unroll
+                        for (int r = 0; r < R; r++)
+                            dequant_load_scales<T, F>(
+                                scales[r], scale_at + r * L::scale_block + row * granule_stride,
+                                place, sym);
+                    }
+                    uint32_t b[4][NT <= 16 ? NT / 8 : 1][2];
+                    if constexpr (kMma) load_inputs<NT>(b, x + u * NT * 128, lane);
 #pragma unroll
                     for (int r = 0; r < R; r++) {
-                        constexpr int kBuffers = 2;
-                        uint32_t(&f)[4][4] = a[(u * R + r) % kBuffers];
-                        fragments<T, F, S>(f, code + (r * KU + u) * L::unit,
-                                           scale + r * L::scale_block + row * p.granule_bytes, p,
-                                           strip, lane);
+                        uint32_t(&f)[4][4] = a[(u * R + r) % 2];
+                        const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk[r]);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            if (S > 1 && j * S % 4 == 0)
+                                dequant_load_scales<T, F>(scales[r],
+                                                          scale_at + r * L::scale_block +
+                                                              (u * S + j * S / 4) * granule_stride,
+                                                          place, sym);
+                            dequant_word<T, F>(f[j], word + j * bits / 4, scales[r]);
+                            if constexpr (kMma)
+#pragma unroll
+                                for (int i = 0; i < NT / 8; i++)
+                                    multiply(j % 2 ? &odd[r][4 * i] : &acc[r][4 * i], f[j], b[j][i][0],
+                                             b[j][i][1], T{});
+                        }
+                        if constexpr (kMma) continue;
                         group_fence();
 #pragma unroll
                         for (int j = 0; j < 4; j++)
-                            multiply_group<T, NT>::run(acc[r], f[j], x + u * NT * 8 + 2 * j);
+                            multiply_group<T, NT>::run(acc[r], f[j],
+                                                       group_descriptor(x + u * NT * 128 + 32 * j));
                         group_commit();
                         group_wait<1>();
                         if (u == 0 && r == 0 && last >= 0 && lane == 0)
@@ -290,12 +368,30 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                     }
                 }
             }
-            last = stage;
-            if (++stage == L::stages) stage = 0, parity ^= 1;
+            if constexpr (kMma) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(empty + stage * 8);
+            } else {
+                last = stage;
+            }
+            stage_at += L::code + L::x;
+            scale_at += L::scale;
+            if (++stage == L::stages) {
+                stage = 0, parity ^= 1;
+                stage_at = base_at;
+                scale_at = scale_in;
+            }
         }
-        group_wait<0>();
+        if constexpr (kMma) {
 #pragma unroll
-        for (int r = 0; r < R; r++) group_pin(acc[r]);
+            for (int r = 0; r < R; r++)
+#pragma unroll
+                for (int i = 0; i < NT / 2; i++) acc[r][i] += odd[r][i];
+        } else {
+            group_wait<0>();
+#pragma unroll
+            for (int r = 0; r < R; r++) group_pin(acc[r]);
+        }
         if (last >= 0 && lane == 0) barrier_arrive(empty + last * 8);
         if (linear_exchange<NT, R>(acc, p, walk, s))
             linear_finish<T, NT, R>(
