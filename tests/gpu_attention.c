@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { P = KV_PAGE_TOKENS, MAX_SEQS = 80, SAMPLES = 96 };
+enum { P = KV_PAGE_TOKENS, MAX_SEQS = 80, SAMPLES = 64 };
 
 typedef struct {
     const char *name;
@@ -360,17 +360,23 @@ static double relative_error(fixture *f, const uint16_t *out, int32_t miss) {
     for (int32_t s = 0; s < c->n_seqs; s++) rows += c->n_new[s];
     for (n_out = rows * c->heads * d; n_out-- > 0;)
         if (isnan(value16(out[n_out], c->type))) return NAN;
-    float q[256], ref[256];
     int64_t first = 0, row = 0;
     const int64_t stride = (int64_t)c->kv_heads * d;
     for (int32_t s = 0; s < c->n_seqs; first += c->kv_len[s], row += c->n_new[s++]) {
         const int32_t n = (int32_t)i64_max(2, SAMPLES / c->n_seqs);
-        float *k = mem_alloc((size_t)c->kv_len[s] * (size_t)d, 4), *v = mem_alloc((size_t)c->kv_len[s] * (size_t)d, 4);
+        int32_t pick[SAMPLES][2];
         for (int32_t i = 0; i < n; i++) {
-            const int32_t h = (int32_t)(uniform() * c->heads), g = h / ratio;
-            const int32_t t = i == 0 ? c->n_new[s] - 1 : (int32_t)(uniform() * c->n_new[s]);
+            pick[i][0] = (int32_t)(uniform() * c->heads);
+            pick[i][1] = i == 0 ? c->n_new[s] - 1 : (int32_t)(uniform() * c->n_new[s]);
+        }
+#pragma omp parallel for schedule(dynamic) reduction(+ : error, norm)
+        for (int32_t i = 0; i < n; i++) {
+            const int32_t h = pick[i][0], g = h / ratio, t = pick[i][1];
             const int32_t position = c->kv_len[s] - c->n_new[s] + t;
             if (miss && position < miss) continue;
+            float q[256], ref[256];
+            float *k = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *k);
+            float *v = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *v);
             for (int32_t j = 0; j <= position; j++) {
                 memcpy(k + (int64_t)j * d, f->k + (first + j) * stride + g * d, (size_t)d * 4);
                 memcpy(v + (int64_t)j * d, f->v + (first + j) * stride + g * d, (size_t)d * 4);
@@ -386,9 +392,9 @@ static double relative_error(fixture *f, const uint16_t *out, int32_t miss) {
                 error += off * off;
                 norm += (double)ref[e] * (double)ref[e];
             }
+            mem_free(k);
+            mem_free(v);
         }
-        mem_free(k);
-        mem_free(v);
     }
     return sqrt(error / norm);
 }
