@@ -11,6 +11,7 @@ bool any(const attention_problem *) { return true; }
 // single one takes both.
 const attention_variant variants[] = {
     {"decode_bulk", 90, 90, 129, true, false, any, attention_decode_bulk_launch},
+    {"prefill_wgmma", 90, 90, 90, false, true, any, attention_prefill_sm90_launch},
     {"decode_async", 80, 80, 129, true, false, any, attention_decode_async_launch},
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
 };
