@@ -26,6 +26,11 @@ CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
 LDLIBS   = $(PKG_LIBS) -lm
 
+# Idle OpenMP threads sleep: spinning ones wait for a core that another process holds, which makes the
+# cpu device ten times slower on a machine that is not ours alone.
+OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY
+
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o)
 LIBRARY := $(O)/libamalgam.a

@@ -19,9 +19,10 @@ typedef struct { /* an option that may be repeated */
     int32_t n;
 } cli_texts;
 
-/* Read argv[0..argc) (without the command itself). The table ends with a NULL name. Up to *n_args plain
- * arguments go to args; *n_args becomes their number. USAGE with the reason for anything unknown, missing
- * or out of form. "--help" prints `usage` and the table, and returns INTERRUPTED. */
+/* Read argv[0..argc) (without the command itself). The table ends with a NULL name. Up to *n_args
+ * plain arguments go to args; *n_args becomes their number. USAGE with the reason for anything
+ * unknown, missing or out of form. "--help" prints `usage` and the table, and returns INTERRUPTED.
+  */
 status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
                  const char **args, int32_t *n_args);
 

@@ -1,10 +1,12 @@
-/* cmd_bench.c - `amalgam bench harness`: what the suite itself costs, on the devices every machine has.
+/* cmd_bench.c - `amalgam bench harness`: what the suite itself costs, on the devices every machine
+ * has.
  *
  *   null   our own work per step: scheduler, pool, forward's calls, sampling bookkeeping
  *   sim    1,000 ShareGPT-shaped requests on Llama-3.1-8B, one core
  *   cpu    decode speed of the tiny checkpoint, batch 1 and 8
  *
- * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is missed. */
+ * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is
+ * missed. */
 #include "cli.h"
 #include "engine.h"
 #include "json.h"
@@ -140,7 +142,7 @@ int cmd_bench(int argc, char **argv) {
     bool json = false, missed = false;
     const cli_option options[] = {
         {"--json", CLI_FLAG, &json, NULL, "one object a line"},
-        {NULL,     CLI_FLAG, NULL,  NULL, NULL               },
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     const char *what[1];
     int32_t n = 1;

@@ -24,9 +24,7 @@ static void line(const char *what, bool good, const char *meaning) {
 }
 
 int cmd_doctor(int argc, char **argv) {
-    const cli_option options[] = {
-        {NULL, CLI_FLAG, NULL, NULL, NULL}
-    };
+    const cli_option options[] = {{NULL, CLI_FLAG, NULL, NULL, NULL}};
     int32_t n = 0;
     const status st = cli_parse(argc - 1, argv + 1, "doctor", options, NULL, &n);
     if (st != ST_OK) return cli_exit(st);

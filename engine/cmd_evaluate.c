@@ -45,15 +45,15 @@ int cmd_evaluate(int argc, char **argv) {
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
-        {"--model",     CLI_TEXT, &model,     "DIR",  "checkpoint folder"          },
-        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"                 },
-        {"--device",    CLI_TEXT, &device_name,    "NAME", "cpu"                        },
-        {"--text",      CLI_TEXT, &path,      "FILE", "what to score"              },
-        {"--window",    CLI_INT,  &window,    "N",    "tokens of a window (512)"   },
-        {"--stride",    CLI_INT,  &stride,    "N",    "from window to window (256)"},
-        {"--threads",   CLI_INT,  &threads,   "N",    "0 = all cores"              },
-        {"--json",      CLI_FLAG, &json,      NULL,   "one object"                 },
-        {NULL,          CLI_FLAG, NULL,       NULL,   NULL                         },
+        {"--model", CLI_TEXT, &model, "DIR", "checkpoint folder"},
+        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"},
+        {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
+        {"--text", CLI_TEXT, &path, "FILE", "what to score"},
+        {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
+        {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
+        {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
+        {"--json", CLI_FLAG, &json, NULL, "one object"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n_args = 0;
     status st = cli_parse(argc - 1, argv + 1, "eval --model DIR --text FILE [options]", options,

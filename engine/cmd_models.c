@@ -1,5 +1,5 @@
 /* cmd_models.c - see cmd_models.h. */
-#include "cmd_models.h"
+#include "cli.h"
 
 #include "json.h"
 #include "weights.h"
@@ -28,7 +28,8 @@ static status print_json(json_t *object) {
     return ST_OK;
 }
 
-/* --- models ------------------------------------------------------------------------------------ */
+/* --- models ------------------------------------------------------------------------------------
+ */
 
 /* Precisions of the size columns. gpt-oss is 2880 wide, no multiple of 128: MXFP4 stands in. */
 static status four_bit(precision *p, const model_config *c) {
@@ -88,7 +89,8 @@ int cmd_models(int argc, char **argv) {
     return st == ST_OK ? 0 : failed("models");
 }
 
-/* --- inspect model ------------------------------------------------------------------------------ */
+/* --- inspect model ------------------------------------------------------------------------------
+ */
 
 typedef struct {
     const char *model, *precision;
@@ -176,7 +178,8 @@ static status print_weights(inspection *v) {
     return ST_OK;
 }
 
-/* A folder with config.json alone is inspected as synthetic; one with broken weights is an error. */
+/* A folder with config.json alone is inspected as synthetic; one with broken weights is an error.
+ */
 static status open_weights(checkpoint **out, const model_config *c, const char *model) {
     char dir[4096], single[4400], sharded[4400];
     TRY(model_dir(dir, sizeof dir, model));

@@ -1,15 +1,15 @@
 /* corpus.c - see corpus.h.
  *
- * The stories come from a small rewriting grammar: a rule is a string of alternatives, and expanding
- * one copies it to the output while replacing what stands in braces (the notation is explained at the
- * top of corpus.def). What makes a text more than a chain of words are the bound names: a document
- * first draws its cast, and everything that mentions the hero, the pet or the secret number afterwards
- * says the same, so that a model must look back to predict it.
+ * The stories come from a small rewriting grammar: a rule is a string of alternatives, and
+ * expanding one copies it to the output while replacing what stands in braces (the notation is
+ * explained at the top of corpus.def). What makes a text more than a chain of words are the bound
+ * names: a document first draws its cast, and everything that mentions the hero, the pet or the
+ * secret number afterwards says the same, so that a model must look back to predict it.
  *
  * Easy to get wrong: two draws in one expression or initialiser have no order in C, so each has a
- * statement of its own. And every random choice changes all that follow it, so one more alternative in any
- * rule is another corpus, and the checkpoint's figures no longer belong to it (test_corpus.c pins the
- * bytes). */
+ * statement of its own. And every random choice changes all that follow it, so one more alternative
+ * in any rule is another corpus, and the checkpoint's figures no longer belong to it (test_corpus.c
+ * pins the bytes). */
 #include "corpus.h"
 #include "rng.h"
 
@@ -43,7 +43,8 @@ static const struct {
 
 static const char *const kind_names[CORPUS_KIND_COUNT] = {"story", "arithmetic", "recall", "chat"};
 
-/* Of a hundred documents; ORDER corpus_kind. Worksheets are short: by bytes arithmetic is a tenth. */
+/* Of a hundred documents; ORDER corpus_kind. Worksheets are short: by bytes arithmetic is a tenth.
+ */
 static const uint64_t kind_weights[CORPUS_KIND_COUNT] = {35, 35, 15, 15};
 
 const char *corpus_kind_name(corpus_kind kind) {
@@ -60,7 +61,8 @@ bool corpus_kind_parse(const char *name, corpus_kind *out) {
     return false;
 }
 
-/* --- The grammar machine -------------------------------------------------------------------------- */
+/* --- The grammar machine
+ * -------------------------------------------------------------------------- */
 
 static int64_t draw(generator *g, int64_t lo, int64_t hi) { return rng_range(&g->r, lo, hi); }
 static bool chance(generator *g, uint64_t in_hundred) { return rng_below(&g->r, 100) < in_hundred; }
@@ -203,14 +205,13 @@ static void expand(generator *g, span s) {
 
 static void say(generator *g, const char *pattern) { expand(g, choose(g, span_of(pattern))); }
 
-/* --- Stories -------------------------------------------------------------------------------------- */
+/* --- Stories
+ * -------------------------------------------------------------------------------------- */
 
 static void bind_person(generator *g, const char *name, const char *const pronouns[4]) {
     const bool girl = chance(g, 50);
-    static const char *const forms[2][4] = {
-        {"he",  "him", "his", "boy" },
-        {"she", "her", "her", "girl"}
-    };
+    static const char *const forms[2][4] = {{"he", "him", "his", "boy"},
+                                            {"she", "her", "her", "girl"}};
     bind_as(g, name, girl ? "{girl}" : "{boy}");
     for (int i = 0; i < 4; i++) bind(g, span_of(pronouns[i]), span_of(forms[girl][i]));
 }
@@ -262,7 +263,8 @@ static void tell_story(generator *g) {
     put(g, "\n");
 }
 
-/* --- Arithmetic ----------------------------------------------------------------------------------- */
+/* --- Arithmetic
+ * ----------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t a, b, result;
@@ -284,8 +286,9 @@ static int64_t draw_digits(generator *g, int64_t digits) {
     return draw(g, digits == 1 ? 0 : lo, 10 * lo - 1);
 }
 
-/* `digits` of both operands; 0: each of `shortest` to CORPUS_DIGITS_MAX. The lengths are drawn before
- * the side of the split is asked for, else a held-out text would hold short problems mostly. */
+/* `digits` of both operands; 0: each of `shortest` to CORPUS_DIGITS_MAX. The lengths are drawn
+ * before the side of the split is asked for, else a held-out text would hold short problems mostly.
+  */
 static problem draw_problem(generator *g, char op, int64_t digits, int64_t shortest) {
     const int64_t digits_a = digits ? digits : draw(g, shortest, CORPUS_DIGITS_MAX);
     const int64_t digits_b = digits ? digits : draw(g, shortest, CORPUS_DIGITS_MAX);
@@ -321,7 +324,8 @@ static void write_worksheet(generator *g) {
     }
 }
 
-/* --- Recall --------------------------------------------------------------------------------------- */
+/* --- Recall
+ * --------------------------------------------------------------------------------------- */
 
 typedef struct {
     char key[WORD_MAX];
@@ -374,7 +378,8 @@ static void write_list(generator *g) {
     }
 }
 
-/* --- Chat ----------------------------------------------------------------------------------------- */
+/* --- Chat
+ * ----------------------------------------------------------------------------------------- */
 
 static void open_turn(generator *g, const char *role) {
     put(g, CORPUS_TURN);
@@ -422,10 +427,10 @@ static void chat_arithmetic(generator *g) {
 
 static void chat_recall(generator *g) {
     static const char *const facts[][2] = {
-        {"What is my name?",                  "Your name is {hero}."           },
-        {"What is my {pet} called?",          "Your {pet} is called {petname}."},
-        {"Who is my best friend?",            "Your best friend is {friend}."  },
-        {"Which number should you remember?", "The number is {secret}."        },
+        {"What is my name?", "Your name is {hero}."},
+        {"What is my {pet} called?", "Your {pet} is called {petname}."},
+        {"Who is my best friend?", "Your best friend is {friend}."},
+        {"Which number should you remember?", "The number is {secret}."},
     };
     exchange(
         g,
@@ -453,7 +458,8 @@ static void write_chat(generator *g) {
     if (chance(g, 15)) exchange(g, "{thanks}", "{thanks_reply}");
 }
 
-/* --- Documents and tasks -------------------------------------------------------------------------- */
+/* --- Documents and tasks
+ * -------------------------------------------------------------------------- */
 
 /* Streams of a seed: 0 draws the kinds of a text, every document and every task has its own. */
 static void generator_open(generator *g, text *out, const char *purpose, corpus_kind kind,

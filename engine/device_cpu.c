@@ -1,15 +1,15 @@
 /* device_cpu.c - the device that defines what every other one must compute.
  *
- * Activations are f32. A weight is f32 [count, n, k] in memory: that of the checkpoint, or the exact
- * value of its quantised form (ref_quant.h), so that a product with it is the definition of a product
- * with the codes. Activations are quantised before a linear whose weight is quantised, KV when it is
- * written; KV_16 stays f32. Kernels are those of kernels/ref_*.c, split over threads by rows, outputs
- * or heads.
+ * Activations are f32. A weight is f32 [count, n, k] in memory: that of the checkpoint, or the
+ * exact value of its quantised form (ref_quant.h), so that a product with it is the definition of a
+ * product with the codes. Activations are quantised before a linear whose weight is quantised, KV
+ * when it is written; KV_16 stays f32. Kernels are those of kernels/ref_*.c, split over threads by
+ * rows, outputs or heads.
  *
- * Two promises beyond being right. A row's result depends on nothing but its own sequence, bit by bit:
- * not on the batch, on how a prompt is cut into chunks, on page numbers or on the number of threads
- * (ref_linear.h says how). And KV that was never written is NaN: setup fills the pages with it, so
- * that whoever reads past the end of a sequence sees it.
+ * Two promises beyond being right. A row's result depends on nothing but its own sequence, bit by
+ * bit: not on the batch, on how a prompt is cut into chunks, on page numbers or on the number of
+ * threads (ref_linear.h says how). And KV that was never written is NaN: setup fills the pages with
+ * it, so that whoever reads past the end of a sequence sees it.
  *
  * One rank only: nothing here is worth splitting over machines. */
 #include "device.h"
@@ -25,8 +25,6 @@
 #include <omp.h>
 #include <string.h>
 #include <unistd.h>
-
-extern const device_ops device_cpu;
 
 enum {
     ALIGN = 64,            /* a cache line */
@@ -95,6 +93,8 @@ static int threads_for(const cpu *c, int64_t work) {
 
 static status cpu_open(device **out, const device_options *o) {
     if (o->tp != 1) return FAIL(ST_UNSUPPORTED, "the cpu device has one rank, not %d", o->tp);
+    if (o->dequant_first || o->kv_expand_first)
+        return FAIL(ST_UNSUPPORTED, "the cpu device has no baseline modes");
     cpu *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cpu device");
     c->base = (device){.ops = &device_cpu, .options = *o};
@@ -104,8 +104,10 @@ static status cpu_open(device **out, const device_options *o) {
     status st = arena_open(&c->weights, bytes);
     if (st == ST_OK) st = arena_open(&c->scratch, bytes);
     if (st == ST_OK) st = arena_open(&c->run, bytes);
-    *out = &c->base;
-    if (st != ST_OK) device_cpu.close(&c->base);
+    if (st != ST_OK)
+        device_cpu.close(&c->base);
+    else
+        *out = &c->base;
     return st;
 }
 

@@ -8,8 +8,8 @@
 
 #include <string.h>
 
-/* Pages of a device without a memory limit: enough for every running sequence at full length, bounded
- * so that the cpu device never asks for more than a laptop has. */
+/* Pages of a device without a memory limit: enough for every running sequence at full length,
+ * bounded so that the cpu device never asks for more than a laptop has. */
 enum { PAGES_UNLIMITED_MAX = 16384 };
 
 struct engine {
@@ -158,6 +158,7 @@ void engine_set_hooks(engine *e, const engine_hooks *h) { e->hooks = *h; }
 
 void engine_reset(engine *e) {
     sched_flush_cache(e->sched);
+    if (e->trace) trace_flush_cache(e->trace);
     e->stats = (engine_stats){0};
     e->seqs_run = 0;
     timeline_start_real(&e->host);
@@ -233,7 +234,8 @@ status engine_step(engine *e, bool *ran) {
     return ST_OK;
 }
 
-/* --- Whole workloads --------------------------------------------------------------------------- */
+/* --- Whole workloads ---------------------------------------------------------------------------
+ */
 
 /* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `next_of_user`
  * holds each user's next request, due at once. */

@@ -53,8 +53,8 @@ typedef struct {
     void (*finished)(void *user, const request_log *log, const int32_t *token);
 } engine_hooks;
 
-/* Without a token hook a request ends at the model's end tokens (unless ignore_eos), at its stop tokens
- * and at max_new. With one, the hook is asked besides. */
+/* Without a token hook a request ends at the model's end tokens (unless ignore_eos), at its stop
+ * tokens and at max_new. With one, the hook is asked besides. */
 void engine_set_hooks(engine *e, const engine_hooks *h);
 
 /* Hand over a request now (sched_add has the refusals). The prompt stays the caller's. */
@@ -65,8 +65,8 @@ status engine_cancel(engine *e, int64_t id);
 status engine_step(engine *e, bool *ran);
 
 /* Serve a whole workload from its first arrival to its last finish, on the device's timeline. Fills
- * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request that
- * is refused is logged as such, and the run goes on. */
+ * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request
+ * that is refused is logged as such, and the run goes on. */
 status engine_serve(engine *e, arena *a, const workload *w, request_log *log);
 
 /* Before an independent run on the same engine: drop the prefix cache, restart the clock. */

@@ -1,19 +1,18 @@
 /* forward.c - the transformer, written once: what a step does, in order, on any device.
  *
- *     embed -> layers x { norm, qkv, rope + KV append, attention, o, norm, ffn | experts } -> norm ->
- *     rows to be sampled -> logits -> draw
+ *     embed -> layers x { norm, qkv, rope + KV append, attention, o, norm, ffn | experts } -> norm
+ *     -> rows to be sampled -> logits -> draw
  *
- * The residual stream is a buffer of its own. A sub-layer's output (y) is added to it by the norm that
- * follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other norm adds
- * the y of the sub-layer before it, the last one adds the y of the last feed-forward. So y is complete
- * (reduced over ranks, biases of o and down included, once in all) before the next norm.
+ * The residual stream is a buffer of its own. A sub-layer's output (y) is added to it by the norm
+ * that follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other
+ * norm adds the y of the sub-layer before it, the last one adds the y of the last feed-forward. So
+ * y is complete (reduced over ranks, biases of o and down included, once in all) before the next
+ * norm.
  *
- * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows and
- * are taken once; a step uses their first rows. */
+ * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows
+ * and are taken once; a step uses their first rows. */
 #include "forward.h"
-#include "kernel.h"
 #include <math.h>
-#include <string.h>
 
 /* Activations of one rank. X router logits, k experts of a token, F of the FFN or of one expert. */
 #define BUFFERS(X)                                                                                 \

@@ -21,7 +21,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* --- Options ----------------------------------------------------------------------------------- */
+/* --- Options -----------------------------------------------------------------------------------
+ */
 
 /* A misspelt option must not take its default. `known` ends with NULL. */
 static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
@@ -238,14 +239,9 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
         static const struct {
             const char *name;
             arrival_kind kind;
-        } kinds[] = {
-            {"at_once",  ARRIVE_AT_ONCE },
-            {"poisson",  ARRIVE_POISSON },
-            {"gamma",    ARRIVE_GAMMA   },
-            {"constant", ARRIVE_CONSTANT},
-            {"trace",    ARRIVE_TRACE   },
-            {"closed",   ARRIVE_CLOSED  }
-        };
+        } kinds[] = {{"at_once", ARRIVE_AT_ONCE}, {"poisson", ARRIVE_POISSON},
+                     {"gamma", ARRIVE_GAMMA},     {"constant", ARRIVE_CONSTANT},
+                     {"trace", ARRIVE_TRACE},     {"closed", ARRIVE_CLOSED}};
         int32_t at = -1;
         for (int32_t i = 0; i < COUNT_OF(kinds); i++)
             if (strcmp(kinds[i].name, arrival) == 0) at = i;
@@ -265,7 +261,8 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
     o->vocab = vocab;
 }
 
-/* --- Outcomes ---------------------------------------------------------------------------------- */
+/* --- Outcomes ----------------------------------------------------------------------------------
+ */
 
 /* Some failures are results of the point, not errors of the script: it does not fit, or the device
  * cannot do it. Push {status, reason}; raise anything else. */
@@ -316,7 +313,8 @@ static const char *origin_of(const engine_options *o) {
     return strcmp(o->device, "null") == 0 ? "reference" : "measured";
 }
 
-/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe. */
+/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe.
+ */
 typedef struct {
     arena memory;
     engine *engine;
@@ -343,8 +341,8 @@ static session *session_new(lua_State *L) {
     return s;
 }
 
-/* Model and precision of an option table, without opening an engine. The config is large and calls are
- * never concurrent within a state. */
+/* Model and precision of an option table, without opening an engine. The config is large and calls
+ * are never concurrent within a state. */
 static model_config *load_config(lua_State *L, const engine_options *o) {
     static model_config config;
     char dir[1024];
@@ -353,7 +351,8 @@ static model_config *load_config(lua_State *L, const engine_options *o) {
     return &config;
 }
 
-/* --- serve ------------------------------------------------------------------------------------- */
+/* --- serve -------------------------------------------------------------------------------------
+ */
 
 /* Prompts of generated lengths become slices of held-out text, one after the other, so that a real
  * checkpoint reads real text. */
@@ -454,10 +453,11 @@ static int l_serve(lua_State *L) {
     return 1;
 }
 
-/* --- capacity ---------------------------------------------------------------------------------- */
+/* --- capacity ----------------------------------------------------------------------------------
+ */
 
-/* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent the
- * smallest degree on which it fits is chosen. */
+/* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
+ * the smallest degree on which it fits is chosen. */
 static int l_capacity(lua_State *L) {
     engine_options o;
     lua_settop(L, 1);
@@ -496,7 +496,8 @@ static int l_capacity(lua_State *L) {
     return 1;
 }
 
-/* --- evaluate ---------------------------------------------------------------------------------- */
+/* --- evaluate ----------------------------------------------------------------------------------
+ */
 
 static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32_t stride) {
     static const char *const known[] = {"seed", "bytes", NULL};
@@ -584,7 +585,8 @@ static int l_evaluate(lua_State *L) {
     return 1;
 }
 
-/* --- Registry ---------------------------------------------------------------------------------- */
+/* --- Registry ----------------------------------------------------------------------------------
+ */
 
 static int push_names(lua_State *L, status (*names)(arena *, const char ***, int32_t *)) {
     arena a;
@@ -652,7 +654,8 @@ static int l_precision(lua_State *L) {
     return 1;
 }
 
-/* --- Suite services ---------------------------------------------------------------------------- */
+/* --- Suite services ----------------------------------------------------------------------------
+ */
 
 static int l_json_encode(lua_State *L) {
     json_t *value = lua_to_json(L, 1);
@@ -754,7 +757,8 @@ static int l_write_file(lua_State *L) {
 }
 
 /* lock(path, "exclusive" or "shared", wait): flock on the file, held until the program ends. False
- * when another program has it and `wait` is false. A lock taken before is given up for the new kind. */
+ * when another program has it and `wait` is false. A lock taken before is given up for the new
+ * kind. */
 static int l_lock(lua_State *L) {
     static const char *const kinds[] = {"exclusive", "shared", NULL};
     static char held[4096];
@@ -802,8 +806,9 @@ static int l_list(lua_State *L) {
     return 1;
 }
 
-/* isolate(n, jobs, timeout_s, run, done): run(i) for i = 1..n in child processes, `jobs` at a time; its
- * result (a table) comes back as JSON and done(i, result or nil, reason, wall_s) is called here. */
+/* isolate(n, jobs, timeout_s, run, done): run(i) for i = 1..n in child processes, `jobs` at a time;
+ * its result (a table) comes back as JSON and done(i, result or nil, reason, wall_s) is called
+ * here. */
 static int isolated_job(void *user, int64_t index, int fd) {
     lua_State *L = user;
     lua_pushvalue(L, 4);
@@ -897,33 +902,34 @@ static int l_progress_end(lua_State *L) {
     return 0;
 }
 
-/* --- The module -------------------------------------------------------------------------------- */
+/* --- The module --------------------------------------------------------------------------------
+ */
 
 static const luaL_Reg functions[] = {
-    {"serve",          l_serve         },
-    {"capacity",       l_capacity      },
-    {"evaluate",       l_evaluate      },
-    {"models",         l_models        },
-    {"gpus",           l_gpus          },
-    {"model",          l_model         },
-    {"gpu",            l_gpu           },
-    {"precision",      l_precision     },
-    {"json_encode",    l_json_encode   },
-    {"json_decode",    l_json_decode   },
-    {"hash",           l_hash          },
-    {"identity",       l_identity      },
-    {"append",         l_append        },
-    {"rows",           l_rows          },
-    {"read_file",      l_read_file     },
-    {"write_file",     l_write_file    },
-    {"list",           l_list          },
-    {"lock",           l_lock          },
-    {"isolate",        l_isolate       },
+    {"serve", l_serve},
+    {"capacity", l_capacity},
+    {"evaluate", l_evaluate},
+    {"models", l_models},
+    {"gpus", l_gpus},
+    {"model", l_model},
+    {"gpu", l_gpu},
+    {"precision", l_precision},
+    {"json_encode", l_json_encode},
+    {"json_decode", l_json_decode},
+    {"hash", l_hash},
+    {"identity", l_identity},
+    {"append", l_append},
+    {"rows", l_rows},
+    {"read_file", l_read_file},
+    {"write_file", l_write_file},
+    {"list", l_list},
+    {"lock", l_lock},
+    {"isolate", l_isolate},
     {"progress_start", l_progress_start},
-    {"progress_show",  l_progress_show },
-    {"progress_line",  l_progress_line },
-    {"progress_end",   l_progress_end  },
-    {NULL,             NULL            },
+    {"progress_show", l_progress_show},
+    {"progress_line", l_progress_line},
+    {"progress_end", l_progress_end},
+    {NULL, NULL},
 };
 
 static int open_module(lua_State *L) {
@@ -943,8 +949,8 @@ lua_State *lua_api_open(void) {
     lua_pop(L, 1);
     const char *root = root_dir();
     lua_getglobal(L, "package");
-    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua", root,
-                    root, root, root);
+    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua",
+                    root, root, root, root);
     lua_setfield(L, -2, "path");
     lua_pushstring(L, ""); /* no C modules: nothing is loaded that the checkout does not hold */
     lua_setfield(L, -2, "cpath");

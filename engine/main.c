@@ -20,19 +20,19 @@ typedef struct {
 } command;
 
 static const command commands[] = {
-    {"run",      NULL,         "lib_run",     "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
-    {"report",   NULL,         "lib_report",  "tables, plots and PAPER.md from stored results"         },
-    {"compare",  NULL,         "lib_compare", "two versions by their stored results: compare BASE HEAD"},
-    {"generate", cmd_generate, NULL,          "text from a prompt"                                     },
-    {"eval",     cmd_evaluate, NULL,          "perplexity of a text under a precision"                 },
-    {"bench",    cmd_bench,    NULL,          "speed of the harness: null, sim and cpu devices"        },
-    {"formats",  cmd_formats,  NULL,          "which precisions run where, and with which kernels"     },
-    {"models",   cmd_models,   NULL,          "the models of the sweep and their sizes"                },
-    {"inspect",  cmd_inspect,  NULL,          "inspect model | plan | trace"                           },
-    {"tokenize", cmd_tokenize, NULL,          "ids of a text"                                          },
-    {"corpus",   cmd_corpus,   NULL,          "text and tasks of the seeded generator"                 },
-    {"doctor",   cmd_doctor,   NULL,          "what this machine has and what is missing"              },
-    {"lua",      run_lua_file, NULL,          "run a Lua script with the module amalgam"               },
+    {"run", NULL, "lib_run", "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
+    {"report", NULL, "lib_report", "tables, plots and PAPER.md from stored results"},
+    {"compare", NULL, "lib_compare", "two versions by their stored results: compare BASE HEAD"},
+    {"generate", cmd_generate, NULL, "text from a prompt"},
+    {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
+    {"bench", cmd_bench, NULL, "speed of the harness: null, sim and cpu devices"},
+    {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
+    {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
+    {"inspect", cmd_inspect, NULL, "inspect model | plan | trace"},
+    {"tokenize", cmd_tokenize, NULL, "ids of a text"},
+    {"corpus", cmd_corpus, NULL, "text and tasks of the seeded generator"},
+    {"doctor", cmd_doctor, NULL, "what this machine has and what is missing"},
+    {"lua", run_lua_file, NULL, "run a Lua script with the module amalgam"},
 };
 
 static int help(FILE *to) {

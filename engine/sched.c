@@ -4,11 +4,12 @@
  *                        ^------ preempted ----------'                            |
  *     sched_take_finished -> taken (list, storage still valid) -> sched_add frees <'
  *
- * Requests live in a table of slots; lists go through it by slot number. A running request also has a
- * lane: a fixed array for its page numbers. Tokens of a request lie in one block of contiguous storage
- * from add until it is freed, so that the sampler's history and the caller's result are plain pointers.
+ * Requests live in a table of slots; lists go through it by slot number. A running request also has
+ * a lane: a fixed array for its page numbers. Tokens of a request lie in one block of contiguous
+ * storage from add until it is freed, so that the sampler's history and the caller's result are
+ * plain pointers.
  *
- * Storage that cannot fragment: blocks have 64 * 2^c words, and class c has blocks enough for the
+ * Storage that cannot fragment: blocks hold 64 * 2^c words, and class c has blocks enough for the
  * worst case in which all requests are of its size. That is address space; only what was in use at
  * some time is ever touched, at most twice the limit for each class. */
 #include "sched.h"
@@ -27,9 +28,9 @@ enum {
 typedef enum { SLOT_FREE, SLOT_WAITING, SLOT_RUNNING, SLOT_FINISHED, SLOT_TAKEN } slot_state;
 
 typedef struct {
-    /* What a decode step touches, in two cache lines. */
-    _Alignas(64) int32_t *token; /* [n_prompt + max_new] */
-    int64_t *token_ns;           /* [max_new] */
+    /* What a decode step touches. */
+    int32_t *token;    /* [n_prompt + max_new] */
+    int64_t *token_ns; /* [max_new] */
     int64_t id;
     uint64_t salt;
     int32_t n_prompt, max_new, n_output;
@@ -37,9 +38,8 @@ typedef struct {
     kvseq kv;           /* pages in the storage of the lane */
     int32_t lane;
     slot_state state;
-    int64_t admit_ns;
 
-    int64_t arrival_ns, dispatch_ns, first_token_ns, finish_ns;
+    int64_t arrival_ns, dispatch_ns, admit_ns, first_token_ns, finish_ns;
     int32_t n_cached, n_preempted;
     bool was_admitted;
     finish_reason finish;
@@ -102,7 +102,8 @@ struct sched {
     int32_t *refs_seen; /* [n_pages] scratch of sched_problem */
 };
 
-/* --- Opening ----------------------------------------------------------------------------------- */
+/* --- Opening -----------------------------------------------------------------------------------
+ */
 
 /* Adds up sizes, and takes the memory as well when there is an arena: one list for both. */
 typedef struct {
@@ -140,7 +141,8 @@ static void lay_out_storage(sched *s, layout *l) {
     for (int32_t c = 0; c < s->n_classes; c++) {
         block_class *k = &s->storage[c];
         /* One cache line more than a power of two, or else the same place of all blocks would fall
-         * into the same few cache sets, and a step touches one place of each. */
+         * into the same few cache sets, and a step touches one place of each: 15 % at 1024 running.
+          */
         k->words = ((int64_t)LEAST_WORDS << c) + 16;
         /* A request of this class has more than half a block of words, and at least 4; all of them
          * together have at most 3 words a token. */
@@ -184,12 +186,12 @@ static status check_limits(const sched_policy *p, const sched_limits *l) {
         int64_t value, least, most;
     } bound[] = {
         {"token_budget", p->token_budget, 1, COUNT_LARGEST},
-        {"max_seqs",     p->max_seqs,     1, COUNT_LARGEST},
-        {"max_queue",    p->max_queue,    0, COUNT_LARGEST},
-        {"n_pages",      l->n_pages,      1, COUNT_LARGEST},
-        {"ctx_max",      l->ctx_max,      2, CTX_LARGEST  },
-        {"n_requests",   l->n_requests,   1, COUNT_LARGEST},
-        {"n_tokens",     l->n_tokens,     2, INT64_MAX / 4},
+        {"max_seqs", p->max_seqs, 1, COUNT_LARGEST},
+        {"max_queue", p->max_queue, 0, COUNT_LARGEST},
+        {"n_pages", l->n_pages, 1, COUNT_LARGEST},
+        {"ctx_max", l->ctx_max, 2, CTX_LARGEST},
+        {"n_requests", l->n_requests, 1, COUNT_LARGEST},
+        {"n_tokens", l->n_tokens, 2, INT64_MAX / 4},
     };
     for (int32_t i = 0; i < COUNT_OF(bound); i++) {
         if (bound[i].value < bound[i].least || bound[i].value > bound[i].most)
@@ -243,7 +245,8 @@ status sched_open(sched **out, arena *a, const sched_policy *p, const sched_limi
     return ST_OK;
 }
 
-/* --- Lists, ids, storage ----------------------------------------------------------------------- */
+/* --- Lists, ids, storage -----------------------------------------------------------------------
+ */
 
 /* Put slot i behind slot `at` (NONE: at the head). */
 static void list_insert(sched *s, list *l, int32_t at, int32_t i) {
@@ -318,7 +321,8 @@ static void free_taken(sched *s) {
     }
 }
 
-/* --- Requests in ------------------------------------------------------------------------------- */
+/* --- Requests in -------------------------------------------------------------------------------
+ */
 
 static status refuse_forever(const sched *s, const request *r) {
     const long long id = r->id;
@@ -410,12 +414,10 @@ status sched_add(sched *s, const request *r, int64_t now_ns) {
     return ST_OK;
 }
 
-/* --- Running set ------------------------------------------------------------------------------- */
+/* --- Running set -------------------------------------------------------------------------------
+ */
 
 static int32_t n_known(const slot *q) { return q->n_prompt + q->n_output; }
-static int32_t pages_of(int32_t n_tokens) {
-    return (int32_t)(((uint32_t)n_tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS);
-}
 
 /* Release what only running requests have. The caller takes it out of running[]. */
 static void leave(sched *s, slot *q) {
@@ -444,7 +446,8 @@ static void preempt_latest(sched *s) {
     queue_return(s, i);
 }
 
-/* Move the head of the queue to the running, with pages for all it knows. NONE when it does not fit. */
+/* Move the head of the queue to the running, with pages for all it knows. NONE when it does not
+ * fit. */
 static int32_t admit_head(sched *s) {
     const int32_t i = s->waiting.head;
     if (i == NONE || s->n_running == s->max_running || s->blocked) return NONE;
@@ -475,33 +478,32 @@ static int32_t admit_head(sched *s) {
     return i;
 }
 
-/* --- One step ---------------------------------------------------------------------------------- */
+/* --- One step ----------------------------------------------------------------------------------
+ */
 
 /* Append the next n tokens of slot i to the batch. */
 static void place(sched *s, int32_t i, int32_t n, int64_t now_ns) {
     slot *q = &s->slot[i];
     batch *b = &s->b;
-    const int32_t at = b->n_seqs++, first = b->n_tokens, start = q->n_computed, kv_len = start + n;
-    if (n == 1) {
-        s->token[first] = q->token[start];
-    } else {
-        memcpy(s->token + first, q->token + start, (size_t)n * sizeof *s->token);
+    const int32_t at = b->n_seqs, first = b->n_tokens, kv_len = q->n_computed + n;
+    for (int32_t t = 0; t < n; t++) {
+        s->token[first + t] = q->token[q->n_computed + t];
+        s->position[first + t] = q->n_computed + t;
     }
-    int32_t *position = s->position + first;
-    for (int32_t t = 0; t < n; t++) position[t] = start + t;
-    b->n_tokens = first + n;
+    b->n_tokens += n;
     s->left -= n;
 
-    const int32_t n_pages = pages_of(kv_len), page0 = s->page_start[at];
-    memcpy(s->page_out + page0, q->kv.page, (size_t)n_pages * sizeof *s->page_out);
+    const int32_t n_pages = (int32_t)div_up(kv_len, KV_PAGE_TOKENS);
+    memcpy(s->page_out + s->page_start[at], q->kv.page, (size_t)n_pages * sizeof *s->page_out);
     s->batch_slot[at] = i;
     s->batch_id[at] = q->id;
     s->kv_len[at] = kv_len;
-    s->seq_start[at + 1] = first + n;
-    s->page_start[at + 1] = page0 + n_pages;
+    s->seq_start[at + 1] = b->n_tokens;
+    s->page_start[at + 1] = s->page_start[at] + n_pages;
+    b->n_seqs++;
 
     if (kv_len == n_known(q))
-        s->sample[b->n_samples++] = (sample_row){.row = first + n - 1,
+        s->sample[b->n_samples++] = (sample_row){.row = b->n_tokens - 1,
                                                  .seq = at,
                                                  .params = &q->request.sampling,
                                                  .draw = (uint64_t)q->n_output,
@@ -510,8 +512,8 @@ static void place(sched *s, int32_t i, int32_t n, int64_t now_ns) {
     if (q->admit_ns < 0) q->admit_ns = now_ns;
 }
 
-/* Every sequence with one token left gets it, the latest arrivals making room where pages are short.
- * Returns whether any had to. */
+/* Every sequence with one token left gets it, the latest arrivals making room where pages are
+ * short. Returns whether any had to. */
 static bool place_decodes(sched *s, int64_t now_ns) {
     bool preempted = false;
     for (int32_t k = 0; k < s->n_running; k++) {
@@ -615,44 +617,40 @@ static void compact_running(sched *s) {
     s->n_running = n;
 }
 
-/* One more output token. Returns whether the request has ended. */
-static bool append(sched *s, int32_t i, int32_t token, bool stopped, int64_t now_ns) {
-    slot *q = &s->slot[i];
-    CHECK(token >= 0);
-    q->token[n_known(q)] = token;
-    q->token_ns[q->n_output] = now_ns;
-    if (q->n_output++ == 0) q->first_token_ns = now_ns;
-    if (!stopped && q->n_output < q->max_new) return false;
-    leave(s, q);
-    finish(s, i, stopped ? FINISH_STOP : FINISH_LENGTH, now_ns);
-    return true;
-}
-
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop,
                   int64_t now_ns) {
     CHECK(s->picked);
     CHECK(b->step == s->b.step);
     CHECK(b->n_samples == s->b.n_samples);
     s->picked = false;
-    const bool cache = s->policy.prefix_cache;
-    const int32_t n_seqs = s->b.n_seqs, n_samples = s->b.n_samples;
-    bool any_finished = false;
-    for (int32_t k = 0, sampled_at = 0; k < n_seqs; k++) {
-        const int32_t i = s->batch_slot[k];
-        slot *q = &s->slot[i];
+    for (int32_t k = 0; k < s->b.n_seqs; k++) {
+        slot *q = &s->slot[s->batch_slot[k]];
         q->n_computed = s->kv_len[k];
-        if (cache && q->n_computed / KV_PAGE_TOKENS > q->kv.n_registered)
+        if (s->policy.prefix_cache && q->n_computed / KV_PAGE_TOKENS > q->kv.n_registered)
             kvpool_register(s->pool, &q->kv, q->token, q->n_computed, q->salt);
-        if (sampled_at == n_samples || s->sample[sampled_at].seq != k) continue;
-        any_finished |= append(s, i, token[sampled_at], stop && stop[sampled_at], now_ns);
-        sampled_at++;
     }
     /* After a prefill the head may share pages that are known only now. */
-    if (cache && n_seqs > s->b.n_decodes) s->blocked = false;
+    if (s->policy.prefix_cache && s->b.n_seqs > s->b.n_decodes) s->blocked = false;
+
+    bool any_finished = false;
+    for (int32_t k = 0; k < s->b.n_samples; k++) {
+        const int32_t i = s->batch_slot[s->sample[k].seq];
+        slot *q = &s->slot[i];
+        CHECK(token[k] >= 0);
+        q->token[n_known(q)] = token[k];
+        q->token_ns[q->n_output] = now_ns;
+        if (q->n_output++ == 0) q->first_token_ns = now_ns;
+        const bool stopped = stop && stop[k];
+        if (!stopped && q->n_output < q->max_new) continue;
+        leave(s, q);
+        finish(s, i, stopped ? FINISH_STOP : FINISH_LENGTH, now_ns);
+        any_finished = true;
+    }
     if (any_finished) compact_running(s);
 }
 
-/* --- Requests out ------------------------------------------------------------------------------ */
+/* --- Requests out ------------------------------------------------------------------------------
+ */
 
 status sched_cancel(sched *s, int64_t id, int64_t now_ns) {
     CHECK(!s->picked);
@@ -715,7 +713,8 @@ void sched_flush_cache(sched *s) {
     s->blocked = false;
 }
 
-/* --- Invariants -------------------------------------------------------------------------------- */
+/* --- Invariants --------------------------------------------------------------------------------
+ */
 
 static const char *list_problem(const sched *s, const list *l, slot_state state, bool by_arrival) {
     int32_t n = 0, before = NONE;

@@ -7,7 +7,8 @@
 #include <inttypes.h>
 #include <string.h>
 
-/* --- Recording --------------------------------------------------------------------------------- */
+/* --- Recording ---------------------------------------------------------------------------------
+ */
 
 struct trace {
     FILE *file;
@@ -87,7 +88,8 @@ status trace_close(trace *t) {
     return st;
 }
 
-/* --- Replay ------------------------------------------------------------------------------------ */
+/* --- Replay ------------------------------------------------------------------------------------
+ */
 
 typedef struct {
     sched *s;
@@ -202,7 +204,7 @@ static status read_draws(replay *r, const json_t *line, int32_t n) {
         r->stop = more;
         r->max_stop = room;
     }
-    memset(r->stop, 0, (size_t)room * sizeof *r->stop);
+    for (int32_t i = n_stop; i < room; i++) r->stop[i] = false;
     for (int32_t i = 0; i < n_stop; i++) r->stop[i] = r->numbers[i] != 0;
 
     TRY(read_numbers(r, line, "tokens", INT32_MAX));

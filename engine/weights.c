@@ -1,6 +1,6 @@
 /* weights.c - see weights.h. All names of tensors stand in one table; which row of it a checkpoint
- * follows is decided by the tensors that are there, then checked against the config: each shape, and
- * at the end that no tensor is left over. */
+ * follows is decided by the tensors that are there, then checked against the config: each shape,
+ * and at the end that no tensor is left over. */
 #include "weights.h"
 
 #include "json.h"
@@ -10,7 +10,8 @@
 #include <math.h>
 #include <string.h>
 
-/* --- Fields and shapes ------------------------------------------------------------------------- */
+/* --- Fields and shapes -------------------------------------------------------------------------
+ */
 
 static const char *const field_texts[] = {
     [0] = "embed",
@@ -152,8 +153,8 @@ status model_fits_precision(const model_config *c, const precision *p, int32_t t
 }
 
 /* --- Names and layouts of tensors ---------------------------------------------------------------
- * '#' stands for the layer, a second one for the expert. A bias is called as the weight with .weight
- * replaced by .bias, or _bias added where there is no such ending. */
+ * '#' stands for the layer, a second one for the expert. A bias is called as the weight with
+ * .weight replaced by .bias, or _bias added where there is no such ending. */
 
 typedef enum {
     STACKED,    /* the tensors' rows one after the other, each [rows, k], vectors [k] */
@@ -172,43 +173,43 @@ typedef struct {
 
 #define L "model.layers.#."
 static const layout layouts[] = {
-    {WEIGHT_embed,           STACKED,    NULL,                "model.embed_tokens.weight",              NULL,                        NULL},
-    {WEIGHT_embed,           STACKED,    NULL,                "model.tok_embeddings.weight",            NULL,                        NULL},
-    {WEIGHT_norm,            STACKED,    NULL,                "model.norm.weight",                      NULL,                        NULL},
-    {WEIGHT_head,            STACKED,    NULL,                "lm_head.weight",                         NULL,                        NULL},
-    {WEIGHT_head,            STACKED,    NULL,                "output.weight",                          NULL,                        NULL},
-    {WEIGHT_attn_norm,       STACKED,    NULL,                L "input_layernorm.weight",               NULL,                        NULL},
-    {WEIGHT_attn_norm,       STACKED,    NULL,                L "attention_norm.weight",                NULL,                        NULL},
-    {WEIGHT_qkv,             STACKED,    NULL,                L "self_attn.q_proj.weight",              L "self_attn.k_proj.weight",
-     L "self_attn.v_proj.weight"                                                                                                         },
-    {WEIGHT_qkv,             STACKED,    NULL,                L "self_attn.qkv_proj.weight",            NULL,                        NULL},
-    {WEIGHT_qkv,             KV_GROUPS,  NULL,                L "attention.wqkv.weight",                NULL,                        NULL},
-    {WEIGHT_q_norm,          STACKED,    NULL,                L "self_attn.q_norm.weight",              NULL,                        NULL},
-    {WEIGHT_k_norm,          STACKED,    NULL,                L "self_attn.k_norm.weight",              NULL,                        NULL},
-    {WEIGHT_sinks,           STACKED,    NULL,                L "self_attn.sinks",                      NULL,                        NULL},
-    {WEIGHT_o,               STACKED,    NULL,                L "self_attn.o_proj.weight",              NULL,                        NULL},
-    {WEIGHT_o,               STACKED,    NULL,                L "attention.wo.weight",                  NULL,                        NULL},
-    {WEIGHT_ffn_norm,        STACKED,    NULL,                L "post_attention_layernorm.weight",      NULL,                        NULL},
-    {WEIGHT_ffn_norm,        STACKED,    NULL,                L "ffn_norm.weight",                      NULL,                        NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "mlp.gate_proj.weight",                 L "mlp.up_proj.weight",      NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "mlp.gate_up_proj.weight",              NULL,                        NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "feed_forward.w1.weight",               L "feed_forward.w3.weight",  NULL},
-    {WEIGHT_down,            STACKED,    NULL,                L "mlp.down_proj.weight",                 NULL,                        NULL},
-    {WEIGHT_down,            STACKED,    NULL,                L "feed_forward.w2.weight",               NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "mlp.gate.weight",                      NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "block_sparse_moe.gate.weight",         NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "mlp.router.weight",                    NULL,                        NULL},
-    {WEIGHT_experts_gate_up, EXPERTS_T,  "GptOssForCausalLM", L "mlp.experts.gate_up_proj",             NULL,
-     NULL                                                                                                                                },
-    {WEIGHT_experts_gate_up, EXPERTS,    NULL,                L "mlp.experts.gate_up_proj",             NULL,                        NULL},
-    {WEIGHT_experts_gate_up, PER_EXPERT, NULL,                L "mlp.experts.#.gate_proj.weight",
-     L "mlp.experts.#.up_proj.weight",                                                                                               NULL},
-    {WEIGHT_experts_gate_up, PER_EXPERT, NULL,                L "block_sparse_moe.experts.#.w1.weight",
-     L "block_sparse_moe.experts.#.w3.weight",                                                                                       NULL},
-    {WEIGHT_experts_down,    EXPERTS_T,  "GptOssForCausalLM", L "mlp.experts.down_proj",                NULL,                        NULL},
-    {WEIGHT_experts_down,    EXPERTS,    NULL,                L "mlp.experts.down_proj",                NULL,                        NULL},
-    {WEIGHT_experts_down,    PER_EXPERT, NULL,                L "mlp.experts.#.down_proj.weight",       NULL,                        NULL},
-    {WEIGHT_experts_down,    PER_EXPERT, NULL,                L "block_sparse_moe.experts.#.w2.weight", NULL,                        NULL},
+    {WEIGHT_embed, STACKED, NULL, "model.embed_tokens.weight", NULL, NULL},
+    {WEIGHT_embed, STACKED, NULL, "model.tok_embeddings.weight", NULL, NULL},
+    {WEIGHT_norm, STACKED, NULL, "model.norm.weight", NULL, NULL},
+    {WEIGHT_head, STACKED, NULL, "lm_head.weight", NULL, NULL},
+    {WEIGHT_head, STACKED, NULL, "output.weight", NULL, NULL},
+    {WEIGHT_attn_norm, STACKED, NULL, L "input_layernorm.weight", NULL, NULL},
+    {WEIGHT_attn_norm, STACKED, NULL, L "attention_norm.weight", NULL, NULL},
+    {WEIGHT_qkv, STACKED, NULL, L "self_attn.q_proj.weight", L "self_attn.k_proj.weight",
+     L "self_attn.v_proj.weight"},
+    {WEIGHT_qkv, STACKED, NULL, L "self_attn.qkv_proj.weight", NULL, NULL},
+    {WEIGHT_qkv, KV_GROUPS, NULL, L "attention.wqkv.weight", NULL, NULL},
+    {WEIGHT_q_norm, STACKED, NULL, L "self_attn.q_norm.weight", NULL, NULL},
+    {WEIGHT_k_norm, STACKED, NULL, L "self_attn.k_norm.weight", NULL, NULL},
+    {WEIGHT_sinks, STACKED, NULL, L "self_attn.sinks", NULL, NULL},
+    {WEIGHT_o, STACKED, NULL, L "self_attn.o_proj.weight", NULL, NULL},
+    {WEIGHT_o, STACKED, NULL, L "attention.wo.weight", NULL, NULL},
+    {WEIGHT_ffn_norm, STACKED, NULL, L "post_attention_layernorm.weight", NULL, NULL},
+    {WEIGHT_ffn_norm, STACKED, NULL, L "ffn_norm.weight", NULL, NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "mlp.gate_proj.weight", L "mlp.up_proj.weight", NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "mlp.gate_up_proj.weight", NULL, NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "feed_forward.w1.weight", L "feed_forward.w3.weight", NULL},
+    {WEIGHT_down, STACKED, NULL, L "mlp.down_proj.weight", NULL, NULL},
+    {WEIGHT_down, STACKED, NULL, L "feed_forward.w2.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "mlp.gate.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "block_sparse_moe.gate.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "mlp.router.weight", NULL, NULL},
+    {WEIGHT_experts_gate_up, EXPERTS_T, "GptOssForCausalLM", L "mlp.experts.gate_up_proj", NULL,
+     NULL},
+    {WEIGHT_experts_gate_up, EXPERTS, NULL, L "mlp.experts.gate_up_proj", NULL, NULL},
+    {WEIGHT_experts_gate_up, PER_EXPERT, NULL, L "mlp.experts.#.gate_proj.weight",
+     L "mlp.experts.#.up_proj.weight", NULL},
+    {WEIGHT_experts_gate_up, PER_EXPERT, NULL, L "block_sparse_moe.experts.#.w1.weight",
+     L "block_sparse_moe.experts.#.w3.weight", NULL},
+    {WEIGHT_experts_down, EXPERTS_T, "GptOssForCausalLM", L "mlp.experts.down_proj", NULL, NULL},
+    {WEIGHT_experts_down, EXPERTS, NULL, L "mlp.experts.down_proj", NULL, NULL},
+    {WEIGHT_experts_down, PER_EXPERT, NULL, L "mlp.experts.#.down_proj.weight", NULL, NULL},
+    {WEIGHT_experts_down, PER_EXPERT, NULL, L "block_sparse_moe.experts.#.w2.weight", NULL, NULL},
 };
 #undef L
 
@@ -252,7 +253,8 @@ static void bias_name(char *out, const char *name) {
     strcpy(out + cut, cut < n ? ".bias" : "_bias");
 }
 
-/* --- Opening ----------------------------------------------------------------------------------- */
+/* --- Opening -----------------------------------------------------------------------------------
+ */
 
 struct checkpoint {
     model_config config;
@@ -533,7 +535,8 @@ dtype checkpoint_dtype(const checkpoint *k) {
     return k->files ? k->source[source_at(WEIGHT_embed, 0)].part[0].type : k->config.type;
 }
 
-/* --- Sources ----------------------------------------------------------------------------------- */
+/* --- Sources -----------------------------------------------------------------------------------
+ */
 
 /* Scales keep activations of order 1 at any depth: 1/sqrt(k) for matrices, the embedding and norms
  * around 1, an embedding that is the head as well like the head. */

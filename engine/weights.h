@@ -2,8 +2,8 @@
  *
  * A device is handed sources, one logical matrix at a time; it decides what to store. A source is
  * either parts of mapped checkpoint files (any strides, so fused, split, interleaved and transposed
- * layouts are the same thing) or a seed for synthetic values. Whatever the file holds, a device sees
- * qkv as rows q | k | v and gate_up as rows gate | up, heads in their order. */
+ * layouts are the same thing) or a seed for synthetic values. Whatever the file holds, a device
+ * sees qkv as rows q | k | v and gate_up as rows gate | up, heads in their order. */
 #ifndef AMALGAM_WEIGHTS_H
 #define AMALGAM_WEIGHTS_H
 #include "model.h"
@@ -50,8 +50,9 @@ typedef struct {
 typedef struct {
     char name[128]; /* first tensor, for messages: "model.layers.3.self_attn.q_proj.weight" */
     weight_field field;
-    const model_config *config; /* of the checkpoint; NULL in hand-made sources, which have one rank */
-    weight_shape shape;         /* of the whole */
+    const model_config
+        *config;        /* of the checkpoint; NULL in hand-made sources, which have one rank */
+    weight_shape shape; /* of the whole */
     dtype type; /* of all 16-bit tensors (checkpoint_dtype): what W16 and biases are stored in */
     int32_t
         n_parts; /* 0 = synthetic. Ordered by index, as many for each of the `count` matrices, in
@@ -69,8 +70,8 @@ void weight_source_bias(const weight_source *s, int32_t index, float *out);
 
 /* Synthetic element (row, col) of matrix j is
  *     fmaf(scale, weight_noise(seed, (j * n + row) * k + col), mean)
- * and bias `row` of matrix j is 0.1f * weight_noise(~seed, j * n + row), so that any device can make
- * any tile on its own, with the same bits.
+ * and bias `row` of matrix j is 0.1f * weight_noise(~seed, j * n + row), so that any device can
+ * make any tile on its own, with the same bits.
  *
  * weight_noise is (2 sum - 8 * 65535) * 9.344062e-6f, sum being that of the eight 16-bit halves of
  * philox4x32(seed, counter): mean 0, variance 1, bell-shaped within +-4.9 (a quantiser meets few
@@ -87,11 +88,12 @@ typedef struct weight {
     void *data;
 } weight;
 
-/* The handle that a source in format p gives on one of tp ranks, `data` NULL: sizes and bytes are the
- * same on every device. */
+/* The handle that a source in format p gives on one of tp ranks, `data` NULL: sizes and bytes are
+ * the same on every device. */
 weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp);
 
-/* Weights of one layer: fields and sources are generated from layer.def. Absent ones have n == 0. */
+/* Weights of one layer: fields and sources are generated from layer.def. Absent ones have n == 0.
+ */
 typedef struct {
 #define X(field, ...) weight field;
 #include "layer.def"
@@ -107,13 +109,14 @@ const char *weight_field_text(weight_field f);
 /* Does this model have it (in every layer)? A tied head is not there: it is the embedding. */
 bool weight_field_present(const model_config *c, weight_field f);
 
-/* --- Checkpoints -------------------------------------------------------------------------------- */
+/* --- Checkpoints --------------------------------------------------------------------------------
+ */
 
 /* An opened checkpoint (mapped files, name table) or, with dir == NULL, synthetic weights.
  *
  * Every weight of the model is found and its shape checked before this returns: NOTFOUND names the
- * missing tensor, SHAPE both shapes, UNSUPPORTED a quantised tensor or another element type, FORMAT a
- * tensor that the model as config.json describes it has no place for (a bias, a layer too many).
+ * missing tensor, SHAPE both shapes, UNSUPPORTED a quantised tensor or another element type, FORMAT
+ * a tensor that the model as config.json describes it has no place for (a bias, a layer too many).
  * The config is copied. */
 typedef struct checkpoint checkpoint;
 status checkpoint_open(checkpoint **out, const model_config *c, const char *dir, uint64_t seed);
@@ -128,11 +131,13 @@ uint64_t checkpoint_digest_full(const checkpoint *k);
  * saved by transformers 5 may say float32 over bf16 tensors). The config's type for synthetic. */
 dtype checkpoint_dtype(const checkpoint *k);
 
-/* Sources by field; `layer` is ignored for embed, norm and head. NOTFOUND for a field the model does
- * not have. A tied head gives the values of embed. Points into the checkpoint and lives as long. */
+/* Sources by field; `layer` is ignored for embed, norm and head. NOTFOUND for a field the model
+ * does not have. A tied head gives the values of embed. Points into the checkpoint and lives as
+ * long. */
 status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, weight_source *out);
 
-/* --- Sizes, the one definition that sim, capacity and the devices share ------------------------- */
+/* --- Sizes, the one definition that sim, capacity and the devices share -------------------------
+ */
 
 weight_shape weight_field_shape(const model_config *c, weight_field f);
 
@@ -158,7 +163,7 @@ int64_t model_weight_bytes(const model_config *c, const precision *p, int32_t tp
 int64_t model_kv_token_bytes(const model_config *c, const precision *p, int32_t tp);
 
 /* Can the model run so: model_fits_tp with the format's groups, every linear's shard in the format,
- * as many entries in a KV list as layers. SHAPE with the reason. Whether a device has kernels for it
- * is the device's answer. */
+ * as many entries in a KV list as layers. SHAPE with the reason. Whether a device has kernels for
+ * it is the device's answer. */
 status model_fits_precision(const model_config *c, const precision *p, int32_t tp);
 #endif

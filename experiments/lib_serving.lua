@@ -7,10 +7,11 @@ local M = {}
 --- batched: about 75 conversations of the sharegpt shape at a time.
 M.KV_TOKENS_LEAST = 32768
 
---- The six formats that serving is compared for: the weight, activation and cache widths that the
---- fused kernels cover, 16 bit first.
-M.FORMATS =
-  { "W16A16KV16", "W8A8KV8", "WFP8AFP8KVFP8", "W4A16KV16", "W4A16KV8", "W4A16KV4" }
+--- The formats that serving is compared for: the weight, activation and cache widths that the fused
+--- kernels cover, 16 bit first.
+M.FORMATS = {
+  "W16A16KV16", "W8A8KV8", "WFP8AFP8KVFP8", "WMXFP4A16KV8", "W4A16KV16", "W4A16KV8", "W4A16KV4",
+}
 
 M.MODELS = {
   "Llama-2-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B",

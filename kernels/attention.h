@@ -6,11 +6,11 @@
  *     then for each head:  K params [64]   V params [64]
  *                          (f16 scale and f16 minimum for KF_8 and KF_4, f16 scale for KF_FP8)
  *
- * Pages of one layer are contiguous: page p of layer l begins at layer_base[l] + p * page_bytes[l], with
- * page_bytes[l] = 64 * G * (kv_format_bytes(k) + kv_format_bytes(v)), all offsets 64-bit. The order of
- * codes within [64, D] is the kernel family's own business (attention_unpack_page undoes it for tests);
- * it is the same for decode and prefill. Bytes of tokens at or past kv_len may hold anything, NaN
- * included, and never reach a result. */
+ * Pages of one layer are contiguous: page p of layer l begins at layer_base[l] + p * page_bytes[l],
+ * with page_bytes[l] = 64 * G * (kv_format_bytes(k) + kv_format_bytes(v)), all offsets 64-bit. The
+ * order of codes within [64, D] is the kernel family's own business (attention_unpack_page undoes
+ * it for tests); it is the same for decode and prefill. Bytes of tokens at or past kv_len may hold
+ * anything, NaN included, and never reach a result. */
 #ifndef KERNEL_ATTENTION_H
 #define KERNEL_ATTENTION_H
 #include "ref_quant.h"
@@ -28,7 +28,8 @@ typedef struct {
 
 int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32_t head_dim);
 
-/* The batch as attention sees it: device copies of batch.h's arrays, made once a step, and the plan. */
+/* The batch as attention sees it: device copies of batch.h's arrays, made once a step, and the
+ * plan. */
 typedef struct {
     int32_t n_seqs, n_tokens, n_decodes;
     const int32_t *position;   /* [T] */
@@ -48,24 +49,24 @@ typedef struct {
     const float *rope_cos_sin;   /* [ctx_max, D / 2, 2] f32: cos, sin (times the YaRN factor) */
 } attention_layer_params;
 
-/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens of
- * the batch. q is changed in place in qkv [T, (H + 2G) D]. */
+/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens
+ * of the batch. q is changed in place in qkv [T, (H + 2G) D]. */
 status kernel_rope_append(void *qkv, const attention_layer_params *l, const attention_cache *c,
                           const attention_batch *b, kernel_stream stream);
 
-/* Work split, computed once a step on the host into pinned memory and uploaded, read by every layer.
- * Splits of a sequence depend on its own length alone (batch invariance). */
+/* Work split, computed once a step on the host into pinned memory and uploaded, read by every
+ * layer. Splits of a sequence depend on its own length alone (batch invariance). */
 typedef struct attention_plan attention_plan;
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
 int64_t attention_workspace_bytes(int32_t max_tokens, int32_t n_heads, int32_t head_dim,
                                   int32_t n_sms);
-/* `host` (pinned) is filled; *used bytes of it are copied to the device by the caller before the run. The
- * kv_len, seq_start of `b` are host pointers here. */
+/* `host` (pinned) is filled; *used bytes of it are copied to the device by the caller before the
+ * run. The kv_len, seq_start of `b` are host pointers here. */
 status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
                            int32_t n_kv_heads, int32_t head_dim, int32_t window, int32_t n_sms);
 
-/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at once.
- * plan: the device copy. Deterministic and batch-invariant. */
+/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
+ * once. plan: the device copy. Deterministic and batch-invariant. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                         const attention_cache *c, const attention_batch *b, const void *plan,
                         void *workspace, const char *kernel, int32_t sm, int32_t n_sms,

@@ -1,0 +1,352 @@
+--- `amalgam compare`: did it get faster? Two versions by their stored rows.
+---
+--- Rows are joined on the natural key. Repetitions are the unit: a measured metric of one point is
+--- two samples of repetitions, judged by the ratio of medians with a bootstrap interval and by a
+--- Mann-Whitney test whose p-values are controlled for false discoveries over the whole comparison.
+--- Predicted and reference rows have no noise and are compared exactly.
+
+local amalgam = require("amalgam")
+local experiment = require("lib_experiment")
+local library = require("lib_rows")
+local stats = require("lib_stats")
+
+local M = {}
+
+local USAGE = [[
+usage: amalgam compare BASE HEAD [options]
+
+BASE and HEAD are versions as results/ names its files (the beginning of a commit is enough, the
+newest "-dirty-" form is taken only when written out), or .jsonl files.
+
+  --json          one object per metric and point, then one "summary" object
+  --all           print unchanged metrics too
+  --only NAME     only experiments whose name begins so, e.g. e05
+  --results DIR   where rows are kept (default: results)
+  --effect SHARE  smallest change that counts for measured metrics (default 0.02)
+
+Classes: faster, slower (better, worse for accuracy), same, unstable (too noisy or too few
+repetitions to tell), not comparable. Exit status: 0 nothing slower, 1 something is, 2 usage.]]
+
+local CONFIDENCE, DISCOVERY_RATE, WIDE = 0.95, 0.05, 0.10
+
+---@param args string[]
+---@return table
+local function parse(args)
+  local o = { names = {}, effect = 0.02 }
+  local at = 1
+  while args[at] do
+    local word = args[at]
+    if word == "--json" then
+      o.json = true
+    elseif word == "--all" then
+      o.all = true
+    elseif word == "--help" then
+      o.help = true
+    elseif word == "--results" or word == "--only" or word == "--effect" then
+      at = at + 1
+      if not args[at] then experiment.refuse("compare: %s needs a value", word) end
+      o[word:sub(3)] = args[at]
+    elseif word:find("^%-") then
+      experiment.refuse("compare: unknown option '%s' (amalgam compare --help)", word)
+    else
+      table.insert(o.names, word)
+    end
+    at = at + 1
+  end
+  local effect = tonumber(o.effect)
+  if not effect or effect < 0 or effect >= 1 then
+    experiment.refuse("compare: --effect %s is no share from 0 to 1", tostring(o.effect))
+  end
+  o.effect = effect
+  if #o.names ~= 2 and not o.help then
+    experiment.refuse("compare: give BASE and HEAD (amalgam compare --help)")
+  end
+  return o
+end
+
+--- Rows of one side, newest last. A name is a .jsonl file or the beginning of a version.
+---@param name string
+---@param o table
+---@param dir string
+---@return Row[]
+local function side(name, o, dir)
+  local rows = {}
+  if name:find("%.jsonl$") then
+    library.read_file(name, rows, name)
+  else
+    local seen = {}
+    rows = library.read(dir, function(e, _, version)
+      if o.only and e:sub(1, #o.only) ~= o.only then return false end
+      local whole = version == name
+      local prefix = version:sub(1, #name) == name
+        and (not version:find("-dirty-", 1, true) or name:find("-dirty-", 1, true) ~= nil)
+      if whole or prefix then seen[version] = true end
+      return whole or prefix
+    end)
+    local versions = experiment.sorted_keys(seen)
+    if #versions > 1 then
+      experiment.refuse("compare: '%s' is more than one version: %s", name,
+        table.concat(versions, ", "))
+    end
+  end
+  if #rows == 0 then experiment.refuse("compare: no rows of '%s' in %s", name, dir) end
+  return rows
+end
+
+local REPETITION = { repetition = true }
+
+--- Rows by experiment, machine (measured rows only) and key without repetition; in each, the newest
+--- row of each repetition.
+---@param rows Row[]
+---@return table<string, table> groups
+---@return string[] order
+local function grouped(rows)
+  local groups, order = {}, {}
+  for _, row in ipairs(rows) do
+    local where = row.origin == "measured" and row.machine or ""
+    local without = { repetition = true, checkpoint = row.status ~= "ok", tp = row.status ~= "ok" }
+    without = row.status == "ok" and REPETITION or without
+    local id = table.concat({ row.experiment, where, library.key_text(row, without) }, " ")
+    local group = groups[id]
+    if not group then
+      group = { experiment = row.experiment, point = library.key_text(row, without), by_rep = {} }
+      groups[id] = group
+      order[#order + 1] = id
+    end
+    if group.definition ~= row.definition then group.by_rep = {} end -- the newest one counts
+    -- "again" adds rows: every row of a repetition is one more repetition of the same seed.
+    table.insert(group.by_rep, row)
+    group.definition, group.origin = row.definition, row.origin
+  end
+  return groups, order
+end
+
+---@param rows Row[]
+---@param metric string
+---@return number[]
+local function sample(rows, metric)
+  local out = {}
+  for _, row in ipairs(rows) do
+    if row.status == "ok" and row.metrics[metric] then out[#out + 1] = row.metrics[metric] end
+  end
+  return out
+end
+
+---@class Verdict
+---@field experiment string
+---@field point string
+---@field metric? string
+---@field class string
+---@field why? string
+---@field base? number median
+---@field head? number median
+---@field ratio? number head / base
+---@field lo? number
+---@field hi? number
+---@field p? number
+---@field q? number
+---@field n_base? integer
+---@field n_head? integer
+
+local GOOD = { [true] = "better", [false] = "faster" }
+local BAD = { [true] = "worse", [false] = "slower" }
+
+--- The word for a change of `metric` to `ratio` times its value.
+---@param metric string
+---@param change number > 0: more than before
+---@return string
+local function word_for(metric, change)
+  local quality = library.is_quality(metric)
+  local improved = change * library.direction(metric) > 0
+  return improved and GOOD[quality] or BAD[quality]
+end
+
+--- Exact comparison of rows that have no noise.
+---@param v Verdict
+---@param base number[]
+---@param head number[]
+local function judge_exact(v, base, head)
+  v.base, v.head = base[#base], head[#head]
+  v.ratio = v.base ~= 0 and v.head / v.base or nil
+  v.class = v.base == v.head and "same" or word_for(v.metric, v.head - v.base)
+end
+
+--- The samples of a measured metric; the class waits for the false-discovery control.
+---@param v Verdict
+---@param base number[]
+---@param head number[]
+local function measure(v, base, head)
+  v.base, v.head = stats.median(base), stats.median(head)
+  if v.base == 0 then
+    v.class, v.why = v.head == 0 and "same" or "unstable", "the base is 0"
+    return
+  end
+  local r = stats.ratio_of_medians(base, head, { confidence = CONFIDENCE })
+  v.ratio, v.lo, v.hi = r.estimate, r.lo, r.hi
+  v.p = stats.mann_whitney(base, head)
+end
+
+---@param v Verdict
+---@param effect number
+local function judge_measured(v, effect)
+  local outside = v.lo > 1 or v.hi < 1
+  if v.q <= DISCOVERY_RATE and outside and math.abs(v.ratio - 1) >= effect then
+    v.class = word_for(v.metric, v.ratio - 1)
+  elseif v.n_base < 4 or v.n_head < 4 then
+    v.class, v.why = "unstable", "fewer than 4 repetitions cannot be told from chance"
+  elseif v.hi - v.lo > 2 * WIDE then
+    v.class, v.why = "unstable", "the interval is wider than 10 % to each side"
+  else
+    v.class = "same"
+  end
+end
+
+---@param b table group of base
+---@param h table group of head
+---@return Verdict|nil # why nothing can be compared
+local function obstacle(b, h)
+  local v = { experiment = h.experiment, point = h.point, class = "not comparable" }
+  local fb, fh = b.by_rep[#b.by_rep], h.by_rep[#h.by_rep]
+  if b.definition ~= h.definition then
+    v.why = ("the definition changed (%s, %s)"):format(b.definition, h.definition)
+  elseif fb.status ~= "ok" and fh.status ~= "ok" then
+    v.why = ("%s on both sides"):format(fh.status)
+    v.quiet = fb.status == fh.status
+  elseif fb.status ~= "ok" or fh.status ~= "ok" then
+    v.why = ("%s in BASE, %s in HEAD: %s"):format(fb.status, fh.status,
+      fb.reason or fh.reason or "no reason given")
+    v.broken = fb.status == "ok"
+  elseif b.origin ~= h.origin then
+    v.why = ("%s in BASE, %s in HEAD"):format(tostring(b.origin), tostring(h.origin))
+  else
+    return nil
+  end
+  return v
+end
+
+--- Compare two sets of rows.
+---@param base_rows Row[]
+---@param head_rows Row[]
+---@param effect number
+---@return Verdict[]
+function M.compare(base_rows, head_rows, effect)
+  local base, base_order = grouped(base_rows)
+  local head, head_order = grouped(head_rows)
+  local verdicts, tested, p = {}, {}, {}
+  for _, id in ipairs(base_order) do
+    local b, h = base[id], head[id]
+    local why = h and obstacle(b, h)
+    if not h then
+      verdicts[#verdicts + 1] = { experiment = b.experiment, point = b.point,
+        class = "not comparable", why = "no such row in HEAD" }
+    elseif why then
+      verdicts[#verdicts + 1] = why
+    else
+      local exact = b.origin ~= "measured"
+      for _, metric in ipairs(experiment.sorted_keys(h.by_rep[#h.by_rep].metrics)) do
+        local x, y = sample(b.by_rep, metric), sample(h.by_rep, metric)
+        if library.direction(metric) ~= 0 and #x > 0 and #y > 0 then
+          local v = { experiment = b.experiment, point = b.point, metric = metric,
+            n_base = #x, n_head = #y, origin = b.origin }
+          if exact then judge_exact(v, x, y) else measure(v, x, y) end
+          verdicts[#verdicts + 1] = v
+          if not v.class then
+            tested[#tested + 1] = v
+            p[#p + 1] = v.p
+          end
+        end
+      end
+    end
+  end
+  for _, id in ipairs(head_order) do
+    if not base[id] then
+      verdicts[#verdicts + 1] = { experiment = head[id].experiment, point = head[id].point,
+        class = "not comparable", why = "no such row in BASE" }
+    end
+  end
+  local q = stats.benjamini_hochberg(p)
+  for i, v in ipairs(tested) do
+    v.q = q[i]
+    judge_measured(v, effect)
+  end
+  return verdicts
+end
+
+---@param v Verdict
+local function print_verdict(v)
+  if not v.metric then
+    print(("%-14s  %s %s: %s"):format(v.class, v.experiment, v.point, v.why))
+    return
+  end
+  local noise = v.lo and ("  [%.3f, %.3f] q=%.3g n=%d/%d"):format(v.lo, v.hi, v.q or 1, v.n_base,
+    v.n_head) or ("  (%s, exact)"):format(v.origin or "measured")
+  print(("%-14s  %s %s: %s %.6g -> %.6g%s%s%s"):format(v.class, v.experiment, v.point, v.metric,
+    v.base, v.head, v.ratio and (" x%.4f"):format(v.ratio) or "", noise,
+    v.why and " " .. v.why or ""))
+end
+
+local CLASSES =
+  { "faster", "slower", "better", "worse", "same", "unstable", "not comparable" }
+
+--- One line of each metric that moved: how often, and the geometric mean of its ratios.
+---@param verdicts Verdict[]
+local function print_summary(verdicts)
+  local counts, ratios, broken = {}, {}, 0
+  for _, v in ipairs(verdicts) do
+    counts[v.class] = (counts[v.class] or 0) + 1
+    if v.broken then broken = broken + 1 end
+    if v.metric and v.ratio and v.ratio > 0 then
+      ratios[v.metric] = ratios[v.metric] or {}
+      table.insert(ratios[v.metric], v.ratio)
+    end
+  end
+  print("")
+  print("metric                              points   geometric mean of HEAD / BASE")
+  for _, metric in ipairs(experiment.sorted_keys(ratios)) do
+    local mean = stats.geomean(ratios[metric])
+    if mean ~= 1 then print(("%-34s  %6d   %.4f"):format(metric, #ratios[metric], mean)) end
+  end
+  local words = {}
+  for _, class in ipairs(CLASSES) do
+    if counts[class] then words[#words + 1] = ("%d %s"):format(counts[class], class) end
+  end
+  print(table.concat(words, ", ") .. (broken > 0 and (", %d broken"):format(broken) or ""))
+end
+
+---@param args string[]
+---@return integer
+local function run(args)
+  local o = parse(args)
+  if o.help then
+    print(USAGE)
+    return 0
+  end
+  local dir = o.results or amalgam.identity().root .. "/results"
+  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), o.effect)
+  local bad, counts = 0, {}
+  for _, v in ipairs(verdicts) do
+    if v.class == "slower" or v.class == "worse" or v.broken then bad = bad + 1 end
+    counts[v.class] = (counts[v.class] or 0) + 1
+    if o.json then
+      print(amalgam.json_encode(v))
+    elseif o.all or (v.class ~= "same" and not v.quiet) then
+      print_verdict(v)
+    end
+  end
+  if o.json then
+    print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
+  else
+    print_summary(verdicts)
+  end
+  return bad > 0 and 1 or 0
+end
+
+---@param args string[]
+---@return integer exit status
+function M.main(args)
+  local ok, result = pcall(run, args)
+  if ok then return result end
+  return require("lib_run").report_error(result)
+end
+
+return M

@@ -1,0 +1,126 @@
+--- Stored rows: finding them, choosing among versions, and what a metric's name says of it.
+
+local amalgam = require("amalgam")
+
+local M = {}
+
+---@class Row
+---@field experiment string
+---@field definition string
+---@field machine string
+---@field commit string
+---@field diff string
+---@field version string file name without .jsonl
+---@field time string
+---@field key table<string, any>
+---@field origin? "measured"|"predicted"|"reference"
+---@field status string
+---@field reason? string
+---@field metrics table<string, number>
+---@field provenance table
+
+--- All rows under a results folder, in file order.
+---@param dir string
+---@param keep? fun(experiment: string, machine: string, version: string): boolean
+---@return Row[] rows
+---@return integer n_broken
+function M.read(dir, keep)
+  local rows, n_broken = {}, 0
+  for _, experiment in ipairs(amalgam.list(dir)) do
+    local e = experiment:match("^(.*)/$")
+    for _, machine in ipairs(e and amalgam.list(dir .. "/" .. e) or {}) do
+      local m = machine:match("^(.*)/$")
+      for _, file in ipairs(m and amalgam.list(dir .. "/" .. e .. "/" .. m) or {}) do
+        local version = file:match("^(.*)%.jsonl$")
+        if version and (not keep or keep(e, m, version)) then
+          local path = ("%s/%s/%s/%s"):format(dir, e, m, file)
+          n_broken = n_broken + M.read_file(path, rows, version)
+        end
+      end
+    end
+  end
+  return rows, n_broken
+end
+
+--- Append the rows of one file to `rows`.
+---@param path string
+---@param rows Row[]
+---@param version string
+---@return integer n_broken
+function M.read_file(path, rows, version)
+  local found, broken = amalgam.rows(path)
+  for _, row in ipairs(found) do
+    row.version = version
+    row.metrics = row.metrics or {}
+    row.key = row.key or {}
+    rows[#rows + 1] = row
+  end
+  return broken
+end
+
+--- The natural key as text; equal points have equal texts.
+---@param row Row
+---@param without? table<string, boolean> parts that are left out
+---@return string
+function M.key_text(row, without)
+  local words = {}
+  for name in pairs(row.key) do
+    if not (without and without[name]) then words[#words + 1] = name end
+  end
+  table.sort(words)
+  for i, name in ipairs(words) do
+    local value = row.key[name]
+    -- A float without fraction and the integer of the same value are one value.
+    if type(value) == "number" then value = math.tointeger(value) or value end
+    words[i] = name .. "=" .. tostring(value)
+  end
+  return table.concat(words, " ")
+end
+
+--- The newest finished row of each point: of `version` if it has one, else the latest by time.
+---@param rows Row[]
+---@param version? string
+---@return Row[] in the order in which points first appear
+function M.newest(rows, version)
+  local chosen, order = {}, {}
+  for _, row in ipairs(rows) do
+    local id = row.experiment .. " " .. M.key_text(row, { checkpoint = true, tp = true })
+    local old = chosen[id]
+    if not old then order[#order + 1] = id end
+    local function rank(r)
+      return (r.status ~= "failed" and "1" or "0") .. (r.version == version and "1" or "0")
+        .. (r.time or "")
+    end
+    if not old or rank(row) >= rank(old) then chosen[id] = row end
+  end
+  local out = {}
+  for i, id in ipairs(order) do out[i] = chosen[id] end
+  return out
+end
+
+--- Whether less of a metric is better (-1), more (1) or neither (0), by its name.
+---@param name string
+---@return integer
+function M.direction(name)
+  if name == "lag_p99_ms" then return 0 end -- of the load generator, not of the engine
+  if name:find("accuracy$") or name:find("per_s$") or name:find("per_s_per_gpu$")
+    or name == "kv_tokens" or name == "batch_limit" then
+    if name == "rate_per_s" or name == "reference_requests_per_s" then return 0 end
+    return 1
+  end
+  if name:find("perplexity$") or name:find("^nll") or name:find("_ms$") or name:find("_us$")
+    or name:find("_ns$") or name:find("_s$") then
+    return -1
+  end
+  return 0
+end
+
+--- Metrics about what comes out rather than how soon: better and worse, not faster and slower.
+---@param name string
+---@return boolean
+function M.is_quality(name)
+  return name:find("accuracy$") ~= nil or name:find("perplexity$") ~= nil
+    or name:find("^nll") ~= nil
+end
+
+return M
