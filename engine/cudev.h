@@ -7,7 +7,10 @@
 #include "device.h"
 #include "draw.h"
 #include "linear.h"
-#include <cuda_runtime_api.h>
+
+/* CUDA's handles without its headers, so that this one stands alone. */
+typedef struct CUevent_st *cudev_event;
+typedef struct CUgraphExec_st *cudev_graph_exec;
 
 /* --- Memory (cudev_memory.c) ------------------------------------------------------------------- */
 
@@ -22,8 +25,8 @@ typedef struct {
 } cudev_slab;
 
 /* OK, or the failure with `what` before it: OOM for refused memory, DEVICE else. */
-status cudev_check(cudaError_t e, const char *what);
-#define CUDA_TRY(call, what) TRY(cudev_check((call), (what)))
+status cudev_check(int cuda_error, const char *what);
+#define CUDA_TRY(call, what) TRY(cudev_check((int)(call), (what)))
 
 status cudev_slab_reserve(cudev_slab *s, size_t bytes, const char *what);
 status cudev_slab_take(cudev_slab *s, size_t bytes, const char *what, void **out);
@@ -34,20 +37,20 @@ typedef struct {
     void *data;
     size_t size;
 } cudev_scratch;
-status cudev_scratch_grow(cudev_scratch *s, size_t bytes, cudaStream_t stream, const char *what);
+status cudev_scratch_grow(cudev_scratch *s, size_t bytes, kernel_stream stream, const char *what);
 void cudev_scratch_free(cudev_scratch *s);
 
 /* Host to device through two pinned buffers, so that reading a mapped file and the copy overlap. */
 typedef struct {
     uint8_t *buffer[2];
-    cudaEvent_t done[2];
+    cudev_event done[2];
     int32_t next;
 } cudev_staging;
 status cudev_staging_open(cudev_staging *s);
 void cudev_staging_close(cudev_staging *s);
 /* Returns when `from` may be unmapped; the copies are ordered on `stream`. */
 status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
-                    cudaStream_t stream);
+                    kernel_stream stream);
 
 /* --- Graphs of decode steps (cudev_graph.c) ---------------------------------------------------- */
 
@@ -55,7 +58,7 @@ enum { CUDEV_GRAPHS_MAX = 40 };
 typedef struct {
     int32_t n_rows; /* a decode step of up to so many sequences is padded to this */
     int32_t n_runs; /* without a graph so far */
-    cudaGraphExec_t exec; /* NULL until captured */
+    cudev_graph_exec exec; /* NULL until captured */
 } cudev_graph;
 
 typedef struct {
@@ -106,7 +109,7 @@ typedef struct {
     device base; /* first: device_ops get this */
     char name[64];
     int32_t sm, n_sms, family;
-    cudaStream_t stream;
+    kernel_stream stream;
     bool dead; /* an execution error was seen: nothing runs any more */
     char why[256];
 

@@ -6,6 +6,8 @@
  * (the first run loads the kernels, which cannot be done within a capture). Bounded: one graph a number. */
 #include "cudev.h"
 
+#include <cuda_runtime_api.h>
+
 enum { ROWS_MOST = 512 }; /* a step of more rows is long enough to hide its launches */
 
 static int32_t following(int32_t rows) {

@@ -12,6 +12,7 @@
 #include "formats.h"
 #include "quantize.h"
 
+#include <cuda_runtime_api.h>
 #include <math.h>
 #include <string.h>
 
@@ -82,7 +83,7 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
     for (int32_t j = 0; j < count && st == ST_OK; j++) {
         weight_source_bias(s, j, value);
         dtype_from_f32(narrow, value, n, c->type);
-        st = cudev_check(cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
+        st = cudev_check((int)cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
                                     cudaMemcpyHostToDevice),
                          "bias");
     }

@@ -1,12 +1,14 @@
 /* cudev_memory.c - device memory by lifetime, and the way of a mapped file onto the device. */
 #include "cudev.h"
 
+#include <cuda_runtime_api.h>
 #include <string.h>
 
 enum { ALIGN = 256 };
 static const size_t staging_bytes = (size_t)32 << 20, piece_least = (size_t)16 << 20;
 
-status cudev_check(cudaError_t e, const char *what) {
+status cudev_check(int cuda_error, const char *what) {
+    const cudaError_t e = (cudaError_t)cuda_error;
     if (e == cudaSuccess) return ST_OK;
     (void)cudaGetLastError(); /* a refusal must not be found again by the next launch */
     return FAIL(e == cudaErrorMemoryAllocation ? ST_OOM : ST_DEVICE, "%s: %s", what,
@@ -16,7 +18,7 @@ status cudev_check(cudaError_t e, const char *what) {
 static status add_piece(cudev_slab *s, size_t bytes, const char *what) {
     if (s->n == CUDEV_PIECES_MAX) return FAIL(ST_OOM, "%s: more pieces than planned", what);
     void *p = NULL;
-    const status st = cudev_check(cudaMalloc(&p, bytes), what);
+    const status st = cudev_check((int)cudaMalloc(&p, bytes), what);
     if (st != ST_OK) return fail_prefix(st, "%.1f GiB", (double)bytes / (1 << 30));
     s->base[s->n++] = p;
     s->size = bytes;

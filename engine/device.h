@@ -152,7 +152,7 @@ typedef struct device_ops {
  */
 void device_placeholders(const batch *b, int32_t vocab, sampled *out);
 
-extern const device_ops device_null, device_cpu, device_sim;
+extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the last: with CUDA */
 
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];

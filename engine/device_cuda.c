@@ -27,9 +27,8 @@
 #include "norm.h"
 #include "rows.h"
 
+#include <cuda_runtime_api.h>
 #include <string.h>
-
-extern const device_ops device_cuda;
 
 _Static_assert(sizeof(draw_result) == sizeof(sampled), "draw.h repeats request.h");
 _Static_assert((int)DRAW_TOP_MAX == (int)LOGPROBS_MAX, "draw.h repeats request.h");
@@ -68,7 +67,7 @@ static status probe(cudev *c) {
     void *word;
     CUDA_TRY(cudaMalloc(&word, 4), c->name);
     status st = kernel_fill_noise(word, DT_F32, 1, 0, 0, 1, 0, c->stream);
-    if (st == ST_OK) st = cudev_check(cudaStreamSynchronize(c->stream), c->name);
+    if (st == ST_OK) st = cudev_check((int)cudaStreamSynchronize(c->stream), c->name);
     (void)cudaFree(word);
     if (st == ST_OK) return ST_OK;
     return FAIL(ST_UNSUPPORTED, "this build has no kernels for %s (sm_%d): make CUDA_ARCH=%d",
@@ -658,7 +657,7 @@ static status cuda_read(device *d, tensor t, float *out) {
         uint16_t *narrow = mem_alloc((size_t)n, sizeof *narrow);
         if (!narrow) return FAIL(ST_NOMEM, "read of %lld elements", (long long)n);
         const status st =
-            cudev_check(cudaMemcpy(narrow, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+            cudev_check((int)cudaMemcpy(narrow, t.data, bytes, cudaMemcpyDeviceToHost), "read");
         if (st == ST_OK) dtype_to_f32(out, narrow, n, 1, b->type);
         mem_free(narrow);
         return st;

@@ -1,11 +1,12 @@
-/* devices.c - the table of devices: one line each, in the order they are listed to users. */
+/* devices.c - the table of devices, in the order they are listed to users. devices.def is written by the
+ * Makefile: DEVICE(cuda) stands in it when CUDA was built. */
 #include "device.h"
 #include <string.h>
 
 const device_ops *const devices[] = {
-    &device_cpu,
-    &device_sim,
-    &device_null,
+#define DEVICE(name) &device_##name,
+#include "devices.def"
+#undef DEVICE
     NULL,
 };
 
