@@ -56,8 +56,8 @@ status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
 
 enum { CUDEV_GRAPHS_MAX = 40 };
 typedef struct {
-    int32_t n_rows; /* a decode step of up to so many sequences is padded to this */
-    int32_t n_runs; /* without a graph so far */
+    int32_t n_rows;        /* a decode step of up to so many sequences is padded to this */
+    int32_t n_runs;        /* without a graph so far */
     cudev_graph_exec exec; /* NULL until captured */
 } cudev_graph;
 

@@ -84,7 +84,7 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
         weight_source_bias(s, j, value);
         dtype_from_f32(narrow, value, n, c->type);
         st = cudev_check((int)cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
-                                    cudaMemcpyHostToDevice),
+                                         cudaMemcpyHostToDevice),
                          "bias");
     }
     mem_free(narrow);

@@ -84,9 +84,9 @@ status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
         const int32_t i = s->next++ & 1;
         CUDA_TRY(cudaEventSynchronize(s->done[i]), "upload");
         memcpy(s->buffer[i], (const uint8_t *)from + at, n);
-        CUDA_TRY(cudaMemcpyAsync((uint8_t *)to + at, s->buffer[i], n, cudaMemcpyHostToDevice,
-                                 stream),
-                 "upload");
+        CUDA_TRY(
+            cudaMemcpyAsync((uint8_t *)to + at, s->buffer[i], n, cudaMemcpyHostToDevice, stream),
+            "upload");
         CUDA_TRY(cudaEventRecord(s->done[i], stream), "upload");
     }
     return ST_OK;

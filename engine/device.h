@@ -40,8 +40,9 @@ typedef struct {
      * the quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
 
-    int32_t kernel_family; /* cuda: 80 takes the kernels of that family on a newer GPU; 0 = the newest */
-    bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
+    int32_t
+        kernel_family; /* cuda: 80 takes the kernels of that family on a newer GPU; 0 = the newest */
+    bool no_graphs;    /* cuda: launch decode steps one kernel at a time */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */

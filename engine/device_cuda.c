@@ -209,7 +209,8 @@ static status setup_spaces(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     int64_t linear = 0;
     for (int32_t i = 0; i < c->n_all; i++)
-        linear = i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)rows, c->n_sms));
+        linear =
+            i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)rows, c->n_sms));
     const int64_t attention =
         attention_workspace_bytes(c->max_seqs, c->max_page_ids, m->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
@@ -255,9 +256,8 @@ static status cuda_setup(device *d, const device_setup *s) {
     CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
     cudev_load_done(c);
     /* Buffers follow: reserve for them too. Logits and router logits are f32 here. */
-    const int64_t expected =
-        workspace_bytes(m, 1, s->max_tokens, s->max_seqs, s->max_samples) +
-        2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
+    const int64_t expected = workspace_bytes(m, 1, s->max_tokens, s->max_seqs, s->max_samples) +
+                             2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
     TRY(cudev_slab_reserve(&c->run, (size_t)expected, "workspace"));
     TRY(setup_rope(c));
     TRY(setup_plans(c));
@@ -502,8 +502,8 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
 static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
     const cudev_weight *cw = weight_of(w);
     CHECK(cw->linear.format != WF_COUNT);
-    const bool wide = cw->field == WEIGHT_router || cw->field == WEIGHT_head ||
-                      cw->field == WEIGHT_embed;
+    const bool wide =
+        cw->field == WEIGHT_router || cw->field == WEIGHT_head || cw->field == WEIGHT_embed;
     return (linear_problem){.w = &cw->linear,
                             .m = (int32_t)m,
                             .ldx = w->k,
@@ -530,18 +530,17 @@ static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
 }
 
 static attention_layer_params params_of(const cudev *c, const attention_layer *a) {
-    return (attention_layer_params){
-        .type = c->type,
-        .n_heads = a->n_heads,
-        .n_kv_heads = a->n_kv_heads,
-        .head_dim = a->head_dim,
-        .window = a->window,
-        .scale = a->scale,
-        .norm_eps = a->norm_eps,
-        .q_norm = a->q_norm->n ? weight_of(a->q_norm)->plain : NULL,
-        .k_norm = a->k_norm->n ? weight_of(a->k_norm)->plain : NULL,
-        .sinks = a->sinks->n ? weight_of(a->sinks)->plain : NULL,
-        .rope_cos_sin = c->rope};
+    return (attention_layer_params){.type = c->type,
+                                    .n_heads = a->n_heads,
+                                    .n_kv_heads = a->n_kv_heads,
+                                    .head_dim = a->head_dim,
+                                    .window = a->window,
+                                    .scale = a->scale,
+                                    .norm_eps = a->norm_eps,
+                                    .q_norm = a->q_norm->n ? weight_of(a->q_norm)->plain : NULL,
+                                    .k_norm = a->k_norm->n ? weight_of(a->k_norm)->plain : NULL,
+                                    .sinks = a->sinks->n ? weight_of(a->sinks)->plain : NULL,
+                                    .rope_cos_sin = c->rope};
 }
 
 static status cuda_rope_append(device *d, tensor qkv, const attention_layer *a) {
