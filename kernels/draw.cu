@@ -183,7 +183,8 @@ __device__ __forceinline__ void add_to_bin(block_memory &m, int bin, weight_sum 
     unsigned left = __ballot_sync(~0u, w > 0);
     for (int round = 0; round < kRounds && left; round++) {
         const int leader = __ffs((int)left) - 1;
-        const bool mine = (left >> lane & 1) && bin == __shfl_sync(~0u, bin, leader);
+        const int leading = __shfl_sync(~0u, bin, leader); // by all lanes, hence before the test
+        const bool mine = (left >> lane & 1) && bin == leading;
         const unsigned lo = __reduce_add_sync(~0u, mine ? (unsigned)w & ((1u << kHalf) - 1) : 0u);
         const unsigned hi = __reduce_add_sync(~0u, mine ? (unsigned)(w >> kHalf) : 0u);
         if (lane == leader) atomicAdd(&m.bin[bin], ((weight_sum)hi << kHalf) + lo);
