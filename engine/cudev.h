@@ -156,6 +156,11 @@ typedef struct {
 
 static inline cudev *cudev_self(device *d) { return (cudev *)(void *)d; }
 
+/* Type that a linear of this field writes: logits, of the vocabulary or of a router, are f32. */
+static inline dtype cudev_linear_type(const cudev *c, weight_field f) {
+    return f == WEIGHT_router || f == WEIGHT_head || f == WEIGHT_embed ? DT_F32 : c->type;
+}
+
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */

@@ -204,6 +204,20 @@ static status pack_16(cudev *c, const weight_source *s, int32_t j, cudev_weight 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
+/* Refuse here, with the reason, what no kernel runs. */
+static status has_kernel(const cudev *c, const weight_source *s, const linear_weight *l) {
+    const linear_problem p = {.w = l,
+                              .m = 1,
+                              .ldx = l->k,
+                              .ldy = l->n,
+                              .y_type = cudev_linear_type(c, s->field),
+                              .act = l->act,
+                              .sm = c->sm,
+                              .n_sms = c->n_sms,
+                              .expert_start = l->count > 1 ? &l->count : NULL};
+    return linear_choice(&p) ? ST_OK : ST_UNSUPPORTED;
+}
+
 static status load_linear(cudev *c, const weight_source *s, const precision *p, cudev_weight *w) {
     const weight_shape *shape = &s->shape;
     const bool quantised = shape->quantise && p->weight != WF_16;
@@ -216,10 +230,12 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
                          .count = shape->count,
                          .group = quantised ? p->group : 0,
                          .sym = quantised && p->sym,
+                         .gated = s->field == WEIGHT_gate_up,
                          .act = quantised ? p->act : AF_16,
                          .family = linear_family(c->sm, c->family)};
     int64_t code, scale;
     TRY(linear_pack_bytes(l, &code, &scale));
+    TRY(has_kernel(c, s, l));
     TRY(cudev_slab_take(&c->weights, (size_t)code, s->name, &l->code));
     if (scale) TRY(cudev_slab_take(&c->weights, (size_t)scale, s->name, &l->scale));
     if (l->format == WF_NVFP4)

@@ -345,10 +345,12 @@ static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples,
     return h;
 }
 
-static attention_batch attention_of(const cudev *c, const cudev_tables *x) {
-    return (attention_batch){.n_seqs = c->b->n_seqs,
-                             .n_tokens = c->rows,
-                             .n_decodes = c->b->n_decodes,
+/* Padding rows count as decodes of no sequence, so that a graph's launches do not depend on how many
+ * there are; the plan, made from the host's tables, knows the real ones only. */
+static attention_batch attention_of(const cudev *c, const cudev_tables *x, bool padded) {
+    return (attention_batch){.n_seqs = padded ? c->rows : c->b->n_seqs,
+                             .n_tokens = padded ? c->rows : c->b->n_tokens,
+                             .n_decodes = padded ? c->rows : c->b->n_decodes,
                              .position = x->position,
                              .seq_start = x->seq_start,
                              .token_seq = x->token_seq,
@@ -373,7 +375,7 @@ static status upload_step(cudev *c) {
                                  cudaMemcpyHostToDevice, c->stream),
                  "penalties");
     const model_config *m = &c->config;
-    const attention_batch a = attention_of(c, &h);
+    const attention_batch a = attention_of(c, &h, false);
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
         TRY(attention_plan_make(c->plan[i].host, &used, &a, m->n_heads, m->n_kv_heads, m->head_dim,
@@ -502,13 +504,11 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
 static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
     const cudev_weight *cw = weight_of(w);
     CHECK(cw->linear.format != WF_COUNT);
-    const bool wide =
-        cw->field == WEIGHT_router || cw->field == WEIGHT_head || cw->field == WEIGHT_embed;
     return (linear_problem){.w = &cw->linear,
                             .m = (int32_t)m,
                             .ldx = w->k,
                             .ldy = w->n,
-                            .y_type = wide ? DT_F32 : c->type,
+                            .y_type = cudev_linear_type(c, cw->field),
                             .act = cw->linear.act,
                             .epilogue = LINEAR_STORE,
                             .workspace = c->linear_space,
@@ -526,6 +526,23 @@ static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
     linear_problem p = problem_of(c, w, rows_of(c, x));
     p.x = x.data;
     p.y = out.data;
+    return kernel_linear(&p, c->stream);
+}
+
+static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *gate_up,
+                                activation_kind kind, float limit) {
+    cudev *c = self(d);
+    CHECK(gate_up->count == 1);
+    CHECK(out.rows == x.rows);
+    CHECK(2 * out.cols == gate_up->n);
+    CHECK(x.cols == gate_up->k);
+    if (replayed(c)) return ST_OK;
+    linear_problem p = problem_of(c, gate_up, rows_of(c, x));
+    p.x = x.data;
+    p.y = out.data;
+    p.ldy = out.cols;
+    p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
+    p.limit = limit;
     return kernel_linear(&p, c->stream);
 }
 
@@ -549,7 +566,7 @@ static status cuda_rope_append(device *d, tensor qkv, const attention_layer *a) 
     CHECK(qkv.cols == (a->n_heads + 2 * a->n_kv_heads) * a->head_dim);
     if (replayed(c)) return ST_OK;
     const attention_layer_params l = params_of(c, a);
-    const attention_batch b = attention_of(c, &c->tables);
+    const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
     return kernel_rope_append(qkv.data, &l, &c->cache[a->layer], &b, c->stream);
 }
 
@@ -559,7 +576,7 @@ static status cuda_attention(device *d, tensor out, tensor qkv, const attention_
     CHECK(out.cols == a->n_heads * a->head_dim);
     if (replayed(c)) return ST_OK;
     const attention_layer_params l = params_of(c, a);
-    const attention_batch b = attention_of(c, &c->tables);
+    const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
     int32_t p = 0;
     while (c->plan[p].window != a->window) p++;
     return kernel_attention(out.data, qkv.data, &l, &c->cache[a->layer], &b, c->plan[p].device,
@@ -706,4 +723,5 @@ const device_ops device_cuda = {
     .end = cuda_end,
     .read = cuda_read,
     .explain = cuda_explain,
+    .linear_gated = cuda_linear_gated,
 };

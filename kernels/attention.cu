@@ -30,7 +30,7 @@ status check(const attention_problem *p) {
         return FAIL(ST_UNSUPPORTED, "attention of %s", dtype_text(l->type));
     if (l->n_kv_heads <= 0 || l->n_heads <= 0 || l->n_heads % l->n_kv_heads)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", l->n_heads, l->n_kv_heads);
-    if (l->head_dim != 64 && l->head_dim != 128 && l->head_dim != 256)
+    if (l->head_dim != 32 && l->head_dim != 64 && l->head_dim != 128 && l->head_dim != 256)
         return FAIL(ST_UNSUPPORTED, "attention with head_dim %d", l->head_dim);
     return ST_OK;
 }

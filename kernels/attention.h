@@ -47,7 +47,7 @@ typedef struct {
 
 typedef struct {
     dtype type; /* F16 or BF16: of qkv, out, norms, sinks and 16-bit KV */
-    int32_t n_heads, n_kv_heads, head_dim, window; /* head_dim 64, 128 or 256; window 0 = all */
+    int32_t n_heads, n_kv_heads, head_dim, window; /* head_dim 32, 64, 128, 256; window 0 = all */
     float scale, norm_eps;
     const void *q_norm, *k_norm; /* [D] or NULL */
     const void *sinks;           /* [H] or NULL */

@@ -146,7 +146,7 @@ status attention_plan_make(void *host, int64_t *used, const attention_batch *b, 
                            int32_t n_kv_heads, int32_t head_dim, int32_t window) {
     if (n_kv_heads <= 0 || n_heads % n_kv_heads || n_heads / n_kv_heads > 64)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", n_heads, n_kv_heads);
-    if (head_dim != 64 && head_dim != 128 && head_dim != 256)
+    if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256)
         return FAIL(ST_UNSUPPORTED, "attention with head_dim %d", head_dim);
     attention_plan *plan = host;
     *plan = (attention_plan){.n_decodes = b->n_decodes, .parts_at = (int32_t)sizeof *plan};
