@@ -10,9 +10,16 @@ bool any(const attention_problem *) { return true; }
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if no
 // single one takes both.
 const attention_variant variants[] = {
+    {"decode_bulk", 90, 90, 129, true, false, any, attention_decode_bulk_launch},
+    {"decode_async", 80, 80, 129, true, false, any, attention_decode_async_launch},
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
+
+// Shared memory of an SM (CUDA C++ Programming Guide, table of compute capabilities).
+int shared_bytes_of(int sm) {
+    return (sm == 80 ? 164 : sm >= 90 && sm < 120 ? 228 : 100) * 1024;
+}
 
 const attention_variant *choose(const attention_problem *p, bool decode, const char *name,
                                 int family) {
@@ -59,6 +66,7 @@ extern "C" status kernel_attention(void *out, const void *qkv, const attention_l
         workspace,
         sm,
         n_sms,
+        shared_bytes_of(sm),
         stream,
     };
     TRY(check(&p));

@@ -78,8 +78,7 @@ int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_p
 int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n_heads,
                                   int32_t head_dim) {
     const int64_t slots = max_seqs + max_pages / (ATTENTION_CHUNK_MIN / P);
-    return slots * n_heads * (int64_t)(sizeof(int32_t) + 2 * sizeof(float)) + 256 +
-           slots * n_heads * head_dim * (int64_t)sizeof(float);
+    return slots * n_heads * (head_dim + ATTENTION_PARTIAL_EXTRA) * (int64_t)sizeof(float);
 }
 
 /* Longest first, up to a factor of two: the order in which work is handed out. */

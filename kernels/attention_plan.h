@@ -71,12 +71,10 @@ static inline attention_layout attention_layout_of(kv_format k, kv_format v, int
     return l;
 }
 
-/* The workspace: counters, one of each slot and KV head, then partial results. */
-typedef struct {
-    int32_t *counter;   /* [slots, G]; that of a sequence's first slot counts */
-    float *m, *l;       /* [slots, H]: largest score (base 2), sum of exponentials */
-    float *acc;         /* [slots, H, D], not divided by l */
-} attention_workspace;
+/* The workspace is [slots, H] records of D + 4 words: acc [D] f32 (not divided by l), the largest score m
+ * (base 2), l = sum of 2^(score - m), and a counter, of which that of a sequence's first slot and a
+ * tile's first head is used. */
+enum { ATTENTION_PARTIAL_EXTRA = 4 };
 
 /* Everything a launch needs. */
 typedef struct {
@@ -88,7 +86,7 @@ typedef struct {
     attention_layout layout;
     const attention_plan *plan;
     void *workspace;
-    int32_t sm, n_sms;
+    int32_t sm, n_sms, shared_bytes_sm; /* shared memory of an SM */
     kernel_stream stream;
 } attention_problem;
 
@@ -103,7 +101,8 @@ typedef struct {
 } attention_variant;
 
 status attention_plain_launch(const attention_problem *p, bool decode, bool prefill);
-status attention_decode_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_decode_async_launch(const attention_problem *p, bool decode, bool prefill);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,727 @@
+// attention_decode.cu - one token a sequence: the cache is read once, at the rate of the memory.
+//
+// The heads of a group are the 8 columns of the mma tile and tokens its 16 rows:
+//
+//     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]      O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
+//
+// so that a group of up to 8 heads costs one pass over the cache. K and V stay codes: an integer code c
+// placed in the low bits of an fp16 is the subnormal c * 2^-24, exactly, so "conversion" is one AND. What
+// remains of value = c * s + z is per token and goes into the scores (q.K = s (q.c) + z sum(q)) and into
+// the weights (p.V = (p s).c + sum(p z)). q is multiplied by a power of two so that it is exact in fp16
+// whatever the model's type. Codes of V are counted from their middle (p s).(c - m) through one further mma
+// with a constant row, since (p s) rounds to fp16 and its error would otherwise be multiplied by m.
+//
+// Rows of K and columns of V come from shared memory by ldmatrix on raw bytes. A lane then holds 2 or 4
+// neighbouring codes; which dims those are is undone by permuting q once, and the result at the end.
+//
+// A block is four consumer warps and a producer warp that keeps a ring of units (UT tokens of K, V and
+// parameters) full, running ahead over all the block's work items. Each unit is consumed by one warp; at
+// the end of an item the four warps' results are joined through shared memory. Of a sequence in several
+// parts the block that finishes last adds them, in order.
+#include "attention_device.cuh"
+
+namespace {
+
+constexpr int kConsumers = 4;
+constexpr int kThreads = 32 * (kConsumers + 1);
+
+struct decode_arguments {
+    void *out;        // [T, H D]
+    const void *qkv;  // [T, (H + 2G) D]
+    const void *sinks;
+    const uint8_t *base;
+    int64_t page_bytes;
+    attention_layout layout;
+    kv_format k, v;
+    const attention_plan *plan;
+    float *partial; // see attention_partial
+    const int32_t *page;
+    int n_heads, n_kv_heads, ratio, n_tiles; // n_tiles: tiles of 8 * NT heads of a group
+    bool bf16;                               // q, out and sinks; fp16 otherwise
+    float scale;                             // times log2(e)
+    int stages, stage_bytes;
+    int v_at, k_param_at, v_param_at; // within a stage
+};
+
+__device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
+    return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[at]) : __half2float(((const __half *)p)[at]);
+}
+
+__device__ __forceinline__ void consumers_sync() {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumers) : "memory");
+}
+
+// --- Codes to fp16 pairs ------------------------------------------------------------------------
+
+// Two e4m3 in bytes 1 and 3 to fp16 * 2^-8.
+__device__ __forceinline__ uint32_t e4m3_pair(uint32_t x) {
+    return (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+}
+template <kv_format F> __device__ __forceinline__ uint32_t bytes_even(uint32_t x) {
+    return F == KF_FP8 ? e4m3_pair(x << 8) : x & 0x00ff00ffu;
+}
+template <kv_format F> __device__ __forceinline__ uint32_t bytes_odd(uint32_t x) {
+    return F == KF_FP8 ? e4m3_pair(x) : __byte_perm(x, 0, 0x4341);
+}
+
+// What a pair in a register stands for, over its fp16 value.
+__device__ __forceinline__ float code_unit(kv_format f) {
+    return f == KF_16 ? 1.f : f == KF_FP8 ? 256.f : 16777216.f;
+}
+
+// --- Addresses ----------------------------------------------------------------------------------
+
+// Lane's offset for ldmatrix over 16 tokens and a pair of 16-byte pieces, 8 tokens by one piece a matrix.
+// TOKENS_FIRST: matrices 0, 1 are the token halves of the first piece (rows of K); else the two pieces of
+// the first token half (columns of V).
+template <int ROW, bool TOKENS_FIRST> __device__ __forceinline__ uint32_t lane_offset(int lane) {
+    constexpr int PANEL = ROW < 128 ? ROW : 128, PIECES = PANEL / 16, SHARE = 128 / PANEL;
+    const int matrix = lane / 8, r = lane % 8;
+    const int half = TOKENS_FIRST ? matrix & 1 : matrix >> 1;
+    const int piece = TOKENS_FIRST ? matrix >> 1 : matrix & 1;
+    return half * 8 * ROW + r * PANEL + ((piece ^ (r / SHARE % PIECES)) * 16);
+}
+template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane_at, int pair) {
+    constexpr int PANEL = ROW < 128 ? ROW : 128, PAIRS = PANEL / 32;
+    return (lane_at ^ (pair % PAIRS * 32)) + pair / PAIRS * 8 * PANEL;
+}
+
+// --- q --------------------------------------------------------------------------------------------
+
+// One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for codes the
+// factor that was applied and the sums of q of this lane's two columns.
+template <int D, int NT> struct query {
+    uint32_t b[D / 16][NT][2];
+    float factor;
+    float sum[NT][2];
+};
+
+// The four dims (two pairs) of k-step `step` that this lane's quarter holds.
+template <kv_format F> __device__ __forceinline__ void dims_of(int (&d)[4], int step, int quarter) {
+    if (F == KF_16) {
+        d[0] = 16 * step + 2 * quarter;
+        d[1] = d[0] + 1, d[2] = d[0] + 8, d[3] = d[0] + 9;
+    } else if (F == KF_4) {
+        const int at = step / 2 * 32 + 8 * quarter + step % 2 * 2;
+        d[0] = at, d[1] = at + 4, d[2] = at + 1, d[3] = at + 5;
+    } else {
+        const int at = step * 16 + 4 * quarter;
+        d[0] = at, d[1] = at + 2, d[2] = at + 1, d[3] = at + 3;
+    }
+}
+
+template <int D, int NT, kv_format F, typename T>
+__device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a, int64_t at,
+                                           int head0, int lane) {
+    const int column = lane / 4, quarter = lane % 4;
+    float amax = 0.f;
+    if (F != KF_16) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const int h = head0 + n * 8 + column;
+            float sum = 0.f;
+            if (h < a.ratio)
+                for (int e = 0; e < D / 4; e++) { // any quarter of the dims, all of them together
+                    const float x = load16(a.qkv, at + (int64_t)h * D + quarter * (D / 4) + e, a.bf16);
+                    amax = fmaxf(amax, fabsf(x));
+                    sum += x;
+                }
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8);
+            q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4);
+        }
+        amax = warp_max(amax);
+    }
+    // The power of two that brings the largest to [2^11, 2^12).
+    q.factor = amax < 1e-18f ? 1.f
+                             : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        int d[4];
+        dims_of<F>(d, step, quarter);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const int h = head0 + n * 8 + column;
+            float x[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[i] = h < a.ratio ? load16(a.qkv, at + (int64_t)h * D + d[i], a.bf16) : 0.f;
+            if (F == KF_16) {
+                q.b[step][n][0] = pack2<T>(x[0], x[1]);
+                q.b[step][n][1] = pack2<T>(x[2], x[3]);
+            } else {
+                const float odd = F == KF_4 ? q.factor / 16 : q.factor; // odd nibbles come times 16
+                q.b[step][n][0] = pack2<__half>(x[0] * q.factor, x[1] * q.factor);
+                q.b[step][n][1] = pack2<__half>(x[2] * odd, x[3] * odd);
+            }
+        }
+    }
+}
+
+// --- The two products -------------------------------------------------------------------------------
+
+// s[UT / 16][NT][4] = K [UT, D] q^T
+template <int D, int NT, int UT, kv_format F, typename T>
+__device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
+                                           uint32_t k_at, int lane) {
+    constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
+    constexpr int STEPS = F == KF_16 ? 1 : F == KF_4 ? 4 : 2; // k-steps of a pair of pieces
+    const uint32_t lane_at = lane_offset<ROW, true>(lane);
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[m][n][i] = 0.f;
+#pragma unroll
+        for (int pair = 0; pair < ROW / 32; pair++) {
+            uint32_t r[4];
+            load_matrices(r, k_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                uint32_t x[4];
+                if (F == KF_16) {
+                    x[0] = r[0], x[1] = r[1], x[2] = r[2], x[3] = r[3];
+                } else if (F == KF_4) {
+                    const uint32_t lo = i % 2 ? r[i / 2 * 2] >> 8 : r[i / 2 * 2];
+                    const uint32_t hi = i % 2 ? r[i / 2 * 2 + 1] >> 8 : r[i / 2 * 2 + 1];
+                    x[0] = lo & 0x000f000fu, x[1] = hi & 0x000f000fu;
+                    x[2] = lo & 0x00f000f0u, x[3] = hi & 0x00f000f0u;
+                } else {
+                    x[0] = bytes_even<F>(r[i * 2]), x[1] = bytes_even<F>(r[i * 2 + 1]);
+                    x[2] = bytes_odd<F>(r[i * 2]), x[3] = bytes_odd<F>(r[i * 2 + 1]);
+                }
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    const uint32_t *b = q.b[pair * STEPS + i][n];
+                    mma<T>(s[m][n], x[0], x[1], x[2], x[3], b[0], b[1]);
+                }
+            }
+        }
+    }
+}
+
+// acc[D / 16][NT][4] += V^T [D, UT] p^T; middle[NT][4] += -m * sum of p over tokens.
+template <int D, int NT, int UT, kv_format F, typename T>
+__device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&middle)[NT][4],
+                                           const uint32_t (&p)[UT / 16][NT][2], uint32_t v_at,
+                                           int lane) {
+    constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
+    constexpr uint32_t MIDDLE = F == KF_8 ? 0x80808080u : 0x80088008u; // -128, -8 times 2^-24
+    const uint32_t lane_at = lane_offset<ROW, false>(lane);
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++) {
+        if (F == KF_8 || F == KF_4)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                mma<__half>(middle[n], MIDDLE, MIDDLE, MIDDLE, MIDDLE, p[m][n][0], p[m][n][1]);
+#pragma unroll
+        for (int pair = 0; pair < ROW / 32; pair++) {
+            uint32_t r[4]; // pieces 0, 1 of tokens 0..7, then of tokens 8..15
+            load_matrices_turned(r, v_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+            if (F == KF_16) {
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    mma<T>(acc[pair][n], r[0], r[1], r[2], r[3], p[m][n][0], p[m][n][1]);
+            }
+#pragma unroll
+            for (int piece = 0; piece < (F == KF_16 ? 0 : 2); piece++) {
+                const uint32_t lo = r[piece], hi = r[piece + 2];
+                if (F == KF_4) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const uint32_t x = i ? lo >> 8 : lo, y = i ? hi >> 8 : hi;
+#pragma unroll
+                        for (int n = 0; n < NT; n++)
+                            mma<T>(acc[pair * 4 + piece * 2 + i][n], x & 0x000f000fu,
+                                   x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, p[m][n][0],
+                                   p[m][n][1]);
+                    }
+                } else {
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+                        mma<T>(acc[pair * 2 + piece][n], bytes_even<F>(lo), bytes_odd<F>(lo),
+                               bytes_even<F>(hi), bytes_odd<F>(hi), p[m][n][0], p[m][n][1]);
+                }
+            }
+        }
+    }
+}
+
+// The two dims (rows r and r + 8 of tile i) that acc[i] holds in this lane, r = lane / 4.
+__device__ __forceinline__ void rows_of(kv_format f, int i, int r, int *d0, int *d1) {
+    if (f == KF_16) {
+        *d0 = 16 * i + r, *d1 = *d0 + 8;
+    } else if (f == KF_4) {
+        *d0 = i / 2 * 32 + 4 * r + i % 2 * 2, *d1 = *d0 + 1;
+    } else {
+        *d0 = 16 * i + 2 * r, *d1 = *d0 + 1;
+    }
+}
+
+// --- Softmax ----------------------------------------------------------------------------------------
+
+// A warp's running result of an item. Columns (heads) 2 * (lane % 4) and the next one of each tile.
+template <int D, int NT> struct state {
+    float acc[D / 16][NT][4];
+    float middle[NT][4];
+    float m[NT][2], l[NT][2], z[NT][2]; // l, z: this lane's tokens only
+    float unit;                         // power of two that the scales of V are divided by
+};
+
+__device__ __forceinline__ float column_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+}
+__device__ __forceinline__ float column_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 4);
+    x += __shfl_xor_sync(~0u, x, 8);
+    return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+// Scale and minimum of a token; codes of V count from their middle.
+__device__ __forceinline__ float2 params_of(uint32_t at, kv_format f, int token) {
+    if (f == KF_FP8) {
+        uint16_t s;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(s) : "r"(at + 2 * token));
+        return make_float2(__half2float(__ushort_as_half(s)), 0.f);
+    }
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at + 4 * token));
+    return __half22float2(*reinterpret_cast<const __half2 *>(&x));
+}
+
+// Scores of a unit to weights p of the format that multiply_v wants; moves the state to the new maximum.
+// Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
+template <int D, int NT, int UT, typename T>
+__device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
+                                      state<D, NT> &st, const query<D, NT> &q,
+                                      const decode_arguments &a, uint32_t stage, int token0, int lo,
+                                      int end, int lane) {
+    const int row = lane / 4;
+    const bool edge = token0 < lo || token0 + UT > end; // uniform
+    const float s_scale = a.k == KF_16 ? a.scale : a.scale * code_unit(a.k) / q.factor;
+    const bool k_codes = a.k != KF_16, v_codes = a.v != KF_16;
+    float top[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) top[n][0] = top[n][1] = -INFINITY;
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = m * 16 + half * 8 + row;
+            float2 kp = make_float2(1.f, 0.f);
+            if (k_codes) kp = params_of(stage + a.k_param_at, a.k, token);
+            const float f = kp.x * s_scale, z = kp.y * a.scale;
+            const bool out = edge && (token0 + token < lo || token0 + token >= end);
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[m][n][half * 2 + j];
+                    x = k_codes ? x * f + z * q.sum[n][j] : x * f;
+                    if (out) x = -INFINITY;
+                    top[n][j] = fmaxf(top[n][j], x);
+                }
+        }
+
+    // V's scales, divided by a power of two near the largest so far: p * scale stays in fp16's range.
+    float2 vp[UT / 16][2];
+    float unit = st.unit;
+    if (v_codes) {
+        float largest = unit;
+#pragma unroll
+        for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int token = m * 16 + half * 8 + row;
+                vp[m][half] = params_of(stage + a.v_param_at, a.v, token);
+                if (edge && (token0 + token < lo || token0 + token >= end))
+                    vp[m][half] = make_float2(0.f, 0.f);
+                largest = fmaxf(largest, vp[m][half].x);
+            }
+        unit = __uint_as_float(__float_as_uint(column_max(largest)) & 0x7f800000u);
+    }
+    const float per_unit = __uint_as_float(0x7f000000u - __float_as_uint(unit));
+    const float middle = a.v == KF_8 ? 128.f : a.v == KF_4 ? 8.f : 0.f;
+
+    float shrink[NT][2], from[NT][2];
+    bool moved = false;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float next = fmaxf(st.m[n][j], column_max(top[n][j]));
+            from[n][j] = next == -INFINITY ? 0.f : next; // nothing seen yet
+            const float f = exp2_approx(st.m[n][j] - from[n][j]);
+            st.l[n][j] *= f;
+            st.z[n][j] *= f;
+            shrink[n][j] = f * (st.unit * per_unit);
+            moved = moved || shrink[n][j] != 1.f;
+            st.m[n][j] = next;
+        }
+    st.unit = unit;
+    if (__any_sync(~0u, moved)) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) st.acc[i][n][e] *= shrink[n][e % 2];
+#pragma unroll
+            for (int e = 0; e < 4; e++) st.middle[n][e] *= shrink[n][e % 2];
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float vs = vp[m][half].x * per_unit, vz = vp[m][half].y + middle * vp[m][half].x;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float w[2];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    w[j] = exp2_approx(s[m][n][half * 2 + j] - from[n][j]);
+                    st.l[n][j] += w[j];
+                    if (v_codes) {
+                        st.z[n][j] += w[j] * vz;
+                        w[j] *= vs;
+                    }
+                }
+                const uint32_t packed = v_codes ? pack2<__half>(w[0], w[1]) : pack2<T>(w[0], w[1]);
+                p[m][n][half] = turn_matrix(packed);
+            }
+        }
+}
+
+// 16-bit V of tokens that must not count: zero, since 0 * NaN is NaN.
+template <int D, int UT>
+__device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo, int end, int lane) {
+    for (int t = 0; t < UT; t++)
+        if (token0 + t < lo || token0 + t >= end)
+            for (int at = lane * 16; at < 2 * D; at += 512)
+                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(2 * D, t, at)),
+                             "r"(0)
+                             : "memory");
+    fence_async_proxy();
+    __syncwarp();
+}
+
+// --- Joining ------------------------------------------------------------------------------------------
+
+// Block memory after the ring.
+template <int D, int NT> struct joint {
+    float acc[kConsumers][8 * NT][D + 4]; // + 4: the four columns of a quarter fall into other banks
+    float m[kConsumers][8 * NT], l[kConsumers][8 * NT];
+    int arrived;
+};
+
+template <int D, int NT>
+__device__ __forceinline__ void put_joint(joint<D, NT> *to, state<D, NT> &st,
+                                          const decode_arguments &a, int n_heads, int warp, int lane) {
+    const int row = lane / 4, quarter = lane % 4;
+    const float unit = st.unit * code_unit(a.v), odd = a.v == KF_4 ? unit / 16 : unit;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int h = n * 8 + quarter * 2 + j;
+            const float l = column_sum(st.l[n][j]);
+            const float z = column_sum(st.z[n][j]) + st.middle[n][j] * unit;
+            if (h >= n_heads) continue;
+            if (row == 0) {
+                to->m[warp][h] = st.m[n][j];
+                to->l[warp][h] = l;
+            }
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                int d0, d1;
+                rows_of(a.v, i, row, &d0, &d1);
+                to->acc[warp][h][d0] = a.v == KF_16 ? st.acc[i][n][j] : st.acc[i][n][j] * unit + z;
+                to->acc[warp][h][d1] = a.v == KF_16 ? st.acc[i][n][j + 2] : st.acc[i][n][j + 2] * odd + z;
+            }
+        }
+}
+
+// out = acc / (l + sink), four dims of a head.
+__device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, int head, float4 x,
+                                        float m, float l) {
+    if (a.sinks) l += exp2_approx(load16(a.sinks, head, a.bf16) * kLog2E - m);
+    const float f = 1.f / l;
+    uint2 packed;
+    if (a.bf16)
+        packed = make_uint2(pack2<__nv_bfloat16>(x.x * f, x.y * f), pack2<__nv_bfloat16>(x.z * f, x.w * f));
+    else
+        packed = make_uint2(pack2<__half>(x.x * f, x.y * f), pack2<__half>(x.z * f, x.w * f));
+    *(uint2 *)((uint16_t *)a.out + at) = packed;
+}
+
+// Four warps' results of an item to one; out, or a partial result, or (last part to arrive) the sum of all.
+template <int D, int NT>
+__device__ __forceinline__ void join(joint<D, NT> *from, const decode_arguments &a,
+                                     const attention_part &part, int head0, int n_heads, int n_warps,
+                                     int thread) {
+    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
+    const int H = a.n_heads;
+    const bool whole = part.n_parts == 1;
+    for (int i = thread; i < n_heads * (D / 4); i += 32 * kConsumers) {
+        const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
+        float m = -INFINITY, l = 0.f;
+        for (int w = 0; w < n_warps; w++) m = fmaxf(m, from->m[w][h]);
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int w = 0; w < n_warps; w++) {
+            const float f = exp2_approx(from->m[w][h] - m);
+            const float4 y = *(const float4 *)&from->acc[w][h][d];
+            l += from->l[w][h] * f;
+            x.x += y.x * f, x.y += y.y * f, x.z += y.z * f, x.w += y.w * f;
+        }
+        if (whole) {
+            put_out(a, ((int64_t)part.row * H + head) * D + d, head, x, m, l);
+        } else {
+            float *to = a.partial + ((int64_t)(part.slot + part.part) * H + head) * STRIDE;
+            *(float4 *)(to + d) = x;
+            if (d == 0) *(float2 *)(to + D) = make_float2(m, l);
+        }
+    }
+    if (whole) return;
+    __threadfence();
+    consumers_sync();
+    int32_t *counter = (int32_t *)(a.partial + ((int64_t)part.slot * H + head0) * STRIDE + D + 2);
+    if (thread == 0) from->arrived = atomicAdd(counter, 1);
+    consumers_sync();
+    if (from->arrived != part.n_parts - 1) return;
+    __threadfence();
+    if (thread == 0) *counter = 0;
+    for (int i = thread; i < n_heads * (D / 4); i += 32 * kConsumers) {
+        const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
+        const float *first = a.partial + ((int64_t)part.slot * H + head) * STRIDE;
+        const int64_t step = (int64_t)H * STRIDE; // from part to part
+        float m = -INFINITY, l = 0.f;
+#pragma unroll 8
+        for (int k = 0; k < part.n_parts; k++) m = fmaxf(m, __ldcg(first + k * step + D));
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+        for (int k = 0; k < part.n_parts; k++) {
+            const float2 ml = __ldcg((const float2 *)(first + k * step + D));
+            const float4 y = __ldcg((const float4 *)(first + k * step + d));
+            const float f = exp2_approx(ml.x - m);
+            l += ml.y * f;
+            x.x += y.x * f, x.y += y.y * f, x.z += y.z * f, x.w += y.w * f;
+        }
+        put_out(a, ((int64_t)part.row * H + head) * D + d, head, x, m, l);
+    }
+}
+
+// --- The kernel -----------------------------------------------------------------------------------------
+
+// Fill the ring with the units of all this block's items, in order.
+template <int UT, bool BULK>
+__device__ __forceinline__ void produce(const decode_arguments &a, uint32_t ring, uint32_t full,
+                                        uint32_t empty, int lane) {
+    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
+    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
+    const uint32_t k_bytes = a.v_at, v_bytes = a.k_param_at - a.v_at;
+    const uint32_t k_param = UT * (a.k == KF_16 ? 0 : a.k == KF_FP8 ? 2 : 4);
+    const uint32_t v_param = UT * (a.v == KF_16 ? 0 : a.v == KF_FP8 ? 2 : 4);
+    uint32_t slot = 0, parity = 1; // the first round finds every slot empty
+    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const attention_part *part = parts + item / a.n_tiles / a.n_kv_heads;
+        const int g = item / a.n_tiles % a.n_kv_heads;
+        const int begin = part->begin, n_units = (part->end - begin + UT - 1) / UT;
+        const int32_t *page = a.page + part->page_at;
+        for (int u0 = 0; u0 < n_units; u0 += 32) {
+            const int mine = u0 + lane < n_units ? page[(begin + (u0 + lane) * UT) / kPage] : 0;
+            for (int u = u0; u < min(u0 + 32, n_units); u++) {
+                const int in_page = (begin + u * UT) % kPage;
+                const uint8_t *base = a.base + __shfl_sync(~0u, mine, u - u0) * a.page_bytes;
+                const uint8_t *code = base + g * a.layout.head_bytes;
+                const uint8_t *param = base + a.layout.param_base + (int64_t)g * a.layout.param_bytes;
+                const uint8_t *from[4] = {code + in_page / UT * k_bytes,
+                                          code + a.layout.v_code + in_page / UT * v_bytes,
+                                          param + in_page / UT * k_param,
+                                          param + a.layout.v_param + in_page / UT * v_param};
+                const uint32_t to = ring + slot * a.stage_bytes;
+                const uint32_t at[4] = {to, to + a.v_at, to + a.k_param_at, to + a.v_param_at};
+                const uint32_t bytes[4] = {k_bytes, v_bytes, k_param, v_param};
+                barrier_wait(empty + slot * 8, parity);
+                if (BULK) {
+                    if (lane == 0) {
+                        barrier_expect(full + slot * 8, k_bytes + v_bytes + k_param + v_param);
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            if (bytes[i]) copy_bulk(at[i], from[i], bytes[i], full + slot * 8);
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        for (uint32_t b = lane * 16; b < bytes[i]; b += 512)
+                            copy_async(at[i] + b, from[i] + b);
+                    copy_async_arrive(full + slot * 8);
+                }
+                if (++slot == (uint32_t)a.stages) slot = 0, parity ^= 1;
+            }
+        }
+    }
+}
+
+// LIGHT: neither K nor V is 16 bit, and T does not matter.
+template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
+__global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2) attend_decode(const decode_arguments a) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    joint<D, NT> *shared = (joint<D, NT> *)(memory + a.stages * a.stage_bytes);
+    const uint32_t ring = shared_at(memory), full = shared_at(shared + 1), empty = full + 8 * a.stages;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.stages; i++) {
+            barrier_init(full + 8 * i, BULK ? 1 : 32);
+            barrier_init(empty + 8 * i, 1);
+        }
+        fence_async_proxy();
+    }
+    __syncthreads();
+    if (warp == kConsumers) {
+        produce<UT, BULK>(a, ring, full, empty, lane);
+        return;
+    }
+
+    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
+    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
+    uint32_t base = 0; // units before this item
+    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const attention_part part = parts[item / a.n_tiles / a.n_kv_heads];
+        const int g = item / a.n_tiles % a.n_kv_heads, head0 = item % a.n_tiles * 8 * NT;
+        const int n_units = (part.end - part.begin + UT - 1) / UT;
+        const int64_t q_at = ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) + g * a.ratio) * D;
+        query<D, NT> q;
+        if (!LIGHT && a.k == KF_16)
+            load_query<D, NT, KF_16, T>(q, a, q_at, head0, lane);
+        else if (a.k == KF_4)
+            load_query<D, NT, KF_4, T>(q, a, q_at, head0, lane);
+        else
+            load_query<D, NT, KF_8, T>(q, a, q_at, head0, lane);
+
+        state<D, NT> st;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) st.acc[i][n][e] = 0.f;
+#pragma unroll
+            for (int e = 0; e < 4; e++) st.middle[n][e] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 2; j++) st.m[n][j] = -INFINITY, st.l[n][j] = st.z[n][j] = 0.f;
+        }
+        st.unit = 0x1p-24f;
+
+        for (int u = warp; u < n_units; u += kConsumers) {
+            const uint32_t count = base + u, slot = count % a.stages;
+            const uint32_t stage = ring + slot * a.stage_bytes;
+            const int token0 = part.begin + u * UT;
+            barrier_wait(full + slot * 8, count / a.stages & 1);
+            float s[UT / 16][NT][4];
+            if (!LIGHT && a.k == KF_16)
+                multiply_k<D, NT, UT, KF_16, T>(s, q, stage, lane);
+            else if (a.k == KF_4)
+                multiply_k<D, NT, UT, KF_4, __half>(s, q, stage, lane);
+            else if (a.k == KF_8)
+                multiply_k<D, NT, UT, KF_8, __half>(s, q, stage, lane);
+            else
+                multiply_k<D, NT, UT, KF_FP8, __half>(s, q, stage, lane);
+
+            uint32_t p[UT / 16][NT][2];
+            weigh<D, NT, UT, T>(p, s, st, q, a, stage, token0, part.lo, part.end, lane);
+
+            const uint32_t v_at = stage + a.v_at;
+            if (!LIGHT && a.v == KF_16) {
+                if (token0 < part.lo || token0 + UT > part.end)
+                    clear_outside<D, UT>(v_at, token0, part.lo, part.end, lane);
+                multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, v_at, lane);
+            } else if (a.v == KF_4) {
+                multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, v_at, lane);
+            } else if (a.v == KF_8) {
+                multiply_v<D, NT, UT, KF_8, __half>(st.acc, st.middle, p, v_at, lane);
+            } else {
+                multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, v_at, lane);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + slot * 8);
+        }
+        base += n_units;
+        const int n_heads = min(8 * NT, a.ratio - head0), n_warps = min(kConsumers, n_units);
+        consumers_sync(); // the last item's results have been read
+        if (warp < n_warps) put_joint<D, NT>(shared, st, a, n_heads, warp, lane);
+        consumers_sync();
+        join<D, NT>(shared, a, part, g * a.ratio + head0, n_heads, n_warps, threadIdx.x);
+    }
+}
+
+// --- Launch ---------------------------------------------------------------------------------------------
+
+template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
+status launch(const attention_problem *p) {
+    const attention_layer_params *l = &p->l;
+    decode_arguments a = {};
+    a.out = p->out;
+    a.qkv = p->qkv;
+    a.sinks = l->sinks;
+    a.base = (const uint8_t *)p->c.base;
+    a.page_bytes = p->c.page_bytes;
+    a.layout = p->layout;
+    a.k = p->c.k;
+    a.v = p->c.v;
+    a.plan = p->plan;
+    a.partial = (float *)p->workspace;
+    a.page = p->b.page;
+    a.n_heads = l->n_heads;
+    a.n_kv_heads = l->n_kv_heads;
+    a.ratio = l->n_heads / l->n_kv_heads;
+    a.n_tiles = (a.ratio + 8 * NT - 1) / (8 * NT);
+    a.bf16 = l->type == DT_BF16;
+    a.scale = l->scale * kLog2E;
+    a.v_at = UT * attention_row_bytes(a.k, D);
+    a.k_param_at = a.v_at + UT * attention_row_bytes(a.v, D);
+    a.v_param_at = a.k_param_at + UT * attention_param_bytes(a.k);
+    a.stage_bytes = (int)div_up(a.v_param_at + UT * attention_param_bytes(a.v), 128) * 128;
+
+    // Two blocks an SM where each then has a ring of six units at least; else one.
+    const int fixed = (int)sizeof(joint<D, NT>) + 1024, per_sm = p->shared_bytes_sm;
+    int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / a.stage_bytes;
+    if (D == 256 || NT == 2 || room < 6) blocks = 1, room = (per_sm - 1024 - fixed) / a.stage_bytes;
+    a.stages = room < 24 ? room : 24;
+    if (a.stages < 4) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
+    const int bytes = a.stages * (a.stage_bytes + 16) + (int)sizeof(joint<D, NT>);
+    const auto kernel = attend_decode<D, NT, UT, T, LIGHT, BULK>;
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
+    kernel<<<p->n_sms * blocks, kThreads, bytes, p->stream>>>(a);
+    return launched("attention_decode");
+}
+
+template <int D, int NT, bool BULK> status launch_formats(const attention_problem *p) {
+    if (p->c.k != KF_16 && p->c.v != KF_16) return launch<D, NT, 64, __half, true, BULK>(p);
+    if (p->l.type == DT_F16) return launch<D, NT, 32, __half, false, BULK>(p);
+    return launch<D, NT, 32, __nv_bfloat16, false, BULK>(p);
+}
+
+template <bool BULK> status launch_sizes(const attention_problem *p) {
+    const bool wide = p->l.n_heads / p->l.n_kv_heads > 8;
+    switch (p->l.head_dim) {
+    case 64: return wide ? launch_formats<64, 2, BULK>(p) : launch_formats<64, 1, BULK>(p);
+    case 128: return wide ? launch_formats<128, 2, BULK>(p) : launch_formats<128, 1, BULK>(p);
+    default: return launch_formats<256, 1, BULK>(p);
+    }
+}
+
+} // namespace
+
+extern "C" status attention_decode_bulk_launch(const attention_problem *p, bool, bool) {
+    return launch_sizes<true>(p);
+}
+extern "C" status attention_decode_async_launch(const attention_problem *p, bool, bool) {
+    return launch_sizes<false>(p);
+}
