@@ -36,14 +36,15 @@ export OMP_WAIT_POLICY
 CUDA      ?= /usr/local/cuda
 CUDA_ARCH ?= $(if $(wildcard /dev/nvidiactl),80 86 89 90a)
 NVCC      := $(CUDA)/bin/nvcc
-NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC -iquote engine -iquote kernels
+NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
-CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c)
+CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c engine/cmd_bench_*.c)
 CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
 KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))
 DEVICES := $(if $(CUDA_ARCH),cuda) cpu sim null
+BENCHES := $(if $(CUDA_ARCH),$(patsubst engine/cmd_bench_%.c,%,$(wildcard engine/cmd_bench_*.c)))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
@@ -89,16 +90,23 @@ $(B)/generated/devices.def: FORCE
 	  for d in $(DEVICES); do echo "DEVICE($$d)"; done; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
+$(B)/generated/bench.def: FORCE
+	@mkdir -p $(@D)
+	@{ echo "/* bench.def - BENCH(name): the benchmarks of the kernels in this build. */"; \
+	  for b in $(BENCHES); do echo "BENCH($$b)"; done; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
 $(B)/generated/cuda_arch: FORCE
 	@mkdir -p $(@D)
-	@echo "$(GENCODE)" > $@.new
+	@echo "$(NVCC) $(NVFLAGS) $(GENCODE)" > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(O)/engine/devices.o: $(B)/generated/devices.def
+$(O)/engine/cmd_bench.o: $(B)/generated/bench.def
 $(CUDA_HOST:%.c=$(O)/%.o): CFLAGS += -isystem $(CUDA)/include
 
 # One compiler at a time where NVCC_LOCK names a file: cicc takes gigabytes.
-$(O)/%.cu.o: %.cu Makefile $(B)/generated/cuda_arch
+$(O)/%.cu.o: %.cu $(B)/generated/cuda_arch
 	@mkdir -p $(@D)
 	@echo "  nvcc  $<"
 	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP -c $< -o $@

@@ -138,17 +138,39 @@ static status harness(bool json, bool *missed) {
     return ST_OK;
 }
 
-int cmd_bench(int argc, char **argv) {
+static int bench_harness(int argc, char **argv) {
     bool json = false, missed = false;
     const cli_option options[] = {
         {"--json", CLI_FLAG, &json, NULL, "one object a line"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
-    const char *what[1];
-    int32_t n = 1;
-    status st = cli_parse(argc - 1, argv + 1, "bench harness [--json]", options, what, &n);
-    if (st == ST_OK && (n != 1 || strcmp(what[0], "harness") != 0))
-        st = FAIL(ST_USAGE, "bench needs one of: harness");
+    int32_t n = 0;
+    status st = cli_parse(argc - 1, argv + 1, "bench harness [--json]", options, NULL, &n);
     if (st == ST_OK) st = harness(json, &missed);
     return st == ST_OK && missed ? 1 : cli_exit(st);
+}
+
+/* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that is built. */
+#define BENCH(name) int bench_##name(int argc, char **argv);
+#include "bench.def"
+#undef BENCH
+
+static const struct {
+    const char *name;
+    int (*run)(int argc, char **argv);
+} benches[] = {
+    {"harness", bench_harness},
+#define BENCH(name) {#name, bench_##name},
+#include "bench.def"
+#undef BENCH
+};
+
+int cmd_bench(int argc, char **argv) {
+    char names[128] = "";
+    for (int32_t i = 0, n = 0; i < COUNT_OF(benches); i++) {
+        if (argc > 1 && !strcmp(argv[1], benches[i].name)) return benches[i].run(argc - 1, argv + 1);
+        n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", i ? ", " : "", benches[i].name);
+        CHECK(n < (int32_t)sizeof names);
+    }
+    return cli_exit(FAIL(ST_USAGE, "bench needs one of: %s", names));
 }

@@ -158,4 +158,7 @@ extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];
 status device_find(const device_ops **out, const char *name);
+
+/* device_options.kernel_family from its name: "hopper" or NULL (the newest the GPU runs), "ampere". */
+status device_family(int32_t *out, const char *name);
 #endif

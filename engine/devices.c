@@ -26,3 +26,13 @@ status device_find(const device_ops **out, const char *name) {
     }
     return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s", name, names);
 }
+
+status device_family(int32_t *out, const char *name) {
+    if (!name || !*name || !strcmp(name, "hopper"))
+        *out = 0;
+    else if (!strcmp(name, "ampere"))
+        *out = 80;
+    else
+        return FAIL(ST_USAGE, "kernel family '%s' is neither ampere nor hopper", name);
+    return ST_OK;
+}
