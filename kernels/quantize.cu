@@ -180,10 +180,10 @@ status launch(const qmatrix &q, const tiling &t, const float *w, cudaStream_t s)
 extern "C" status kernel_quantize_weight(const qmatrix *q, const float *w, int32_t row0,
                                          int32_t rows, kernel_stream stream) {
     const bool whole = row0 + rows == q->n || rows % q->block_n == 0;
+    if (rows == 0) return ST_OK;
     if (row0 < 0 || rows < 0 || rows > q->n - row0 || row0 % q->block_n || !whole || q->k % 2 ||
         q->group % 2)
         return FAIL(ST_SHAPE, "quantize: rows %d + %d of [%d, %d]", row0, rows, q->n, q->k);
-    if (rows == 0) return ST_OK;
     tiling t = {q->k, rows, q->group, (int)div_up(q->k, q->group), q->block_n, row0, 0};
     const int64_t tiles = div_up(rows, q->block_n) * t.groups;
     if (tiles > INT32_MAX / kThreads) return FAIL(ST_SHAPE, "quantize: %d rows at once", rows);
