@@ -161,6 +161,10 @@ static inline dtype cudev_linear_type(const cudev *c, weight_field f) {
     return f == WEIGHT_router || f == WEIGHT_head || f == WEIGHT_embed ? DT_F32 : c->type;
 }
 
+/* Output features that a linear is padded to: the kernels work by 16. Only a router may need it, whose
+ * logits are laid out with that stride. */
+static inline int32_t cudev_linear_rows(int32_t n) { return (n + 15) / 16 * 16; }
+
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */

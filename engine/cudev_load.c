@@ -195,10 +195,12 @@ static status load_plain(cudev *c, const weight_source *s, cudev_weight *w) {
 
 /* A 16-bit matrix is made in scratch and packed; the canonical form is the matrix itself. */
 static status pack_16(cudev *c, const weight_source *s, int32_t j, cudev_weight *w) {
-    const int32_t n = s->shape.n, k = s->shape.k;
+    const int32_t n = w->linear.n, k = s->shape.k;
     const size_t bytes = (size_t)dtype_bytes(c->type, (int64_t)n * k);
     TRY(cudev_scratch_grow(&c->packed, bytes, c->stream, "weights"));
-    TRY(matrix_values(c, s, j, 0, n, c->packed.data, c->type));
+    if (n > s->shape.n) /* rows of padding */
+        CUDA_TRY(cudaMemsetAsync(c->packed.data, 0, bytes, c->stream), "weights");
+    TRY(matrix_values(c, s, j, 0, s->shape.n, c->packed.data, c->type));
     const qmatrix q = {
         .format = WF_16, .n = n, .k = k, .group = k, .block_n = 1, .code = c->packed.data};
     return linear_pack(&w->linear, j, &q, c->stream);
@@ -225,7 +227,7 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
     linear_weight *l = &w->linear;
     *l = (linear_weight){.format = quantised ? p->weight : WF_16,
                          .type = c->type,
-                         .n = shape->n,
+                         .n = s->field == WEIGHT_router ? cudev_linear_rows(shape->n) : shape->n,
                          .k = shape->k,
                          .count = shape->count,
                          .group = quantised ? p->group : 0,
@@ -242,8 +244,9 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
         TRY(cudev_slab_take(&c->weights, (size_t)shape->count * sizeof(float), s->name,
                             (void **)&l->global_scale));
     if (shape->has_bias) {
-        const int64_t n = (int64_t)shape->count * shape->n;
-        TRY(cudev_slab_take(&c->weights, (size_t)dtype_bytes(c->type, n), s->name, &l->bias));
+        const size_t bytes = (size_t)dtype_bytes(c->type, (int64_t)shape->count * l->n);
+        TRY(cudev_slab_take(&c->weights, bytes, s->name, &l->bias));
+        CUDA_TRY(cudaMemset(l->bias, 0, bytes), "bias");
         TRY(load_bias(c, s, l->bias));
     }
     for (int32_t j = 0; j < shape->count; j++)

@@ -276,7 +276,8 @@ static status cuda_buffer(device *d, int64_t n_rows, int32_t cols, tensor *out) 
     cudev *c = self(d);
     CHECK(c->n_buffers < CUDEV_BUFFERS_MAX);
     const bool wide = cols == c->config.vocab || cols == c->config.n_experts;
-    const size_t bytes = (size_t)n_rows * (size_t)cols * (wide ? 4 : 2);
+    const int64_t stride = wide ? cudev_linear_rows(cols) : cols;
+    const size_t bytes = (size_t)(n_rows * stride) * (wide ? 4 : 2);
     void *p;
     TRY(take(c, (int64_t)bytes, "activations", &p));
     CUDA_TRY(cudaMemsetAsync(p, 0, bytes, c->stream), "activations");
@@ -507,7 +508,7 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
     return (linear_problem){.w = &cw->linear,
                             .m = (int32_t)m,
                             .ldx = w->k,
-                            .ldy = w->n,
+                            .ldy = cw->linear.n,
                             .y_type = cudev_linear_type(c, cw->field),
                             .act = cw->linear.act,
                             .epilogue = LINEAR_STORE,
@@ -601,7 +602,8 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
     if (replayed(c)) return ST_OK;
     const int64_t t = rows_of(c, logits);
     TRY(kernel_moe_route(c->expert, c->expert_weight, logits.data, t, logits.cols, top_k,
-                         kind == ROUTE_TOPK_SOFTMAX, normalise, DT_F32, c->stream));
+                         kind == ROUTE_TOPK_SOFTMAX, normalise, cudev_linear_rows(logits.cols),
+                         DT_F32, c->stream));
     return kernel_moe_permute(c->expert_start, c->slot_row, c->row_token, c->expert, t, logits.cols,
                               top_k, c->stream);
 }

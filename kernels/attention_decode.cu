@@ -96,67 +96,84 @@ template <int D, int NT> struct query {
     float sum[NT][2];
 };
 
-// The four dims (two pairs) of k-step `step` that this lane's quarter holds.
-template <kv_format F> __device__ __forceinline__ void dims_of(int (&d)[4], int step, int quarter) {
-    if (F == KF_16) {
-        d[0] = 16 * step + 2 * quarter;
-        d[1] = d[0] + 1, d[2] = d[0] + 8, d[3] = d[0] + 9;
-    } else if (F == KF_4) {
-        const int at = step / 2 * 32 + 8 * quarter + step % 2 * 2;
-        d[0] = at, d[1] = at + 4, d[2] = at + 1, d[3] = at + 5;
-    } else {
-        const int at = step * 16 + 4 * quarter;
-        d[0] = at, d[1] = at + 2, d[2] = at + 1, d[3] = at + 3;
-    }
+// Two 16-bit values of the model's type.
+__device__ __forceinline__ float2 pair16(uint32_t x, bool bf16) {
+    if (bf16) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+    return __half22float2(*reinterpret_cast<const __half2 *>(&x));
 }
 
 template <int D, int NT, kv_format F, typename T>
 __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a, int64_t at,
                                            int head0, int lane) {
     const int column = lane / 4, quarter = lane % 4;
-    float amax = 0.f;
-    if (F != KF_16) {
+    // This lane's dims, two to a word: of k-step i words 2 i and 2 i + 1, or with nibbles eight
+    // neighbours of two k-steps in words 4 (i / 2) .. + 3.
+    uint32_t raw[NT][D / 8];
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int h = head0 + n * 8 + column;
-            float sum = 0.f;
-            if (h < a.ratio)
-                for (int e = 0; e < D / 4; e++) { // any quarter of the dims, all of them together
-                    const float x = load16(a.qkv, at + (int64_t)h * D + quarter * (D / 4) + e, a.bf16);
-                    amax = fmaxf(amax, fabsf(x));
-                    sum += x;
-                }
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8);
-            q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4);
-        }
-        amax = warp_max(amax);
-    }
-    // The power of two that brings the largest to [2^11, 2^12).
-    q.factor = amax < 1e-18f ? 1.f
-                             : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+    for (int n = 0; n < NT; n++) {
+        const int h = head0 + n * 8 + column;
+        const uint16_t *row = (const uint16_t *)a.qkv + at + (int64_t)min(h, a.ratio - 1) * D;
+        const uint32_t keep = h < a.ratio ? ~0u : 0u;
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        int d[4];
-        dims_of<F>(d, step, quarter);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int h = head0 + n * 8 + column;
-            float x[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                x[i] = h < a.ratio ? load16(a.qkv, at + (int64_t)h * D + d[i], a.bf16) : 0.f;
+        for (int i = 0; i < D / 16; i++) {
             if (F == KF_16) {
-                q.b[step][n][0] = pack2<T>(x[0], x[1]);
-                q.b[step][n][1] = pack2<T>(x[2], x[3]);
+                raw[n][2 * i] = *(const uint32_t *)(row + 16 * i + 2 * quarter) & keep;
+                raw[n][2 * i + 1] = *(const uint32_t *)(row + 16 * i + 8 + 2 * quarter) & keep;
+            } else if (F == KF_4) {
+                if (i % 2) continue;
+                const uint4 x = *(const uint4 *)(row + 16 * i + 8 * quarter);
+                raw[n][2 * i] = x.x & keep, raw[n][2 * i + 1] = x.y & keep;
+                raw[n][2 * i + 2] = x.z & keep, raw[n][2 * i + 3] = x.w & keep;
             } else {
-                const float odd = F == KF_4 ? q.factor / 16 : q.factor; // odd nibbles come times 16
-                q.b[step][n][0] = pack2<__half>(x[0] * q.factor, x[1] * q.factor);
-                q.b[step][n][1] = pack2<__half>(x[2] * odd, x[3] * odd);
+                const uint2 x = *(const uint2 *)(row + 16 * i + 4 * quarter);
+                raw[n][2 * i] = x.x & keep, raw[n][2 * i + 1] = x.y & keep;
             }
         }
     }
+    if (F == KF_16) {
+        q.factor = 1.f;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+                q.b[i][n][0] = raw[n][2 * i], q.b[i][n][1] = raw[n][2 * i + 1];
+        return;
+    }
+    float amax = 0.f;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            const float2 x = pair16(raw[n][i], a.bf16);
+            amax = fmaxf(amax, fmaxf(fabsf(x.x), fabsf(x.y)));
+            sum += x.x + x.y;
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8);
+        q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4);
+    }
+    amax = warp_max(amax);
+    // The power of two that brings the largest to [2^11, 2^12).
+    q.factor = amax < 1e-18f ? 1.f
+                             : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+    const float f = q.factor, odd = F == KF_4 ? f / 16 : f; // odd nibbles come times 16
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            if (F == KF_4) { // dims 0, 4 | 1, 5 of eight, then 2, 6 | 3, 7
+                const int w = i / 2 * 4 + i % 2;
+                const float2 x = pair16(raw[n][w], a.bf16), y = pair16(raw[n][w + 2], a.bf16);
+                q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
+                q.b[i][n][1] = pack2<__half>(x.y * odd, y.y * odd);
+            } else { // dims 0, 2 | 1, 3 of four
+                const float2 x = pair16(raw[n][2 * i], a.bf16), y = pair16(raw[n][2 * i + 1], a.bf16);
+                q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
+                q.b[i][n][1] = pack2<__half>(x.y * f, y.y * f);
+            }
+        }
 }
 
 // --- The two products -------------------------------------------------------------------------------
@@ -414,7 +431,7 @@ __device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo,
 // --- Joining ------------------------------------------------------------------------------------------
 
 // Block memory after the ring.
-template <int D, int NT> struct joint {
+template <int D, int NT> struct alignas(16) joint {
     float acc[kConsumers][8 * NT][D + 4]; // + 4: the four columns of a quarter fall into other banks
     float m[kConsumers][8 * NT], l[kConsumers][8 * NT];
     int arrived;
@@ -688,10 +705,10 @@ status launch(const attention_problem *p) {
     a.v_param_at = a.k_param_at + UT * attention_param_bytes(a.k);
     a.stage_bytes = (int)div_up(a.v_param_at + UT * attention_param_bytes(a.v), 128) * 128;
 
-    // Two blocks an SM where each then has a ring of six units at least; else one.
+    // Two blocks an SM where each then has a ring of five units at least; else one.
     const int fixed = (int)sizeof(joint<D, NT>) + 1024, per_sm = p->shared_bytes_sm;
     int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / a.stage_bytes;
-    if (D == 256 || NT == 2 || room < 6) blocks = 1, room = (per_sm - 1024 - fixed) / a.stage_bytes;
+    if (D == 256 || NT == 2 || room < 5) blocks = 1, room = (per_sm - 1024 - fixed) / a.stage_bytes;
     a.stages = room < 24 ? room : 24;
     if (a.stages < 4) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
     const int bytes = a.stages * (a.stage_bytes + 16) + (int)sizeof(joint<D, NT>);

@@ -102,6 +102,7 @@ typedef struct {
 
 status attention_plain_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_prefill_sm90_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_decode_async_launch(const attention_problem *p, bool decode, bool prefill);
 
 #ifdef __cplusplus

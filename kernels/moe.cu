@@ -25,7 +25,7 @@ __device__ __forceinline__ bool better(float a, int ea, float b, int eb) {
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarpsPerBlock)
     route(int32_t *expert, float *weight, const T *logits, int64_t t, int n_experts, int top_k,
-          bool over_chosen, bool normalise) {
+          bool over_chosen, bool normalise, int64_t stride) {
     const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
     const int lane = (int)threadIdx.x;
     if (token >= t) return;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
         const int e = i * 32 + lane;
-        x[i] = e < n_experts ? to_f32(logits[token * n_experts + e]) : -INFINITY;
+        x[i] = e < n_experts ? to_f32(logits[token * stride + e]) : -INFINITY;
         if (isnan(x[i])) x[i] = -INFINITY;
     }
     uint32_t taken = 0; // bit i: expert i * 32 + lane is chosen
@@ -145,9 +145,10 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int64_t t,
                                    int32_t n_experts, int32_t top_k, bool over_chosen,
-                                   bool normalise, dtype type, kernel_stream stream) {
+                                   bool normalise, int64_t stride, dtype type,
+                                   kernel_stream stream) {
     if (t < 0 || n_experts < 1 || n_experts > MOE_EXPERTS_MAX || top_k < 1 || top_k > n_experts ||
-        top_k > MOE_TOP_K_MAX)
+        top_k > MOE_TOP_K_MAX || stride < n_experts)
         return FAIL(ST_SHAPE, "route: %d of %d experts", top_k, n_experts);
     if (t == 0) return ST_OK;
     const dim3 block(32, kWarpsPerBlock);
@@ -157,7 +158,7 @@ extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *l
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
         route<T><<<grid, block, 0, stream>>>(expert, weight, static_cast<const T *>(logits), t,    \
-                                             n_experts, top_k, over_chosen, normalise);            \
+                                             n_experts, top_k, over_chosen, normalise, stride);    \
         return launched("moe_route");                                                              \
     }
         ROUTE_INSTANCES(X)

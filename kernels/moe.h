@@ -17,12 +17,12 @@ enum { MOE_EXPERTS_MAX = 512, MOE_TOP_K_MAX = 32 };
  * as ref_moe_route, in f32.
  *
  *   expert, weight   [t, top_k]
- *   logits           [t, n_experts] of `type`: F32, F16 or BF16
+ *   logits           [t, n_experts] of `type`: F32, F16 or BF16, rows `stride` elements apart
  *
  * SHAPE for n_experts over MOE_EXPERTS_MAX or top_k outside 1 .. min(n_experts, MOE_TOP_K_MAX). */
 status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int64_t t,
                         int32_t n_experts, int32_t top_k, bool over_chosen, bool normalise,
-                        dtype type, kernel_stream stream);
+                        int64_t stride, dtype type, kernel_stream stream);
 
 /* Sort slots by expert, within an expert by token: exactly ref_moe_permute.
  *

@@ -33,7 +33,7 @@ static int32_t sm, n_sms;
         const cudaError_t e_ = (call);                                                             \
         if (e_ != cudaSuccess) {                                                                   \
             printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_));          \
-            _Exit(1);                                                                              \
+            fflush(stdout); _Exit(1);                                                                              \
         }                                                                                          \
     } while (0)
 

@@ -207,7 +207,7 @@ static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool nor
     void *dl = dev_copy(logits, (size_t)(t * x) * 4), *de = dev((size_t)slots * 4);
     void *dw = dev((size_t)slots * 4), *ds = dev((size_t)(x + 1) * 4), *dr = dev((size_t)slots * 4);
     void *dt = dev((size_t)slots * 4);
-    assert_ok(kernel_moe_route(de, dw, dl, t, x, k, over_chosen, normalise, DT_F32, NULL));
+    assert_ok(kernel_moe_route(de, dw, dl, t, x, k, over_chosen, normalise, x, DT_F32, NULL));
     assert_ok(kernel_moe_permute(ds, dr, dt, de, t, x, k, NULL));
     ref_moe_route(e, w, logits, t, x, k, over_chosen, normalise);
     ref_moe_permute(start, row, token, e, t, x, k);
@@ -255,8 +255,9 @@ static void test_moe(void **state) {
     for (int i = 0; i < COUNT_OF(shape); i++)
         for (int j = 0; j < COUNT_OF(t); j++)
             moe_case(t[j], shape[i][0], shape[i][1], (i + j) % 2 == 0, (i + j) % 3 == 0);
-    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 8, 9, true, true, DT_F32, NULL), ST_SHAPE);
-    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 513, 9, true, true, DT_F32, NULL),
+    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 8, 9, true, true, 8, DT_F32, NULL),
+                  ST_SHAPE);
+    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 513, 9, true, true, 513, DT_F32, NULL),
                   ST_SHAPE);
 }
 
