@@ -11,14 +11,9 @@ bool wide(const attention_problem *p) { return p->l.head_dim >= 64; }
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if no
 // single one takes both.
 const attention_variant variants[] = {
-<<<<<<< HEAD
     {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
+    {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
     {"decode_async", 80, 80, 129, true, false, wide, attention_decode_async_launch},
-=======
-    {"decode_bulk", 90, 90, 129, true, false, any, attention_decode_bulk_launch},
-    {"prefill_wgmma", 90, 90, 90, false, true, any, attention_prefill_sm90_launch},
-    {"decode_async", 80, 80, 129, true, false, any, attention_decode_async_launch},
->>>>>>> attention
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
