@@ -233,6 +233,8 @@ static status bench(const arguments *a) {
     return st;
 }
 
+int bench_step(int argc, char **argv); /* cmd_bench.c */
+
 int bench_step(int argc, char **argv) {
     arguments a = {.precision = "W16A16KV16",
                    .batch = 1,
