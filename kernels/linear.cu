@@ -90,7 +90,7 @@ struct preference {
 };
 const preference preferences[] = {
     {90, 8, "hopper_8x1"},      {90, 8, "hopper_8x2"},      {90, 16, "hopper_16x2"},
-    {90, 32, "hopper_32x2"},    {90, 64, "hopper_64x4"},    {90, 128, "hopper_128x2"},
+    {90, 32, "hopper_32x2"},    {90, 64, "hopper_64x2"},    {90, 128, "hopper_128x2"},
     {90, 1 << 30, "hopper_256x1"}, {90, 1 << 30, "hopper_128x2"},
     {80, 8, "ampere_8x1"},      {80, 16, "ampere_16x1"},    {80, 32, "ampere_32x2"},
     {80, 1 << 30, "ampere_64x2"},
@@ -148,13 +148,13 @@ status check(const linear_problem *p) {
     return ST_OK;
 }
 
-constexpr int64_t kFlagBytes = 64 * 1024, kTileBytes = 128 * 1024;
+constexpr int64_t kFlagBytes = 64 * 1024, kTileBytes = 256 * 1024;
 
 } // namespace
 
 extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms) {
     (void)w;
-    (void)max_m; // every tile's accumulators are at most kTileBytes
+    (void)max_m; // two tiles of the CTAs of an SM are at most kTileBytes
     return kFlagBytes + n_sms * kTileBytes;
 }
 
@@ -226,7 +226,7 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     a.scale_bytes = l.scale_bytes;
     a.expert_start = p->expert_start;
     a.x_row = p->x_row;
-    a.flags = static_cast<int32_t *>(p->workspace);
+    a.counters = static_cast<int32_t *>(p->workspace);
     a.partial = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
     a.m = p->m;
     a.n = w->n;

@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
     linear_walk<NT> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s;
+    linear_shared later = {};
     while (walk.next(s)) {
         float acc[R][NT / 2] = {};
 #pragma unroll
@@ -200,9 +201,12 @@ __global__ void __launch_bounds__(kThreads, kCtas)
             write = write + 1 == kStages ? 0 : write + 1;
         }
         __syncthreads();
-        if (linear_exchange<NT, R>(acc, p, walk, s))
+        if (s.step1 - s.step0 == p.steps)
             linear_finish<T, NT, R>(acc, p, s, turn[threadIdx.x / 32]);
+        else
+            linear_deposit<NT, R>(acc, p, walk, s, later);
     }
+    linear_finish_all<T, NT, R>(p, walk, later, turn[threadIdx.x / 32]);
 }
 
 template <typename T, int F, int NT, int R, int kStages, int kCtas>

@@ -3,11 +3,10 @@
 //
 // Work is counted in steps: one step is KU units (64 inputs each) of one tile of 2 R blocks x NT rows of
 // x. The first sk_tiles tiles are one long line of steps that is cut evenly over all CTAs (stream-K); the
-// others are dealt out whole. A CTA whose cut begins inside a tile deposits its sums in its slot of the
-// workspace, once at most; the CTA that holds the first step of a tile collects the others' in ascending
-// order and finishes it. The cuts depend on the problem's shape and the number of CTAs alone, so the bits
-// are the same on every run. Cuts run against blockIdx, so that a CTA only ever waits for CTAs that the
-// hardware started before it.
+// others are dealt out whole. A CTA deposits its sums of a tile that it shares in the workspace, at its end
+// waits for the others that share it, and finishes its part of the tile: the sums of all, in ascending
+// order of K. The cuts depend on the problem's shape and the number of CTAs alone, so the bits are the
+// same on every run. All CTAs of a launch must fit the GPU at once.
 //
 // Eight warps compute: warp w takes strip w % 4 of blocks (w / 4) R .. + R - 1 of the tile. A lane's
 // accumulators of one strip are those of mma m16n8: [4 j + 0, 1] = row g, x rows 8 j + 2 t, + 1;
@@ -28,7 +27,7 @@ struct linear_args {
     int64_t ldx, ldy, code_bytes, scale_bytes;
     const int32_t *expert_start, *x_row;
     float *partial;
-    int32_t *flags;
+    int32_t *counters;
     int32_t m, n, k, count;
     int32_t half_rows, half_blocks, blocks, units, granules, granule_bytes, granule, granule_shift;
     int32_t epilogue, sym, y_f32, paired; // paired: a tile holds blocks b and b + half_blocks
@@ -65,6 +64,11 @@ template <int NT> struct linear_walk {
     }
     // First step of CTA i: all have `share` steps, the first `rest` one more.
     __device__ int32_t cut(int32_t i) const { return i * share + min(i, rest); }
+    // The CTA that has a step of the line.
+    __device__ int32_t holder(int32_t step) const {
+        const int32_t longer = rest * (share + 1);
+        return step < longer ? step / (share + 1) : rest + (step - longer) / share;
+    }
 
     __device__ bool next(linear_segment &s) {
         int32_t t;
@@ -138,66 +142,6 @@ __device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t ti
         return b < p.half_blocks ? b + r % 2 * p.half_blocks : p.blocks;
     }
     return (tile_n * 2 + wg) * R + r;
-}
-
-// --- Partial sums ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void flag_raise(int32_t *flag) {
-    asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
-}
-__device__ __forceinline__ int32_t flag_read(const int32_t *flag) {
-    int32_t v;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-    return v;
-}
-
-// Returns whether this CTA finishes the tile.
-template <int NT, int R>
-__device__ __forceinline__ bool linear_exchange(float (&acc)[R][NT / 2], const linear_args &p,
-                                                const linear_walk<NT> &walk,
-                                                const linear_segment &s) {
-    constexpr int N4 = R * NT / 8; // float4 of a lane
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float4 *const slots = reinterpret_cast<float4 *>(p.partial);
-    if (s.step0 > 0) {
-        float4 *slot = slots + ((int64_t)walk.cta * LINEAR_WARPS + warp) * N4 * 32 + lane;
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int j = 0; j < NT / 8; j++)
-                __stcg(slot + (r * (NT / 8) + j) * 32,
-                       make_float4(acc[r][4 * j], acc[r][4 * j + 1], acc[r][4 * j + 2],
-                                   acc[r][4 * j + 3]));
-        __threadfence();
-        __syncwarp();
-        if (lane == 0) flag_raise(p.flags + walk.cta * LINEAR_WARPS + warp);
-        return false;
-    }
-    if (s.step1 == p.steps) return true;
-    int32_t other = walk.cta + 1;
-    for (int32_t done = s.line + s.step1; done < s.line + p.steps; other++) {
-        const int32_t end = min(walk.cut(other + 1), s.line + p.steps);
-        if (end == done) continue; // an empty cut
-        done = end;
-        int32_t *flag = p.flags + other * LINEAR_WARPS + warp;
-        if (lane == 0) {
-            while (flag_read(flag) == 0) {}
-            *flag = 0; // for the next launch, which starts writing after this one has ended
-        }
-        __syncwarp();
-        const float4 *slot = slots + ((int64_t)other * LINEAR_WARPS + warp) * N4 * 32 + lane;
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int j = 0; j < NT / 8; j++) {
-                const float4 v = __ldcg(slot + (r * (NT / 8) + j) * 32);
-                acc[r][4 * j] += v.x;
-                acc[r][4 * j + 1] += v.y;
-                acc[r][4 * j + 2] += v.z;
-                acc[r][4 * j + 3] += v.w;
-            }
-    }
-    return true;
 }
 
 // --- Epilogue ----------------------------------------------------------------------------------------
@@ -290,40 +234,170 @@ __device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, 
                   linear_round<T>(v.w)}};
 }
 
+// Where block r of this warp's group goes.
+struct linear_place {
+    int32_t block, col; // col: of this lane's four outputs in W's rows
+    bool there;
+};
+
+template <int R>
+__device__ __forceinline__ linear_place linear_place_of(const linear_args &p, const linear_segment &s,
+                                                        int r) {
+    const int warp = threadIdx.x / 32, strip = warp % 4;
+    linear_place at;
+    at.block = linear_block<R>(p, s.tile_n, warp / 4, r);
+    const int32_t half = at.block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
+    at.there = at.block < p.blocks && in_half < p.half_rows;
+    at.col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
+    return at;
+}
+
+// Eight x rows from m0 of one block (and of its other half, when gated).
+template <typename T, bool kGated>
+__device__ __forceinline__ void linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col,
+                                            const float *c, const float *c_up,
+                                            const linear_outputs &o, const linear_outputs &o_up,
+                                            float *stage) {
+    float4 v = linear_affine(linear_turn(c, stage), o);
+    if (kGated) {
+        const float4 u = linear_affine(linear_turn(c_up, stage), o_up);
+        v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
+                        linear_gate(v.y, u.y, p.epilogue, p.limit),
+                        linear_gate(v.z, u.z, p.epilogue, p.limit),
+                        linear_gate(v.w, u.w, p.epilogue, p.limit));
+    }
+    const int32_t row = m0 + threadIdx.x % 32 / 4;
+    if (row < m_end) linear_put<T>(p, row, col, v);
+}
+
 // Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp.
 template <typename T, int NT, int R>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
                                               const linear_segment &s, float *stage) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int quad = lane % 4 * 4, strip = warp % 4;
-    const bool gated = p.epilogue == LINEAR_GATED || p.epilogue == LINEAR_GATED_OAI;
+    const bool gated = R > 1 && p.paired;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (gated && r % 2) continue;
-        const int32_t block = linear_block<R>(p, s.tile_n, warp / 4, r);
-        const int32_t half = block >= p.half_blocks ? 1 : 0;
-        const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
-        if (block >= p.blocks || in_half >= p.half_rows) continue;
-        const int32_t col = half * p.half_rows + in_half + quad;
-        const linear_outputs o = linear_outputs_of<T>(p, s.expert, block, col);
-        linear_outputs up;
-        if (R > 1 && gated)
-            up = linear_outputs_of<T>(p, s.expert, block + p.half_blocks, col + p.half_rows);
+        const linear_place at = linear_place_of<R>(p, s, r);
+        if (!at.there) continue;
+        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+        if (r + 1 < R && gated) {
+            const linear_outputs up =
+                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++) {
-            const int32_t row = s.m0 + 8 * j + lane / 4;
-            if (s.m0 + 8 * j >= s.m_end) break;
-            float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
-            if (R > 1 && gated) {
-                const float4 u =
-                    linear_affine(linear_turn(&acc[r + 1 < R ? r + 1 : r][4 * j], stage), up);
-                v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
-                                linear_gate(v.y, u.y, p.epilogue, p.limit),
-                                linear_gate(v.z, u.z, p.epilogue, p.limit),
-                                linear_gate(v.w, u.w, p.epilogue, p.limit));
-            }
-            if (row < s.m_end) linear_put<T>(p, row, col, v);
+            for (int j = 0; j < NT / 8; j++)
+                if (s.m0 + 8 * j < s.m_end)
+                    linear_emit<T, true>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
+                                         &acc[r + 1 < R ? r + 1 : r][4 * j], o, up, stage);
+        } else {
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++)
+                if (s.m0 + 8 * j < s.m_end)
+                    linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
+                                          &acc[r][4 * j], o, o, stage);
         }
     }
+}
+
+// --- Tiles that several CTAs share -------------------------------------------------------------------
+
+__device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
+    int32_t v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
+
+// What a CTA must come back to: at most the tile that its cut begins in and the one that it ends in.
+struct linear_shared {
+    linear_segment head, tail;
+    bool has_head, has_tail;
+};
+
+// Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner` begins.
+template <int NT, int R>
+__device__ __forceinline__ float4 *linear_slot(const linear_args &p, int32_t cta, bool tail) {
+    constexpr int N4 = R * NT / 8;
+    const int warp = threadIdx.x / 32;
+    return reinterpret_cast<float4 *>(p.partial) +
+           ((int64_t)(cta * 2 + tail) * LINEAR_WARPS + warp) * N4 * 32 + threadIdx.x % 32;
+}
+__device__ __forceinline__ int32_t *linear_counter(const linear_args &p, int32_t owner) {
+    return p.counters + (owner * LINEAR_WARPS + (int)threadIdx.x / 32) * 2;
+}
+
+template <int NT, int R>
+__device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
+                                               const linear_walk<NT> &walk, const linear_segment &s,
+                                               linear_shared &shared) {
+    const bool tail = s.step0 == 0;
+    if (tail) {
+        shared.tail = s;
+        shared.has_tail = true;
+    } else {
+        shared.head = s;
+        shared.has_head = true;
+    }
+    float4 *slot = linear_slot<NT, R>(p, walk.cta, tail);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            if (s.m0 + 8 * j < s.m_end)
+                __stcg(slot + (r * (NT / 8) + j) * 32,
+                       make_float4(acc[r][4 * j], acc[r][4 * j + 1], acc[r][4 * j + 2],
+                                   acc[r][4 * j + 3]));
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter(p, walk.holder(s.line)), 1);
+}
+
+// This CTA's part of a shared tile: every n-th group of eight x rows of a block.
+template <typename T, int NT, int R>
+__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const linear_walk<NT> &walk,
+                                                     const linear_segment &s, float *stage) {
+    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+    const bool gated = R > 1 && p.paired;
+    int32_t *counter = linear_counter(p, owner);
+    while (counter_read(counter) < n) {}
+    __syncwarp();
+    const int groups_m = min(NT / 8, (s.m_end - s.m0 + 7) / 8);
+    const int groups = (gated ? R / 2 : R) * groups_m;
+    for (int g = walk.cta - owner; g < groups; g += n) {
+        const int r = g / groups_m * (gated ? 2 : 1), j = g % groups_m;
+        const linear_place at = linear_place_of<R>(p, s, r);
+        if (!at.there) continue;
+        float c[8] = {};
+#pragma unroll 4
+        for (int i = 0; i < n; i++) {
+            const float4 *slot =
+                linear_slot<NT, R>(p, owner + i, i == 0) + (r * (NT / 8) + j) * 32;
+            const float4 v = __ldcg(slot);
+            c[0] += v.x, c[1] += v.y, c[2] += v.z, c[3] += v.w;
+            if (!gated) continue;
+            const float4 u = __ldcg(slot + NT / 8 * 32);
+            c[4] += u.x, c[5] += u.y, c[6] += u.z, c[7] += u.w;
+        }
+        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+        if (gated)
+            linear_emit<T, true>(
+                p, s.m0 + 8 * j, s.m_end, at.col, c, c + 4, o,
+                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows),
+                stage);
+        else
+            linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, c, c, o, o, stage);
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0 && atomicAdd(counter + 1, 1) == n - 1) {
+        counter[0] = 0; // for the next launch, which writes after this one has ended
+        counter[1] = 0;
+    }
+}
+
+template <typename T, int NT, int R>
+__device__ __forceinline__ void linear_finish_all(const linear_args &p, const linear_walk<NT> &walk,
+                                                  const linear_shared &shared, float *stage) {
+    if (shared.has_head) linear_finish_shared<T, NT, R>(p, walk, shared.head, stage);
+    if (shared.has_tail) linear_finish_shared<T, NT, R>(p, walk, shared.tail, stage);
 }
 #endif

@@ -15,46 +15,43 @@
 #include <cuda.h>
 
 // The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup, units of a step,
-// scale granules of a unit (0: none), KB of shared memory for the stages, CTAs that fit an SM.
-#define HOPPER_TILES_4(X, F, T, S)                                                                 \
-    X(F, T, 8, 1, 4, S, 100, 2)                                                                    \
-    X(F, T, 8, 2, 2, S, 100, 2)                                                                    \
-    X(F, T, 16, 1, 4, S, 100, 2)                                                                   \
-    X(F, T, 16, 2, 2, S, 100, 2)                                                                   \
-    X(F, T, 32, 2, 2, S, 210, 1)                                                                   \
-    X(F, T, 64, 2, 2, S, 210, 1)                                                                   \
-    X(F, T, 64, 4, 1, S, 210, 1)                                                                   \
-    X(F, T, 128, 2, 1, S, 210, 1)                                                                  \
-    X(F, T, 256, 1, 2, S, 210, 1)
-#define HOPPER_TILES_8(X, F, T, S)                                                                 \
-    X(F, T, 8, 2, 1, S, 100, 2)                                                                    \
-    X(F, T, 16, 2, 1, S, 100, 2)                                                                   \
-    X(F, T, 32, 2, 1, S, 210, 1)                                                                   \
-    X(F, T, 64, 2, 1, S, 210, 1)                                                                   \
-    X(F, T, 64, 4, 1, S, 210, 1)                                                                   \
-    X(F, T, 128, 2, 1, S, 210, 1)                                                                  \
-    X(F, T, 256, 1, 2, S, 210, 1)
-#define HOPPER_TILES_16(X, F, T, S)                                                                \
-    X(F, T, 8, 2, 1, S, 100, 2)                                                                    \
-    X(F, T, 16, 2, 1, S, 100, 2)                                                                   \
-    X(F, T, 32, 2, 1, S, 210, 1)                                                                   \
-    X(F, T, 64, 2, 1, S, 210, 1)                                                                   \
-    X(F, T, 128, 2, 1, S, 210, 1)                                                                  \
-    X(F, T, 256, 1, 2, S, 210, 1)
+// scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs of the grid an SM.
+#define HOPPER_TILES_4(X, F, T, G)                                                                 \
+    X(F, T, 8, 1, 4, G, 100, 2, 1)                                                                 \
+    X(F, T, 8, 2, 2, G, 100, 2, 2)                                                                 \
+    X(F, T, 16, 1, 4, G, 100, 2, 1)                                                                \
+    X(F, T, 16, 2, 2, G, 100, 2, 2)                                                                \
+    X(F, T, 32, 1, 2, G, 210, 1, 1)                                                                \
+    X(F, T, 32, 2, 2, G, 210, 1, 1)                                                                \
+    X(F, T, 64, 1, 2, G, 210, 1, 1)                                                                \
+    X(F, T, 64, 2, 2, G, 210, 1, 1)                                                                \
+    X(F, T, 128, 1, 2, G, 210, 1, 1)                                                               \
+    X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
+    X(F, T, 256, 1, 2, G, 210, 1, 1)
+#define HOPPER_TILES_8(X, F, T, G)                                                                 \
+    X(F, T, 8, 2, 1, G, 100, 2, 2)                                                                 \
+    X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
+    X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
+    X(F, T, 64, 2, 1, G, 210, 1, 1)                                                                \
+    X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
+    X(F, T, 256, 1, 2, G, 210, 1, 1)
+#define HOPPER_TILES_16(X, F, T, G) HOPPER_TILES_8(X, F, T, G)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
-    HOPPER_TILES_4(X, INT4, F16, 1)                                                                \
-    HOPPER_TILES_4(X, INT4, BF16, 1)                                                               \
-    HOPPER_TILES_4(X, INT4, F16, 2)                                                                \
-    HOPPER_TILES_4(X, INT4, BF16, 2)                                                               \
-    HOPPER_TILES_4(X, MXFP4, F16, 2)                                                               \
-    HOPPER_TILES_4(X, MXFP4, BF16, 2)                                                              \
+    HOPPER_TILES_4(X, INT4, F16, 128)                                                              \
+    HOPPER_TILES_4(X, INT4, BF16, 128)                                                             \
+    HOPPER_TILES_4(X, INT4, F16, 64)                                                               \
+    HOPPER_TILES_4(X, INT4, BF16, 64)                                                              \
+    HOPPER_TILES_4(X, INT4, F16, 32)                                                               \
+    HOPPER_TILES_4(X, INT4, BF16, 32)                                                              \
+    HOPPER_TILES_4(X, MXFP4, F16, 32)                                                              \
+    HOPPER_TILES_4(X, MXFP4, BF16, 32)                                                             \
     HOPPER_TILES_8(X, INT8, F16, 0)                                                                \
     HOPPER_TILES_8(X, INT8, BF16, 0)                                                               \
     HOPPER_TILES_8(X, FP8, F16, 0)                                                                 \
     HOPPER_TILES_8(X, FP8, BF16, 0)                                                                \
-    HOPPER_TILES_8(X, FP8B, F16, 1)                                                                \
-    HOPPER_TILES_8(X, FP8B, BF16, 1)                                                               \
+    HOPPER_TILES_8(X, FP8B, F16, 128)                                                              \
+    HOPPER_TILES_8(X, FP8B, BF16, 128)                                                             \
     HOPPER_TILES_16(X, 16, F16, 0)                                                                 \
     HOPPER_TILES_16(X, 16, BF16, 0)
 #endif
@@ -76,10 +73,11 @@ __host__ __device__ constexpr int granule_bytes(int f) {
 }
 
 // Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, row ids.
-template <int F, int NT, int R, int KU, int S, int KB> struct tile {
+template <int F, int NT, int R, int KU, int G, int KB> struct tile {
     static constexpr int unit = 512 * code_bits(F); // bytes of a block
     static constexpr int code = 2 * R * KU * unit, x = KU * NT * 128;
-    static constexpr int scale_block = S * KU * granule_bytes(F), scale = 2 * R * scale_block;
+    static constexpr int rows = G ? (KU * 64 + G - 1) / G : 0; // granules of a step
+    static constexpr int scale_block = rows * granule_bytes(F), scale = 2 * R * scale_block;
     static constexpr int turn = LINEAR_WARPS * LINEAR_STAGE_FLOATS * 4;
     static constexpr int fixed = turn + 1024 + 256 + NT * 4;
     static constexpr int fit = (KB * 1024 - fixed) / (code + x + scale + 16);
@@ -93,8 +91,8 @@ template <int F, int NT, int R, int KU, int S, int KB> struct tile {
 
 // The loading warps: lane i < 2 R of the first copies the codes of block i and never waits for the kernel
 // before; of the second its scales, and lane 16 the tiles of x. Gathered rows are copied by all of them.
-template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders> struct producer {
-    using L = tile<F, NT, R, KU, S, KB>;
+template <typename T, int F, int NT, int R, int KU, int G, int KB, int kLoaders> struct producer {
+    using L = tile<F, NT, R, KU, G, KB>;
     const linear_args &p;
     const CUtensorMap *map;
     uint8_t *rows_at;
@@ -112,7 +110,7 @@ template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders>
             const int lane = thread % 32, slot = lane % (2 * R);
             const int32_t b = linear_block<R>(p, s.tile_n, slot / R, slot % R);
             blocks = __popc(__ballot_sync(~0u, lane < 2 * R && b < p.blocks));
-            valid = lane < 2 * R && b < p.blocks && (S || thread < 32);
+            valid = lane < 2 * R && b < p.blocks && (G || thread < 32);
             from = thread < 32 ? p.code + s.expert * p.code_bytes + (int64_t)b * p.units * L::unit
                                : p.scale + s.expert * p.scale_bytes +
                                      (int64_t)b * p.granules * p.granule_bytes;
@@ -126,11 +124,16 @@ template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders>
         asm volatile("bar.sync 1, %0;" ::"n"(kLoaders) : "memory");
     }
 
+    static constexpr int kGranule = G ? G : 64;
+    static __device__ int granules(int unit0, int n) {
+        if (!G) return 0;
+        return ((unit0 + n) * 64 + kGranule - 1) / kGranule - unit0 * 64 / kGranule;
+    }
+
     // Codes of a step; all its bytes are announced here.
     __device__ void codes(int step, int stage) const {
         const int unit0 = step * KU, n = KU == 1 ? 1 : min(KU, p.units - unit0);
-        const int row0 = S ? unit0 * 64 >> p.granule_shift : 0;
-        const int rows = S ? (((unit0 + n) * 64 + p.granule - 1) >> p.granule_shift) - row0 : 0;
+        const int rows = granules(unit0, n);
         if (thread == 16)
             barrier_arrive_expect(full + stage * 8,
                                   blocks * (n * L::unit + rows * p.granule_bytes) +
@@ -141,10 +144,9 @@ template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders>
     }
 
     __device__ void scales(int step, int stage) const {
-        if (!S) return;
+        if (!G) return;
         const int unit0 = step * KU, n = KU == 1 ? 1 : min(KU, p.units - unit0);
-        const int row0 = unit0 * 64 >> p.granule_shift;
-        const int rows = (((unit0 + n) * 64 + p.granule - 1) >> p.granule_shift) - row0;
+        const int row0 = unit0 * 64 / kGranule, rows = granules(unit0, n);
         if (valid)
             copy_bulk(to + stage * L::scale, from + (uint32_t)(row0 * p.granule_bytes),
                       rows * p.granule_bytes, full + stage * 8, policy);
@@ -178,7 +180,7 @@ template <typename T, int F, int NT, int R, int KU, int S, int KB, int kLoaders>
     __device__ void run(const int32_t *tile_start) {
         linear_segment s;
         int ahead = 0; // steps whose scales were asked for before the kernel before had ended
-        if (!p.x_row && !tile_start && S && thread >= 32) {
+        if (!p.x_row && !tile_start && G && thread >= 32) {
             linear_walk<NT> walk(p, tile_start);
             while (ahead < L::stages && walk.next(s)) {
                 begin(s);
@@ -210,14 +212,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
 }
 __device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __half) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
                  "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __nv_bfloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
                  "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -250,10 +252,10 @@ __device__ __forceinline__ void load_inputs(uint32_t (&b)[4][NT / 8][2], uint32_
     }
 }
 
-template <typename T, int F, int NT, int R, int KU, int S, int KB, int kCtas>
+template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
-    using L = tile<F, NT, R, KU, S, KB>;
+    using L = tile<F, NT, R, KU, G, KB>;
     constexpr int bits = code_bits(F);
     constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
     extern __shared__ uint8_t shared[];
@@ -280,27 +282,28 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     }
 
     if (warp >= LINEAR_WARPS) {
-        if (kCtas == 1) registers_down<88>();
+        if (kCtas == 1) registers_down<72>();
         const int thread = threadIdx.x - 32 * LINEAR_WARPS;
         if (thread >= 64 && !p.x_row) return;
-        producer<T, F, NT, R, KU, S, KB, loaders(kCtas)> load = {
+        producer<T, F, NT, R, KU, G, KB, loaders(kCtas)> load = {
             p, &map, base + L::at_rows, base_at, full, empty,
             NT <= 64 ? policy_evict_first() : policy_evict_normal(), thread};
         load.run(tile_start);
         return;
     }
 
-    if (kCtas == 1) registers_up<208>();
+    if (kCtas == 1) registers_up<216>();
     wait_for_previous();
     linear_walk<NT> walk(p, tile_start);
     linear_segment s;
+    linear_shared later = {};
+    float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
     const int wg = warp / 4, strip = warp % 4;
     // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
     uint32_t code_in = wg * R * KU * L::unit + strip * (L::unit / 4) + lane * 16;
     int place = strip * 16 + lane / 4 * 2;
     uint32_t scale_in = base_at + L::at_scale + wg * R * L::scale_block;
     asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
-    const bool wide_granule = p.granule == 128;
     const bool sym = p.sym;
     const int granule_stride = p.granule_bytes;
     int stage = 0, parity = 0;
@@ -308,66 +311,70 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     while (walk.next(s)) {
         constexpr bool kMma = NT <= kMmaRows;
         float acc[R][NT / 2] = {};
-        float odd[kMma ? R : 1][kMma ? NT / 2 : 1] = {}; // odd atoms, for shorter chains of mma.sync
+        constexpr bool kOdd = kMma && R == 1; // odd atoms apart, for shorter chains of mma.sync
+        float odd[kOdd ? NT / 2 : 1] = {};
         uint32_t a[2][4][4];
         int last = -1; // the stage that the wgmmas in flight may still read
         for (int step = s.step0; step < s.step1; step++) {
             const int units = KU == 1 ? 1 : min(KU, p.units - step * KU);
             barrier_wait(full + stage * 8, parity);
             if (p.x_row) proxy_fence();
-            const uint32_t code = stage_at + code_in;
-            const uint32_t x = stage_at + L::code;
-            dequant_scales scales[R];
+            const uint32_t code = stage_at + code_in, x = stage_at + L::code;
+            const auto compute = [&](const int n) { // n units, constant but in a tile's last step
+                dequant_scales scales[R];
+                uint4 chunk[2][kChunks];
+                const auto load = [&](int i) { // i = u R + r
 #pragma unroll
-            for (int u = 0; u < KU; u++) {
-                if (KU == 1 || u < units) {
-                    uint4 chunk[R][kChunks];
+                    for (int c = 0; c < kChunks; c++)
+                        chunk[i % 2][c] =
+                            shared_u128(code + (i % R * KU + i / R) * L::unit + c * 512);
+                };
+                load(0);
 #pragma unroll
-                    for (int r = 0; r < R; r++)
-#pragma unroll
-                        for (int c = 0; c < kChunks; c++)
-                            chunk[r][c] = shared_u128(code + (r * KU + u) * L::unit + c * 512);
-                    if (S == 1 && (u % 2 == 0 || !wide_granule)) {
-                        const uint32_t row = wide_granule ? u / 2 : u;
-#pragma unroll
-                        for (int r = 0; r < R; r++)
-                            dequant_load_scales<T, F>(
-                                scales[r], scale_at + r * L::scale_block + row * granule_stride,
-                                place, sym);
-                    }
-                    uint32_t b[4][NT <= 16 ? NT / 8 : 1][2];
+                for (int u = 0; u < KU; u++) {
+                    if (u < n) {
+                    uint32_t b[4][kMma ? NT / 8 : 1][2];
                     if constexpr (kMma) load_inputs<NT>(b, x + u * NT * 128, lane);
 #pragma unroll
                     for (int r = 0; r < R; r++) {
-                        uint32_t(&f)[4][4] = a[(u * R + r) % 2];
-                        const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk[r]);
+                        constexpr int kRows = G && G < 64 ? 64 / G : 1; // granules of a unit
+                        const int i = u * R + r;
+                        uint32_t(&f)[4][4] = a[i % 2];
+                        const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk[i % 2]);
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
-                            if (S > 1 && j * S % 4 == 0)
-                                dequant_load_scales<T, F>(scales[r],
-                                                          scale_at + r * L::scale_block +
-                                                              (u * S + j * S / 4) * granule_stride,
-                                                          place, sym);
+                            if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
+                                dequant_load_scales<T, F>(
+                                    scales[r],
+                                    scale_at + r * L::scale_block +
+                                        (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
+                                            granule_stride,
+                                    place, sym);
                             dequant_word<T, F>(f[j], word + j * bits / 4, scales[r]);
                             if constexpr (kMma)
 #pragma unroll
-                                for (int i = 0; i < NT / 8; i++)
-                                    multiply(j % 2 ? &odd[r][4 * i] : &acc[r][4 * i], f[j], b[j][i][0],
-                                             b[j][i][1], T{});
+                                for (int t = 0; t < NT / 8; t++)
+                                    multiply(kOdd && j % 2 ? &odd[4 * t] : &acc[r][4 * t], f[j], b[j][t][0],
+                                             b[j][t][1], T{});
                         }
-                        if constexpr (kMma) continue;
-                        group_fence();
+                        if (i + 1 < KU * R && (r + 1 < R || u + 1 < n)) load(i + 1);
+                        if constexpr (!kMma) {
+                            group_fence();
 #pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            multiply_group<T, NT>::run(acc[r], f[j],
-                                                       group_descriptor(x + u * NT * 128 + 32 * j));
-                        group_commit();
-                        group_wait<1>();
-                        if (u == 0 && r == 0 && last >= 0 && lane == 0)
-                            barrier_arrive(empty + last * 8);
+                            for (int j = 0; j < 4; j++)
+                                multiply_group<T, NT>::run(
+                                    acc[r], f[j], group_descriptor(x + u * NT * 128 + 32 * j));
+                            group_commit();
+                            group_wait<1>();
+                            if (i == 0 && last >= 0 && lane == 0) barrier_arrive(empty + last * 8);
+                        }
+                    }
                     }
                 }
-            }
+            };
+            // Twice for mma.sync, whose code without branches overlaps units; wgmma wants one place.
+            if (KU == 1 || (kMma && units == KU)) compute(KU);
+            else compute(units);
             if constexpr (kMma) {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + stage * 8);
@@ -382,22 +389,22 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                 scale_at = scale_in;
             }
         }
-        if constexpr (kMma) {
+        if constexpr (kOdd) {
 #pragma unroll
-            for (int r = 0; r < R; r++)
-#pragma unroll
-                for (int i = 0; i < NT / 2; i++) acc[r][i] += odd[r][i];
-        } else {
+            for (int i = 0; i < NT / 2; i++) acc[0][i] += odd[i];
+        }
+        if constexpr (!kMma) {
             group_wait<0>();
 #pragma unroll
             for (int r = 0; r < R; r++) group_pin(acc[r]);
         }
         if (last >= 0 && lane == 0) barrier_arrive(empty + last * 8);
-        if (linear_exchange<NT, R>(acc, p, walk, s))
-            linear_finish<T, NT, R>(
-                acc, p, s,
-                reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS);
+        if (s.step1 - s.step0 == p.steps)
+            linear_finish<T, NT, R>(acc, p, s, turn);
+        else
+            linear_deposit<NT, R>(acc, p, walk, s, later);
     }
+    linear_finish_all<T, NT, R>(p, walk, later, turn);
 }
 
 using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
@@ -428,15 +435,15 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows) {
     return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of x: error %d", (int)r);
 }
 
-template <typename T, int F, int NT, int R, int KU, int S, int KB, int kCtas>
+template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 status launch(const linear_args *args, int32_t ctas, kernel_stream stream) {
-    const auto kernel = linear_hopper<T, F, NT, R, KU, S, KB, kCtas>;
+    const auto kernel = linear_hopper<T, F, NT, R, KU, G, KB, kCtas>;
     CUtensorMap map = {};
     if (!args->x_row) {
         const status st = encode_x(&map, args, half_pair<T>::bf16, NT);
         if (st != ST_OK) return st;
     }
-    constexpr int bytes = tile<F, NT, R, KU, S, KB>::bytes;
+    constexpr int bytes = tile<F, NT, R, KU, G, KB>::bytes;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -454,9 +461,8 @@ status launch(const linear_args *args, int32_t ctas, kernel_stream stream) {
 
 #define T_F16 __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, NT, R, KU, S, KB, CTAS)                                                          \
-    {"hopper_" #NT "x" #R, 90, 90, WF_##F, DT_##T, NT, 2 * R, KU, S ? (S == 1 ? 64 : 64 / S) : 0,  \
-     S ? (S == 1 ? 128 : 64 / S) : 0, 1, launch<T_##T, WF_##F, NT, R, KU, S, KB, CTAS>},
+#define ROW(F, T, NT, R, KU, G, KB, CTAS, GRID)                                                          \
+    {"hopper_" #NT "x" #R, 90, 90, WF_##F, DT_##T, NT, 2 * R, KU, G, G, GRID, launch<T_##T, WF_##F, NT, R, KU, G, KB, CTAS>},
 const linear_variant rows[] = {HOPPER_INSTANCES(ROW)};
 
 } // namespace
