@@ -14,16 +14,19 @@
 // Rows of K and columns of V come from shared memory by ldmatrix on raw bytes. A lane then holds 2 or 4
 // neighbouring codes; which dims those are is undone by permuting q once, and the result at the end.
 //
-// A block is four consumer warps and a producer warp that keeps a ring of units (UT tokens of K, V and
-// parameters) full, running ahead over all the block's work items. Each unit is consumed by one warp; at
-// the end of an item the four warps' results are joined through shared memory. Of a sequence in several
-// parts the block that finishes last adds them, in order.
+// A block is four consumer warps, a producer warp that keeps a ring of units (UT tokens of K, V and
+// parameters) full, running ahead over all the block's work items, and a warp that joins. Each unit is
+// consumed by one warp; at the end of an item the four leave their results in shared memory and go on to
+// the next, while the joining warp adds them up. Of a sequence in several parts the block that finishes
+// last adds the parts, in order. What a consumer needs of an item (q, the part) comes through shared
+// memory as well: an item of 256 tokens takes 1.5 us, so no latency of global memory may lie in its way.
 #include "attention_device.cuh"
 
 namespace {
 
 constexpr int kConsumers = 4;
-constexpr int kThreads = 32 * (kConsumers + 1);
+constexpr int kThreads = 32 * (kConsumers + 2);
+constexpr int kItems = 2; // items whose q, or whose results, are in shared memory at a time
 
 struct decode_arguments {
     void *out;        // [T, H D]
@@ -41,14 +44,12 @@ struct decode_arguments {
     float scale;                             // times log2(e)
     int stages, stage_bytes;
     int v_at, k_param_at, v_param_at; // within a stage
+    int rows;                         // heads of a tile that exist: min(8 NT, ratio)
+    int q_at, joint_at, barriers_at;  // in block memory, after the ring
 };
 
 __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
     return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[at]) : __half2float(((const __half *)p)[at]);
-}
-
-__device__ __forceinline__ void consumers_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumers) : "memory");
 }
 
 // --- Codes to fp16 pairs ------------------------------------------------------------------------
@@ -103,17 +104,17 @@ __device__ __forceinline__ float2 pair16(uint32_t x, bool bf16) {
 }
 
 template <int D, int NT, kv_format F, typename T>
-__device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a, int64_t at,
-                                           int head0, int lane) {
+__device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a,
+                                           const uint8_t *from, int n_heads, int lane) {
     const int column = lane / 4, quarter = lane % 4;
     // This lane's dims, two to a word: of k-step i words 2 i and 2 i + 1, or with nibbles eight
     // neighbours of two k-steps in words 4 (i / 2) .. + 3.
     uint32_t raw[NT][D / 8];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        const int h = head0 + n * 8 + column;
-        const uint16_t *row = (const uint16_t *)a.qkv + at + (int64_t)min(h, a.ratio - 1) * D;
-        const uint32_t keep = h < a.ratio ? ~0u : 0u;
+        const int h = n * 8 + column;
+        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * (2 * D + 16));
+        const uint32_t keep = h < n_heads ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             if (F == KF_16) {
@@ -186,28 +187,32 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
     constexpr int STEPS = F == KF_16 ? 1 : F == KF_4 ? 4 : 2; // k-steps of a pair of pieces
     const uint32_t lane_at = lane_offset<ROW, true>(lane);
 #pragma unroll
-    for (int m = 0; m < UT / 16; m++) {
+    for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[m][n][i] = 0.f;
 #pragma unroll
-        for (int pair = 0; pair < ROW / 32; pair++) {
-            uint32_t r[4];
-            load_matrices(r, k_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+    for (int pair = 0; pair < ROW / 32; pair++) {
+        uint32_t r[UT / 16][4]; // tiles side by side: their products do not wait for each other
 #pragma unroll
-            for (int i = 0; i < STEPS; i++) {
+        for (int m = 0; m < UT / 16; m++)
+            load_matrices(r[m], k_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+#pragma unroll
+            for (int m = 0; m < UT / 16; m++) {
                 uint32_t x[4];
                 if (F == KF_16) {
-                    x[0] = r[0], x[1] = r[1], x[2] = r[2], x[3] = r[3];
+                    x[0] = r[m][0], x[1] = r[m][1], x[2] = r[m][2], x[3] = r[m][3];
                 } else if (F == KF_4) {
-                    const uint32_t lo = i % 2 ? r[i / 2 * 2] >> 8 : r[i / 2 * 2];
-                    const uint32_t hi = i % 2 ? r[i / 2 * 2 + 1] >> 8 : r[i / 2 * 2 + 1];
+                    const uint32_t lo = i % 2 ? r[m][i / 2 * 2] >> 8 : r[m][i / 2 * 2];
+                    const uint32_t hi = i % 2 ? r[m][i / 2 * 2 + 1] >> 8 : r[m][i / 2 * 2 + 1];
                     x[0] = lo & 0x000f000fu, x[1] = hi & 0x000f000fu;
                     x[2] = lo & 0x00f000f0u, x[3] = hi & 0x00f000f0u;
                 } else {
-                    x[0] = bytes_even<F>(r[i * 2]), x[1] = bytes_even<F>(r[i * 2 + 1]);
-                    x[2] = bytes_odd<F>(r[i * 2]), x[3] = bytes_odd<F>(r[i * 2 + 1]);
+                    x[0] = bytes_even<F>(r[m][i * 2]), x[1] = bytes_even<F>(r[m][i * 2 + 1]);
+                    x[2] = bytes_odd<F>(r[m][i * 2]), x[3] = bytes_odd<F>(r[m][i * 2 + 1]);
                 }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
@@ -215,7 +220,6 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
                     mma<T>(s[m][n], x[0], x[1], x[2], x[3], b[0], b[1]);
                 }
             }
-        }
     }
 }
 
@@ -430,36 +434,34 @@ __device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo,
 
 // --- Joining ------------------------------------------------------------------------------------------
 
-// Block memory after the ring.
-template <int D, int NT> struct alignas(16) joint {
-    float acc[kConsumers][8 * NT][D + 4]; // + 4: the four columns of a quarter fall into other banks
-    float m[kConsumers][8 * NT], l[kConsumers][8 * NT];
-    int arrived;
-};
+// Results of the four warps: acc [4, rows, D + 4] (+ 4: the columns of a quarter fall into other banks), then
+// (m, l) [4, rows].
+template <int D> __host__ __device__ constexpr int joint_floats(int rows) {
+    return kConsumers * rows * (D + 4 + 2);
+}
 
 template <int D, int NT>
-__device__ __forceinline__ void put_joint(joint<D, NT> *to, state<D, NT> &st,
-                                          const decode_arguments &a, int n_heads, int warp, int lane) {
+__device__ __forceinline__ void put_joint(float *to, state<D, NT> &st, const decode_arguments &a,
+                                          int n_heads, int warp, int lane) {
     const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(a.v), odd = a.v == KF_4 ? unit / 16 : unit;
+    float2 *ml = (float2 *)(to + kConsumers * a.rows * (D + 4)) + warp * a.rows;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const int h = n * 8 + quarter * 2 + j;
             const float l = column_sum(st.l[n][j]);
-            const float z = column_sum(st.z[n][j]) + st.middle[n][j] * unit;
+            const float z = a.v == KF_16 ? 0.f : column_sum(st.z[n][j]) + st.middle[n][j] * unit;
             if (h >= n_heads) continue;
-            if (row == 0) {
-                to->m[warp][h] = st.m[n][j];
-                to->l[warp][h] = l;
-            }
+            if (row == 0) ml[h] = make_float2(st.m[n][j], l);
+            float *acc = to + (warp * a.rows + h) * (D + 4);
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 int d0, d1;
                 rows_of(a.v, i, row, &d0, &d1);
-                to->acc[warp][h][d0] = a.v == KF_16 ? st.acc[i][n][j] : st.acc[i][n][j] * unit + z;
-                to->acc[warp][h][d1] = a.v == KF_16 ? st.acc[i][n][j + 2] : st.acc[i][n][j + 2] * odd + z;
+                acc[d0] = a.v == KF_16 ? st.acc[i][n][j] : st.acc[i][n][j] * unit + z;
+                acc[d1] = a.v == KF_16 ? st.acc[i][n][j + 2] : st.acc[i][n][j + 2] * odd + z;
             }
         }
 }
@@ -477,23 +479,33 @@ __device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, i
     *(uint2 *)((uint16_t *)a.out + at) = packed;
 }
 
-// Four warps' results of an item to one; out, or a partial result, or (last part to arrive) the sum of all.
-template <int D, int NT>
-__device__ __forceinline__ void join(joint<D, NT> *from, const decode_arguments &a,
+// Of one warp: four warps' results of an item to one; out, or a partial result, or (last part to arrive) the
+// sum of all.
+template <int D>
+__device__ __forceinline__ void join(const float *from, const decode_arguments &a,
                                      const attention_part &part, int head0, int n_heads, int n_warps,
-                                     int thread) {
+                                     int lane) {
     constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
     const int H = a.n_heads;
     const bool whole = part.n_parts == 1;
-    for (int i = thread; i < n_heads * (D / 4); i += 32 * kConsumers) {
+    const float2 *ml = (const float2 *)(from + kConsumers * a.rows * (D + 4));
+#pragma unroll 2
+    for (int i = lane; i < n_heads * (D / 4); i += 32) {
         const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
+        float2 w[kConsumers];
         float m = -INFINITY, l = 0.f;
-        for (int w = 0; w < n_warps; w++) m = fmaxf(m, from->m[w][h]);
+#pragma unroll
+        for (int k = 0; k < kConsumers; k++) {
+            w[k] = k < n_warps ? ml[k * a.rows + h] : make_float2(-INFINITY, 0.f);
+            m = fmaxf(m, w[k].x);
+        }
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int w = 0; w < n_warps; w++) {
-            const float f = exp2_approx(from->m[w][h] - m);
-            const float4 y = *(const float4 *)&from->acc[w][h][d];
-            l += from->l[w][h] * f;
+#pragma unroll
+        for (int k = 0; k < kConsumers; k++) {
+            if (k >= n_warps) continue;
+            const float f = exp2_approx(w[k].x - m);
+            const float4 y = *(const float4 *)(from + (k * a.rows + h) * (D + 4) + d);
+            l += w[k].y * f;
             x.x += y.x * f, x.y += y.y * f, x.z += y.z * f, x.w += y.w * f;
         }
         if (whole) {
@@ -504,30 +516,50 @@ __device__ __forceinline__ void join(joint<D, NT> *from, const decode_arguments 
             if (d == 0) *(float2 *)(to + D) = make_float2(m, l);
         }
     }
-    if (whole) return;
-    __threadfence();
-    consumers_sync();
+}
+
+// After join of one of several parts: count it; the last one adds all.
+template <int D>
+__device__ __forceinline__ void join_parts(const decode_arguments &a, const attention_part &part,
+                                           int head0, int n_heads, int lane) {
+    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA, BATCH = 8;
+    const int H = a.n_heads;
     int32_t *counter = (int32_t *)(a.partial + ((int64_t)part.slot * H + head0) * STRIDE + D + 2);
-    if (thread == 0) from->arrived = atomicAdd(counter, 1);
-    consumers_sync();
-    if (from->arrived != part.n_parts - 1) return;
     __threadfence();
-    if (thread == 0) *counter = 0;
-    for (int i = thread; i < n_heads * (D / 4); i += 32 * kConsumers) {
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) arrived = atomicAdd(counter, 1);
+    if (__shfl_sync(~0u, arrived, 0) != part.n_parts - 1) return;
+    __threadfence();
+    if (lane == 0) *counter = 0;
+    for (int i = lane; i < n_heads * (D / 4); i += 32) {
         const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
         const float *first = a.partial + ((int64_t)part.slot * H + head) * STRIDE;
         const int64_t step = (int64_t)H * STRIDE; // from part to part
         float m = -INFINITY, l = 0.f;
-#pragma unroll 8
-        for (int k = 0; k < part.n_parts; k++) m = fmaxf(m, __ldcg(first + k * step + D));
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-        for (int k = 0; k < part.n_parts; k++) {
-            const float2 ml = __ldcg((const float2 *)(first + k * step + D));
-            const float4 y = __ldcg((const float4 *)(first + k * step + d));
-            const float f = exp2_approx(ml.x - m);
-            l += ml.y * f;
-            x.x += y.x * f, x.y += y.y * f, x.z += y.z * f, x.w += y.w * f;
+        for (int k0 = 0; k0 < part.n_parts; k0 += BATCH) {
+            float2 w[BATCH];
+            float4 y[BATCH];
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) {
+                const float *at = first + min(k0 + k, part.n_parts - 1) * step;
+                w[k] = __ldcg((const float2 *)(at + D));
+                y[k] = __ldcg((const float4 *)(at + d));
+            }
+            float next = m;
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) next = fmaxf(next, w[k].x);
+            const float shrink = exp2_approx(m - next);
+            m = next;
+            l *= shrink;
+            x.x *= shrink, x.y *= shrink, x.z *= shrink, x.w *= shrink;
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) {
+                const float f = k0 + k < part.n_parts ? exp2_approx(w[k].x - m) : 0.f;
+                l += w[k].y * f;
+                x.x += y[k].x * f, x.y += y[k].y * f, x.z += y[k].z * f, x.w += y[k].w * f;
+            }
         }
         put_out(a, ((int64_t)part.row * H + head) * D + d, head, x, m, l);
     }
@@ -535,91 +567,129 @@ __device__ __forceinline__ void join(joint<D, NT> *from, const decode_arguments 
 
 // --- The kernel -----------------------------------------------------------------------------------------
 
-// Fill the ring with the units of all this block's items, in order.
-template <int UT, bool BULK>
-__device__ __forceinline__ void produce(const decode_arguments &a, uint32_t ring, uint32_t full,
-                                        uint32_t empty, int lane) {
-    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
-    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
+// Barriers in block memory.
+struct barriers {
+    uint32_t at;
+    int stages;
+    __device__ uint32_t full(int i) const { return at + 8 * i; }
+    __device__ uint32_t empty(int i) const { return at + 8 * (stages + i); }
+    __device__ uint32_t q_full(int i) const { return at + 8 * (2 * stages + i); }
+    __device__ uint32_t q_empty(int i) const { return at + 8 * (2 * stages + kItems + i); }
+    __device__ uint32_t joint_full(int i) const { return at + 8 * (2 * stages + 2 * kItems + i); }
+    __device__ uint32_t joint_empty(int i) const { return at + 8 * (2 * stages + 3 * kItems + i); }
+};
+
+// An item: a part, a KV head, a tile of its heads.
+struct item_place {
+    int part, g, head0; // head0 within the group
+};
+__device__ __forceinline__ item_place place_of(const decode_arguments &a, int item, int tile_heads) {
+    item_place p;
+    p.part = item / a.n_tiles / a.n_kv_heads;
+    p.g = item / a.n_tiles % a.n_kv_heads;
+    p.head0 = item % a.n_tiles * tile_heads;
+    return p;
+}
+template <int D, int NT> __host__ __device__ constexpr int q_slot_bytes() {
+    return 8 * NT * (2 * D + 16) + (int)sizeof(attention_part);
+}
+
+// One warp: keep the ring filled with the units of all this block's items, in order.
+template <int D, int NT, int UT, bool BULK>
+__device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memory, const barriers &bar,
+                                        const attention_part *parts, int n_items, int lane) {
+    const uint32_t ring = shared_at(memory);
     const uint32_t k_bytes = a.v_at, v_bytes = a.k_param_at - a.v_at;
     const uint32_t k_param = UT * (a.k == KF_16 ? 0 : a.k == KF_FP8 ? 2 : 4);
     const uint32_t v_param = UT * (a.v == KF_16 ? 0 : a.v == KF_FP8 ? 2 : 4);
-    uint32_t slot = 0, parity = 1; // the first round finds every slot empty
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const attention_part *part = parts + item / a.n_tiles / a.n_kv_heads;
-        const int g = item / a.n_tiles % a.n_kv_heads;
-        const int begin = part->begin, n_units = (part->end - begin + UT - 1) / UT;
-        const int32_t *page = a.page + part->page_at;
-        for (int u0 = 0; u0 < n_units; u0 += 32) {
-            const int mine = u0 + lane < n_units ? page[(begin + (u0 + lane) * UT) / kPage] : 0;
-            for (int u = u0; u < min(u0 + 32, n_units); u++) {
-                const int in_page = (begin + u * UT) % kPage;
-                const uint8_t *base = a.base + __shfl_sync(~0u, mine, u - u0) * a.page_bytes;
-                const uint8_t *code = base + g * a.layout.head_bytes;
-                const uint8_t *param = base + a.layout.param_base + (int64_t)g * a.layout.param_bytes;
-                const uint8_t *from[4] = {code + in_page / UT * k_bytes,
-                                          code + a.layout.v_code + in_page / UT * v_bytes,
-                                          param + in_page / UT * k_param,
-                                          param + a.layout.v_param + in_page / UT * v_param};
-                const uint32_t to = ring + slot * a.stage_bytes;
-                const uint32_t at[4] = {to, to + a.v_at, to + a.k_param_at, to + a.v_param_at};
-                const uint32_t bytes[4] = {k_bytes, v_bytes, k_param, v_param};
-                barrier_wait(empty + slot * 8, parity);
-                if (BULK) {
-                    if (lane == 0) {
-                        barrier_expect(full + slot * 8, k_bytes + v_bytes + k_param + v_param);
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            if (bytes[i]) copy_bulk(at[i], from[i], bytes[i], full + slot * 8);
-                    }
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        for (uint32_t b = lane * 16; b < bytes[i]; b += 512)
-                            copy_async(at[i] + b, from[i] + b);
-                    copy_async_arrive(full + slot * 8);
-                }
-                if (++slot == (uint32_t)a.stages) slot = 0, parity ^= 1;
+    uint32_t slot = 0, parity = 1, n = 0; // the first round finds every slot empty
+    for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
+        const item_place at_item = place_of(a, item, 8 * NT);
+        const attention_part part = parts[at_item.part];
+        const int g = at_item.g, n_units = (part.end - part.begin + UT - 1) / UT;
+        const int32_t *page = a.page + part.page_at;
+        int mine = lane < n_units ? page[(part.begin + lane * UT) / kPage] : 0;
+
+        { // q of the item, a row a head, and the part
+            const uint32_t i = n % kItems, q_bar = bar.q_full(i);
+            uint8_t *q = memory + a.q_at + i * q_slot_bytes<D, NT>();
+            const int n_heads = min(8 * NT, a.ratio - at_item.head0);
+            const uint16_t *from = (const uint16_t *)a.qkv +
+                                   ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) +
+                                    g * a.ratio + at_item.head0) * D;
+            barrier_wait(bar.q_empty(i), n / kItems & 1 ^ 1);
+            if (lane == 0) *(attention_part *)(q + 8 * NT * (2 * D + 16)) = part;
+            if (BULK) {
+                if (lane == 0) barrier_expect(q_bar, n_heads * 2 * D);
+                __syncwarp();
+                if (lane < n_heads)
+                    copy_bulk(shared_at(q) + lane * (2 * D + 16), from + lane * D, 2 * D, q_bar);
+            } else {
+                for (int k = lane; k < n_heads * (D / 8); k += 32)
+                    copy_async(shared_at(q) + k / (D / 8) * (2 * D + 16) + k % (D / 8) * 16, from + k * 8);
+                copy_async_arrive(q_bar);
+                if (lane == 0) barrier_arrive(q_bar);
             }
+        }
+        for (int u = 0; u < n_units; u++) {
+            if (u && u % 32 == 0)
+                mine = u + lane < n_units ? page[(part.begin + (u + lane) * UT) / kPage] : 0;
+            const int in_page = (part.begin + u * UT) % kPage / UT;
+            const uint8_t *base = a.base + __shfl_sync(~0u, mine, u % 32) * a.page_bytes;
+            const uint8_t *code = base + g * a.layout.head_bytes;
+            const uint8_t *param = base + a.layout.param_base + (int64_t)g * a.layout.param_bytes;
+            const uint32_t to = ring + slot * a.stage_bytes, full = bar.full(slot);
+            barrier_wait(bar.empty(slot), parity);
+            if (BULK) {
+                if (lane == 0) {
+                    barrier_expect(full, k_bytes + v_bytes + k_param + v_param);
+                    copy_bulk(to, code + in_page * k_bytes, k_bytes, full);
+                    copy_bulk(to + a.v_at, code + a.layout.v_code + in_page * v_bytes, v_bytes, full);
+                    if (k_param)
+                        copy_bulk(to + a.k_param_at, param + in_page * k_param, k_param, full);
+                    if (v_param)
+                        copy_bulk(to + a.v_param_at, param + a.layout.v_param + in_page * v_param, v_param,
+                                  full);
+                }
+            } else {
+                for (uint32_t b = lane * 16; b < k_bytes; b += 512)
+                    copy_async(to + b, code + in_page * k_bytes + b);
+                for (uint32_t b = lane * 16; b < v_bytes; b += 512)
+                    copy_async(to + a.v_at + b, code + a.layout.v_code + in_page * v_bytes + b);
+                if (lane * 16 < k_param)
+                    copy_async(to + a.k_param_at + lane * 16, param + in_page * k_param + lane * 16);
+                if (lane * 16 < v_param)
+                    copy_async(to + a.v_param_at + lane * 16,
+                               param + a.layout.v_param + in_page * v_param + lane * 16);
+                copy_async_arrive(full);
+            }
+            if (++slot == (uint32_t)a.stages) slot = 0, parity ^= 1;
         }
     }
 }
 
-// LIGHT: neither K nor V is 16 bit, and T does not matter.
-template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
-__global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2) attend_decode(const decode_arguments a) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    joint<D, NT> *shared = (joint<D, NT> *)(memory + a.stages * a.stage_bytes);
-    const uint32_t ring = shared_at(memory), full = shared_at(shared + 1), empty = full + 8 * a.stages;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) {
-            barrier_init(full + 8 * i, BULK ? 1 : 32);
-            barrier_init(empty + 8 * i, 1);
-        }
-        fence_async_proxy();
-    }
-    __syncthreads();
-    if (warp == kConsumers) {
-        produce<UT, BULK>(a, ring, full, empty, lane);
-        return;
-    }
-
-    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
-    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
-    uint32_t base = 0; // units before this item
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const attention_part part = parts[item / a.n_tiles / a.n_kv_heads];
-        const int g = item / a.n_tiles % a.n_kv_heads, head0 = item % a.n_tiles * 8 * NT;
-        const int n_units = (part.end - part.begin + UT - 1) / UT;
-        const int64_t q_at = ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) + g * a.ratio) * D;
+template <int D, int NT, int UT, typename T, bool LIGHT>
+__device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memory, const barriers &bar,
+                                        int n_items, int warp, int lane) {
+    const uint32_t ring = shared_at(memory);
+    uint32_t base = 0, n = 0; // units, items before this one
+    for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
+        const uint32_t at = n % kItems, turn = n / kItems & 1;
+        const uint8_t *q_from = memory + a.q_at + at * q_slot_bytes<D, NT>();
+        const int head0 = item % a.n_tiles * 8 * NT, n_heads = min(8 * NT, a.ratio - head0);
+        barrier_wait(bar.q_full(at), turn);
+        const attention_part *part = (const attention_part *)(q_from + 8 * NT * (2 * D + 16));
+        const int begin = part->begin, end = part->end, lo = part->lo;
+        const int n_units = (end - begin + UT - 1) / UT;
         query<D, NT> q;
         if (!LIGHT && a.k == KF_16)
-            load_query<D, NT, KF_16, T>(q, a, q_at, head0, lane);
+            load_query<D, NT, KF_16, T>(q, a, q_from, n_heads, lane);
         else if (a.k == KF_4)
-            load_query<D, NT, KF_4, T>(q, a, q_at, head0, lane);
+            load_query<D, NT, KF_4, T>(q, a, q_from, n_heads, lane);
         else
-            load_query<D, NT, KF_8, T>(q, a, q_at, head0, lane);
+            load_query<D, NT, KF_8, T>(q, a, q_from, n_heads, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bar.q_empty(at));
 
         state<D, NT> st;
 #pragma unroll
@@ -638,8 +708,8 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2) attend_
         for (int u = warp; u < n_units; u += kConsumers) {
             const uint32_t count = base + u, slot = count % a.stages;
             const uint32_t stage = ring + slot * a.stage_bytes;
-            const int token0 = part.begin + u * UT;
-            barrier_wait(full + slot * 8, count / a.stages & 1);
+            const int token0 = begin + u * UT;
+            barrier_wait(bar.full(slot), count / a.stages & 1);
             float s[UT / 16][NT][4];
             if (!LIGHT && a.k == KF_16)
                 multiply_k<D, NT, UT, KF_16, T>(s, q, stage, lane);
@@ -651,12 +721,11 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2) attend_
                 multiply_k<D, NT, UT, KF_FP8, __half>(s, q, stage, lane);
 
             uint32_t p[UT / 16][NT][2];
-            weigh<D, NT, UT, T>(p, s, st, q, a, stage, token0, part.lo, part.end, lane);
+            weigh<D, NT, UT, T>(p, s, st, q, a, stage, token0, lo, end, lane);
 
             const uint32_t v_at = stage + a.v_at;
             if (!LIGHT && a.v == KF_16) {
-                if (token0 < part.lo || token0 + UT > part.end)
-                    clear_outside<D, UT>(v_at, token0, part.lo, part.end, lane);
+                if (token0 < lo || token0 + UT > end) clear_outside<D, UT>(v_at, token0, lo, end, lane);
                 multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, v_at, lane);
             } else if (a.v == KF_4) {
                 multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, v_at, lane);
@@ -666,14 +735,59 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2) attend_
                 multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, v_at, lane);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty + slot * 8);
+            if (lane == 0) barrier_arrive(bar.empty(slot));
         }
         base += n_units;
-        const int n_heads = min(8 * NT, a.ratio - head0), n_warps = min(kConsumers, n_units);
-        consumers_sync(); // the last item's results have been read
-        if (warp < n_warps) put_joint<D, NT>(shared, st, a, n_heads, warp, lane);
-        consumers_sync();
-        join<D, NT>(shared, a, part, g * a.ratio + head0, n_heads, n_warps, threadIdx.x);
+        barrier_wait(bar.joint_empty(at), turn ^ 1);
+        if (warp < n_units)
+            put_joint<D, NT>((float *)(memory + a.joint_at) + at * joint_floats<D>(a.rows), st, a, n_heads,
+                             warp, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bar.joint_full(at));
+    }
+}
+
+// LIGHT: neither K nor V is 16 bit, and T does not matter.
+template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
+__global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
+    attend_decode(const decode_arguments a) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const barriers bar = {shared_at(memory) + a.barriers_at, a.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.stages; i++) {
+            barrier_init(bar.full(i), BULK ? 1 : 32);
+            barrier_init(bar.empty(i), 1);
+        }
+        for (int i = 0; i < kItems; i++) {
+            barrier_init(bar.q_full(i), BULK ? 1 : 33);
+            barrier_init(bar.q_empty(i), kConsumers);
+            barrier_init(bar.joint_full(i), kConsumers);
+            barrier_init(bar.joint_empty(i), 1);
+        }
+        fence_async_proxy();
+    }
+    __syncthreads();
+    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
+    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
+    if (warp < kConsumers) {
+        consume<D, NT, UT, T, LIGHT>(a, memory, bar, n_items, warp, lane);
+    } else if (warp == kConsumers) {
+        produce<D, NT, UT, BULK>(a, memory, bar, parts, n_items, lane);
+    } else {
+        uint32_t n = 0;
+        for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
+            const item_place p = place_of(a, item, 8 * NT);
+            const attention_part part = parts[p.part];
+            const int n_units = (part.end - part.begin + UT - 1) / UT;
+            const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
+            barrier_wait(bar.joint_full(n % kItems), n / kItems & 1);
+            join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part,
+                    head0, n_heads, min(kConsumers, n_units), lane);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(bar.joint_empty(n % kItems));
+            if (part.n_parts > 1) join_parts<D>(a, part, head0, n_heads, lane);
+        }
     }
 }
 
@@ -705,13 +819,21 @@ status launch(const attention_problem *p) {
     a.v_param_at = a.k_param_at + UT * attention_param_bytes(a.k);
     a.stage_bytes = (int)div_up(a.v_param_at + UT * attention_param_bytes(a.v), 128) * 128;
 
+    a.rows = a.ratio < 8 * NT ? a.ratio : 8 * NT;
+
     // Two blocks an SM where each then has a ring of five units at least; else one.
-    const int fixed = (int)sizeof(joint<D, NT>) + 1024, per_sm = p->shared_bytes_sm;
-    int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / a.stage_bytes;
-    if (D == 256 || NT == 2 || room < 5) blocks = 1, room = (per_sm - 1024 - fixed) / a.stage_bytes;
+    const int q_bytes = kItems * q_slot_bytes<D, NT>();
+    const int joint_bytes = (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16;
+    const int fixed = q_bytes + joint_bytes + 4 * kItems * 8, per_sm = p->shared_bytes_sm;
+    const int unit = a.stage_bytes + 16; // and its two barriers
+    int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / unit;
+    if (D == 256 || NT == 2 || room < 5) blocks = 1, room = (per_sm - 1024 - fixed) / unit;
     a.stages = room < 24 ? room : 24;
-    if (a.stages < 4) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
-    const int bytes = a.stages * (a.stage_bytes + 16) + (int)sizeof(joint<D, NT>);
+    if (a.stages < 3) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
+    a.q_at = a.stages * a.stage_bytes;
+    a.joint_at = a.q_at + q_bytes;
+    a.barriers_at = a.joint_at + joint_bytes;
+    const int bytes = a.barriers_at + a.stages * 16 + 4 * kItems * 8;
     const auto kernel = attend_decode<D, NT, UT, T, LIGHT, BULK>;
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));

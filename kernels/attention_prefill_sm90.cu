@@ -81,11 +81,12 @@ __device__ __forceinline__ void bytes_to_half(uint32_t (&out)[2], uint32_t w, __
     out[1] = scaled(__byte_perm(w, 0x64646464u, 0x4342), s, m);
 }
 __device__ __forceinline__ void e4m3_to_half(uint32_t (&out)[2], uint32_t w, __half2 s) {
-    uint32_t lo = __byte_perm(w, 0, 0x1404), hi = __byte_perm(w, 0, 0x3424); // codes in bytes 1 and 3
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const uint32_t x = i ? hi : lo, h = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
-        const __half2 v = __hmul2(__hmul2(*reinterpret_cast<const __half2 *>(&h), __float2half2_rn(256.f)), s);
+        const uint16_t pair = (uint16_t)(w >> 16 * i);
+        uint32_t h;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
+        const __half2 v = __hmul2(*reinterpret_cast<const __half2 *>(&h), s);
         out[i] = *reinterpret_cast<const uint32_t *>(&v);
     }
 }
@@ -101,49 +102,61 @@ __device__ __forceinline__ void nibbles_to_half(uint32_t (&out)[4], uint32_t w, 
 }
 
 // Rows [BN, D] of codes (as they lie in pages) to fp16 in the swizzle; rows from n_valid on become zero.
+// A thread keeps its piece and goes down the tokens; eight neighbours take the eight tokens of a group, whose
+// pieces lie in different banks. BATCH loads are under way before the first is used.
 template <int D, int BN, kv_format F>
 __device__ __forceinline__ void convert(uint32_t to, const uint8_t *code, const uint8_t *param,
                                         int n_valid, int thread) {
     constexpr int ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16, DIMS = F == KF_4 ? 32 : 16;
-#pragma unroll 2
-    for (int i = thread; i < BN * PIECES; i += 128) {
-        // Eight neighbours take the eight tokens of a group: their 16-byte pieces fall into all banks.
-        const int token = i / (8 * PIECES) * 8 + i % 8, piece = i / 8 % PIECES;
-        uint4 w = make_uint4(0, 0, 0, 0);
-        __half2 s = __float2half2_rn(0.f), m = s;
-        if (token < n_valid) {
-            w = *(const uint4 *)(code + code_at(ROW, token, piece * 16));
+    constexpr int STEP = 128 / PIECES, STEPS = BN / STEP, BATCH = STEPS < 4 ? STEPS : 4;
+    const int first = thread / (8 * PIECES) * 8 + thread % 8, piece = thread / 8 % PIECES;
+    const uint8_t *from = code + code_at(ROW, first, piece * 16);
+    uint32_t put[DIMS / 8];
+#pragma unroll
+    for (int j = 0; j < DIMS / 8; j++) put[j] = to + code_at(2 * D, first, piece * DIMS * 2 + j * 16);
+#pragma unroll 1
+    for (int k0 = 0; k0 < STEPS; k0 += BATCH) {
+        uint4 w[BATCH];
+        __half2 s[BATCH], m[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const int token = first + (k0 + k) * STEP;
+            w[k] = *(const uint4 *)(from + (k0 + k) * STEP * ROW);
+            const __half2 zero = __float2half2_rn(0.f);
             if (F == KF_FP8) {
-                s = __half2half2(((const __half *)param)[token]);
+                s[k] = __half2half2(((const __half *)param)[token]);
+                m[k] = zero;
             } else {
-                const __half2 sm = ((const __half2 *)param)[token];
-                s = __low2half2(sm), m = __high2half2(sm);
+                const __half2 both = ((const __half2 *)param)[token];
+                s[k] = __low2half2(both), m[k] = __high2half2(both);
             }
+            if (token >= n_valid) s[k] = m[k] = zero;
         }
-        const uint32_t word[4] = {w.x, w.y, w.z, w.w};
-        uint32_t out[DIMS / 2];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (F == KF_4) {
+        for (int k = 0; k < BATCH; k++) {
+            const uint32_t word[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
+#pragma unroll
+            for (int j = 0; j < DIMS / 8; j++) { // eight dims, 16 bytes
                 uint32_t o[4];
-                nibbles_to_half(o, word[j], s, m);
-#pragma unroll
-                for (int e = 0; e < 4; e++) out[j * 4 + e] = o[e];
-            } else {
-                uint32_t o[2];
-                if (F == KF_8)
-                    bytes_to_half(o, word[j], s, m);
-                else
-                    e4m3_to_half(o, word[j], s);
-                out[j * 2] = o[0], out[j * 2 + 1] = o[1];
+                if (F == KF_4) {
+                    nibbles_to_half(o, word[j], s[k], m[k]);
+                } else {
+                    uint32_t x[2], y[2];
+                    if (F == KF_8) {
+                        bytes_to_half(x, word[2 * j], s[k], m[k]);
+                        bytes_to_half(y, word[2 * j + 1], s[k], m[k]);
+                    } else {
+                        e4m3_to_half(x, word[2 * j], s[k]);
+                        e4m3_to_half(y, word[2 * j + 1], s[k]);
+                    }
+                    o[0] = x[0], o[1] = x[1], o[2] = y[0], o[3] = y[1];
+                }
+                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
+                                 put[j] + (k0 + k) * STEP * 2 * D),
+                             "r"(o[0]), "r"(o[1]), "r"(o[2]), "r"(o[3])
+                             : "memory");
             }
         }
-#pragma unroll
-        for (int j = 0; j < DIMS / 8; j++)
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
-                             to + code_at(2 * D, token, piece * DIMS * 2 + j * 16)),
-                         "r"(out[j * 4]), "r"(out[j * 4 + 1]), "r"(out[j * 4 + 2]), "r"(out[j * 4 + 3])
-                         : "memory");
     }
 }
 
