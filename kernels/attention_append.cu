@@ -5,11 +5,17 @@
 // codes that lie on a tie.
 #include "attention_device.cuh"
 
-#define ATTENTION_APPEND_INSTANCES(X) X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
+#define ATTENTION_APPEND_INSTANCES(X)                                                              \
+    X(F16, 32) X(BF16, 32)                                                                         \
+    X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
 
 namespace {
 
 constexpr int kWarps = 4;
+
+// Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these do:
+// their sums count twice (64 E is the number of values a warp holds), their stores write the same.
+template <int D> constexpr int each = D < 64 ? 1 : D / 64;
 
 template <typename T> struct append_arguments {
     T *qkv;                      // [T, (H + 2G) D]
@@ -52,7 +58,7 @@ __device__ __forceinline__ uint32_t e4m3_code(float x) {
 template <typename T, int D>
 __device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int token, int lane,
                           const float *x) {
-    constexpr int E = D / 64;
+    constexpr int E = each<D>;
     const int row_bytes = row_bytes_of(f, D);
     if (f == KF_16) {
 #pragma unroll
@@ -125,12 +131,12 @@ __device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int toke
 template <typename T, int D>
 __device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps, const float2 *turn,
                                               int lane) {
-    constexpr int E = D / 64;
+    constexpr int E = each<D>;
     if (norm) {
         float sum = 0.f;
 #pragma unroll
         for (int e = 0; e < 2 * E; e++) sum += x[e] * x[e];
-        const float root = 1.f / sqrtf(warp_sum(sum) / D + eps);
+        const float root = 1.f / sqrtf(warp_sum(sum) / (64 * E) + eps);
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -150,8 +156,8 @@ __device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps
 
 template <typename T, int D>
 __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a) {
-    constexpr int E = D / 64;
-    const int lane = threadIdx.x, heads = a.n_heads + 2 * a.n_kv_heads;
+    constexpr int E = each<D>;
+    const int lane = (int)threadIdx.x % (D / 2 / E), heads = a.n_heads + 2 * a.n_kv_heads;
     const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
     const int t = (int)(at / heads), h = (int)(at % heads);
     if (t >= a.n_tokens) return;

@@ -2,7 +2,9 @@
 // any format, needs no plan, and is what the other variants are compared with on the device.
 #include "attention_device.cuh"
 
-#define ATTENTION_PLAIN_INSTANCES(X) X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
+#define ATTENTION_PLAIN_INSTANCES(X)                                                               \
+    X(F16, 32) X(BF16, 32)                                                                         \
+    X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
 
 namespace {
 
