@@ -24,12 +24,27 @@ PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # -iquote: our sched.h must not hide the system's <sched.h>.
 CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
-LDLIBS   = $(PKG_LIBS) -lm -lpthread
+LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 
-SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
-OBJECTS := $(SOURCES:%.c=$(O)/%.o)
+# CUDA: `make CUDA_ARCH=90a` for one architecture, CUDA_ARCH="80 86 89 90a" for all, CUDA_ARCH= for none.
+# Where an NVIDIA driver is loaded the default is all; elsewhere nothing of CUDA is needed.
+CUDA      ?= /usr/local/cuda
+CUDA_ARCH ?= $(if $(wildcard /dev/nvidiactl),80 86 89 90a)
+NVCC      := $(CUDA)/bin/nvcc
+NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
+GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
+KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
+CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
+CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
+
+SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
+KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))
+DEVICES := $(if $(CUDA_ARCH),cuda) cpu sim null
+BENCHES := $(if $(CUDA_ARCH),$(patsubst engine/cmd_bench_%.c,%,$(KERNEL_BENCHES)))
+OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
+GPU_TESTS := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/gpu_*.c)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -50,7 +65,7 @@ build: setup ## compile build/amalgam
 
 # What was built: commit, hash of the difference of the sources to it, compiler, flags. Rewritten only
 # when it changes, so that nothing is compiled again for nothing.
-VERSIONED := engine kernels experiments baselines workloads plots Makefile
+VERSIONED := engine kernels experiments baselines workloads plots Makefile ':!plots/out'
 $(B)/generated/version.h: FORCE
 	@mkdir -p $(@D)
 	@commit=$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown); \
@@ -63,6 +78,34 @@ $(B)/generated/version.h: FORCE
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(O)/engine/results.o $(O)/engine/main.o: $(B)/generated/version.h
+
+# The devices that are built, and the architectures: what depends on them is compiled again when they change.
+$(B)/generated/devices.def: FORCE
+	@mkdir -p $(@D)
+	@{ echo "/* devices.def - DEVICE(name): the devices of this build. */"; \
+	  for d in $(DEVICES); do echo "DEVICE($$d)"; done; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(B)/generated/bench.def: FORCE
+	@mkdir -p $(@D)
+	@{ echo "/* bench.def - BENCH(name): the benchmarks of the kernels in this build. */"; \
+	  for b in $(BENCHES); do echo "BENCH($$b)"; done; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(B)/generated/cuda_arch: FORCE
+	@mkdir -p $(@D)
+	@echo "$(NVCC) $(NVFLAGS) $(GENCODE)" > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(O)/engine/devices.o: $(B)/generated/devices.def
+$(O)/engine/cmd_bench.o: $(B)/generated/bench.def
+$(CUDA_HOST:%.c=$(O)/%.o): CFLAGS += -isystem $(CUDA)/include
+
+# One compiler at a time where NVCC_LOCK names a file: cicc takes gigabytes.
+$(O)/%.cu.o: %.cu $(B)/generated/cuda_arch
+	@mkdir -p $(@D)
+	@echo "  nvcc  $<"
+	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP -c $< -o $@
 
 $(O)/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -77,12 +120,13 @@ $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 	@echo "  link  $@"
 	$(Q)$(CC) $(CFLAGS) -rdynamic $^ -o $@ $(LDLIBS)
 
+$(GPU_TESTS): CFLAGS += -isystem $(CUDA)/include
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@mkdir -p $(@D)
 	@echo "  test  $<"
 	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
--include $(OBJECTS:.o=.d) $(TESTS:=.d)
+-include $(OBJECTS:.o=.d) $(TESTS:=.d) $(GPU_TESTS:=.d)
 
 ##@ Reproduce
 EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
@@ -115,6 +159,12 @@ asan: setup ## the C tests under the address and undefined-behaviour sanitizers
 
 asan-tests: $(TESTS)
 
+gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam $(GPU_TESTS)
+
+gpu-test: gpu-tests ## run them; needs a GPU
+	$(Q)for t in $(GPU_TESTS); do echo "  $$t" && $$t || exit 1; done
+
 # libFuzzer over everything that reads what others wrote: tests/fuzz/fuzz_NAME.c and its corpus. A finding
 # stays as build/fuzz/NAME-crash-…; what was learnt, in build/fuzz/NAME.
 FUZZ_SECONDS ?= 60
@@ -146,4 +196,5 @@ clean: ## remove build/ (results stay)
 
 FORCE:
 .PRECIOUS: $(B)/fuzz/%.o $(B)/fuzz/%.run
-.PHONY: help setup build reproduce quick report compare bench test asan asan-tests format clean FORCE
+.PHONY: help setup build reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
+        format clean FORCE

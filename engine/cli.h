@@ -42,6 +42,7 @@ int cmd_chat(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_inspect_model(int argc, char **argv);
 int cmd_models(int argc, char **argv);
+int cmd_quantise(int argc, char **argv);
 int cmd_serve(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 #endif

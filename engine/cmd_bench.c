@@ -151,6 +151,12 @@ static int bench_harness(int argc, char **argv) {
     return st == ST_OK && missed ? 1 : cli_exit(st);
 }
 
+/* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that needs
+ * CUDA, where CUDA is built. */
+#define BENCH(name) int bench_##name(int argc, char **argv);
+#include "bench.def"
+#undef BENCH
+
 static const struct {
     const char *name;
     int (*run)(int argc, char **argv); /* argv[0] is the name */
@@ -158,6 +164,9 @@ static const struct {
 } benches[] = {
     {"harness", bench_harness, "our own cost: null, sim and cpu devices"},
     {"serve", cmd_bench_serve, "an OpenAI-compatible server, open loop"},
+#define BENCH(name) {#name, bench_##name, "on the GPU: see --help"},
+#include "bench.def"
+#undef BENCH
 };
 
 int cmd_bench(int argc, char **argv) {

@@ -43,12 +43,12 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
 }
 
 int cmd_evaluate(int argc, char **argv) {
-    const char *model = NULL, *format = "W16A16KV16", *device_name = "cpu", *path = NULL;
+    const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
         {"--model", CLI_TEXT, &model, "DIR", "checkpoint folder"},
-        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"},
+        {"--precision", CLI_TEXT, &format, "NAME", "auto: weights as stored, A16 KV16"},
         {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
         {"--text", CLI_TEXT, &path, "FILE", "what to score"},
         {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},

@@ -139,13 +139,37 @@ static status round_to_format(cpu *c, const precision *p, float *value, int32_t 
     return st;
 }
 
+/* value [n, k] = what the checkpoint's own codes stand for, inputs in the model's order. */
+static status load_codes(cpu *c, const weight_source *s, const precision *p, int32_t index,
+                         float *value) {
+    const int32_t n = s->shape.n, k = s->shape.k;
+    const int32_t *order = s->stored.order ? s->stored.order + (int64_t)index * k : NULL;
+    const size_t mark = c->scratch.used;
+    qmatrix q;
+    status st = qmatrix_alloc(&q, &c->scratch, p, n, k);
+    float *row = st == ST_OK && order ? arena_array(&c->scratch, float, (size_t)k) : NULL;
+    if (st == ST_OK && order && !row) st = FAIL(ST_NOMEM, "a row of %d", k);
+    if (st == ST_OK) {
+        weight_source_qmatrix(s, index, &q);
+        for (int32_t i = 0; i < n; i++) {
+            float *to = value + (int64_t)i * k;
+            ref_dequantize_weight(order ? row : to, &q, i, 1);
+            for (int32_t j = 0; order && j < k; j++) to[order[j]] = row[j];
+        }
+    }
+    arena_reset(&c->scratch, mark);
+    return st;
+}
+
 static status cpu_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
     cpu *c = self(d);
     CHECK(!c->ready);
     const int32_t n = s->shape.n, k = s->shape.k, count = s->shape.count;
     const int64_t size = (int64_t)n * k;
     const bool quantised = s->shape.quantise && p->weight != WF_16, has_bias = s->shape.has_bias;
+    const bool codes = weight_source_has_codes(s, p);
     if (quantised) TRY(precision_fits_shape(p, n, k));
+    TRY(weight_source_accepts(s, p));
 
     cpu_weight *w = arena_array(&c->weights, cpu_weight, 1);
     float *value = arena_push(&c->weights, (size_t)(count * size), sizeof(float), ALIGN);
@@ -156,10 +180,11 @@ static status cpu_weight_load(device *d, const weight_source *s, const precision
     *w = (cpu_weight){.value = value, .bias = bias};
 
     for (int32_t j = 0; j < count; j++) {
+        if (codes) TRY(load_codes(c, s, p, j, value + j * size));
 #pragma omp parallel for num_threads(threads_for(c, size))
-        for (int32_t i = 0; i < n; i++)
+        for (int32_t i = 0; i < (codes ? 0 : n); i++)
             weight_source_row(s, j, i, value + j * size + (int64_t)i * k);
-        if (quantised) TRY(round_to_format(c, p, value + j * size, n, k));
+        if (quantised && !codes) TRY(round_to_format(c, p, value + j * size, n, k));
         if (bias) weight_source_bias(s, j, bias + (int64_t)j * n);
     }
     if (s->shape.quantise) c->k_max = (int32_t)i64_max(c->k_max, k); /* experts are among them */

@@ -14,8 +14,9 @@ typedef struct {
     const char *model; /* folder with config.json, or a name under workloads/models */
     bool synthetic;    /* weights from weights_seed instead of the folder's files */
     uint64_t weights_seed;
-    const char *precision; /* "W4A16KV8" */
-    const char *device;    /* "cpu", "sim", "null" */
+    const char
+        *precision;     /* "W4A16KV8"; "auto", "autoA16KV8": weights as the checkpoint has them */
+    const char *device; /* "cpu", "sim", "null" */
     device_options device_options;
     double memory_fraction; /* of the device memory that may be used (0.9) */
     sched_policy policy;
@@ -92,4 +93,6 @@ uint64_t engine_digest(const engine *e); /* of the checkpoint; 0 = synthetic */
 int64_t engine_now_ns(const engine *e);
 forward *engine_forward(engine *e);
 device *engine_device(engine *e);
+int32_t engine_token_budget(const engine *e); /* tokens of a step at most */
+const checkpoint *engine_checkpoint(const engine *e);
 #endif

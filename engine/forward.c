@@ -212,7 +212,7 @@ status forward_load(forward **out, arena *a, device *d, checkpoint *k, const mod
     f->n_kv_heads = c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp; /* replicated when fewer */
 
     loader l = {.f = f, .k = k, .progress = progress, .user = user};
-    l.total = model_weight_bytes(c, p, tp);
+    l.total = checkpoint_weight_bytes(k, p, tp);
     TRY(load_field(&l, WEIGHT_embed, 0));
     for (int32_t i = 0; i < c->n_layers; i++)
         for (int field = 0; field < WEIGHT_COUNT; field++)

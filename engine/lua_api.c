@@ -115,6 +115,8 @@ static const char *const engine_keys[] = {"model",
                                           "pages",
                                           "scheduler",
                                           "dequant_first",
+                                          "kernel_family",
+                                          "no_graphs",
                                           "trace",
                                           /* serve */ "workload",
                                           "limits",
@@ -144,6 +146,11 @@ static void read_engine_options(lua_State *L, int t, engine_options *o) {
     opt_i32(L, t, "tp", 1, 64, &o->device_options.tp);
     opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);
     opt_bool(L, t, "dequant_first", &o->device_options.dequant_first);
+    opt_bool(L, t, "no_graphs", &o->device_options.no_graphs);
+    const char *family = NULL;
+    opt_str(L, t, "kernel_family", &family);
+    if (device_family(&o->device_options.kernel_family, family) != ST_OK)
+        luaL_error(L, "%s", fail_message());
     opt_num(L, t, "memory_fraction", 0.01, 1, &o->memory_fraction);
     opt_i32(L, t, "ctx_max", 1, 1 << 24, &o->ctx_max);
     opt_i32(L, t, "pages", 1, 1 << 24, &o->pages);

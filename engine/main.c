@@ -28,6 +28,7 @@ static const command commands[] = {
     {"chat", cmd_chat, NULL, "talk to a model in the terminal"},
     {"serve", cmd_serve, NULL, "OpenAI-compatible HTTP server"},
     {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
+    {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
     {"bench", cmd_bench, NULL, "bench harness | serve: of ourselves, of a server"},
     {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
     {"models", cmd_models, NULL, "the models of the sweep and their sizes"},

@@ -283,6 +283,30 @@ static dtype code_type(const qmatrix *q) {
     }
 }
 
+float ref_quantize_element(qmatrix *q, int32_t row, int32_t col, float x) {
+    const int64_t groups = scales_per_row(q), at = (int64_t)row * q->k + col;
+    const int32_t g = col / q->group;
+    const float s = load_scale(q, row / q->block_n * groups + g) * q->global_scale;
+    if (q->format == WF_INT8) {
+        const float code = round_even(clamp(x / s, -127, 127));
+        q->code[at] = (uint8_t)(int32_t)code;
+        return code * s;
+    }
+    if (q->format == WF_FP8 || q->format == WF_FP8B) {
+        q->code[at] = e4m3_from_f32(x / s);
+        return f32_from_e4m3(q->code[at]) * s;
+    }
+    const float z = q->format != WF_INT4 ? 0.f : q->zero ? (float)q->zero[row * groups + g] : 8.f;
+    uint8_t code;
+    if (q->format == WF_INT4)
+        code = (uint8_t)(int32_t)clamp(round_even(clamp(x / s, -31, 31)) + z, 0, 15);
+    else
+        code = e2m1_from_f32(x / s);
+    const int32_t shift = at % 2 ? 4 : 0;
+    q->code[at / 2] = (uint8_t)((q->code[at / 2] & (0xf0 >> shift)) | code << shift);
+    return q->format == WF_INT4 ? ((float)code - z) * s : f32_from_e2m1(code) * s;
+}
+
 /* f32 gives the f64 product rounded once: (code - zero) has at most 8 bits and the scale 24, so one
  * multiplication is one rounding; where global_scale takes part, code * scale (2 + 4 bits) is
  * exact. */

@@ -57,6 +57,10 @@ status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_
  * does not depend on their number. */
 status ref_quantize_weight(qmatrix *q, const float *w);
 
+/* The code of one element for the scale and zero point that q holds already: what a quantiser with
+ * ideas of its own about codes uses (GPTQ). x finite; the return is the value of the code. */
+float ref_quantize_element(qmatrix *q, int32_t row, int32_t col, float x);
+
 /* out [rows, k] = rows row0 .. row0+rows-1 of q as f32, exactly (f64 product rounded once). */
 void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t rows);
 
