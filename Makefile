@@ -55,7 +55,7 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables
 help: ## list the targets (this text)
 	@awk 'BEGIN { FS = ":.*## " } \
 	     /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	     /^[a-z][a-z0-9_-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	     /^[a-z][a-z0-9_%-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install the packages that are missing (apt)
 	@./install-deps.sh
@@ -165,12 +165,36 @@ gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_
 gpu-test: gpu-tests ## run them; needs a GPU
 	$(Q)for t in $(GPU_TESTS); do echo "  $$t" && $$t || exit 1; done
 
+# libFuzzer over everything that reads what others wrote: tests/fuzz/fuzz_NAME.c and its corpus. A finding
+# stays as build/fuzz/NAME-crash-…; what was learnt, in build/fuzz/NAME.
+FUZZ_SECONDS ?= 60
+FUZZ_CC    := clang-14
+FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/engine.c \
+                engine/forward.c engine/evaluate.c engine/serv% engine/reply.c engine/load.c \
+                engine/results.c engine/isolate.c engine/cudev%,$(wildcard engine/*.c))
+
+$(B)/fuzz/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels $(PKG_CFLAGS) -MMD -MP -c $< -o $@
+
+$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(FUZZED:%.c=$(B)/fuzz/%.o)
+	@echo "  fuzz  $<"
+	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -fsanitize=fuzzer -iquote engine -iquote kernels -iquote tests/fuzz \
+	    $(PKG_CFLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+
+fuzz-%: $(B)/fuzz/%.run ## fuzz a reader: chat_template http_body config … (FUZZ_SECONDS=60)
+	@mkdir -p $(B)/fuzz/$*
+	$(Q)$< -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	    -artifact_prefix=$(B)/fuzz/$*- $(B)/fuzz/$* tests/fuzz/corpus/$*
+
 format: ## rewrite the C sources with clang-format 14
-	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch])
+	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch] tests/fuzz/*.[ch])
 
 clean: ## remove build/ (results stay)
 	rm -rf $(B)
 
 FORCE:
+.PRECIOUS: $(B)/fuzz/%.o $(B)/fuzz/%.run
 .PHONY: help setup build reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
         format clean FORCE
