@@ -150,7 +150,8 @@ static int bench_harness(int argc, char **argv) {
     return st == ST_OK && missed ? 1 : cli_exit(st);
 }
 
-/* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that is built. */
+/* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that is
+ * built. */
 #define BENCH(name) int bench_##name(int argc, char **argv);
 #include "bench.def"
 #undef BENCH
@@ -168,7 +169,8 @@ static const struct {
 int cmd_bench(int argc, char **argv) {
     char names[128] = "";
     for (int32_t i = 0, n = 0; i < COUNT_OF(benches); i++) {
-        if (argc > 1 && !strcmp(argv[1], benches[i].name)) return benches[i].run(argc - 1, argv + 1);
+        if (argc > 1 && !strcmp(argv[1], benches[i].name))
+            return benches[i].run(argc - 1, argv + 1);
         n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", i ? ", " : "", benches[i].name);
         CHECK(n < (int32_t)sizeof names);
     }

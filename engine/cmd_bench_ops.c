@@ -1,10 +1,10 @@
 /* cmd_bench_ops.c - `amalgam bench ops`: the small operations of a step, at the sizes of one model.
  *
- * Inputs are random (synthetic noise), never zeros. Each operation takes its buffers from a set that is
- * walked through and exceeds the GPU's L2, as a step does between two uses of an operation; launches
- * are replays of a CUDA graph, the time is the median of the replays over the launches in it. floor_us
- * is bytes in and out once at 4 TB/s, which no operation of a few rows comes near: there the launch is
- * the cost. */
+ * Inputs are random (synthetic noise), never zeros. Each operation takes its buffers from a set
+ * that is walked through and exceeds the GPU's L2, as a step does between two uses of an operation;
+ * launches are replays of a CUDA graph, the time is the median of the replays over the launches in
+ * it. floor_us is bytes in and out once at 4 TB/s, which no operation of a few rows comes near:
+ * there the launch is the cost. */
 #include "activation.h"
 #include "cli.h"
 #include "draw.h"

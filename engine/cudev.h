@@ -1,6 +1,6 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
- * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of decode steps).
- * Not for other files; compiled only where CUDA is. */
+ * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of decode
+ * steps). Not for other files; compiled only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
@@ -12,10 +12,10 @@
 typedef struct CUevent_st *cudev_event;
 typedef struct CUgraphExec_st *cudev_graph_exec;
 
-/* --- Memory (cudev_memory.c) ------------------------------------------------------------------- */
+/* --- Memory (cudev_memory.c) ---------------------------------------------------------------- */
 
-/* Device memory of one lifetime: one allocation sized by what is known to come, further ones only if
- * that falls short. Addresses are 256-byte aligned. Never freed singly. */
+/* Device memory of one lifetime: one allocation sized by what is known to come, further ones only
+ * if that falls short. Addresses are 256-byte aligned. Never freed singly. */
 enum { CUDEV_PIECES_MAX = 64 };
 typedef struct {
     uint8_t *base[CUDEV_PIECES_MAX];
@@ -52,7 +52,7 @@ void cudev_staging_close(cudev_staging *s);
 status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
                     kernel_stream stream);
 
-/* --- Graphs of decode steps (cudev_graph.c) ---------------------------------------------------- */
+/* --- Graphs of decode steps (cudev_graph.c) ------------------------------------------------- */
 
 enum { CUDEV_GRAPHS_MAX = 40 };
 typedef struct {
@@ -72,7 +72,7 @@ void cudev_graphs_plan(cudev_graphs *g, int32_t max_rows, bool off);
 cudev_graph *cudev_graphs_find(cudev_graphs *g, int32_t n_rows);
 void cudev_graphs_free(cudev_graphs *g);
 
-/* --- The device -------------------------------------------------------------------------------- */
+/* --- The device ----------------------------------------------------------------------------- */
 
 typedef struct {
     weight_field field;
@@ -161,8 +161,8 @@ static inline dtype cudev_linear_type(const cudev *c, weight_field f) {
     return f == WEIGHT_router || f == WEIGHT_head || f == WEIGHT_embed ? DT_F32 : c->type;
 }
 
-/* Output features that a linear is padded to: the kernels work by 16. Only a router may need it, whose
- * logits are laid out with that stride. */
+/* Output features that a linear is padded to: the kernels work by 16. Only a router may need it,
+ * whose logits are laid out with that stride. */
 static inline int32_t cudev_linear_rows(int32_t n) { return (n + 15) / 16 * 16; }
 
 /* cudev_load.c */

@@ -1,9 +1,10 @@
 /* cudev_graph.c - which decode steps are padded to which number of rows, and their graphs.
  *
- * A graph has fixed launches, so decode steps are padded up to one of these numbers: dense where a row
- * more costs most. They are padded whether graphs are on or off, so that both launch the same kernels
- * over the same rows and give the same tokens. A graph is captured the second time its number comes up
- * (the first run loads the kernels, which cannot be done within a capture). Bounded: one graph a number. */
+ * A graph has fixed launches, so decode steps are padded up to one of these numbers: dense where a
+ * row more costs most. They are padded whether graphs are on or off, so that both launch the same
+ * kernels over the same rows and give the same tokens. A graph is captured the second time its
+ * number comes up (the first run loads the kernels, which cannot be done within a capture).
+ * Bounded: one graph a number. */
 #include "cudev.h"
 
 #include <cuda_runtime_api.h>

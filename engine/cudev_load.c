@@ -1,11 +1,11 @@
-/* cudev_load.c - one weight onto the device: values, their quantised form, the packed order, all made
- * there. The host touches a checkpoint's bytes once, to hand them over.
+/* cudev_load.c - one weight onto the device: values, their quantised form, the packed order, all
+ * made there. The host touches a checkpoint's bytes once, to hand them over.
  *
  *     file --upload--> raw --convert--> f32 rows --quantise--> canonical --pack--> weight
  *     seed ------------noise----------^                                 16 bit: values --pack-->
  *
- * f32 rows are made in chunks of at most values_most; the canonical matrix is whole, because packing
- * wants it so. Work is ordered on one stream, so scratch is used again without waiting. */
+ * f32 rows are made in chunks of at most values_most; the canonical matrix is whole, because
+ * packing wants it so. Work is ordered on one stream, so scratch is used again without waiting. */
 #include "cudev.h"
 
 #include "fill.h"
@@ -40,7 +40,7 @@ void cudev_load_done(cudev *c) {
     c->amax = NULL;
 }
 
-/* --- Values ------------------------------------------------------------------------------------ */
+/* --- Values --------------------------------------------------------------------------------- */
 
 /* Rows [row, row + rows) of a part, counted in the part, to out [rows, k] of `type`. */
 static status part_values(cudev *c, const matrix_part *p, int32_t k, int32_t row, int32_t rows,
@@ -92,7 +92,7 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
     return st;
 }
 
-/* --- Quantised linears ------------------------------------------------------------------------- */
+/* --- Quantised linears ---------------------------------------------------------------------- */
 
 static size_t aligned(int64_t bytes) { return (size_t)div_up(bytes, 256) * 256; }
 
@@ -168,7 +168,7 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
-/* --- Weights ----------------------------------------------------------------------------------- */
+/* --- Weights -------------------------------------------------------------------------------- */
 
 static bool is_linear(const weight_source *s) {
     switch (s->field) {

@@ -1,9 +1,9 @@
 /* device_cuda.c - the operations of a step on one NVIDIA GPU.
  *
- * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the buffers
- * and the tables of a step. A step copies one block of tables and one plan for each kind of attention
- * window, launches, and waits once, in end, for the tokens, which the sampler writes straight into
- * pinned memory.
+ * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the
+ * buffers and the tables of a step. A step copies one block of tables and one plan for each kind of
+ * attention window, launches, and waits once, in end, for the tokens, which the sampler writes
+ * straight into pinned memory.
  *
  * A step of decodes alone is padded to a number of rows of cudev_graph.c and runs as a CUDA graph:
  *
@@ -13,11 +13,11 @@
  * Rows that pad a step belong to no sequence (token_seq -1): they are computed like others, append
  * nothing and draw nothing, and no other row reads them.
  *
- * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead from
- * there on and says the same thing whenever it is asked.
+ * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
+ * from there on and says the same thing whenever it is asked.
  *
- * One rank so far. With more, an element of `cudev` becomes an array over ranks and every operation a
- * loop over it; forward sees the sizes of one rank already. */
+ * One rank so far. With more, an element of `cudev` becomes an array over ranks and every operation
+ * a loop over it; forward sees the sizes of one rank already. */
 #include "cudev.h"
 
 #include "activation.h"
@@ -40,7 +40,7 @@ static const cudev_weight *weight_of(const weight *w) {
     return w->data;
 }
 
-/* --- Opening ----------------------------------------------------------------------------------- */
+/* --- Opening -------------------------------------------------------------------------------- */
 
 /* The driver, a GPU, its age, and whether this build has code for it. */
 static status probe(cudev *c) {
@@ -118,7 +118,7 @@ static status cuda_memory(device *d, int64_t *usable) {
     return ST_OK;
 }
 
-/* --- Setup ------------------------------------------------------------------------------------- */
+/* --- Setup ---------------------------------------------------------------------------------- */
 
 static status take(cudev *c, int64_t bytes, const char *what, void *out) {
     return cudev_slab_take(&c->run, (size_t)bytes, what, out);
@@ -270,8 +270,8 @@ static status cuda_setup(device *d, const device_setup *s) {
     return ST_OK;
 }
 
-/* Logits and router logits are f32, and known by their width; a buffer of another kind that is as wide
- * merely has room to spare, because operations say which type they write. */
+/* Logits and router logits are f32, and known by their width; a buffer of another kind that is as
+ * wide merely has room to spare, because operations say which type they write. */
 static status cuda_buffer(device *d, int64_t n_rows, int32_t cols, tensor *out) {
     cudev *c = self(d);
     CHECK(c->n_buffers < CUDEV_BUFFERS_MAX);
@@ -287,7 +287,7 @@ static status cuda_buffer(device *d, int64_t n_rows, int32_t cols, tensor *out) 
     return ST_OK;
 }
 
-/* --- A step: tables ---------------------------------------------------------------------------- */
+/* --- A step: tables ------------------------------------------------------------------------- */
 
 static void put(const int32_t *to, const int32_t *from, int64_t n) {
     memcpy((int32_t *)(uintptr_t)to, from, sizeof *from * (size_t)n);
@@ -346,8 +346,8 @@ static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples,
     return h;
 }
 
-/* Padding rows count as decodes of no sequence, so that a graph's launches do not depend on how many
- * there are; the plan, made from the host's tables, knows the real ones only. */
+/* Padding rows count as decodes of no sequence, so that a graph's launches do not depend on how
+ * many there are; the plan, made from the host's tables, knows the real ones only. */
 static attention_batch attention_of(const cudev *c, const cudev_tables *x, bool padded) {
     return (attention_batch){.n_seqs = padded ? c->rows : c->b->n_seqs,
                              .n_tokens = padded ? c->rows : c->b->n_tokens,
@@ -388,7 +388,7 @@ static status upload_step(cudev *c) {
     return ST_OK;
 }
 
-/* --- A step: beginning and end ------------------------------------------------------------------ */
+/* --- A step: beginning and end -------------------------------------------------------------- */
 
 static status dead(const cudev *c) { return FAIL(ST_DEVICE, "%s", c->why); }
 
@@ -471,7 +471,7 @@ static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
     return ST_OK;
 }
 
-/* --- A step: operations ------------------------------------------------------------------------- */
+/* --- A step: operations --------------------------------------------------------------------- */
 
 /* Nothing to launch: the graph will. */
 static bool replayed(const cudev *c) { return c->mode == STEP_REPLAY; }
@@ -658,7 +658,7 @@ static status cuda_sample(device *d, tensor logits) {
                        (int32_t)rows_of(c, logits), logits.cols, c->stream);
 }
 
-/* --- Looking ------------------------------------------------------------------------------------ */
+/* --- Looking -------------------------------------------------------------------------------- */
 
 static status cuda_read(device *d, tensor t, float *out) {
     cudev *c = self(d);

@@ -1,5 +1,5 @@
-/* devices.c - the table of devices, in the order they are listed to users. devices.def is written by the
- * Makefile: DEVICE(cuda) stands in it when CUDA was built. */
+/* devices.c - the table of devices, in the order they are listed to users. devices.def is written
+ * by the Makefile: DEVICE(cuda) stands in it when CUDA was built. */
 #include "device.h"
 #include <string.h>
 

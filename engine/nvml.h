@@ -1,5 +1,5 @@
-/* nvml.h - what the NVIDIA management library says of a GPU, read at run time: nothing of it is needed to
- * build or to start. */
+/* nvml.h - what the NVIDIA management library says of a GPU, read at run time: nothing of it is
+ * needed to build or to start. */
 #ifndef AMALGAM_NVML_H
 #define AMALGAM_NVML_H
 #include "base.h"
@@ -21,7 +21,8 @@ typedef struct {
 /* NOTFOUND when the library cannot be loaded, DEVICE when it refuses. */
 status nvml_read(nvml_state *out);
 
-/* The same as one line of JSON without a newline; "" when there is no NVML. buf holds NVML_JSON_MAX. */
+/* The same as one line of JSON without a newline; "" when there is no NVML. buf holds
+ * NVML_JSON_MAX. */
 enum { NVML_JSON_MAX = 1024 };
 const char *nvml_json(char *buf);
 #endif

@@ -1,5 +1,5 @@
-/* fill.h - what a device fills its memory with before the first step: synthetic weights, elements of a
- * checkpoint in the device's type, the table of rotary angles.
+/* fill.h - what a device fills its memory with before the first step: synthetic weights, elements
+ * of a checkpoint in the device's type, the table of rotary angles.
  *
  * All asynchronous on `stream`; DEVICE on launch failure; n == 0 launches nothing. */
 #ifndef KERNEL_FILL_H
@@ -10,8 +10,8 @@
 extern "C" {
 #endif
 
-/* out[i] = fmaf(scale, weight_noise(seed, at + i), mean) rounded to `type`, for i < n: bit for bit what
- * engine/weights.h defines.
+/* out[i] = fmaf(scale, weight_noise(seed, at + i), mean) rounded to `type`, for i < n: bit for bit
+ * what engine/weights.h defines.
  *
  *   out   [n] of `type` (F32, F16, BF16), device */
 status kernel_fill_noise(void *out, dtype type, int64_t n, uint64_t seed, uint64_t at, float scale,

@@ -1,8 +1,8 @@
 /* moe.h - mixture of experts around the experts' linears: route, permute, combine (ref_moe.h).
  *
- * permute makes the grouped problem of linear.h: expert_start and row_token are its expert_start and
- * x_row. All pointers are device pointers; all calls are asynchronous on `stream`, capturable in a
- * graph and deterministic. t == 0 launches nothing. DEVICE on launch failure. */
+ * permute makes the grouped problem of linear.h: expert_start and row_token are its expert_start
+ * and x_row. All pointers are device pointers; all calls are asynchronous on `stream`, capturable
+ * in a graph and deterministic. t == 0 launches nothing. DEVICE on launch failure. */
 #ifndef KERNEL_MOE_H
 #define KERNEL_MOE_H
 #include "kernel.h"
@@ -13,8 +13,8 @@ extern "C" {
 
 enum { MOE_EXPERTS_MAX = 512, MOE_TOP_K_MAX = 32 };
 
-/* The top_k largest logits of each token, best first, the lower expert on a tie, NaN as -inf; weights
- * as ref_moe_route, in f32.
+/* The top_k largest logits of each token, best first, the lower expert on a tie, NaN as -inf;
+ * weights as ref_moe_route, in f32.
  *
  *   expert, weight   [t, top_k]
  *   logits           [t, n_experts] of `type`: F32, F16 or BF16, rows `stride` elements apart
@@ -32,7 +32,8 @@ status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row
                           const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k,
                           kernel_stream stream);
 
-/* out[i] = sum over j < top_k of weight[i, j] y[slot_row[i, j]], in f32 in that order, rounded once.
+/* out[i] = sum over j < top_k of weight[i, j] y[slot_row[i, j]], in f32 in that order, rounded
+ * once.
  *
  *   out   [t, dim] of `type`, F16 or BF16, 16-byte aligned as y
  *   y     [t * top_k, dim]

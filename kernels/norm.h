@@ -14,9 +14,9 @@ extern "C" {
  *   add                NULL: nothing is added and residual is only read
  *   w                  [cols] of `type`
  *
- * Sums in f32 in an order that depends on cols alone, so a row's result does not depend on the others.
- * SHAPE if cols is no multiple of 8 or over 32768, UNSUPPORTED for a type other than F16 and BF16,
- * DEVICE on launch failure. rows == 0 launches nothing. Asynchronous on `stream`. */
+ * Sums in f32 in an order that depends on cols alone, so a row's result does not depend on the
+ * others. SHAPE if cols is no multiple of 8 or over 32768, UNSUPPORTED for a type other than F16
+ * and BF16, DEVICE on launch failure. rows == 0 launches nothing. Asynchronous on `stream`. */
 status kernel_norm_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
                        int32_t cols, float eps, dtype type, kernel_stream stream);
 

@@ -1,11 +1,13 @@
-/* gpu_forward.c - the whole transformer on the cuda device against the cpu device: every architecture of
- * tests/vectors/models, in chunks and in decode steps, with graphs and without, both kernel families.
+/* gpu_forward.c - the whole transformer on the cuda device against the cpu device: every
+ * architecture of tests/vectors/models, in chunks and in decode steps, with graphs and without,
+ * both kernel families.
  *
- * The cpu device is f32 throughout; cuda rounds every activation to 16 bits. With fp16 (u = 2^-12 of
- * each rounding's relative error at most) some thirty roundings in two layers stay below 3e-3 in relative
- * Frobenius norm; bf16 has u = 2^-9, 8 times as much, and half as much again where errors of a router's
- * logits enter through an exponential. A quantised format may lie twice as far from the unquantised cpu
- * run as its own cpu run does, plus the 16-bit bound. Twin: one weight of a layer is moved. */
+ * The cpu device is f32 throughout; cuda rounds every activation to 16 bits. With fp16 (u = 2^-12
+ * of each rounding's relative error at most) some thirty roundings in two layers stay below 3e-3 in
+ * relative Frobenius norm; bf16 has u = 2^-9, 8 times as much, and half as much again where errors
+ * of a router's logits enter through an exponential. A quantised format may lie twice as far from
+ * the unquantised cpu run as its own cpu run does, plus the 16-bit bound. Twin: one weight of a
+ * layer is moved. */
 #include "test.h"
 
 #include "forward.h"
@@ -90,12 +92,12 @@ static void run_close(run *r) {
     arena_close(&r->a);
 }
 
-/* --- Steps --------------------------------------------------------------------------------------- */
+/* --- Steps ---------------------------------------------------------------------------------- */
 
 static int32_t page_of(int32_t seq, int32_t i) { return (seq * SEQ_PAGES + i) * 5 % PAGES; }
 
-/* One step: n[s] tokens of sequence s from position at[s] on; decodes come first in `n`. With params
- * the last token of each sequence is sampled; without, every row's logits go to `logits`. */
+/* One step: n[s] tokens of sequence s from position at[s] on; decodes come first in `n`. With
+ * params the last token of each sequence is sampled; without, every row's logits go to `logits`. */
 static void step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
                  const int32_t *const *token, const sampling *params, sampled *out, float *logits) {
     int32_t id[TOKENS], position[TOKENS], seq_start[SEQS + 1] = {0}, kv_len[SEQS];
@@ -165,7 +167,7 @@ static void generate(run *r, const int32_t *prompt, int32_t n_prompt, int32_t st
     }
 }
 
-/* --- Tests --------------------------------------------------------------------------------------- */
+/* --- Tests ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *name;
