@@ -73,6 +73,21 @@ static const char *piece_or_empty(const tokenizer *t, int32_t id) {
     return piece ? piece : "";
 }
 
+/* KV pages when nobody said how many: what fits, but on the cpu device, which has no limit of its own
+ * and commits all of them, a GiB, and at least one request of full length. */
+static status choose_pages(const arguments *a, const char *dir, int32_t *pages) {
+    static model_config c; /* large */
+    *pages = (int32_t)a->pages;
+    if (a->pages > 0 || strcmp(a->device, "cpu") != 0) return ST_OK;
+    TRY(model_config_load(&c, dir));
+    const int64_t ctx = a->ctx > 0 ? i64_min(a->ctx, c.ctx_max) : c.ctx_max;
+    const int64_t page_bytes = (int64_t)KV_PAGE_TOKENS * 2 * c.n_kv_heads * c.head_dim *
+                               c.n_layers * (int64_t)sizeof(float);
+    *pages = (int32_t)i64_max(div_up(ctx, KV_PAGE_TOKENS),
+                              i64_min(((int64_t)1 << 30) / page_bytes, 16384));
+    return ST_OK;
+}
+
 static status start(const arguments *a, parts *p) {
     char dir[1024];
     TRY(model_dir(dir, sizeof dir, a->model));
@@ -86,7 +101,7 @@ static status start(const arguments *a, parts *p) {
     o.device_options.tp = (int32_t)a->tp;
     o.device_options.threads = (int32_t)a->threads;
     o.ctx_max = (int32_t)a->ctx;
-    o.pages = (int32_t)a->pages;
+    TRY(choose_pages(a, dir, &o.pages));
     o.policy.max_seqs = (int32_t)a->max_seqs;
     o.policy.token_budget = (int32_t)a->token_budget;
     o.policy.max_queue = (int32_t)a->max_queue;
@@ -184,7 +199,7 @@ int cmd_serve(int argc, char **argv) {
         {"--api-key", CLI_TEXT, &a.api_key, "KEY", "wanted as `Authorization: Bearer KEY`"},
         {"--served-model-name", CLI_TEXT, &a.name, "NAME", "the folder's name"},
         {"--ctx", CLI_INT, &a.ctx, "N", "prompt and output of a request at most; 0 = the model's"},
-        {"--pages", CLI_INT, &a.pages, "N", "KV pages; 0 = what fits"},
+        {"--pages", CLI_INT, &a.pages, "N", "KV pages; 0 = what fits, on cpu 1 GiB"},
         {"--max-seqs", CLI_INT, &a.max_seqs, "N", "running sequences (256)"},
         {"--token-budget", CLI_INT, &a.token_budget, "N", "tokens of a step (8192)"},
         {"--no-prefix-cache", CLI_FLAG, &a.no_prefix_cache, NULL, "share nothing between requests"},
