@@ -148,6 +148,12 @@ compare: build ## two versions by their stored results: make compare BASE=… HE
 bench: build ## what the suite itself costs (null, sim and cpu devices)
 	$(Q)$(O)/amalgam bench harness
 
+dist: build ## a tarball for a GPU node: the program and the data it reads, under build/
+	$(Q)tar czf $(B)/amalgam-$$(git rev-parse --short=12 HEAD).tar.gz \
+	    --transform 's,^$(O)/,,;s,^,amalgam/,' $(O)/amalgam \
+	    $$(git ls-files experiments workloads plots baselines results LICENSE README.md)
+	@ls $(B)/amalgam-*.tar.gz
+
 ##@ Check
 test: build ## every check: style, layers, C and Lua tests (under 10 minutes)
 	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(TESTS)
@@ -172,7 +178,7 @@ FUZZ_CC    := clang-14
 FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/engine.c \
                 engine/forward.c engine/evaluate.c engine/serv% engine/reply.c engine/load.c \
-                engine/results.c engine/isolate.c,$(wildcard engine/*.c))
+                engine/results.c engine/isolate.c engine/cudev%,$(wildcard engine/*.c))
 
 $(B)/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -196,5 +202,5 @@ clean: ## remove build/ (results stay)
 
 FORCE:
 .PRECIOUS: $(B)/fuzz/%.o $(B)/fuzz/%.run
-.PHONY: help setup build reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
+.PHONY: help setup build dist reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
         format clean FORCE

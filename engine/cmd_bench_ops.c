@@ -4,8 +4,7 @@
  * that is walked through and exceeds the GPU's L2, as a step does between two uses of an operation;
  * launches are replays of a CUDA graph, the time is the median of the replays over the launches in
  * it. floor_us is bytes in and out once at 4 TB/s, which no operation of a few rows comes near:
- * there the launch is
- * the cost. */
+ * there the launch is the cost. */
 #include "activation.h"
 #include "cli.h"
 #include "draw.h"

@@ -12,8 +12,7 @@
 typedef struct CUevent_st *cudev_event;
 typedef struct CUgraphExec_st *cudev_graph_exec;
 
-/* --- Memory (cudev_memory.c) -------------------------------------------------------------------
- */
+/* --- Memory (cudev_memory.c) ---------------------------------------------------------------- */
 
 /* Device memory of one lifetime: one allocation sized by what is known to come, further ones only
  * if that falls short. Addresses are 256-byte aligned. Never freed singly. */
@@ -53,8 +52,7 @@ void cudev_staging_close(cudev_staging *s);
 status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
                     kernel_stream stream);
 
-/* --- Graphs of decode steps (cudev_graph.c) ----------------------------------------------------
- */
+/* --- Graphs of decode steps (cudev_graph.c) ------------------------------------------------- */
 
 enum { CUDEV_GRAPHS_MAX = 40 };
 typedef struct {
@@ -74,8 +72,7 @@ void cudev_graphs_plan(cudev_graphs *g, int32_t max_rows, bool off);
 cudev_graph *cudev_graphs_find(cudev_graphs *g, int32_t n_rows);
 void cudev_graphs_free(cudev_graphs *g);
 
-/* --- The device --------------------------------------------------------------------------------
- */
+/* --- The device ----------------------------------------------------------------------------- */
 
 typedef struct {
     weight_field field;

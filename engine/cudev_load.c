@@ -40,8 +40,7 @@ void cudev_load_done(cudev *c) {
     c->amax = NULL;
 }
 
-/* --- Values ------------------------------------------------------------------------------------
- */
+/* --- Values --------------------------------------------------------------------------------- */
 
 /* Rows [row, row + rows) of a part, counted in the part, to out [rows, k] of `type`. */
 static status part_values(cudev *c, const matrix_part *p, int32_t k, int32_t row, int32_t rows,
@@ -93,8 +92,7 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
     return st;
 }
 
-/* --- Quantised linears -------------------------------------------------------------------------
- */
+/* --- Quantised linears ---------------------------------------------------------------------- */
 
 static size_t aligned(int64_t bytes) { return (size_t)div_up(bytes, 256) * 256; }
 
@@ -170,8 +168,7 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
-/* --- Weights -----------------------------------------------------------------------------------
- */
+/* --- Weights -------------------------------------------------------------------------------- */
 
 static bool is_linear(const weight_source *s) {
     switch (s->field) {

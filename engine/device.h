@@ -40,9 +40,8 @@ typedef struct {
      * the quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
 
-    int32_t
-        kernel_family; /* cuda: 80 takes the kernels of that family on a newer GPU; 0 = the newest */
-    bool no_graphs;    /* cuda: launch decode steps one kernel at a time */
+    int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
+    bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -159,7 +158,6 @@ extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the
 extern const device_ops *const devices[];
 status device_find(const device_ops **out, const char *name);
 
-/* device_options.kernel_family from its name: "hopper" or NULL (the newest the GPU runs), "ampere".
- */
+/* device_options.kernel_family by name: "hopper" or NULL (the newest the GPU runs), "ampere". */
 status device_family(int32_t *out, const char *name);
 #endif

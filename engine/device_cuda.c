@@ -40,8 +40,7 @@ static const cudev_weight *weight_of(const weight *w) {
     return w->data;
 }
 
-/* --- Opening -----------------------------------------------------------------------------------
- */
+/* --- Opening -------------------------------------------------------------------------------- */
 
 /* The driver, a GPU, its age, and whether this build has code for it. */
 static status probe(cudev *c) {
@@ -119,8 +118,7 @@ static status cuda_memory(device *d, int64_t *usable) {
     return ST_OK;
 }
 
-/* --- Setup -------------------------------------------------------------------------------------
- */
+/* --- Setup ---------------------------------------------------------------------------------- */
 
 static status take(cudev *c, int64_t bytes, const char *what, void *out) {
     return cudev_slab_take(&c->run, (size_t)bytes, what, out);
@@ -289,8 +287,7 @@ static status cuda_buffer(device *d, int64_t n_rows, int32_t cols, tensor *out) 
     return ST_OK;
 }
 
-/* --- A step: tables ----------------------------------------------------------------------------
- */
+/* --- A step: tables ------------------------------------------------------------------------- */
 
 static void put(const int32_t *to, const int32_t *from, int64_t n) {
     memcpy((int32_t *)(uintptr_t)to, from, sizeof *from * (size_t)n);
@@ -391,8 +388,7 @@ static status upload_step(cudev *c) {
     return ST_OK;
 }
 
-/* --- A step: beginning and end ------------------------------------------------------------------
- */
+/* --- A step: beginning and end -------------------------------------------------------------- */
 
 static status dead(const cudev *c) { return FAIL(ST_DEVICE, "%s", c->why); }
 
@@ -475,8 +471,7 @@ static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
     return ST_OK;
 }
 
-/* --- A step: operations -------------------------------------------------------------------------
- */
+/* --- A step: operations --------------------------------------------------------------------- */
 
 /* Nothing to launch: the graph will. */
 static bool replayed(const cudev *c) { return c->mode == STEP_REPLAY; }
@@ -663,8 +658,7 @@ static status cuda_sample(device *d, tensor logits) {
                        (int32_t)rows_of(c, logits), logits.cols, c->stream);
 }
 
-/* --- Looking ------------------------------------------------------------------------------------
- */
+/* --- Looking -------------------------------------------------------------------------------- */
 
 static status cuda_read(device *d, tensor t, float *out) {
     cudev *c = self(d);

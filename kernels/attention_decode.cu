@@ -479,18 +479,17 @@ __device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, i
     *(uint2 *)((uint16_t *)a.out + at) = packed;
 }
 
-// Of one warp: four warps' results of an item to one; out, or a partial result, or (last part to arrive) the
-// sum of all.
+// Four warps' results of an item to one: out, or a partial result. By `threads` threads.
 template <int D>
 __device__ __forceinline__ void join(const float *from, const decode_arguments &a,
                                      const attention_part &part, int head0, int n_heads, int n_warps,
-                                     int lane) {
+                                     int thread, int threads) {
     constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
     const int H = a.n_heads;
     const bool whole = part.n_parts == 1;
     const float2 *ml = (const float2 *)(from + kConsumers * a.rows * (D + 4));
 #pragma unroll 2
-    for (int i = lane; i < n_heads * (D / 4); i += 32) {
+    for (int i = thread; i < n_heads * (D / 4); i += threads) {
         const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
         float2 w[kConsumers];
         float m = -INFINITY, l = 0.f;
@@ -518,21 +517,26 @@ __device__ __forceinline__ void join(const float *from, const decode_arguments &
     }
 }
 
-// After join of one of several parts: count it; the last one adds all.
+// One thread, after the partial result is in memory for all to see: is it the last of its sequence?
 template <int D>
-__device__ __forceinline__ void join_parts(const decode_arguments &a, const attention_part &part,
-                                           int head0, int n_heads, int lane) {
+__device__ __forceinline__ bool count_part(const decode_arguments &a, const attention_part &part,
+                                           int head0) {
+    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
+    int32_t *counter = (int32_t *)(a.partial + ((int64_t)part.slot * a.n_heads + head0) * STRIDE + D + 2);
+    if (atomicAdd(counter, 1) != part.n_parts - 1) return false;
+    *counter = 0;
+    __threadfence();
+    return true;
+}
+
+// All parts of a sequence, in order. By `threads` threads, of which one has counted.
+template <int D>
+__device__ __forceinline__ void sum_parts(const decode_arguments &a, const attention_part &part,
+                                          int head0, int n_heads, int thread, int threads) {
     constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA, BATCH = 8;
     const int H = a.n_heads;
-    int32_t *counter = (int32_t *)(a.partial + ((int64_t)part.slot * H + head0) * STRIDE + D + 2);
     __threadfence();
-    __syncwarp();
-    int arrived = 0;
-    if (lane == 0) arrived = atomicAdd(counter, 1);
-    if (__shfl_sync(~0u, arrived, 0) != part.n_parts - 1) return;
-    __threadfence();
-    if (lane == 0) *counter = 0;
-    for (int i = lane; i < n_heads * (D / 4); i += 32) {
+    for (int i = thread; i < n_heads * (D / 4); i += threads) {
         const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
         const float *first = a.partial + ((int64_t)part.slot * H + head) * STRIDE;
         const int64_t step = (int64_t)H * STRIDE; // from part to part
@@ -747,6 +751,30 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
     }
 }
 
+__device__ __forceinline__ void finish_sync() {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * (kConsumers + 1)) : "memory");
+}
+
+// The block's last item: consumers have nothing else to do and help the joining warp.
+template <int D, int NT, int UT>
+__device__ __forceinline__ void finish(const decode_arguments &a, const uint8_t *memory, int *flag,
+                                       const attention_part *parts, int item, uint32_t n, int thread) {
+    constexpr int THREADS = 32 * (kConsumers + 1);
+    const item_place p = place_of(a, item, 8 * NT);
+    const attention_part part = parts[p.part];
+    const int n_units = (part.end - part.begin + UT - 1) / UT;
+    const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
+    finish_sync();
+    join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part, head0,
+            n_heads, min(kConsumers, n_units), thread, THREADS);
+    if (part.n_parts == 1) return;
+    __threadfence();
+    finish_sync();
+    if (thread == 0) *flag = count_part<D>(a, part, head0);
+    finish_sync();
+    if (*flag) sum_parts<D>(a, part, head0, n_heads, thread, THREADS);
+}
+
 // LIGHT: neither K nor V is 16 bit, and T does not matter.
 template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
 __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
@@ -770,25 +798,34 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
     __syncthreads();
     const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
     const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
+    const int mine = n_items > (int)blockIdx.x ? (n_items - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
+    if (mine == 0) return;
     if (warp < kConsumers) {
         consume<D, NT, UT, T, LIGHT>(a, memory, bar, n_items, warp, lane);
-    } else if (warp == kConsumers) {
+    } else if (warp == kConsumers + 1) {
         produce<D, NT, UT, BULK>(a, memory, bar, parts, n_items, lane);
+        return;
     } else {
-        uint32_t n = 0;
-        for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
+        for (int n = 0; n < mine - 1; n++) {
+            const int item = blockIdx.x + n * gridDim.x;
             const item_place p = place_of(a, item, 8 * NT);
             const attention_part part = parts[p.part];
             const int n_units = (part.end - part.begin + UT - 1) / UT;
             const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
             barrier_wait(bar.joint_full(n % kItems), n / kItems & 1);
             join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part,
-                    head0, n_heads, min(kConsumers, n_units), lane);
+                    head0, n_heads, min(kConsumers, n_units), lane, 32);
             __syncwarp();
             if (lane == 0) barrier_arrive(bar.joint_empty(n % kItems));
-            if (part.n_parts > 1) join_parts<D>(a, part, head0, n_heads, lane);
+            if (part.n_parts == 1) continue;
+            __threadfence();
+            __syncwarp();
+            const bool last = lane == 0 && count_part<D>(a, part, head0);
+            if (__any_sync(~0u, last)) sum_parts<D>(a, part, head0, n_heads, lane, 32);
         }
     }
+    finish<D, NT, UT>(a, memory, (int *)(memory + a.barriers_at - 16), parts,
+                      blockIdx.x + (mine - 1) * gridDim.x, mine - 1, threadIdx.x);
 }
 
 // --- Launch ---------------------------------------------------------------------------------------------
@@ -823,7 +860,7 @@ status launch(const attention_problem *p) {
 
     // Two blocks an SM where each then has a ring of five units at least; else one.
     const int q_bytes = kItems * q_slot_bytes<D, NT>();
-    const int joint_bytes = (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16;
+    const int joint_bytes = (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16 + 16; // + flag
     const int fixed = q_bytes + joint_bytes + 4 * kItems * 8, per_sm = p->shared_bytes_sm;
     const int unit = a.stage_bytes + 16; // and its two barriers
     int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / unit;

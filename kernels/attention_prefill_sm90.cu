@@ -171,20 +171,33 @@ __device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *code, co
         convert<D, BN, KF_FP8>(to, code, param, n_valid, thread);
 }
 
-// One thread: start the copies of a block's pages, what is 16 bit to `tile`, codes to `raw`.
+// Physical pages of a block; past the end of the sequence the last one again.
+template <int BN>
+__device__ __forceinline__ void look_up(int (&id)[BN / kPage], const prefill_arguments &a,
+                                        const tile_work &w, int block) {
+    const int last = (w.t.kv_len - 1) / kPage;
+#pragma unroll
+    for (int i = 0; i < BN / kPage; i++)
+        id[i] = a.page[w.t.page_at + min(block * (BN / kPage) + i, last)];
+}
+
+// One thread: start the copies of a block's K or V, parameters to `param_to`.
 template <int D, int BN>
-__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const tile_work &w, int block,
-                                           bool value, uint32_t to, uint32_t param_to, uint32_t barrier) {
+__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const tile_work &w,
+                                           const int (&id)[BN / kPage], int block, bool value,
+                                           uint32_t to, uint32_t param_to, uint32_t barrier) {
     constexpr int PAGES = BN / kPage;
     const kv_format f = value ? a.v : a.k;
     const uint32_t bytes = kPage * row_bytes_of(f, D);
     const uint32_t params = f == KF_16 ? 0 : f == KF_FP8 ? 2 * kPage : 4 * kPage;
     const int n_pages = min(PAGES, (w.t.kv_len + kPage - 1) / kPage - block * PAGES);
     barrier_expect(barrier, n_pages * (bytes + params));
-    for (int i = 0; i < n_pages; i++) {
-        const uint8_t *page = a.base + a.page[w.t.page_at + block * PAGES + i] * a.page_bytes;
-        const uint8_t *code = page + w.g * a.layout.head_bytes + (value ? a.layout.v_code : 0);
-        copy_bulk(to + i * bytes, code, bytes, barrier);
+#pragma unroll
+    for (int i = 0; i < PAGES; i++) {
+        if (i >= n_pages) break;
+        const uint8_t *page = a.base + id[i] * a.page_bytes;
+        copy_bulk(to + i * bytes, page + w.g * a.layout.head_bytes + (value ? a.layout.v_code : 0), bytes,
+                  barrier);
         if (params)
             copy_bulk(param_to + i * params,
                       page + a.layout.param_base + (int64_t)w.g * a.layout.param_bytes +
@@ -203,23 +216,32 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
     const bool k_codes = a.k != KF_16, v_codes = a.v != KF_16, codes = k_codes || v_codes;
     uint32_t n_landed = 0;
 
-    // The raw copies run up to RAW blocks ahead of the conversion.
-    int ahead_item = blockIdx.x, ahead_block = 0;
+    // Thread 0 starts the raw copies, up to RAW blocks ahead of the conversion. The pages of the block at its
+    // cursor were looked up a block earlier.
+    int ahead_item = blockIdx.x, ahead_block = 0, ahead_id[BN / kPage];
     uint32_t ahead = 0;
     tile_work aw;
-    const auto start = [&]() { // thread 0: raw copies of the block at the cursor
+    const auto start = [&]() {
         if (ahead_item >= n_items) return;
-        if (ahead_block < 0 || ahead == 0) aw = work_of<BN>(a, ahead_item), ahead_block = aw.first;
         const uint32_t to = raw + ahead % RAW * a.raw_bytes, full = shared_at(&c->raw_full[ahead % RAW]);
         if (k_codes)
-            copy_pages<D, BN>(a, aw, ahead_block, false, to, to + a.raw_k_param_at, full);
+            copy_pages<D, BN>(a, aw, ahead_id, ahead_block, false, to, to + a.raw_k_param_at, full);
         if (v_codes)
-            copy_pages<D, BN>(a, aw, ahead_block, true, to + a.raw_v_at, to + a.raw_v_param_at, full);
+            copy_pages<D, BN>(a, aw, ahead_id, ahead_block, true, to + a.raw_v_at,
+                              to + a.raw_v_param_at, full);
         ahead++;
-        if (++ahead_block > aw.last) ahead_item += gridDim.x, ahead_block = -1;
+        if (++ahead_block > aw.last) {
+            ahead_item += gridDim.x;
+            if (ahead_item >= n_items) return;
+            aw = work_of<BN>(a, ahead_item), ahead_block = aw.first;
+        }
+        look_up<BN>(ahead_id, a, aw, ahead_block);
     };
-    if (codes && thread == 0)
+    if (codes && thread == 0 && ahead_item < n_items) {
+        aw = work_of<BN>(a, ahead_item), ahead_block = aw.first;
+        look_up<BN>(ahead_id, a, aw, ahead_block);
         for (int i = 0; i < RAW; i++) start();
+    }
 
     uint32_t count = 0;
     for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
@@ -228,6 +250,8 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
             const uint32_t s = count % kStages, parity = (count / kStages & 1) ^ 1;
             const int n_valid = min(BN, w.t.kv_len - block * BN);
             const uint8_t *from = memory + a.raw_at + count % RAW * a.raw_bytes;
+            int id[BN / kPage];
+            if (thread == 0 && !(k_codes && v_codes)) look_up<BN>(id, a, w, block);
             if (codes) barrier_wait(shared_at(&c->raw_full[count % RAW]), count / RAW & 1);
 
             barrier_wait(shared_at(&c->k_empty[s]), parity);
@@ -236,7 +260,7 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                 fence_async_proxy();
                 barrier_arrive(shared_at(&c->k_full[s]));
             } else if (thread == 0) {
-                copy_pages<D, BN>(a, w, block, false, k_at + s * TILE, 0, shared_at(&c->k_full[s]));
+                copy_pages<D, BN>(a, w, id, block, false, k_at + s * TILE, 0, shared_at(&c->k_full[s]));
             }
 
             barrier_wait(shared_at(&c->v_empty[s]), parity);
@@ -247,10 +271,10 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                 barrier_arrive(shared_at(&c->v_full[s]));
             } else if (n_valid == BN) {
                 if (thread == 0)
-                    copy_pages<D, BN>(a, w, block, true, v_at + s * TILE, 0, shared_at(&c->v_full[s]));
+                    copy_pages<D, BN>(a, w, id, block, true, v_at + s * TILE, 0, shared_at(&c->v_full[s]));
             } else { // the end of the sequence: what lies behind it must become zero
                 if (thread == 0)
-                    copy_pages<D, BN>(a, w, block, true, v_at + s * TILE, 0, shared_at(&c->landed));
+                    copy_pages<D, BN>(a, w, id, block, true, v_at + s * TILE, 0, shared_at(&c->landed));
                 barrier_wait(shared_at(&c->landed), n_landed++ & 1);
                 for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
                     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(

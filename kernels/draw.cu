@@ -1,15 +1,17 @@
 // draw.cu - one token from one row of logits, one block a row, without sorting.
 //
-// Candidates are ordered by key: the logit after the penalty as an unsigned integer that orders alike.
-// What top-k, top-p and min-p keep is always a prefix of (key descending, id ascending), so it is a
-// threshold: all of a larger key, and those of the key itself up to some id. A threshold is found by a
-// descent over the key's four bytes with a histogram of 256 bins each: of counts for top-k, of weights
-// for top-p. Weights are integers (draw.h says why), so every sum is exact and independent of order.
+// Candidates are ordered by key: the logit after the penalty as an unsigned integer that orders
+// alike. What top-k, top-p and min-p keep is always a prefix of (key descending, id ascending), so
+// it is a threshold: all of a larger key, and those of the key itself up to some id. A threshold is
+// found by a descent over the key's four bytes with a histogram of 256 bins each: of counts for
+// top-k, of weights for top-p. Weights are integers (draw.h says why), so every sum is exact and
+// independent of order.
 //
 //   1  largest z, lowest id                     greedy ends here
 //   2  top-k: descent by count                  -> threshold
 //   3  top-p: sum of what is kept, descent by weight -> threshold
-//   4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the drawn
+// 4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the
+// drawn
 //      number falls is walked by its warp
 //
 // Each step reads the row once or (a descent) four times, from L2.
@@ -121,14 +123,16 @@ __device__ double block_sum_f64(double x, block_memory &m) {
     return all;
 }
 
-// Ids are dealt to warps in stretches, so that a warp's share is a range of ids and its reads coalesce.
+// Ids are dealt to warps in stretches, so that a warp's share is a range of ids and its reads
+// coalesce.
 __device__ __forceinline__ int stretch(int vocab) {
     return (vocab + kWarps * 32 - 1) / (kWarps * 32) * 32;
 }
 
 // Among ids with `value(id) > 0`, in ascending order: the first at which the running sum of values
 // exceeds `target`, or the last one with a value if none does; -1 when there is none. Block.
-template <typename F> __device__ int find_by_id(int vocab, weight_sum target, block_memory &m, F value) {
+template <typename F>
+__device__ int find_by_id(int vocab, weight_sum target, block_memory &m, F value) {
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, each = stretch(vocab);
     const int lo = warp * each, hi = min(vocab, lo + each);
     weight_sum sum = 0;
@@ -139,7 +143,7 @@ template <typename F> __device__ int find_by_id(int vocab, weight_sum target, bl
     if (threadIdx.x == 0) m.chosen_id = -1;
     __syncthreads();
     weight_sum before = 0;
-    int owner = -1; // the warp in whose stretch the sum passes the target, else the last with a value
+    int owner = -1; // the warp whose stretch passes the target, else the last that holds a value
     weight_sum before_owner = 0;
     for (int w = 0; w < kWarps; w++) {
         if (m.warp[w] > 0) {
@@ -175,8 +179,8 @@ template <typename F> __device__ int find_by_id(int vocab, weight_sum target, bl
     return m.chosen_id;
 }
 
-// Add w to a bin, for all lanes of a warp together; w == 0 adds nothing. Logits crowd into few bins at
-// first, where lanes would queue for one address, so up to four bins are added up in the warp.
+// Add w to a bin, for all lanes of a warp together; w == 0 adds nothing. Logits crowd into few bins
+// at first, where lanes would queue for one address, so up to four bins are added up in the warp.
 __device__ __forceinline__ void add_to_bin(block_memory &m, int bin, weight_sum w) {
     constexpr int kRounds = 4, kHalf = 22; // w <= 2^44: two halves that 32 lanes may add in 32 bits
     const int lane = (int)threadIdx.x % 32;
@@ -193,8 +197,8 @@ __device__ __forceinline__ void add_to_bin(block_memory &m, int bin, weight_sum 
     if (left >> lane & 1) atomicAdd(&m.bin[bin], w);
 }
 
-// From the highest bin down: the first one at which `above` and the bins so far sum to `target`, or the
-// lowest that holds anything. m.chosen = the sum before it, its number. One warp.
+// From the highest bin down: the first one at which `above` and the bins so far sum to `target`, or
+// the lowest that holds anything. m.chosen = the sum before it, its number. One warp.
 __device__ void choose_bin(block_memory &m, weight_sum above, weight_sum target) {
     constexpr int kEach = kBins / 32;
     const int lane = (int)threadIdx.x, top = kBins - 1 - lane * kEach;
@@ -222,11 +226,11 @@ __device__ void choose_bin(block_memory &m, weight_sum above, weight_sum target)
     }
 }
 
-// The threshold that keeps the shortest prefix, best first, of what `within` keeps whose values sum to
-// `target` or more; all of it if the sum stays below. Values of equal keys are equal. Block.
+// The threshold that keeps the shortest prefix, best first, of what `within` keeps whose values sum
+// to `target` or more; all of it if the sum stays below. Values of equal keys are equal. Block.
 template <typename F>
-__device__ threshold descend(const row_view &r, threshold within, weight_sum target, block_memory &m,
-                             F value) {
+__device__ threshold descend(const row_view &r, threshold within, weight_sum target,
+                             block_memory &m, F value) {
     uint32_t prefix = 0;
     weight_sum above = 0; // sum of larger keys
     for (int shift = 24; shift >= 0; shift -= 8) {

@@ -1,4 +1,5 @@
-// fill.cu - element by element: synthetic weights, conversions, angles. Runs at load, never in a step.
+// fill.cu - element by element: synthetic weights, conversions, angles. Runs at load, never in a
+// step.
 #include "fill.h"
 #include "traits.cuh"
 
@@ -87,7 +88,8 @@ extern "C" status kernel_fill_noise(void *out, dtype type, int64_t n, uint64_t s
 extern "C" status kernel_fill_convert(void *out, dtype type, const void *in, dtype in_type,
                                       int64_t rows, int32_t cols, int64_t row_stride,
                                       int64_t col_stride, kernel_stream stream) {
-    if (rows < 0 || cols < 1) return FAIL(ST_SHAPE, "fill_convert [%lld, %d]", (long long)rows, cols);
+    if (rows < 0 || cols < 1)
+        return FAIL(ST_SHAPE, "fill_convert [%lld, %d]", (long long)rows, cols);
     if (rows == 0) return ST_OK;
     switch (type) {
 #define X(name)                                                                                    \

@@ -1,9 +1,9 @@
-// moe.cu - a warp routes a token; a block collects the rows of an expert; a thread adds 16 bytes of a
-// token's results.
+// moe.cu - a warp routes a token; a block collects the rows of an expert; a thread adds 16 bytes of
+// a token's results.
 //
-// permute is a counting sort in which every expert's block counts for itself: it reads all slots twice
-// (how many go to lower experts, then the rank of each of its own), which is X times as many reads as
-// need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
+// permute is a counting sort in which every expert's block counts for itself: it reads all slots
+// twice (how many go to lower experts, then the rank of each of its own), which is X times as many
+// reads as need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
 #include "moe.h"
 #include "traits.cuh"
 

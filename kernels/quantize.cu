@@ -1,7 +1,7 @@
-// quantize.cu - weights to codes and scales. Values that share a scale are a tile of block_n rows and
-// `group` columns: a warp has a tile of up to 128 values, a block of 256 threads a larger one. It is read
-// twice, for its extent and for its codes; arithmetic is f32 with one rounding an operation in the order
-// of ref_quant.c, so codes and scales are the same bits.
+// quantize.cu - weights to codes and scales. Values that share a scale are a tile of block_n rows
+// and `group` columns: a warp has a tile of up to 128 values, a block of 256 threads a larger one.
+// It is read twice, for its extent and for its codes; arithmetic is f32 with one rounding an
+// operation in the order of ref_quant.c, so codes and scales are the same bits.
 #include "quantize.h"
 #include "traits.cuh"
 #include <cfloat>
@@ -65,8 +65,8 @@ __device__ __forceinline__ __half f16_scale(float s) {
     return __half_as_ushort(h) ? h : __ushort_as_half(1);
 }
 
-// Store scale (and zero point) number `at` for values in [lo, hi]; one thread's write is enough, all get
-// the factor. ORDER quantize: store_scale of ref_quant.c.
+// Store scale (and zero point) number `at` for values in [lo, hi]; one thread's write is enough,
+// all get the factor. ORDER quantize: store_scale of ref_quant.c.
 template <weight_format F>
 __device__ __forceinline__ float store_scale(const qmatrix &q, int64_t at, float lo, float hi,
                                              bool writer, float *zero) {

@@ -10,9 +10,10 @@ extern "C" {
 
 /* Rows row0 .. row0 + rows - 1 of q from w [rows, q->k] f32.
  *
- *   q     code, scale and zero are device pointers; global_scale is set already
- *   (quantize_global_scale) w     device, 8-byte aligned; finite values (quantize_extent finds
- *   others) row0  a multiple of q->block_n; rows too, unless they end the matrix
+ * q     code, scale and zero are device pointers; global_scale is set already
+ * (quantize_global_scale)
+ *   w     device, 8-byte aligned; finite values (quantize_extent finds others)
+ *   row0  a multiple of q->block_n; rows too, unless they end the matrix
  *
  * SHAPE when that does not hold, UNSUPPORTED for W16, DEVICE on launch failure; rows == 0 launches
  * nothing. Asynchronous on `stream`. */

@@ -28,8 +28,7 @@
 static const dtype types[] = {DT_F16, DT_BF16};
 static double unit_of(dtype t) { return t == DT_F16 ? 0x1p-11 : 0x1p-8; }
 
-/* --- Memory ------------------------------------------------------------------------------------
- */
+/* --- Memory --------------------------------------------------------------------------------- */
 
 #define CUDA(call) assert_int_equal((int)(call), (int)cudaSuccess)
 
@@ -82,8 +81,7 @@ static float *normals(int64_t n, double scale, uint64_t seed) {
     return x;
 }
 
-/* --- Rows ---------------------------------------------------------------------------------------
- */
+/* --- Rows ----------------------------------------------------------------------------------- */
 
 static void test_rows(void **state) {
     (void)state;
@@ -112,8 +110,7 @@ static void test_rows(void **state) {
     assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
 }
 
-/* --- Norm ---------------------------------------------------------------------------------------
- */
+/* --- Norm ----------------------------------------------------------------------------------- */
 
 static void norm_case(int64_t rows, int32_t cols, dtype type, bool with_add) {
     const int64_t n = rows * cols;
@@ -153,8 +150,7 @@ static void test_norm(void **state) {
     assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
 }
 
-/* --- Activations --------------------------------------------------------------------------------
- */
+/* --- Activations ---------------------------------------------------------------------------- */
 
 static void gated_case(int64_t rows, int32_t f, dtype type, gated_kind kind) {
     const int64_t n = rows * f;
@@ -197,8 +193,7 @@ static void test_gated(void **state) {
     assert_status(kernel_gated(NULL, NULL, 1, 0, GATED_SILU, 0, DT_F16, NULL), ST_SHAPE);
 }
 
-/* --- Mixture of experts --------------------------------------------------------------------------
- */
+/* --- Mixture of experts --------------------------------------------------------------------- */
 
 static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool normalise) {
     const int64_t slots = t * k;
@@ -461,7 +456,7 @@ static void test_angles(void **state) {
  * ------------------------------------------------------------------------------------ */
 
 /* Values of every magnitude: groups of zeros, of subnormals, of ones that overflow a scale, and -0.
- */
+ * */
 static float *weights_of(int32_t n, int32_t k, uint64_t seed) {
     float *w = normals((int64_t)n * k, 0.02, seed);
     static const float factor[] = {1, 0, 1e-30f, 1e30f, 1e-42f, 3e6f, 1, 1e-6f};
