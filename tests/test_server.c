@@ -832,8 +832,8 @@ static void check_result_keys(const char *path) {
     json_decref(result);
 }
 
-/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this machine
- * was too busy for a valid run. */
+/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
+ * machine was too busy for a valid run. */
 static void commands_and_lua_measure_a_server(void **state) {
     const fixture *f = *state;
     const char *binary = getenv("AMALGAM_BINARY");
