@@ -24,12 +24,32 @@ PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # -iquote: our sched.h must not hide the system's <sched.h>.
 CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
-LDLIBS   = $(PKG_LIBS) -lm
+LDLIBS   = $(if $(SM),$(STATIC_LIBS) $(CUDA_LIBS),$(PKG_LIBS)) -lm
 
 # Idle OpenMP threads sleep: spinning ones wait for a core that another process holds, which makes the
 # cpu device ten times slower on a machine that is not ours alone.
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
+
+# CUDA: `make CUDA_ARCH=90a` compiles kernels/*.cu for one architecture, CUDA_ARCH=all for all that are
+# supported, CUDA_ARCH= (empty) for none. The default is the GPU at hand, and none where there is no GPU
+# or no nvcc, so that a machine without one never compiles a kernel. Files named *_hopper.cu are
+# compiled for 90a only; nothing in the host sources depends on any of this (weak symbols).
+CUDA      ?= $(firstword $(wildcard /usr/local/cuda) /usr)
+NVCC      := $(firstword $(wildcard $(CUDA)/bin/nvcc) $(shell command -v nvcc))
+SM_ALL    := 80 86 89 90a
+CUDA_ARCH ?= $(if $(and $(NVCC),$(wildcard /dev/nvidia0)),$(patsubst 90,90a,$(shell \
+               nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)))
+SM        := $(if $(filter all,$(CUDA_ARCH)),$(SM_ALL),$(CUDA_ARCH))
+gencode    = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
+NVFLAGS   := -std=c++17 -O3 -lineinfo -Xptxas -v,-warn-spills -Iengine -Ikernels
+CUDA_SOURCES := $(if $(SM),$(sort $(filter-out $(if $(filter 90a,$(SM)),,%_hopper.cu),$(wildcard kernels/*.cu))))
+CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(O)/%.o)
+# With kernels the program is for a GPU node that has the CUDA runtime and cuBLAS and little else: what
+# else it needs is linked into it.
+STATIC_LIBS = -Wl,-Bstatic $(PKG_LIBS) -lgomp -Wl,-Bdynamic
+CUDA_LIBS   = -L$(CUDA)/lib64 -lcublas -lcublasLt -Wl,-Bstatic -lcudart_static -Wl,-Bdynamic \
+              -static-libgcc -static-libstdc++ -lstdc++ -lpthread -ldl -lrt
 
 SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o)
@@ -74,7 +94,17 @@ $(O)/%.o: %.c Makefile
 	@echo "  cc    $<"
 	$(Q)$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
 
-$(LIBRARY): $(filter-out $(O)/engine/main.o,$(OBJECTS))
+# The report of registers and spills of a file stands beside its object; ptxas.txt has all of them.
+$(CUDA_OBJECTS): $(O)/%.o: %.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  nvcc  $<"
+	$(Q)$(NVCC) $(NVFLAGS) $(call gencode,$(if $(filter %_hopper.cu,$<),90a,$(SM))) -MMD -MP \
+	    -c $< -o $@ 2>$@.ptxas || { cat $@.ptxas; rm -f $@; exit 1; }
+
+$(O)/ptxas.txt: $(CUDA_OBJECTS)
+	@cat $(^:=.ptxas) >$@
+
+$(LIBRARY): $(filter-out $(O)/engine/main.o,$(OBJECTS)) $(CUDA_OBJECTS)
 	@rm -f $@
 	$(Q)ar rcs $@ $^
 
@@ -82,12 +112,19 @@ $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 	@echo "  link  $@"
 	$(Q)$(CC) $(CFLAGS) -rdynamic $^ -o $@ $(LDLIBS)
 
+# Tests that want a GPU; with libraries they are linked like the program.
+GPU_TESTS := $(if $(SM),$(patsubst tests/%.c,$(O)/tests/%,$(wildcard tests/gpu_*.c)))
+$(GPU_TESTS): $(O)/tests/%: tests/%.c $(LIBRARY) Makefile
+	@mkdir -p $(@D)
+	@echo "  test  $<"
+	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS)
+
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@mkdir -p $(@D)
 	@echo "  test  $<"
 	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
--include $(OBJECTS:.o=.d) $(TESTS:=.d)
+-include $(OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(TESTS:=.d) $(GPU_TESTS:=.d)
 
 ##@ Reproduce
 reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
@@ -119,6 +156,11 @@ asan: setup ## the C tests under the address and undefined-behaviour sanitizers
 
 asan-tests: $(TESTS)
 
+gpu-test: build ## the kernels against float64, on a GPU (CUDA_ARCH must not be empty)
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(GPU_TESTS) $(O)/ptxas.txt
+	$(Q)! grep -E '[1-9][0-9]* bytes spill|C75[0-9][0-9]' $(O)/ptxas.txt
+	$(Q)for t in $(GPU_TESTS); do $$t check || exit 1; done
+
 format: ## rewrite the C sources with clang-format 14
 	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch])
 
@@ -126,4 +168,5 @@ clean: ## remove build/ (results stay)
 	rm -rf $(B)
 
 FORCE:
-.PHONY: help setup build reproduce quick report compare bench test asan asan-tests format clean FORCE
+FORCE_SM := $(shell mkdir -p $(O); echo '$(SM)' | cmp -s - $(O)/sm || echo '$(SM)' >$(O)/sm)
+.PHONY: help setup build reproduce quick report compare bench test asan asan-tests gpu-test format clean FORCE
