@@ -775,6 +775,99 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
+/* A command's standard output and exit status. */
+static int run_command(const char *line, text *said) {
+    char buf[4096];
+    text_clear(said);
+    FILE *f = popen(line, "r");
+    assert_non_null(f);
+    for (size_t n; (n = fread(buf, 1, sizeof buf, f)) > 0;) text_bytes(said, buf, n);
+    const int status_ = pclose(f);
+    return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
+}
+
+/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this machine
+ * was too busy for a valid run. */
+static void commands_and_lua_measure_a_server(void **state) {
+    const fixture *f = *state;
+    const char *binary = getenv("AMALGAM_BINARY");
+    if (!binary) binary = "build/amalgam";
+    char line[1024], path[] = "build/tests/serve_result.json", script[] = "build/tests/serve.lua";
+    text said = {0};
+    snprintf(line, sizeof line,
+             "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
+             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here",
+             binary, f->url, path);
+    assert_true(run_command(line, &said) <= 1);
+    json_t *v = parsed(&said), *result;
+    assert_int_equal(json_integer_value(at(v, "n_completed")), 20);
+    assert_int_equal(json_integer_value(at(v, "output_tokens")), 120);
+    json_decref(v);
+    assert_ok(json_file(&result, path));
+    static const char *const keys[] = {"date",
+                                       "endpoint_type",
+                                       "backend",
+                                       "label",
+                                       "model_id",
+                                       "tokenizer_id",
+                                       "num_prompts",
+                                       "request_rate",
+                                       "burstiness",
+                                       "max_concurrency",
+                                       "duration",
+                                       "completed",
+                                       "failed",
+                                       "total_input_tokens",
+                                       "total_output_tokens",
+                                       "request_throughput",
+                                       "request_goodput",
+                                       "output_throughput",
+                                       "total_token_throughput",
+                                       "max_output_tokens_per_s",
+                                       "max_concurrent_requests",
+                                       "rtfx",
+                                       "mean_ttft_ms",
+                                       "median_ttft_ms",
+                                       "std_ttft_ms",
+                                       "p99_ttft_ms",
+                                       "mean_tpot_ms",
+                                       "median_tpot_ms",
+                                       "std_tpot_ms",
+                                       "p99_tpot_ms",
+                                       "mean_itl_ms",
+                                       "median_itl_ms",
+                                       "std_itl_ms",
+                                       "p99_itl_ms",
+                                       "mean_e2el_ms",
+                                       "median_e2el_ms",
+                                       "std_e2el_ms",
+                                       "p99_e2el_ms"};
+    for (int32_t i = 0; i < COUNT_OF(keys); i++)
+        if (!at(result, keys[i])) fail_msg("the result has no '%s'", keys[i]);
+    json_decref(result);
+
+    snprintf(
+        line, sizeof line,
+        "local r = require'amalgam'.bench_serve{url='%s', vocab=1000, workload={preset='fixed',"
+        "n_requests=10, prompt={fixed=8}, output={fixed=6}}, limits={ttft_ms=1e6}}\n"
+        "print(r.status, r.origin, r.metrics.n_completed, r.metrics.output_tokens)\n",
+        f->url);
+    assert_ok(file_write(script, line, strlen(line)));
+    snprintf(line, sizeof line, "%s lua %s", binary, script);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "ok\tmeasured\t10\t60"));
+
+    snprintf(line, sizeof line,
+             "printf 'hello\\n/precision\\n/reset\\n/quit\\nnever\\n' | %s chat --model "
+             "workloads/tiny --threads 1 --max-tokens 8",
+             binary);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "tokens/s]"));
+    assert_non_null(strstr(said.data, "W16A16KV16 on cpu"));
+    assert_non_null(strstr(said.data, "[a new conversation]"));
+    text_free(&said);
+}
+
 /* The load generator's figures against what is known of the run. */
 static void the_load_generator_counts_right(void **state) {
     const fixture *f = *state;
@@ -838,6 +931,7 @@ int main(void) {
         cmocka_unit_test(a_slow_reader_delays_nobody),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
+        cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(shutdown_finishes_or_reports),
