@@ -27,15 +27,15 @@ CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
 LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 
 # CUDA: `make CUDA_ARCH=90a` for one architecture, CUDA_ARCH="80 86 89 90a" for all, CUDA_ARCH= for none.
-# Where an NVIDIA driver is loaded the default is all; elsewhere nothing of CUDA is needed.
+# Where there are an NVIDIA driver and nvcc the default is all; elsewhere nothing of CUDA is needed.
 CUDA      ?= /usr/local/cuda
-CUDA_ARCH ?= $(if $(wildcard /dev/nvidiactl),80 86 89 90a)
 NVCC      := $(CUDA)/bin/nvcc
+CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
 NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
 CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
-CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
+CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
 KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))

@@ -442,10 +442,10 @@ template <int D> __host__ __device__ constexpr int joint_floats(int rows) {
 
 template <int D, int NT>
 __device__ __forceinline__ void put_joint(float *to, state<D, NT> &st, const decode_arguments &a,
-                                          int n_heads, int warp, int lane) {
+                                          int n_heads, int share, int lane) {
     const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(a.v), odd = a.v == KF_4 ? unit / 16 : unit;
-    float2 *ml = (float2 *)(to + kConsumers * a.rows * (D + 4)) + warp * a.rows;
+    float2 *ml = (float2 *)(to + kConsumers * a.rows * (D + 4)) + share * a.rows;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -455,7 +455,7 @@ __device__ __forceinline__ void put_joint(float *to, state<D, NT> &st, const dec
             const float z = a.v == KF_16 ? 0.f : column_sum(st.z[n][j]) + st.middle[n][j] * unit;
             if (h >= n_heads) continue;
             if (row == 0) ml[h] = make_float2(st.m[n][j], l);
-            float *acc = to + (warp * a.rows + h) * (D + 4);
+            float *acc = to + (share * a.rows + h) * (D + 4);
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 int d0, d1;
@@ -709,7 +709,10 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
         }
         st.unit = 0x1p-24f;
 
-        for (int u = warp; u < n_units; u += kConsumers) {
+        // Stages are a multiple of the consumers, so that a slot is always the same warp's: a parity wait
+        // cannot tell a phase from the one before the last. Which share of the item that is turns with base.
+        const int share = (warp - base) % kConsumers;
+        for (int u = share; u < n_units; u += kConsumers) {
             const uint32_t count = base + u, slot = count % a.stages;
             const uint32_t stage = ring + slot * a.stage_bytes;
             const int token0 = begin + u * UT;
@@ -743,9 +746,9 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
         }
         base += n_units;
         barrier_wait(bar.joint_empty(at), turn ^ 1);
-        if (warp < n_units)
+        if (share < n_units)
             put_joint<D, NT>((float *)(memory + a.joint_at) + at * joint_floats<D>(a.rows), st, a, n_heads,
-                             warp, lane);
+                             share, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(bar.joint_full(at));
     }
@@ -858,15 +861,15 @@ status launch(const attention_problem *p) {
 
     a.rows = a.ratio < 8 * NT ? a.ratio : 8 * NT;
 
-    // Two blocks an SM where each then has a ring of five units at least; else one.
+    // Two blocks an SM where each then has a ring of a unit for each consumer; else one.
     const int q_bytes = kItems * q_slot_bytes<D, NT>();
     const int joint_bytes = (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16 + 16; // + flag
     const int fixed = q_bytes + joint_bytes + 4 * kItems * 8, per_sm = p->shared_bytes_sm;
     const int unit = a.stage_bytes + 16; // and its two barriers
     int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / unit;
-    if (D == 256 || NT == 2 || room < 5) blocks = 1, room = (per_sm - 1024 - fixed) / unit;
-    a.stages = room < 24 ? room : 24;
-    if (a.stages < 3) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
+    if (D == 256 || NT == 2 || room < kConsumers) blocks = 1, room = (per_sm - 1024 - fixed) / unit;
+    a.stages = (room < 24 ? room : 24) / kConsumers * kConsumers;
+    if (a.stages == 0) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
     a.q_at = a.stages * a.stage_bytes;
     a.joint_at = a.q_at + q_bytes;
     a.barriers_at = a.joint_at + joint_bytes;

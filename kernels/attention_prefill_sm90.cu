@@ -36,7 +36,7 @@ struct prefill_arguments {
 struct control {
     float row_factor[kRows]; // of q
     uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
-    uint64_t raw_full[kStages], landed, pad;
+    uint64_t raw_full[2][kStages], landed, pad; // raw: of K, of V
 };
 
 template <int ID, int N> __device__ __forceinline__ void named_sync() {
@@ -171,26 +171,43 @@ __device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *code, co
         convert<D, BN, KF_FP8>(to, code, param, n_valid, thread);
 }
 
+// A cursor over the blocks of tokens of all this thread block's items.
+struct walk {
+    int item, block, last, page_at, kv_len, g;
+};
+template <int BN>
+__device__ __forceinline__ void open_item(walk &w, const prefill_arguments &a, int n_items) {
+    if (w.item >= n_items) return;
+    const tile_work t = work_of<BN>(a, w.item);
+    w.block = t.first, w.last = t.last, w.page_at = t.t.page_at, w.kv_len = t.t.kv_len, w.g = t.g;
+}
+template <int BN>
+__device__ __forceinline__ void advance(walk &w, const prefill_arguments &a, int n_items) {
+    if (++w.block <= w.last) return;
+    w.item += gridDim.x;
+    open_item<BN>(w, a, n_items);
+}
+
 // Physical pages of a block; past the end of the sequence the last one again.
 template <int BN>
 __device__ __forceinline__ void look_up(int (&id)[BN / kPage], const prefill_arguments &a,
-                                        const tile_work &w, int block) {
-    const int last = (w.t.kv_len - 1) / kPage;
+                                        const walk &w) {
+    const int last = (w.kv_len - 1) / kPage;
 #pragma unroll
     for (int i = 0; i < BN / kPage; i++)
-        id[i] = a.page[w.t.page_at + min(block * (BN / kPage) + i, last)];
+        id[i] = a.page[w.page_at + min(w.block * (BN / kPage) + i, last)];
 }
 
 // One thread: start the copies of a block's K or V, parameters to `param_to`.
 template <int D, int BN>
-__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const tile_work &w,
-                                           const int (&id)[BN / kPage], int block, bool value,
-                                           uint32_t to, uint32_t param_to, uint32_t barrier) {
+__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const walk &w,
+                                           const int (&id)[BN / kPage], bool value, uint32_t to,
+                                           uint32_t param_to, uint32_t barrier) {
     constexpr int PAGES = BN / kPage;
     const kv_format f = value ? a.v : a.k;
     const uint32_t bytes = kPage * row_bytes_of(f, D);
     const uint32_t params = f == KF_16 ? 0 : f == KF_FP8 ? 2 * kPage : 4 * kPage;
-    const int n_pages = min(PAGES, (w.t.kv_len + kPage - 1) / kPage - block * PAGES);
+    const int n_pages = min(PAGES, (w.kv_len + kPage - 1) / kPage - w.block * PAGES);
     barrier_expect(barrier, n_pages * (bytes + params));
 #pragma unroll
     for (int i = 0; i < PAGES; i++) {
@@ -206,90 +223,94 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
     }
 }
 
-template <int D, int BN, int RAW>
-__device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
-                                        int thread) {
-    constexpr int TILE = BN * 2 * D;
-    const uint32_t k_at = shared_at(memory) + kRows * 2 * D, v_at = k_at + kStages * TILE;
-    const uint32_t raw = shared_at(memory) + a.raw_at;
-    const int n_items = a.plan->n_tiles * a.n_kv_heads;
-    const bool k_codes = a.k != KF_16, v_codes = a.v != KF_16, codes = k_codes || v_codes;
-    uint32_t n_landed = 0;
+// The stream of K, or of V: blocks in order through kStages stages, codes through RAW raw stages before.
+// Thread 0 keeps the raw copies ahead; the pages of the block at that cursor were looked up a block earlier.
+template <int D, int BN, int RAW, bool VALUE> struct stream {
+    walk at, ahead;
+    uint32_t count, started;
+    int id[BN / kPage];
 
-    // Thread 0 starts the raw copies, up to RAW blocks ahead of the conversion. The pages of the block at its
-    // cursor were looked up a block earlier.
-    int ahead_item = blockIdx.x, ahead_block = 0, ahead_id[BN / kPage];
-    uint32_t ahead = 0;
-    tile_work aw;
-    const auto start = [&]() {
-        if (ahead_item >= n_items) return;
-        const uint32_t to = raw + ahead % RAW * a.raw_bytes, full = shared_at(&c->raw_full[ahead % RAW]);
-        if (k_codes)
-            copy_pages<D, BN>(a, aw, ahead_id, ahead_block, false, to, to + a.raw_k_param_at, full);
-        if (v_codes)
-            copy_pages<D, BN>(a, aw, ahead_id, ahead_block, true, to + a.raw_v_at,
-                              to + a.raw_v_param_at, full);
-        ahead++;
-        if (++ahead_block > aw.last) {
-            ahead_item += gridDim.x;
-            if (ahead_item >= n_items) return;
-            aw = work_of<BN>(a, ahead_item), ahead_block = aw.first;
-        }
-        look_up<BN>(ahead_id, a, aw, ahead_block);
-    };
-    if (codes && thread == 0 && ahead_item < n_items) {
-        aw = work_of<BN>(a, ahead_item), ahead_block = aw.first;
-        look_up<BN>(ahead_id, a, aw, ahead_block);
-        for (int i = 0; i < RAW; i++) start();
+    __device__ __forceinline__ void start(const prefill_arguments &a, uint32_t memory, control *c,
+                                          int n_items) {
+        if (ahead.item >= n_items) return;
+        const uint32_t raw = memory + a.raw_at + started % RAW * a.raw_bytes;
+        copy_pages<D, BN>(a, ahead, id, VALUE, raw + (VALUE ? a.raw_v_at : 0),
+                          raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at),
+                          shared_at(&c->raw_full[VALUE][started % RAW]));
+        started++;
+        advance<BN>(ahead, a, n_items);
+        if (ahead.item < n_items) look_up<BN>(id, a, ahead);
     }
 
-    uint32_t count = 0;
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const tile_work w = work_of<BN>(a, item);
-        for (int block = w.first; block <= w.last; block++, count++) {
-            const uint32_t s = count % kStages, parity = (count / kStages & 1) ^ 1;
-            const int n_valid = min(BN, w.t.kv_len - block * BN);
-            const uint8_t *from = memory + a.raw_at + count % RAW * a.raw_bytes;
-            int id[BN / kPage];
-            if (thread == 0 && !(k_codes && v_codes)) look_up<BN>(id, a, w, block);
-            if (codes) barrier_wait(shared_at(&c->raw_full[count % RAW]), count / RAW & 1);
+    __device__ __forceinline__ void open(const prefill_arguments &a, uint8_t *memory, control *c,
+                                         int n_items, int thread) {
+        at.item = blockIdx.x;
+        open_item<BN>(at, a, n_items);
+        ahead = at;
+        count = started = 0;
+        if (thread != 0 || at.item >= n_items) return;
+        look_up<BN>(id, a, ahead);
+        if ((VALUE ? a.v : a.k) != KF_16)
+            for (int i = 0; i < RAW; i++) start(a, shared_at(memory), c, n_items);
+    }
 
-            barrier_wait(shared_at(&c->k_empty[s]), parity);
-            if (k_codes) {
-                convert_any<D, BN>(k_at + s * TILE, from, from + a.raw_k_param_at, a.k, n_valid, thread);
-                fence_async_proxy();
-                barrier_arrive(shared_at(&c->k_full[s]));
-            } else if (thread == 0) {
-                copy_pages<D, BN>(a, w, id, block, false, k_at + s * TILE, 0, shared_at(&c->k_full[s]));
-            }
-
-            barrier_wait(shared_at(&c->v_empty[s]), parity);
-            if (v_codes) {
-                convert_any<D, BN>(v_at + s * TILE, from + a.raw_v_at, from + a.raw_v_param_at, a.v,
-                                   n_valid, thread);
-                fence_async_proxy();
-                barrier_arrive(shared_at(&c->v_full[s]));
-            } else if (n_valid == BN) {
-                if (thread == 0)
-                    copy_pages<D, BN>(a, w, id, block, true, v_at + s * TILE, 0, shared_at(&c->v_full[s]));
-            } else { // the end of the sequence: what lies behind it must become zero
-                if (thread == 0)
-                    copy_pages<D, BN>(a, w, id, block, true, v_at + s * TILE, 0, shared_at(&c->landed));
-                barrier_wait(shared_at(&c->landed), n_landed++ & 1);
+    // The block at the cursor into its stage.
+    __device__ __forceinline__ void fill(const prefill_arguments &a, uint8_t *memory, control *c,
+                                         uint32_t *n_landed, int n_items, int thread) {
+        constexpr int TILE = BN * 2 * D;
+        const kv_format f = VALUE ? a.v : a.k;
+        const uint32_t s = count % kStages, empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
+        const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
+        const uint32_t to = shared_at(memory) + kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
+        const int n_valid = min(BN, at.kv_len - at.block * BN);
+        if (f != KF_16) {
+            const uint8_t *raw = memory + a.raw_at + count % RAW * a.raw_bytes;
+            barrier_wait(shared_at(&c->raw_full[VALUE][count % RAW]), count / RAW & 1);
+            barrier_wait(empty, count / kStages & 1 ^ 1);
+            convert_any<D, BN>(to, raw + (VALUE ? a.raw_v_at : 0),
+                               raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at), f, n_valid, thread);
+            fence_async_proxy();
+            barrier_arrive(full);
+            named_sync<1, 128>(); // the raw stage has been read by all
+            if (thread == 0) start(a, shared_at(memory), c, n_items);
+        } else {
+            barrier_wait(empty, count / kStages & 1 ^ 1);
+            const bool tail = VALUE && n_valid < BN;
+            if (thread == 0)
+                copy_pages<D, BN>(a, at, id, VALUE, to, 0, tail ? shared_at(&c->landed) : full);
+            if (tail) { // the end of the sequence: what lies behind it must become zero
+                barrier_wait(shared_at(&c->landed), (*n_landed)++ & 1);
                 for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
                     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
-                                     v_at + s * TILE + code_at(2 * D, i / (D / 8), i % (D / 8) * 16)),
+                                     to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16)),
                                  "r"(0)
                                  : "memory");
                 fence_async_proxy();
                 named_sync<1, 128>();
-                if (thread == 0) barrier_arrive(shared_at(&c->v_full[s]));
-            }
-            if (codes) { // the raw stage has been read by all
-                named_sync<1, 128>();
-                if (thread == 0) start();
+                if (thread == 0) barrier_arrive(full);
             }
         }
+        count++;
+        advance<BN>(at, a, n_items);
+        if (f == KF_16 && thread == 0 && at.item < n_items) look_up<BN>(id, a, at);
+    }
+};
+
+// K runs a block ahead of V: K_{j+1} is wanted before V_j, and its stage is free earlier.
+template <int D, int BN, int RAW>
+__device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
+                                        int thread) {
+    const int n_items = a.plan->n_tiles * a.n_kv_heads;
+    uint32_t n_landed = 0;
+    stream<D, BN, RAW, false> k;
+    stream<D, BN, RAW, true> v;
+    k.open(a, memory, c, n_items, thread);
+    v.open(a, memory, c, n_items, thread);
+    if (k.at.item >= n_items) return;
+    k.fill(a, memory, c, &n_landed, n_items, thread);
+    while (v.at.item < n_items) {
+        if (k.at.item < n_items) k.fill(a, memory, c, &n_landed, n_items, thread);
+        v.fill(a, memory, c, &n_landed, n_items, thread);
     }
 }
 
@@ -524,23 +545,23 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
     control *c = (control *)(memory + a.raw_at + (a.raw_bytes ? RAW * a.raw_bytes : 0));
     const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
-        const int copies = (a.k != KF_16) + (a.v != KF_16);
         for (int i = 0; i < kStages; i++) {
             barrier_init(shared_at(&c->k_full[i]), a.k == KF_16 ? 1 : 128);
             barrier_init(shared_at(&c->v_full[i]), a.v == KF_16 ? 1 : 128);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
-            barrier_init(shared_at(&c->raw_full[i]), copies ? copies : 1);
+            barrier_init(shared_at(&c->raw_full[0][i]), 1);
+            barrier_init(shared_at(&c->raw_full[1][i]), 1);
         }
         barrier_init(shared_at(&c->landed), 1);
         fence_async_proxy();
     }
     __syncthreads();
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         produce<D, BN, RAW>(a, memory, c, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         consume<D, TK, TV>(a, memory, c, group - 1, thread);
     }
 }

@@ -89,11 +89,10 @@ struct preference {
     const char *name;
 };
 const preference preferences[] = {
-    {90, 8, "hopper_8x1"},      {90, 8, "hopper_8x2"},      {90, 16, "hopper_16x2"},
-    {90, 32, "hopper_32x2"},    {90, 64, "hopper_64x2"},    {90, 128, "hopper_128x2"},
-    {90, 1 << 30, "hopper_256x1"}, {90, 1 << 30, "hopper_128x2"},
-    {80, 8, "ampere_8x1"},      {80, 16, "ampere_16x1"},    {80, 32, "ampere_32x2"},
-    {80, 1 << 30, "ampere_64x2"},
+    {90, 8, "hopper_8x1"},         {90, 8, "hopper_8x2"},   {90, 16, "hopper_16x1"},
+    {90, 16, "hopper_16x2"},       {90, 32, "hopper_32x2"}, {90, 64, "hopper_64x2"},
+    {90, 1 << 30, "hopper_128x2"}, {80, 8, "ampere_8x1"},   {80, 16, "ampere_16x1"},
+    {80, 32, "ampere_32x2"},       {80, 1 << 30, "ampere_64x2"},
 };
 
 bool gated(const linear_problem *p) {
@@ -247,6 +246,5 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;
-    a.stream_all = v->rows_x <= 64;
     return v->launch(&a, p->n_sms * v->ctas_per_sm, stream);
 }

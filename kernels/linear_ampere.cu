@@ -176,11 +176,13 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
+    __shared__ linear_shared later_of[LINEAR_WARPS];
     if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+    linear_shared *later = &later_of[threadIdx.x / 32];
+    linear_shared_init(later);
 
     linear_walk<NT> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s;
-    linear_shared later = {};
     while (walk.next(s)) {
         float acc[R][NT / 2] = {};
 #pragma unroll
@@ -201,10 +203,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
             write = write + 1 == kStages ? 0 : write + 1;
         }
         __syncthreads();
-        if (s.step1 - s.step0 == p.steps)
+        if (s.step1 - s.step0 == p.steps || linear_share<NT, R>(acc, p, walk, s, later))
             linear_finish<T, NT, R>(acc, p, s, turn[threadIdx.x / 32]);
-        else
-            linear_deposit<NT, R>(acc, p, walk, s, later);
     }
     linear_finish_all<T, NT, R>(p, walk, later, turn[threadIdx.x / 32]);
 }

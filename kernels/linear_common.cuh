@@ -3,9 +3,9 @@
 //
 // Work is counted in steps: one step is KU units (64 inputs each) of one tile of 2 R blocks x NT rows of
 // x. The first sk_tiles tiles are one long line of steps that is cut evenly over all CTAs (stream-K); the
-// others are dealt out whole. A CTA deposits its sums of a tile that it shares in the workspace, at its end
-// waits for the others that share it, and finishes its part of the tile: the sums of all, in ascending
-// order of K. The cuts depend on the problem's shape and the number of CTAs alone, so the bits are the
+// others are dealt out whole. Of a tile that two or three CTAs share, all but the first deposit their sums in
+// the workspace and the first adds them to its own. Of a tile that more share, all deposit, wait at their
+// end for each other, and finish a part of it each. Either way sums are added in ascending order of K. The cuts depend on the problem's shape and the number of CTAs alone, so the bits are the
 // same on every run. All CTAs of a launch must fit the GPU at once.
 //
 // Eight warps compute: warp w takes strip w % 4 of blocks (w / 4) R .. + R - 1 of the tile. A lane's
@@ -33,7 +33,6 @@ struct linear_args {
     int32_t epilogue, sym, y_f32, paired; // paired: a tile holds blocks b and b + half_blocks
     float limit;
     int32_t n_tiles, steps; // tiles along N; steps of one tile
-    int32_t stream_all;     // cut all tiles, else only what does not fill a wave
 };
 
 // --- Walk --------------------------------------------------------------------------------------------
@@ -55,7 +54,11 @@ template <int NT> struct linear_walk {
         cta = ctas - 1 - (int32_t)blockIdx.x;
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
         int32_t sk_tiles = tiles;
-        if (!p.stream_all && tiles >= ctas) sk_tiles = tiles % ctas ? tiles % ctas + ctas : 0;
+        // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many tiles only
+        // the last wave and what is left over, so that most tiles are nobody's but one CTA's.
+        const int32_t waves = (tiles + ctas - 1) / ctas;
+        if (tiles * 16 >= waves * ctas * 15) sk_tiles = 0;
+        else if (tiles > 2 * ctas) sk_tiles = tiles % ctas + ctas;
         share = sk_tiles * p.steps / ctas;
         rest = sk_tiles * p.steps % ctas;
         at = cut(cta);
@@ -309,10 +312,15 @@ __device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
 }
 
 // What a CTA must come back to: at most the tile that its cut begins in and the one that it ends in.
+// Kept in shared memory, by warp; m_end is 0 where there is none.
 struct linear_shared {
-    linear_segment head, tail;
-    bool has_head, has_tail;
+    linear_segment tile[2]; // the one it begins in, the one it ends in
 };
+
+__device__ __forceinline__ void linear_shared_init(linear_shared *shared) {
+    if (threadIdx.x % 32 == 0) shared->tile[0].m_end = shared->tile[1].m_end = 0;
+    __syncwarp();
+}
 
 // Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner` begins.
 template <int NT, int R>
@@ -326,19 +334,12 @@ __device__ __forceinline__ int32_t *linear_counter(const linear_args &p, int32_t
     return p.counters + (owner * LINEAR_WARPS + (int)threadIdx.x / 32) * 2;
 }
 
+enum { LINEAR_OWNER_ADDS = 3 }; // CTAs of a tile up to which its first adds all
+
 template <int NT, int R>
 __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
-                                               const linear_walk<NT> &walk, const linear_segment &s,
-                                               linear_shared &shared) {
-    const bool tail = s.step0 == 0;
-    if (tail) {
-        shared.tail = s;
-        shared.has_tail = true;
-    } else {
-        shared.head = s;
-        shared.has_head = true;
-    }
-    float4 *slot = linear_slot<NT, R>(p, walk.cta, tail);
+                                               const linear_walk<NT> &walk, const linear_segment &s) {
+    float4 *slot = linear_slot<NT, R>(p, walk.cta, s.step0 == 0);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -352,6 +353,61 @@ __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const li
     if (threadIdx.x % 32 == 0) atomicAdd(linear_counter(p, walk.holder(s.line)), 1);
 }
 
+// Wait until n CTAs have deposited.
+__device__ __forceinline__ void linear_await(const int32_t *counter, int32_t n) {
+    while (counter_read(counter) < n) __nanosleep(32);
+    __syncwarp();
+}
+
+// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole tile.
+template <int NT, int R>
+__device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
+                                             const linear_walk<NT> &walk, const linear_segment &s,
+                                             linear_shared *later) {
+    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+    if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
+        linear_deposit<NT, R>(acc, p, walk, s);
+        if (n > LINEAR_OWNER_ADDS && threadIdx.x % 32 == 0) later->tile[s.step0 == 0] = s;
+        return false;
+    }
+    int32_t *counter = linear_counter(p, owner);
+    linear_await(counter, n - 1);
+    for (int i = 1; i < n; i++) {
+        const float4 *slot = linear_slot<NT, R>(p, owner + i, false);
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++) {
+                if (s.m0 + 8 * j >= s.m_end) continue;
+                const float4 v = __ldcg(slot + (r * (NT / 8) + j) * 32);
+                acc[r][4 * j] += v.x;
+                acc[r][4 * j + 1] += v.y;
+                acc[r][4 * j + 2] += v.z;
+                acc[r][4 * j + 3] += v.w;
+            }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) *counter = 0; // for the next launch, which writes after this one ended
+    return true;
+}
+
+// One group of eight x rows of a block, of all n CTAs; several loads in flight: this is all latency.
+template <int NT, int R>
+__device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner, int32_t n,
+                                           int32_t group) {
+    constexpr int kFlight = R == 1 ? 8 : 4;
+    for (int i0 = 0; i0 < n; i0 += kFlight) {
+        float4 v[kFlight];
+#pragma unroll
+        for (int i = 0; i < kFlight; i++)
+            if (i0 + i < n)
+                v[i] = __ldcg(linear_slot<NT, R>(p, owner + i0 + i, i0 + i == 0) + group * 32);
+#pragma unroll
+        for (int i = 0; i < kFlight; i++)
+            if (i0 + i < n) c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
+    }
+}
+
 // This CTA's part of a shared tile: every n-th group of eight x rows of a block.
 template <typename T, int NT, int R>
 __device__ __forceinline__ void linear_finish_shared(const linear_args &p, const linear_walk<NT> &walk,
@@ -359,33 +415,26 @@ __device__ __forceinline__ void linear_finish_shared(const linear_args &p, const
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
     const bool gated = R > 1 && p.paired;
     int32_t *counter = linear_counter(p, owner);
-    while (counter_read(counter) < n) {}
-    __syncwarp();
+    linear_await(counter, n);
     const int groups_m = min(NT / 8, (s.m_end - s.m0 + 7) / 8);
     const int groups = (gated ? R / 2 : R) * groups_m;
     for (int g = walk.cta - owner; g < groups; g += n) {
         const int r = g / groups_m * (gated ? 2 : 1), j = g % groups_m;
         const linear_place at = linear_place_of<R>(p, s, r);
         if (!at.there) continue;
-        float c[8] = {};
-#pragma unroll 4
-        for (int i = 0; i < n; i++) {
-            const float4 *slot =
-                linear_slot<NT, R>(p, owner + i, i == 0) + (r * (NT / 8) + j) * 32;
-            const float4 v = __ldcg(slot);
-            c[0] += v.x, c[1] += v.y, c[2] += v.z, c[3] += v.w;
-            if (!gated) continue;
-            const float4 u = __ldcg(slot + NT / 8 * 32);
-            c[4] += u.x, c[5] += u.y, c[6] += u.z, c[7] += u.w;
-        }
         const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-        if (gated)
+        const int32_t m0 = s.m0 + 8 * j;
+        float c[4] = {}, up[4] = {};
+        linear_sum<NT, R>(c, p, owner, n, r * (NT / 8) + j);
+        if (gated) {
+            linear_sum<NT, R>(up, p, owner, n, (r + 1) * (NT / 8) + j);
             linear_emit<T, true>(
-                p, s.m0 + 8 * j, s.m_end, at.col, c, c + 4, o,
+                p, m0, s.m_end, at.col, c, up, o,
                 linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows),
                 stage);
-        else
-            linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, c, c, o, o, stage);
+        } else {
+            linear_emit<T, false>(p, m0, s.m_end, at.col, c, c, o, o, stage);
+        }
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0 && atomicAdd(counter + 1, 1) == n - 1) {
@@ -396,8 +445,11 @@ __device__ __forceinline__ void linear_finish_shared(const linear_args &p, const
 
 template <typename T, int NT, int R>
 __device__ __forceinline__ void linear_finish_all(const linear_args &p, const linear_walk<NT> &walk,
-                                                  const linear_shared &shared, float *stage) {
-    if (shared.has_head) linear_finish_shared<T, NT, R>(p, walk, shared.head, stage);
-    if (shared.has_tail) linear_finish_shared<T, NT, R>(p, walk, shared.tail, stage);
+                                                  const linear_shared *shared, float *stage) {
+    __syncwarp();
+    for (int i = 0; i < 2; i++) {
+        const linear_segment s = shared->tile[i];
+        if (s.m_end) linear_finish_shared<T, NT, R>(p, walk, s, stage);
+    }
 }
 #endif

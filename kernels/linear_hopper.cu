@@ -17,15 +17,12 @@
 // The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup, units of a step,
 // scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs of the grid an SM.
 #define HOPPER_TILES_4(X, F, T, G)                                                                 \
-    X(F, T, 8, 1, 4, G, 100, 2, 1)                                                                 \
+    X(F, T, 8, 1, 4, G, 100, 2, 2)                                                                 \
     X(F, T, 8, 2, 2, G, 100, 2, 2)                                                                 \
-    X(F, T, 16, 1, 4, G, 100, 2, 1)                                                                \
+    X(F, T, 16, 1, 4, G, 100, 2, 2)                                                                \
     X(F, T, 16, 2, 2, G, 100, 2, 2)                                                                \
-    X(F, T, 32, 1, 2, G, 210, 1, 1)                                                                \
     X(F, T, 32, 2, 2, G, 210, 1, 1)                                                                \
-    X(F, T, 64, 1, 2, G, 210, 1, 1)                                                                \
     X(F, T, 64, 2, 2, G, 210, 1, 1)                                                                \
-    X(F, T, 128, 1, 2, G, 210, 1, 1)                                                               \
     X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
     X(F, T, 256, 1, 2, G, 210, 1, 1)
 #define HOPPER_TILES_8(X, F, T, G)                                                                 \
@@ -260,6 +257,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
+    __shared__ linear_shared later_of[LINEAR_WARPS];
     uint8_t *base = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base_at = shared_address(base);
     const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
@@ -296,9 +294,10 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     wait_for_previous();
     linear_walk<NT> walk(p, tile_start);
     linear_segment s;
-    linear_shared later = {};
     float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
     const int wg = warp / 4, strip = warp % 4;
+    linear_shared *later = &later_of[warp];
+    linear_shared_init(later);
     // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
     uint32_t code_in = wg * R * KU * L::unit + strip * (L::unit / 4) + lane * 16;
     int place = strip * 16 + lane / 4 * 2;
@@ -399,10 +398,8 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
             for (int r = 0; r < R; r++) group_pin(acc[r]);
         }
         if (last >= 0 && lane == 0) barrier_arrive(empty + last * 8);
-        if (s.step1 - s.step0 == p.steps)
+        if (s.step1 - s.step0 == p.steps || linear_share<NT, R>(acc, p, walk, s, later))
             linear_finish<T, NT, R>(acc, p, s, turn);
-        else
-            linear_deposit<NT, R>(acc, p, walk, s, later);
     }
     linear_finish_all<T, NT, R>(p, walk, later, turn);
 }

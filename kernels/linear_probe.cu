@@ -456,7 +456,7 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     a.m_step = a.n_step = 1;
     a.rows = t->m;
     a.cols = d.n_out;
-    while ((int64_t)a.rows * a.cols > samples) {
+    while ((int64_t)a.rows * a.cols > std::max(samples, (int64_t)64)) {
         int32_t &step = a.rows > 16 ? a.m_step : a.n_step;
         step++;
         a.rows = (t->m + a.m_step - 1) / a.m_step;
