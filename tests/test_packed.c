@@ -51,6 +51,7 @@ static void check_vector(const char *name) {
     safetensors *s;
     assert_ok(packed_config_load(&c, path));
     assert_ok(safetensors_open(&s, path));
+    print_message("  %s\n", name);
     const tensor_view *want = safetensors_find(s, "want"), *w = safetensors_find(s, "m.weight");
     const bool block = strcmp(name, "fp8_block") == 0 || strcmp(name, "float_block") == 0;
     const int32_t n = block ? (int32_t)w->dim[0] : strncmp(name, "awq", 3) == 0 ? 32 : 16;
@@ -613,7 +614,8 @@ static void test_refusals_others(void **state) {
     round_trip(&(layout_case){SAVE_AWQ, "W4", false, false});
     refuse(&(change){.old = "\"gemm\"", .now = "\"gemv\""}, ST_UNSUPPORTED, "'gemv'");
     refuse(&(change){.old = "\"awq\"", .now = "\"fp8\""}, ST_FORMAT, "quant_method is 'fp8'");
-    refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {3, 384}}, ST_SHAPE, "[3, 384]");
+    refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {3, 384}}, ST_FORMAT,
+           "groups of 86");
     static uint16_t bad[2 * 384];
     for (int32_t i = 0; i < 2 * 384; i++) bad[i] = 0x3c00;
     bad[385] = 0x7e00;

@@ -18,7 +18,7 @@ import sys
 import types
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors import BaseCompressor, unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
@@ -88,7 +88,12 @@ def compressed(name, fmt, scale_type, n=N, global_scale=None, **kw):
     wide = dict(packed)
     if wide["weight_scale"].dtype in (torch.bfloat16, torch.float16):
         wide["weight_scale"] = wide["weight_scale"].float()
-    want = tool.decompress(wide, scheme)["weight"]
+    if "weight_global_scale" in extra:  # the tool's own reading back rounds to bf16
+        codes = unpack_fp4_from_uint8(packed["weight_packed"], n, K, dtype=torch.float32)
+        steps = packed["weight_scale"].float() / extra["weight_global_scale"]
+        want = codes * steps.repeat_interleave(16, 1)
+    else:
+        want = tool.decompress(wide, scheme)["weight"]
     packed = {k: v for k, v in packed.items() if k != "weight_zero_point" or not args.symmetric}
     write(name, packed, ct_config(args, fmt), want)
 
