@@ -10,6 +10,8 @@ liblua5.4-dev:/usr/include/lua5.4/lua.h
 libjansson-dev:/usr/include/jansson.h
 libpcre2-dev:/usr/include/pcre2.h
 libutf8proc-dev:/usr/include/utf8proc.h
+libmicrohttpd-dev:/usr/include/microhttpd.h
+libcurl4-openssl-dev:curl-config
 libcmocka-dev:/usr/include/cmocka.h
 gnuplot-nox:gnuplot
 "

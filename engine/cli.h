@@ -37,9 +37,12 @@ int cmd_evaluate(int argc, char **argv);
 int cmd_formats(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
+int cmd_bench_serve(int argc, char **argv);
+int cmd_chat(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_inspect_model(int argc, char **argv);
 int cmd_models(int argc, char **argv);
 int cmd_quantise(int argc, char **argv);
+int cmd_serve(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 #endif

@@ -132,12 +132,12 @@ static void print_json(const generation *g) {
 }
 
 int cmd_generate(int argc, char **argv) {
-    arguments a = {
-        .precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 128};
+    arguments a = {.precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 128};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR",
          "checkpoint folder (config.json, *.safetensors, tokenizer.json)"},
-        {"--precision", CLI_TEXT, &a.precision, "NAME", "auto: weights as stored, A16 KV16; see `amalgam formats`"},
+        {"--precision", CLI_TEXT, &a.precision, "NAME",
+         "auto: weights as stored, A16 KV16; see `amalgam formats`"},
         {"--device", CLI_TEXT, &a.device, "NAME", "cpu"},
         {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "what to go on from"},
         {"--prompt-file", CLI_TEXT, &a.file, "FILE", "the same from a file"},

@@ -39,6 +39,9 @@ typedef struct {
      * kernel without fused dequantisation does. kv_expand_first: attention of prefill does so with
      * the quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
+
+    int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
+    bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -149,9 +152,12 @@ typedef struct device_ops {
  */
 void device_placeholders(const batch *b, int32_t vocab, sampled *out);
 
-extern const device_ops device_null, device_cpu, device_sim;
+extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the last: with CUDA */
 
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];
 status device_find(const device_ops **out, const char *name);
+
+/* device_options.kernel_family by name: "hopper" or NULL (the newest the GPU runs), "ampere". */
+status device_family(int32_t *out, const char *name);
 #endif

@@ -6,6 +6,7 @@
 #include "formats.h"
 #include "isolate.h"
 #include "kernel.h"
+#include "load.h"
 #include "lua_json.h"
 #include "progress.h"
 #include "results.h"
@@ -114,6 +115,8 @@ static const char *const engine_keys[] = {"model",
                                           "pages",
                                           "scheduler",
                                           "dequant_first",
+                                          "kernel_family",
+                                          "no_graphs",
                                           "trace",
                                           /* serve */ "workload",
                                           "limits",
@@ -143,6 +146,11 @@ static void read_engine_options(lua_State *L, int t, engine_options *o) {
     opt_i32(L, t, "tp", 1, 64, &o->device_options.tp);
     opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);
     opt_bool(L, t, "dequant_first", &o->device_options.dequant_first);
+    opt_bool(L, t, "no_graphs", &o->device_options.no_graphs);
+    const char *family = NULL;
+    opt_str(L, t, "kernel_family", &family);
+    if (device_family(&o->device_options.kernel_family, family) != ST_OK)
+        luaL_error(L, "%s", fail_message());
     opt_num(L, t, "memory_fraction", 0.01, 1, &o->memory_fraction);
     opt_i32(L, t, "ctx_max", 1, 1 << 24, &o->ctx_max);
     opt_i32(L, t, "pages", 1, 1 << 24, &o->pages);
@@ -392,6 +400,19 @@ static void push_stats(lua_State *L, const engine_stats *s) {
     if (s->n_steps) set_num(L, "step_mean_ms", (double)s->busy_ns / (double)s->n_steps * 1e-6);
 }
 
+static metric_limits read_limits(lua_State *L, int index) {
+    static const char *const known[] = {"ttft_ms", "tpot_ms", "e2e_ms", NULL};
+    double ttft_ms = 0, tpot_ms = 0, e2e_ms = 0;
+    if (!opt_table(L, index, "limits")) return (metric_limits){0};
+    const int t = lua_gettop(L);
+    check_keys(L, t, "limits", known);
+    opt_num(L, t, "ttft_ms", 0, 1e9, &ttft_ms);
+    opt_num(L, t, "tpot_ms", 0, 1e9, &tpot_ms);
+    opt_num(L, t, "e2e_ms", 0, 1e9, &e2e_ms);
+    lua_pop(L, 1);
+    return (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
+}
+
 static int l_serve(lua_State *L) {
     engine_options o;
     lua_settop(L, 1);
@@ -406,18 +427,7 @@ static int l_serve(lua_State *L) {
     const char *contents = "random";
     opt_str(L, wt, "contents", &contents);
     lua_pop(L, 1);
-    metric_limits limits = {0};
-    if (opt_table(L, 1, "limits")) {
-        static const char *const known[] = {"ttft_ms", "tpot_ms", "e2e_ms", NULL};
-        const int t = lua_gettop(L);
-        double ttft_ms = 0, tpot_ms = 0, e2e_ms = 0;
-        check_keys(L, t, "limits", known);
-        opt_num(L, t, "ttft_ms", 0, 1e9, &ttft_ms);
-        opt_num(L, t, "tpot_ms", 0, 1e9, &tpot_ms);
-        opt_num(L, t, "e2e_ms", 0, 1e9, &e2e_ms);
-        limits = (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
-        lua_pop(L, 1);
-    }
+    const metric_limits limits = read_limits(L, 1);
     workload w;
     if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
     if (strcmp(contents, "corpus") == 0) {
@@ -451,6 +461,68 @@ static int l_serve(lua_State *L) {
     json_decref(object);
     push_stats(L, engine_statistics(s->engine));
     set_capacity(L, engine_capacity(s->engine));
+    lua_setfield(L, -2, "metrics");
+    return 1;
+}
+
+/* --- bench_serve -------------------------------------------------------------------------------
+ */
+
+/* A workload against a server that runs already: load.h. A run whose load generator was late is a
+ * result of status "invalid". */
+static int l_bench_serve(lua_State *L) {
+    static const char *const known[] = {"url",         "path",      "model",  "api_key",
+                                        "concurrency", "timeout_s", "limits", "tokenizer",
+                                        "vocab",       "workload",  NULL};
+    load_options o = {0};
+    lua_settop(L, 1);
+    check_keys(L, 1, "options", known);
+    session *s = session_new(L);
+    const char *dir = NULL;
+    opt_str(L, 1, "url", &o.url);
+    if (!o.url) return luaL_error(L, "'url' is missing");
+    opt_str(L, 1, "path", &o.path);
+    opt_str(L, 1, "model", &o.model);
+    opt_str(L, 1, "api_key", &o.api_key);
+    opt_str(L, 1, "tokenizer", &dir);
+    opt_i32(L, 1, "concurrency", 0, 1 << 20, &o.max_concurrency);
+    opt_num(L, 1, "timeout_s", 0, 1e6, &o.timeout_s);
+    if (dir && tokenizer_open(&s->tokenizer, dir) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    o.tok = s->tokenizer;
+    char name[128];
+    int32_t vocab = 0;
+    opt_i32(L, 1, "vocab", 0, 1 << 24, &vocab);
+    if (!vocab && dir) vocab = tokenizer_vocab_size(s->tokenizer);
+    if (!vocab && load_ask_model(name, sizeof name, &vocab, &o) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    if (!vocab) return luaL_error(L, "the server does not tell its vocabulary: give 'vocab'");
+    const metric_limits limits = read_limits(L, 1);
+
+    if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
+    workload_options wo;
+    workload w;
+    read_workload(L, lua_gettop(L), vocab, &wo);
+    lua_pop(L, 1);
+    if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
+    request_log *log = arena_array(&s->memory, request_log, (size_t)w.n + 1);
+    if (!log) return luaL_error(L, "out of memory");
+    load_report r;
+    metrics m;
+    if (load_run(&r, &s->memory, &o, &w, log) != ST_OK ||
+        metrics_compute(&m, log, w.n, &limits) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    json_t *object = json_object();
+    if (!object || metrics_json(&m, object) != ST_OK) return luaL_error(L, "out of memory");
+    const bool failed = r.n_failed > 0;
+    lua_createtable(L, 0, 4);
+    set_str(L, "status", failed ? "failed" : r.valid ? "ok" : "invalid");
+    if (failed) set_str(L, "reason", r.failure);
+    if (!failed && !r.valid) set_str(L, "reason", "the load generator was late");
+    set_str(L, "origin", "measured");
+    lua_push_json(L, object);
+    json_decref(object);
+    set_num(L, "own_lag_p99_ms", r.lag_p99_s * 1e3);
     lua_setfield(L, -2, "metrics");
     return 1;
 }
@@ -909,6 +981,7 @@ static int l_progress_end(lua_State *L) {
 
 static const luaL_Reg functions[] = {
     {"serve", l_serve},
+    {"bench_serve", l_bench_serve},
     {"capacity", l_capacity},
     {"evaluate", l_evaluate},
     {"models", l_models},

@@ -20,8 +20,8 @@ typedef struct {
 
 typedef struct observer observer;
 
-/* Watch the quantisable linears of layers [first, first + n) from now on. The engine must be idle and
- * have one rank. NOMEM when the moments do not fit into memory; UNSUPPORTED on a device without
+/* Watch the quantisable linears of layers [first, first + n) from now on. The engine must be idle
+ * and have one rank. NOMEM when the moments do not fit into memory; UNSUPPORTED on a device without
  * values. */
 status observer_open(observer **out, engine *e, int32_t first, int32_t n);
 /* Of matrix `index` (expert) of a field that the model has; qkv, o, gate_up, down or experts'. */

@@ -12,7 +12,8 @@
  * quantization_config must agree. Every layout is then the same thing: fields of some bits in
  * words, a scale and perhaps a zero point for each group of inputs:
  *
- *   value(n, k) = (code(n, k) - zero(n, g)) * scale(n, g) * global_scale,  g = g_idx[k] or k / group
+ *   value(n, k) = (code(n, k) - zero(n, g)) * scale(n, g) * global_scale,  g = g_idx[k] or k /
+ *   group
  *
  * Nothing is copied: a packed_matrix points into the mapped file. */
 #ifndef AMALGAM_PACKED_H
@@ -20,8 +21,8 @@
 #include "ref_quant.h"
 #include "safetensors.h"
 
-/* field(n, k) = bits at slot of word[n / n_per * n_stride + k / k_per * k_stride], where the slot is
- * n % n_per or k % k_per; one of the two is 1. Words are little-endian. */
+/* field(n, k) = bits at slot of word[n / n_per * n_stride + k / k_per * k_stride], where the slot
+ * is n % n_per or k % k_per; one of the two is 1. Words are little-endian. */
 typedef struct {
     const void *data;           /* NULL: there are none */
     int32_t word_bits, bits;    /* 8 or 32; 4 or 8 */
@@ -70,8 +71,8 @@ typedef struct {
     int32_t n_schemes; /* 0: anything goes (gptq with dynamic rules) */
 } packed_config;
 
-/* From dir/config.json, else quantize_config.json (GPTQ) or hf_quant_config.json (ModelOpt). None of
- * them: method "". FORMAT or UNSUPPORTED with file and key. */
+/* From dir/config.json, else quantize_config.json (GPTQ) or hf_quant_config.json (ModelOpt). None
+ * of them: method "". FORMAT or UNSUPPORTED with file and key. */
 status packed_config_load(packed_config *out, const char *dir);
 
 /* The [n, k] linear called `module` ("model.layers.0.mlp.up_proj", without ".weight"). *found is
@@ -101,7 +102,7 @@ void packed_row(const packed_matrix *m, int32_t row, float *out);
 void packed_canonical(const packed_matrix *m, int32_t row, const int32_t *order, qmatrix *q,
                       int32_t to);
 
-/* Inputs by group, in order within a group: what canonical columns stand for. order [k]. UNSUPPORTED
- * when groups differ in size. */
+/* Inputs by group, in order within a group: what canonical columns stand for. order [k].
+ * UNSUPPORTED when groups differ in size. */
 status packed_order(const packed_matrix *m, int32_t *order);
 #endif

@@ -534,8 +534,8 @@ static void divide_rows(job *j, weight_field f, int32_t at, int32_t n, const flo
         for (int32_t i = 0; i < k; i++) j->values[f][(int64_t)(at + r) * k + i] /= s[r];
 }
 
-/* v's rows take what o's columns are divided by. Query heads of one KV head share its values, and so
- * their scales. With a bias on v nothing is done. */
+/* v's rows take what o's columns are divided by. Query heads of one KV head share its values, and
+ * so their scales. With a bias on v nothing is done. */
 static status scale_values(job *j, float *s, int32_t *tie) {
     const model_config *c = j->c;
     const int32_t d = c->head_dim, ratio = c->n_heads / c->n_kv_heads, k = c->n_heads * d;

@@ -52,12 +52,12 @@ status quantise_checkpoint(const quantise_options *o);
 /* --- The methods, on one matrix -----------------------------------------------------------------
  */
 
-/* Codes of w [n, k] into q, which holds the scales already (ref_quantize_weight sets them). gram [k, k] is
- * symmetric: sum of x x^T over inputs. w is destroyed. NOMEM, FORMAT. */
+/* Codes of w [n, k] into q, which holds the scales already (ref_quantize_weight sets them). gram
+ * [k, k] is symmetric: sum of x x^T over inputs. w is destroyed. NOMEM, FORMAT. */
 status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool act_order);
 
-/* For each input i, s[i] > 0 such that rounding w[n,i] s[i] to format p loses least, w being [n, k];
- * inputs with equal tie[i] (NULL = all differ; numbers below k) share theirs. */
+/* For each input i, s[i] > 0 such that rounding w[n,i] s[i] to format p loses least, w being [n,
+ * k]; inputs with equal tie[i] (NULL = all differ; numbers below k) share theirs. */
 status quantise_awq_scales(float *s, const float *w, int32_t n, int32_t k, const precision *p,
                            const moments *x, const int32_t *tie);
 

@@ -1,5 +1,5 @@
-/* save.h - a checkpoint written in a quantised layout: what `amalgam quantize` leaves, and what tests
- * of the loader read.
+/* save.h - a checkpoint written in a quantised layout: what `amalgam quantize` leaves, and what
+ * tests of the loader read.
  *
  * Linears come as canonical matrices, one for each tensor of the source; all other tensors are
  * copied. config.json gets its quantization_config; tokenizer and generation files are copied. */

@@ -92,8 +92,8 @@ void weight_source_row(const weight_source *s, int32_t index, int32_t row, float
 void weight_source_bias(const weight_source *s, int32_t index, float *out);
 
 /* Can it be loaded in format p: plain, or p's weight format is the stored one or W16? UNSUPPORTED
- * names the tensor and what to ask for. FORMAT for scales or zero points that cannot be right, which
- * are all read for this. Every device asks before it loads. */
+ * names the tensor and what to ask for. FORMAT for scales or zero points that cannot be right,
+ * which are all read for this. Every device asks before it loads. */
 status weight_source_accepts(const weight_source *s, const precision *p);
 
 /* Are its codes to be used, in format p? Then weight_source_qmatrix gives them; else values are to
@@ -102,8 +102,8 @@ bool weight_source_has_codes(const weight_source *s, const precision *p);
 
 /* Codes, scales and zero points of matrix `index`, exactly as the checkpoint has them, into a
  * qmatrix laid out by qmatrix_alloc for an accepted p. Columns are in the order of stored.order.
- * f32 and bf16 scales of INT4 are rounded to f16; a scale for a whole FP8 tensor is repeated by row.
- * Rows are spread over OpenMP threads. */
+ * f32 and bf16 scales of INT4 are rounded to f16; a scale for a whole FP8 tensor is repeated by
+ * row. Rows are spread over OpenMP threads. */
 void weight_source_qmatrix(const weight_source *s, int32_t index, qmatrix *q);
 
 /* Synthetic element (row, col) of matrix j is

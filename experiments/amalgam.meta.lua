@@ -96,6 +96,24 @@ local amalgam = {}
 ---@return Result # metrics: engine/metrics.h, then steps, batch_mean, kv_tokens, weight_bytes, ...
 function amalgam.serve(options) end
 
+---@class BenchServeOptions
+---@field url string "http://127.0.0.1:8000" of a server that runs already
+---@field path? string (/v1/completions)
+---@field model? string (the first that the server names)
+---@field api_key? string
+---@field workload WorkloadOptions
+---@field limits? Limits
+---@field concurrency? integer requests in flight at most; 0 = no limit (0)
+---@field timeout_s? number of a request; 0 = none (0)
+---@field tokenizer? string folder: prompts are sent as its text; absent: as token ids
+---@field vocab? integer ids are drawn below it (asked of the server)
+
+---A workload against an OpenAI-compatible server, ours or another, open loop. `invalid` when the
+---load generator itself was late: p99 over 1 ms or over 1 % of the mean gap.
+---@param options BenchServeOptions
+---@return Result # metrics: as amalgam.serve's from the client's side, and own_lag_p99_ms
+function amalgam.bench_serve(options) end
+
 ---What fits where, with nothing loaded.
 ---@param options EngineOptions
 ---@return Result # tp; metrics: weight_bytes, workspace_bytes, kv_page_bytes, kv_bytes, kv_tokens

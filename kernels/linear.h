@@ -20,9 +20,12 @@ typedef struct {
     int32_t n, k, count;
     int32_t group; /* 0 = per output channel */
     bool sym;
-    int32_t family;      /* 80 or 90: which packed order; set by linear_family */
-    void *code, *scale;  /* packed; zeros lie beside the scales */
-    void *bias;          /* [count, n] of `type`, or NULL */
+    bool gated; /* rows are gate | up, halves packed so that one tile holds both; must be set for a
+                       gated epilogue when n / 2 is no multiple of 64 */
+    act_format act;     /* AF_16, or the format that x will be quantised to: another packed order */
+    int32_t family;     /* 80 or 90: which packed order; set by linear_family */
+    void *code, *scale; /* packed; zeros lie beside the scales */
+    void *bias;         /* [count, n] of `type`, or NULL */
     float *global_scale; /* [count], NVFP4; else NULL */
 } linear_weight;
 

@@ -117,6 +117,21 @@ static int32_t count_different(const tokenizer *t, const json_t *corpus, const j
     return n;
 }
 
+/* The tokenizer that ships with the tiny checkpoint. */
+static void tiny_ids_equal_the_reference(void **state) {
+    (void)state;
+    json_t *corpus = read_lines(VECTORS "/corpus.jsonl");
+    json_t *expected = read_lines("tests/vectors/tiny/expected.jsonl");
+    tokenizer *t;
+    assert_ok(tokenizer_open(&t, "workloads/tiny"));
+    assert_int_equal(json_array_size(corpus), json_array_size(expected));
+    assert_int_equal(count_different(t, corpus, expected, false, true), 0);
+    assert_int_equal(count_different(t, corpus, expected, true, true), 0);
+    tokenizer_close(t);
+    json_decref(expected);
+    json_decref(corpus);
+}
+
 static void ids_equal_the_reference(void **state) {
     (void)state;
     json_t *corpus = read_lines(VECTORS "/corpus.jsonl");
@@ -380,6 +395,7 @@ static void special_tokens_are_parsed_only_when_asked(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ids_equal_the_reference),
+        cmocka_unit_test(tiny_ids_equal_the_reference),
         cmocka_unit_test(one_changed_id_is_noticed),
         cmocka_unit_test(swapped_merges_are_noticed),
         cmocka_unit_test(texts_equal_the_reference),
