@@ -14,10 +14,11 @@ int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp) {
     return model_kv_token_bytes(c, p, tp) * KV_PAGE_TOKENS;
 }
 
-/* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is counted
- * although a plan with the fused operation does without, so that a plan never changes the number of
- * pages. Then the tables of a batch: ids, positions, two words of the KV append for each token; start,
- * length and the sampler's 64 bytes for each sequence; experts and their weights for each token. */
+/* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is
+ * counted although a plan with the fused operation does without, so that a plan never changes the
+ * number of pages. Then the tables of a batch: ids, positions, two words of the KV append for each
+ * token; start, length and the sampler's 64 bytes for each sequence; experts and their weights for
+ * each token. */
 int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, int32_t max_seqs,
                         int32_t max_samples) {
     const bool moe = c->n_experts > 0;
@@ -33,8 +34,8 @@ int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, i
            max_seqs * (int64_t)(3 * 4 + 64);
 }
 
-/* "Llama-3.1-70B W16A16KV16 tp 1: weights 131.4 GiB + workspace 2.1 GiB, usable 20.3 GiB (90 % of 22.5
- * GiB)". */
+/* "Llama-3.1-70B W16A16KV16 tp 1: weights 131.4 GiB + workspace 2.1 GiB, usable 20.3 GiB (90 % of
+ * 22.5 GiB)". */
 static status refuse(const capacity *m, const model_config *c, const precision *p, int32_t tp,
                      int64_t usable, double fraction, int32_t pages) {
     char name[PRECISION_NAME_MAX], kv[96] = "";

@@ -24,9 +24,9 @@ int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, i
                         int32_t max_samples);
 
 /* usable: device_ops.memory of one rank; fraction of it that may be used (0.9). usable == 0 means
- * unlimited: n_pages is `pages_wanted`. Otherwise pages_wanted 0 = as many as fit, and more than fit
- * are refused. OOM, with all terms in the message, when the weights do not fit or when fewer than
- * pages_least pages are left. max_samples is taken to be max_seqs. */
+ * unlimited: n_pages is `pages_wanted`. Otherwise pages_wanted 0 = as many as fit, and more than
+ * fit are refused. OOM, with all terms in the message, when the weights do not fit or when fewer
+ * than pages_least pages are left. max_samples is taken to be max_seqs. */
 status capacity_compute(capacity *out, const model_config *c, const precision *p, int32_t tp,
                         int64_t usable, double fraction, int32_t max_tokens, int32_t max_seqs,
                         int32_t pages_wanted, int32_t pages_least);

@@ -15,7 +15,9 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
     status st = model_dir(dir, sizeof dir, o->model);
     if (st == ST_OK) st = tokenizer_open(&t, dir);
     if (st == ST_OK) st = file_read(&words, &n_words, path);
-    if (st == ST_OK) st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL, &tokens);
+    if (st == ST_OK)
+        st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL,
+                              &tokens);
     if (st == ST_OK) st = engine_open(&e, o, NULL, NULL);
     if (st == ST_OK) st = evaluate_perplexity(e, tokens.data, tokens.length, window, stride, &r);
     if (st == ST_OK && json) {
@@ -41,19 +43,19 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
 }
 
 int cmd_evaluate(int argc, char **argv) {
-    const char *model = NULL, *format = "W16A16KV16", *device_name = "cpu", *path = NULL;
+    const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
-        {"--model",     CLI_TEXT, &model,     "DIR",  "checkpoint folder"          },
-        {"--precision", CLI_TEXT, &format, "NAME", "W16A16KV16"                 },
-        {"--device",    CLI_TEXT, &device_name,    "NAME", "cpu"                        },
-        {"--text",      CLI_TEXT, &path,      "FILE", "what to score"              },
-        {"--window",    CLI_INT,  &window,    "N",    "tokens of a window (512)"   },
-        {"--stride",    CLI_INT,  &stride,    "N",    "from window to window (256)"},
-        {"--threads",   CLI_INT,  &threads,   "N",    "0 = all cores"              },
-        {"--json",      CLI_FLAG, &json,      NULL,   "one object"                 },
-        {NULL,          CLI_FLAG, NULL,       NULL,   NULL                         },
+        {"--model", CLI_TEXT, &model, "DIR", "checkpoint folder"},
+        {"--precision", CLI_TEXT, &format, "NAME", "auto: weights as stored, A16 KV16"},
+        {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
+        {"--text", CLI_TEXT, &path, "FILE", "what to score"},
+        {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
+        {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
+        {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
+        {"--json", CLI_FLAG, &json, NULL, "one object"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n_args = 0;
     status st = cli_parse(argc - 1, argv + 1, "eval --model DIR --text FILE [options]", options,

@@ -1,5 +1,5 @@
-/* dataset.c - see dataset.h. One function for each format; what they share is row_add, which applies
- * the common rules and grows the tables. */
+/* dataset.c - see dataset.h. One function for each format; what they share is row_add, which
+ * applies the common rules and grows the tables. */
 #include "dataset.h"
 
 #include "json.h"
@@ -32,11 +32,9 @@ static const struct {
     format_reader read;
     bool ordered; /* rows keep the order in which they were read */
 } formats[] = {
-    {"sharegpt", read_sharegpt, true },
-    {"burstgpt", read_burstgpt, false},
-    {"azure",    read_azure,    false},
-    {"mooncake", read_mooncake, false},
-    {"jsonl",    read_jsonl,    false},
+    {"sharegpt", read_sharegpt, true}, {"burstgpt", read_burstgpt, false},
+    {"azure", read_azure, false},      {"mooncake", read_mooncake, false},
+    {"jsonl", read_jsonl, false},
 };
 
 status dataset_read(dataset *out, const char *path, const dataset_options *o) {
@@ -103,8 +101,8 @@ static status row_add(reader *r, int64_t at_ns, int64_t n_prompt, int64_t n_outp
     return ST_OK;
 }
 
-/* Ids of a text behind the ones there are; *n of them. Without an encoder a token is four bytes: the
- * usual rule of thumb for English text and 32k to 128k vocabularies, marked as estimated. */
+/* Ids of a text behind the ones there are; *n of them. Without an encoder a token is four bytes:
+ * the usual rule of thumb for English text and 32k to 128k vocabularies, marked as estimated. */
 static status encode_text(reader *r, const char *s, size_t bytes, int64_t *n) {
     dataset *d = r->d;
     if (!r->o->encoder.encode) {
@@ -151,8 +149,8 @@ static int row_order(const void *a, const void *b) {
     return x->line < y->line ? -1 : x->line > y->line;
 }
 
-/* By time, rows of one instant in the order of the file; instants from the first one on. Files cut out
- * of several servers are not quite sorted. */
+/* By time, rows of one instant in the order of the file; instants from the first one on. Files cut
+ * out of several servers are not quite sorted. */
 static void sort_by_time(dataset *d) {
     bool sorted = true;
     for (int64_t i = 1; i < d->n; i++) sorted = sorted && d->row[i - 1].at_ns <= d->row[i].at_ns;
@@ -314,8 +312,8 @@ static bool take_number(const char **s, int32_t digits, int64_t lo, int64_t hi, 
     return *out >= lo && *out <= hi;
 }
 
-/* "2023-11-16 18:15:46.6805900", 'T' for the blank, "Z" or "+00:00" behind: ns since 1970, UTC. A double
- * has no room for 100 ns at this size, so digits are taken as integers. */
+/* "2023-11-16 18:15:46.6805900", 'T' for the blank, "Z" or "+00:00" behind: ns since 1970, UTC. A
+ * double has no room for 100 ns at this size, so digits are taken as integers. */
 static bool parse_instant(const char *s, int64_t *ns) {
     int64_t y, mo, d, h, mi, sec;
     if (!take_number(&s, 4, 1970, 2200, '-', &y) || !take_number(&s, 2, 1, 12, '-', &mo) ||

@@ -1,20 +1,21 @@
 /* dataset.h - traces and conversations of other people, read into rows of lengths and instants.
  *
- *   sharegpt  one JSON array of {"conversations": [{"from", "value"}, ...]}; vLLM's rules: at least two
- *             turns, prompt = turn 1, output length = tokens of turn 2, seeded shuffle; left out are
- *             prompts or outputs under 4 tokens, prompts over 1024, sums over 2048
+ *   sharegpt  one JSON array of {"conversations": [{"from", "value"}, ...]}; vLLM's rules: at least
+ *             two turns, prompt = turn 1, output length = tokens of turn 2, seeded shuffle; left
+ *             out are prompts or outputs under 4 tokens, prompts over 1024, sums over 2048
  *   burstgpt  CSV with columns by name, in any order: Timestamp (seconds), Request tokens, Response
  *             tokens, Model; others are ignored
  *   azure     CSV: TIMESTAMP (date and time, up to 9 decimals, optional zone), ContextTokens,
  *             GeneratedTokens
- *   mooncake  JSON lines: timestamp (ms), input_length, output_length, hash_ids (optional; one per 512
- *             tokens, equal ids = equal blocks)
- *   jsonl     ours: one of prompt (text), prompt_ids, n_prompt; max_new; arrival_s (all rows or none)
+ *   mooncake  JSON lines: timestamp (ms), input_length, output_length, hash_ids (optional; one per
+ *             512 tokens, equal ids = equal blocks)
+ *   jsonl     ours: one of prompt (text), prompt_ids, n_prompt; max_new; arrival_s (all rows or
+ *             none)
  *
  * Rows come out in order of time (sharegpt: of the shuffle), instants counted from the first. Rows
  * without prompt or output tokens (failed requests of BurstGPT) are left out and counted. Anything
- * malformed is refused with file:line and the reason, never repaired. No file of this kind is shipped;
- * where they come from: workloads/SOURCES.md. */
+ * malformed is refused with file:line and the reason, never repaired. No file of this kind is
+ * shipped; where they come from: workloads/SOURCES.md. */
 #ifndef AMALGAM_DATASET_H
 #define AMALGAM_DATASET_H
 #include "base.h"
@@ -58,8 +59,8 @@ typedef struct {
     text_encoder encoder;
 } dataset_options;
 
-/* IO; FORMAT, RANGE with file:line; NOTFOUND for an unknown format (lists them) or when no row is left;
- * NOMEM. Nothing is kept on failure. */
+/* IO; FORMAT, RANGE with file:line; NOTFOUND for an unknown format (lists them) or when no row is
+ * left; NOMEM. Nothing is kept on failure. */
 status dataset_read(dataset *out, const char *path, const dataset_options *o);
 void dataset_free(dataset *d); /* idempotent */
 #endif

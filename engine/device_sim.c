@@ -1,37 +1,39 @@
 /* device_sim.c - a GPU nobody has: each operation adds its predicted cost to a virtual clock.
  *
- * Every number comes from the data sheet (gpu.h) and the constants below. They are data-sheet defaults,
- * uncalibrated, unless the sheet's `calibrated` names a measurement: expect single operations within
- * some tens of per cent, small ones worse, ratios between formats better than absolute times.
+ * Every number comes from the data sheet (gpu.h) and the constants below. They are data-sheet
+ * defaults, uncalibrated, unless the sheet's `calibrated` names a measurement: expect single
+ * operations within some tens of per cent, small ones worse, ratios between formats better than
+ * absolute times.
  *
  * One kernel takes
  *
  *     fixed + max(memory, compute, conversion) + OVERLAP_LOSS * (the other two)
  *
- * memory      bytes moved / (DRAM rate * dram_efficiency). Weights, scales, KV and its parameters are
- *             the exact bytes of precision.h; activations have two bytes. No credit for the L2.
- * compute     matrix operations / (rate of the operand type * matrix_efficiency), rows padded to tiles.
- *             A16 runs at the f16 rate, A8 at int8, AFP8 at fp8.
+ * memory      bytes moved / (DRAM rate * dram_efficiency). Weights, scales, KV and its parameters
+ *             are the exact bytes of precision.h; activations have two. No credit for the L2.
+ * compute     matrix operations / (rate of the operand type * matrix_efficiency), rows padded to
+ *             tiles. A16 runs at the f16 rate, A8 at int8, AFP8 at fp8.
  * conversion  weights or KV that the matrix units cannot read are widened on the integer pipe, once
  *             for each tile of rows; exponentials of the softmax are here as well.
- * fixed       launch_s for each kernel (a graph node), link latency of a collective; step_s once a step.
+ * fixed       launch_s for each kernel (a graph node), link latency of a collective; step_s once a
+ *             step.
  *
- * linear      tiles of 16 to 256 rows by 128 features. Fewer tiles than SMs: split along K, no loss.
- *             More: whole waves. Best of the two largest tiles. A8 and AFP8 add a kernel that quantises
- *             x (reads 2 bytes, writes 1).
- * moe_linear  the same over X (1 - (1 - k / X)^T) experts, the expected number that T tokens touch with
- *             even routing; their weights are what is read.
+ * linear      tiles of 16 to 256 rows by 128 features. Fewer tiles than SMs: split along K, no
+ *             loss. More: whole waves. Best of the two largest tiles. A8 and AFP8 add a kernel that
+ *             quantises x (reads 2 bytes, writes 1).
+ * moe_linear  the same over X (1 - (1 - k / X)^T) experts, the expected number that T tokens touch
+ *             with even routing; their weights are what is read.
  * attention   sums over the batch are made once a step and window, in begin; a layer is O(1).
  *             decode: KV of every sequence once; query heads of a KV head share a tile of 16 rows;
- *             split over the context in pieces of 64 tokens, and fewer pieces than SMs draw only their
- *             share of the bandwidth; a second kernel adds up when sequences were split.
- *             prefill: causal pairs plus half a tile of 128 on the diagonal, at ATTENTION_MATRIX of the
- *             matrix rate; KV read once from DRAM and widened for every 128 query rows.
+ *             split over the context in pieces of 64 tokens, and fewer pieces than SMs draw only
+ *             their share of the bandwidth; a second kernel adds up when sequences were split.
+ *             prefill: causal pairs plus half a tile of 128 on the diagonal, at ATTENTION_MATRIX of
+ *             the matrix rate; KV read once from DRAM and widened for every 128 query rows.
  * all_reduce  link latency + 2 (tp - 1) / tp * bytes / link rate. logits gather at half of that.
  * the rest    bytes and a launch.
  *
- * dequant_first and kv_expand_first (device.h): a kernel in front that reads the packed form and writes
- * 16 bit, and then the 16-bit operation.
+ * dequant_first and kv_expand_first (device.h): a kernel in front that reads the packed form and
+ * writes 16 bit, and then the 16-bit operation.
  *
  * Easy to get wrong: rates here are per nanosecond and reciprocal, so the hot path multiplies. */
 #include "capacity.h"
@@ -42,8 +44,8 @@
 #include <math.h>
 #include <string.h>
 
-/* Share of the smaller terms that a well-pipelined kernel still fails to hide: prologue and epilogue of
- * a 4 to 8 stage pipeline over some 64 stages. Assumed, not measured. */
+/* Share of the smaller terms that a well-pipelined kernel still fails to hide: prologue and
+ * epilogue of a 4 to 8 stage pipeline over some 64 stages. Assumed, not measured. */
 #define OVERLAP_LOSS 0.1
 
 /* Attention against plain matrix work: cuDNN's causal prefill on H200 reaches 613 TFLOP/s where its
@@ -58,16 +60,12 @@ enum { TILE_FEATURES = 128, TILE_ROWS_MAX = 256, TILE_QUERIES = 128, TILE_DECODE
 
 /* Integer instructions an element takes on its way to the matrix unit, two elements to a register:
  * u4 to f16 is a shared shift, a LOP3 with the exponent trick for two, and half a repack (the
- * multiply-add by scale and zero runs beside it on the float pipe); int8 a PRMT for two; e4m3 and e2m1
- * are shifts and masks. To 8-bit operands half of the work is left. ORDER precision, act. */
+ * multiply-add by scale and zero runs beside it on the float pipe); int8 a PRMT for two; e4m3 and
+ * e2m1 are shifts and masks. To 8-bit operands half of the work is left. ORDER precision, act. */
 static const double convert_weight[WF_COUNT][AF_COUNT] = {
-    [WF_16] = {0,    0,   0  },
-      [WF_INT8] = {0.5,  0,   0.5},
-      [WF_INT4] = {0.75, 0.5, 1.0},
-    [WF_FP8] = {1.0,  1.0, 0  },
-      [WF_FP8B] = {1.0,  1.0, 0  },
-      [WF_MXFP4] = {1.0,  0.5, 0.5},
-    [WF_NVFP4] = {1.0,  0.5, 0.5},
+    [WF_16] = {0, 0, 0},          [WF_INT8] = {0.5, 0, 0.5}, [WF_INT4] = {0.75, 0.5, 1.0},
+    [WF_FP8] = {1.0, 1.0, 0},     [WF_FP8B] = {1.0, 1.0, 0}, [WF_MXFP4] = {1.0, 0.5, 0.5},
+    [WF_NVFP4] = {1.0, 0.5, 0.5},
 };
 static const double convert_kv[KF_COUNT] = {
     [KF_16] = 0, [KF_FP8] = 1.0, [KF_8] = 0.5, [KF_4] = 0.75};
@@ -152,8 +150,8 @@ static void set_rates(sim_device *d) {
     d->matrix_ns[AF_16] = reciprocal(g->f16_flops * g->matrix_efficiency);
     d->matrix_ns[AF_INT8] = reciprocal(g->int8_ops * g->matrix_efficiency);
     d->matrix_ns[AF_FP8] = reciprocal(g->fp8_flops * g->matrix_efficiency);
-    /* The integer pipe has 64 lanes an SM on all of them; f32 has 64 on 7.x and 8.0, 128 since 8.6; and
-     * f32_flops counts a multiply-add as two. */
+    /* The integer pipe has 64 lanes an SM on all of them; f32 has 64 on 7.x and 8.0, 128 since 8.6;
+     * and f32_flops counts a multiply-add as two. */
     const double lanes = g->sm < 86 ? 64 : 128;
     d->integer_ns = reciprocal(g->f32_flops / 2 * (64 / lanes));
     d->launch_ns = g->launch_s * 1e9;
@@ -379,7 +377,8 @@ static status sim_logits(device *base, tensor out, tensor x, const weight *head)
 
 /* --- Attention -------------------------------------------------------------------------------- */
 
-/* Keys that `m` queries, the last of n tokens, see together; each looks back on `window` (0 = all). */
+/* Keys that `m` queries, the last of n tokens, see together; each looks back on `window` (0 =
+ * all). */
 static double visible_pairs(double m, double n, double window) {
     const double first = n - m + 1; /* keys that the first query sees without a window */
     if (window <= 0 || n <= window) return m * (first + n) / 2;
@@ -476,7 +475,7 @@ static status sim_attention(device *base, tensor out, tensor qkv, const attentio
     return ST_OK;
 }
 
-/* --- Operations that only move bytes ------------------------------------------------------------ */
+/* --- Operations that only move bytes ---------------------------------------------------------- */
 
 static inline terms moving(const sim_device *d, double bytes) {
     return (terms){.memory = bytes * d->byte_ns, .fixed = d->launch_ns};

@@ -102,7 +102,8 @@ status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t w
     return ST_OK;
 }
 
-/* --- Tasks ------------------------------------------------------------------------------------- */
+/* --- Tasks -------------------------------------------------------------------------------------
+ */
 
 typedef struct {
     ids prompt;

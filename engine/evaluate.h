@@ -11,11 +11,12 @@ typedef struct {
     double perplexity; /* exp(nll) */
 } perplexity_result;
 
-/* Sliding window over token[0..n): windows of `window` tokens every `stride`; each token but the first
- * of the text is scored once, in the first window that holds it, with at least window - stride tokens
- * of context (fewer only near the beginning). The engine must be idle and opened with max_samples and
- * token_budget of at least `window`; its KV pages are used directly, so quantised KV is read back by
- * every query as in serving. Logits are turned into log-probabilities in double. */
+/* Sliding window over token[0..n): windows of `window` tokens every `stride`; each token but the
+ * first of the text is scored once, in the first window that holds it, with at least window -
+ * stride tokens of context (fewer only near the beginning). The engine must be idle and opened with
+ * max_samples and token_budget of at least `window`; its KV pages are used directly, so quantised
+ * KV is read back by every query as in serving. Logits are turned into log-probabilities in double.
+  */
 status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
                            int32_t stride, perplexity_result *out);
 

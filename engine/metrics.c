@@ -6,7 +6,7 @@
 
 #define S(ns) ((double)(ns)*1e-9)
 
-/* --- Order statistics --------------------------------------------------------------------------- */
+/* --- Order statistics ------------------------------------------------------------------------- */
 
 /* Hoare's selection: afterwards v[k] is what sorting would put there, nothing larger before it and
  * nothing smaller behind. Middle pivots, so sorted input is no worst case. No NaN. */
@@ -65,7 +65,7 @@ static metric_summary summarise(double *v, int64_t n) {
     return m;
 }
 
-/* --- One run ------------------------------------------------------------------------------------ */
+/* --- One run ---------------------------------------------------------------------------------- */
 
 static bool completed(const request_log *r) {
     return (r->finish == FINISH_STOP || r->finish == FINISH_LENGTH) && r->n_output > 0;
@@ -233,7 +233,7 @@ status metrics_compute(metrics *out, const request_log *log, int64_t n,
     return enough ? ST_OK : FAIL(ST_NOMEM, "metrics of %lld requests", (long long)n);
 }
 
-/* --- JSON --------------------------------------------------------------------------------------- */
+/* --- JSON ------------------------------------------------------------------------------------- */
 
 static bool set_real(json_t *o, const char *key, double v) {
     return !isfinite(v) || json_object_set_new(o, key, json_real(v)) == 0;
@@ -248,12 +248,8 @@ static bool set_summary(json_t *o, const char *name, const metric_summary *m) {
         const char *what;
         double v;
     } part[] = {
-        {"mean", m->mean},
-        {"std",  m->std },
-        {"p50",  m->p50 },
-        {"p90",  m->p90 },
-        {"p99",  m->p99 },
-        {"max",  m->max },
+        {"mean", m->mean}, {"std", m->std}, {"p50", m->p50},
+        {"p90", m->p90},   {"p99", m->p99}, {"max", m->max},
     };
     bool done = true;
     char key[64];
@@ -295,11 +291,7 @@ static bool set_vllm(json_t *o, const char *name, const metric_summary *m) {
         const char *what;
         double v;
     } part[] = {
-        {"mean",   m->mean},
-        {"median", m->p50 },
-        {"std",    m->std },
-        {"p90",    m->p90 },
-        {"p99",    m->p99 },
+        {"mean", m->mean}, {"median", m->p50}, {"std", m->std}, {"p90", m->p90}, {"p99", m->p99},
     };
     bool done = true;
     for (int32_t i = 0; i < COUNT_OF(part); i++) {

@@ -10,16 +10,18 @@
  *   duration  last finish - first arrival
  *   output_tokens_per_s  sum n_output / duration;  total_… counts prompts too;  requests_per_s
  *
- *   steady_output_tokens_per_s  tokens in (t10, t90] / (t90 - t10), t10 and t90 being the instants of
- *          completion number ceil(n / 10) and ceil(9 n / 10); NaN below 10 completions
- *   max_output_tokens_per_s  most tokens in a second, counted from the first arrival in whole seconds
- *   max_concurrency  most requests in flight (arrival to finish), departures before arrivals at a tie
+ *   steady_output_tokens_per_s  tokens in (t10, t90] / (t90 - t10), t10 and t90 being the instants
+ *          of completion number ceil(n / 10) and ceil(9 n / 10); NaN below 10 completions
+ *   max_output_tokens_per_s  most tokens in a second, counted from the first arrival in whole
+ *                            seconds
+ *   max_concurrency  most requests in flight (arrival to finish), departures before arrivals at a
+ *                    tie
  *
  * where finish is the instant of the last token. Percentiles interpolate linearly between order
- * statistics (numpy's default, vLLM's choice). p99 from fewer than 662 requests is not defensible at
- * 99 % confidence (MLPerf early stopping), so the count is always reported beside it. Only completed
- * requests (finish reason stop or length) take part: first and last above are over those; refused and
- * cancelled ones are counted; one that did not end counts nowhere. */
+ * statistics (numpy's default, vLLM's choice). p99 from fewer than 662 requests is not defensible
+ * at 99 % confidence (MLPerf early stopping), so the count is always reported beside it. Only
+ * completed requests (finish reason stop or length) take part: first and last above are over those;
+ * refused and cancelled ones are counted; one that did not end counts nowhere. */
 #ifndef AMALGAM_METRICS_H
 #define AMALGAM_METRICS_H
 #include "request.h"
@@ -58,7 +60,7 @@ double percentile(double *v, int64_t n, double p);
 
 /* Flat keys with units: ttft_p50_ms, ..., output_tokens_per_s; NaN members are left out. */
 status metrics_json(const metrics *m, json_t *object);
-/* The same run under the exact keys of `vllm bench serve --save-result` (totals and statistics; who and
- * what ran is the caller's to add). Its clock starts at dispatch, and so do these. */
+/* The same run under the exact keys of `vllm bench serve --save-result` (totals and statistics; who
+ * and what ran is the caller's to add). Its clock starts at dispatch, and so do these. */
 status metrics_json_vllm(const metrics *m, json_t *object);
 #endif

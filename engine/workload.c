@@ -21,10 +21,10 @@ static const struct {
     double output, output_sigma;
     int32_t output_min, output_max;
 } presets[] = {
-    {"sharegpt",  LENGTH_LOGNORMAL, 134,  1.15, 4,   1024,  135,  0.95, 4,   1024 },
-    {"reasoning", LENGTH_LOGNORMAL, 120,  0.60, 16,  2048,  4000, 0.80, 128, 16384},
-    {"longdoc",   LENGTH_LOGNORMAL, 7059, 0.48, 512, 16384, 208,  0.45, 8,   2048 },
-    {"fixed",     LENGTH_FIXED,     1024, 0,    1,   1024,  128,  0,    1,   128  },
+    {"sharegpt", LENGTH_LOGNORMAL, 134, 1.15, 4, 1024, 135, 0.95, 4, 1024},
+    {"reasoning", LENGTH_LOGNORMAL, 120, 0.60, 16, 2048, 4000, 0.80, 128, 16384},
+    {"longdoc", LENGTH_LOGNORMAL, 7059, 0.48, 512, 16384, 208, 0.45, 8, 2048},
+    {"fixed", LENGTH_FIXED, 1024, 0, 1, 1024, 128, 0, 1, 128},
 };
 
 static length_law preset_law(length_kind kind, double median, double sigma, int32_t min,
@@ -143,8 +143,8 @@ static double draw_gap(rng *r, const workload_options *o) {
     return 1;
 }
 
-/* Gaps of mean 1, cumulated and stretched so that the last arrival falls on n / rate: the realised rate
- * is exact and no seed is faster than another (vLLM's rule). */
+/* Gaps of mean 1, cumulated and stretched so that the last arrival falls on n / rate: the realised
+ * rate is exact and no seed is faster than another (vLLM's rule). */
 static void make_arrivals(request *q, int32_t n, const workload_options *o) {
     rng r;
     double sum = 0, at = 0;
@@ -159,8 +159,8 @@ static void make_arrivals(request *q, int32_t n, const workload_options *o) {
     q[n - 1].arrival_ns = llround(last * 1e9);
 }
 
-/* Element i of common text `number`: a function of (seed, number, i), so that equal numbers are equal
- * texts wherever they occur. The bias of the remainder is below vocab / 2^32. */
+/* Element i of common text `number`: a function of (seed, number, i), so that equal numbers are
+ * equal texts wherever they occur. The bias of the remainder is below vocab / 2^32. */
 static void common_tokens(int32_t *out, int64_t n, uint64_t seed, int64_t number, int32_t vocab) {
     const uint64_t key = hash_u64((uint64_t)number, seed ^ 0x636f6d6d6f6e2121u);
     uint32_t word[4];

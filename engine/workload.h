@@ -1,7 +1,8 @@
 /* workload.h - requests to serve: generated from a seed, or read from a trace of real traffic.
  *
- * Four independent random streams (lengths, arrivals, contents, sampling), so that each can be varied
- * on its own. Rates are exact: gaps are rescaled so that the last arrival falls on n / rate. */
+ * Four independent random streams (lengths, arrivals, contents, sampling), so that each can be
+ * varied on its own. Rates are exact: gaps are rescaled so that the last arrival falls on n /
+ * rate. */
 #ifndef AMALGAM_WORKLOAD_H
 #define AMALGAM_WORKLOAD_H
 #include "dataset.h"
@@ -61,8 +62,8 @@ typedef struct {
  * "longdoc", "fixed"; NOTFOUND lists them. */
 status workload_preset(workload_options *out, const char *name);
 
-/* Make it, in `a`; a refusal leaves the arena as it was. NOMEM; RANGE for senseless options; for files
- * IO, or FORMAT and RANGE with file:line. */
+/* Make it, in `a`; a refusal leaves the arena as it was. NOMEM; RANGE for senseless options; for
+ * files IO, or FORMAT and RANGE with file:line. */
 status workload_make(workload *out, arena *a, const workload_options *o);
 
 /* Hash of everything that a run depends on (arrivals, lengths, ids, seeds, salts, users): two equal

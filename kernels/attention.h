@@ -1,18 +1,21 @@
 /* attention.h - attention over the paged KV cache in any precision of K and V, and the append.
  *
- * Layout of a page (64 tokens) of one layer on one rank, in bytes from the page's base:
+ * A page holds 64 tokens of one layer on one rank. In bytes from its base:
  *
  *     for each KV head g:  K codes [64 tokens, D]   V codes [64, D]      in the format's bits
  *     then for each head:  K params [64]   V params [64]
  *                          (f16 scale and f16 minimum for KF_8 and KF_4, f16 scale for KF_FP8)
  *
- * Pages of one layer are contiguous: page p of layer l begins at layer_base[l] + p * page_bytes[l], with
- * page_bytes[l] = 64 * G * (kv_format_bytes(k) + kv_format_bytes(v)), all offsets 64-bit. The order of
- * codes within [64, D] is the kernel family's own business (attention_unpack_page undoes it for tests);
- * it is the same for decode and prefill. Bytes of tokens at or past kv_len may hold anything, NaN
- * included, and never reach a result. */
-#ifndef KERNEL_ATTENTION_H
-#define KERNEL_ATTENTION_H
+ * so that everything of one head and page is two runs of bytes. Within [64, D] tokens lie in groups
+ * of eight, a group in panels of up to 128 bytes a token, and the 16-byte pieces of a panel are
+ * permuted by token (attention_code_at). Copied to shared memory as it is, a panel can be read by
+ * eight consecutive rows or by one column without a bank conflict, and at 16 bit it is what wgmma
+ * calls the 128-byte swizzle. The order is the same for every kernel, for decode and for prefill.
+ *
+ * Pages of one layer are contiguous: page p begins at base + p * page_bytes. Bytes of tokens at or
+ * past kv_len may hold anything, NaN included, and never reach a result. All offsets are 64-bit. */
+#ifndef AMALGAM_ATTENTION_H
+#define AMALGAM_ATTENTION_H
 #include "ref_quant.h"
 
 #ifdef __cplusplus
@@ -21,61 +24,84 @@ extern "C" {
 
 /* One layer's cache. */
 typedef struct {
-    void *base;         /* device */
-    int64_t page_bytes; /* stride from page to page */
+    void *base;         /* device, 128-byte aligned */
+    int64_t page_bytes; /* stride from page to page, a multiple of 128 */
     kv_format k, v;
 } attention_cache;
 
+/* 64 * G * (bytes of a token's K + of its V), parameters included. */
 int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32_t head_dim);
 
-/* The batch as attention sees it: device copies of batch.h's arrays, made once a step, and the plan. */
+/* The batch as attention sees it: device copies of batch.h's arrays, made once a step. Decodes (one
+ * token each) come first. A token whose token_seq is negative is padding: append skips it, and
+ * attention leaves its row of `out` alone. */
 typedef struct {
     int32_t n_seqs, n_tokens, n_decodes;
     const int32_t *position;   /* [T] */
     const int32_t *seq_start;  /* [S + 1] */
-    const int32_t *token_seq;  /* [T] sequence of each token */
+    const int32_t *token_seq;  /* [T] sequence of each token, or -1 */
     const int32_t *kv_len;     /* [S] */
     const int32_t *page_start; /* [S + 1] */
     const int32_t *page;       /* [.] */
 } attention_batch;
 
 typedef struct {
-    dtype type;                                    /* F16 or BF16: of qkv, out, norms, sinks */
-    int32_t n_heads, n_kv_heads, head_dim, window; /* window 0 = all */
+    dtype type; /* F16 or BF16: of qkv, out, norms, sinks and 16-bit KV */
+    int32_t n_heads, n_kv_heads, head_dim, window; /* head_dim 32, 64, 128, 256; window 0 = all */
     float scale, norm_eps;
     const void *q_norm, *k_norm; /* [D] or NULL */
     const void *sinks;           /* [H] or NULL */
     const float *rope_cos_sin;   /* [ctx_max, D / 2, 2] f32: cos, sin (times the YaRN factor) */
 } attention_layer_params;
 
-/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens of
- * the batch. q is changed in place in qkv [T, (H + 2G) D]. */
+/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens
+ * of the batch, in f32 from the 16-bit input on; codes as ref_kv_quantize has them. q is changed in
+ * place in qkv [T, (H + 2G) D], k and v are left alone. */
 status kernel_rope_append(void *qkv, const attention_layer_params *l, const attention_cache *c,
                           const attention_batch *b, kernel_stream stream);
 
-/* Work split, computed once a step on the host into pinned memory and uploaded, read by every layer.
- * Splits of a sequence depend on its own length alone (batch invariance). */
-typedef struct attention_plan attention_plan;
-int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
-int64_t attention_workspace_bytes(int32_t max_tokens, int32_t n_heads, int32_t head_dim,
-                                  int32_t n_sms);
-/* `host` (pinned) is filled; *used bytes of it are copied to the device by the caller before the run. The
- * kv_len, seq_start of `b` are host pointers here. */
-status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window, int32_t n_sms);
+/* --- Plan: the split of the work, made once a step on the host, read by every layer of that window
+ * ---
+ *
+ * How a sequence is split depends on its own length (and on H, G, D, window) alone, and the parts
+ * are joined in a fixed order: a result has the same bits in any batch. */
 
-/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at once.
- * plan: the device copy. Deterministic and batch-invariant. */
+/* Most bytes of a plan. max_pages: entries of `page` of all sequences together. */
+int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
+
+/* Partial results. Zero it once after allocation; each call leaves its counters at zero. */
+int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n_heads,
+                                  int32_t head_dim);
+
+/* Fill `host`; *used bytes of it are what the caller copies to the device. kv_len, seq_start and
+ * page_start of `b` are host pointers here, the others are not read. A graph that was captured with
+ * a plan runs with any later plan written to the same place, as long as n_decodes and
+ * n_seqs - n_decodes are zero or not as they were. */
+status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
+                           int32_t n_kv_heads, int32_t head_dim, int32_t window);
+
+/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
+ * once. q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a
+ * variant that must be the one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the
+ * choice, 0 takes the best for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                         const attention_cache *c, const attention_batch *b, const void *plan,
-                        void *workspace, const char *kernel, int32_t sm, int32_t n_sms,
-                        kernel_stream stream);
+                        void *workspace, const char *kernel, int32_t family, int32_t sm,
+                        int32_t n_sms, kernel_stream stream);
 
-/* Host: codes of page `p` back to plain values, K and V [64, G, D] f32; for tests. */
+/* Names of the variants, best first, NULL at the end. */
+const char *const *attention_variants(void);
+
+/* --- Layout, for tests and tools ---------------------------------------------------------------
+ */
+
+/* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
+ */
+int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at);
+
+/* Host: codes of a page back to plain values, K and V [64, G, D] f32. type: of 16-bit parts. */
 void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, kv_format vf,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t family);
-
-const char *const *attention_variants(int32_t family);
+                           dtype type, int32_t n_kv_heads, int32_t head_dim);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,5 @@
-/* linear_launch.h - between the choice of a linear kernel (linear.cu) and the files that hold them. */
+/* linear_launch.h - between the choice of a linear kernel (linear.cu) and the files that hold them.
+ */
 #ifndef KERNEL_LINEAR_LAUNCH_H
 #define KERNEL_LINEAR_LAUNCH_H
 #include "linear_layout.h"

@@ -1,7 +1,8 @@
 /* ref_linear_pack.c - the packed order of weights on the host: sizes, packing, and its inverse.
  *
- * Both directions walk the matrix word by word, as the lanes of a kernel do, through the index functions
- * of linear_layout.h, so there is one description of the order and no formula for its inverse. */
+ * Both directions walk the matrix word by word, as the lanes of a kernel do, through the index
+ * functions of linear_layout.h, so there is one description of the order and no formula for its
+ * inverse. */
 #include "linear_layout.h"
 
 #include <string.h>
@@ -30,11 +31,10 @@ status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *s
     return ST_OK;
 }
 
-/* --- Codes -------------------------------------------------------------------------------------- */
+/* --- Codes --------------------------------------------------------------------------------------
+ */
 
-static uint8_t code_zero(const linear_weight *w) {
-    return w->format == WF_INT4 && w->sym ? 8 : 0;
-}
+static uint8_t code_zero(const linear_weight *w) { return w->format == WF_INT4 && w->sym ? 8 : 0; }
 
 static uint16_t code_get(const linear_weight *w, const qmatrix *q, int32_t row, int32_t col) {
     if (row < 0 || col >= w->k) return code_zero(w);
@@ -52,8 +52,8 @@ static void code_set(const linear_weight *w, qmatrix *q, int32_t row, int32_t co
     else if (linear_layout_of(w).bits == 8)
         q->code[at] = (uint8_t)code;
     else
-        q->code[at / 2] = (uint8_t)((q->code[at / 2] & ~(15 << (at % 2 * 4))) |
-                                    code << (at % 2 * 4));
+        q->code[at / 2] =
+            (uint8_t)((q->code[at / 2] & ~(15 << (at % 2 * 4))) | code << (at % 2 * 4));
 }
 
 static void word_pack(const linear_weight *w, uint8_t *at, const uint16_t code[8]) {
@@ -76,8 +76,7 @@ static void word_unpack(const linear_weight *w, uint16_t code[8], const uint8_t 
     const int32_t bits = linear_layout_of(w).bits;
     if (bits == 16) memcpy(code, at, 16);
     if (bits == 8)
-        for (int32_t i = 0; i < 8; i++)
-            code[i] = at[linear_byte_place(int8, i)] ^ (int8 ? 128 : 0);
+        for (int32_t i = 0; i < 8; i++) code[i] = at[linear_byte_place(int8, i)] ^ (int8 ? 128 : 0);
     if (bits == 4) {
         uint8_t c[8];
         uint32_t word;
@@ -87,7 +86,8 @@ static void word_unpack(const linear_weight *w, uint16_t code[8], const uint8_t 
     }
 }
 
-/* Call visit for every word of a matrix: its place and the canonical (row, col) of its eight codes. */
+/* Call visit for every word of a matrix: its place and the canonical (row, col) of its eight codes.
+ */
 typedef void word_visit(const linear_weight *w, void *code, qmatrix *q, int64_t at,
                         const int32_t row[8], const int32_t col[8]);
 
@@ -121,7 +121,8 @@ static void unpack_word(const linear_weight *w, void *code, qmatrix *q, int64_t 
     for (int32_t i = 0; i < 8; i++) code_set(w, q, row[i], col[i], c[i]);
 }
 
-/* --- Scales ------------------------------------------------------------------------------------- */
+/* --- Scales -------------------------------------------------------------------------------------
+ */
 
 /* Scale and zero of row r, granule j: copied from or to the canonical arrays. */
 static void scale_pack(const linear_weight *w, uint8_t *granule, const qmatrix *q, int32_t place,

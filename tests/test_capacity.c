@@ -24,11 +24,9 @@ static void pages_have_exact_bytes(void **state) {
         const char *name;
         int64_t head; /* bytes of one token of one head, K and V */
     } rows[] = {
-        {"W16A16KV16",  2 * 256         },
-        {"W16A16KV8",   2 * (128 + 4)   },
-        {"W16A16KV4",   2 * (64 + 4)    },
-        {"W16A16KVFP8", 2 * (128 + 2)   },
-        {"W16A16K8V4",  128 + 4 + 64 + 4},
+        {"W16A16KV16", 2 * 256},          {"W16A16KV8", 2 * (128 + 4)},
+        {"W16A16KV4", 2 * (64 + 4)},      {"W16A16KVFP8", 2 * (128 + 2)},
+        {"W16A16K8V4", 128 + 4 + 64 + 4},
     };
     for (int i = 0; i < COUNT_OF(rows); i++) {
         const precision p = format(rows[i].name);

@@ -92,7 +92,8 @@ static void a_run_by_pencil(void **state) {
     assert_true(isnan(m.steady_output_tokens_per_s));
 }
 
-/* The twin of the above: each instant moved by a microsecond shows where it should and only there. */
+/* The twin of the above: each instant moved by a microsecond shows where it should and only
+ * there. */
 static void one_instant_moves_one_metric(void **state) {
     (void)state;
     request_log log[6];
@@ -129,12 +130,12 @@ static void goodput_counts_requests_within_all_limits(void **state) {
         metric_limits limits;
         double want;
     } rows[] = {
-        {{.ttft_s = 0.026},                      20},
-        {{.ttft_s = 0.025},                      20}, /* at the limit is within */
-        {{.ttft_s = 0.0249},                     10},
-        {{.tpot_s = 0.016},                      20}, /* one token: no time per further token */
-        {{.e2e_s = 0.03},                        10},
-        {{.ttft_s = 0.02, .tpot_s = 0.0149},     0 },
+        {{.ttft_s = 0.026}, 20},
+        {{.ttft_s = 0.025}, 20}, /* at the limit is within */
+        {{.ttft_s = 0.0249}, 10},
+        {{.tpot_s = 0.016}, 20}, /* one token: no time per further token */
+        {{.e2e_s = 0.03}, 10},
+        {{.ttft_s = 0.02, .tpot_s = 0.0149}, 0},
         {{.ttft_s = 1, .tpot_s = 1, .e2e_s = 1}, 30},
     };
     for (int i = 0; i < COUNT_OF(rows); i++) {

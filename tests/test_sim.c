@@ -69,9 +69,8 @@ static void bench_sequence(bench *t, int32_t tokens, int32_t kv_len) {
 }
 
 static weight_source matrix(int32_t n, int32_t k, int32_t count) {
-    return (weight_source){
-        .name = "test", .shape = {.n = n, .k = k, .count = count, .quantise = true}
-    };
+    return (weight_source){.name = "test",
+                           .shape = {.n = n, .k = k, .count = count, .quantise = true}};
 }
 
 /* What one operation costs, to a thousandth of a nanosecond. */
@@ -184,7 +183,8 @@ static double decode_ns(const char *format, const gpu_sheet *sheet, int32_t seqs
 
 static void attention_by_hand(void **state) {
     (void)state;
-    /* 64 decodes at 4096: all SMs at work, nothing split. A head's K and V take 512 bytes a token. */
+    /* 64 decodes at 4096: all SMs at work, nothing split. A head's K and V take 512 bytes a
+     * token. */
     const double tokens = 64 * 4096 * 8.0, q = 64 * 32 * 128 * 4;
     const double memory = (tokens * 512 + q) / 2e3, compute = tokens * 4 * 16 * 128 / 5e5;
     const double exponentials = tokens * 4 * 4 / 16e3;
@@ -289,24 +289,14 @@ static void defaults_are_plausible_on_h200(void **state) {
     const double long_us = decode_ns("W16A16KV16", &g, 1, 131072) * 1e-3;
     assert_in_range((int)long_us, 115, 150); /* 115; 135 */
 
-    static const int32_t shape[][2] = {
-        {6144,  4096 },
-        {4096,  4096 },
-        {28672, 4096 },
-        {4096,  14336},
-        {57344, 8192 },
-        {8192,  28672}
-    };
+    static const int32_t shape[][2] = {{6144, 4096},  {4096, 4096},  {28672, 4096},
+                                       {4096, 14336}, {57344, 8192}, {8192, 28672}};
     static const struct {
         int64_t rows;
         double least,
             most; /* the best peer, the limit; above 64 rows no more than parity is known */
     } speed_up[] = {
-        {1,    1.9,  5.25},
-        {8,    1.9,  5.19},
-        {16,   1.9,  5.13},
-        {64,   1.15, 3.59},
-        {4096, 0.6,  1.10},
+        {1, 1.9, 5.25}, {8, 1.9, 5.19}, {16, 1.9, 5.13}, {64, 1.15, 3.59}, {4096, 0.6, 1.10},
     };
     bench t;
     bench_open(&t, &(device_options){.sheet = &g, .tp = 1}, "Llama-3.1-8B", "W16");
@@ -396,7 +386,7 @@ static void formats_without_units_are_refused(void **state) {
     device_sim.close(NULL);
 }
 
-/* --- Whole models ------------------------------------------------------------------------------- */
+/* --- Whole models ----------------------------------------------------------------------------- */
 
 static arena memory;
 

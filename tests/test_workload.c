@@ -1,5 +1,6 @@
-/* test_workload.c - generators against the distributions they claim, readers against hand-made files,
- * and everything a broken file can do. Seeds are fixed; tolerances are five standard errors. */
+/* test_workload.c - generators against the distributions they claim, readers against hand-made
+ * files, and everything a broken file can do. Seeds are fixed; tolerances are five standard
+ * errors. */
 #include "test.h"
 
 #include "rng.h"
@@ -33,7 +34,8 @@ static workload_options preset(const char *name) {
     return o;
 }
 
-/* Mean and variance of a clamped, rounded log-normal by the midpoint rule over the normal variable. */
+/* Mean and variance of a clamped, rounded log-normal by the midpoint rule over the normal
+ * variable. */
 static void lognormal_moments(const length_law *l, double *mean, double *variance) {
     enum { STEPS = 200000 };
     double sum = 0, squares = 0, mass = 0;
@@ -56,11 +58,7 @@ static double mean_of(const workload *w, bool prompts) {
 static void presets_have_the_means_of_their_laws(void **state) {
     (void)state;
     static const char *const names[] = {"sharegpt", "reasoning", "longdoc"};
-    static const double means[][2] = {
-        {229,  204 },
-        {144,  5222},
-        {7769, 230 }
-    }; /* SOURCES.md */
+    static const double means[][2] = {{229, 204}, {144, 5222}, {7769, 230}}; /* SOURCES.md */
     for (int i = 0; i < 3; i++) {
         workload_options o = preset(names[i]);
         o.n_requests = 4000;
@@ -192,11 +190,11 @@ static void arrivals_have_exact_rates_and_the_variation_asked_for(void **state) 
         arrival_kind kind;
         double burstiness, variation, tolerance;
     } law[] = {
-  /* tolerance: 5 standard errors of a gamma's CV with n = 20000, from its kurtosis */
-        {ARRIVE_POISSON,  1,    1,   0.05},
-        {ARRIVE_GAMMA,    0.25, 2,   0.16},
-        {ARRIVE_GAMMA,    4,    0.5, 0.02},
-        {ARRIVE_CONSTANT, 1,    0,   1e-6},
+        /* tolerance: 5 standard errors of a gamma's CV with n = 20000, from its kurtosis */
+        {ARRIVE_POISSON, 1, 1, 0.05},
+        {ARRIVE_GAMMA, 0.25, 2, 0.16},
+        {ARRIVE_GAMMA, 4, 0.5, 0.02},
+        {ARRIVE_CONSTANT, 1, 0, 1e-6},
     };
     for (int i = 0; i < COUNT_OF(law); i++) {
         o.arrival = law[i].kind;
@@ -268,7 +266,7 @@ static void prefixes_are_shared_and_salts_are_not(void **state) {
     arena_reset(&memory, 0);
 }
 
-/* --- Files -------------------------------------------------------------------------------------- */
+/* --- Files ------------------------------------------------------------------------------------ */
 
 static workload_options file_options(const char *format, const char *name) {
     workload_options o = preset("fixed");
@@ -299,30 +297,20 @@ static void burstgpt_is_read_by_column_name(void **state) {
     (void)state;
     workload_options o = file_options("burstgpt", "burstgpt.csv");
     static const expected_row all[] = {
-        {0,            472,  18 },
-        {40000000000,  1087, 230},
-        {113000000000, 417,  276},
-        {143500000000, 185,  215}
-    };
+        {0, 472, 18}, {40000000000, 1087, 230}, {113000000000, 417, 276}, {143500000000, 185, 215}};
     workload w = make(&o);
     assert_rows(&w, all, 4);
     assert_int_equal(w.n_dropped, 1); /* the failed one */
     snprintf(o.model, sizeof o.model, "GPT-4");
     o.speed = 2;
-    static const expected_row gpt4[] = {
-        {0,           417, 276},
-        {15250000000, 185, 215}
-    };
+    static const expected_row gpt4[] = {{0, 417, 276}, {15250000000, 185, 215}};
     w = make(&o);
     assert_rows(&w, gpt4, 2);
     o.model[0] = 0;
     o.n_requests = 2;
     o.arrival = ARRIVE_CONSTANT; /* lengths of the file, arrivals of ours */
     o.rate_per_s = 4;
-    static const expected_row two[] = {
-        {250000000, 472,  18 },
-        {500000000, 1087, 230}
-    };
+    static const expected_row two[] = {{250000000, 472, 18}, {500000000, 1087, 230}};
     w = make(&o);
     assert_rows(&w, two, 2);
     o.ctx_limit = 500;
@@ -336,13 +324,11 @@ static void burstgpt_is_read_by_column_name(void **state) {
 static void azure_keeps_100_ns_and_sorts(void **state) {
     (void)state;
     const workload_options o = file_options("azure", "azure.csv");
-    static const expected_row rows[] = {
-        {0,          374, 44 },
-        {4314579000, 396, 109},
-        {4419410000, 5,   7  },
-        {4541877000, 879, 55 },
-        {4541877100, 91,  16 }
-    };
+    static const expected_row rows[] = {{0, 374, 44},
+                                        {4314579000, 396, 109},
+                                        {4419410000, 5, 7},
+                                        {4541877000, 879, 55},
+                                        {4541877100, 91, 16}};
     const workload w = make(&o);
     assert_rows(&w, rows, 5);
     arena_reset(&memory, 0);
@@ -355,13 +341,11 @@ static bool same_tokens(const workload *w, int32_t a, int32_t b, int32_t at, int
 static void mooncake_blocks_are_shared_prefixes(void **state) {
     (void)state;
     workload_options o = file_options("mooncake", "mooncake.jsonl");
-    static const expected_row rows[] = {
-        {0,          1300, 52},
-        {0,          1536, 26},
-        {3053000000, 1024, 8 },
-        {3118000000, 700,  9 },
-        {3518000000, 100,  3 }
-    };
+    static const expected_row rows[] = {{0, 1300, 52},
+                                        {0, 1536, 26},
+                                        {3053000000, 1024, 8},
+                                        {3118000000, 700, 9},
+                                        {3518000000, 100, 3}};
     const workload w = make(&o);
     assert_rows(&w, rows, 5);
     assert_int_equal(w.n_dropped, 1);
@@ -436,11 +420,7 @@ static void sharegpt_is_filtered_shuffled_and_encoded(void **state) {
 static void our_own_lines_take_three_kinds_of_prompt(void **state) {
     (void)state;
     workload_options o = file_options("jsonl", "requests.jsonl");
-    static const expected_row rows[] = {
-        {0,          12, 5},
-        {500000000,  4,  3},
-        {1250000000, 3,  2}
-    };
+    static const expected_row rows[] = {{0, 12, 5}, {500000000, 4, 3}, {1250000000, 3, 2}};
     const workload w = make(&o);
     assert_rows(&w, rows, 3);
     assert_true(w.estimated);
@@ -482,48 +462,50 @@ static void broken_files_are_named_with_their_line(void **state) {
         status want;
         const char *message;
     } bad[] = {
-        {"burstgpt", "Timestamp,Model,Request tokens\n1,a,2\n",                                      ST_FORMAT,
-         ":1: column 'Response tokens' is missing"                                                                                                                  },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens,Timestamp\n1,2,3,4\n",                ST_FORMAT,
-         ":1: column 'Timestamp' stands twice"                                                                                                                      },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,2,3\n1,2\n",                       ST_FORMAT,
-         ":3: 2 fields, the header has 3"                                                                                                                           },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,2.5,3\n",                          ST_FORMAT,
-         ":2: Request tokens '2.5' is no count of tokens"                                                                                                           },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,-2,3\n",                           ST_FORMAT,
-         ":2: Request tokens '-2'"                                                                                                                                  },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\nnan,2,3\n",                          ST_FORMAT,
-         ":2: Timestamp 'nan'"                                                                                                                                      },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\n\"1,2,3\n",                          ST_FORMAT,
-         ":2: a quote is not closed"                                                                                                                                },
-        {"burstgpt", "Timestamp,Request tokens,Response tokens\n",                                   ST_NOTFOUND, "no usable row"                                   },
-        {"burstgpt", "",                                                                             ST_FORMAT,   "empty file"                                      },
-        {"azure",    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15,1,1\n",              ST_FORMAT,
-         ":2: TIMESTAMP '2023-11-16 18:15' is no date and time"                                                                                                     },
-        {"azure",    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-13-16 18:15:00,1,1\n",           ST_FORMAT,
-         ":2: TIMESTAMP"                                                                                                                                            },
-        {"azure",    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:00,1,99999999999\n",
-         ST_FORMAT,                                                                                               ":2: GeneratedTokens"                             },
-        {"mooncake", "{\"timestamp\": 1, \"input_length\": 5}\n",                                    ST_NOTFOUND,
-         ":1: key 'output_length' is missing"                                                                                                                       },
+        {"burstgpt", "Timestamp,Model,Request tokens\n1,a,2\n", ST_FORMAT,
+         ":1: column 'Response tokens' is missing"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens,Timestamp\n1,2,3,4\n", ST_FORMAT,
+         ":1: column 'Timestamp' stands twice"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,2,3\n1,2\n", ST_FORMAT,
+         ":3: 2 fields, the header has 3"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,2.5,3\n", ST_FORMAT,
+         ":2: Request tokens '2.5' is no count of tokens"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\n1,-2,3\n", ST_FORMAT,
+         ":2: Request tokens '-2'"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\nnan,2,3\n", ST_FORMAT,
+         ":2: Timestamp 'nan'"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\n\"1,2,3\n", ST_FORMAT,
+         ":2: a quote is not closed"},
+        {"burstgpt", "Timestamp,Request tokens,Response tokens\n", ST_NOTFOUND, "no usable row"},
+        {"burstgpt", "", ST_FORMAT, "empty file"},
+        {"azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15,1,1\n", ST_FORMAT,
+         ":2: TIMESTAMP '2023-11-16 18:15' is no date and time"},
+        {"azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-13-16 18:15:00,1,1\n", ST_FORMAT,
+         ":2: TIMESTAMP"},
+        {"azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:00,1,99999999999\n",
+         ST_FORMAT, ":2: GeneratedTokens"},
+        {"mooncake", "{\"timestamp\": 1, \"input_length\": 5}\n", ST_NOTFOUND,
+         ":1: key 'output_length' is missing"},
         {"mooncake",
-         "\n{\"timestamp\": 1, \"input_length\": 5, \"output_length\": 1, \"hash_ids\": [1, 2]}\n",  ST_FORMAT,   ":2: 2 hash_ids for 5 tokens"                     },
-        {"mooncake", "[1]\n",                                                                        ST_FORMAT,   ":1: not a JSON object"                           },
-        {"mooncake", "{\"timestamp\": 1,\n",                                                         ST_FORMAT,   ":1:"                                             },
-        {"jsonl",    "{\"n_prompt\": 1, \"max_new\": 1}\n{\"max_new\": 1}\n",                        ST_FORMAT,
-         ":2: one of prompt, prompt_ids, n_prompt is needed"                                                                                                        },
+         "\n{\"timestamp\": 1, \"input_length\": 5, \"output_length\": 1, \"hash_ids\": [1, 2]}\n",
+         ST_FORMAT, ":2: 2 hash_ids for 5 tokens"},
+        {"mooncake", "[1]\n", ST_FORMAT, ":1: not a JSON object"},
+        {"mooncake", "{\"timestamp\": 1,\n", ST_FORMAT, ":1:"},
+        {"jsonl", "{\"n_prompt\": 1, \"max_new\": 1}\n{\"max_new\": 1}\n", ST_FORMAT,
+         ":2: one of prompt, prompt_ids, n_prompt is needed"},
         {"jsonl",
          "{\"n_prompt\": 1, \"max_new\": 1, \"arrival_s\": 1}\n{\"n_prompt\": 1, "
-         "\"max_new\": 1}\n",                                                                        ST_FORMAT,   ":2: arrival_s must stand in every row or in none"},
-        {"jsonl",    "{\"n_prompt\": 0, \"max_new\": 1}\n",                                          ST_RANGE,    ":1: n_prompt = 0"                                },
-        {"sharegpt", "{}",                                                                           ST_FORMAT,   ":1: not a JSON array"                            },
-        {"sharegpt", "[\n{\"conversations\": 3}\n]",                                                 ST_FORMAT,   ":2: no array 'conversations'"                    },
-        {"sharegpt", "[\n{},\n{\"a\": 1}",                                                           ST_FORMAT,   ":3: ',' or ']' was expected"                     },
-        {"sharegpt", "[{\"conversations\": [",                                                       ST_FORMAT,   ":1: this object does not end"                    },
-        {"sharegpt", "[]",                                                                           ST_NOTFOUND, "no usable row"                                   },
-        {"sharegpt", "[\n\n{\"conversations\": [{\"value\": 1}, {}]}]",                              ST_FORMAT,
-         ":3: conversations[0].value is no string"                                                                                                                  },
-        {"csv",      "",                                                                             ST_NOTFOUND, "none of sharegpt burstgpt azure mooncake jsonl"  },
+         "\"max_new\": 1}\n",
+         ST_FORMAT, ":2: arrival_s must stand in every row or in none"},
+        {"jsonl", "{\"n_prompt\": 0, \"max_new\": 1}\n", ST_RANGE, ":1: n_prompt = 0"},
+        {"sharegpt", "{}", ST_FORMAT, ":1: not a JSON array"},
+        {"sharegpt", "[\n{\"conversations\": 3}\n]", ST_FORMAT, ":2: no array 'conversations'"},
+        {"sharegpt", "[\n{},\n{\"a\": 1}", ST_FORMAT, ":3: ',' or ']' was expected"},
+        {"sharegpt", "[{\"conversations\": [", ST_FORMAT, ":1: this object does not end"},
+        {"sharegpt", "[]", ST_NOTFOUND, "no usable row"},
+        {"sharegpt", "[\n\n{\"conversations\": [{\"value\": 1}, {}]}]", ST_FORMAT,
+         ":3: conversations[0].value is no string"},
+        {"csv", "", ST_NOTFOUND, "none of sharegpt burstgpt azure mooncake jsonl"},
     };
     workload_options o = preset("fixed");
     o.n_requests = 0;
@@ -547,15 +529,12 @@ static void broken_files_are_named_with_their_line(void **state) {
 static const struct {
     const char *format, *name;
 } samples[] = {
-    {"sharegpt", "sharegpt.json" },
-    {"burstgpt", "burstgpt.csv"  },
-    {"azure",    "azure.csv"     },
-    {"mooncake", "mooncake.jsonl"},
-    {"jsonl",    "requests.jsonl"},
+    {"sharegpt", "sharegpt.json"},  {"burstgpt", "burstgpt.csv"}, {"azure", "azure.csv"},
+    {"mooncake", "mooncake.jsonl"}, {"jsonl", "requests.jsonl"},
 };
 
-/* Truncated anywhere and with any byte changed: an answer or a refusal, never a crash. A row that is
- * kept has lengths within bounds. */
+/* Truncated anywhere and with any byte changed: an answer or a refusal, never a crash. A row that
+ * is kept has lengths within bounds. */
 static void damaged_files_do_no_harm(void **state) {
     (void)state;
     rng r;

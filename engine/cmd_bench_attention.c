@@ -1,0 +1,484 @@
+/* cmd_bench_attention.c - `amalgam bench attention`: microseconds, bandwidth and error of one
+ * layer.
+ *
+ * Data are random (never zeros) and appended by the kernel that serving uses. KV sets rotate
+ * through at least 512 MB, so that no cache of the GPU helps; runs are replays of a CUDA graph that
+ * goes over all sets; the time is the median of the replays over the number of launches. The read
+ * ceiling is measured in the same process. rel_err = ||out - ref|| / ||ref|| over sampled heads,
+ * against the f64 definition over the dequantised cache. */
+#include "cmd_bench_attention.h"
+#include "attention.h"
+#include "bandwidth.h"
+#include "cli.h"
+#include "ref_attention.h"
+#include "rng.h"
+
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { P = KV_PAGE_TOKENS, SLICE = 1024, REPLAYS = 9, LIST_MAX = 32 };
+static const int64_t ROTATE_BYTES = 512 << 20;
+
+#define CUDA(call)                                                                                 \
+    do {                                                                                           \
+        const cudaError_t e_ = (call);                                                             \
+        if (e_ != cudaSuccess) return FAIL(ST_DEVICE, "%s: %s", #call, cudaGetErrorString(e_));    \
+    } while (0)
+
+typedef struct {
+    bool prefill, json;
+    dtype type;
+    kv_format k, v;
+    int32_t heads, kv_heads, head_dim, window, batch, ctx, n_new, family;
+    const char *kernel; /* NULL: the best */
+} bench_case;
+
+typedef struct {
+    int32_t sm, n_sms;
+    double read_gbs;
+} bench_gpu;
+
+/* Device memory of one case, freed together. */
+typedef struct {
+    void *p[24];
+    int32_t n;
+} bench_memory;
+
+static status take(bench_memory *m, void **out, int64_t bytes) {
+    CHECK(m->n < COUNT_OF(m->p));
+    CUDA(cudaMalloc(out, (size_t)bytes));
+    m->p[m->n++] = *out;
+    return ST_OK;
+}
+static status take_copy(bench_memory *m, void **out, const void *host, int64_t bytes) {
+    TRY(take(m, out, bytes));
+    CUDA(cudaMemcpy(*out, host, (size_t)bytes, cudaMemcpyHostToDevice));
+    return ST_OK;
+}
+static void give_back(bench_memory *m) {
+    while (m->n > 0) cudaFree(m->p[--m->n]);
+}
+
+static float value16(uint16_t bits, dtype type) {
+    return type == DT_F16 ? f32_from_f16(bits) : f32_from_bf16(bits);
+}
+
+/* [n] Gaussians of type. */
+static status take_random(bench_memory *m, void **out, uint16_t **host, int64_t n, dtype type,
+                          uint64_t seed) {
+    *host = mem_alloc((size_t)n, sizeof **host);
+    if (!*host) return FAIL(ST_NOMEM, "%lld values", (long long)n);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t x = hash_u64((uint64_t)i, seed);
+        const double u = ((double)(x >> 32) + 0.5) * 0x1p-32,
+                     w = (double)(x & 0xffffffffu) * 0x1p-32;
+        const float g = (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * w));
+        (*host)[i] = type == DT_F16 ? f16_from_f32(g) : bf16_from_f32(g);
+    }
+    return take_copy(m, out, *host, 2 * n);
+}
+
+/* --- One case
+ * -------------------------------------------------------------------------------------- */
+
+typedef struct {
+    bench_memory m;
+    attention_layer_params l;
+    attention_cache cache;
+    attention_batch host, device; /* device.page: of set 0 */
+    int32_t *ints, *page;         /* host memory of the above; page ids of all sets */
+    uint16_t *q;                  /* host [rows, (H + 2G) D] */
+    void *qkv, *out, *plan, *workspace;
+    int64_t set_pages, page_bytes;
+    int32_t n_sets;
+} bench_run;
+
+static int64_t kv_bytes(const bench_case *c, const bench_run *r) {
+    return (int64_t)c->batch * c->ctx * r->page_bytes / P;
+}
+
+/* The cache of all sets, SLICE tokens at a time from one random input. */
+static status fill_cache(bench_run *r, const bench_case *c, int32_t *device_pages) {
+    const int64_t row = (int64_t)(c->heads + 2 * c->kv_heads) * c->head_dim;
+    int32_t position[SLICE], zero[SLICE] = {0};
+    for (int32_t i = 0; i < SLICE; i++) position[i] = i;
+    void *input, *at, *seq;
+    uint16_t *host;
+    TRY(take_random(&r->m, &input, &host, SLICE * row, c->type, 1));
+    mem_free(host);
+    TRY(take_copy(&r->m, &at, position, sizeof position));
+    TRY(take_copy(&r->m, &seq, zero, sizeof zero));
+    for (int64_t page = 0; page < r->n_sets * r->set_pages; page += SLICE / P) {
+        const int64_t pages = i64_min(SLICE / P, r->n_sets * r->set_pages - page);
+        const attention_batch slice = {.n_seqs = 1,
+                                       .n_tokens = (int32_t)pages * P,
+                                       .position = at,
+                                       .token_seq = seq,
+                                       .page_start = seq,
+                                       .page = device_pages + page};
+        TRY(kernel_rope_append(input, &r->l, &r->cache, &slice, NULL));
+    }
+    CUDA(cudaDeviceSynchronize());
+    return ST_OK;
+}
+
+static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
+    (void)g;
+    memset(r, 0, sizeof *r);
+    const int32_t rows = c->batch * c->n_new, S = c->batch;
+    const int64_t row = (int64_t)(c->heads + 2 * c->kv_heads) * c->head_dim;
+    r->page_bytes = attention_page_bytes(c->k, c->v, c->kv_heads, c->head_dim);
+    r->set_pages = (int64_t)c->batch * div_up(c->ctx, P);
+    r->n_sets = (int32_t)i64_max(1, div_up(ROTATE_BYTES, r->set_pages * r->page_bytes));
+    r->ints = mem_alloc((size_t)(2 * rows + 3 * S + 2), sizeof(int32_t));
+    const int64_t n_pages = r->n_sets * r->set_pages;
+    r->page = mem_alloc((size_t)n_pages, sizeof(int32_t));
+    if (!r->ints || !r->page) return FAIL(ST_NOMEM, "page table of %lld", (long long)n_pages);
+    for (int64_t i = 0; i < n_pages; i++) r->page[i] = (int32_t)i;
+    for (int64_t i = n_pages - 1; i > 0; i--) { /* Fisher-Yates */
+        const int64_t j = (int64_t)(hash_u64((uint64_t)i, 7) % (uint64_t)(i + 1));
+        const int32_t swap = r->page[i];
+        r->page[i] = r->page[j];
+        r->page[j] = swap;
+    }
+    int32_t *position = r->ints, *token_seq = position + rows, *seq_start = token_seq + rows;
+    int32_t *page_start = seq_start + S + 1, *kv_len = page_start + S + 1;
+    for (int32_t s = 0; s <= S; s++) {
+        seq_start[s] = s * c->n_new;
+        page_start[s] = s * (int32_t)div_up(c->ctx, P);
+    }
+    for (int32_t t = 0; t < rows; t++) {
+        token_seq[t] = t / c->n_new;
+        position[t] = c->ctx - c->n_new + t % c->n_new;
+    }
+    for (int32_t s = 0; s < S; s++) kv_len[s] = c->ctx;
+    r->host = (attention_batch){.n_seqs = S,
+                                .n_tokens = rows,
+                                .n_decodes = c->prefill ? 0 : S,
+                                .position = position,
+                                .seq_start = seq_start,
+                                .token_seq = token_seq,
+                                .kv_len = kv_len,
+                                .page_start = page_start,
+                                .page = r->page};
+    void *ints, *pages, *rope, *base;
+    TRY(take_copy(&r->m, &ints, r->ints, (2 * rows + 3 * S + 2) * (int64_t)sizeof(int32_t)));
+    TRY(take_copy(&r->m, &pages, r->page, n_pages * (int64_t)sizeof(int32_t)));
+    r->device = r->host;
+    r->device.position = (int32_t *)ints + (position - r->ints);
+    r->device.token_seq = (int32_t *)ints + (token_seq - r->ints);
+    r->device.seq_start = (int32_t *)ints + (seq_start - r->ints);
+    r->device.page_start = (int32_t *)ints + (page_start - r->ints);
+    r->device.kv_len = (int32_t *)ints + (kv_len - r->ints);
+    r->device.page = pages;
+
+    float *turn = mem_alloc((size_t)SLICE * (size_t)c->head_dim, sizeof *turn);
+    if (!turn) return FAIL(ST_NOMEM, "rope table");
+    for (int32_t p = 0; p < SLICE; p++)
+        for (int32_t d = 0; d < c->head_dim / 2; d++) {
+            const double angle = p * pow(10000, -2.0 * d / c->head_dim);
+            turn[p * c->head_dim + 2 * d] = (float)cos(angle);
+            turn[p * c->head_dim + 2 * d + 1] = (float)sin(angle);
+        }
+    status st = take_copy(&r->m, &rope, turn, (int64_t)SLICE * c->head_dim * (int64_t)sizeof *turn);
+    mem_free(turn);
+    TRY(st);
+    r->l = (attention_layer_params){.type = c->type,
+                                    .n_heads = c->heads,
+                                    .n_kv_heads = c->kv_heads,
+                                    .head_dim = c->head_dim,
+                                    .window = c->window,
+                                    .scale = 1 / sqrtf((float)c->head_dim),
+                                    .rope_cos_sin = rope};
+    TRY(take(&r->m, &base, n_pages * r->page_bytes));
+    r->cache = (attention_cache){base, r->page_bytes, c->k, c->v};
+    TRY(fill_cache(r, c, pages));
+
+    TRY(take_random(&r->m, &r->qkv, &r->q, rows * row, c->type, 2));
+    TRY(take(&r->m, &r->out, (int64_t)rows * c->heads * c->head_dim * 2));
+    const int64_t plan_bytes = attention_plan_bytes(S, rows, r->set_pages);
+    void *plan = mem_alloc((size_t)plan_bytes, 1);
+    if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)plan_bytes);
+    int64_t used = 0;
+    st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window);
+    if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
+    mem_free(plan);
+    TRY(st);
+    const int64_t bytes = attention_workspace_bytes(S, r->set_pages, c->heads, c->head_dim);
+    TRY(take(&r->m, &r->workspace, bytes));
+    CUDA(cudaMemset(r->workspace, 0, (size_t)bytes));
+    return ST_OK;
+}
+
+static void close_run(bench_run *r) {
+    give_back(&r->m);
+    mem_free(r->ints);
+    mem_free(r->page);
+    mem_free(r->q);
+}
+
+static status launch(bench_run *r, const bench_case *c, const bench_gpu *g, int32_t set,
+                     cudaStream_t stream) {
+    attention_batch b = r->device;
+    b.page += set * r->set_pages;
+    return kernel_attention(r->out, r->qkv, &r->l, &r->cache, &b, r->plan, r->workspace, c->kernel,
+                            c->family, g->sm, g->n_sms, stream);
+}
+
+static int compare_float(const void *a, const void *b) {
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median over replays of a graph of n_launches, in us a launch. */
+static status replay(cudaGraph_t graph, cudaStream_t stream, int32_t n_launches, double *us) {
+    cudaGraphExec_t exec;
+    cudaEvent_t from, to;
+    float ms[REPLAYS];
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA(cudaEventCreate(&from));
+    CUDA(cudaEventCreate(&to));
+    for (int32_t i = -2; i < REPLAYS; i++) {
+        CUDA(cudaEventRecord(from, stream));
+        CUDA(cudaGraphLaunch(exec, stream));
+        CUDA(cudaEventRecord(to, stream));
+        CUDA(cudaEventSynchronize(to));
+        if (i >= 0) CUDA(cudaEventElapsedTime(&ms[i], from, to));
+    }
+    qsort(ms, REPLAYS, sizeof *ms, compare_float);
+    *us = (double)ms[REPLAYS / 2] * 1000 / n_launches;
+    CUDA(cudaEventDestroy(from));
+    CUDA(cudaEventDestroy(to));
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    return ST_OK;
+}
+
+static status time_run(bench_run *r, const bench_case *c, const bench_gpu *g, double *us) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    const int32_t n = (int32_t)i64_max(r->n_sets, c->prefill ? 3 : 8);
+    CUDA(cudaStreamCreate(&stream));
+    TRY(launch(r, c, g, 0, stream)); /* loads the module outside the capture */
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    status st = ST_OK;
+    for (int32_t i = 0; i < n && st == ST_OK; i++) st = launch(r, c, g, i % r->n_sets, stream);
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    TRY(st);
+    TRY(replay(graph, stream, n, us));
+    CUDA(cudaStreamDestroy(stream));
+    return ST_OK;
+}
+
+/* Sampled heads of the last token and another of sequence 0, set 0. */
+static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *g,
+                            double *rel_err) {
+    enum { HEADS = 3 };
+    const int32_t d = c->head_dim, G = c->kv_heads, pages = (int32_t)div_up(c->ctx, P);
+    const int64_t n_out = (int64_t)c->batch * c->n_new * c->heads * d, gd = (int64_t)G * d;
+    CUDA(cudaMemset(r->out, 0xff, (size_t)n_out * 2));
+    TRY(launch(r, c, g, 0, NULL));
+    CUDA(cudaDeviceSynchronize());
+    uint16_t *out = mem_alloc((size_t)c->n_new * (size_t)c->heads * (size_t)d, 2);
+    uint8_t *page = mem_alloc((size_t)r->page_bytes, 1);
+    float *k = mem_alloc((size_t)(P * gd), 4), *v = mem_alloc((size_t)(P * gd), 4);
+    float *kh = mem_alloc((size_t)HEADS * (size_t)pages * P * (size_t)d, 4);
+    float *vh = mem_alloc((size_t)HEADS * (size_t)pages * P * (size_t)d, 4);
+    if (!out || !page || !k || !v || !kh || !vh) return FAIL(ST_NOMEM, "reference");
+    CUDA(cudaMemcpy(out, r->out, (size_t)c->n_new * (size_t)c->heads * (size_t)d * 2,
+                    cudaMemcpyDeviceToHost));
+    const int32_t head[HEADS] = {0, c->heads / 2, c->heads - 1}, ratio = c->heads / G;
+    for (int32_t p = 0; p < pages; p++) {
+        CUDA(cudaMemcpy(page, (uint8_t *)r->cache.base + r->page[p] * r->page_bytes,
+                        (size_t)r->page_bytes, cudaMemcpyDeviceToHost));
+        attention_unpack_page(k, v, page, c->k, c->v, c->type, G, d);
+        for (int32_t h = 0; h < HEADS; h++)
+            for (int32_t t = 0; t < P; t++) {
+                const int64_t to = (((int64_t)h * pages + p) * P + t) * d;
+                memcpy(kh + to, k + t * gd + head[h] / ratio * d, (size_t)d * 4);
+                memcpy(vh + to, v + t * gd + head[h] / ratio * d, (size_t)d * 4);
+            }
+    }
+    double error = 0, norm = 0;
+#pragma omp parallel for reduction(+ : error, norm)
+    for (int32_t i = 0; i < 2 * HEADS; i++) {
+        const int32_t h = i / 2, t = i % 2 ? c->n_new - 1 : c->n_new / 3;
+        float q[1024], ref[1024];
+        const int64_t row = (int64_t)t * (c->heads + 2 * G) + head[h];
+        for (int32_t e = 0; e < d; e++) q[e] = value16(r->q[row * d + e], c->type);
+        const int64_t at = (int64_t)h * pages * P * d;
+        ref_attention(ref, d, q, d, kh + at, vh + at, 1, c->ctx - c->n_new + t, d, c->window,
+                      r->l.scale, NULL);
+        for (int32_t e = 0; e < d; e++) {
+            const double x =
+                (double)value16(out[((int64_t)t * c->heads + head[h]) * d + e], c->type);
+            error += (x - (double)ref[e]) * (x - (double)ref[e]);
+            norm += (double)ref[e] * (double)ref[e];
+        }
+    }
+    *rel_err = sqrt(error / norm);
+    mem_free(out), mem_free(page), mem_free(k), mem_free(v), mem_free(kh), mem_free(vh);
+    return ST_OK;
+}
+
+/* Multiply-adds of Q K^T and P V that the mask leaves, times two. */
+static double flops(const bench_case *c) {
+    double seen = 0;
+    for (int32_t t = 0; t < c->n_new; t++) {
+        const int32_t n = c->ctx - c->n_new + t + 1;
+        seen += c->window > 0 && n > c->window ? c->window : n;
+    }
+    return 4.0 * seen * c->batch * c->heads * c->head_dim;
+}
+
+static status bench_one(const bench_case *c, const bench_gpu *g) {
+    bench_run r;
+    double us = 0, rel_err = NAN;
+    status st = open_run(&r, c, g);
+    if (st == ST_OK) st = time_run(&r, c, g, &us);
+    if (st == ST_OK) st = measure_error(&r, c, g, &rel_err);
+    char kv[16];
+    snprintf(kv, sizeof kv, c->k == c->v ? "KV%s" : "K%sV%s", kv_format_text(c->k),
+             kv_format_text(c->v));
+    if (st == ST_OK) {
+        const double gbs = (double)kv_bytes(c, &r) / us * 1e-3, tflops = flops(c) / us * 1e-6;
+        printf(
+            c->json
+                ? "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%"
+                  "d,"
+                  "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"new\":%d,\"us\":%.2f,\"gbs\":%.1f,"
+                  "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n"
+                : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d new %-5d %10.2f us %8.1f GB/s %5.1f%% "
+                  "of "
+                  "read %7.1f TFLOP/s  %s  rel_err %.3g\n",
+            c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
+            c->head_dim, c->batch, c->ctx, c->n_new, us, gbs, gbs / g->read_gbs * 100, tflops,
+            c->kernel   ? c->kernel
+            : c->family ? (c->family == 80 ? "family80" : "family90")
+                        : "best",
+            rel_err);
+        fflush(stdout);
+    }
+    close_run(&r);
+    return st;
+}
+
+/* Grid-stride read of 2 GB. */
+static status measure_ceiling(bench_gpu *g, bool json) {
+    const int64_t bytes = (int64_t)2 << 30;
+    void *from, *sum;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    double us;
+    CUDA(cudaMalloc(&from, (size_t)bytes));
+    CUDA(cudaMalloc(&sum, 4));
+    CUDA(cudaMemset(from, 0x5a, (size_t)bytes));
+    CUDA(cudaStreamCreate(&stream));
+    TRY(kernel_read(sum, from, bytes, g->n_sms, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int32_t i = 0; i < 3; i++) TRY(kernel_read(sum, from, bytes, g->n_sms, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    TRY(replay(graph, stream, 3, &us));
+    CUDA(cudaFree(from));
+    CUDA(cudaFree(sum));
+    g->read_gbs = (double)bytes / us * 1e-3;
+    printf(json ? "{\"kind\":\"ceiling\",\"read_gbs\":%.1f}\n" : "read ceiling %.1f GB/s\n",
+           g->read_gbs);
+    return ST_OK;
+}
+
+/* --- Options
+ * ---------------------------------------------------------------------------------------- */
+
+/* "kv16", "kvfp8", "k8v4", ... in any case. */
+static status parse_kv(const char *text, kv_format *k, kv_format *v) {
+    char name[PRECISION_NAME_MAX] = "W16A16";
+    size_t n = strlen(name);
+    for (; *text && n + 1 < sizeof name; text++)
+        name[n++] = (char)(*text >= 'a' && *text <= 'z' ? *text - 'a' + 'A' : *text);
+    name[n] = 0;
+    precision p;
+    TRY(precision_parse(&p, name));
+    *k = (kv_format)p.kv.k;
+    *v = (kv_format)p.kv.v;
+    return ST_OK;
+}
+
+static int32_t split(char *list, char **item) {
+    int32_t n = 0;
+    for (char *p = strtok(list, ","); p && n < LIST_MAX; p = strtok(NULL, ",")) item[n++] = p;
+    return n;
+}
+
+/* Every format of `kv` at every "batch x ctx" of `shapes`. */
+static status bench_all(bench_case *c, char *kv, char *shapes, int64_t n_new, const bench_gpu *g) {
+    char *format[LIST_MAX], *shape[LIST_MAX];
+    const int32_t n_formats = split(kv, format), n_shapes = split(shapes, shape);
+    for (int32_t i = 0; i < n_shapes; i++)
+        for (int32_t f = 0; f < n_formats; f++) {
+            if (sscanf(shape[i], "%dx%d", &c->batch, &c->ctx) != 2 || c->batch < 1 || c->ctx < 1)
+                return FAIL(ST_USAGE, "'%s' is no BATCHxCTX", shape[i]);
+            TRY(parse_kv(format[f], &c->k, &c->v));
+            c->n_new = c->prefill ? (int32_t)(n_new ? i64_min(n_new, c->ctx) : c->ctx) : 1;
+            TRY(bench_one(c, g));
+        }
+    return ST_OK;
+}
+
+int bench_attention(int argc, char **argv) {
+    const char *phase = "decode", *kv = "kv16", *type = "fp16", *heads = "32/8", *shapes = NULL;
+    const char *kernel = NULL, *family = NULL;
+    int64_t head_dim = 128, batch = 64, ctx = 4096, n_new = 0, window = 0;
+    bool json = false;
+    const cli_option options[] = {
+        {"--phase", CLI_TEXT, &phase, "P", "decode or prefill"},
+        {"--kv", CLI_TEXT, &kv, "F", "formats: kv16,kvfp8,kv8,kv4,k8v4"},
+        {"--dtype", CLI_TEXT, &type, "T", "fp16 or bf16"},
+        {"--heads", CLI_TEXT, &heads, "H/G", "query and KV heads"},
+        {"--head-dim", CLI_INT, &head_dim, "D", "64, 128 or 256"},
+        {"--batch", CLI_INT, &batch, "N", "sequences"},
+        {"--ctx", CLI_INT, &ctx, "N", "tokens of each, the new ones included"},
+        {"--shapes", CLI_TEXT, &shapes, "BxC", "a list of BATCHxCTX instead"},
+        {"--new", CLI_INT, &n_new, "N", "prefill: new tokens (default: all)"},
+        {"--window", CLI_INT, &window, "N", "sliding window"},
+        {"--kernel", CLI_TEXT, &kernel, "NAME", "force a variant"},
+        {"--kernel-family", CLI_TEXT, &family, "F", "ampere or hopper"},
+        {"--json", CLI_FLAG, &json, NULL, "one object a line"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t none = 0;
+    status st = cli_parse(argc - 1, argv + 1, "bench attention [options]", options, NULL, &none);
+    bench_case c = {.json = json,
+                    .prefill = !strcmp(phase, "prefill"),
+                    .type = !strcmp(type, "bf16") ? DT_BF16 : DT_F16,
+                    .head_dim = (int32_t)head_dim,
+                    .window = (int32_t)window,
+                    .kernel = kernel,
+                    .family = !family                     ? 0
+                              : !strcmp(family, "ampere") ? 80
+                                                          : 90};
+    if (st == ST_OK && sscanf(heads, "%d/%d", &c.heads, &c.kv_heads) != 2)
+        st = FAIL(ST_USAGE, "'%s' is no H/G", heads);
+    char list[256], formats[256];
+    if (shapes)
+        snprintf(list, sizeof list, "%s", shapes);
+    else
+        snprintf(list, sizeof list, "%lldx%lld", (long long)batch, (long long)ctx);
+    snprintf(formats, sizeof formats, "%s", kv);
+    bench_gpu g = {0};
+    struct cudaDeviceProp prop;
+    if (st == ST_OK && cudaGetDeviceProperties(&prop, 0) != cudaSuccess)
+        st = FAIL(ST_DEVICE, "no CUDA device");
+    if (st == ST_OK) {
+        g.sm = prop.major * 10 + prop.minor;
+        g.n_sms = prop.multiProcessorCount;
+        st = measure_ceiling(&g, json);
+    }
+    if (st == ST_OK) st = bench_all(&c, formats, list, n_new, &g);
+    return cli_exit(st);
+}

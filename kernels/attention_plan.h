@@ -1,0 +1,112 @@
+/* attention_plan.h - what the attention kernels share among themselves: page layout, plan,
+ * variants. Not for callers of attention.h. */
+#ifndef AMALGAM_ATTENTION_PLAN_H
+#define AMALGAM_ATTENTION_PLAN_H
+#include "attention.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    ATTENTION_CHUNK_MIN = 256, /* tokens of a part of a decode, at least; 64 KB of KV4, e08 */
+    ATTENTION_CHUNK_MID = 1024,
+    ATTENTION_TILE_ROWS = 128 /* query rows (tokens x heads of a group) of a prefill tile */
+};
+
+/* A part of one decoding sequence; every KV head of it is one work item. */
+typedef struct {
+    int32_t row;        /* of T */
+    int32_t page_at;    /* index into `page` of the sequence's page 0 */
+    int32_t begin, end; /* tokens; begin is a multiple of 64 */
+    int32_t lo;         /* first visible token (window); >= begin in the first part only */
+    int32_t slot;       /* first partial result of the sequence */
+    int32_t part, n_parts;
+} attention_part;
+
+/* Rows row0 .. row0 + 127 of a prefill chunk; every KV head of it is one work item. Row r is head
+ * r % ratio of the group at token r / ratio. */
+typedef struct {
+    int32_t token0;   /* of T: first token of the chunk */
+    int32_t n_rows;   /* of the whole chunk: tokens * ratio */
+    int32_t row0;     /* of this tile */
+    int32_t position; /* of the chunk's first token */
+    int32_t page_at;
+    int32_t kv_len;
+    int32_t pad[2];
+} attention_tile;
+
+typedef struct {
+    int32_t n_parts, n_tiles, n_slots, n_decodes;
+    int32_t parts_at, tiles_at; /* bytes from the plan's base */
+    int32_t pad[2];
+} attention_plan;
+
+/* Bytes of one token's codes and parameters; parameters are 0, 2 or 4 bytes. */
+static inline int32_t attention_row_bytes(kv_format f, int32_t head_dim) {
+    return f == KF_16 ? 2 * head_dim : f == KF_4 ? head_dim / 2 : head_dim;
+}
+static inline int32_t attention_param_bytes(kv_format f) {
+    return f == KF_16 ? 0 : f == KF_FP8 ? 2 : 4;
+}
+
+/* Where the parts of one head lie, in bytes from the page's base: K codes at `code`, V codes
+ * `v_code` further on, K params at `param`, V params `v_param` further on. */
+typedef struct {
+    int64_t head_bytes;  /* codes of one head, K and V */
+    int64_t param_base;  /* of head 0 */
+    int32_t param_bytes; /* of one head, K and V */
+    int32_t v_code, v_param;
+} attention_layout;
+
+static inline attention_layout attention_layout_of(kv_format k, kv_format v, int32_t n_kv_heads,
+                                                   int32_t head_dim) {
+    const int32_t k_row = attention_row_bytes(k, head_dim),
+                  v_row = attention_row_bytes(v, head_dim);
+    attention_layout l;
+    l.head_bytes = (int64_t)KV_PAGE_TOKENS * (k_row + v_row);
+    l.param_base = l.head_bytes * n_kv_heads;
+    l.param_bytes = KV_PAGE_TOKENS * (attention_param_bytes(k) + attention_param_bytes(v));
+    l.v_code = KV_PAGE_TOKENS * k_row;
+    l.v_param = KV_PAGE_TOKENS * attention_param_bytes(k);
+    return l;
+}
+
+/* The workspace is [slots, H] records of D + 4 words: acc [D] f32 (not divided by l), the largest
+ * score m (base 2), l = sum of 2^(score - m), and a counter, of which that of a sequence's first
+ * slot and a tile's first head is used. */
+enum { ATTENTION_PARTIAL_EXTRA = 4 };
+
+/* Everything a launch needs. */
+typedef struct {
+    void *out;
+    const void *qkv;
+    attention_layer_params l;
+    attention_cache c;
+    attention_batch b;
+    attention_layout layout;
+    const attention_plan *plan;
+    void *workspace;
+    int32_t sm, n_sms, shared_bytes_sm; /* shared memory of an SM */
+    kernel_stream stream;
+} attention_problem;
+
+/* A variant runs decodes, prefill chunks or both; the first that accepts is launched. */
+typedef struct {
+    const char *name;
+    int32_t family; /* 80 or 90 */
+    int32_t sm_min, sm_max;
+    bool decode, prefill;
+    bool (*accepts)(const attention_problem *p); /* no side effects */
+    status (*launch)(const attention_problem *p, bool decode, bool prefill);
+} attention_variant;
+
+status attention_plain_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_prefill_sm90_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_decode_async_launch(const attention_problem *p, bool decode, bool prefill);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,98 @@
+// traits.cuh - the one template header of the kernels: element types, conversions, reductions, and
+// the status of a launch. Everything else belongs to a family.
+#ifndef AMALGAM_TRAITS_CUH
+#define AMALGAM_TRAITS_CUH
+#include "kernel.h"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+template <dtype> struct element;
+template <> struct element<DT_F32> {
+    using type = float;
+};
+template <> struct element<DT_F16> {
+    using type = __half;
+};
+template <> struct element<DT_BF16> {
+    using type = __nv_bfloat16;
+};
+
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// To nearest, ties to even; past the largest fp16 comes infinity.
+template <typename T> __device__ __forceinline__ T from_f32(float x);
+template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_f32<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// Sixteen bytes of elements: what one thread loads or stores at a time. Addresses are aligned to
+// that.
+template <typename T> struct alignas(16) pack {
+    static constexpr int n = 16 / (int)sizeof(T);
+    T v[n];
+};
+template <typename T> __device__ __forceinline__ pack<T> load_pack(const T *p) {
+    pack<T> r;
+    *reinterpret_cast<uint4 *>(&r) = *reinterpret_cast<const uint4 *>(p);
+    return r;
+}
+template <typename T> __device__ __forceinline__ void store_pack(T *p, const pack<T> &r) {
+    *reinterpret_cast<uint4 *>(p) = *reinterpret_cast<const uint4 *>(&r);
+}
+
+// Every lane gets the result; the order of additions is fixed.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+
+// Sum over a block of up to 1024 threads (a multiple of 32), in a fixed order; every thread gets
+// it. `shared` holds 32 floats and may be used again only after another barrier.
+__device__ __forceinline__ float block_sum(float x, float *shared) {
+    const int warps = (int)blockDim.x / 32, lane = (int)threadIdx.x % 32;
+    x = warp_sum(x);
+    if (lane == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? shared[lane] : 0.f);
+}
+
+// Philox4x32-10, as engine/rng.c has it (Salmon et al. 2011).
+__device__ __forceinline__ void philox_block(uint64_t seed, uint64_t counter, uint32_t out[4]) {
+    uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        const uint32_t h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+        const uint32_t h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+        c0 = h1 ^ c1 ^ k0;
+        c2 = h0 ^ c3 ^ k1;
+        c1 = l1;
+        c3 = l0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
+}
+
+// What a launcher returns right after its launch.
+static inline status launched(const char *what) {
+    const cudaError_t e = cudaGetLastError();
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "%s: %s", what, cudaGetErrorString(e));
+}
+#endif
