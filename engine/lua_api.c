@@ -575,8 +575,8 @@ static int l_capacity(lua_State *L) {
 /* --- evaluate ----------------------------------------------------------------------------------
  */
 
-/* `against` names a checkpoint that is run in 16 bit beside the engine: how often both find the same
- * token most likely, and how far their distributions are apart. */
+/* `against` names a checkpoint that is run in 16 bit beside the engine: how often both find the
+ * same token most likely, and how far their distributions are apart. */
 static status evaluate_against(session *s, const engine_options *o, const char *against,
                                const ids *tokens, int32_t window, int32_t stride,
                                agreement_result *out) {
@@ -691,8 +691,9 @@ static int l_evaluate(lua_State *L) {
 /* --- quantize ----------------------------------------------------------------------------------
  */
 
-/* amalgam.quantize { model =, out =, method =, precision =, layout =, calibration = {seed =, bytes =},
- * threads = }: writes a checkpoint; text of the seeded generator under a training seed. */
+/* amalgam.quantize { model =, out =, method =, precision =, layout =, threads =,
+ * calibration = {seed =, bytes =} }: writes a checkpoint; the text is the seeded generator's under
+ * a training seed. */
 static int l_quantize(lua_State *L) {
     static const char *const known[] = {"model",  "out",         "method",  "precision",
                                         "layout", "calibration", "threads", NULL};
