@@ -35,7 +35,7 @@ NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengi
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
 CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
-CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
+CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
 KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))
@@ -176,18 +176,21 @@ gpu-test: gpu-tests ## run them; needs a GPU
 FUZZ_SECONDS ?= 60
 FUZZ_CC    := clang-14
 FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
-FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/engine.c \
-                engine/forward.c engine/evaluate.c engine/serv% engine/reply.c engine/load.c \
-                engine/results.c engine/isolate.c engine/cudev%,$(wildcard engine/*.c))
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/serv% engine/results.c,$(wildcard engine/*.c))
 
 $(B)/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels $(PKG_CFLAGS) -MMD -MP -c $< -o $@
 
-$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(FUZZED:%.c=$(B)/fuzz/%.o)
+# An archive: each target takes the readers that it needs.
+$(B)/fuzz/library.a: $(FUZZED:%.c=$(B)/fuzz/%.o)
+	@rm -f $@
+	$(Q)ar rcs $@ $^
+
+$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(B)/fuzz/library.a
 	@echo "  fuzz  $<"
 	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -fsanitize=fuzzer -iquote engine -iquote kernels -iquote tests/fuzz \
-	    $(PKG_CFLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+	    $(PKG_CFLAGS) $(filter %.c %.a,$^) -o $@ $(LDLIBS)
 
 fuzz-%: $(B)/fuzz/%.run ## fuzz a reader: chat_template http_body config … (FUZZ_SECONDS=60)
 	@mkdir -p $(B)/fuzz/$*

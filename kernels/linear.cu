@@ -107,8 +107,12 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     return !gated(p) || v->blocks % 4 == 0;
 }
 
+linear_table hopper_table() {
+    return linear_hopper_table ? linear_hopper_table() : linear_table{nullptr, 0};
+}
+
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[2] = {linear_hopper_table(), linear_ampere_table()};
+    const linear_table tables[2] = {hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -185,7 +189,7 @@ extern "C" const char *linear_choice(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table t = family == 80 ? linear_ampere_table() : linear_hopper_table();
+    const linear_table t = family == 80 ? linear_ampere_table() : hopper_table();
     int n = 0;
     for (int32_t i = 0; i < t.n && n < 63; i++) {
         bool seen = false;
@@ -246,5 +250,5 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;
-    return v->launch(&a, p->n_sms * v->ctas_per_sm, stream);
+    return v->launch(&a, p->n_sms, v->ctas_per_sm, stream);
 }

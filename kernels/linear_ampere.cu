@@ -210,11 +210,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 }
 
 template <typename T, int F, int NT, int R, int kStages, int kCtas>
-status launch(const linear_args *args, int32_t ctas, kernel_stream stream) {
+status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_ampere<T, F, NT, R, kStages, kCtas>;
     constexpr int bytes = kStages * stage<F, NT, R>::bytes;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int fit = 0;
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, bytes);
     if (e == cudaSuccess) {
+        const int ctas = n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
         kernel<<<ctas, kThreads, bytes, (cudaStream_t)stream>>>(*args);
         e = cudaGetLastError();
     }

@@ -433,7 +433,7 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows) {
 }
 
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
-status launch(const linear_args *args, int32_t ctas, kernel_stream stream) {
+status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_hopper<T, F, NT, R, KU, G, KB, kCtas>;
     CUtensorMap map = {};
     if (!args->x_row) {
@@ -442,12 +442,17 @@ status launch(const linear_args *args, int32_t ctas, kernel_stream stream) {
     }
     constexpr int bytes = tile<F, NT, R, KU, G, KB>::bytes;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    constexpr int threads = 32 * LINEAR_WARPS + loaders(kCtas);
+    int fit = 0;
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, bytes);
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)ctas);
-    config.blockDim = dim3(32 * LINEAR_WARPS + loaders(kCtas));
+    // All at once: they wait for each other.
+    config.gridDim = dim3((unsigned)(n_sms * (per_sm < fit ? per_sm : fit)));
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = bytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = &early;

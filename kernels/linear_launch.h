@@ -18,7 +18,8 @@ typedef struct {
     int32_t granule_min; /* smallest and largest scale granule that it takes; 0, 0 = no scales */
     int32_t granule_max;
     int32_t ctas_per_sm;
-    status (*launch)(const linear_args *args, int32_t ctas, kernel_stream stream);
+    /* On n_sms SMs, up to per_sm CTAs each. */
+    status (*launch)(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream);
 } linear_variant;
 
 typedef struct {
@@ -30,7 +31,7 @@ typedef struct {
 extern "C" {
 #endif
 linear_table linear_ampere_table(void);
-linear_table linear_hopper_table(void); /* empty where it was not compiled */
+linear_table linear_hopper_table(void) __attribute__((weak)); /* NULL where not compiled for 90a */
 #ifdef __cplusplus
 }
 #endif
