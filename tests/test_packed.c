@@ -1,6 +1,7 @@
 /* test_packed.c - quantised checkpoints: what other tools wrote, read to their own values; every
  * layout written by us and read back code by code; refusals; broken files. */
 #include "device.h"
+#include "evaluate.h"
 #include "forward.h"
 #include "quantise.h"
 #include "rng.h"
@@ -395,8 +396,8 @@ static void logits_of(const char *dir, const char *format, float *out) {
     engine_close(e);
 }
 
-/* A quantised checkpoint gives the logits of the plain one that is quantised at load: the same codes
- * by two ways. Dequantised at load (W16) it gives them too, as long as activations stay. */
+/* A quantised checkpoint gives the logits of the plain one that is quantised at load: the same
+ * codes by two ways. Dequantised at load (W16) it gives them too, as long as activations stay. */
 static void test_logits(void **state) {
     (void)state;
     static const layout_case on_load[] = {{SAVE_COMPRESSED, "W4", false, false},
@@ -482,7 +483,7 @@ static void test_gpt_oss(void **state) {
 /* --- Refusals ----------------------------------------------------------------------------------
  */
 
-/* The checkpoint in `packed` with its tensors changed by `change`, its config by replacing `old`. */
+/* The checkpoint in `packed` with a tensor changed and its config by replacing `old`. */
 typedef struct {
     const char *drop; /* tensors holding this go */
     const char *name; /* this one becomes ... */
@@ -664,7 +665,7 @@ static void test_refusals_others(void **state) {
     checkpoint_close(o.k);
 }
 
-/* Truncated and flipped files: an answer or a refusal, never a wrong access (the sanitizer looks). */
+/* Truncated and flipped files: an answer or a refusal, no wrong access (the sanitizer looks). */
 static void test_broken_files(void **state) {
     (void)state;
     static const layout_case some[] = {{SAVE_GPTQ, "W4g64", false, true},
@@ -911,6 +912,38 @@ static void test_quantise_checkpoint(void **state) {
     }
 }
 
+/* An engine agrees with itself wholly, and with a coarser one less. */
+static void test_agreement(void **state) {
+    (void)state;
+    static const char *const formats[] = {"W16", "W8", "W4gK"};
+    int32_t token[120];
+    for (int32_t i = 0; i < 120; i++) token[i] = (i * 41 + i / 5) % 64;
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    engine *reference, *e;
+    o.model = plain;
+    o.device_options.threads = 1;
+    o.ctx_max = o.policy.token_budget = o.max_samples = 64;
+    o.policy.max_seqs = 1;
+    assert_ok(engine_open(&reference, &o, NULL, NULL));
+    double before = -1;
+    for (int32_t i = 0; i < COUNT_OF(formats); i++) {
+        agreement_result r;
+        perplexity_result p;
+        o.precision = formats[i];
+        assert_ok(engine_open(&e, &o, NULL, NULL));
+        assert_ok(evaluate_agreement(e, reference, token, 120, 48, 16, &r));
+        assert_ok(evaluate_perplexity(e, token, 120, 48, 16, &p));
+        assert_int_equal(r.n, p.n_scored);
+        assert_close(r.perplexity, p.perplexity, 1e-9 * p.perplexity);
+        assert_more(r.kl_nats, before); /* from nothing to more */
+        if (i == 0) assert_true(r.agreement == 1 && r.kl_nats == 0 && r.kl_nats_max == 0);
+        if (i > 0) assert_true(r.agreement >= 0 && r.agreement <= 1 && r.kl_nats_max >= r.kl_nats);
+        before = r.kl_nats;
+        engine_close(e);
+    }
+    engine_close(reference);
+}
+
 static int make_folders(void **state) {
     (void)state;
     strcpy(plain, "/tmp/amalgam_plain_XXXXXX");
@@ -953,6 +986,7 @@ int main(void) {
         cmocka_unit_test(test_gptq),
         cmocka_unit_test(test_awq),
         cmocka_unit_test(test_quantise_checkpoint),
+        cmocka_unit_test(test_agreement),
     };
     return cmocka_run_group_tests(tests, make_folders, remove_folders);
 }
