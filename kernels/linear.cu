@@ -107,12 +107,8 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     return !gated(p) || v->blocks % 4 == 0;
 }
 
-linear_table hopper_table() {
-    return linear_hopper_table ? linear_hopper_table() : linear_table{nullptr, 0};
-}
-
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[2] = {hopper_table(), linear_ampere_table()};
+    const linear_table tables[2] = {linear_hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -189,7 +185,7 @@ extern "C" const char *linear_choice(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table t = family == 80 ? linear_ampere_table() : hopper_table();
+    const linear_table t = family == 80 ? linear_ampere_table() : linear_hopper_table();
     int n = 0;
     for (int32_t i = 0; i < t.n && n < 63; i++) {
         bool seen = false;

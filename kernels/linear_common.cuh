@@ -395,7 +395,7 @@ __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const line
 template <int NT, int R>
 __device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner, int32_t n,
                                            int32_t group) {
-    constexpr int kFlight = R == 1 ? 8 : 4;
+    constexpr int kFlight = R == 1 ? 8 : NT == 16 ? 2 : 4;
     for (int i0 = 0; i0 < n; i0 += kFlight) {
         float4 v[kFlight];
 #pragma unroll

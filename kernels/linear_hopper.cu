@@ -30,8 +30,7 @@
     X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
     X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
     X(F, T, 64, 2, 1, G, 210, 1, 1)                                                                \
-    X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
-    X(F, T, 256, 1, 2, G, 210, 1, 1)
+    X(F, T, 128, 2, 1, G, 210, 1, 1)
 #define HOPPER_TILES_16(X, F, T, G) HOPPER_TILES_8(X, F, T, G)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
@@ -252,6 +251,7 @@ __device__ __forceinline__ void load_inputs(uint32_t (&b)[4][NT / 8][2], uint32_
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     using L = tile<F, NT, R, KU, G, KB>;
     constexpr int bits = code_bits(F);
     constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
             linear_finish<T, NT, R>(acc, p, s, turn);
     }
     linear_finish_all<T, NT, R>(p, walk, later, turn);
+#endif
 }
 
 using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,

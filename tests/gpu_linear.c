@@ -2,7 +2,7 @@
  * epilogues, grouped problems; outputs start as NaN, a repetition must give the same bits, and a planted
  * error must be noticed. Not a cmocka test: it runs where there may be nothing but the CUDA runtime.
  *
- *   gpu_linear check [quick]     exit status 1 when anything differs
+ *   gpu_linear [check [quick]]   exit status 1 when anything differs
  *   gpu_linear bench WEIGHTS DTYPE M,M,... [KERNEL] [SHAPES]   one JSON object a line */
 #include "linear_layout.h"
 #include "linear_probe.h"
@@ -184,7 +184,7 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     const char *six = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672";
-    if (argc >= 2 && strcmp(argv[1], "check") == 0) return check(argc > 2);
+    if (argc == 1 || strcmp(argv[1], "check") == 0) return check(argc > 2);
     if (argc >= 5 && strcmp(argv[1], "bench") == 0)
         return bench(argv[2], argv[3], argv[4], argc > 5 ? argv[5] : "-", argc > 6 ? argv[6] : six);
     fprintf(stderr, "gpu_linear check [quick] | bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
