@@ -23,29 +23,36 @@ static status parse_weight(linear_weight *w, const bench_options *o) {
     *w = (linear_weight){.format = p.weight, .group = p.group, .sym = p.sym, .count = 1};
     w->act = p.act;
     w->type = strcmp(o->dtype_name, "bf16") == 0 ? DT_BF16 : DT_F16;
-    if (w->type == DT_F16 && strcmp(o->dtype_name, "f16") != 0 && strcmp(o->dtype_name, "fp16") != 0)
+    if (w->type == DT_F16 && strcmp(o->dtype_name, "f16") != 0 &&
+        strcmp(o->dtype_name, "fp16") != 0)
         return FAIL(ST_USAGE, "--dtype %s: bf16 or fp16", o->dtype_name);
-    if (o->family && strcmp(o->family, "ampere") == 0) w->family = 80;
-    else if (o->family && strcmp(o->family, "hopper") == 0) w->family = 90;
-    else if (o->family) return FAIL(ST_USAGE, "--kernel-family %s: ampere or hopper", o->family);
+    if (o->family && strcmp(o->family, "ampere") == 0)
+        w->family = 80;
+    else if (o->family && strcmp(o->family, "hopper") == 0)
+        w->family = 90;
+    else if (o->family)
+        return FAIL(ST_USAGE, "--kernel-family %s: ampere or hopper", o->family);
     return ST_OK;
 }
 
-static void print(const bench_options *o, const linear_weight *w, int32_t m, const linear_outcome *r) {
+static void print(const bench_options *o, const linear_weight *w, int32_t m,
+                  const linear_outcome *r) {
     const double gbs = (double)r->bytes / r->us * 1e-3;
     const double tflops = 2.0 * w->n * w->k * m / r->us * 1e-6;
     const char *type = w->type == DT_BF16 ? "bf16" : "fp16";
     if (o->json)
-        printf("{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
-               "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%.1f,"
-               "\"tflops\":%.2f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
-               o->weights, o->act, type, w->n, w->k, m, r->us, r->cublas_us, r->cublas_us / r->us, gbs,
-               tflops, r->kernel, r->rel_err);
+        printf(
+            "{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
+            "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%.1f,"
+            "\"tflops\":%.2f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
+            o->weights, o->act, type, w->n, w->k, m, r->us, r->cublas_us, r->cublas_us / r->us, gbs,
+            tflops, r->kernel, r->rel_err);
     else
-        printf("%-8s %-4s %5d x %-5d M %-5d %9.2f us  %5.2f x cuBLAS  %6.0f GB/s %6.1f TFLOP/s  %s  "
-               "error %.2g\n",
-               o->weights, type, w->n, w->k, m, r->us, r->cublas_us / r->us, gbs, tflops, r->kernel,
-               r->rel_err);
+        printf(
+            "%-8s %-4s %5d x %-5d M %-5d %9.2f us  %5.2f x cuBLAS  %6.0f GB/s %6.1f TFLOP/s  %s  "
+            "error %.2g\n",
+            o->weights, type, w->n, w->k, m, r->us, r->cublas_us / r->us, gbs, tflops, r->kernel,
+            r->rel_err);
     fflush(stdout);
 }
 
@@ -53,7 +60,8 @@ static status bench_shape(const bench_options *o, linear_weight w) {
     linear_probe *p = NULL;
     TRY(linear_probe_open(&p, &w, true, 1));
     status st = ST_OK;
-    for (const char *at = o->rows; at && st == ST_OK; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+    for (const char *at = o->rows; at && st == ST_OK;
+         at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
         linear_outcome r = {.us = 0};
         const linear_trial t = {.m = atoi(at), .y_type = w.type, .kernel = o->kernel};
         if (t.m <= 0) st = FAIL(ST_USAGE, "--m %s", o->rows);
@@ -75,22 +83,23 @@ int bench_linear(int argc, char **argv) {
                        .rows = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096",
                        .replays = 7};
     const cli_option options[] = {
-        {"--weights",       CLI_TEXT, &o.weights,    "FORMAT", "w16, w8, w4g128, wFP8, wMXFP4, ..."   },
-        {"--act",           CLI_TEXT, &o.act,        "FORMAT", "a16"                                  },
-        {"--dtype",         CLI_TEXT, &o.dtype_name, "TYPE",   "bf16 or fp16: of x and y"             },
-        {"--shape",         CLI_TEXT, &o.shapes,     "NxK,..", "weights; default: six of Llama's"     },
-        {"--m",             CLI_TEXT, &o.rows,       "M,..",   "rows of x"                            },
-        {"--kernel",        CLI_TEXT, &o.kernel,     "NAME",   "this variant instead of the table's"  },
-        {"--kernel-family", CLI_TEXT, &o.family,     "NAME",   "ampere: what runs below sm_90"        },
-        {"--replays",       CLI_INT,  &o.replays,    "N",      "graph replays; the median is printed" },
-        {"--json",          CLI_FLAG, &o.json,       NULL,     "one object a line"                    },
-        {NULL,              CLI_FLAG, NULL,          NULL,     NULL                                   },
+        {"--weights", CLI_TEXT, &o.weights, "FORMAT", "w16, w8, w4g128, wFP8, wMXFP4, ..."},
+        {"--act", CLI_TEXT, &o.act, "FORMAT", "a16"},
+        {"--dtype", CLI_TEXT, &o.dtype_name, "TYPE", "bf16 or fp16: of x and y"},
+        {"--shape", CLI_TEXT, &o.shapes, "NxK,..", "weights; default: six of Llama's"},
+        {"--m", CLI_TEXT, &o.rows, "M,..", "rows of x"},
+        {"--kernel", CLI_TEXT, &o.kernel, "NAME", "this variant instead of the table's"},
+        {"--kernel-family", CLI_TEXT, &o.family, "NAME", "ampere: what runs below sm_90"},
+        {"--replays", CLI_INT, &o.replays, "N", "graph replays; the median is printed"},
+        {"--json", CLI_FLAG, &o.json, NULL, "one object a line"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n = 0;
     linear_weight w;
     status st = cli_parse(argc - 1, argv + 1, "bench linear [options]", options, NULL, &n);
     if (st == ST_OK) st = parse_weight(&w, &o);
-    for (const char *s = o.shapes; s && st == ST_OK; s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {
+    for (const char *s = o.shapes; s && st == ST_OK;
+         s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {
         if (sscanf(s, "%dx%d", &w.n, &w.k) != 2) st = FAIL(ST_USAGE, "--shape %s", o.shapes);
         if (st == ST_OK) st = bench_shape(&o, w);
     }
