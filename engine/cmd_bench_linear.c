@@ -1,9 +1,8 @@
-/* cmd_bench_linear.c - `amalgam bench linear`: time and error of the linear kernels, one line a problem.
- * Compiled where kernels are; the method of timing is linear_probe's. */
+/* cmd_bench_linear.c - `amalgam bench linear`: time and error of the linear kernels, one line a
+ * problem. Compiled where kernels are; the method of timing is linear_probe's. */
 #include "cli.h"
 #include "linear_probe.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -12,7 +11,8 @@ typedef struct {
     int64_t replays;
 } bench_options;
 
-/* "w4g128", "a16" -> W4g128A16: names of precisions with a small first letter, as they are typed. */
+/* "w4g128", "a16" -> W4g128A16: names of precisions with a small first letter, as they are typed.
+ * */
 static status parse_weight(linear_weight *w, const bench_options *o) {
     char name[64];
     precision p;
@@ -63,7 +63,9 @@ static status bench_shape(const bench_options *o, linear_weight w) {
     for (const char *at = o->rows; at && st == ST_OK;
          at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
         linear_outcome r = {.us = 0};
-        const linear_trial t = {.m = atoi(at), .y_type = w.type, .kernel = o->kernel};
+        int m = 0;
+        if (sscanf(at, "%d", &m) != 1) m = 0;
+        const linear_trial t = {.m = m, .y_type = w.type, .kernel = o->kernel};
         if (t.m <= 0) st = FAIL(ST_USAGE, "--m %s", o->rows);
         if (st == ST_OK) st = linear_probe_check(p, &t, 4096, &r);
         if (st == ST_OK) st = linear_probe_time(p, &t, (int32_t)o->replays, true, &r);

@@ -1,5 +1,5 @@
-/* test_linear_pack.c - packing of weights: unpack undoes it for every format, group, type and family, and
- * each word holds what the fragment of its lane wants. */
+/* test_linear_pack.c - packing of weights: unpack undoes it for every format, group, type and
+ * family, and each word holds what the fragment of its lane wants. */
 #include "linear_layout.h"
 #include "test.h"
 
@@ -125,7 +125,8 @@ static void refusals(void **state) {
     assert_status(linear_pack_bytes(&w, &a, &b), ST_UNSUPPORTED);
 }
 
-/* The words of a unit hold every code once: atoms of lanes tile 16 x 16, places of rows are a permutation. */
+/* The words of a unit hold every code once: atoms of lanes tile 16 x 16, places of rows are a
+ * permutation. */
 static void order_is_a_permutation(void **state) {
     (void)state;
     bool seen[16][16] = {{false}};
