@@ -1,10 +1,11 @@
-/* cmd_bench_attention.c - `amalgam bench attention`: microseconds, bandwidth and error of one layer.
+/* cmd_bench_attention.c - `amalgam bench attention`: microseconds, bandwidth and error of one
+ * layer.
  *
- * Data are random (never zeros) and appended by the kernel that serving uses. KV sets rotate through at
- * least 512 MB, so that no cache of the GPU helps; runs are replays of a CUDA graph that goes over all
- * sets; the time is the median of the replays over the number of launches. The read ceiling is measured in
- * the same process. rel_err = ||out - ref|| / ||ref|| over sampled heads, against the f64 definition over
- * the dequantised cache. */
+ * Data are random (never zeros) and appended by the kernel that serving uses. KV sets rotate
+ * through at least 512 MB, so that no cache of the GPU helps; runs are replays of a CUDA graph that
+ * goes over all sets; the time is the median of the replays over the number of launches. The read
+ * ceiling is measured in the same process. rel_err = ||out - ref|| / ||ref|| over sampled heads,
+ * against the f64 definition over the dequantised cache. */
 #include "cmd_bench_attention.h"
 #include "attention.h"
 #include "bandwidth.h"
@@ -72,14 +73,16 @@ static status take_random(bench_memory *m, void **out, uint16_t **host, int64_t 
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
         uint64_t x = hash_u64((uint64_t)i, seed);
-        const double u = ((double)(x >> 32) + 0.5) * 0x1p-32, w = (double)(x & 0xffffffffu) * 0x1p-32;
+        const double u = ((double)(x >> 32) + 0.5) * 0x1p-32,
+                     w = (double)(x & 0xffffffffu) * 0x1p-32;
         const float g = (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * w));
         (*host)[i] = type == DT_F16 ? f16_from_f32(g) : bf16_from_f32(g);
     }
     return take_copy(m, out, *host, 2 * n);
 }
 
-/* --- One case -------------------------------------------------------------------------------------- */
+/* --- One case
+ * -------------------------------------------------------------------------------------- */
 
 typedef struct {
     bench_memory m;
@@ -272,7 +275,8 @@ static status time_run(bench_run *r, const bench_case *c, const bench_gpu *g, do
 }
 
 /* Sampled heads of the last token and another of sequence 0, set 0. */
-static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *g, double *rel_err) {
+static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *g,
+                            double *rel_err) {
     enum { HEADS = 3 };
     const int32_t d = c->head_dim, G = c->kv_heads, pages = (int32_t)div_up(c->ctx, P);
     const int64_t n_out = (int64_t)c->batch * c->n_new * c->heads * d, gd = (int64_t)G * d;
@@ -307,10 +311,11 @@ static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *
         const int64_t row = (int64_t)t * (c->heads + 2 * G) + head[h];
         for (int32_t e = 0; e < d; e++) q[e] = value16(r->q[row * d + e], c->type);
         const int64_t at = (int64_t)h * pages * P * d;
-        ref_attention(ref, d, q, d, kh + at, vh + at, 1, c->ctx - c->n_new + t, d, c->window, r->l.scale,
-                      NULL);
+        ref_attention(ref, d, q, d, kh + at, vh + at, 1, c->ctx - c->n_new + t, d, c->window,
+                      r->l.scale, NULL);
         for (int32_t e = 0; e < d; e++) {
-            const double x = (double)value16(out[((int64_t)t * c->heads + head[h]) * d + e], c->type);
+            const double x =
+                (double)value16(out[((int64_t)t * c->heads + head[h]) * d + e], c->type);
             error += (x - (double)ref[e]) * (x - (double)ref[e]);
             norm += (double)ref[e] * (double)ref[e];
         }
@@ -337,19 +342,25 @@ static status bench_one(const bench_case *c, const bench_gpu *g) {
     if (st == ST_OK) st = time_run(&r, c, g, &us);
     if (st == ST_OK) st = measure_error(&r, c, g, &rel_err);
     char kv[16];
-    snprintf(kv, sizeof kv, c->k == c->v ? "KV%s" : "K%sV%s", kv_format_text(c->k), kv_format_text(c->v));
+    snprintf(kv, sizeof kv, c->k == c->v ? "KV%s" : "K%sV%s", kv_format_text(c->k),
+             kv_format_text(c->v));
     if (st == ST_OK) {
         const double gbs = (double)kv_bytes(c, &r) / us * 1e-3, tflops = flops(c) / us * 1e-6;
-        printf(c->json
-                   ? "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%d,"
-                     "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"new\":%d,\"us\":%.2f,\"gbs\":%.1f,"
-                     "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n"
-                   : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d new %-5d %10.2f us %8.1f GB/s %5.1f%% of "
-                     "read %7.1f TFLOP/s  %s  rel_err %.3g\n",
-               c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
-               c->head_dim, c->batch, c->ctx, c->n_new, us, gbs, gbs / g->read_gbs * 100, tflops,
-               c->kernel ? c->kernel : c->family ? (c->family == 80 ? "family80" : "family90") : "best",
-               rel_err);
+        printf(
+            c->json
+                ? "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%"
+                  "d,"
+                  "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"new\":%d,\"us\":%.2f,\"gbs\":%.1f,"
+                  "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n"
+                : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d new %-5d %10.2f us %8.1f GB/s %5.1f%% "
+                  "of "
+                  "read %7.1f TFLOP/s  %s  rel_err %.3g\n",
+            c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
+            c->head_dim, c->batch, c->ctx, c->n_new, us, gbs, gbs / g->read_gbs * 100, tflops,
+            c->kernel   ? c->kernel
+            : c->family ? (c->family == 80 ? "family80" : "family90")
+                        : "best",
+            rel_err);
         fflush(stdout);
     }
     close_run(&r);
@@ -376,11 +387,13 @@ static status measure_ceiling(bench_gpu *g, bool json) {
     CUDA(cudaFree(from));
     CUDA(cudaFree(sum));
     g->read_gbs = (double)bytes / us * 1e-3;
-    printf(json ? "{\"kind\":\"ceiling\",\"read_gbs\":%.1f}\n" : "read ceiling %.1f GB/s\n", g->read_gbs);
+    printf(json ? "{\"kind\":\"ceiling\",\"read_gbs\":%.1f}\n" : "read ceiling %.1f GB/s\n",
+           g->read_gbs);
     return ST_OK;
 }
 
-/* --- Options ---------------------------------------------------------------------------------------- */
+/* --- Options
+ * ---------------------------------------------------------------------------------------- */
 
 /* "kv16", "kvfp8", "k8v4", ... in any case. */
 static status parse_kv(const char *text, kv_format *k, kv_format *v) {
@@ -446,7 +459,9 @@ int bench_attention(int argc, char **argv) {
                     .head_dim = (int32_t)head_dim,
                     .window = (int32_t)window,
                     .kernel = kernel,
-                    .family = !family ? 0 : !strcmp(family, "ampere") ? 80 : 90};
+                    .family = !family                     ? 0
+                              : !strcmp(family, "ampere") ? 80
+                                                          : 90};
     if (st == ST_OK && sscanf(heads, "%d/%d", &c.heads, &c.kv_heads) != 2)
         st = FAIL(ST_USAGE, "'%s' is no H/G", heads);
     char list[256], formats[256];

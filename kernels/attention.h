@@ -6,14 +6,14 @@
  *     then for each head:  K params [64]   V params [64]
  *                          (f16 scale and f16 minimum for KF_8 and KF_4, f16 scale for KF_FP8)
  *
- * so that everything of one head and page is two runs of bytes. Within [64, D] tokens lie in groups of
- * eight, a group in panels of up to 128 bytes a token, and the 16-byte pieces of a panel are permuted
- * by token (attention_code_at). Copied to shared memory as it is, a panel can be read by eight
- * consecutive rows or by one column without a bank conflict, and at 16 bit it is what wgmma calls the
- * 128-byte swizzle. The order is the same for every kernel, for decode and for prefill.
+ * so that everything of one head and page is two runs of bytes. Within [64, D] tokens lie in groups
+ * of eight, a group in panels of up to 128 bytes a token, and the 16-byte pieces of a panel are
+ * permuted by token (attention_code_at). Copied to shared memory as it is, a panel can be read by
+ * eight consecutive rows or by one column without a bank conflict, and at 16 bit it is what wgmma
+ * calls the 128-byte swizzle. The order is the same for every kernel, for decode and for prefill.
  *
- * Pages of one layer are contiguous: page p begins at base + p * page_bytes. Bytes of tokens at or past
- * kv_len may hold anything, NaN included, and never reach a result. All offsets are 64-bit. */
+ * Pages of one layer are contiguous: page p begins at base + p * page_bytes. Bytes of tokens at or
+ * past kv_len may hold anything, NaN included, and never reach a result. All offsets are 64-bit. */
 #ifndef AMALGAM_ATTENTION_H
 #define AMALGAM_ATTENTION_H
 #include "ref_quant.h"
@@ -54,16 +54,17 @@ typedef struct {
     const float *rope_cos_sin;   /* [ctx_max, D / 2, 2] f32: cos, sin (times the YaRN factor) */
 } attention_layer_params;
 
-/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens of
- * the batch, in f32 from the 16-bit input on; codes as ref_kv_quantize has them. q is changed in place
- * in qkv [T, (H + 2G) D], k and v are left alone. */
+/* QK-norm, RoPE on q and k (half-split pairs d, d + D/2), quantise and append k and v of all tokens
+ * of the batch, in f32 from the 16-bit input on; codes as ref_kv_quantize has them. q is changed in
+ * place in qkv [T, (H + 2G) D], k and v are left alone. */
 status kernel_rope_append(void *qkv, const attention_layer_params *l, const attention_cache *c,
                           const attention_batch *b, kernel_stream stream);
 
-/* --- Plan: the split of the work, made once a step on the host, read by every layer of that window ---
+/* --- Plan: the split of the work, made once a step on the host, read by every layer of that window
+ * ---
  *
- * How a sequence is split depends on its own length (and on H, G, D, window) alone, and the parts are
- * joined in a fixed order: a result has the same bits in any batch. */
+ * How a sequence is split depends on its own length (and on H, G, D, window) alone, and the parts
+ * are joined in a fixed order: a result has the same bits in any batch. */
 
 /* Most bytes of a plan. max_pages: entries of `page` of all sequences together. */
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
@@ -79,10 +80,10 @@ int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n
 status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
                            int32_t n_kv_heads, int32_t head_dim, int32_t window);
 
-/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at once.
- * q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a variant
- * that must be the one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the choice, 0
- * takes the best for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
+/* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
+ * once. q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a
+ * variant that must be the one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the
+ * choice, 0 takes the best for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                         const attention_cache *c, const attention_batch *b, const void *plan,
                         void *workspace, const char *kernel, int32_t family, int32_t sm,
@@ -91,9 +92,11 @@ status kernel_attention(void *out, const void *qkv, const attention_layer_params
 /* Names of the variants, best first, NULL at the end. */
 const char *const *attention_variants(void);
 
-/* --- Layout, for tests and tools --------------------------------------------------------------- */
+/* --- Layout, for tests and tools ---------------------------------------------------------------
+ * */
 
-/* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes. */
+/* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
+ * */
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at);
 
 /* Host: codes of a page back to plain values, K and V [64, G, D] f32. type: of 16-bit parts. */

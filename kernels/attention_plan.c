@@ -1,8 +1,9 @@
 /* attention_plan.c - attention's page layout and its split of the work: host arithmetic, no device.
  *
- * A decode is cut into parts of equal size that depend on its length alone: enough parts that a single
- * long sequence occupies a whole GPU (256 / G parts a KV head), none under 256 tokens, since a part
- * costs H D f32 written and read, and for lengths in between as long as sixteen parts remain. */
+ * A decode is cut into parts of equal size that depend on its length alone: enough parts that a
+ * single long sequence occupies a whole GPU (256 / G parts a KV head), none under 256 tokens, since
+ * a part costs H D f32 written and read, and for lengths in between as long as sixteen parts
+ * remain. */
 #include "attention_plan.h"
 #include "dtype.h"
 
@@ -14,7 +15,8 @@ int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32
     return (int64_t)P * n_kv_heads * (kv_format_bytes(k, head_dim) + kv_format_bytes(v, head_dim));
 }
 
-/* --- Layout ------------------------------------------------------------------------------------ */
+/* --- Layout ------------------------------------------------------------------------------------
+ * */
 
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
     const int32_t panel = row_bytes < PANEL_BYTES ? row_bytes : PANEL_BYTES;
@@ -57,13 +59,15 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
     }
 }
 
-/* --- Plan -------------------------------------------------------------------------------------- */
+/* --- Plan --------------------------------------------------------------------------------------
+ * */
 
 /* Tokens of a part of a decode that sees n tokens. */
 static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
     const int32_t most = n_kv_heads < 2 ? 128 : 256 / n_kv_heads; /* parts */
     const int64_t sixteenth = i64_min(ATTENTION_CHUNK_MID, div_up(n, 16));
-    const int64_t chunk = i64_max(i64_max(ATTENTION_CHUNK_MIN, sixteenth), div_up(n, i64_max(most, 16)));
+    const int64_t chunk =
+        i64_max(i64_max(ATTENTION_CHUNK_MIN, sixteenth), div_up(n, i64_max(most, 16)));
     return (int32_t)(div_up(chunk, P) * P);
 }
 

@@ -1,5 +1,5 @@
-/* attention_plan.h - what the attention kernels share among themselves: page layout, plan, variants.
- * Not for callers of attention.h. */
+/* attention_plan.h - what the attention kernels share among themselves: page layout, plan,
+ * variants. Not for callers of attention.h. */
 #ifndef AMALGAM_ATTENTION_PLAN_H
 #define AMALGAM_ATTENTION_PLAN_H
 #include "attention.h"
@@ -50,8 +50,8 @@ static inline int32_t attention_param_bytes(kv_format f) {
     return f == KF_16 ? 0 : f == KF_FP8 ? 2 : 4;
 }
 
-/* Where the parts of one head lie, in bytes from the page's base: K codes at `code`, V codes `v_code`
- * further on, K params at `param`, V params `v_param` further on. */
+/* Where the parts of one head lie, in bytes from the page's base: K codes at `code`, V codes
+ * `v_code` further on, K params at `param`, V params `v_param` further on. */
 typedef struct {
     int64_t head_bytes;  /* codes of one head, K and V */
     int64_t param_base;  /* of head 0 */
@@ -61,7 +61,8 @@ typedef struct {
 
 static inline attention_layout attention_layout_of(kv_format k, kv_format v, int32_t n_kv_heads,
                                                    int32_t head_dim) {
-    const int32_t k_row = attention_row_bytes(k, head_dim), v_row = attention_row_bytes(v, head_dim);
+    const int32_t k_row = attention_row_bytes(k, head_dim),
+                  v_row = attention_row_bytes(v, head_dim);
     attention_layout l;
     l.head_bytes = (int64_t)KV_PAGE_TOKENS * (k_row + v_row);
     l.param_base = l.head_bytes * n_kv_heads;
@@ -71,9 +72,9 @@ static inline attention_layout attention_layout_of(kv_format k, kv_format v, int
     return l;
 }
 
-/* The workspace is [slots, H] records of D + 4 words: acc [D] f32 (not divided by l), the largest score m
- * (base 2), l = sum of 2^(score - m), and a counter, of which that of a sequence's first slot and a
- * tile's first head is used. */
+/* The workspace is [slots, H] records of D + 4 words: acc [D] f32 (not divided by l), the largest
+ * score m (base 2), l = sum of 2^(score - m), and a counter, of which that of a sequence's first
+ * slot and a tile's first head is used. */
 enum { ATTENTION_PARTIAL_EXTRA = 4 };
 
 /* Everything a launch needs. */
