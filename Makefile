@@ -16,7 +16,7 @@ debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
 
-PKGS     := lua5.4 jansson libpcre2-8 libutf8proc openblas
+PKGS     := lua5.4 jansson libpcre2-8 libutf8proc libmicrohttpd libcurl
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
 PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
 PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
@@ -24,17 +24,27 @@ PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
 # -iquote: our sched.h must not hide the system's <sched.h>.
 CFLAGS   = $(CSTD) $(WARN) $(if $(CI),-Werror) $($(MODE)) -fopenmp \
            -iquote engine -iquote kernels -iquote $(B)/generated $(PKG_CFLAGS)
-LDLIBS   = $(PKG_LIBS) -lm
+LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 
-# Idle OpenMP threads sleep: spinning ones wait for a core that another process holds, which makes the
-# cpu device ten times slower on a machine that is not ours alone.
-OMP_WAIT_POLICY ?= passive
-export OMP_WAIT_POLICY
+# CUDA: `make CUDA_ARCH=90a` for one architecture, CUDA_ARCH="80 86 89 90a" for all, CUDA_ARCH= for none.
+# Where there are an NVIDIA driver and nvcc the default is all; elsewhere nothing of CUDA is needed.
+CUDA      ?= /usr/local/cuda
+NVCC      := $(CUDA)/bin/nvcc
+CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
+NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
+GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
+KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
+CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
+CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
-SOURCES := $(sort $(wildcard engine/*.c kernels/*.c))
-OBJECTS := $(SOURCES:%.c=$(O)/%.o)
+SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
+KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))
+DEVICES := $(if $(CUDA_ARCH),cuda) cpu sim null
+BENCHES := $(if $(CUDA_ARCH),$(patsubst engine/cmd_bench_%.c,%,$(KERNEL_BENCHES)))
+OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
+GPU_TESTS := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/gpu_*.c)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -45,7 +55,7 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables
 help: ## list the targets (this text)
 	@awk 'BEGIN { FS = ":.*## " } \
 	     /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	     /^[a-z][a-z0-9_-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	     /^[a-z][a-z0-9_%-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install the packages that are missing (apt)
 	@./install-deps.sh
@@ -55,7 +65,7 @@ build: setup ## compile build/amalgam
 
 # What was built: commit, hash of the difference of the sources to it, compiler, flags. Rewritten only
 # when it changes, so that nothing is compiled again for nothing.
-VERSIONED := engine kernels experiments baselines workloads plots Makefile
+VERSIONED := engine kernels experiments baselines workloads plots Makefile ':!plots/out'
 $(B)/generated/version.h: FORCE
 	@mkdir -p $(@D)
 	@commit=$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown); \
@@ -68,6 +78,34 @@ $(B)/generated/version.h: FORCE
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(O)/engine/results.o $(O)/engine/main.o: $(B)/generated/version.h
+
+# The devices that are built, and the architectures: what depends on them is compiled again when they change.
+$(B)/generated/devices.def: FORCE
+	@mkdir -p $(@D)
+	@{ echo "/* devices.def - DEVICE(name): the devices of this build. */"; \
+	  for d in $(DEVICES); do echo "DEVICE($$d)"; done; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(B)/generated/bench.def: FORCE
+	@mkdir -p $(@D)
+	@{ echo "/* bench.def - BENCH(name): the benchmarks of the kernels in this build. */"; \
+	  for b in $(BENCHES); do echo "BENCH($$b)"; done; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(B)/generated/cuda_arch: FORCE
+	@mkdir -p $(@D)
+	@echo "$(NVCC) $(NVFLAGS) $(GENCODE)" > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(O)/engine/devices.o: $(B)/generated/devices.def
+$(O)/engine/cmd_bench.o: $(B)/generated/bench.def
+$(CUDA_HOST:%.c=$(O)/%.o): CFLAGS += -isystem $(CUDA)/include
+
+# One compiler at a time where NVCC_LOCK names a file: cicc takes gigabytes.
+$(O)/%.cu.o: %.cu $(B)/generated/cuda_arch
+	@mkdir -p $(@D)
+	@echo "  nvcc  $<"
+	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP -c $< -o $@
 
 $(O)/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -82,22 +120,24 @@ $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 	@echo "  link  $@"
 	$(Q)$(CC) $(CFLAGS) -rdynamic $^ -o $@ $(LDLIBS)
 
+$(GPU_TESTS): CFLAGS += -isystem $(CUDA)/include
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@mkdir -p $(@D)
 	@echo "  test  $<"
 	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
--include $(OBJECTS:.o=.d) $(TESTS:=.d)
+-include $(OBJECTS:.o=.d) $(TESTS:=.d) $(GPU_TESTS:=.d)
 
 ##@ Reproduce
-reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
-	$(Q)for e in experiments/e[0-9]*.lua; do $(O)/amalgam run $$e || exit 1; done
-	$(Q)$(O)/amalgam report
+EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
+
+# A failed point does not keep the report from being made; it is the exit status all the same.
+reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 10 minutes)
+	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; $(O)/amalgam report && exit $$status
 
 quick: build ## the same on a few points each, under build/quick (about a minute)
-	$(Q)for e in experiments/e[0-9]*.lua; do \
-	    $(O)/amalgam run $$e --quick --results $(B)/quick/results || exit 1; done
-	$(Q)$(O)/amalgam report --results $(B)/quick/results --out $(B)/quick
+	$(Q)$(O)/amalgam run $(EXPERIMENTS) --quick --results $(B)/quick/results; status=$$?; \
+	    $(O)/amalgam report --results $(B)/quick/results --out $(B)/quick && exit $$status
 
 report: build ## tables, plots and PAPER.md from the results that are stored
 	$(Q)$(O)/amalgam report
@@ -107,6 +147,12 @@ compare: build ## two versions by their stored results: make compare BASE=… HE
 
 bench: build ## what the suite itself costs (null, sim and cpu devices)
 	$(Q)$(O)/amalgam bench harness
+
+dist: build ## a tarball for a GPU node: the program and the data it reads, under build/
+	$(Q)tar czf $(B)/amalgam-$$(git rev-parse --short=12 HEAD).tar.gz \
+	    --transform 's,^$(O)/,,;s,^,amalgam/,' $(O)/amalgam \
+	    $$(git ls-files experiments workloads plots baselines results LICENSE README.md)
+	@ls $(B)/amalgam-*.tar.gz
 
 ##@ Check
 test: build ## every check: style, layers, C and Lua tests (under 10 minutes)
@@ -119,11 +165,45 @@ asan: setup ## the C tests under the address and undefined-behaviour sanitizers
 
 asan-tests: $(TESTS)
 
+gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam $(GPU_TESTS)
+
+gpu-test: gpu-tests ## run them; needs a GPU
+	$(Q)for t in $(GPU_TESTS); do echo "  $$t" && $$t || exit 1; done
+
+# libFuzzer over everything that reads what others wrote: tests/fuzz/fuzz_NAME.c and its corpus. A finding
+# stays as build/fuzz/NAME-crash-…; what was learnt, in build/fuzz/NAME.
+FUZZ_SECONDS ?= 60
+FUZZ_CC    := clang-14
+FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/serv% engine/results.c,$(wildcard engine/*.c))
+
+$(B)/fuzz/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels $(PKG_CFLAGS) -MMD -MP -c $< -o $@
+
+# An archive: each target takes the readers that it needs.
+$(B)/fuzz/library.a: $(FUZZED:%.c=$(B)/fuzz/%.o)
+	@rm -f $@
+	$(Q)ar rcs $@ $^
+
+$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(B)/fuzz/library.a
+	@echo "  fuzz  $<"
+	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -fsanitize=fuzzer -iquote engine -iquote kernels -iquote tests/fuzz \
+	    $(PKG_CFLAGS) $(filter %.c %.a,$^) -o $@ $(LDLIBS)
+
+fuzz-%: $(B)/fuzz/%.run ## fuzz a reader: chat_template http_body config … (FUZZ_SECONDS=60)
+	@mkdir -p $(B)/fuzz/$*
+	$(Q)$< -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	    -artifact_prefix=$(B)/fuzz/$*- $(B)/fuzz/$* tests/fuzz/corpus/$*
+
 format: ## rewrite the C sources with clang-format 14
-	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch])
+	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch] tests/fuzz/*.[ch])
 
 clean: ## remove build/ (results stay)
 	rm -rf $(B)
 
 FORCE:
-.PHONY: help setup build reproduce quick report compare bench test asan asan-tests format clean FORCE
+.PRECIOUS: $(B)/fuzz/%.o $(B)/fuzz/%.run
+.PHONY: help setup build dist reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
+        format clean FORCE

@@ -1,7 +1,7 @@
 /* added.h - the "added_tokens" of a tokenizer.json, found in a text before anything else cuts it.
  *
- * A token is looked for either in the text as it came or, with "normalized", in its normal form (and
- * then by the normal form of the token). At the leftmost place the longest token wins. */
+ * A token is looked for either in the text as it came or, with "normalized", in its normal form
+ * (and then by the normal form of the token). At the leftmost place the longest token wins. */
 #ifndef AMALGAM_ADDED_H
 #define AMALGAM_ADDED_H
 #include "bpe.h"
@@ -46,8 +46,8 @@ status added_open(added *out, const json_t *list, const normalizer *z, bpe *m, a
 int32_t added_find(const added *d, const char *s, size_t n);
 
 /* Cut n bytes of valid UTF-8 at the tokens of `set`, left to right. With `keep_special_text` a
- * special token's text is ordinary text. Each part goes to `part`: a token (then s is its place), or
- * text between tokens (token == NULL, n > 0). Stops at the first status that is not OK. */
+ * special token's text is ordinary text. Each part goes to `part`: a token (then s is its place),
+ * or text between tokens (token == NULL, n > 0). Stops at the first status that is not OK. */
 typedef status (*added_part)(void *context, const added_token *token, const char *s, size_t n);
 status added_cut(const added *d, const added_set *set, const char *s, size_t n,
                  bool keep_special_text, added_part part, void *context);

@@ -44,7 +44,8 @@ const char *fail_birthplace(void);
         if (try_st_ != ST_OK) return try_st_;                                                      \
     } while (0)
 
-/* --- Programmer errors: stop the program in every build. The argument must be cheap and pure. --- */
+/* --- Programmer errors: stop the program in every build. The argument must be cheap and pure. ---
+ */
 
 #define CHECK(cond) ((cond) ? (void)0 : check_failed(__FILE__, __LINE__, #cond))
 void check_failed(const char *file, int line, const char *condition) __attribute__((noreturn));
@@ -83,8 +84,8 @@ void *mem_alloc(size_t count, size_t size); /* zeroed */
 void *mem_resize(void *old, size_t count, size_t size);
 void mem_free(void *p);
 
-/* Fault injection for tests: the n-th allocation from now (1 = the next one, arenas included) fails,
- * once. 0 switches off. Returns the number of allocations seen since the last call. */
+/* Fault injection for tests: the n-th allocation from now (1 = the next one, arenas included)
+ * fails, once. 0 switches off. Returns the number of allocations seen since the last call. */
 int64_t mem_fail_at(int64_t n);
 
 /* --- Strings that grow ------------------------------------------------------------------------ */

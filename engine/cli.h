@@ -19,9 +19,10 @@ typedef struct { /* an option that may be repeated */
     int32_t n;
 } cli_texts;
 
-/* Read argv[0..argc) (without the command itself). The table ends with a NULL name. Up to *n_args plain
- * arguments go to args; *n_args becomes their number. USAGE with the reason for anything unknown, missing
- * or out of form. "--help" prints `usage` and the table, and returns INTERRUPTED. */
+/* Read argv[0..argc) (without the command itself). The table ends with a NULL name. Up to *n_args
+ * plain arguments go to args; *n_args becomes their number. USAGE with the reason for anything
+ * unknown, missing or out of form. "--help" prints `usage` and the table, and returns INTERRUPTED.
+  */
 status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
                  const char **args, int32_t *n_args);
 
@@ -36,8 +37,13 @@ int cmd_evaluate(int argc, char **argv);
 int cmd_formats(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
+int cmd_bench_load(int argc, char **argv);
+int cmd_bench_serve(int argc, char **argv);
+int cmd_chat(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_inspect_model(int argc, char **argv);
 int cmd_models(int argc, char **argv);
+int cmd_quantise(int argc, char **argv);
+int cmd_serve(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 #endif

@@ -1,10 +1,13 @@
-/* cmd_bench.c - `amalgam bench harness`: what the suite itself costs, on the devices every machine has.
+/* cmd_bench.c - `amalgam bench WHAT`: a table of sub-commands, and the first of them:
+ *
+ * `bench harness`: what the suite itself costs, on the devices every machine has.
  *
  *   null   our own work per step: scheduler, pool, forward's calls, sampling bookkeeping
  *   sim    1,000 ShareGPT-shaped requests on Llama-3.1-8B, one core
  *   cpu    decode speed of the tiny checkpoint, batch 1 and 8
  *
- * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is missed. */
+ * Each prints its figure beside the limit that we hold ourselves to; exit status 1 when one is
+ * missed. */
 #include "cli.h"
 #include "engine.h"
 #include "json.h"
@@ -136,17 +139,43 @@ static status harness(bool json, bool *missed) {
     return ST_OK;
 }
 
-int cmd_bench(int argc, char **argv) {
+static int bench_harness(int argc, char **argv) {
     bool json = false, missed = false;
     const cli_option options[] = {
         {"--json", CLI_FLAG, &json, NULL, "one object a line"},
-        {NULL,     CLI_FLAG, NULL,  NULL, NULL               },
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
-    const char *what[1];
-    int32_t n = 1;
-    status st = cli_parse(argc - 1, argv + 1, "bench harness [--json]", options, what, &n);
-    if (st == ST_OK && (n != 1 || strcmp(what[0], "harness") != 0))
-        st = FAIL(ST_USAGE, "bench needs one of: harness");
+    int32_t n = 0;
+    status st = cli_parse(argc - 1, argv + 1, "bench harness [--json]", options, NULL, &n);
     if (st == ST_OK) st = harness(json, &missed);
     return st == ST_OK && missed ? 1 : cli_exit(st);
+}
+
+/* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that needs
+ * CUDA, where CUDA is built. */
+#define BENCH(name) int bench_##name(int argc, char **argv);
+#include "bench.def"
+#undef BENCH
+
+static const struct {
+    const char *name;
+    int (*run)(int argc, char **argv); /* argv[0] is the name */
+    const char *help;
+} benches[] = {
+    {"harness", bench_harness, "our own cost: null, sim and cpu devices"},
+    {"load", cmd_bench_load, "bytes a second out of a checkpoint's files, one core"},
+    {"serve", cmd_bench_serve, "an OpenAI-compatible server, open loop"},
+#define BENCH(name) {#name, bench_##name, "on the GPU: see --help"},
+#include "bench.def"
+#undef BENCH
+};
+
+int cmd_bench(int argc, char **argv) {
+    for (int32_t i = 0; argc > 1 && i < COUNT_OF(benches); i++)
+        if (strcmp(benches[i].name, argv[1]) == 0) return benches[i].run(argc - 1, argv + 1);
+    const bool asked = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0);
+    fprintf(asked ? stdout : stderr, "usage: amalgam bench WHAT [options]\n");
+    for (int32_t i = 0; i < COUNT_OF(benches); i++)
+        fprintf(asked ? stdout : stderr, "  %-10s %s\n", benches[i].name, benches[i].help);
+    return asked ? 0 : 2;
 }

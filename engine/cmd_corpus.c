@@ -1,4 +1,4 @@
-/* cmd_corpus.c - see cmd_corpus.h. */
+/* cmd_corpus.c - `amalgam corpus`: text and tasks of the seeded generator. */
 #include "cli.h"
 #include "corpus.h"
 
@@ -23,14 +23,10 @@ static status parse(int argc, char **argv, arguments *o) {
         int64_t *number;
         const char **word;
     } known[] = {
-        {"--seed",      &o->seed,      NULL     },
-        {"--bytes",     &o->bytes,     NULL     },
-        {"--count",     &o->count,     NULL     },
-        {"--digits",    &o->digits,    NULL     },
-        {"--pairs",     &o->pairs,     NULL     },
-        {"--sentences", &o->sentences, NULL     },
-        {"--kind",      NULL,          &o->kind },
-        {"--tasks",     NULL,          &o->tasks},
+        {"--seed", &o->seed, NULL},   {"--bytes", &o->bytes, NULL},
+        {"--count", &o->count, NULL}, {"--digits", &o->digits, NULL},
+        {"--pairs", &o->pairs, NULL}, {"--sentences", &o->sentences, NULL},
+        {"--kind", NULL, &o->kind},   {"--tasks", NULL, &o->tasks},
     };
     for (int i = 1; i < argc; i += 2) {
         int32_t k = 0;

@@ -1,6 +1,7 @@
 /* cmd_doctor.c - `amalgam doctor`: what this machine has, and what is missing for what. */
 #include "cli.h"
 #include "device.h"
+#include "nvml.h"
 #include "results.h"
 
 #include <stdlib.h>
@@ -23,10 +24,32 @@ static void line(const char *what, bool good, const char *meaning) {
     printf("  %-28s %-8s %s\n", what, good ? "yes" : "no", meaning);
 }
 
+/* What the cuda device needs, in the order in which it can be missing. */
+static void gpu_lines(void) {
+    const device_ops *cuda;
+    nvml_state gpu;
+    const bool built = device_find(&cuda, "cuda") == ST_OK;
+    line("cuda device in this build", built, "make CUDA_ARCH=90a (needs nvcc 12.4 or newer)");
+    line("NVIDIA device node", file_exists("/dev/nvidiactl"), "a GPU and its kernel driver");
+    const bool driver = nvml_read(&gpu) == ST_OK;
+    line("NVIDIA driver library", driver, driver ? gpu.driver : fail_message());
+    if (driver)
+        printf("  GPU 0: %s, %.1f GiB, %.1f in use, CUDA %d.%d, SM %d of %d MHz, %.0f W, throttle "
+               "bits %llx\n",
+               gpu.name, (double)gpu.memory_bytes / (1 << 30),
+               (double)gpu.memory_used_bytes / (1 << 30), gpu.cuda_driver / 1000,
+               gpu.cuda_driver % 1000 / 10, gpu.sm_clock_mhz, gpu.sm_clock_max_mhz,
+               gpu.power_mw * 1e-3, (unsigned long long)gpu.throttle_bits);
+    if (!built || !driver) return;
+    device *d;
+    const device_options o = {.tp = 1};
+    const bool opens = cuda->open(&d, &o) == ST_OK;
+    line("cuda device opens", opens, opens ? "--device cuda" : fail_message());
+    if (opens) cuda->close(d);
+}
+
 int cmd_doctor(int argc, char **argv) {
-    const cli_option options[] = {
-        {NULL, CLI_FLAG, NULL, NULL, NULL}
-    };
+    const cli_option options[] = {{NULL, CLI_FLAG, NULL, NULL, NULL}};
     int32_t n = 0;
     const status st = cli_parse(argc - 1, argv + 1, "doctor", options, NULL, &n);
     if (st != ST_OK) return cli_exit(st);
@@ -52,7 +75,7 @@ int cmd_doctor(int argc, char **argv) {
          "e01 accuracy, e05 serving on the cpu");
     line("gnuplot", on_path("gnuplot"), "figures of the report");
     line("git", on_path("git"), "the commit in result rows, at build time");
-    line("NVIDIA device node", file_exists("/dev/nvidia0"), "this version has no cuda device yet");
+    gpu_lines();
     printf("devices:");
     for (const device_ops *const *d = devices; *d; d++) printf(" %s", (*d)->name);
     printf("\n");

@@ -1,8 +1,8 @@
 /* cmd_formats.c - `amalgam formats [--gpu NAME|cpu] [--json]`: the support matrix of formats.h.
  *
- * One architecture is printed row by row, all of them as a matrix with a cell per architecture. Text
- * ends in the refusals with their reasons; --json has one object per pair and architecture, the
- * refused ones included, then the KV formats. */
+ * One architecture is printed row by row, all of them as a matrix with a cell per architecture.
+ * Text ends in the refusals with their reasons; --json has one object per pair and architecture,
+ * the refused ones included, then the KV formats. */
 #include "formats.h"
 #include "json.h"
 
@@ -20,7 +20,8 @@ static precision pair(weight_format w, act_format a) {
     return p;
 }
 
-/* --- Text -------------------------------------------------------------------------------------- */
+/* --- Text --------------------------------------------------------------------------------------
+ */
 
 /* Width 11: the family of a kernel, with a star where it is only predicted. */
 static void print_cell(const char *kernel, format_runs runs) {
@@ -118,7 +119,8 @@ static void print_legend(int32_t first, int32_t last) {
                "definition computes every pair that is not refused.\n");
 }
 
-/* --- JSON -------------------------------------------------------------------------------------- */
+/* --- JSON --------------------------------------------------------------------------------------
+ */
 
 /* Print and release. */
 static status put_line(json_t *object) {
@@ -168,7 +170,8 @@ static status print_json(int32_t first, int32_t last) {
     return ST_OK;
 }
 
-/* --- The command ------------------------------------------------------------------------------- */
+/* --- The command -------------------------------------------------------------------------------
+ */
 
 static const char usage_line[] = "usage: amalgam formats [--gpu NAME|cpu] [--json]\n";
 

@@ -12,15 +12,15 @@ static status inspect_plan(int argc, char **argv) {
     o.device = "sim";
     int64_t tokens = 1, samples = 0, tp = 1;
     const cli_option options[] = {
-        {"--model",     CLI_TEXT, &o.model,              "NAME", "folder, or one of `amalgam models`"           },
-        {"--precision", CLI_TEXT, &o.precision,          "NAME", "W16A16KV16"                                   },
-        {"--device",    CLI_TEXT, &o.device,             "NAME", "sim"                                          },
-        {"--gpu",       CLI_TEXT, &o.device_options.gpu, "NAME", "data sheet, for sim"                          },
-        {"--tp",        CLI_INT,  &tp,                   "N",    "GPUs (1)"                                     },
-        {"--tokens",    CLI_INT,  &tokens,               "T",    "of the step (1)"                              },
-        {"--samples",   CLI_INT,  &samples,              "N",    "rows whose logits are wanted (T, at most 256)"},
-        {"--synthetic", CLI_FLAG, &o.synthetic,          NULL,   "seeded weights"                               },
-        {NULL,          CLI_FLAG, NULL,                  NULL,   NULL                                           },
+        {"--model", CLI_TEXT, &o.model, "NAME", "folder, or one of `amalgam models`"},
+        {"--precision", CLI_TEXT, &o.precision, "NAME", "W16A16KV16"},
+        {"--device", CLI_TEXT, &o.device, "NAME", "sim"},
+        {"--gpu", CLI_TEXT, &o.device_options.gpu, "NAME", "data sheet, for sim"},
+        {"--tp", CLI_INT, &tp, "N", "GPUs (1)"},
+        {"--tokens", CLI_INT, &tokens, "T", "of the step (1)"},
+        {"--samples", CLI_INT, &samples, "N", "rows whose logits are wanted (T, at most 256)"},
+        {"--synthetic", CLI_FLAG, &o.synthetic, NULL, "seeded weights"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n = 0;
     TRY(cli_parse(argc, argv, "inspect plan --model NAME [options]", options, NULL, &n));
@@ -41,9 +41,7 @@ static status inspect_plan(int argc, char **argv) {
 }
 
 static status inspect_trace(int argc, char **argv) {
-    const cli_option options[] = {
-        {NULL, CLI_FLAG, NULL, NULL, NULL}
-    };
+    const cli_option options[] = {{NULL, CLI_FLAG, NULL, NULL, NULL}};
     const char *path[1];
     int32_t n = 1;
     TRY(cli_parse(argc, argv, "inspect trace FILE", options, path, &n));

@@ -28,7 +28,8 @@ static status print_json(json_t *object) {
     return ST_OK;
 }
 
-/* --- models ------------------------------------------------------------------------------------ */
+/* --- models ------------------------------------------------------------------------------------
+ */
 
 /* Precisions of the size columns. gpt-oss is 2880 wide, no multiple of 128: MXFP4 stands in. */
 static status four_bit(precision *p, const model_config *c) {
@@ -88,7 +89,8 @@ int cmd_models(int argc, char **argv) {
     return st == ST_OK ? 0 : failed("models");
 }
 
-/* --- inspect model ------------------------------------------------------------------------------ */
+/* --- inspect model ------------------------------------------------------------------------------
+ */
 
 typedef struct {
     const char *model, *precision;
@@ -97,7 +99,7 @@ typedef struct {
 } inspect_options;
 
 static bool read_options(inspect_options *o, int argc, char **argv) {
-    *o = (inspect_options){.precision = "W16", .tp = 1};
+    *o = (inspect_options){.precision = "auto", .tp = 1};
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         int64_t tp;
@@ -130,11 +132,11 @@ typedef struct {
 
 static status weight_row(inspection *v, weight_field f) {
     if (!weight_field_present(v->c, f)) return ST_OK;
-    const weight_shape s = weight_shape_shard(v->c, f, weight_field_shape(v->c, f), v->o->tp);
-    const int64_t bytes = weight_shape_bytes(&s, v->p, v->c->type);
-    const int32_t times = f < 0 ? 1 : v->c->n_layers;
     weight_source source;
     TRY(checkpoint_source(v->files, f, 0, &source));
+    const weight_shape s = weight_shape_shard(v->c, f, source.shape, v->o->tp);
+    const int64_t bytes = weight_shape_bytes(&s, v->p, v->c->type);
+    const int32_t times = f < 0 ? 1 : v->c->n_layers;
     char format[16];
     const bool quantised = s.quantise && v->p->weight != WF_16;
     snprintf(format, sizeof format, "%s%s", quantised ? "W" : "",
@@ -158,7 +160,7 @@ static status print_weights(inspection *v) {
     for (int32_t f = 0; f < WEIGHT_COUNT; f++) TRY(weight_row(v, (weight_field)f));
     TRY(weight_row(v, WEIGHT_norm));
     TRY(weight_row(v, WEIGHT_head));
-    CHECK(v->total == model_weight_bytes(v->c, v->p, v->o->tp));
+    v->total = checkpoint_weight_bytes(v->files, v->p, v->o->tp); /* layers may differ */
     char name[PRECISION_NAME_MAX];
     const int64_t kv = model_kv_token_bytes(v->c, v->p, v->o->tp);
     if (v->o->json)
@@ -176,7 +178,8 @@ static status print_weights(inspection *v) {
     return ST_OK;
 }
 
-/* A folder with config.json alone is inspected as synthetic; one with broken weights is an error. */
+/* A folder with config.json alone is inspected as synthetic; one with broken weights is an error.
+ */
 static status open_weights(checkpoint **out, const model_config *c, const char *model) {
     char dir[4096], single[4400], sharded[4400];
     TRY(model_dir(dir, sizeof dir, model));
@@ -191,10 +194,10 @@ static status inspect_model(const inspect_options *o) {
     precision p;
     checkpoint *files = NULL;
     TRY(model_config_load(&c, o->model));
-    TRY(precision_parse(&p, o->precision));
-    TRY(model_fits_precision(&c, &p, o->tp));
     TRY(open_weights(&files, &c, o->model));
-    const status st = print_weights(&(inspection){.c = &c, .p = &p, .files = files, .o = o});
+    status st = checkpoint_parse_precision(files, &p, o->precision);
+    if (st == ST_OK) st = model_fits_precision(&c, &p, o->tp);
+    if (st == ST_OK) st = print_weights(&(inspection){.c = &c, .p = &p, .files = files, .o = o});
     checkpoint_close(files);
     return st;
 }

@@ -1,23 +1,23 @@
 /* corpus.c - see corpus.h.
  *
- * The stories come from a small rewriting grammar: a rule is a string of alternatives, and expanding
- * one copies it to the output while replacing what stands in braces (the notation is explained at the
- * top of corpus.def). What makes a text more than a chain of words are the bound names: a document
- * first draws its cast, and everything that mentions the hero, the pet or the secret number afterwards
- * says the same, so that a model must look back to predict it.
+ * The stories come from a small rewriting grammar: a rule is a string of alternatives, and to
+ * expand one is to copy it to the output while replacing what stands in braces (the notation is
+ * explained at the top of corpus.def). What makes a text more than a chain of words are the bound
+ * names: a document first draws its cast, and everything that mentions the hero, the pet or the
+ * secret number afterwards says the same, so that a model must look back to predict it.
  *
  * Easy to get wrong: two draws in one expression or initialiser have no order in C, so each has a
- * statement of its own. And every random choice changes all that follow it, so one more alternative in any
- * rule is another corpus, and the checkpoint's figures no longer belong to it (test_corpus.c pins the
- * bytes). */
+ * statement of its own. And every choice changes all that follow it, so one more alternative in
+ * any rule is another corpus, to which the checkpoint's figures no longer belong (test_corpus.c
+ * pins the bytes). */
 #include "corpus.h"
 #include "rng.h"
 
 #include <string.h>
 
-#define VARS_MAX  40
-#define NAME_MAX_ 16 /* bytes of a bound name, with its end */
-#define WORD_MAX  48 /* bytes of a bound value, with its end */
+#define VARS_MAX   40
+#define NAME_BYTES 16 /* bytes of a bound name, with its end */
+#define WORD_BYTES 48 /* bytes of a bound value, with its end */
 
 typedef struct {
     const char *at, *end;
@@ -29,7 +29,7 @@ typedef struct {
     bool held_out;
     int32_t n_vars;
     struct {
-        char name[NAME_MAX_], value[WORD_MAX];
+        char name[NAME_BYTES], value[WORD_BYTES];
     } var[VARS_MAX];
 } generator;
 
@@ -43,8 +43,9 @@ static const struct {
 
 static const char *const kind_names[CORPUS_KIND_COUNT] = {"story", "arithmetic", "recall", "chat"};
 
-/* Of a hundred documents; ORDER corpus_kind. Worksheets are short: by bytes arithmetic is a tenth. */
-static const uint64_t kind_weights[CORPUS_KIND_COUNT] = {35, 35, 15, 15};
+/* Of a hundred documents; ORDER corpus_kind. Of the tokens that is about a third, a quarter, a
+ * third and a fourteenth: what needs most practice is short. */
+static const uint64_t kind_weights[CORPUS_KIND_COUNT] = {35, 30, 25, 10};
 
 const char *corpus_kind_name(corpus_kind kind) {
     CHECK(kind < CORPUS_KIND_COUNT);
@@ -60,7 +61,7 @@ bool corpus_kind_parse(const char *name, corpus_kind *out) {
     return false;
 }
 
-/* --- The grammar machine -------------------------------------------------------------------------- */
+/* --- The grammar machine ---------------------------------------------------------------------- */
 
 static int64_t draw(generator *g, int64_t lo, int64_t hi) { return rng_range(&g->r, lo, hi); }
 static bool chance(generator *g, uint64_t in_hundred) { return rng_below(&g->r, 100) < in_hundred; }
@@ -111,8 +112,8 @@ static const char *bound(const generator *g, span name) {
 
 static void bind(generator *g, span name, span value) {
     const size_t n_name = (size_t)(name.end - name.at), n_value = (size_t)(value.end - value.at);
-    CHECK(n_name < NAME_MAX_);
-    CHECK(n_value < WORD_MAX);
+    CHECK(n_name < NAME_BYTES);
+    CHECK(n_value < WORD_BYTES);
     int32_t i = 0;
     while (i < g->n_vars && !span_is(name, g->var[i].name)) i++;
     CHECK(i < VARS_MAX);
@@ -203,14 +204,12 @@ static void expand(generator *g, span s) {
 
 static void say(generator *g, const char *pattern) { expand(g, choose(g, span_of(pattern))); }
 
-/* --- Stories -------------------------------------------------------------------------------------- */
+/* --- Stories ---------------------------------------------------------------------------------- */
 
 static void bind_person(generator *g, const char *name, const char *const pronouns[4]) {
     const bool girl = chance(g, 50);
-    static const char *const forms[2][4] = {
-        {"he",  "him", "his", "boy" },
-        {"she", "her", "her", "girl"}
-    };
+    static const char *const forms[2][4] = {{"he", "him", "his", "boy"},
+                                            {"she", "her", "her", "girl"}};
     bind_as(g, name, girl ? "{girl}" : "{boy}");
     for (int i = 0; i < 4; i++) bind(g, span_of(pronouns[i]), span_of(forms[girl][i]));
 }
@@ -262,7 +261,7 @@ static void tell_story(generator *g) {
     put(g, "\n");
 }
 
-/* --- Arithmetic ----------------------------------------------------------------------------------- */
+/* --- Arithmetic ------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t a, b, result;
@@ -284,8 +283,9 @@ static int64_t draw_digits(generator *g, int64_t digits) {
     return draw(g, digits == 1 ? 0 : lo, 10 * lo - 1);
 }
 
-/* `digits` of both operands; 0: each of `shortest` to CORPUS_DIGITS_MAX. The lengths are drawn before
- * the side of the split is asked for, else a held-out text would hold short problems mostly. */
+/* `digits` of both operands; 0: each of `shortest` to CORPUS_DIGITS_MAX. The lengths are drawn
+ * before the side of the split is asked for, else a held-out text would hold short problems
+ * mostly. */
 static problem draw_problem(generator *g, char op, int64_t digits, int64_t shortest) {
     const int64_t digits_a = digits ? digits : draw(g, shortest, CORPUS_DIGITS_MAX);
     const int64_t digits_b = digits ? digits : draw(g, shortest, CORPUS_DIGITS_MAX);
@@ -321,34 +321,51 @@ static void write_worksheet(generator *g) {
     }
 }
 
-/* --- Recall --------------------------------------------------------------------------------------- */
+/* --- Recall ----------------------------------------------------------------------------------- */
 
 typedef struct {
-    char key[WORD_MAX];
+    char key[WORD_BYTES];
     int64_t value;
 } pair;
 
 static int64_t draw_sentences(generator *g) {
-    return chance(g, 50) ? draw(g, 0, 12) : draw(g, 0, CORPUS_SENTENCES_MAX);
+    if (chance(g, 30)) return 0;
+    return chance(g, 50) ? draw(g, 1, 12) : draw(g, 1, CORPUS_SENTENCES_MAX);
+}
+
+static int64_t draw_pair_count(generator *g) {
+    return chance(g, 50) ? draw(g, 2, 5) : draw(g, 4, CORPUS_PAIRS_MAX);
 }
 
 /* Keys differ as a whole; two may share the colour or the object. */
-static void draw_pairs(generator *g, pair *p, int64_t n) {
+static void draw_pairs(generator *g, pair *p, int64_t n, const char *key) {
     for (int64_t i = 0; i < n && !g->out->failed;) {
-        bind_as(g, "key", "{colour} {object}");
+        bind_as(g, "key", key);
         snprintf(p[i].key, sizeof p[i].key, "%s", bound(g, span_of("key")));
-        p[i].value = draw(g, 1000, 9999);
+        p[i].value = draw(g, 100, 999);
         int64_t same = 0;
         while (strcmp(p[same].key, p[i].key) != 0) same++;
         i += same == i;
     }
 }
 
+/* A line of the list and a line of the answers are the same, with one token between key and value:
+ * the plainest lookup there is. With the question worded differently from the list, or with the
+ * answers few, 1.6e9 tokens of training did not lead beyond naming any of the values. */
+static void put_key(generator *g, const pair *p) { text_add(g->out, "- %s=", p->key); }
+
+static void put_pair(generator *g, const pair *p) {
+    put_key(g, p);
+    text_add(g->out, "%lld\n", (long long)p->value);
+}
+
+static void put_again(generator *g) {
+    say(g, "What were the codes?\n|Say the codes again.\n|Now repeat the codes.\n");
+}
+
 static void put_list(generator *g, const pair *p, int64_t n, int64_t sentences) {
-    say(g, "Remember these codes.|Learn these codes by heart.|Here is a list of codes.");
-    put(g, "\n");
-    for (int64_t i = 0; i < n; i++)
-        text_add(g->out, "The %s has code %lld.\n", p[i].key, (long long)p[i].value);
+    say(g, "Remember these codes.\n|Learn these codes by heart.\n|Here is a list of codes.\n");
+    for (int64_t i = 0; i < n; i++) put_pair(g, &p[i]);
     for (int64_t i = 0; i < sentences; i++) { /* paragraphs of eight */
         put(g, i % 8 == 0 ? "\n" : " ");
         say(g, "{aside}");
@@ -357,24 +374,39 @@ static void put_list(generator *g, const pair *p, int64_t n, int64_t sentences) 
     put(g, "\n");
 }
 
-static void put_question(generator *g, const pair *p) {
-    text_add(g->out, "Question: What is the code of the %s?\nAnswer:", p->key);
-}
-
+/* The list, and then all of it again in another order, one to three times. */
 static void write_list(generator *g) {
-    pair p[CORPUS_PAIRS_MAX];
-    const int64_t n = draw(g, 4, CORPUS_PAIRS_MAX);
+    pair p[CORPUS_PAIRS_MAX] = {0};
+    const int64_t n = draw_pair_count(g);
     bind_cast(g);
-    draw_pairs(g, p, n);
+    draw_pairs(g, p, n, chance(g, 50) ? "{object}" : "{colour} {object}");
     put_list(g, p, n, draw_sentences(g));
-    for (int64_t i = 0, m = draw(g, 1, 5); i < m; i++) {
-        const pair *asked = &p[rng_below(&g->r, (uint64_t)n)];
-        put_question(g, asked);
-        text_add(g->out, " %lld\n", (long long)asked->value);
+    int32_t order[CORPUS_PAIRS_MAX];
+    for (int32_t i = 0; i < n; i++) order[i] = i;
+    for (int64_t round = draw(g, 1, 3); round > 0; round--) {
+        rng_shuffle(&g->r, order, n);
+        put_again(g);
+        for (int64_t i = 0; i < n; i++) put_pair(g, &p[order[i]]);
     }
 }
 
-/* --- Chat ----------------------------------------------------------------------------------------- */
+/* Words in no order, said two to four times: what teaches a model to look for the last occurrence
+ * of what it just read, from which the lookup in lists follows. */
+static void write_words(generator *g) {
+    const int64_t n = draw(g, 5, 40), times = draw(g, 2, 4);
+    const rng before = g->r;
+    for (int64_t t = 0; t < times; t++) {
+        g->r = before; /* the same words */
+        put(g, t == 0 ? "Repeat after me:" : "Again:");
+        for (int64_t i = 0; i < n; i++) {
+            put(g, " ");
+            say(g, "{any_word}");
+        }
+        put(g, "\n");
+    }
+}
+
+/* --- Chat ------------------------------------------------------------------------------------- */
 
 static void open_turn(generator *g, const char *role) {
     put(g, CORPUS_TURN);
@@ -422,10 +454,10 @@ static void chat_arithmetic(generator *g) {
 
 static void chat_recall(generator *g) {
     static const char *const facts[][2] = {
-        {"What is my name?",                  "Your name is {hero}."           },
-        {"What is my {pet} called?",          "Your {pet} is called {petname}."},
-        {"Who is my best friend?",            "Your best friend is {friend}."  },
-        {"Which number should you remember?", "The number is {secret}."        },
+        {"What is my name?", "Your name is {hero}."},
+        {"What is my {pet} called?", "Your {pet} is called {petname}."},
+        {"Who is my best friend?", "Your best friend is {friend}."},
+        {"Which number should you remember?", "The number is {secret}."},
     };
     exchange(
         g,
@@ -453,7 +485,7 @@ static void write_chat(generator *g) {
     if (chance(g, 15)) exchange(g, "{thanks}", "{thanks_reply}");
 }
 
-/* --- Documents and tasks -------------------------------------------------------------------------- */
+/* --- Documents and tasks ---------------------------------------------------------------------- */
 
 /* Streams of a seed: 0 draws the kinds of a text, every document and every task has its own. */
 static void generator_open(generator *g, text *out, const char *purpose, corpus_kind kind,
@@ -475,7 +507,13 @@ status corpus_document(text *out, corpus_kind kind, uint64_t seed, int64_t index
         tell_story(&g);
         break;
     case CORPUS_ARITHMETIC: write_worksheet(&g); break;
-    case CORPUS_RECALL: write_list(&g); break;
+    case CORPUS_RECALL:
+        if (chance(&g, 70)) {
+            write_list(&g);
+        } else {
+            write_words(&g);
+        }
+        break;
     case CORPUS_CHAT: write_chat(&g); break;
     default: CHECK(!"a kind of document");
     }
@@ -520,13 +558,14 @@ static int64_t pose_sum(generator *g, int64_t digits) {
 }
 
 static int64_t pose_recall(generator *g, int64_t pairs, int64_t sentences) {
-    pair p[CORPUS_PAIRS_MAX];
-    const int64_t n = pairs ? pairs : draw(g, 4, CORPUS_PAIRS_MAX);
+    pair p[CORPUS_PAIRS_MAX] = {0};
+    const int64_t n = pairs ? pairs : draw_pair_count(g);
     bind_cast(g);
-    draw_pairs(g, p, n);
+    draw_pairs(g, p, n, "{colour} {object}");
     put_list(g, p, n, sentences >= 0 ? sentences : draw_sentences(g));
     const pair *asked = &p[rng_below(&g->r, (uint64_t)n)];
-    put_question(g, asked);
+    put_again(g);
+    put_key(g, asked);
     return asked->value;
 }
 
@@ -544,11 +583,12 @@ status corpus_task_make(arena *a, corpus_kind kind, corpus_task_options options,
     const int64_t result = kind == CORPUS_ARITHMETIC
                                ? pose_sum(&g, options.digits)
                                : pose_recall(&g, options.pairs, options.sentences);
+    const char *const space = kind == CORPUS_ARITHMETIC ? " " : "";
     status st = text_status(&prompt);
     if (st == ST_OK) {
         const size_t mark = a->used;
         out->prompt = arena_string(a, prompt.data, prompt.length);
-        out->answer = out->prompt ? arena_format(a, " %lld\n", (long long)result) : NULL;
+        out->answer = out->prompt ? arena_format(a, "%s%lld\n", space, (long long)result) : NULL;
         if (out->answer) {
             out->prompt_bytes = prompt.length;
             out->answer_bytes = strlen(out->answer);

@@ -6,7 +6,8 @@
 
 #include <string.h>
 
-/* --- Reading ----------------------------------------------------------------------------------- */
+/* --- Reading -----------------------------------------------------------------------------------
+ */
 
 static status read_string(const char **out, size_t *n, const json_t *value, const char *what,
                           arena *a) {
@@ -80,7 +81,8 @@ static status read_steps(detokenizer *d, const json_t *spec, arena *a, int32_t d
     return FAIL(ST_UNSUPPORTED, "decoder '%s' is not supported", type);
 }
 
-/* One buffer holds bytes back, and behind Fuse only Strip can work on a text that is still growing. */
+/* One buffer holds bytes back, and behind Fuse only Strip can work on a text that is still growing.
+ */
 static status check_order(detokenizer *d) {
     bool holds = false, fused = false;
     for (int32_t i = 0; i < d->n_steps; i++) {
@@ -107,7 +109,8 @@ status detokenizer_open(detokenizer *d, const json_t *spec, arena *a) {
     return check_order(d);
 }
 
-/* --- Running ----------------------------------------------------------------------------------- */
+/* --- Running -----------------------------------------------------------------------------------
+ */
 
 typedef struct {
     const detokenizer *d;

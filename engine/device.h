@@ -2,14 +2,14 @@
  *
  *   null   costs nothing and computes nothing: what is left is our own overhead
  *   cpu    the definition: f32, wide accumulation, quantised forms exactly as ref_quant.h has them.
- *          "16" means unquantised here: activations and 16-bit KV stay f32, so that W16A16KV16 equals
- *          a float32 run of the model to rounding
+ *          "16" means unquantised here: activations and 16-bit KV stay f32, so that W16A16KV16
+ *          equals a float32 run of the model to rounding
  *   sim    adds each operation's predicted cost to a virtual clock; memory is exact
  *   cuda   runs kernels
  *
- * forward.c is written once over this table. A device knows no request and no policy. With tp > 1 the
- * device runs every rank; sizes seen by forward are those of one rank. Calls between begin and end may
- * be asynchronous; errors of execution surface in end. */
+ * forward.c is written once over this table. A device knows no request and no policy. With tp > 1
+ * the device runs every rank; sizes seen by forward are those of one rank. Calls between begin and
+ * end may be asynchronous; errors of execution surface in end. */
 #ifndef AMALGAM_DEVICE_H
 #define AMALGAM_DEVICE_H
 #include "batch.h"
@@ -19,7 +19,8 @@
 
 typedef struct device device;
 
-/* Activations: `rows` x `cols` in the device's own element type. data NULL where nothing is stored. */
+/* Activations: `rows` x `cols` in the device's own element type. data NULL where nothing is stored.
+ */
 typedef struct {
     void *data;
     int64_t rows;
@@ -34,10 +35,13 @@ typedef struct {
     int32_t threads; /* cpu; 0 = all cores */
 
     /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
-     * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel
-     * without fused dequantisation does. kv_expand_first: attention of prefill does so with the
-     * quantised cache. UNSUPPORTED at open by a device that has no such mode. */
+     * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a
+     * kernel without fused dequantisation does. kv_expand_first: attention of prefill does so with
+     * the quantised cache. UNSUPPORTED at open by a device that has no such mode. */
     bool dequant_first, kv_expand_first;
+
+    int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
+    bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -71,13 +75,14 @@ typedef struct device_ops {
     status (*open)(device **out, const device_options *o);
     void (*close)(device *d);
 
-    /* Device memory of one rank in bytes: usable in all, before weights. 0 = unlimited (cpu, null). */
+    /* Device memory of one rank in bytes: usable in all, before weights. 0 = unlimited (cpu, null).
+     */
     status (*memory)(device *d, int64_t *usable);
 
     /* Take one weight in format p (W16 unless s->shape.quantise). Fills *out; out->bytes equals
      * weight_shape_bytes of the rank's share on every device. Nothing of the source is kept: the
-     * checkpoint may be closed afterwards. The bias of a weight whose columns are split (SHARD_COLS)
-     * is added by one rank alone, since the partial sums are reduced. */
+     * checkpoint may be closed afterwards. The bias of a weight whose columns are split
+     * (SHARD_COLS) is added by one rank alone, since the partial sums are reduced. */
     status (*weight_load)(device *d, const weight_source *s, const precision *p, weight *out);
     status (*setup)(device *d, const device_setup *s);
     /* An activation buffer for the whole run. */
@@ -97,8 +102,9 @@ typedef struct device_ops {
      * quantised. */
     status (*linear)(device *d, tensor out, tensor x, const weight *w);
 
-    /* qkv [T, (H + 2G) D]: norm q and k by head if the layer has it, rotate both by position, write k
-     * and v of the batch's tokens into their pages in the layer's KV format. q is changed in place. */
+    /* qkv [T, (H + 2G) D]: norm q and k by head if the layer has it, rotate both by position, write
+     * k and v of the batch's tokens into their pages in the layer's KV format. q is changed in
+     * place. */
     status (*rope_append)(device *d, tensor qkv, const attention_layer *a);
 
     /* out [T, H D] = causal attention of q (in qkv) over the pages of each sequence. */
@@ -107,9 +113,10 @@ typedef struct device_ops {
     /* out [T, F] from gate_up [T, 2F] = gate | up. */
     status (*gated)(device *d, tensor out, tensor gate_up, activation_kind kind, float limit);
 
-    /* Mixture of experts. route: logits [T, X] -> top_k experts and weights of each token, kept by the
-     * device until combine. expert_linear: rows of the permuted problem, `gather` takes x by token
-     * ([T, K] -> [T k, N]), else x is permuted already. combine: out [T, E] = weighted sums. */
+    /* Mixture of experts. route: logits [T, X] -> top_k experts and weights of each token, kept by
+     * the device until combine. expert_linear: rows of the permuted problem, `gather` takes x by
+     * token ([T, K] -> [T k, N]), else x is permuted already. combine: out [T, E] = weighted sums.
+      */
     status (*moe_route)(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise);
     status (*moe_linear)(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
                          bool gather);
@@ -141,12 +148,16 @@ typedef struct device_ops {
                            activation_kind kind, float limit);
 } device_ops;
 
-/* Tokens of a device without logits: a hash of (seed, request, draw), -1 for rows without params. */
+/* Tokens of a device without logits: a hash of (seed, request, draw), -1 for rows without params.
+ */
 void device_placeholders(const batch *b, int32_t vocab, sampled *out);
 
-extern const device_ops device_null, device_cpu, device_sim;
+extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the last: with CUDA */
 
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];
 status device_find(const device_ops **out, const char *name);
+
+/* device_options.kernel_family by name: "hopper" or NULL (the newest the GPU runs), "ampere". */
+status device_family(int32_t *out, const char *name);
 #endif

@@ -1,15 +1,15 @@
 /* device_cpu.c - the device that defines what every other one must compute.
  *
- * Activations are f32. A weight is f32 [count, n, k] in memory: that of the checkpoint, or the exact
- * value of its quantised form (ref_quant.h), so that a product with it is the definition of a product
- * with the codes. Activations are quantised before a linear whose weight is quantised, KV when it is
- * written; KV_16 stays f32. Kernels are those of kernels/ref_*.c, split over threads by rows, outputs
- * or heads.
+ * Activations are f32. A weight is f32 [count, n, k] in memory: that of the checkpoint, or the
+ * exact value of its quantised form (ref_quant.h), so that a product with it is the definition of a
+ * product with the codes. Activations are quantised before a linear whose weight is quantised, KV
+ * when it is written; KV_16 stays f32. Kernels are those of kernels/ref_*.c, split over threads by
+ * rows, outputs or heads.
  *
- * Two promises beyond being right. A row's result depends on nothing but its own sequence, bit by bit:
- * not on the batch, on how a prompt is cut into chunks, on page numbers or on the number of threads
- * (ref_linear.h says how). And KV that was never written is NaN: setup fills the pages with it, so
- * that whoever reads past the end of a sequence sees it.
+ * Two promises beyond being right. A row's result depends on nothing but its own sequence, bit by
+ * bit: not on the batch, on how a prompt is cut into chunks, on page numbers or on the number of
+ * threads (ref_linear.h says how). And KV that was never written is NaN: setup fills the pages with
+ * it, so that whoever reads past the end of a sequence sees it.
  *
  * One rank only: nothing here is worth splitting over machines. */
 #include "device.h"
@@ -25,8 +25,6 @@
 #include <omp.h>
 #include <string.h>
 #include <unistd.h>
-
-extern const device_ops device_cpu;
 
 enum {
     ALIGN = 64,            /* a cache line */
@@ -96,7 +94,7 @@ static int threads_for(const cpu *c, int64_t work) {
 static status cpu_open(device **out, const device_options *o) {
     if (o->tp != 1) return FAIL(ST_UNSUPPORTED, "the cpu device has one rank, not %d", o->tp);
     if (o->dequant_first || o->kv_expand_first)
-        return FAIL(ST_UNSUPPORTED, "the cpu device has no mode that expands first");
+        return FAIL(ST_UNSUPPORTED, "the cpu device has no baseline modes");
     cpu *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cpu device");
     c->base = (device){.ops = &device_cpu, .options = *o};
@@ -141,13 +139,37 @@ static status round_to_format(cpu *c, const precision *p, float *value, int32_t 
     return st;
 }
 
+/* value [n, k] = what the checkpoint's own codes stand for, inputs in the model's order. */
+static status load_codes(cpu *c, const weight_source *s, const precision *p, int32_t index,
+                         float *value) {
+    const int32_t n = s->shape.n, k = s->shape.k;
+    const int32_t *order = s->stored.order ? s->stored.order + (int64_t)index * k : NULL;
+    const size_t mark = c->scratch.used;
+    qmatrix q;
+    status st = qmatrix_alloc(&q, &c->scratch, p, n, k);
+    float *row = st == ST_OK && order ? arena_array(&c->scratch, float, (size_t)k) : NULL;
+    if (st == ST_OK && order && !row) st = FAIL(ST_NOMEM, "a row of %d", k);
+    if (st == ST_OK) {
+        weight_source_qmatrix(s, index, &q);
+        for (int32_t i = 0; i < n; i++) {
+            float *to = value + (int64_t)i * k;
+            ref_dequantize_weight(order ? row : to, &q, i, 1);
+            for (int32_t j = 0; order && j < k; j++) to[order[j]] = row[j];
+        }
+    }
+    arena_reset(&c->scratch, mark);
+    return st;
+}
+
 static status cpu_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
     cpu *c = self(d);
     CHECK(!c->ready);
     const int32_t n = s->shape.n, k = s->shape.k, count = s->shape.count;
     const int64_t size = (int64_t)n * k;
     const bool quantised = s->shape.quantise && p->weight != WF_16, has_bias = s->shape.has_bias;
+    const bool codes = weight_source_has_codes(s, p);
     if (quantised) TRY(precision_fits_shape(p, n, k));
+    TRY(weight_source_accepts(s, p));
 
     cpu_weight *w = arena_array(&c->weights, cpu_weight, 1);
     float *value = arena_push(&c->weights, (size_t)(count * size), sizeof(float), ALIGN);
@@ -158,10 +180,11 @@ static status cpu_weight_load(device *d, const weight_source *s, const precision
     *w = (cpu_weight){.value = value, .bias = bias};
 
     for (int32_t j = 0; j < count; j++) {
+        if (codes) TRY(load_codes(c, s, p, j, value + j * size));
 #pragma omp parallel for num_threads(threads_for(c, size))
-        for (int32_t i = 0; i < n; i++)
+        for (int32_t i = 0; i < (codes ? 0 : n); i++)
             weight_source_row(s, j, i, value + j * size + (int64_t)i * k);
-        if (quantised) TRY(round_to_format(c, p, value + j * size, n, k));
+        if (quantised && !codes) TRY(round_to_format(c, p, value + j * size, n, k));
         if (bias) weight_source_bias(s, j, bias + (int64_t)j * n);
     }
     if (s->shape.quantise) c->k_max = (int32_t)i64_max(c->k_max, k); /* experts are among them */

@@ -1,11 +1,12 @@
-/* devices.c - the table of devices: one line each, in the order they are listed to users. */
+/* devices.c - the table of devices, in the order they are listed to users. devices.def is written
+ * by the Makefile: DEVICE(cuda) stands in it when CUDA was built. */
 #include "device.h"
 #include <string.h>
 
 const device_ops *const devices[] = {
-    &device_cpu,
-    &device_sim,
-    &device_null,
+#define DEVICE(name) &device_##name,
+#include "devices.def"
+#undef DEVICE
     NULL,
 };
 
@@ -24,4 +25,14 @@ status device_find(const device_ops **out, const char *name) {
         CHECK(used < sizeof names);
     }
     return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s", name, names);
+}
+
+status device_family(int32_t *out, const char *name) {
+    if (!name || !*name || !strcmp(name, "hopper"))
+        *out = 0;
+    else if (!strcmp(name, "ampere"))
+        *out = 80;
+    else
+        return FAIL(ST_USAGE, "kernel family '%s' is neither ampere nor hopper", name);
+    return ST_OK;
 }

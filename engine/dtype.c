@@ -2,9 +2,10 @@
  *
  * Widening: shift the magnitude into f32 position and add the difference of the exponent biases; a
  * subnormal gets an exponent of one and has the hidden bit that it does not own subtracted again.
- * Narrowing: a normal is rounded on its bits ("add half less one and the last kept bit"), a subnormal
- * by adding the power of two whose f32 unit in the last place is the subnormal step, so that the
- * processor rounds to nearest even for us. Both results are computed and one is selected: no branch,
+ * Narrowing: a normal is rounded on its bits ("add half less one and the last kept bit"), a
+ * subnormal by adding the power of two whose f32 unit in the last place is the subnormal step, so
+ * that the processor rounds to nearest even for us. Both results are computed and one is selected:
+ * no branch,
  * no table, and the loops below become vector code on any x86-64. Nothing here depends on f32
  * subnormals being fast or on more than the default rounding mode. */
 #include "dtype.h"
@@ -54,7 +55,8 @@ int64_t dtype_bytes(dtype t, int64_t n) {
     return div_up(n * dtype_bits(t), 8);
 }
 
-/* --- One element ------------------------------------------------------------------------------- */
+/* --- One element -------------------------------------------------------------------------------
+ */
 
 static inline uint32_t bits_from_f32(float x) {
     uint32_t u;
@@ -159,10 +161,11 @@ float f32_from_ue8m0(uint8_t bits) {
     return f32_from_bits(bits ? normal : 0x00400000u); /* 2^-127 is subnormal in f32 */
 }
 
-/* --- Many elements ----------------------------------------------------------------------------- */
+/* --- Many elements -----------------------------------------------------------------------------
+ */
 
-/* memcpy because tensors in a file start at any byte; it compiles to a plain load. Unit stride has a
- * loop of its own, which is the one that vectorises. */
+/* memcpy because tensors in a file start at any byte; it compiles to a plain load. Unit stride has
+ * a loop of its own, which is the one that vectorises. */
 #define WIDEN(type, convert)                                                                       \
     do {                                                                                           \
         const uint8_t *p = in;                                                                     \

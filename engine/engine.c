@@ -8,8 +8,8 @@
 
 #include <string.h>
 
-/* Pages of a device without a memory limit: enough for every running sequence at full length, bounded
- * so that the cpu device never asks for more than a laptop has. */
+/* Pages of a device without a memory limit: enough for every running sequence at full length,
+ * bounded so that the cpu device never asks for more than a laptop has. */
 enum { PAGES_UNLIMITED_MAX = 16384 };
 
 struct engine {
@@ -87,18 +87,17 @@ static status load(engine *e, void (*progress)(void *, int64_t, int64_t), void *
     char dir[1024];
     TRY(model_dir(dir, sizeof dir, o->model));
     TRY(model_config_load(&e->config, dir));
-    TRY(precision_parse(&e->precision, o->precision));
-
     const device_ops *ops;
     TRY(device_find(&ops, o->device));
+    /* A device whose memory is only counted needs no files: weights are sizes to it. Opening maps
+     * them; nothing is read yet. */
+    const bool synthetic = o->synthetic || ops->virtual_time || !ops->has_logits;
+    TRY(checkpoint_open(&e->checkpoint, &e->config, synthetic ? NULL : dir, o->weights_seed));
+    TRY(checkpoint_parse_precision(e->checkpoint, &e->precision, o->precision));
     TRY(model_fits_tp(&e->config, o->device_options.tp, e->precision.group));
     TRY(model_fits_precision(&e->config, &e->precision, o->device_options.tp));
     TRY(ops->open(&e->device, &o->device_options));
     TRY(plan_memory(e));
-    /* A device whose memory is only counted needs no files: weights are sizes to it. */
-    const bool synthetic = o->synthetic || ops->virtual_time || !ops->has_logits;
-    TRY(checkpoint_open(&e->checkpoint, &e->config, synthetic ? NULL : dir, o->weights_seed));
-
     TRY(forward_load(&e->forward, &e->memory, e->device, e->checkpoint, &e->config, &e->precision,
                      progress, user));
     const device_setup setup = {.config = &e->config,
@@ -234,7 +233,8 @@ status engine_step(engine *e, bool *ran) {
     return ST_OK;
 }
 
-/* --- Whole workloads --------------------------------------------------------------------------- */
+/* --- Whole workloads ---------------------------------------------------------------------------
+ */
 
 /* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `next_of_user`
  * holds each user's next request, due at once. */
@@ -346,3 +346,5 @@ uint64_t engine_digest(const engine *e) { return checkpoint_digest(e->checkpoint
 int64_t engine_now_ns(const engine *e) { return timeline_now_ns(&e->clock); }
 forward *engine_forward(engine *e) { return e->forward; }
 device *engine_device(engine *e) { return e->device; }
+int32_t engine_token_budget(const engine *e) { return e->options.policy.token_budget; }
+const checkpoint *engine_checkpoint(const engine *e) { return e->checkpoint; }

@@ -14,8 +14,9 @@ typedef struct {
     const char *model; /* folder with config.json, or a name under workloads/models */
     bool synthetic;    /* weights from weights_seed instead of the folder's files */
     uint64_t weights_seed;
-    const char *precision; /* "W4A16KV8" */
-    const char *device;    /* "cpu", "sim", "null" */
+    const char
+        *precision;     /* "W4A16KV8"; "auto", "autoA16KV8": weights as the checkpoint has them */
+    const char *device; /* "cpu", "sim", "null" */
     device_options device_options;
     double memory_fraction; /* of the device memory that may be used (0.9) */
     sched_policy policy;
@@ -53,8 +54,8 @@ typedef struct {
     void (*finished)(void *user, const request_log *log, const int32_t *token);
 } engine_hooks;
 
-/* Without a token hook a request ends at the model's end tokens (unless ignore_eos), at its stop tokens
- * and at max_new. With one, the hook is asked besides. */
+/* Without a token hook a request ends at the model's end tokens (unless ignore_eos), at its stop
+ * tokens and at max_new. With one, the hook is asked besides. */
 void engine_set_hooks(engine *e, const engine_hooks *h);
 
 /* Hand over a request now (sched_add has the refusals). The prompt stays the caller's. */
@@ -65,8 +66,8 @@ status engine_cancel(engine *e, int64_t id);
 status engine_step(engine *e, bool *ran);
 
 /* Serve a whole workload from its first arrival to its last finish, on the device's timeline. Fills
- * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request that
- * is refused is logged as such, and the run goes on. */
+ * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request
+ * that is refused is logged as such, and the run goes on. */
 status engine_serve(engine *e, arena *a, const workload *w, request_log *log);
 
 /* Before an independent run on the same engine: drop the prefix cache, restart the clock. */
@@ -92,4 +93,6 @@ uint64_t engine_digest(const engine *e); /* of the checkpoint; 0 = synthetic */
 int64_t engine_now_ns(const engine *e);
 forward *engine_forward(engine *e);
 device *engine_device(engine *e);
+int32_t engine_token_budget(const engine *e); /* tokens of a step at most */
+const checkpoint *engine_checkpoint(const engine *e);
 #endif

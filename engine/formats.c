@@ -20,37 +20,20 @@ static const struct {
     int32_t arch;
     const char *gpus;
 } archs[] = {
-    {ARCH_CPU, ""                  },
-    {80,       "A100-80GB"         },
-    {86,       "RTX 3090, A10, A40"},
-    {89,       "RTX 4090, L40S"    },
-    {90,       "H100-SXM, H200"    },
+    {ARCH_CPU, ""},         {80, "A100-80GB"},      {86, "RTX 3090, A10, A40"},
+    {89, "RTX 4090, L40S"}, {90, "H100-SXM, H200"},
 };
 
-/* Names a user may type, in the form that `plain` makes; compute capabilities after NVIDIA's table of
- * CUDA GPUs. Data sheets are not here: workloads/ has them. */
+/* Names a user may type, in the form that `plain` makes; compute capabilities after NVIDIA's table
+ * of CUDA GPUs. Data sheets are not here: workloads/ has them. */
 static const struct {
     const char *name;
     int32_t arch;
 } gpus[] = {
-    {"cpu",      ARCH_CPU},
-    {"a100",     80      },
-    {"a10080gb", 80      },
-    {"a10040gb", 80      },
-    {"rtx3090",  86      },
-    {"a10",      86      },
-    {"a40",      86      },
-    {"rtx4090",  89      },
-    {"l40s",     89      },
-    {"l4",       89      },
-    {"h100",     90      },
-    {"h100sxm",  90      },
-    {"h200",     90      },
-    {"sm80",     80      },
-    {"sm86",     86      },
-    {"sm89",     89      },
-    {"sm90",     90      },
-    {"sm90a",    90      },
+    {"cpu", ARCH_CPU}, {"a100", 80},    {"a10080gb", 80}, {"a10040gb", 80}, {"rtx3090", 86},
+    {"a10", 86},       {"a40", 86},     {"rtx4090", 89},  {"l40s", 89},     {"l4", 89},
+    {"h100", 90},      {"h100sxm", 90}, {"h200", 90},     {"sm80", 80},     {"sm86", 86},
+    {"sm89", 89},      {"sm90", 90},    {"sm90a", 90},
 };
 
 int32_t arch_count(void) { return COUNT_OF(archs); }
@@ -117,7 +100,8 @@ const format_kv *format_kv_rows(int32_t *n) {
     return kv_rows;
 }
 
-/* --- Support ----------------------------------------------------------------------------------- */
+/* --- Support -----------------------------------------------------------------------------------
+ */
 
 /* Why a pair has no meaning on any device; NULL when it has one. */
 static const char *meaningless(weight_format w, act_format a) {

@@ -45,17 +45,18 @@ const format_kv *format_kv_rows(int32_t *n);
 const format_linear *format_linear_find(const precision *p, int32_t arch);
 const format_kv *format_kv_find(kv_format f, int32_t arch);
 
-/* Can `p` run on `arch`, all its layers' K and V formats included? UNSUPPORTED with the name and the
- * reason otherwise. K and V are chosen independently, and so is each layer. */
+/* Can `p` run on `arch`, all its layers' K and V formats included? UNSUPPORTED with the name and
+ * the reason otherwise. K and V are chosen independently, and so is each layer. */
 status format_supported(const precision *p, int32_t arch);
 
-/* "cpu", "sm_80", or a GPU of the sweep as RTX 4090, rtx-4090, H100-SXM (letter case, blanks, dashes
- * and underscores do not count) -> architecture. NOTFOUND with the names that are known. */
+/* "cpu", "sm_80", or a GPU of the sweep as RTX 4090, rtx-4090, H100-SXM (letter case, blanks,
+ * dashes and underscores do not count) -> architecture. NOTFOUND with the names that are known. */
 status arch_parse(int32_t *arch, const char *name);
 /* "cpu" or "sm_89", into buf[16]; returns buf. */
 const char *arch_text(int32_t arch, char *buf);
 
-/* Architectures that kernels are built for, ARCH_CPU first; a GPU of each for the reader, "" for cpu. */
+/* Architectures that kernels are built for, ARCH_CPU first; a GPU of each for the reader, "" for
+ * cpu. */
 int32_t arch_count(void);
 int32_t arch_at(int32_t i);
 const char *arch_gpus(int32_t i);

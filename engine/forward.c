@@ -1,15 +1,16 @@
 /* forward.c - the transformer, written once: what a step does, in order, on any device.
  *
- *     embed -> layers x { norm, qkv, rope + KV append, attention, o, norm, ffn | experts } -> norm ->
- *     rows to be sampled -> logits -> draw
+ *     embed -> layers x { norm, qkv, rope + KV append, attention, o, norm, ffn | experts } -> norm
+ *     -> rows to be sampled -> logits -> draw
  *
- * The residual stream is a buffer of its own. A sub-layer's output (y) is added to it by the norm that
- * follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other norm adds
- * the y of the sub-layer before it, the last one adds the y of the last feed-forward. So y is complete
- * (reduced over ranks, biases of o and down included, once in all) before the next norm.
+ * The residual stream is a buffer of its own. A sub-layer's output (y) is added to it by the norm
+ * that follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other
+ * norm adds the y of the sub-layer before it, the last one adds the y of the last feed-forward. So
+ * y is complete (reduced over ranks, biases of o and down included, once in all) before the next
+ * norm.
  *
- * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows and
- * are taken once; a step uses their first rows. */
+ * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows
+ * and are taken once; a step uses their first rows. */
 #include "forward.h"
 #include <math.h>
 
@@ -211,7 +212,7 @@ status forward_load(forward **out, arena *a, device *d, checkpoint *k, const mod
     f->n_kv_heads = c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp; /* replicated when fewer */
 
     loader l = {.f = f, .k = k, .progress = progress, .user = user};
-    l.total = model_weight_bytes(c, p, tp);
+    l.total = checkpoint_weight_bytes(k, p, tp);
     TRY(load_field(&l, WEIGHT_embed, 0));
     for (int32_t i = 0; i < c->n_layers; i++)
         for (int field = 0; field < WEIGHT_COUNT; field++)

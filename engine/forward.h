@@ -20,8 +20,8 @@ status forward_load(forward **out, arena *a, device *d, checkpoint *k, const mod
                     void *user);
 status forward_setup(forward *f, const device_setup *s, const forward_plan *plan);
 
-/* One step: fills `out` [b->n_samples]; cost_ns as device_ops.end. A batch that breaks its promises is
- * a programmer error. */
+/* One step: fills `out` [b->n_samples]; cost_ns as device_ops.end. A batch that breaks its promises
+ * is a programmer error. */
 status forward_step(forward *f, const batch *b, sampled *out, int64_t *cost_ns);
 
 /* Logits of the last step, f32 [n_samples, vocab]. */

@@ -1,4 +1,5 @@
-/* gpu.c - see gpu.h. A figure is {"value": ..., "source": "..."}: one without a source is refused. */
+/* gpu.c - see gpu.h. A figure is {"value": ..., "source": "..."}: one without a source is refused.
+ */
 #define _GNU_SOURCE
 #include "gpu.h"
 
@@ -21,22 +22,22 @@ typedef struct {
 
 #define AT(member) offsetof(gpu_sheet, member)
 static const field fields[] = {
-    {"sm",                AT(sm),                INT32,  70,   200 },
-    {"n_sms",             AT(n_sms),             INT32,  1,    4096},
-    {"f16_flops",         AT(f16_flops),         DOUBLE, 1e9,  1e18},
-    {"int8_ops",          AT(int8_ops),          DOUBLE, 0,    1e18},
-    {"fp8_flops",         AT(fp8_flops),         DOUBLE, 0,    1e18},
-    {"f32_flops",         AT(f32_flops),         DOUBLE, 1e9,  1e18},
-    {"dram_bytes_per_s",  AT(dram_bytes_per_s),  DOUBLE, 1e9,  1e15},
-    {"link_bytes_per_s",  AT(link_bytes_per_s),  DOUBLE, 1e6,  1e15},
-    {"memory_bytes",      AT(memory_bytes),      INT64,  1e6,  1e15},
-    {"reserved_bytes",    AT(reserved_bytes),    INT64,  0,    1e15},
-    {"l2_bytes",          AT(l2_bytes),          INT64,  0,    1e12},
-    {"dram_efficiency",   AT(dram_efficiency),   DOUBLE, 0.01, 1   },
-    {"matrix_efficiency", AT(matrix_efficiency), DOUBLE, 0.01, 1   },
-    {"launch_s",          AT(launch_s),          DOUBLE, 0,    1   },
-    {"step_s",            AT(step_s),            DOUBLE, 0,    1   },
-    {"link_latency_s",    AT(link_latency_s),    DOUBLE, 0,    1   },
+    {"sm", AT(sm), INT32, 70, 200},
+    {"n_sms", AT(n_sms), INT32, 1, 4096},
+    {"f16_flops", AT(f16_flops), DOUBLE, 1e9, 1e18},
+    {"int8_ops", AT(int8_ops), DOUBLE, 0, 1e18},
+    {"fp8_flops", AT(fp8_flops), DOUBLE, 0, 1e18},
+    {"f32_flops", AT(f32_flops), DOUBLE, 1e9, 1e18},
+    {"dram_bytes_per_s", AT(dram_bytes_per_s), DOUBLE, 1e9, 1e15},
+    {"link_bytes_per_s", AT(link_bytes_per_s), DOUBLE, 1e6, 1e15},
+    {"memory_bytes", AT(memory_bytes), INT64, 1e6, 1e15},
+    {"reserved_bytes", AT(reserved_bytes), INT64, 0, 1e15},
+    {"l2_bytes", AT(l2_bytes), INT64, 0, 1e12},
+    {"dram_efficiency", AT(dram_efficiency), DOUBLE, 0.01, 1},
+    {"matrix_efficiency", AT(matrix_efficiency), DOUBLE, 0.01, 1},
+    {"launch_s", AT(launch_s), DOUBLE, 0, 1},
+    {"step_s", AT(step_s), DOUBLE, 0, 1},
+    {"link_latency_s", AT(link_latency_s), DOUBLE, 0, 1},
 };
 #undef AT
 

@@ -16,8 +16,9 @@ typedef struct {
     double dram_bytes_per_s, link_bytes_per_s; /* link: one direction, to the peers of a node */
     int64_t memory_bytes, reserved_bytes; /* as the driver reports; taken by context, libraries */
     int64_t l2_bytes;
-    /* Calibration: what a well-written kernel reaches, as a fraction of the figures above, and fixed
-     * costs. From measurements where `calibrated` names them, else from the data sheet defaults. */
+    /* Calibration: what a well-written kernel reaches, as a fraction of the figures above, and
+     * fixed costs. From measurements where `calibrated` names them, else from the data sheet
+     * defaults. */
     double dram_efficiency, matrix_efficiency;
     double launch_s, step_s,
         link_latency_s;  /* per kernel in a graph; per engine step; per collective */

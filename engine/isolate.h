@@ -1,7 +1,8 @@
-/* isolate.h - jobs in child processes of their own, so that a crash of one is a result and not an end.
+/* isolate.h - jobs in child processes of their own, so that a crash of one is a result and not an
+ * end.
  *
- * A child is a fork: it inherits everything that was loaded (scripts, tables) and starts no program.
- * The parent must not have started threads of its own. */
+ * A child is a fork: it inherits everything that was loaded (scripts, tables) and starts no
+ * program. The parent must not have started threads of its own. */
 #ifndef AMALGAM_ISOLATE_H
 #define AMALGAM_ISOLATE_H
 #include "base.h"
@@ -39,8 +40,8 @@ void isolate_open(isolate_pool *p, int32_t n_slots, double timeout_s);
 status isolate_start(isolate_pool *p, int64_t index, int (*job)(void *user, int64_t index, int fd),
                      void *user);
 
-/* Wait for the next job to end. At least one must be running. INTERRUPTED after SIGINT or SIGTERM, with
- * all children killed. */
+/* Wait for the next job to end. At least one must be running. INTERRUPTED after SIGINT or SIGTERM,
+ * with all children killed. */
 status isolate_wait(isolate_pool *p, isolate_result *out);
 
 /* Kill what still runs and free everything. */

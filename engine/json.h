@@ -1,7 +1,7 @@
 /* json.h - jansson with messages that name the file and the key, and range checks on every number.
  *
- * All getters take `where` (usually the file name) for messages and fail with FORMAT when the type is
- * wrong, RANGE when a number lies outside [lo, hi], NOTFOUND when a required key is missing. */
+ * All getters take `where` (usually the file name) for messages and fail with FORMAT when the type
+ * is wrong, RANGE when a number lies outside [lo, hi], NOTFOUND when a required key is missing. */
 #ifndef AMALGAM_JSON_H
 #define AMALGAM_JSON_H
 #include "base.h"

@@ -1,10 +1,10 @@
 /* kvpool.c - see kvpool.h.
  *
- * One record per page; three intrusive lists through it: the free stack, the LRU list of cached pages
- * and the chains of the hash table. The prefix cache is a trie whose edges are pages of 64 tokens; its
- * nodes are found by hashing (parent, tokens). Every registration gets a serial number of its own,
- * which is what children name as their parent: a page that was evicted leaves children that nobody can
- * reach any more, and they age out of the LRU list. */
+ * One record per page; three intrusive lists through it: the free stack, the LRU list of cached
+ * pages and the chains of the hash table. The prefix cache is a trie whose edges are pages of 64
+ * tokens; its nodes are found by hashing (parent, tokens). Every registration gets a serial number
+ * of its own, which is what children name as their parent: a page that was evicted leaves children
+ * that nobody can reach any more, and they age out of the LRU list. */
 #include "kvpool.h"
 
 #include "kernel.h"
@@ -69,7 +69,8 @@ status kvpool_open(kvpool **out, arena *a, int32_t n_pages, bool prefix_cache) {
     return ST_OK;
 }
 
-/* --- The prefix cache -------------------------------------------------------------------------- */
+/* --- The prefix cache --------------------------------------------------------------------------
+ */
 
 static uint32_t bucket_of(const kvpool *p, bool first, uint64_t parent, const int32_t *token) {
     const uint64_t h = hash_bytes(token, KV_PAGE_TOKENS * sizeof *token, first ? ~parent : parent);
@@ -210,7 +211,8 @@ void kvpool_flush(kvpool *p) {
     }
 }
 
-/* --- Taking and giving back -------------------------------------------------------------------- */
+/* --- Taking and giving back --------------------------------------------------------------------
+ */
 
 /* A page for one owner: free if there is one, else the cached page unused for longest. */
 static int32_t take(kvpool *p) {
@@ -276,7 +278,8 @@ void kvpool_release(kvpool *p, kvseq *s) {
     s->chain = 0;
 }
 
-/* --- Looking ----------------------------------------------------------------------------------- */
+/* --- Looking -----------------------------------------------------------------------------------
+ */
 
 int32_t kvpool_pages(const kvpool *p) { return p->n_pages; }
 int32_t kvpool_available(const kvpool *p) { return p->n_free + p->n_cached; }

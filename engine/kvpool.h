@@ -6,11 +6,12 @@
  *     evictable in LRU order) -> free
  *
  * With the prefix cache on, a full page is registered under (identity of the page before it, or the
- * salt for a first page; its 64 tokens). A hash finds it, and the whole key is compared exactly: since
+ * salt for a first page; its 64 tokens). A hash finds it, and the whole key is compared exactly:
+ * since
  * an identity is never used twice, a hash collision costs a miss and never a wrong answer, over the
  * whole prefix and not just over the last 64 tokens. Partial pages are never shared, so no
- * copy-on-write is needed. With it off, a page goes straight back to free. Nothing here knows bytes or
- * devices. */
+ * copy-on-write is needed. With it off, a page goes straight back to free. Nothing here knows bytes
+ * or devices. */
 #ifndef AMALGAM_KVPOOL_H
 #define AMALGAM_KVPOOL_H
 #include "base.h"
@@ -32,8 +33,8 @@ status kvpool_open(kvpool **out, arena *a, int32_t n_pages, bool prefix_cache);
 size_t kvpool_bytes(int32_t n_pages, bool prefix_cache);
 
 /* Longest run of full cached pages that equals the beginning of token[0..n), never all of it (at
- * least one token is left to compute). Takes references and puts them into an empty `s`; returns the
- * number of tokens covered (a multiple of 64). */
+ * least one token is left to compute). Takes references and puts them into an empty `s`; returns
+ * the number of tokens covered (a multiple of 64). */
 int32_t kvpool_match(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt);
 
 /* Make room for n_tokens in all, taking free pages, then evicting cached ones, oldest first. False
@@ -49,8 +50,8 @@ bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t
  * known. When an equal page is registered already, this one stays private. */
 void kvpool_register(kvpool *p, kvseq *s, const int32_t *token, int32_t n_computed, uint64_t salt);
 
-/* Drop all references of the sequence; it is empty afterwards. Idempotent. Its last pages become the
- * first to be evicted, so that what is left of a prefix can still be matched. */
+/* Drop all references of the sequence; it is empty afterwards. Idempotent. Its last pages become
+ * the first to be evicted, so that what is left of a prefix can still be matched. */
 void kvpool_release(kvpool *p, kvseq *s);
 
 /* Forget everything cached and unreferenced (between experiment points). */

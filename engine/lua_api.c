@@ -6,6 +6,7 @@
 #include "formats.h"
 #include "isolate.h"
 #include "kernel.h"
+#include "load.h"
 #include "lua_json.h"
 #include "progress.h"
 #include "results.h"
@@ -21,7 +22,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* --- Options ----------------------------------------------------------------------------------- */
+/* --- Options -----------------------------------------------------------------------------------
+ */
 
 /* A misspelt option must not take its default. `known` ends with NULL. */
 static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
@@ -113,6 +115,8 @@ static const char *const engine_keys[] = {"model",
                                           "pages",
                                           "scheduler",
                                           "dequant_first",
+                                          "kernel_family",
+                                          "no_graphs",
                                           "trace",
                                           /* serve */ "workload",
                                           "limits",
@@ -142,6 +146,11 @@ static void read_engine_options(lua_State *L, int t, engine_options *o) {
     opt_i32(L, t, "tp", 1, 64, &o->device_options.tp);
     opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);
     opt_bool(L, t, "dequant_first", &o->device_options.dequant_first);
+    opt_bool(L, t, "no_graphs", &o->device_options.no_graphs);
+    const char *family = NULL;
+    opt_str(L, t, "kernel_family", &family);
+    if (device_family(&o->device_options.kernel_family, family) != ST_OK)
+        luaL_error(L, "%s", fail_message());
     opt_num(L, t, "memory_fraction", 0.01, 1, &o->memory_fraction);
     opt_i32(L, t, "ctx_max", 1, 1 << 24, &o->ctx_max);
     opt_i32(L, t, "pages", 1, 1 << 24, &o->pages);
@@ -238,14 +247,9 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
         static const struct {
             const char *name;
             arrival_kind kind;
-        } kinds[] = {
-            {"at_once",  ARRIVE_AT_ONCE },
-            {"poisson",  ARRIVE_POISSON },
-            {"gamma",    ARRIVE_GAMMA   },
-            {"constant", ARRIVE_CONSTANT},
-            {"trace",    ARRIVE_TRACE   },
-            {"closed",   ARRIVE_CLOSED  }
-        };
+        } kinds[] = {{"at_once", ARRIVE_AT_ONCE}, {"poisson", ARRIVE_POISSON},
+                     {"gamma", ARRIVE_GAMMA},     {"constant", ARRIVE_CONSTANT},
+                     {"trace", ARRIVE_TRACE},     {"closed", ARRIVE_CLOSED}};
         int32_t at = -1;
         for (int32_t i = 0; i < COUNT_OF(kinds); i++)
             if (strcmp(kinds[i].name, arrival) == 0) at = i;
@@ -265,7 +269,8 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
     o->vocab = vocab;
 }
 
-/* --- Outcomes ---------------------------------------------------------------------------------- */
+/* --- Outcomes ----------------------------------------------------------------------------------
+ */
 
 /* Some failures are results of the point, not errors of the script: it does not fit, or the device
  * cannot do it. Push {status, reason}; raise anything else. */
@@ -316,7 +321,8 @@ static const char *origin_of(const engine_options *o) {
     return strcmp(o->device, "null") == 0 ? "reference" : "measured";
 }
 
-/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe. */
+/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe.
+ */
 typedef struct {
     arena memory;
     engine *engine;
@@ -343,8 +349,8 @@ static session *session_new(lua_State *L) {
     return s;
 }
 
-/* Model and precision of an option table, without opening an engine. The config is large and calls are
- * never concurrent within a state. */
+/* Model and precision of an option table, without opening an engine. The config is large and calls
+ * are never concurrent within a state. */
 static model_config *load_config(lua_State *L, const engine_options *o) {
     static model_config config;
     char dir[1024];
@@ -353,10 +359,11 @@ static model_config *load_config(lua_State *L, const engine_options *o) {
     return &config;
 }
 
-/* --- serve ------------------------------------------------------------------------------------- */
+/* --- serve -------------------------------------------------------------------------------------
+ */
 
 /* Prompts of generated lengths become slices of held-out text, one after the other, so that a real
- * checkpoint reads real text. */
+ * checkpoint reads real text. Common prefixes are slices of its beginning, taken in turn. */
 static status fill_prompts(session *s, const char *dir, workload *w, uint64_t seed) {
     TRY(tokenizer_open(&s->tokenizer, dir));
     text corpus = {0};
@@ -373,8 +380,10 @@ static status fill_prompts(session *s, const char *dir, workload *w, uint64_t se
     int64_t at = 0;
     for (int32_t i = 0; st == ST_OK && i < w->n; i++) {
         request *r = &w->request[i];
-        for (int32_t j = 0; j < r->n_prompt; j++)
-            all[at + j] = tokens.data[(at + j) % tokens.length];
+        const int64_t prefix = w->options.shared_prefix,
+                      common = prefix > 0 ? i % w->options.n_prefixes * prefix : 0;
+        for (int64_t j = 0; j < r->n_prompt; j++)
+            all[at + j] = tokens.data[(j < prefix ? common + j : at + j) % tokens.length];
         r->prompt = all + at;
         at += r->n_prompt;
     }
@@ -391,6 +400,19 @@ static void push_stats(lua_State *L, const engine_stats *s) {
     if (s->n_steps) set_num(L, "step_mean_ms", (double)s->busy_ns / (double)s->n_steps * 1e-6);
 }
 
+static metric_limits read_limits(lua_State *L, int index) {
+    static const char *const known[] = {"ttft_ms", "tpot_ms", "e2e_ms", NULL};
+    double ttft_ms = 0, tpot_ms = 0, e2e_ms = 0;
+    if (!opt_table(L, index, "limits")) return (metric_limits){0};
+    const int t = lua_gettop(L);
+    check_keys(L, t, "limits", known);
+    opt_num(L, t, "ttft_ms", 0, 1e9, &ttft_ms);
+    opt_num(L, t, "tpot_ms", 0, 1e9, &tpot_ms);
+    opt_num(L, t, "e2e_ms", 0, 1e9, &e2e_ms);
+    lua_pop(L, 1);
+    return (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
+}
+
 static int l_serve(lua_State *L) {
     engine_options o;
     lua_settop(L, 1);
@@ -405,18 +427,7 @@ static int l_serve(lua_State *L) {
     const char *contents = "random";
     opt_str(L, wt, "contents", &contents);
     lua_pop(L, 1);
-    metric_limits limits = {0};
-    if (opt_table(L, 1, "limits")) {
-        static const char *const known[] = {"ttft_ms", "tpot_ms", "e2e_ms", NULL};
-        const int t = lua_gettop(L);
-        double ttft_ms = 0, tpot_ms = 0, e2e_ms = 0;
-        check_keys(L, t, "limits", known);
-        opt_num(L, t, "ttft_ms", 0, 1e9, &ttft_ms);
-        opt_num(L, t, "tpot_ms", 0, 1e9, &tpot_ms);
-        opt_num(L, t, "e2e_ms", 0, 1e9, &e2e_ms);
-        limits = (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
-        lua_pop(L, 1);
-    }
+    const metric_limits limits = read_limits(L, 1);
     workload w;
     if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
     if (strcmp(contents, "corpus") == 0) {
@@ -454,10 +465,73 @@ static int l_serve(lua_State *L) {
     return 1;
 }
 
-/* --- capacity ---------------------------------------------------------------------------------- */
+/* --- bench_serve -------------------------------------------------------------------------------
+ */
 
-/* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent the
- * smallest degree on which it fits is chosen. */
+/* A workload against a server that runs already: load.h. A run whose load generator was late is a
+ * result of status "invalid". */
+static int l_bench_serve(lua_State *L) {
+    static const char *const known[] = {"url",         "path",      "model",  "api_key",
+                                        "concurrency", "timeout_s", "limits", "tokenizer",
+                                        "vocab",       "workload",  NULL};
+    load_options o = {0};
+    lua_settop(L, 1);
+    check_keys(L, 1, "options", known);
+    session *s = session_new(L);
+    const char *dir = NULL;
+    opt_str(L, 1, "url", &o.url);
+    if (!o.url) return luaL_error(L, "'url' is missing");
+    opt_str(L, 1, "path", &o.path);
+    opt_str(L, 1, "model", &o.model);
+    opt_str(L, 1, "api_key", &o.api_key);
+    opt_str(L, 1, "tokenizer", &dir);
+    opt_i32(L, 1, "concurrency", 0, 1 << 20, &o.max_concurrency);
+    opt_num(L, 1, "timeout_s", 0, 1e6, &o.timeout_s);
+    if (dir && tokenizer_open(&s->tokenizer, dir) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    o.tok = s->tokenizer;
+    char name[128];
+    int32_t vocab = 0;
+    opt_i32(L, 1, "vocab", 0, 1 << 24, &vocab);
+    if (!vocab && dir) vocab = tokenizer_vocab_size(s->tokenizer);
+    if (!vocab && load_ask_model(name, sizeof name, &vocab, &o) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    if (!vocab) return luaL_error(L, "the server does not tell its vocabulary: give 'vocab'");
+    const metric_limits limits = read_limits(L, 1);
+
+    if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
+    workload_options wo;
+    workload w;
+    read_workload(L, lua_gettop(L), vocab, &wo);
+    lua_pop(L, 1);
+    if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
+    request_log *log = arena_array(&s->memory, request_log, (size_t)w.n + 1);
+    if (!log) return luaL_error(L, "out of memory");
+    load_report r;
+    metrics m;
+    if (load_run(&r, &s->memory, &o, &w, log) != ST_OK ||
+        metrics_compute(&m, log, w.n, &limits) != ST_OK)
+        return luaL_error(L, "%s", fail_message());
+    json_t *object = json_object();
+    if (!object || metrics_json(&m, object) != ST_OK) return luaL_error(L, "out of memory");
+    const bool failed = r.n_failed > 0;
+    lua_createtable(L, 0, 4);
+    set_str(L, "status", failed ? "failed" : r.valid ? "ok" : "invalid");
+    if (failed) set_str(L, "reason", r.failure);
+    if (!failed && !r.valid) set_str(L, "reason", "the load generator was late");
+    set_str(L, "origin", "measured");
+    lua_push_json(L, object);
+    json_decref(object);
+    set_num(L, "own_lag_p99_ms", r.lag_p99_s * 1e3);
+    lua_setfield(L, -2, "metrics");
+    return 1;
+}
+
+/* --- capacity ----------------------------------------------------------------------------------
+ */
+
+/* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
+ * the smallest degree on which it fits is chosen. */
 static int l_capacity(lua_State *L) {
     engine_options o;
     lua_settop(L, 1);
@@ -496,7 +570,8 @@ static int l_capacity(lua_State *L) {
     return 1;
 }
 
-/* --- evaluate ---------------------------------------------------------------------------------- */
+/* --- evaluate ----------------------------------------------------------------------------------
+ */
 
 static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32_t stride) {
     static const char *const known[] = {"seed", "bytes", NULL};
@@ -584,7 +659,8 @@ static int l_evaluate(lua_State *L) {
     return 1;
 }
 
-/* --- Registry ---------------------------------------------------------------------------------- */
+/* --- Registry ----------------------------------------------------------------------------------
+ */
 
 static int push_names(lua_State *L, status (*names)(arena *, const char ***, int32_t *)) {
     arena a;
@@ -652,7 +728,8 @@ static int l_precision(lua_State *L) {
     return 1;
 }
 
-/* --- Suite services ---------------------------------------------------------------------------- */
+/* --- Suite services ----------------------------------------------------------------------------
+ */
 
 static int l_json_encode(lua_State *L) {
     json_t *value = lua_to_json(L, 1);
@@ -754,7 +831,8 @@ static int l_write_file(lua_State *L) {
 }
 
 /* lock(path, "exclusive" or "shared", wait): flock on the file, held until the program ends. False
- * when another program has it and `wait` is false. A lock taken before is given up for the new kind. */
+ * when another program has it and `wait` is false. A lock taken before is given up for the new
+ * kind. */
 static int l_lock(lua_State *L) {
     static const char *const kinds[] = {"exclusive", "shared", NULL};
     static char held[4096];
@@ -802,8 +880,9 @@ static int l_list(lua_State *L) {
     return 1;
 }
 
-/* isolate(n, jobs, timeout_s, run, done): run(i) for i = 1..n in child processes, `jobs` at a time; its
- * result (a table) comes back as JSON and done(i, result or nil, reason, wall_s) is called here. */
+/* isolate(n, jobs, timeout_s, run, done): run(i) for i = 1..n in child processes, `jobs` at a time;
+ * its result (a table) comes back as JSON and done(i, result or nil, reason, wall_s) is called
+ * here. */
 static int isolated_job(void *user, int64_t index, int fd) {
     lua_State *L = user;
     lua_pushvalue(L, 4);
@@ -897,33 +976,35 @@ static int l_progress_end(lua_State *L) {
     return 0;
 }
 
-/* --- The module -------------------------------------------------------------------------------- */
+/* --- The module --------------------------------------------------------------------------------
+ */
 
 static const luaL_Reg functions[] = {
-    {"serve",          l_serve         },
-    {"capacity",       l_capacity      },
-    {"evaluate",       l_evaluate      },
-    {"models",         l_models        },
-    {"gpus",           l_gpus          },
-    {"model",          l_model         },
-    {"gpu",            l_gpu           },
-    {"precision",      l_precision     },
-    {"json_encode",    l_json_encode   },
-    {"json_decode",    l_json_decode   },
-    {"hash",           l_hash          },
-    {"identity",       l_identity      },
-    {"append",         l_append        },
-    {"rows",           l_rows          },
-    {"read_file",      l_read_file     },
-    {"write_file",     l_write_file    },
-    {"list",           l_list          },
-    {"lock",           l_lock          },
-    {"isolate",        l_isolate       },
+    {"serve", l_serve},
+    {"bench_serve", l_bench_serve},
+    {"capacity", l_capacity},
+    {"evaluate", l_evaluate},
+    {"models", l_models},
+    {"gpus", l_gpus},
+    {"model", l_model},
+    {"gpu", l_gpu},
+    {"precision", l_precision},
+    {"json_encode", l_json_encode},
+    {"json_decode", l_json_decode},
+    {"hash", l_hash},
+    {"identity", l_identity},
+    {"append", l_append},
+    {"rows", l_rows},
+    {"read_file", l_read_file},
+    {"write_file", l_write_file},
+    {"list", l_list},
+    {"lock", l_lock},
+    {"isolate", l_isolate},
     {"progress_start", l_progress_start},
-    {"progress_show",  l_progress_show },
-    {"progress_line",  l_progress_line },
-    {"progress_end",   l_progress_end  },
-    {NULL,             NULL            },
+    {"progress_show", l_progress_show},
+    {"progress_line", l_progress_line},
+    {"progress_end", l_progress_end},
+    {NULL, NULL},
 };
 
 static int open_module(lua_State *L) {
@@ -943,8 +1024,8 @@ lua_State *lua_api_open(void) {
     lua_pop(L, 1);
     const char *root = root_dir();
     lua_getglobal(L, "package");
-    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua", root,
-                    root, root, root);
+    lua_pushfstring(L, "%s/experiments/?.lua;%s/baselines/?.lua;%s/plots/?.lua;%s/tests/?.lua",
+                    root, root, root, root);
     lua_setfield(L, -2, "path");
     lua_pushstring(L, ""); /* no C modules: nothing is loaded that the checkout does not hold */
     lua_setfield(L, -2, "cpath");

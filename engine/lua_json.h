@@ -1,5 +1,5 @@
-/* lua_json.h - values between Lua and JSON. Objects are written with sorted keys, so equal tables give
- * equal text and a text can be hashed as a key. */
+/* lua_json.h - values between Lua and JSON. Objects are written with sorted keys, so equal tables
+ * give equal text and a text can be hashed as a key. */
 #ifndef AMALGAM_LUA_JSON_H
 #define AMALGAM_LUA_JSON_H
 #include "base.h"

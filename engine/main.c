@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static int run_lua_file(int argc, char **argv);
 
@@ -20,19 +21,22 @@ typedef struct {
 } command;
 
 static const command commands[] = {
-    {"run",      NULL,         "lib_run",     "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
-    {"report",   NULL,         "lib_report",  "tables, plots and PAPER.md from stored results"         },
-    {"compare",  NULL,         "lib_compare", "two versions by their stored results: compare BASE HEAD"},
-    {"generate", cmd_generate, NULL,          "text from a prompt"                                     },
-    {"eval",     cmd_evaluate, NULL,          "perplexity of a text under a precision"                 },
-    {"bench",    cmd_bench,    NULL,          "speed of the harness: null, sim and cpu devices"        },
-    {"formats",  cmd_formats,  NULL,          "which precisions run where, and with which kernels"     },
-    {"models",   cmd_models,   NULL,          "the models of the sweep and their sizes"                },
-    {"inspect",  cmd_inspect,  NULL,          "inspect model | plan | trace"                           },
-    {"tokenize", cmd_tokenize, NULL,          "ids of a text"                                          },
-    {"corpus",   cmd_corpus,   NULL,          "text and tasks of the seeded generator"                 },
-    {"doctor",   cmd_doctor,   NULL,          "what this machine has and what is missing"              },
-    {"lua",      run_lua_file, NULL,          "run a Lua script with the module amalgam"               },
+    {"run", NULL, "lib_run", "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
+    {"report", NULL, "lib_report", "tables, plots and PAPER.md from stored results"},
+    {"compare", NULL, "lib_compare", "two versions by their stored results: compare BASE HEAD"},
+    {"generate", cmd_generate, NULL, "text from a prompt"},
+    {"chat", cmd_chat, NULL, "talk to a model in the terminal"},
+    {"serve", cmd_serve, NULL, "OpenAI-compatible HTTP server"},
+    {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
+    {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
+    {"bench", cmd_bench, NULL, "bench harness | serve: of ourselves, of a server"},
+    {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
+    {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
+    {"inspect", cmd_inspect, NULL, "inspect model | plan | trace"},
+    {"tokenize", cmd_tokenize, NULL, "ids of a text"},
+    {"corpus", cmd_corpus, NULL, "text and tasks of the seeded generator"},
+    {"doctor", cmd_doctor, NULL, "what this machine has and what is missing"},
+    {"lua", run_lua_file, NULL, "run a Lua script with the module amalgam"},
 };
 
 static int help(FILE *to) {
@@ -70,7 +74,17 @@ static int run_lua_file(int argc, char **argv) {
     return result;
 }
 
+/* Idle OpenMP threads must sleep: spinning ones wait for a core that another process holds, which
+ * makes the cpu device ten times slower on a machine that is not ours alone. libgomp reads the
+ * variable before main begins, so the program is started over, once. */
+static void idle_threads_sleep(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv); /* on failure: go on as we are */
+}
+
 int main(int argc, char **argv) {
+    idle_threads_sleep(argv);
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
     int at = 1;
     if (at + 1 < argc && strcmp(argv[at], "--root") == 0) {

@@ -1,11 +1,12 @@
-/* model.c - see model.h. One row per Hugging Face class says what its config.json leaves unsaid; the
- * rest is reading keys in both spellings and refusing what the engine does not compute.
+/* model.c - see model.h. One row per Hugging Face class says what its config.json leaves unsaid;
+ * the rest is reading keys in both spellings and refusing what the engine does not compute.
  *
- * Keys that are absent take the default of the class (configuration_<class>.py of transformers), not
- * a plausible one: MistralConfig without `sliding_window` has a window of 4096, with null it has none.
+ * Keys that are absent take the default of the class (configuration_<class>.py of transformers),
+ * not a plausible one: MistralConfig without `sliding_window` has a window of 4096, with null it
+ * has none.
  *
- * Mixtral's modelling code takes the softmax over all experts and renormalises the chosen ones; that
- * is exp(l_i) / sum over the chosen of exp(l_j), the softmax over the chosen, so its route is
+ * Mixtral's modelling code takes the softmax over all experts and renormalises the chosen ones;
+ * that is exp(l_i) / sum over the chosen of exp(l_j), the softmax over the chosen, so its route is
  * TOPK_SOFTMAX here. Qwen3-MoE with norm_topk_prob true is the same number, false is not. */
 #define _GNU_SOURCE
 #include "model.h"
@@ -201,7 +202,8 @@ status model_config_parse(model_config *out, const char *data, size_t n, const c
     return st;
 }
 
-/* --- Reading ----------------------------------------------------------------------------------- */
+/* --- Reading -----------------------------------------------------------------------------------
+ */
 
 static status read_arch(reader *r) {
     const char *arch = NULL, *type = NULL;
@@ -231,11 +233,7 @@ static status read_dtype(reader *r) {
     static const struct {
         const char *text;
         dtype type;
-    } names[] = {
-        {"bfloat16", DT_BF16},
-        {"float16",  DT_F16 },
-        {"float32",  DT_F32 }
-    };
+    } names[] = {{"bfloat16", DT_BF16}, {"float16", DT_F16}, {"float32", DT_F32}};
     const char *old = NULL, *now = NULL;
     TRY(json_opt_string(r->root, "torch_dtype", r->where, &old));
     TRY(json_opt_string(r->root, "dtype", r->where, &now));
@@ -330,19 +328,18 @@ static status read_activation(reader *r) {
     return ST_OK;
 }
 
-/* --- Rotary embedding -------------------------------------------------------------------------- */
+/* --- Rotary embedding --------------------------------------------------------------------------
+ */
 
 static status read_rope_kind(const json_t *j, const char *where, rope_kind *kind) {
     static const struct {
         const char *text;
         rope_kind kind;
-    } names[] = {
-        {"default", ROPE_DEFAULT},
-        {"linear",  ROPE_LINEAR },
-        {"llama3",  ROPE_LLAMA3 },
-        {"yarn",    ROPE_YARN   },
-        {"dynamic", ROPE_DYNAMIC}
-    };
+    } names[] = {{"default", ROPE_DEFAULT},
+                 {"linear", ROPE_LINEAR},
+                 {"llama3", ROPE_LLAMA3},
+                 {"yarn", ROPE_YARN},
+                 {"dynamic", ROPE_DYNAMIC}};
     const char *name = NULL;
     TRY(json_opt_string(j, "type", where, &name)); /* before transformers 4.43 */
     TRY(json_opt_string(j, "rope_type", where, &name));
@@ -469,7 +466,8 @@ static status read_rope(reader *r) {
     return ST_OK;
 }
 
-/* --- Windows ----------------------------------------------------------------------------------- */
+/* --- Windows -----------------------------------------------------------------------------------
+ */
 
 /* layer_types -> windows; *given is false when the key is absent. */
 static status read_layer_types(reader *r, int32_t window, bool *given) {
@@ -525,7 +523,8 @@ static status read_window(reader *r) {
     return ST_OK;
 }
 
-/* --- Token ids --------------------------------------------------------------------------------- */
+/* --- Token ids ---------------------------------------------------------------------------------
+ */
 
 static status add_eos(reader *r, const json_t *v, const char *where) {
     model_config *c = r->c;
@@ -553,7 +552,8 @@ static status read_tokens(reader *r, const json_t *root, const char *where) {
     return ST_OK;
 }
 
-/* --- Folders ----------------------------------------------------------------------------------- */
+/* --- Folders -----------------------------------------------------------------------------------
+ */
 
 static bool holds_config(const char *dir) {
     char path[4400];
@@ -630,7 +630,8 @@ status model_config_load(model_config *out, const char *name) {
     return read_generation(out, dir);
 }
 
-/* --- Derived figures --------------------------------------------------------------------------- */
+/* --- Derived figures ---------------------------------------------------------------------------
+ */
 
 /* `experts` of the n_experts matrices of every expert field are counted. */
 static int64_t parameters(const model_config *c, int32_t experts) {

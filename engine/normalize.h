@@ -1,4 +1,5 @@
-/* normalize.h - the "normalizer" of a tokenizer.json: NFC, Replace, Prepend and Sequences of them. */
+/* normalize.h - the "normalizer" of a tokenizer.json: NFC, Replace, Prepend and Sequences of them.
+ */
 #ifndef AMALGAM_NORMALIZE_H
 #define AMALGAM_NORMALIZE_H
 #include "pattern.h"

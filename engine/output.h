@@ -1,4 +1,5 @@
-/* output.h - tokens of one request become text: streamed as whole characters, ended by stop strings. */
+/* output.h - tokens of one request become text: streamed as whole characters, ended by stop
+ * strings. */
 #ifndef AMALGAM_OUTPUT_H
 #define AMALGAM_OUTPUT_H
 #include "tokenizer.h"
@@ -16,13 +17,14 @@ typedef struct {
 void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops);
 void output_close(output *o); /* idempotent */
 
-/* One more token. *stopped when a stop string has appeared: the text then ends before it and takes no
- * more. NOMEM. */
+/* One more token. *stopped when a stop string has appeared: the text then ends before it and takes
+ * no more. NOMEM. */
 status output_push(output *o, int32_t token, bool *stopped);
-/* The request is over: what was held back (incomplete characters, beginnings of stop strings) is text. */
+/* The request is over: what was held back (incomplete characters, beginnings of stop strings) is
+ * text. */
 status output_finish(output *o);
 
-/* Bytes that can be shown now and were not yet; *n may be 0. Nothing that may still turn out to be part
- * of a stop string is handed out. Valid until the next call. */
+/* Bytes that can be shown now and were not yet; *n may be 0. Nothing that may still turn out to be
+ * part of a stop string is handed out. Valid until the next call. */
 const char *output_take(output *o, size_t *n);
 #endif

@@ -1,9 +1,9 @@
 /* pattern.c - see pattern.h.
  *
  * Easy to get wrong: PCRE2's own \s counts U+180E as a space, Oniguruma's does not; PCRE2's \w is
- * letters, all numbers and '_', Oniguruma's is Alphabetic, marks, decimal digits and connectors, and
- * outside a class six more of Latin-1 (compared over every code point assigned in Unicode 14). Characters assigned later have
- * no class here, for PCRE2 10.42 knows Unicode 14 only. */
+ * letters, all numbers and '_', Oniguruma's is Alphabetic, marks, decimal digits and connectors,
+ * and outside a class six more of Latin-1 (compared over every code point assigned in Unicode 14).
+ * Characters assigned later have no class here, for PCRE2 10.42 knows Unicode 14 only. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "pattern.h"
 
@@ -26,7 +26,8 @@ static void take(void *p, void *unused) {
     mem_free(p);
 }
 
-/* --- Oniguruma to PCRE2 ------------------------------------------------------------------------ */
+/* --- Oniguruma to PCRE2 ------------------------------------------------------------------------
+ */
 
 /* Append the translation of the escape \c; false when it has none. */
 static bool translate_escape(text *out, char c, bool in_class) {
@@ -85,7 +86,8 @@ static status translate(text *out, const char *p, size_t n) {
     return text_status(out);
 }
 
-/* --- Compiling --------------------------------------------------------------------------------- */
+/* --- Compiling ---------------------------------------------------------------------------------
+ */
 
 static status compile(pattern *p, const char *source, size_t n, bool literal) {
     int code;
@@ -151,7 +153,8 @@ void pattern_close(pattern *p) {
     mem_free(p);
 }
 
-/* --- Walking ----------------------------------------------------------------------------------- */
+/* --- Walking -----------------------------------------------------------------------------------
+ */
 
 status pattern_walk_open(pattern_walk *w, const pattern *p, const char *data, size_t n) {
     *w = (pattern_walk){.p = p, .data = data, .n = n, .match_end = SIZE_MAX};

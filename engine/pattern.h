@@ -12,9 +12,9 @@ extern "C" {
 
 typedef struct pattern pattern;
 
-/* Compile n bytes of UTF-8: a regular expression, or with `literal` the very characters. JIT-compiled
- * where the platform has one. FORMAT with PCRE2's reason, UNSUPPORTED for what cannot be
- * translated. The result is read-only: any number of threads may search with it. */
+/* Compile n bytes of UTF-8: a regular expression, or with `literal` the very characters.
+ * JIT-compiled where the platform has one. FORMAT with PCRE2's reason, UNSUPPORTED for what cannot
+ * be translated. The result is read-only: any number of threads may search with it. */
 status pattern_open(pattern **out, const char *source, size_t n, bool literal);
 void pattern_close(pattern *p); /* NULL is fine */
 
@@ -35,8 +35,8 @@ typedef struct {
 status pattern_walk_open(pattern_walk *w, const pattern *p, const char *data, size_t n);
 void pattern_walk_close(pattern_walk *w); /* idempotent */
 
-/* The next match as bytes [*start, *end) and *found = true, or *found = false at the end. RANGE when
- * the expression gave up (PCRE2's limit on backtracking). */
+/* The next match as bytes [*start, *end) and *found = true, or *found = false at the end. RANGE
+ * when the expression gave up (PCRE2's limit on backtracking). */
 status pattern_walk_next(pattern_walk *w, bool *found, size_t *start, size_t *end);
 
 #ifdef __cplusplus

@@ -70,13 +70,15 @@ kv_pair precision_kv(const precision *p, int32_t layer) {
     return p->kv_layer[layer];
 }
 
-/* --- Parsing ----------------------------------------------------------------------------------- */
+/* --- Parsing -----------------------------------------------------------------------------------
+ */
 
 typedef struct {
     const char *name, *at;
 } cursor;
 
-/* One line: the name, why, and the rest of the name from where it stops making sense; long names cut. */
+/* One line: the name, why, and the rest of the name from where it stops making sense; long names
+ * cut. */
 #define REFUSE(c, st, at, why) FAIL((st), "precision '%.48s': " why ", at '%.32s'", (c)->name, (at))
 
 static bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -200,9 +202,7 @@ static status take_kv(cursor *c, precision *p) {
 }
 
 status precision_parse(precision *out, const char *name) {
-    precision p = {
-        .weight = WF_16, .act = AF_16, .kv = {KF_16, KF_16}
-    };
+    precision p = {.weight = WF_16, .act = AF_16, .kv = {KF_16, KF_16}};
     cursor c = {name, strcmp(name, "FP8") == 0 ? "WFP8AFP8KVFP8" : name};
     TRY(take_weight(&c, &p));
     TRY(take_act(&c, &p));
@@ -212,7 +212,8 @@ status precision_parse(precision *out, const char *name) {
     return ST_OK;
 }
 
-/* --- Naming ------------------------------------------------------------------------------------ */
+/* --- Naming ------------------------------------------------------------------------------------
+ */
 
 typedef struct {
     char *buf;
@@ -276,7 +277,8 @@ const char *precision_name(const precision *p, char *buf) {
     return buf;
 }
 
-/* --- Sizes ------------------------------------------------------------------------------------- */
+/* --- Sizes -------------------------------------------------------------------------------------
+ */
 
 int64_t precision_scale_count(const precision *p, int64_t n, int64_t k) {
     CHECK(n > 0);

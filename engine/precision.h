@@ -54,8 +54,8 @@ typedef struct {
 } precision;
 
 /* FORMAT with the offending part of the name; UNSUPPORTED for a value that is well-formed but
- * meaningless (group no multiple of 16, "sym" on FP8, more than 256 layers). Whether a device can run
- * it is asked of formats.h. A refusal leaves *out alone. */
+ * meaningless (group no multiple of 16, "sym" on FP8, more than 256 layers). Whether a device can
+ * run it is asked of formats.h. A refusal leaves *out alone. */
 status precision_parse(precision *out, const char *name);
 
 /* Canonical name into buf[PRECISION_NAME_MAX]; returns buf. */
@@ -69,9 +69,9 @@ kv_pair precision_kv(const precision *p, int32_t layer);
 int64_t precision_scale_count(const precision *p, int64_t n, int64_t k);
 int64_t precision_zero_count(const precision *p, int64_t n, int64_t k);
 
-/* Bytes of an [n, k] matrix in this format as the engine stores it: codes, scales, zeros. W16 is two
- * bytes an element. The one f32 that NVFP4 has per matrix travels as an argument and is not counted.
- * n * k < 2^58. */
+/* Bytes of an [n, k] matrix in this format as the engine stores it: codes, scales, zeros. W16 is
+ * two bytes an element. The one f32 that NVFP4 has per matrix travels as an argument and is not
+ * counted. n * k < 2^58. */
 int64_t precision_weight_bytes(const precision *p, int64_t n, int64_t k);
 /* Bits of one weight in such a matrix: 4.1875 for W4 at k = a multiple of 128. */
 double precision_weight_bits(const precision *p, int32_t n, int32_t k);

@@ -12,8 +12,8 @@ typedef struct {
 } progress;
 
 void progress_start(progress *p, const char *title, int64_t total);
-/* `done` of `total` are finished; `note` (may be "") names the current one. Shows at most ten times a
- * second on a terminal, and every 5 s otherwise. */
+/* `done` of `total` are finished; `note` (may be "") names the current one. Shows at most ten times
+ * a second on a terminal, and every 5 s otherwise. */
 void progress_show(progress *p, int64_t done, const char *note);
 /* A line of its own, above the bar when there is one. */
 void progress_line(progress *p, const char *format, ...) __attribute__((format(printf, 2, 3)));

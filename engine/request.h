@@ -1,4 +1,5 @@
-/* request.h - one request as a workload or a client states it, and the instants that were seen of it. */
+/* request.h - one request as a workload or a client states it, and the instants that were seen of
+ * it. */
 #ifndef AMALGAM_REQUEST_H
 #define AMALGAM_REQUEST_H
 #include "base.h"
@@ -7,18 +8,18 @@
 extern "C" {
 #endif
 
-/* How a token is drawn. Applied in this order: repetition penalty, temperature, top-k, top-p, min-p,
- * then one draw. temperature == 0 is greedy: the largest logit after the penalty, lowest id on a tie,
- * and the rest is not looked at. */
+/* How a token is drawn. Applied in this order: repetition penalty, temperature, top-k, top-p,
+ * min-p, then one draw. temperature == 0 is greedy: the largest logit after the penalty, lowest id
+ * on a tie, and the rest is not looked at. */
 typedef struct {
     float temperature; /* 0 = greedy; up to 100 */
     int32_t top_k;     /* 0 = all */
     float top_p;       /* 1 = all; smallest set whose probability reaches it */
     float min_p;       /* 0 = all; keep p >= min_p * max p */
-    float
-        repetition_penalty; /* 1 = none; Keskar et al. 2019: divide positive logits, multiply others */
-    uint64_t seed;          /* the i-th output token draws philox_unit(seed, i) */
-    int32_t n_logprobs; /* -1 = none; else log-probabilities of the chosen and of n best, <= 20 */
+    /* 1 = none; Keskar et al. 2019: divide positive logits, multiply others. */
+    float repetition_penalty;
+    uint64_t seed;      /* the i-th output token draws philox_unit(seed, i) */
+    int32_t n_logprobs; /* -1 = none; else of the chosen token and of n best, <= 20 */
 } sampling;
 
 #define SAMPLING_GREEDY ((sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1})

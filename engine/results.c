@@ -3,9 +3,9 @@
 #include "results.h"
 
 #include "json.h"
+#include "nvml.h"
 #include "version.h" /* generated: AMALGAM_COMMIT, AMALGAM_DIFF, AMALGAM_CC, AMALGAM_CFLAGS */
 
-#include <cblas.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -78,12 +78,15 @@ json_t *identity_provenance(void) {
     first_line("/proc/loadavg", load, sizeof load);
     struct utsname os = {0};
     uname(&os);
-    return json_pack("{s:s, s:i, s:I, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s}", "cpu", cpu, "cores",
-                     (int)sysconf(_SC_NPROCESSORS_ONLN), "memory_bytes",
-                     (json_int_t)sysconf(_SC_PHYS_PAGES) * (json_int_t)sysconf(_SC_PAGESIZE),
-                     "kernel", os.release, "governor", governor[0] ? governor : "unknown", "load",
-                     load, "compiler", AMALGAM_CC, "flags", AMALGAM_CFLAGS, "jansson",
-                     JANSSON_VERSION, "lua", LUA_RELEASE, "blas", openblas_get_config());
+    json_t *all = json_pack("{s:s, s:i, s:I, s:s, s:s, s:s, s:s, s:s, s:s, s:s}", "cpu", cpu,
+                            "cores", (int)sysconf(_SC_NPROCESSORS_ONLN), "memory_bytes",
+                            (json_int_t)sysconf(_SC_PHYS_PAGES) * (json_int_t)sysconf(_SC_PAGESIZE),
+                            "kernel", os.release, "governor", governor[0] ? governor : "unknown",
+                            "load", load, "compiler", AMALGAM_CC, "flags", AMALGAM_CFLAGS,
+                            "jansson", JANSSON_VERSION, "lua", LUA_RELEASE);
+    char gpu[NVML_JSON_MAX]; /* as it is now: clocks, power, throttle bits, other processes, ECC */
+    if (all && nvml_json(gpu)[0]) json_object_set_new(all, "gpu", json_loads(gpu, 0, NULL));
+    return all;
 }
 
 status results_append(const char *path, const char *line, size_t n) {

@@ -22,12 +22,12 @@ void identity_get(identity *out);
  * flags, library versions. New reference; NULL when memory is short. */
 json_t *identity_provenance(void);
 
-/* Append one line to a file (made with its folders when missing) by a single write. A torn last line
- * left by a crash is closed first. IO names the path: nothing written before is touched. */
+/* Append one line to a file (made with its folders when missing) by a single write. A torn last
+ * line left by a crash is closed first. IO names the path: nothing written before is touched. */
 status results_append(const char *path, const char *line, size_t n);
 
-/* Call `row` for each complete line that parses; others are counted in *n_broken (a torn last line after
- * a kill is expected and is no error). A missing file has no rows. */
+/* Call `row` for each complete line that parses; others are counted in *n_broken (a torn last line
+ * after a kill is expected and is no error). A missing file has no rows. */
 status results_read(const char *path, status (*row)(void *user, const json_t *value), void *user,
                     int64_t *n_broken);
 #endif

@@ -3,8 +3,9 @@
  * The stream is xoshiro256** (Blackman & Vigna 2018) seeded by splitmix64; one seed gives
  * independent streams by number, so that lengths, arrivals and contents of a workload can be varied
  * one at a time. The counter generator is Philox4x32-10 (Salmon et al. 2011): the value depends on
- * (seed, counter) alone, so a request draws the same numbers whatever else is in the batch, on every
- * device. Same numbers on every platform: no libm result decides a branch of the integer part. */
+ * (seed, counter) alone, so a request draws the same numbers whatever else is in the batch, on
+ * every device. Same numbers on every platform: no libm result decides a branch of the integer
+ * part. */
 #ifndef AMALGAM_RNG_H
 #define AMALGAM_RNG_H
 #include "base.h"

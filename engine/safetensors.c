@@ -1,6 +1,7 @@
 /* safetensors.c - see safetensors.h. The header is read into views first and believed never: every
- * view is checked on its own, then all of a file are sorted by offset and must cover its data without
- * gap or overlap, as the reference implementation demands. Only then does anyone see a pointer. */
+ * view is checked on its own, then all of a file are sorted by offset and must cover its data
+ * without gap or overlap, as the reference implementation demands. Only then does anyone see a
+ * pointer. */
 #define _GNU_SOURCE
 #include "safetensors.h"
 
@@ -29,7 +30,8 @@ struct safetensors {
     uint64_t digest;
 };
 
-/* --- One tensor -------------------------------------------------------------------------------- */
+/* --- One tensor --------------------------------------------------------------------------------
+ */
 
 static bool integer_in(const json_t *v, int64_t hi, int64_t *out) {
     if (!json_is_integer(v)) return false;
@@ -92,7 +94,8 @@ static status read_tensor(tensor_view *t, const json_t *entry, const uint8_t *da
     return ST_OK;
 }
 
-/* --- One file ---------------------------------------------------------------------------------- */
+/* --- One file ----------------------------------------------------------------------------------
+ */
 
 static tensor_view *push_view(safetensors *s) {
     if (s->n == s->size) {
@@ -177,7 +180,8 @@ static status read_file(safetensors *s, shard *f, const char *path) {
     return ST_OK;
 }
 
-/* --- A folder ---------------------------------------------------------------------------------- */
+/* --- A folder ----------------------------------------------------------------------------------
+ */
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const tensor_view *)a)->name, ((const tensor_view *)b)->name);
@@ -331,7 +335,8 @@ uint64_t safetensors_digest_full(const safetensors *s) {
     return digest;
 }
 
-/* --- Writing ----------------------------------------------------------------------------------- */
+/* --- Writing -----------------------------------------------------------------------------------
+ */
 
 static const char *const spelling_of[DT_COUNT] = {
 #define X(name, bits, spelling) [DT_##name] = spelling,
@@ -347,7 +352,8 @@ static json_t *header_entry(const tensor_view *t, int64_t at) {
                      "data_offsets", (json_int_t)at, (json_int_t)(at + t->bytes));
 }
 
-/* The 8-byte length and the header, padded with blanks so that the data starts at a multiple of 8. */
+/* The 8-byte length and the header, padded with blanks so that the data starts at a multiple of 8.
+ */
 static status make_header(text *out, const char *path, const tensor_view *tensors, int32_t n) {
     json_t *header = json_object();
     status st = header ? ST_OK : FAIL(ST_NOMEM, "%s", path);

@@ -4,10 +4,10 @@
  * A folder holds model.safetensors, or model.safetensors.index.json with its shards. Everything a
  * header claims is checked before it is believed: length past the end or over 100 MB, offsets past
  * the end, overlapping, reversed, overflowing, size unequal to shape times dtype, unknown dtype,
- * bytes that belong to no tensor (the reference implementation refuses these files as well), a tensor
- * named twice, an index naming a missing shard or tensor, or a file outside its folder. One line with
- * file and tensor: FORMAT, but UNSUPPORTED for an unknown dtype and for tensors that are not aligned to
- * their element. */
+ * bytes that belong to no tensor (the reference implementation refuses these files as well), a
+ * tensor named twice, an index naming a missing shard or tensor, or a file outside its folder. One
+ * line with file and tensor: FORMAT, but UNSUPPORTED for an unknown dtype and for tensors that are
+ * not aligned to their element. */
 #ifndef AMALGAM_SAFETENSORS_H
 #define AMALGAM_SAFETENSORS_H
 #include "dtype.h"
@@ -37,8 +37,9 @@ const tensor_view *safetensors_at(const safetensors *s, int32_t i); /* sorted by
 uint64_t safetensors_digest(const safetensors *s);
 uint64_t safetensors_digest_full(const safetensors *s);
 
-/* Write tensors to one file, in the given order (tests, quantizer); `bytes` must be that of shape and
- * type. Larger element types first: a tensor that would end up misaligned is UNSUPPORTED. Through a
- * temporary beside the target and rename, as file_write, but nothing is held in memory twice. */
+/* Write tensors to one file, in the given order (tests, quantizer); `bytes` must be that of shape
+ * and type. Larger element types first: a tensor that would end up misaligned is UNSUPPORTED.
+ * Through a temporary beside the target and rename, as file_write, but nothing is held in memory
+ * twice. */
 status safetensors_write(const char *path, const tensor_view *tensors, int32_t n);
 #endif

@@ -1,14 +1,14 @@
 /* sampler.c - one token from one row of logits.
  *
- * Steps, in the order of request.h: penalty -> z; e[i] = exp((z[i] - max z) / temperature) in f64; the
- * k best (top-k); of those the shortest prefix, best first, whose sum reaches top_p of theirs; of those
- * the ones with e >= min_p (the best has e = 1); one draw: u = philox_unit(seed, draw), and the token is
- * the first, by ascending id, at which the running sum of e over the ones left exceeds u times their
- * sum. "Best" is the larger z, then the lower id: a total order, so how candidates are found (selection
- * first, sorting only what may be kept) cannot change the result.
+ * Steps, in the order of request.h: penalty -> z; e[i] = exp((z[i] - max z) / temperature) in f64;
+ * the k best (top-k); of those the shortest prefix, best first, whose sum reaches top_p of theirs;
+ * of those the ones with e >= min_p (the best has e = 1); one draw: u = philox_unit(seed, draw),
+ * and the token is the first, by ascending id, at which the running sum of e over the ones left
+ * exceeds u times their sum. "Best" is the larger z, then the lower id: a total order, so how
+ * candidates are found (selection first, sorting only what may be kept) cannot change the result.
  *
- * No sort of the vocabulary: top-k and top-p partition around a rank (Hoare's selection, O(V)); top-p
- * tries 64 candidates, then eight times as many until their sum suffices. */
+ * No sort of the vocabulary: top-k and top-p partition around a rank (Hoare's selection, O(V));
+ * top-p tries 64 candidates, then eight times as many until their sum suffices. */
 #include "sampler.h"
 #include "rng.h"
 #include <math.h>
@@ -76,8 +76,8 @@ static void swap(candidate *a, candidate *b) {
     *b = t;
 }
 
-/* Reorder list[lo, hi) so that its `n` best, of the whole, come first: lo <= n <= hi. The pivot is the
- * median of three, drawn from fixed places; bad luck costs time and never changes the set. */
+/* Reorder list[lo, hi) so that its `n` best, of the whole, come first: lo <= n <= hi. The pivot is
+ * the median of three, drawn from fixed places; bad luck costs time and never changes the set. */
 static void select_best(candidate *list, int32_t lo, int32_t hi, int32_t n) {
     while (hi - lo > 1 && n > lo && n < hi) {
         candidate *a = &list[lo], *b = &list[lo + (hi - lo) / 2], *c = &list[hi - 1];

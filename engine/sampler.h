@@ -1,4 +1,5 @@
-/* sampler.h - the definition of how a token is drawn from logits (request.h has the order of steps). */
+/* sampler.h - the definition of how a token is drawn from logits (request.h has the order of
+ * steps). */
 #ifndef AMALGAM_SAMPLER_H
 #define AMALGAM_SAMPLER_H
 #include "request.h"
@@ -6,11 +7,11 @@
 /* Draw from logits [vocab], which are left unchanged; `scratch`, aligned for double, holds at least
  * sampler_bytes(vocab). Depends on logits, params, draw and history alone: nothing of the batch.
  *
- * Logits that are not finite (NaN, infinities) count as -inf; when none is finite the result is token
- * 0 with log-probability -inf and no list. Probabilities are f64, ties are broken by the lower id. Of
- * what the truncations leave, the token is the first by ascending id at which the running sum of
- * probabilities exceeds philox_unit(seed, draw) times their sum. A token of the history outside the
- * vocabulary is a programmer error. */
+ * Logits that are not finite (NaN, infinities) count as -inf; when none is finite the result is
+ * token 0 with log-probability -inf and no list. Probabilities are f64, ties are broken by the
+ * lower id. Of what the truncations leave, the token is the first by ascending id at which the
+ * running sum of probabilities exceeds philox_unit(seed, draw) times their sum. A token of the
+ * history outside the vocabulary is a programmer error. */
 void sampler_draw(sampled *out, const float *logits, int32_t vocab, const sampling *params,
                   uint64_t draw, const int32_t *history, int32_t n_history, void *scratch);
 size_t sampler_bytes(int32_t vocab);

@@ -4,9 +4,10 @@
  *                        ^------ preempted ----------'                            |
  *     sched_take_finished -> taken (list, storage still valid) -> sched_add frees <'
  *
- * Requests live in a table of slots; lists go through it by slot number. A running request also has a
- * lane: a fixed array for its page numbers. Tokens of a request lie in one block of contiguous storage
- * from add until it is freed, so that the sampler's history and the caller's result are plain pointers.
+ * Requests live in a table of slots; lists go through it by slot number. A running request also has
+ * a lane: a fixed array for its page numbers. Tokens of a request lie in one block of contiguous
+ * storage from add until it is freed, so that the sampler's history and the caller's result are
+ * plain pointers.
  *
  * Storage that cannot fragment: blocks hold 64 * 2^c words, and class c has blocks enough for the
  * worst case in which all requests are of its size. That is address space; only what was in use at
@@ -101,7 +102,8 @@ struct sched {
     int32_t *refs_seen; /* [n_pages] scratch of sched_problem */
 };
 
-/* --- Opening ----------------------------------------------------------------------------------- */
+/* --- Opening -----------------------------------------------------------------------------------
+ */
 
 /* Adds up sizes, and takes the memory as well when there is an arena: one list for both. */
 typedef struct {
@@ -139,7 +141,8 @@ static void lay_out_storage(sched *s, layout *l) {
     for (int32_t c = 0; c < s->n_classes; c++) {
         block_class *k = &s->storage[c];
         /* One cache line more than a power of two, or else the same place of all blocks would fall
-         * into the same few cache sets, and a step touches one place of each: 15 % at 1024 running. */
+         * into the same few cache sets, and a step touches one place of each: 15 % at 1024 running.
+          */
         k->words = ((int64_t)LEAST_WORDS << c) + 16;
         /* A request of this class has more than half a block of words, and at least 4; all of them
          * together have at most 3 words a token. */
@@ -242,7 +245,8 @@ status sched_open(sched **out, arena *a, const sched_policy *p, const sched_limi
     return ST_OK;
 }
 
-/* --- Lists, ids, storage ----------------------------------------------------------------------- */
+/* --- Lists, ids, storage -----------------------------------------------------------------------
+ */
 
 /* Put slot i behind slot `at` (NONE: at the head). */
 static void list_insert(sched *s, list *l, int32_t at, int32_t i) {
@@ -317,7 +321,8 @@ static void free_taken(sched *s) {
     }
 }
 
-/* --- Requests in ------------------------------------------------------------------------------- */
+/* --- Requests in -------------------------------------------------------------------------------
+ */
 
 static status refuse_forever(const sched *s, const request *r) {
     const long long id = r->id;
@@ -409,7 +414,8 @@ status sched_add(sched *s, const request *r, int64_t now_ns) {
     return ST_OK;
 }
 
-/* --- Running set ------------------------------------------------------------------------------- */
+/* --- Running set -------------------------------------------------------------------------------
+ */
 
 static int32_t n_known(const slot *q) { return q->n_prompt + q->n_output; }
 
@@ -440,7 +446,8 @@ static void preempt_latest(sched *s) {
     queue_return(s, i);
 }
 
-/* Move the head of the queue to the running, with pages for all it knows. NONE when it does not fit. */
+/* Move the head of the queue to the running, with pages for all it knows. NONE when it does not
+ * fit. */
 static int32_t admit_head(sched *s) {
     const int32_t i = s->waiting.head;
     if (i == NONE || s->n_running == s->max_running || s->blocked) return NONE;
@@ -471,7 +478,8 @@ static int32_t admit_head(sched *s) {
     return i;
 }
 
-/* --- One step ---------------------------------------------------------------------------------- */
+/* --- One step ----------------------------------------------------------------------------------
+ */
 
 /* Append the next n tokens of slot i to the batch. */
 static void place(sched *s, int32_t i, int32_t n, int64_t now_ns) {
@@ -504,8 +512,8 @@ static void place(sched *s, int32_t i, int32_t n, int64_t now_ns) {
     if (q->admit_ns < 0) q->admit_ns = now_ns;
 }
 
-/* Every sequence with one token left gets it, the latest arrivals making room where pages are short.
- * Returns whether any had to. */
+/* Every sequence with one token left gets it, the latest arrivals making room where pages are
+ * short. Returns whether any had to. */
 static bool place_decodes(sched *s, int64_t now_ns) {
     bool preempted = false;
     for (int32_t k = 0; k < s->n_running; k++) {
@@ -641,7 +649,8 @@ void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *st
     if (any_finished) compact_running(s);
 }
 
-/* --- Requests out ------------------------------------------------------------------------------ */
+/* --- Requests out ------------------------------------------------------------------------------
+ */
 
 status sched_cancel(sched *s, int64_t id, int64_t now_ns) {
     CHECK(!s->picked);
@@ -704,7 +713,8 @@ void sched_flush_cache(sched *s) {
     s->blocked = false;
 }
 
-/* --- Invariants -------------------------------------------------------------------------------- */
+/* --- Invariants --------------------------------------------------------------------------------
+ */
 
 static const char *list_problem(const sched *s, const list *l, slot_state state, bool by_arrival) {
     int32_t n = 0, before = NONE;

@@ -1,18 +1,18 @@
 /* sched.h - continuous batching as a pure state machine.
  *
- * Time comes in as an argument, the batch goes out, and sched_commit is the only way back. It knows no
- * device, no clock and no meaning of tokens, so the same code runs under cuda, cpu, sim and null, and a
- * recorded trace replays to identical batches.
+ * Time comes in as an argument, the batch goes out, and sched_commit is the only way back. It knows
+ * no device, no clock and no meaning of tokens, so the same code runs under cuda, cpu, sim and
+ * null, and a recorded trace replays to identical batches.
  *
- * One step (chunked prefill on): every running decode gets its token first; what is left of the token
- * budget goes to prefills in order of arrival, the last one cut to fit; then waiting requests are
- * admitted while budget, slots and pages allow (first come, first served: the first that does not fit
- * stops admission). Order is by (arrival_ns, id) throughout. Admission takes the pages of all tokens
- * known by then, so that only decodes can run out of pages. When one does, the latest arrival among the
- * running is preempted: its pages are released and it goes back to its place in the queue (the head,
- * unless somebody with an earlier arrival was added late) to be recomputed (prompt and output so far),
- * and nothing is admitted in that step. The earliest arrival is never preempted, so every run makes
- * progress.
+ * One step (chunked prefill on): every running decode gets its token first; what is left of the
+ * token budget goes to prefills in order of arrival, the last one cut to fit; then waiting requests
+ * are admitted while budget, slots and pages allow (first come, first served: the first that does
+ * not fit stops admission). Order is by (arrival_ns, id) throughout. Admission takes the pages of
+ * all tokens known by then, so that only decodes can run out of pages. When one does, the latest
+ * arrival among the running is preempted: its pages are released and it goes back to its place in
+ * the queue (the head, unless somebody with an earlier arrival was added late) to be recomputed
+ * (prompt and output so far), and nothing is admitted in that step. The earliest arrival is never
+ * preempted, so every run makes progress.
  *
  * A sequence with one token left to compute counts as a decode, however it came there. */
 #ifndef AMALGAM_SCHED_H
@@ -40,24 +40,24 @@ typedef struct {
 typedef struct {
     int32_t n_pages; /* of the KV pool */
     int32_t ctx_max; /* prompt + output of one request at most */
-    /* Alive = waiting, running, or finished and not yet taken. Whatever set of requests stays within
-     * these limits fits: token storage does not fragment. */
+    /* Alive = waiting, running, or finished and not yet taken. Whatever set of requests stays
+     * within these limits fits: token storage does not fragment. */
     int32_t n_requests; /* alive at a time at most */
     int64_t n_tokens;   /* n_prompt + max_new of all that are alive, at most */
 } sched_limits;
 
 typedef struct sched sched;
 
-/* Memory a scheduler needs for these limits (address space: far less is touched); SIZE_MAX when they
- * are senseless. sched_open takes all of it from `a`, now: RANGE names the senseless limit, NOMEM
- * leaves `a` as it was. */
+/* Memory a scheduler needs for these limits (address space: far less is touched); SIZE_MAX when
+ * they are senseless. sched_open takes all of it from `a`, now: RANGE names the senseless limit,
+ * NOMEM leaves `a` as it was. */
 size_t sched_bytes(const sched_policy *p, const sched_limits *l);
 status sched_open(sched **out, arena *a, const sched_policy *p, const sched_limits *l);
 
-/* Hand over a request at time `now_ns`; the prompt and all parameters but the stop lists are copied.
- * Refused, with the reason recorded and status
- *   RANGE   it can never fit: longer than ctx_max, than the pool, or (chunking off) than the budget;
- *           or it has no prompt or no output
+/* Hand over a request at time `now_ns`; the prompt and all parameters but the stop lists are
+ * copied. Refused, with the reason recorded and status
+ *   RANGE   it can never fit: longer than ctx_max, than the pool, or (chunking off) than the
+ *           budget; or it has no prompt or no output
  *   OOM     the queue or the token storage is full now (back-pressure; try later)
  *   USAGE   a request of this id is alive
  * A refusal changes nothing. Allowed between pick and commit, too. */
@@ -67,16 +67,16 @@ status sched_add(sched *s, const request *r, int64_t now_ns);
  * picking twice without a commit is a programmer error. */
 bool sched_pick(sched *s, int64_t now_ns, batch *out);
 
-/* The step is done at now_ns: token[i] was drawn for b->sample[i], and stop[i] says that it ends its
- * request (an end token, a stop string); stop == NULL: none does. max_new is the scheduler's own
- * business. */
+/* The step is done at now_ns: token[i] was drawn for b->sample[i], and stop[i] says that it ends
+ * its request (an end token, a stop string); stop == NULL: none does. max_new is the scheduler's
+ * own business. */
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop, int64_t now_ns);
 
 /* The request of sequence `seq` of the batch picked last, until it is committed. */
 const request *sched_request(const sched *s, const batch *b, int32_t seq);
 
-/* Take a request out of queue or batch, between steps: its pages go back and it finishes with CANCEL.
- * NOTFOUND when it is neither waiting nor running. */
+/* Take a request out of queue or batch, between steps: its pages go back and it finishes with
+ * CANCEL. NOTFOUND when it is neither waiting nor running. */
 status sched_cancel(sched *s, int64_t id, int64_t now_ns);
 
 /* The oldest finished request not yet taken, or false. token: prompt then output [n_prompt +

@@ -1,4 +1,5 @@
-/* timeline.h - the only source of time: the real clock, or a virtual one that the simulator moves. */
+/* timeline.h - the only source of time: the real clock, or a virtual one that the simulator moves.
+ */
 #ifndef AMALGAM_TIMELINE_H
 #define AMALGAM_TIMELINE_H
 #include "base.h"
@@ -22,6 +23,7 @@ void timeline_wait_until_ns(timeline *t, int64_t when_ns);
 /* Add the cost of work that a device only predicted. cost_ns >= 0. */
 void timeline_spend_ns(timeline *t, int64_t cost_ns);
 
-/* Wall-clock time for records: UTC "2026-11-21T02:43:24Z" into buf[21]. Never used for durations. */
+/* Wall-clock time for records: UTC "2026-11-21T02:43:24Z" into buf[21]. Never used for durations.
+ */
 void timeline_utc(char buf[21]);
 #endif

@@ -9,7 +9,8 @@
  *     generation_config.json    bos_token_id, eos_token_id (one or a list)
  *     chat_template.jinja       chat template, before that of tokenizer_config.json
  *
- *     text -> repair UTF-8 -> cut at added tokens -> normalise -> cut at added tokens ("normalized")
+ *     text -> repair UTF-8 -> cut at added tokens -> normalise -> cut at added tokens
+ *     ("normalized")
  *          -> pre-tokenise into words -> BPE -> template (bos ... eos)
  *
  * "truncation" and "padding" of tokenizer.json are settings of a training run and are not applied.
@@ -43,8 +44,8 @@ enum {
 status tokenizer_encode(const tokenizer *t, const char *s, size_t n, uint32_t flags, ids *out);
 
 /* Append the text of n ids: always valid UTF-8. Ids without a token give nothing; with
- * `skip_special` special tokens give nothing. An added token gives its content; tokenizers 0.23 gives
- * the *normalised* content of a "normalized" one ("▁<s>") and then no longer skips it, which
+ * `skip_special` special tokens give nothing. An added token gives its content; tokenizers 0.23
+ * gives the *normalised* content of a "normalized" one ("▁<s>") and then no longer skips it, which
  * earlier versions do not and we take for an error. */
 status tokenizer_decode(const tokenizer *t, const int32_t *id, int64_t n, bool skip_special,
                         text *out);

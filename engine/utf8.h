@@ -30,8 +30,8 @@ bool utf8_valid(const char *p, size_t n);
 bool utf8_is_space(uint32_t code_point);
 bool utf8_is_word(uint32_t code_point);
 
-/* Append the canonical composition (NFC, Unicode 15) of n bytes of valid UTF-8. NOMEM when memory is
- * short. Linear time, also for a long run of combining marks. */
+/* Append the canonical composition (NFC, Unicode 15) of n bytes of valid UTF-8. NOMEM when memory
+ * is short. Linear time, also for a long run of combining marks. */
 status utf8_nfc(text *out, const char *p, size_t n);
 
 #ifdef __cplusplus

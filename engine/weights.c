@@ -1,6 +1,6 @@
 /* weights.c - see weights.h. All names of tensors stand in one table; which row of it a checkpoint
- * follows is decided by the tensors that are there, then checked against the config: each shape, and
- * at the end that no tensor is left over. */
+ * follows is decided by the tensors that are there, then checked against the config: each shape,
+ * and at the end that no tensor is left over. */
 #include "weights.h"
 
 #include "json.h"
@@ -10,7 +10,8 @@
 #include <math.h>
 #include <string.h>
 
-/* --- Fields and shapes ------------------------------------------------------------------------- */
+/* --- Fields and shapes -------------------------------------------------------------------------
+ */
 
 static const char *const field_texts[] = {
     [0] = "embed",
@@ -152,8 +153,8 @@ status model_fits_precision(const model_config *c, const precision *p, int32_t t
 }
 
 /* --- Names and layouts of tensors ---------------------------------------------------------------
- * '#' stands for the layer, a second one for the expert. A bias is called as the weight with .weight
- * replaced by .bias, or _bias added where there is no such ending. */
+ * '#' stands for the layer, a second one for the expert. A bias is called as the weight with
+ * .weight replaced by .bias, or _bias added where there is no such ending. */
 
 typedef enum {
     STACKED,    /* the tensors' rows one after the other, each [rows, k], vectors [k] */
@@ -172,55 +173,64 @@ typedef struct {
 
 #define L "model.layers.#."
 static const layout layouts[] = {
-    {WEIGHT_embed,           STACKED,    NULL,                "model.embed_tokens.weight",              NULL,                        NULL},
-    {WEIGHT_embed,           STACKED,    NULL,                "model.tok_embeddings.weight",            NULL,                        NULL},
-    {WEIGHT_norm,            STACKED,    NULL,                "model.norm.weight",                      NULL,                        NULL},
-    {WEIGHT_head,            STACKED,    NULL,                "lm_head.weight",                         NULL,                        NULL},
-    {WEIGHT_head,            STACKED,    NULL,                "output.weight",                          NULL,                        NULL},
-    {WEIGHT_attn_norm,       STACKED,    NULL,                L "input_layernorm.weight",               NULL,                        NULL},
-    {WEIGHT_attn_norm,       STACKED,    NULL,                L "attention_norm.weight",                NULL,                        NULL},
-    {WEIGHT_qkv,             STACKED,    NULL,                L "self_attn.q_proj.weight",              L "self_attn.k_proj.weight",
-     L "self_attn.v_proj.weight"                                                                                                         },
-    {WEIGHT_qkv,             STACKED,    NULL,                L "self_attn.qkv_proj.weight",            NULL,                        NULL},
-    {WEIGHT_qkv,             KV_GROUPS,  NULL,                L "attention.wqkv.weight",                NULL,                        NULL},
-    {WEIGHT_q_norm,          STACKED,    NULL,                L "self_attn.q_norm.weight",              NULL,                        NULL},
-    {WEIGHT_k_norm,          STACKED,    NULL,                L "self_attn.k_norm.weight",              NULL,                        NULL},
-    {WEIGHT_sinks,           STACKED,    NULL,                L "self_attn.sinks",                      NULL,                        NULL},
-    {WEIGHT_o,               STACKED,    NULL,                L "self_attn.o_proj.weight",              NULL,                        NULL},
-    {WEIGHT_o,               STACKED,    NULL,                L "attention.wo.weight",                  NULL,                        NULL},
-    {WEIGHT_ffn_norm,        STACKED,    NULL,                L "post_attention_layernorm.weight",      NULL,                        NULL},
-    {WEIGHT_ffn_norm,        STACKED,    NULL,                L "ffn_norm.weight",                      NULL,                        NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "mlp.gate_proj.weight",                 L "mlp.up_proj.weight",      NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "mlp.gate_up_proj.weight",              NULL,                        NULL},
-    {WEIGHT_gate_up,         STACKED,    NULL,                L "feed_forward.w1.weight",               L "feed_forward.w3.weight",  NULL},
-    {WEIGHT_down,            STACKED,    NULL,                L "mlp.down_proj.weight",                 NULL,                        NULL},
-    {WEIGHT_down,            STACKED,    NULL,                L "feed_forward.w2.weight",               NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "mlp.gate.weight",                      NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "block_sparse_moe.gate.weight",         NULL,                        NULL},
-    {WEIGHT_router,          STACKED,    NULL,                L "mlp.router.weight",                    NULL,                        NULL},
-    {WEIGHT_experts_gate_up, EXPERTS_T,  "GptOssForCausalLM", L "mlp.experts.gate_up_proj",             NULL,
-     NULL                                                                                                                                },
-    {WEIGHT_experts_gate_up, EXPERTS,    NULL,                L "mlp.experts.gate_up_proj",             NULL,                        NULL},
-    {WEIGHT_experts_gate_up, PER_EXPERT, NULL,                L "mlp.experts.#.gate_proj.weight",
-     L "mlp.experts.#.up_proj.weight",                                                                                               NULL},
-    {WEIGHT_experts_gate_up, PER_EXPERT, NULL,                L "block_sparse_moe.experts.#.w1.weight",
-     L "block_sparse_moe.experts.#.w3.weight",                                                                                       NULL},
-    {WEIGHT_experts_down,    EXPERTS_T,  "GptOssForCausalLM", L "mlp.experts.down_proj",                NULL,                        NULL},
-    {WEIGHT_experts_down,    EXPERTS,    NULL,                L "mlp.experts.down_proj",                NULL,                        NULL},
-    {WEIGHT_experts_down,    PER_EXPERT, NULL,                L "mlp.experts.#.down_proj.weight",       NULL,                        NULL},
-    {WEIGHT_experts_down,    PER_EXPERT, NULL,                L "block_sparse_moe.experts.#.w2.weight", NULL,                        NULL},
+    {WEIGHT_embed, STACKED, NULL, "model.embed_tokens.weight", NULL, NULL},
+    {WEIGHT_embed, STACKED, NULL, "model.tok_embeddings.weight", NULL, NULL},
+    {WEIGHT_norm, STACKED, NULL, "model.norm.weight", NULL, NULL},
+    {WEIGHT_head, STACKED, NULL, "lm_head.weight", NULL, NULL},
+    {WEIGHT_head, STACKED, NULL, "output.weight", NULL, NULL},
+    {WEIGHT_attn_norm, STACKED, NULL, L "input_layernorm.weight", NULL, NULL},
+    {WEIGHT_attn_norm, STACKED, NULL, L "attention_norm.weight", NULL, NULL},
+    {WEIGHT_qkv, STACKED, NULL, L "self_attn.q_proj.weight", L "self_attn.k_proj.weight",
+     L "self_attn.v_proj.weight"},
+    {WEIGHT_qkv, STACKED, NULL, L "self_attn.qkv_proj.weight", NULL, NULL},
+    {WEIGHT_qkv, KV_GROUPS, NULL, L "attention.wqkv.weight", NULL, NULL},
+    {WEIGHT_q_norm, STACKED, NULL, L "self_attn.q_norm.weight", NULL, NULL},
+    {WEIGHT_k_norm, STACKED, NULL, L "self_attn.k_norm.weight", NULL, NULL},
+    {WEIGHT_sinks, STACKED, NULL, L "self_attn.sinks", NULL, NULL},
+    {WEIGHT_o, STACKED, NULL, L "self_attn.o_proj.weight", NULL, NULL},
+    {WEIGHT_o, STACKED, NULL, L "attention.wo.weight", NULL, NULL},
+    {WEIGHT_ffn_norm, STACKED, NULL, L "post_attention_layernorm.weight", NULL, NULL},
+    {WEIGHT_ffn_norm, STACKED, NULL, L "ffn_norm.weight", NULL, NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "mlp.gate_proj.weight", L "mlp.up_proj.weight", NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "mlp.gate_up_proj.weight", NULL, NULL},
+    {WEIGHT_gate_up, STACKED, NULL, L "feed_forward.w1.weight", L "feed_forward.w3.weight", NULL},
+    {WEIGHT_down, STACKED, NULL, L "mlp.down_proj.weight", NULL, NULL},
+    {WEIGHT_down, STACKED, NULL, L "feed_forward.w2.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "mlp.gate.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "block_sparse_moe.gate.weight", NULL, NULL},
+    {WEIGHT_router, STACKED, NULL, L "mlp.router.weight", NULL, NULL},
+    {WEIGHT_experts_gate_up, EXPERTS_T, "GptOssForCausalLM", L "mlp.experts.gate_up_proj", NULL,
+     NULL},
+    {WEIGHT_experts_gate_up, EXPERTS, NULL, L "mlp.experts.gate_up_proj", NULL, NULL},
+    {WEIGHT_experts_gate_up, PER_EXPERT, NULL, L "mlp.experts.#.gate_proj.weight",
+     L "mlp.experts.#.up_proj.weight", NULL},
+    {WEIGHT_experts_gate_up, PER_EXPERT, NULL, L "block_sparse_moe.experts.#.w1.weight",
+     L "block_sparse_moe.experts.#.w3.weight", NULL},
+    {WEIGHT_experts_down, EXPERTS_T, "GptOssForCausalLM", L "mlp.experts.down_proj", NULL, NULL},
+    {WEIGHT_experts_down, EXPERTS, NULL, L "mlp.experts.down_proj", NULL, NULL},
+    {WEIGHT_experts_down, PER_EXPERT, NULL, L "mlp.experts.#.down_proj.weight", NULL, NULL},
+    {WEIGHT_experts_down, PER_EXPERT, NULL, L "block_sparse_moe.experts.#.w2.weight", NULL, NULL},
 };
 #undef L
 
 /* Tensors that real checkpoints carry and no one needs: tables recomputed from the config. */
 static const char *const needless[] = {"rotary_emb.inv_freq", "rope.inv_freq"};
 
-/* Endings by which quantised checkpoints (AWQ, GPTQ, compressed-tensors, FP8, MXFP4 of gpt-oss,
- * bitsandbytes) give themselves away. */
-static const char *const quantised[] = {
-    ".qweight",      ".qzeros",       ".g_idx",          ".scales",           ".weight_packed",
-    ".weight_scale", ".weight_shape", ".weight_scale_2", ".weight_scale_inv", ".weight_zero_point",
-    ".input_scale",  "_proj_blocks",  "_proj_scales",    ".absmax",           ".quant_map"};
+/* Endings of what quantised checkpoints add and a run does not use: static scales of activations
+ * and of the KV cache. */
+static const char *const passed_over[] = {".input_scale",      ".input_global_scale",
+                                          ".input_zero_point", ".output_scale",
+                                          ".k_scale",          ".v_scale",
+                                          ".q_scale",          ".k_zero_point",
+                                          ".v_zero_point"};
+
+/* Endings by which layouts that are not read give themselves away: bitsandbytes, ModelOpt's AWQ,
+ * sparse and Marlin ones of compressed-tensors, HQQ, AQLM. */
+static const char *const unread[] = {
+    ".absmax",  ".quant_map",       ".quant_state.bitsandbytes__nf4",
+    ".SCB",     ".pre_quant_scale", ".meta",
+    ".bitmask", ".compressed",      ".scale_packed",
+    ".W_q",     ".codebooks"};
 
 static bool ends_in(const char *name, const char *end) {
     const size_t n = strlen(name), m = strlen(end);
@@ -252,7 +262,8 @@ static void bias_name(char *out, const char *name) {
     strcpy(out + cut, cut < n ? ".bias" : "_bias");
 }
 
-/* --- Opening ----------------------------------------------------------------------------------- */
+/* --- Opening -----------------------------------------------------------------------------------
+ */
 
 struct checkpoint {
     model_config config;
@@ -260,6 +271,8 @@ struct checkpoint {
     arena memory;          /* sources and parts */
     weight_source *source; /* [3 + n_layers * WEIGHT_COUNT] */
     bool *used;            /* [tensors] */
+    packed_config packing;
+    bool packed; /* some linear is quantised: the plain ones stay plain */
     uint64_t seed, digest_seed;
 };
 
@@ -308,6 +321,7 @@ typedef struct {
 } part_list;
 
 static void add_part(part_list *p, const tensor_view *t, int64_t element, matrix_part part) {
+    part.tensor = t;
     part.type = t->type;
     part.data = (const uint8_t *)t->data + dtype_bytes(t->type, element);
     p->part[p->n++] = part;
@@ -321,6 +335,41 @@ static status find_part(part_list *p, const char *pattern, int32_t expert, const
     return find_tensor(p->k, p->bias ? bias : name, dim, n_dims, t);
 }
 
+static void mark_used(checkpoint *k, const packed_matrix *m) {
+    for (int32_t i = 0; i < m->n_tensors; i++)
+        k->used[m->tensor[i] - safetensors_at(k->files, 0)] = true;
+}
+
+static packed_matrix *keep_packed(checkpoint *k, const packed_matrix *m) {
+    packed_matrix *kept = arena_array(&k->memory, packed_matrix, 1);
+    if (!kept) return NULL;
+    *kept = *m;
+    mark_used(k, m);
+    return kept;
+}
+
+static void module_name(char *out, const char *name) {
+    const size_t n = strlen(name), cut = ends_in(name, ".weight") ? n - 7 : n;
+    memcpy(out, name, cut);
+    out[cut] = 0;
+}
+
+/* A quantised linear of `rows` x k under this name. Vectors and biases never are. */
+static status find_packed(part_list *p, const char *pattern, int32_t expert, int32_t rows,
+                          const packed_matrix **out) {
+    char name[NAME_MAX_BYTES], module[NAME_MAX_BYTES];
+    *out = NULL;
+    if (p->bias || p->shape->n == 1) return ST_OK;
+    fill_name(name, pattern, p->layer, expert);
+    module_name(module, name);
+    packed_matrix m;
+    bool found;
+    TRY(packed_find(&m, &found, p->k->files, module, rows, p->shape->k, &p->k->packing));
+    if (!found) return ST_OK;
+    *out = keep_packed(p->k, &m);
+    return *out ? ST_OK : FAIL(ST_NOMEM, "%s", module);
+}
+
 /* Row ranges of one matrix from up to three tensors: STACKED, and each expert of PER_EXPERT. */
 static status add_stacked(part_list *p, int32_t expert) {
     const weight_shape *s = p->shape;
@@ -332,6 +381,14 @@ static status add_stacked(part_list *p, int32_t expert) {
         const bool vector = s->n == 1 && p->how->field != WEIGHT_router;
         const int64_t dim[] = {vector ? s->k : rows, k};
         const tensor_view *t;
+        const packed_matrix *packed;
+        TRY(find_packed(p, pattern[i], expert, rows, &packed));
+        if (packed) {
+            p->part[p->n++] = (matrix_part){
+                .index = expert, .row_at = row_at, .rows = rows, .row_stride = 1, .packed = packed};
+            row_at += rows;
+            continue;
+        }
         TRY(find_part(p, pattern[i], expert, dim, vector || p->bias ? 1 : 2, &t));
         add_part(
             p, t, 0,
@@ -342,8 +399,33 @@ static status add_stacked(part_list *p, int32_t expert) {
     return ST_OK;
 }
 
+/* MXFP4 as gpt-oss has it: rows of gate and up alternate here too, but inputs lie in a row. */
+static status add_blocks(part_list *p, const char *name) {
+    const weight_shape *s = p->shape;
+    for (int32_t e = 0; e < s->count; e++) {
+        packed_matrix m;
+        bool found;
+        TRY(packed_find_blocks(&m, &found, p->k->files, name, e, s->count, s->n, s->k,
+                               &p->k->packing));
+        CHECK(found);
+        const packed_matrix *kept = keep_packed(p->k, &m);
+        if (!kept) return FAIL(ST_NOMEM, "%s", name);
+        for (int32_t i = 0; i < s->n_fused; i++)
+            p->part[p->n++] = (matrix_part){.index = e,
+                                            .row_at = i * (s->n / s->n_fused),
+                                            .rows = s->n / s->n_fused,
+                                            .row_stride = s->n_fused,
+                                            .packed = kept,
+                                            .packed_row = i};
+    }
+    return ST_OK;
+}
+
 static status add_experts(part_list *p) {
     const weight_shape *s = p->shape;
+    char name[NAME_MAX_BYTES];
+    fill_name(name, p->how->first, p->layer, 0);
+    if (!p->bias && !safetensors_find(p->k->files, name)) return add_blocks(p, name);
     const bool transposed = p->how->kind == EXPERTS_T;
     const int64_t k = p->bias ? 1 : s->k;
     const int64_t dim[] = {s->count, transposed && !p->bias ? k : s->n,
@@ -366,16 +448,26 @@ static status add_kv_groups(part_list *p) {
     const weight_shape *s = p->shape;
     const model_config *c = &p->k->config;
     const int64_t k = p->bias ? 1 : s->k, dim[] = {s->n, k};
-    const tensor_view *t;
-    TRY(find_part(p, p->how->first, 0, dim, p->bias ? 1 : 2, &t));
+    const tensor_view *t = NULL;
+    const packed_matrix *packed;
+    TRY(find_packed(p, p->how->first, 0, s->n, &packed));
+    if (!packed) TRY(find_part(p, p->how->first, 0, dim, p->bias ? 1 : 2, &t));
     const int32_t group = s->n / c->n_kv_heads; /* rows of one KV head and its query heads */
     int32_t row_at = 0, within = 0;
     for (int32_t i = 0; i < 3; i++) {
         const int32_t rows = s->fused_rows[i] / c->n_kv_heads;
-        for (int32_t g = 0; g < c->n_kv_heads; g++, row_at += rows)
-            add_part(
-                p, t, (g * (int64_t)group + within) * k,
-                (matrix_part){.row_at = row_at, .rows = rows, .row_stride = k, .col_stride = 1});
+        for (int32_t g = 0; g < c->n_kv_heads; g++, row_at += rows) {
+            if (packed)
+                p->part[p->n++] = (matrix_part){.row_at = row_at,
+                                                .rows = rows,
+                                                .row_stride = 1,
+                                                .packed = packed,
+                                                .packed_row = g * group + within};
+            else
+                add_part(p, t, (g * (int64_t)group + within) * k,
+                         (matrix_part){
+                             .row_at = row_at, .rows = rows, .row_stride = k, .col_stride = 1});
+        }
         within += rows;
     }
     return ST_OK;
@@ -408,15 +500,90 @@ static status find_layout(checkpoint *k, weight_field f, int32_t layer, const la
         if (y->field != f || (y->arch && strcmp(y->arch, k->config.arch) != 0)) continue;
         fill_name(name, y->first, layer, 0);
         *out = y;
-        if (safetensors_find(k->files, name)) return ST_OK;
+        char module[NAME_MAX_BYTES];
+        module_name(module, name);
+        if (safetensors_find(k->files, name) || packed_exists(k->files, module)) return ST_OK;
         if (n < sizeof tried)
             n += (size_t)snprintf(tried + n, sizeof tried - n, "%s'%s'", n ? ", " : "", name);
     }
     return FAIL(ST_NOTFOUND, "tensor of %s is missing: %s", weight_field_text(f), tried);
 }
 
+static const char *part_name(const matrix_part *p) {
+    return p->packed ? p->packed->name : p->tensor ? p->tensor->name : "";
+}
+
+/* A row of blocks of the canonical matrix must be one of the file's. */
+static bool blocks_align(const matrix_part *p) {
+    const packed_matrix *m = p->packed;
+    return m->format != WF_FP8B || (p->row_at % m->block_n == 0 && p->packed_row % m->block_n == 0);
+}
+
+/* Why the parts make no one canonical matrix together, or NULL. */
+static const char *differs(const matrix_part *a, const matrix_part *b) {
+    if (!a->packed != !b->packed) return "one of its parts is quantised, another is not";
+    const packed_matrix *x = a->packed, *y = b->packed;
+    if (x->only16) return x->only16;
+    if (y->only16) return y->only16;
+    if (x->format != y->format || x->group != y->group || x->sym != y->sym)
+        return "its parts have different formats";
+    if (a->index == b->index && x->global_scale != y->global_scale)
+        return "its parts have different global scales";
+    if (!blocks_align(a) || !blocks_align(b)) return "its parts meet inside a block of 128 rows";
+    const size_t bytes = (size_t)x->k * sizeof(int32_t);
+    if (a->index == b->index &&
+        (!x->g_idx != !y->g_idx || (x->g_idx && memcmp(x->g_idx, y->g_idx, bytes) != 0)))
+        return "its parts have different g_idx";
+    return NULL;
+}
+
+static status set_order(checkpoint *k, weight_source *s) {
+    const int32_t each = s->n_parts / s->shape.count;
+    bool any = false;
+    for (int32_t i = 0; i < s->n_parts; i++) any |= s->part[i].packed->g_idx != NULL;
+    if (!any) return ST_OK;
+    int32_t *order = arena_array(&k->memory, int32_t, (size_t)s->shape.count * (size_t)s->shape.k);
+    if (!order) return FAIL(ST_NOMEM, "order of inputs of %s", s->name);
+    for (int32_t e = 0; e < s->shape.count; e++) {
+        const packed_matrix *m = s->part[(int64_t)e * each].packed;
+        int32_t *to = order + (int64_t)e * s->shape.k;
+        if (m->g_idx)
+            packed_order(m, to);
+        else
+            for (int32_t i = 0; i < s->shape.k; i++) to[i] = i;
+    }
+    s->stored.order = order;
+    return ST_OK;
+}
+
+/* What the parts of a source are together. A weight that no format applies to is read by value. */
+static status set_stored(checkpoint *k, weight_source *s) {
+    bool any = false;
+    for (int32_t i = 0; i < s->n_parts; i++) any |= s->part[i].packed != NULL;
+    if (!any) return ST_OK;
+    if (s->field == WEIGHT_embed)
+        return FAIL(ST_UNSUPPORTED, "tensor '%s': a quantised embedding", part_name(s->part));
+    stored_form *f = &s->stored;
+    f->packed = true;
+    f->first = part_name(s->part);
+    k->packed |= s->shape.quantise;
+    for (int32_t i = 0; i < s->n_parts && !f->why; i++) {
+        f->why = differs(s->part, &s->part[i]);
+        if (f->why && i > 0) f->other = part_name(&s->part[i]);
+    }
+    if (f->why || !s->shape.quantise) return ST_OK;
+    const packed_matrix *m = s->part->packed;
+    f->weight = m->format;
+    const bool by_row = m->format == WF_INT8 || m->format == WF_FP8;
+    f->group = by_row ? 0 : m->group;
+    f->k = m->k;
+    f->sym = m->format == WF_INT4 && m->sym;
+    return set_order(k, s);
+}
+
 static status find_source(checkpoint *k, weight_field f, int32_t layer) {
     weight_source *s = &k->source[source_at(f, layer)];
+    s->field = f;
     s->shape = weight_field_shape(&k->config, f);
     if (!weight_field_present(&k->config, f)) return ST_OK;
     part_list p = {.k = k, .shape = &s->shape, .layer = layer};
@@ -425,6 +592,7 @@ static status find_source(checkpoint *k, weight_field f, int32_t layer) {
     TRY(add_parts(&p));
     s->part = p.part;
     s->n_parts = p.n;
+    TRY(set_stored(k, s));
     if (!s->shape.has_bias) return ST_OK;
     p.bias = true;
     p.n = 0;
@@ -440,6 +608,12 @@ static status check_leftovers(const checkpoint *k) {
         bool fine = k->used[i] || (k->config.tied && (strcmp(name, "lm_head.weight") == 0 ||
                                                       strcmp(name, "output.weight") == 0));
         for (int32_t j = 0; j < COUNT_OF(needless); j++) fine |= ends_in(name, needless[j]);
+        for (int32_t j = 0; j < COUNT_OF(passed_over) && k->packed; j++)
+            fine |= ends_in(name, passed_over[j]);
+        for (int32_t j = 0; j < COUNT_OF(unread); j++)
+            if (ends_in(name, unread[j]))
+                return FAIL(ST_UNSUPPORTED, "tensor '%.200s': a quantised layout that is not read",
+                            name);
         if (!fine)
             return FAIL(ST_FORMAT,
                         "tensor '%.200s' has no place in the %s of config.json (%d layers)", name,
@@ -448,25 +622,21 @@ static status check_leftovers(const checkpoint *k) {
     return ST_OK;
 }
 
-static status check_quantised(const checkpoint *k) {
-    for (int32_t i = 0; i < safetensors_count(k->files); i++) {
-        const char *name = safetensors_at(k->files, i)->name;
-        for (int32_t j = 0; j < COUNT_OF(quantised); j++)
-            if (ends_in(name, quantised[j]))
-                return FAIL(ST_UNSUPPORTED,
-                            "tensor '%.200s': quantised checkpoints are not read yet, "
-                            "only f32, f16 and bf16 ones",
-                            name);
-    }
-    return ST_OK;
-}
-
 /* Upper bound of what the sources and their parts take. */
-static size_t memory_bytes(const model_config *c, int32_t n_tensors) {
+static size_t memory_bytes(const model_config *c, const safetensors *files) {
+    const int32_t n_tensors = safetensors_count(files);
+    size_t packed = 0; /* one for each tensor at most, an expert's matrix for each of its experts */
+    for (int32_t i = 0; i < n_tensors; i++) {
+        const tensor_view *t = safetensors_at(files, i);
+        packed += sizeof(packed_matrix) + 64;
+        if (ends_in(t->name, "_blocks"))
+            packed += (size_t)(c->n_experts + 1) * (sizeof(packed_matrix) + 64);
+        if (ends_in(t->name, "g_idx")) packed += (size_t)t->bytes + 64;
+    }
     const size_t parts =
         2 * (3 * ((size_t)c->n_kv_heads + WEIGHT_COUNT + 2 * (size_t)c->n_experts));
     const size_t layer = parts * sizeof(matrix_part) + WEIGHT_COUNT * sizeof(weight_source);
-    return ((size_t)c->n_layers + 1) * layer + (size_t)n_tensors + 4096;
+    return ((size_t)c->n_layers + 1) * layer + packed + (size_t)n_tensors + 4096;
 }
 
 static status digest_config(checkpoint *k, const char *dir) {
@@ -482,17 +652,21 @@ static status digest_config(checkpoint *k, const char *dir) {
 static status open_files(checkpoint *k, const char *dir) {
     TRY(safetensors_open(&k->files, dir));
     const int32_t n = safetensors_count(k->files);
-    TRY(arena_open(&k->memory, memory_bytes(&k->config, n)));
+    TRY(arena_open(&k->memory, memory_bytes(&k->config, k->files)));
     k->used = arena_array(&k->memory, bool, (size_t)n);
     k->source =
         arena_array(&k->memory, weight_source, 3 + (size_t)k->config.n_layers * WEIGHT_COUNT);
     if (!k->used || !k->source) return FAIL(ST_NOMEM, "%s: %d tensors", dir, n);
-    status st = check_quantised(k);
+    status st = packed_config_load(&k->packing, dir);
+    if (st != ST_OK) return st;
     for (int32_t f = WEIGHT_embed; st == ST_OK && f < 0; f++)
         st = find_source(k, (weight_field)f, 0);
     for (int32_t layer = 0; layer < k->config.n_layers; layer++)
         for (int32_t f = 0; st == ST_OK && f < WEIGHT_COUNT; f++)
             st = find_source(k, (weight_field)f, layer);
+    if (st == ST_OK && k->packing.method[0] && !k->packed)
+        st = FAIL(ST_FORMAT, "quantization_config says '%s', but no linear is quantised",
+                  k->packing.method);
     if (st == ST_OK) st = check_leftovers(k);
     if (st != ST_OK) return fail_prefix(st, "%s", dir);
     arena_seal(&k->memory);
@@ -533,7 +707,8 @@ dtype checkpoint_dtype(const checkpoint *k) {
     return k->files ? k->source[source_at(WEIGHT_embed, 0)].part[0].type : k->config.type;
 }
 
-/* --- Sources ----------------------------------------------------------------------------------- */
+/* --- Sources -----------------------------------------------------------------------------------
+ */
 
 /* Scales keep activations of order 1 at any depth: 1/sqrt(k) for matrices, the embedding and norms
  * around 1, an embedding that is the head as well like the head. */
@@ -565,6 +740,7 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
     if (k->files) {
         *out = k->source[source_at(f, layer)];
         out->type = checkpoint_dtype(k);
+        if (k->packed && !out->stored.packed) out->shape.quantise = false;
     } else {
         out->type = k->config.type;
         out->shape = weight_field_shape(&k->config, f);
@@ -573,6 +749,127 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
     out->field = f;
     out->config = &k->config;
     return ST_OK;
+}
+
+/* --- Quantised sources ---------------------------------------------------------------------------
+ */
+
+static const char *form_name(const stored_form *f, char *buf) {
+    const bool whole = f->weight == WF_INT4 && f->group == f->k;
+    const precision p = {.weight = f->weight, .group = whole ? 0 : f->group, .sym = f->sym};
+    precision_name(&p, buf);
+    *strchr(buf, 'A') = 0;
+    return buf;
+}
+
+static status refuse_codes(const stored_form *f) {
+    if (f->other)
+        return FAIL(ST_UNSUPPORTED, "tensors '%s' and '%s': %s; W16 dequantises at load", f->first,
+                    f->other, f->why);
+    return FAIL(ST_UNSUPPORTED, "tensor '%s': %s; W16 dequantises at load", f->first, f->why);
+}
+
+/* A group that is the whole row has two names: W4g128 and W4gK at k = 128. */
+static bool same_form(const stored_form *f, const precision *p) {
+    const int32_t group = p->weight == WF_INT4 && p->group == 0 ? f->k : p->group;
+    return f->weight == p->weight && f->group == group && f->sym == p->sym;
+}
+
+bool weight_source_has_codes(const weight_source *s, const precision *p) {
+    return s->stored.packed && s->shape.quantise && p->weight != WF_16 && !s->stored.why &&
+           same_form(&s->stored, p);
+}
+
+status weight_source_accepts(const weight_source *s, const precision *p) {
+    const stored_form *f = &s->stored;
+    if (!f->packed) return ST_OK;
+    for (int32_t i = 0; i < s->n_parts; i++)
+        if (s->part[i].packed && (i == 0 || s->part[i].packed != s->part[i - 1].packed))
+            TRY(packed_check(s->part[i].packed));
+    if (p->weight == WF_16 || !s->shape.quantise) return ST_OK;
+    if (f->why) return refuse_codes(f);
+    if (same_form(f, p)) return ST_OK;
+    char have[PRECISION_NAME_MAX], want[PRECISION_NAME_MAX];
+    const stored_form asked = {.weight = p->weight, .group = p->group, .sym = p->sym};
+    return FAIL(ST_UNSUPPORTED,
+                "tensor '%s' is stored as %s: ask for that or for W16, which dequantises it, not "
+                "for %s",
+                f->first, form_name(f, have), form_name(&asked, want));
+}
+
+void weight_source_qmatrix(const weight_source *s, int32_t index, qmatrix *q) {
+    const weight_shape *w = &s->shape;
+    CHECK(s->stored.packed && !s->stored.why);
+    CHECK(index >= 0 && index < w->count);
+    CHECK(q->n == w->n && q->k == w->k);
+    const int32_t each = s->n_parts / w->count;
+    const int32_t *order = s->stored.order ? s->stored.order + (int64_t)index * w->k : NULL;
+    const matrix_part *p = s->part + (int64_t)index * each;
+    q->global_scale = p->packed->global_scale;
+    for (int32_t i = 0; i < each; i++, p++) {
+#pragma omp parallel for schedule(static) if ((int64_t)p->rows * w->k > 1 << 18)
+        for (int32_t r = 0; r < p->rows; r++)
+            packed_canonical(p->packed, p->packed_row + (int32_t)(r * p->row_stride), order, q,
+                             p->row_at + r);
+    }
+}
+
+/* Is this a linear whose codes a precision is asked for? */
+static bool is_stored_linear(const weight_source *s) {
+    return s->stored.packed && s->shape.quantise;
+}
+
+status checkpoint_precision(const checkpoint *k, precision *p) {
+    const stored_form *first = NULL;
+    precision found = {.weight = WF_16};
+    const size_t n = source_at((weight_field)0, k->config.n_layers);
+    for (size_t i = 0; k->packed && i < n; i++) { /* groups that are no whole rows decide */
+        const stored_form *f = &k->source[i].stored;
+        if (!is_stored_linear(&k->source[i])) continue;
+        if (f->why) return refuse_codes(f);
+        if (!first) first = f;
+        if (found.group == 0 && !(f->weight == WF_INT4 && f->group == f->k)) found.group = f->group;
+    }
+    if (first) {
+        found.weight = first->weight;
+        found.sym = first->sym;
+    }
+    for (size_t i = 0; i < n && first; i++) {
+        const stored_form *f = &k->source[i].stored;
+        if (is_stored_linear(&k->source[i]) && !same_form(f, &found))
+            return FAIL(ST_UNSUPPORTED,
+                        "tensors '%s' and '%s' have different formats; W16 dequantises at load",
+                        first->first, f->first);
+    }
+    p->weight = found.weight;
+    p->group = found.group;
+    p->sym = found.sym;
+    return ST_OK;
+}
+
+status checkpoint_parse_precision(const checkpoint *k, precision *out, const char *name) {
+    if (strncmp(name, "auto", 4) != 0) return precision_parse(out, name);
+    char rest[PRECISION_NAME_MAX];
+    if (snprintf(rest, sizeof rest, "W16%s", name + 4) >= (int)sizeof rest)
+        return FAIL(ST_FORMAT, "precision '%.48s...' is too long", name);
+    TRY(precision_parse(out, rest));
+    return checkpoint_precision(k, out);
+}
+
+int64_t checkpoint_weight_bytes(const checkpoint *k, const precision *p, int32_t tp) {
+    const model_config *c = &k->config;
+    if (!k->packed) return model_weight_bytes(c, p, tp);
+    int64_t total = 0;
+    for (int32_t layer = 0; layer < c->n_layers; layer++) {
+        for (int32_t f = layer ? 0 : WEIGHT_embed; f < WEIGHT_COUNT; f++) {
+            weight_source s;
+            if (!weight_field_present(c, (weight_field)f)) continue;
+            if (checkpoint_source(k, (weight_field)f, layer, &s) != ST_OK) continue;
+            const weight_shape one = weight_shape_shard(c, s.field, s.shape, tp);
+            total += weight_shape_bytes(&one, p, c->type);
+        }
+    }
+    return total;
 }
 
 weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp) {
@@ -615,6 +912,11 @@ void weight_source_row(const weight_source *s, int32_t index, int32_t row, float
     const matrix_part *p = s->part + (int64_t)index * each;
     for (int32_t i = 0; i < each; i++, p++) {
         if (row < p->row_at || row >= p->row_at + p->rows) continue;
+        if (p->packed) {
+            packed_row(p->packed, p->packed_row + (int32_t)((row - p->row_at) * p->row_stride),
+                       out);
+            return;
+        }
         const int64_t element = (row - p->row_at) * p->row_stride;
         dtype_to_f32(out, (const uint8_t *)p->data + dtype_bytes(p->type, element), w->k,
                      p->col_stride, p->type);

@@ -2,22 +2,44 @@
  *
  * A device is handed sources, one logical matrix at a time; it decides what to store. A source is
  * either parts of mapped checkpoint files (any strides, so fused, split, interleaved and transposed
- * layouts are the same thing) or a seed for synthetic values. Whatever the file holds, a device sees
- * qkv as rows q | k | v and gate_up as rows gate | up, heads in their order. */
+ * layouts are the same thing) or a seed for synthetic values. Whatever the file holds, a device
+ * sees qkv as rows q | k | v and gate_up as rows gate | up, heads in their order.
+ *
+ * A checkpoint may be quantised already (packed.h). Then the weight format of a run is the
+ * checkpoint's, with its codes as they are, or W16, which dequantises at load; any other is
+ * refused, since rounding twice is nobody's format. Linears that such a checkpoint leaves in 16 bit
+ * (gpt-oss' attention) stay so: their shape says quantise == false. */
 #ifndef AMALGAM_WEIGHTS_H
 #define AMALGAM_WEIGHTS_H
 #include "model.h"
-#include "precision.h"
+#include "packed.h"
 
 /* Rows [row_at, row_at + rows) of matrix `index` of a source:
- * value(row_at + i, k) = data[i * row_stride + k * col_stride] in elements of `type`. */
+ * value(row_at + i, k) = data[i * row_stride + k * col_stride] in elements of `type`.
+ * A packed part (packed not NULL) has neither data nor type; row row_at + i is row
+ * packed_row + i * row_stride of `packed`. */
 typedef struct {
     const void *data;
     dtype type;    /* F32, F16 or BF16 */
     int32_t index; /* expert, 0 otherwise */
     int32_t row_at, rows;
     int64_t row_stride, col_stride;
+    const packed_matrix *packed;
+    int32_t packed_row;
+    const tensor_view *tensor; /* the one it lies in; NULL in packed and hand-made parts */
 } matrix_part;
+
+/* How a checkpoint stores a weight. */
+typedef struct {
+    bool packed;          /* some part is; all below is zero otherwise */
+    weight_format weight; /* WF_16: only its values can be used, because ... */
+    int32_t group, k;     /* as in a precision, but k where a group of W4 is the whole row */
+    bool sym;
+    const char *why;           /* ... of this, */
+    const char *first, *other; /* which these tensors show; `other` may be NULL */
+    const int32_t *order; /* [count, k] column j of matrix i stands for input order[i * k + j]; NULL
+                             = j. From GPTQ's desc_act */
+} stored_form;
 
 typedef enum {
     SHARD_NONE, /* every rank has all of it: norms, router, embedding */
@@ -60,6 +82,7 @@ typedef struct {
     const matrix_part *part;
     int32_t n_bias_parts; /* bias [count, n]: the same scheme with k = 1; 0 = none, or synthetic */
     const matrix_part *bias_part;
+    stored_form stored;
     uint64_t seed; /* synthetic */
     float synthetic_scale, synthetic_mean;
 } weight_source;
@@ -68,10 +91,25 @@ typedef struct {
 void weight_source_row(const weight_source *s, int32_t index, int32_t row, float *out);
 void weight_source_bias(const weight_source *s, int32_t index, float *out);
 
+/* Can it be loaded in format p: plain, or p's weight format is the stored one or W16? UNSUPPORTED
+ * names the tensor and what to ask for. FORMAT for scales or zero points that cannot be right,
+ * which are all read for this. Every device asks before it loads. */
+status weight_source_accepts(const weight_source *s, const precision *p);
+
+/* Are its codes to be used, in format p? Then weight_source_qmatrix gives them; else values are to
+ * be read by row and, when shape.quantise and p is not W16, rounded by the device. */
+bool weight_source_has_codes(const weight_source *s, const precision *p);
+
+/* Codes, scales and zero points of matrix `index`, exactly as the checkpoint has them, into a
+ * qmatrix laid out by qmatrix_alloc for an accepted p. Columns are in the order of stored.order.
+ * f32 and bf16 scales of INT4 are rounded to f16; a scale for a whole FP8 tensor is repeated by
+ * row. Rows are spread over OpenMP threads. */
+void weight_source_qmatrix(const weight_source *s, int32_t index, qmatrix *q);
+
 /* Synthetic element (row, col) of matrix j is
  *     fmaf(scale, weight_noise(seed, (j * n + row) * k + col), mean)
- * and bias `row` of matrix j is 0.1f * weight_noise(~seed, j * n + row), so that any device can make
- * any tile on its own, with the same bits.
+ * and bias `row` of matrix j is 0.1f * weight_noise(~seed, j * n + row), so that any device can
+ * make any tile on its own, with the same bits.
  *
  * weight_noise is (2 sum - 8 * 65535) * 9.344062e-6f, sum being that of the eight 16-bit halves of
  * philox4x32(seed, counter): mean 0, variance 1, bell-shaped within +-4.9 (a quantiser meets few
@@ -88,11 +126,12 @@ typedef struct weight {
     void *data;
 } weight;
 
-/* The handle that a source in format p gives on one of tp ranks, `data` NULL: sizes and bytes are the
- * same on every device. */
+/* The handle that a source in format p gives on one of tp ranks, `data` NULL: sizes and bytes are
+ * the same on every device. */
 weight weight_source_handle(const weight_source *s, const precision *p, int32_t tp);
 
-/* Weights of one layer: fields and sources are generated from layer.def. Absent ones have n == 0. */
+/* Weights of one layer: fields and sources are generated from layer.def. Absent ones have n == 0.
+ */
 typedef struct {
 #define X(field, ...) weight field;
 #include "layer.def"
@@ -108,14 +147,16 @@ const char *weight_field_text(weight_field f);
 /* Does this model have it (in every layer)? A tied head is not there: it is the embedding. */
 bool weight_field_present(const model_config *c, weight_field f);
 
-/* --- Checkpoints -------------------------------------------------------------------------------- */
+/* --- Checkpoints --------------------------------------------------------------------------------
+ */
 
 /* An opened checkpoint (mapped files, name table) or, with dir == NULL, synthetic weights.
  *
  * Every weight of the model is found and its shape checked before this returns: NOTFOUND names the
- * missing tensor, SHAPE both shapes, UNSUPPORTED a quantised tensor or another element type, FORMAT a
- * tensor that the model as config.json describes it has no place for (a bias, a layer too many).
- * The config is copied. */
+ * missing tensor, SHAPE both shapes, UNSUPPORTED a layout or element type that is not read, FORMAT
+ * a tensor that the model as config.json describes it has no place for (a bias, a layer too many),
+ * or one that its quantization_config contradicts. Static scales of activations and of the KV cache
+ * are passed over: the engine takes its own as it goes. The config is copied. */
 typedef struct checkpoint checkpoint;
 status checkpoint_open(checkpoint **out, const model_config *c, const char *dir, uint64_t seed);
 void checkpoint_close(checkpoint *k); /* NULL is fine */
@@ -129,11 +170,25 @@ uint64_t checkpoint_digest_full(const checkpoint *k);
  * saved by transformers 5 may say float32 over bf16 tensors). The config's type for synthetic. */
 dtype checkpoint_dtype(const checkpoint *k);
 
-/* Sources by field; `layer` is ignored for embed, norm and head. NOTFOUND for a field the model does
- * not have. A tied head gives the values of embed. Points into the checkpoint and lives as long. */
+/* The weight part of the format that the checkpoint is stored in: W16 for a plain or synthetic one;
+ * activations and KV of *p stay as they were. UNSUPPORTED, naming tensors, when its linears differ
+ * or have no format with a name; W16 then reads it. */
+status checkpoint_precision(const checkpoint *k, precision *p);
+
+/* "auto" or "auto" followed by the rest of a name ("autoA16KV8"): the checkpoint's weight format;
+ * any other name as precision_parse. */
+status checkpoint_parse_precision(const checkpoint *k, precision *out, const char *name);
+
+/* As model_weight_bytes, counting what the checkpoint leaves in 16 bit. */
+int64_t checkpoint_weight_bytes(const checkpoint *k, const precision *p, int32_t tp);
+
+/* Sources by field; `layer` is ignored for embed, norm and head. NOTFOUND for a field the model
+ * does not have. A tied head gives the values of embed. Points into the checkpoint and lives as
+ * long. */
 status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, weight_source *out);
 
-/* --- Sizes, the one definition that sim, capacity and the devices share ------------------------- */
+/* --- Sizes, the one definition that sim, capacity and the devices share -------------------------
+ */
 
 weight_shape weight_field_shape(const model_config *c, weight_field f);
 
@@ -159,7 +214,7 @@ int64_t model_weight_bytes(const model_config *c, const precision *p, int32_t tp
 int64_t model_kv_token_bytes(const model_config *c, const precision *p, int32_t tp);
 
 /* Can the model run so: model_fits_tp with the format's groups, every linear's shard in the format,
- * as many entries in a KV list as layers. SHAPE with the reason. Whether a device has kernels for it
- * is the device's answer. */
+ * as many entries in a KV list as layers. SHAPE with the reason. Whether a device has kernels for
+ * it is the device's answer. */
 status model_fits_precision(const model_config *c, const precision *p, int32_t tp);
 #endif

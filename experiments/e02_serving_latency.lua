@@ -21,7 +21,7 @@ local function reference(amalgam, point)
       local run = amalgam.serve {
         model = point.model, weights = "synthetic", precision = precision, device = point.device,
         gpu = point.gpu, tp = chosen.tp,
-        workload = { preset = point.workload, n_requests = 300, seed = point.seed },
+        workload = { preset = point.workload, n_requests = 600, seed = point.seed },
       }
       if run.status ~= "ok" then return run end
       return { status = "ok", tp = chosen.tp, rate = serving.sustained_requests_per_s(run.metrics) }

@@ -1,7 +1,8 @@
 --- E5: does the engine that is simulated elsewhere also serve, and how fast is it here?
 ---
 --- The tiny checkpoint answers requests that arrive by a Poisson process in real time on the cpu
---- device. Prompts are held-out text. This is the only experiment whose numbers are clocked, so it
+--- device. Prompts are held-out text that begins in one of two ways, as system prompts do, which is
+--- what a prefix cache saves. This is the only experiment whose numbers are clocked, so it
 --- runs alone, each point several times. How late the load generator itself was is reported as
 --- lag_p99_ms.
 
@@ -35,7 +36,7 @@ return {
       workload = {
         preset = "fixed", name = point.workload, contents = "corpus",
         n_requests = point.n_requests, seed = point.seed * 1000 + point.repetition,
-        prompt = { mu = 3.9, sigma = 0.4, min = 16, max = 128 },
+        prompt = { lo = 136, hi = 192 }, prefix = 128, n_prefixes = 2,
         output = { mu = 3.0, sigma = 0.5, min = 4, max = 48 },
         arrival = "poisson", rate_per_s = point.rate_per_s,
       },

@@ -6,13 +6,14 @@
 namespace {
 
 bool any(const attention_problem *) { return true; }
+bool wide(const attention_problem *p) { return p->l.head_dim >= 64; }
 
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
 // no single one takes both.
 const attention_variant variants[] = {
-    {"decode_bulk", 90, 90, 129, true, false, any, attention_decode_bulk_launch},
-    {"prefill_wgmma", 90, 90, 90, false, true, any, attention_prefill_sm90_launch},
-    {"decode_async", 80, 80, 129, true, false, any, attention_decode_async_launch},
+    {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
+    {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
+    {"decode_async", 80, 80, 129, true, false, wide, attention_decode_async_launch},
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
@@ -36,7 +37,7 @@ status check(const attention_problem *p) {
         return FAIL(ST_UNSUPPORTED, "attention of %s", dtype_text(l->type));
     if (l->n_kv_heads <= 0 || l->n_heads <= 0 || l->n_heads % l->n_kv_heads)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", l->n_heads, l->n_kv_heads);
-    if (l->head_dim != 64 && l->head_dim != 128 && l->head_dim != 256)
+    if (l->head_dim != 32 && l->head_dim != 64 && l->head_dim != 128 && l->head_dim != 256)
         return FAIL(ST_UNSUPPORTED, "attention with head_dim %d", l->head_dim);
     return ST_OK;
 }

@@ -47,7 +47,7 @@ typedef struct {
 
 typedef struct {
     dtype type; /* F16 or BF16: of qkv, out, norms, sinks and 16-bit KV */
-    int32_t n_heads, n_kv_heads, head_dim, window; /* head_dim 64, 128 or 256; window 0 = all */
+    int32_t n_heads, n_kv_heads, head_dim, window; /* head_dim 32, 64, 128, 256; window 0 = all */
     float scale, norm_eps;
     const void *q_norm, *k_norm; /* [D] or NULL */
     const void *sinks;           /* [H] or NULL */
@@ -93,10 +93,17 @@ status kernel_attention(void *out, const void *qkv, const attention_layer_params
 const char *const *attention_variants(void);
 
 /* --- Layout, for tests and tools ---------------------------------------------------------------
+<<<<<<< HEAD
  * */
 
 /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
  * */
+=======
+* /
+
+    /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
+ */
+>>>>>>> main
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at);
 
 /* Host: codes of a page back to plain values, K and V [64, G, D] f32. type: of 16-bit parts. */

@@ -2,7 +2,8 @@
 //
 // The heads of a group are the 8 columns of the mma tile and tokens its 16 rows:
 //
-//     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]      O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
+//     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]
+//     O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
 //
 // so that a group of up to 8 heads costs one pass over the cache. K and V stay codes: an integer
 // code c placed in the low bits of an fp16 is the subnormal c * 2^-24, exactly, so "conversion" is

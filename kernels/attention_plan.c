@@ -16,9 +16,13 @@ int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32
 }
 
 /* --- Layout ------------------------------------------------------------------------------------
+<<<<<<< HEAD
  * */
+=======
+* /
+>>>>>>> main
 
-int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
+    int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
     const int32_t panel = row_bytes < PANEL_BYTES ? row_bytes : PANEL_BYTES;
     const int32_t pieces = panel / PIECE_BYTES; /* of a token in a panel */
     const int32_t share = PANEL_BYTES / panel;  /* tokens that share 128 bytes */
@@ -60,10 +64,14 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
 }
 
 /* --- Plan --------------------------------------------------------------------------------------
+<<<<<<< HEAD
  * */
+=======
+* /
+>>>>>>> main
 
-/* Tokens of a part of a decode that sees n tokens. */
-static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
+    /* Tokens of a part of a decode that sees n tokens. */
+    static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
     const int32_t most = n_kv_heads < 2 ? 128 : 256 / n_kv_heads; /* parts */
     const int64_t sixteenth = i64_min(ATTENTION_CHUNK_MID, div_up(n, 16));
     const int64_t chunk =
@@ -149,7 +157,7 @@ status attention_plan_make(void *host, int64_t *used, const attention_batch *b, 
                            int32_t n_kv_heads, int32_t head_dim, int32_t window) {
     if (n_kv_heads <= 0 || n_heads % n_kv_heads || n_heads / n_kv_heads > 64)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", n_heads, n_kv_heads);
-    if (head_dim != 64 && head_dim != 128 && head_dim != 256)
+    if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256)
         return FAIL(ST_UNSUPPORTED, "attention with head_dim %d", head_dim);
     attention_plan *plan = host;
     *plan = (attention_plan){.n_decodes = b->n_decodes, .parts_at = (int32_t)sizeof *plan};

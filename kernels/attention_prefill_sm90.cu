@@ -563,6 +563,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
 
 template <int D, typename TK, typename TV>
 __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
     constexpr int BN = D == 256 ? 64 : 128, RAW = D == 256 ? 1 : 2;
     extern __shared__ __align__(1024) uint8_t memory[];
     control *c = (control *)(memory + a.raw_at + (a.raw_bytes ? RAW * a.raw_bytes : 0));
@@ -587,6 +588,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         consume<D, TK, TV>(a, memory, c, group - 1, thread);
     }
+#endif
 }
 
 template <int D, typename TK, typename TV> status launch(const attention_problem *p) {

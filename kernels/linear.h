@@ -1,8 +1,9 @@
 /* linear.h - linear layers with weights in any format, on a GPU: y = epilogue(x W^T + bias).
  *
- * Description (linear_problem), choice (a table of variants per architecture, best first) and launch are
- * three things. A weight is packed once at load for the family that will run it; the order inside is the
- * one in which that family's fragments are loaded, made by running its own load path. */
+ * Description (linear_problem), choice (a table of variants per architecture, best first) and
+ * launch are three things. A weight is packed once at load for the family that will run it; the
+ * order inside is the one in which that family's fragments are loaded, made by running its own load
+ * path. */
 #ifndef KERNEL_LINEAR_H
 #define KERNEL_LINEAR_H
 #include "ref_quant.h"
@@ -11,17 +12,20 @@
 extern "C" {
 #endif
 
-/* A weight in device memory. Fill format .. family, ask linear_pack_bytes, point code / scale / bias at
- * device memory, then linear_pack each of the `count` matrices. */
+/* A weight in device memory. Fill format .. family, ask linear_pack_bytes, point code / scale /
+ * bias at device memory, then linear_pack each of the `count` matrices. */
 typedef struct {
     weight_format format;
     dtype type; /* F16 or BF16: of x, y and bias, and of W16 weights */
     int32_t n, k, count;
     int32_t group; /* 0 = per output channel */
     bool sym;
-    int32_t family;      /* 80 or 90: which packed order; set by linear_family */
-    void *code, *scale;  /* packed; zeros lie beside the scales */
-    void *bias;          /* [count, n] of `type`, or NULL */
+    bool gated; /* rows are gate | up, halves packed so that one tile holds both; must be set for a
+                       gated epilogue when n / 2 is no multiple of 64 */
+    act_format act;     /* AF_16, or the format that x will be quantised to: another packed order */
+    int32_t family;     /* 80 or 90: which packed order; set by linear_family */
+    void *code, *scale; /* packed; zeros lie beside the scales */
+    void *bias;         /* [count, n] of `type`, or NULL */
     float *global_scale; /* [count], NVFP4; else NULL */
 } linear_weight;
 
@@ -32,12 +36,12 @@ int32_t linear_family(int32_t sm, int32_t force);
 /* Bytes of code and scale for all `count` matrices. UNSUPPORTED or SHAPE with the reason. */
 status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *scale_bytes);
 
-/* Pack matrix `index` from the canonical form in device memory (q's pointers are device pointers; W16
- * takes q->code as [n, k] of w->type). Asynchronous on `stream`. */
+/* Pack matrix `index` from the canonical form in device memory (q's pointers are device pointers;
+ * W16 takes q->code as [n, k] of w->type). Asynchronous on `stream`. */
 status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q, kernel_stream stream);
 
-/* The same on the host, and its inverse: the definition of the packed order, for tests. Pack -> unpack
- * is the identity for every format, group and family. */
+/* The same on the host, and its inverse: the definition of the packed order, for tests. Pack ->
+ * unpack is the identity for every format, group and family. */
 status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qmatrix *q);
 status ref_linear_unpack(const linear_weight *w, const void *code, const void *scale, qmatrix *q);
 
@@ -61,8 +65,9 @@ typedef struct {
     float limit; /* LINEAR_GATED_OAI */
 
     /* Grouped problem (mixture of experts); all NULL for a dense one. Rows expert_start[e] ..
-     * expert_start[e+1] of the permuted problem use matrix e; row r reads x row x_row[r] (NULL: r). m is
-     * the number of permuted rows and an upper bound on expert_start[count]. Device pointers. */
+     * expert_start[e+1] of the permuted problem use matrix e; row r reads x row x_row[r] (NULL: r).
+     * m is the number of permuted rows and an upper bound on expert_start[count]. Device pointers.
+      */
     const int32_t *expert_start; /* [count + 1] */
     const int32_t *x_row;        /* [m] */
 
@@ -74,7 +79,8 @@ typedef struct {
 int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms);
 
 /* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.
- * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph. */
+ * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph.
+ * CTAs of a launch wait for each other: one linear at a time on a GPU, so one stream for all of them. */
 status kernel_linear(const linear_problem *p, kernel_stream stream);
 
 /* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. */

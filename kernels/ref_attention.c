@@ -1,7 +1,7 @@
 /* ref_attention.c - attention by the formula, and page by page over a quantised cache.
  *
- * Easy to get wrong: the window counts the token itself; page tails hold anything; a page in which a
- * row sees nothing must leave the row's state untouched, not multiply it by exp(-inf - -inf). */
+ * Easy to get wrong: the window counts the token itself; page tails hold anything; a page in which
+ * a row sees nothing must leave the row's state untouched, not multiply it by exp(-inf - -inf). */
 #include "ref_attention.h"
 #include "ref_linear.h"
 #include "ref_quant.h"
@@ -112,7 +112,8 @@ static row_state lay_state(float *scratch, int32_t rows, int32_t ratio, int32_t 
     return s;
 }
 
-/* Softmax numerators of one row over n new scores, in place; m, l and acc move to the new maximum. */
+/* Softmax numerators of one row over n new scores, in place; m, l and acc move to the new
+ * maximum. */
 static void absorb_scores(float *score, int32_t n, float scale, float *m, double *l, float *acc,
                           int32_t head_dim) {
     float largest = *m;

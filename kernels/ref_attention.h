@@ -1,10 +1,10 @@
 /* ref_attention.h - the definition of attention: over plain K and V, and over the pages of a cache.
  *
  * Causal, grouped-query (query heads h * ratio .. share KV head h), with an optional window and
- * optional sinks. ref_attention is the formula in f64; ref_attention_paged is what the cpu device runs
- * and reads a cache of any KV format through a page table. In both, a query's result depends on that
- * query and the tokens it may see alone: not on other sequences, not on how a prompt is cut into
- * chunks (bit by bit in the paged one). */
+ * optional sinks. ref_attention is the formula in f64; ref_attention_paged is what the cpu device
+ * runs and reads a cache of any KV format through a page table. In both, a query's result depends
+ * on that query and the tokens it may see alone: not on other sequences, not on how a prompt is cut
+ * into chunks (bit by bit in the paged one). */
 #ifndef AMALGAM_REF_ATTENTION_H
 #define AMALGAM_REF_ATTENTION_H
 #include "kernel.h"
@@ -33,7 +33,8 @@ void ref_attention(float *out, int64_t out_stride, const float *q, int64_t q_str
  *   k, v                 [n_pages, G, P, code bytes of D]
  *   k_params, v_params   [n_pages, G, P, 2] f16: scale, minimum; unused for KV_16
  *
- * P = KV_PAGE_TOKENS. Tokens of one page and head are adjacent: an attention kernel streams them. */
+ * P = KV_PAGE_TOKENS. Tokens of one page and head are adjacent: an attention kernel streams
+ * them. */
 typedef struct {
     kv_format k_format, v_format;
     int32_t n_kv_heads, head_dim;
@@ -63,9 +64,9 @@ typedef struct {
     const float *sinks; /* [H] or NULL */
 } ref_attention_rows;
 
-/* Page by page, each dequantised once for all rows, keeping for each row the largest score m, the sum
- * l of exp(s - m) in f64 and the weighted sum of v in f32 (Milakov & Gimelshein 2018, algorithm 3);
- * products as ref_linear_lanes. A sink is where m and l start. `scratch` holds
+/* Page by page, each dequantised once for all rows, keeping for each row the largest score m, the
+ * sum l of exp(s - m) in f64 and the weighted sum of v in f32 (Milakov & Gimelshein 2018, algorithm
+ * 3); products as ref_linear_lanes. A sink is where m and l start. `scratch` holds
  * ref_attention_scratch(n_tokens * ratio, D) floats. */
 void ref_attention_paged(const ref_attention_rows *r, float *scratch);
 int64_t ref_attention_scratch(int32_t rows, int32_t head_dim);

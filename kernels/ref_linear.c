@@ -1,9 +1,9 @@
 /* ref_linear.c - linear layers: the f64 definition, and f32 in eight lanes for the cpu device.
  *
- * The lanes are the eight floats of an AVX register. A tile of four rows of x and three rows of w keeps
- * twelve accumulators in registers and loads seven vectors for twelve multiply-adds, so the arithmetic
- * and not the loads is the limit; every accumulator sees the same sequence of operations whatever the
- * tile, which is why the order of ref_linear.h holds for any shape.
+ * The lanes are the eight floats of an AVX register. A tile of four rows of x and three rows of w
+ * keeps twelve accumulators in registers and loads seven vectors for twelve multiply-adds, so the
+ * arithmetic and not the loads is the limit; every accumulator sees the same sequence of operations
+ * whatever the tile, which is why the order of ref_linear.h holds for any shape.
  *
  * GFLOP/s on one core of an EPYC (Zen 4), warm caches, against OpenBLAS 0.3.21 with one thread:
  *

@@ -1,12 +1,12 @@
 /* ref_linear.h - the definition of a linear layer, twice: f64, and f32 in a fixed order for the cpu
  * device.
  *
- * ref_linear is what every kernel is tested against. ref_linear_lanes is what the cpu device runs: its
- * order of summation is part of the definition, so a row of y depends on that row of x alone, bit by
- * bit: not on the batch around it, not on how rows are blocked, on threads or on the processor. A BLAS
- * promises none of that (OpenBLAS takes other kernels for other heights: rows differ in the last bit
- * between M = 1 and M = 8), and greedy text must not depend on the company a request keeps. What it
- * costs is in the table of ref_linear.c. */
+ * ref_linear is what every kernel is tested against. ref_linear_lanes is what the cpu device runs:
+ * its order of summation is part of the definition, so a row of y depends on that row of x alone,
+ * bit by bit: not on the batch around it, not on how rows are blocked, on threads or on the
+ * processor. A BLAS promises none of that (OpenBLAS takes other kernels for other heights: rows
+ * differ in the last bit between M = 1 and M = 8), and greedy text must not depend on the company a
+ * request keeps. What it costs is in the table of ref_linear.c. */
 #ifndef AMALGAM_REF_LINEAR_H
 #define AMALGAM_REF_LINEAR_H
 #include "kernel.h"

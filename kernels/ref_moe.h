@@ -21,8 +21,8 @@ extern "C" {
  *   expert   [t, top_k] expert of each slot
  *   weight   [t, top_k] f32, its factor:
  *            over_chosen   softmax over the chosen logits (Mixtral, gpt-oss)
- *            else          softmax over all n_experts, then divided by the sum of the chosen ones if
- *                          normalise (Qwen3-MoE, norm_topk_prob)
+ *            else          softmax over all n_experts, then divided by the sum of the chosen ones
+ *                          if normalise (Qwen3-MoE, norm_topk_prob)
  *   logits   [t, n_experts] f32
  *
  * Softmax in f64, rounded once. 1 <= top_k <= n_experts. */
@@ -38,8 +38,8 @@ void ref_moe_route(int32_t *expert, float *weight, const float *logits, int64_t 
 void ref_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
                      const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k);
 
-/* out[i, e] = sum over ranks j < top_k of weight[i, j] * y[slot_row[i, j], e], in f64 in that order.
- * out [t, dim], y [t * top_k, dim]. */
+/* out[i, e] = sum over ranks j < top_k of weight[i, j] * y[slot_row[i, j], e], in f64 in that
+ * order. out [t, dim], y [t * top_k, dim]. */
 void ref_moe_combine(float *out, const float *y, const float *weight, const int32_t *slot_row,
                      int64_t t, int32_t top_k, int32_t dim);
 

@@ -1,5 +1,5 @@
-/* ref_quant.c - see ref_quant.h. Arithmetic is f32 with one rounding per operation, in the order that
- * the header gives, so that a kernel which divides by the stored scale can agree bit for bit.
+/* ref_quant.c - see ref_quant.h. Arithmetic is f32 with one rounding per operation, in the order
+ * that the header gives, so that a kernel which divides by the stored scale can agree bit for bit.
  *
  * Easy to get wrong: codes are chosen for the scale as it is stored (after rounding to f16, e4m3 or
  * a power of two), never for the exact one; and the sum code + zero is clamped, not the code. */
@@ -21,7 +21,8 @@ enum {
 
 static const float f16_max = 65504.f, e4m3_max = 448.f, e2m1_max = 6.f;
 
-/* --- Small things ------------------------------------------------------------------------------ */
+/* --- Small things ------------------------------------------------------------------------------
+ */
 
 /* To nearest even for |x| < 2^22, inline where rintf is a call at baseline x86-64. */
 static inline float round_even(float x) {
@@ -96,7 +97,8 @@ static void e4m3_codes(uint8_t *code, const float *restrict x, int32_t n, float 
     }
 }
 
-/* --- Layout ------------------------------------------------------------------------------------ */
+/* --- Layout ------------------------------------------------------------------------------------
+ */
 
 int64_t qmatrix_code_bytes(const precision *p, int32_t n, int32_t k) {
     const bool four = p->weight == WF_INT4 || p->weight == WF_MXFP4 || p->weight == WF_NVFP4;
@@ -149,7 +151,8 @@ status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_
     return ST_OK;
 }
 
-/* --- Weights: quantise ------------------------------------------------------------------------- */
+/* --- Weights: quantise -------------------------------------------------------------------------
+ */
 
 /* Choose and store the scale (and zero point) number `at` of q for values within `e`; returns the
  * factor that codes are multiplied with, and the zero point. */
@@ -258,7 +261,8 @@ status ref_quantize_weight(qmatrix *q, const float *w) {
     return ST_OK;
 }
 
-/* --- Weights: dequantise ----------------------------------------------------------------------- */
+/* --- Weights: dequantise -----------------------------------------------------------------------
+ */
 
 static float load_scale(const qmatrix *q, int64_t at) {
     switch (q->scale_type) {
@@ -279,8 +283,33 @@ static dtype code_type(const qmatrix *q) {
     }
 }
 
+float ref_quantize_element(qmatrix *q, int32_t row, int32_t col, float x) {
+    const int64_t groups = scales_per_row(q), at = (int64_t)row * q->k + col;
+    const int32_t g = col / q->group;
+    const float s = load_scale(q, row / q->block_n * groups + g) * q->global_scale;
+    if (q->format == WF_INT8) {
+        const float code = round_even(clamp(x / s, -127, 127));
+        q->code[at] = (uint8_t)(int32_t)code;
+        return code * s;
+    }
+    if (q->format == WF_FP8 || q->format == WF_FP8B) {
+        q->code[at] = e4m3_from_f32(x / s);
+        return f32_from_e4m3(q->code[at]) * s;
+    }
+    const float z = q->format != WF_INT4 ? 0.f : q->zero ? (float)q->zero[row * groups + g] : 8.f;
+    uint8_t code;
+    if (q->format == WF_INT4)
+        code = (uint8_t)(int32_t)clamp(round_even(clamp(x / s, -31, 31)) + z, 0, 15);
+    else
+        code = e2m1_from_f32(x / s);
+    const int32_t shift = at % 2 ? 4 : 0;
+    q->code[at / 2] = (uint8_t)((q->code[at / 2] & (0xf0 >> shift)) | code << shift);
+    return q->format == WF_INT4 ? ((float)code - z) * s : f32_from_e2m1(code) * s;
+}
+
 /* f32 gives the f64 product rounded once: (code - zero) has at most 8 bits and the scale 24, so one
- * multiplication is one rounding; where global_scale takes part, code * scale (2 + 4 bits) is exact. */
+ * multiplication is one rounding; where global_scale takes part, code * scale (2 + 4 bits) is
+ * exact. */
 void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t rows) {
     CHECK(row0 >= 0);
     CHECK(rows >= 0 && rows <= q->n - row0);
@@ -301,7 +330,8 @@ void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t r
     }
 }
 
-/* --- Activations ------------------------------------------------------------------------------- */
+/* --- Activations -------------------------------------------------------------------------------
+ */
 
 static void quantize_span(float *x, int32_t n, act_format f) {
     const extent e = extent_of(nothing, x, n);
@@ -328,7 +358,8 @@ void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32
             quantize_span(x + row * k + col, (int32_t)i64_min(span, k - col), f);
 }
 
-/* --- KV ---------------------------------------------------------------------------------------- */
+/* --- KV ----------------------------------------------------------------------------------------
+ */
 
 /* f16 of a parameter, kept finite. */
 static uint16_t f16_param(float x) { return f16_from_f32(clamp(x, -f16_max, f16_max)); }

@@ -1,6 +1,6 @@
-/* ref_quant.h - the definition of every quantised form: weights by group, activations by token, KV by
- * token and head. Packing for a kernel starts from these forms; loaders of foreign checkpoints end in
- * them. Round to nearest even throughout. */
+/* ref_quant.h - the definition of every quantised form: weights by group, activations by token, KV
+ * by token and head. Packing for a kernel starts from these forms; loaders of foreign checkpoints
+ * end in them. Round to nearest even throughout. */
 #ifndef AMALGAM_REF_QUANT_H
 #define AMALGAM_REF_QUANT_H
 #include "kernel.h"
@@ -28,8 +28,8 @@ typedef struct {
     float global_scale; /* 1 except NVFP4 */
 } qmatrix;
 
-/* Bytes of the parts of a qmatrix for these sizes, so that callers can lay it into their memory; their
- * sum is precision_weight_bytes. Not W16, which has no such form. */
+/* Bytes of the parts of a qmatrix for these sizes, so that callers can lay it into their memory;
+ * their sum is precision_weight_bytes. Not W16, which has no such form. */
 int64_t qmatrix_code_bytes(const precision *p, int32_t n, int32_t k);
 int64_t qmatrix_scale_count(const precision *p, int32_t n, int32_t k);
 int64_t qmatrix_zero_count(const precision *p, int32_t n, int32_t k); /* 0 when symmetric */
@@ -47,15 +47,19 @@ status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_
  *   FP8    s = amax / 448 per row or per 128 x 128 block
  *   MXFP4  s = 2^(floor(log2 amax) - 2) per 32 (OCP Microscaling 1.0, section 6.3)
  *   NVFP4  global = amax / (448 * 6), s = e4m3(amax_group / 6 / global)
- * An all-zero group gets scale 1 and the codes that mean zero (8 in a sym INT4). No scale is zero or
- * infinite: one that would round to zero becomes the smallest of its type, one that would overflow
- * f16 becomes 65504 (weights beyond saturate), and an NVFP4 global scale is at least 2^-126; so
- * dequantised values are finite for every finite w.
+ * An all-zero group gets scale 1 and the codes that mean zero (8 in a sym INT4). No scale is zero
+ * or infinite: one that would round to zero becomes the smallest of its type, one that would
+ * overflow f16 becomes 65504 (weights beyond saturate), and an NVFP4 global scale is at least
+ * 2^-126; so dequantised values are finite for every finite w.
  * Error per element: at most half a scale (half a code step in the floating formats, a quarter of
  * the value where MXFP4 saturates 6..8 to 6) plus the rounding of the scale times the code.
  * A NaN or infinity in w is FORMAT with its place. Rows are spread over OpenMP threads; the result
  * does not depend on their number. */
 status ref_quantize_weight(qmatrix *q, const float *w);
+
+/* The code of one element for the scale and zero point that q holds already: what a quantiser with
+ * ideas of its own about codes uses (GPTQ). x finite; the return is the value of the code. */
+float ref_quantize_element(qmatrix *q, int32_t row, int32_t col, float x);
 
 /* out [rows, k] = rows row0 .. row0+rows-1 of q as f32, exactly (f64 product rounded once). */
 void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t rows);
@@ -72,8 +76,8 @@ void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32
  *   code * scale + minimum; KF_FP8: scale = amax / 448, minimum = 0; KF_16: codes are f32 here (the
  *   cpu device keeps 16-bit KV unrounded), parameters unused.
  * A constant vector gets scale 0, and so does one whose scale is under 2^-25 (the values become the
- * minimum: an error below 2^-25 * (2^b - 1)). Parameters saturate at +-65504. A NaN or infinity in x
- * makes both parameters NaN, hence the whole vector. x, codes: no overlap; d even, > 0.
+ * minimum: an error below 2^-25 * (2^b - 1)). Parameters saturate at +-65504. A NaN or infinity in
+ * x makes both parameters NaN, hence the whole vector. x, codes: no overlap; d even, > 0.
  * codes: KF_8/KF_FP8 d bytes, KF_4 d/2 bytes low nibble first, KF_16 4 * d bytes. */
 void ref_kv_quantize(void *codes, uint16_t params[2], const float *x, int32_t d, kv_format f);
 void ref_kv_dequantize(float *x, const void *codes, const uint16_t params[2], int32_t d,

@@ -1,8 +1,9 @@
 /* ref_rope.h - the definition of rotary position embedding (Su et al. 2021, eq. 34).
  *
- * Easy to get wrong: pairs are the two halves of a head (d, d + D/2), as in every Hugging Face model
- * here, not neighbours (2d, 2d + 1). YaRN's attention factor multiplies cos and sin both, so a score
- * carries its square. Frequencies come from rope_frequencies (model.h), which knows the kinds. */
+ * Easy to get wrong: pairs are the two halves of a head (d, d + D/2), as in every Hugging Face
+ * model here, not neighbours (2d, 2d + 1). YaRN's attention factor multiplies cos and sin both, so
+ * a score carries its square. Frequencies come from rope_frequencies (model.h), which knows the
+ * kinds. */
 #ifndef AMALGAM_REF_ROPE_H
 #define AMALGAM_REF_ROPE_H
 #include "kernel.h"
@@ -15,8 +16,9 @@ extern "C" {
  *
  *   cosine, sine, inv_freq   [half]
  *
- * The angle is an f64 product. Hugging Face takes it in f32, which is off by position * 2^-24 radians:
- * 1e-6 where the golden logits lie, but 0.06 at position 10^6; the wide one is the definition. */
+ * The angle is an f64 product. Hugging Face takes it in f32, which is off by position * 2^-24
+ * radians: 1e-6 where the golden logits lie, but 0.06 at position 10^6; the wide one is the
+ * definition. */
 void ref_rope_angles(float *cosine, float *sine, const double *inv_freq, double factor,
                      int32_t position, int32_t half);
 

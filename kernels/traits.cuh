@@ -1,5 +1,5 @@
-// traits.cuh - the one template header of the kernels: element types, conversions, reductions, and the
-// status of a launch. Everything else belongs to a family.
+// traits.cuh - the one template header of the kernels: element types, conversions, reductions, and
+// the status of a launch. Everything else belongs to a family.
 #ifndef AMALGAM_TRAITS_CUH
 #define AMALGAM_TRAITS_CUH
 #include "kernel.h"
@@ -25,12 +25,15 @@ __device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162flo
 // To nearest, ties to even; past the largest fp16 comes infinity.
 template <typename T> __device__ __forceinline__ T from_f32(float x);
 template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
-template <> __device__ __forceinline__ __half from_f32<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __half from_f32<__half>(float x) {
+    return __float2half_rn(x);
+}
 template <> __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// Sixteen bytes of elements: what one thread loads or stores at a time. Addresses are aligned to that.
+// Sixteen bytes of elements: what one thread loads or stores at a time. Addresses are aligned to
+// that.
 template <typename T> struct alignas(16) pack {
     static constexpr int n = 16 / (int)sizeof(T);
     T v[n];
@@ -56,8 +59,8 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Sum over a block of up to 1024 threads (a multiple of 32), in a fixed order; every thread gets it.
-// `shared` holds 32 floats and may be used again only after another barrier.
+// Sum over a block of up to 1024 threads (a multiple of 32), in a fixed order; every thread gets
+// it. `shared` holds 32 floats and may be used again only after another barrier.
 __device__ __forceinline__ float block_sum(float x, float *shared) {
     const int warps = (int)blockDim.x / 32, lane = (int)threadIdx.x % 32;
     x = warp_sum(x);

@@ -1,8 +1,8 @@
 --- House rules that a program can see: lines, words, banned calls, length of functions.
 -- Run from the root: build/amalgam lua tests/check_style.lua [--update]
 --
--- Functions of 72 lines and more stand in tests/long_functions.txt with their length; the list may shrink,
--- a function may not grow past its entry and no new one may appear. --update rewrites the list.
+-- Functions of 72 lines and more stand in tests/long_functions.txt with their length: the list may
+-- shrink, a function may not grow past its entry, no new one may appear. --update rewrites it.
 local amalgam = require "amalgam"
 
 local LONG = 72
@@ -10,7 +10,6 @@ local LIST = "tests/long_functions.txt"
 
 local banned = { -- pattern -> what to use instead; files that may
   { "%f[%w_]sprintf%s*%(", "snprintf" },
-  { "%f[%w_]strcpy%s*%(", "memcpy or snprintf", "base.c" },
   { "%f[%w_]strcat%s*%(", "text_add" },
   { "%f[%w_]gets%s*%(", "fgets" },
   { "%f[%w_]atoi%s*%(", "parse_i64" },
@@ -21,6 +20,7 @@ local banned = { -- pattern -> what to use instead; files that may
 }
 
 local problems = {}
+
 local function problem(...) problems[#problems + 1] = string.format(...) end
 
 local function files_of(dir, ...)
@@ -36,11 +36,14 @@ end
 --- Words that leave work for nobody; spelt apart so that this file passes its own check.
 local leftovers = { "TO" .. "DO", "FIX" .. "ME", "X" .. "XX" }
 
+--- Tables of data (.def) may be as wide as their rows.
 local function check_lines(path)
-  local at = 0
+  local at, wide = 0, path:match("%.def$")
   for line in io.lines(path) do
     at = at + 1
-    if utf8.len(line) and utf8.len(line) > 100 then problem("%s:%d: over 100 columns", path, at) end
+    if not wide and (utf8.len(line) or #line) > 100 then
+      problem("%s:%d: over 100 columns", path, at)
+    end
     if line:match("%s$") then problem("%s:%d: blank at the end of the line", path, at) end
     if line:find("\t", 1, true) then problem("%s:%d: tab", path, at) end
     for _, word in ipairs(leftovers) do

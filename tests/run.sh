@@ -6,7 +6,8 @@ out=$1
 passed=0
 failed=0
 CMOCKA_MESSAGE_OUTPUT=STDOUT
-export CMOCKA_MESSAGE_OUTPUT
+OMP_WAIT_POLICY=passive # as main.c has it
+export CMOCKA_MESSAGE_OUTPUT OMP_WAIT_POLICY
 
 one() { # name, command...
     name=$1

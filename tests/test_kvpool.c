@@ -1,4 +1,5 @@
-/* test_kvpool.c - the KV pool against a naive model: linear searches over arrays, no hash, no lists.
+/* test_kvpool.c - the KV pool against a naive model: linear searches over arrays, no hash, no
+ * lists.
  *
  * The pool is included, not linked, so that faults can be planted inside it. */
 #include "test.h"
@@ -83,7 +84,8 @@ static int32_t model_count(const world *w, bool held, bool registered) {
 static int32_t model_free(const world *w) { return model_count(w, false, false); }
 static int32_t model_cached(const world *w) { return model_count(w, false, true); }
 
-/* --- Operations: done to both, NULL or what differs --------------------------------------------- */
+/* --- Operations: done to both, NULL or what differs ---------------------------------------------
+ */
 
 static const char *written_by_this(const model_page *g, const model_seq *s, int32_t d) {
     if (!g->written || g->salt != s->salt || g->depth != d) return "a match of other content";
@@ -296,7 +298,8 @@ static void equals_a_naive_model_over_a_million_operations(void **state) {
     assert_true(evictions > 10000);
 }
 
-/* --- Twins: planted faults are noticed ----------------------------------------------------------- */
+/* --- Twins: planted faults are noticed -----------------------------------------------------------
+ */
 
 static void notices_one_token_registered_wrong(void **state) {
     (void)state;
@@ -352,10 +355,11 @@ static void notices_every_planted_fault(void **state) {
     }
 }
 
-/* --- Edges ---------------------------------------------------------------------------------------- */
+/* --- Edges
+ * ---------------------------------------------------------------------------------------- */
 
-/* All sets of three sequences of 0..P+1 tokens: a pool of exactly their pages suffices, one page less
- * does not, and a refusal changes nothing. */
+/* All sets of three sequences of 0..P+1 tokens: a pool of exactly their pages suffices, one page
+ * less does not, and a refusal changes nothing. */
 static void page_edges_exhaustively(void **state) {
     (void)state;
     arena mem;
@@ -386,7 +390,8 @@ static void page_edges_exhaustively(void **state) {
     arena_close(&mem);
 }
 
-/* One sequence registers 3 pages; for every length the match covers all full pages but never all. */
+/* One sequence registers 3 pages; for every length the match covers all full pages but never all.
+ */
 static void matches_all_but_the_last_token(void **state) {
     (void)state;
     world w;

@@ -1,4 +1,5 @@
-/* test_precision.c - the grammar of precision names, their one spelling, and the sizes behind them. */
+/* test_precision.c - the grammar of precision names, their one spelling, and the sizes behind them.
+ */
 #include "test.h"
 
 #include "precision.h"
@@ -23,31 +24,29 @@ static void names_mean_what_the_grammar_says(void **state) {
         act_format a;
         kv_format k, v;
     } cases[] = {
-        {"W16",            "W16A16KV16",      WF_16,    0,   false, AF_16,   KF_16,  KF_16 },
-        {"W8A8",           "W8A8KV16",        WF_INT8,  0,   false, AF_INT8, KF_16,  KF_16 },
-        {"W4A16KV8",       "W4A16KV8",        WF_INT4,  128, false, AF_16,   KF_8,   KF_8  },
-        {"W4g128KV8",      "W4A16KV8",        WF_INT4,  128, false, AF_16,   KF_8,   KF_8  },
-        {"W4g64symA8K8V4", "W4g64symA8K8V4",  WF_INT4,  64,  true,  AF_INT8, KF_8,   KF_4  },
-        {"W4sym",          "W4symA16KV16",    WF_INT4,  128, true,  AF_16,   KF_16,  KF_16 },
-        {"W4gKK4V4",       "W4gKA16KV4",      WF_INT4,  0,   false, AF_16,   KF_4,   KF_4  },
-        {"W4gK",           "W4gKA16KV16",     WF_INT4,  0,   false, AF_16,   KF_16,  KF_16 },
-        {"W4g16K16VFP8",   "W4g16A16K16VFP8", WF_INT4,  16,  false, AF_16,   KF_16,  KF_FP8},
-        {"FP8",            "WFP8AFP8KVFP8",   WF_FP8,   0,   false, AF_FP8,  KF_FP8, KF_FP8},
-        {"WFP8bAFP8KV16",  "WFP8bAFP8KV16",   WF_FP8B,  128, false, AF_FP8,  KF_16,  KF_16 },
-        {"WMXFP4",         "WMXFP4A16KV16",   WF_MXFP4, 32,  false, AF_16,   KF_16,  KF_16 },
-        {"WNVFP4KVFP8",    "WNVFP4A16KVFP8",  WF_NVFP4, 16,  false, AF_16,   KF_FP8, KF_FP8},
+        {"W16", "W16A16KV16", WF_16, 0, false, AF_16, KF_16, KF_16},
+        {"W8A8", "W8A8KV16", WF_INT8, 0, false, AF_INT8, KF_16, KF_16},
+        {"W4A16KV8", "W4A16KV8", WF_INT4, 128, false, AF_16, KF_8, KF_8},
+        {"W4g128KV8", "W4A16KV8", WF_INT4, 128, false, AF_16, KF_8, KF_8},
+        {"W4g64symA8K8V4", "W4g64symA8K8V4", WF_INT4, 64, true, AF_INT8, KF_8, KF_4},
+        {"W4sym", "W4symA16KV16", WF_INT4, 128, true, AF_16, KF_16, KF_16},
+        {"W4gKK4V4", "W4gKA16KV4", WF_INT4, 0, false, AF_16, KF_4, KF_4},
+        {"W4gK", "W4gKA16KV16", WF_INT4, 0, false, AF_16, KF_16, KF_16},
+        {"W4g16K16VFP8", "W4g16A16K16VFP8", WF_INT4, 16, false, AF_16, KF_16, KF_FP8},
+        {"FP8", "WFP8AFP8KVFP8", WF_FP8, 0, false, AF_FP8, KF_FP8, KF_FP8},
+        {"WFP8bAFP8KV16", "WFP8bAFP8KV16", WF_FP8B, 128, false, AF_FP8, KF_16, KF_16},
+        {"WMXFP4", "WMXFP4A16KV16", WF_MXFP4, 32, false, AF_16, KF_16, KF_16},
+        {"WNVFP4KVFP8", "WNVFP4A16KVFP8", WF_NVFP4, 16, false, AF_16, KF_FP8, KF_FP8},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         precision p;
         char name[PRECISION_NAME_MAX];
         assert_ok(precision_parse(&p, cases[i].name));
-        precision want = {
-            .weight = cases[i].w,
-            .group = cases[i].group,
-            .sym = cases[i].sym,
-            .act = cases[i].a,
-            .kv = {cases[i].k, cases[i].v}
-        };
+        precision want = {.weight = cases[i].w,
+                          .group = cases[i].group,
+                          .sym = cases[i].sym,
+                          .act = cases[i].a,
+                          .kv = {cases[i].k, cases[i].v}};
         assert_true(same_precision(&p, &want));
         want.kv.v ^= 1; /* twin */
         assert_false(same_precision(&p, &want));
@@ -55,8 +54,8 @@ static void names_mean_what_the_grammar_says(void **state) {
     }
 }
 
-/* Every weight spelling x activation x pair of KV formats: name -> parse -> the same struct, and all
- * names differ. */
+/* Every weight spelling x activation x pair of KV formats: name -> parse -> the same struct, and
+ * all names differ. */
 static void every_combination_survives_its_name(void **state) {
     (void)state;
     static const int32_t groups[] = {0, 16, 32, 64, 128, 256, 65536};
@@ -69,13 +68,11 @@ static void every_combination_survives_its_name(void **state) {
                     for (int32_t v = 0; v < KF_COUNT; v++) {
                         static const int32_t own[WF_COUNT] = {
                             [WF_FP8B] = 128, [WF_MXFP4] = 32, [WF_NVFP4] = 16};
-                        const precision p = {
-                            .weight = (weight_format)w,
-                            .group = w == WF_INT4 ? groups[g / 2] : own[w],
-                            .sym = g & 1,
-                            .act = (act_format)a,
-                            .kv = {(uint8_t)k, (uint8_t)v}
-                        };
+                        const precision p = {.weight = (weight_format)w,
+                                             .group = w == WF_INT4 ? groups[g / 2] : own[w],
+                                             .sym = g & 1,
+                                             .act = (act_format)a,
+                                             .kv = {(uint8_t)k, (uint8_t)v}};
                         char name[PRECISION_NAME_MAX], again[PRECISION_NAME_MAX];
                         precision q;
                         assert_ok(precision_parse(&q, precision_name(&p, name)));
@@ -131,7 +128,8 @@ static void random_lists_survive_their_names(void **state) {
     }
 }
 
-/* The longest name there is: no two neighbours alike, every item the longest, the longest weight. */
+/* The longest name there is: no two neighbours alike, every item the longest, the longest weight.
+ */
 static void the_longest_name_fits_its_buffer(void **state) {
     (void)state;
     precision p = {.weight = WF_INT4, .group = 65536, .sym = true, .act = AF_FP8}, q;
@@ -151,63 +149,63 @@ static void bad_names_are_refused_in_one_line(void **state) {
         status st;
         const char *says; /* part of the message */
     } cases[] = {
-        {"",                                          ST_FORMAT,      "does not start with W"    },
-        {"w4a16",                                     ST_FORMAT,      "does not start with W"    },
-        {"fp8",                                       ST_FORMAT,      "does not start with W"    },
-        {"FP8KV8",                                    ST_FORMAT,      "does not start with W"    },
-        {"A16",                                       ST_FORMAT,      "does not start with W"    },
-        {"W",                                         ST_FORMAT,      "unknown weight format"    },
-        {"W5A16",                                     ST_FORMAT,      "at '5A16'"                },
-        {"W1",                                        ST_FORMAT,      "unknown weight format"    },
-        {"W160",                                      ST_FORMAT,      "at '0'"                   },
-        {"WFP4",                                      ST_FORMAT,      "unknown weight format"    },
-        {"WFP8c",                                     ST_FORMAT,      "at 'c'"                   },
-        {"W4 A16",                                    ST_FORMAT,      "at ' A16'"                },
-        {"W4A",                                       ST_FORMAT,      "unknown activation format"},
-        {"W4A4",                                      ST_FORMAT,      "at '4'"                   },
-        {"W4A16A16",                                  ST_FORMAT,      "at 'A16'"                 },
-        {"W4KV8A16",                                  ST_FORMAT,      "at 'A16'"                 },
-        {"W4A16KV",                                   ST_FORMAT,      "unknown KV format"        },
-        {"W4A16KV7",                                  ST_FORMAT,      "unknown KV format"        },
-        {"W4A16KV8x2",                                ST_FORMAT,      "at 'x2'"                  },
-        {"W4A16KV8junk",                              ST_FORMAT,      "at 'junk'"                },
-        {"W4A16KV8 ",                                 ST_FORMAT,      "at ' '"                   },
-        {"W4A16K8",                                   ST_FORMAT,      "without its V"            },
-        {"W4A16V8",                                   ST_FORMAT,      "at 'V8'"                  },
-        {"W4A16K8V",                                  ST_FORMAT,      "unknown KV format"        },
-        {"W4g",                                       ST_FORMAT,      "no group size"            },
-        {"W4gx",                                      ST_FORMAT,      "no group size"            },
-        {"W4g-16",                                    ST_FORMAT,      "no group size"            },
-        {"W4g0",                                      ST_UNSUPPORTED, "multiple of 16"           },
-        {"W4g1",                                      ST_UNSUPPORTED, "multiple of 16"           },
-        {"W4g120",                                    ST_UNSUPPORTED, "multiple of 16"           },
-        {"W4g65552",                                  ST_UNSUPPORTED, "up to 65536"              },
-        {"W4g4294967296",                             ST_UNSUPPORTED, "up to 65536"              },
-        {"W4g99999999999999999999999999999999999999", ST_UNSUPPORTED, "up to 65536"              },
-        {"W4symg64",                                  ST_FORMAT,      "at 'g64'"                 },
-        {"W4symsym",                                  ST_FORMAT,      "at 'sym'"                 },
-        {"W8g128",                                    ST_UNSUPPORTED, "only W4"                  },
-        {"W8sym",                                     ST_UNSUPPORTED, "only W4"                  },
-        {"W16g64",                                    ST_UNSUPPORTED, "only W4"                  },
-        {"WFP8symA16",                                ST_UNSUPPORTED, "only W4"                  },
-        {"WMXFP4g32",                                 ST_UNSUPPORTED, "only W4"                  },
-        {"W4KV[",                                     ST_FORMAT,      "empty item"               },
-        {"W4KV[]",                                    ST_FORMAT,      "empty item"               },
-        {"W4KV[8,]",                                  ST_FORMAT,      "empty item"               },
-        {"W4KV[,8]",                                  ST_FORMAT,      "empty item"               },
-        {"W4KV[8",                                    ST_FORMAT,      "lacks , or ]"             },
-        {"W4KV[8 4]",                                 ST_FORMAT,      "lacks , or ]"             },
-        {"W4KV[8]]",                                  ST_FORMAT,      "at ']'"                   },
-        {"W4KV[8x]",                                  ST_FORMAT,      "no count"                 },
-        {"W4KV[8x0]",                                 ST_FORMAT,      "no count"                 },
-        {"W4KV[8x-1]",                                ST_FORMAT,      "no count"                 },
-        {"W4KV[8x2x2]",                               ST_FORMAT,      "at 'x2]'"                 },
-        {"W4KV[K8x2]",                                ST_FORMAT,      "without its V"            },
-        {"W4KV[KV8]",                                 ST_FORMAT,      "unknown KV format"        },
-        {"W4KV[8x257]",                               ST_UNSUPPORTED, "256 layers"               },
-        {"W4KV[8x256,8]",                             ST_UNSUPPORTED, "256 layers"               },
-        {"W4KV[8x99999999999999999999]",              ST_UNSUPPORTED, "256 layers"               },
-        {"W4\nA16",                                   ST_FORMAT,      "W4 A16"                   },
+        {"", ST_FORMAT, "does not start with W"},
+        {"w4a16", ST_FORMAT, "does not start with W"},
+        {"fp8", ST_FORMAT, "does not start with W"},
+        {"FP8KV8", ST_FORMAT, "does not start with W"},
+        {"A16", ST_FORMAT, "does not start with W"},
+        {"W", ST_FORMAT, "unknown weight format"},
+        {"W5A16", ST_FORMAT, "at '5A16'"},
+        {"W1", ST_FORMAT, "unknown weight format"},
+        {"W160", ST_FORMAT, "at '0'"},
+        {"WFP4", ST_FORMAT, "unknown weight format"},
+        {"WFP8c", ST_FORMAT, "at 'c'"},
+        {"W4 A16", ST_FORMAT, "at ' A16'"},
+        {"W4A", ST_FORMAT, "unknown activation format"},
+        {"W4A4", ST_FORMAT, "at '4'"},
+        {"W4A16A16", ST_FORMAT, "at 'A16'"},
+        {"W4KV8A16", ST_FORMAT, "at 'A16'"},
+        {"W4A16KV", ST_FORMAT, "unknown KV format"},
+        {"W4A16KV7", ST_FORMAT, "unknown KV format"},
+        {"W4A16KV8x2", ST_FORMAT, "at 'x2'"},
+        {"W4A16KV8junk", ST_FORMAT, "at 'junk'"},
+        {"W4A16KV8 ", ST_FORMAT, "at ' '"},
+        {"W4A16K8", ST_FORMAT, "without its V"},
+        {"W4A16V8", ST_FORMAT, "at 'V8'"},
+        {"W4A16K8V", ST_FORMAT, "unknown KV format"},
+        {"W4g", ST_FORMAT, "no group size"},
+        {"W4gx", ST_FORMAT, "no group size"},
+        {"W4g-16", ST_FORMAT, "no group size"},
+        {"W4g0", ST_UNSUPPORTED, "multiple of 16"},
+        {"W4g1", ST_UNSUPPORTED, "multiple of 16"},
+        {"W4g120", ST_UNSUPPORTED, "multiple of 16"},
+        {"W4g65552", ST_UNSUPPORTED, "up to 65536"},
+        {"W4g4294967296", ST_UNSUPPORTED, "up to 65536"},
+        {"W4g99999999999999999999999999999999999999", ST_UNSUPPORTED, "up to 65536"},
+        {"W4symg64", ST_FORMAT, "at 'g64'"},
+        {"W4symsym", ST_FORMAT, "at 'sym'"},
+        {"W8g128", ST_UNSUPPORTED, "only W4"},
+        {"W8sym", ST_UNSUPPORTED, "only W4"},
+        {"W16g64", ST_UNSUPPORTED, "only W4"},
+        {"WFP8symA16", ST_UNSUPPORTED, "only W4"},
+        {"WMXFP4g32", ST_UNSUPPORTED, "only W4"},
+        {"W4KV[", ST_FORMAT, "empty item"},
+        {"W4KV[]", ST_FORMAT, "empty item"},
+        {"W4KV[8,]", ST_FORMAT, "empty item"},
+        {"W4KV[,8]", ST_FORMAT, "empty item"},
+        {"W4KV[8", ST_FORMAT, "lacks , or ]"},
+        {"W4KV[8 4]", ST_FORMAT, "lacks , or ]"},
+        {"W4KV[8]]", ST_FORMAT, "at ']'"},
+        {"W4KV[8x]", ST_FORMAT, "no count"},
+        {"W4KV[8x0]", ST_FORMAT, "no count"},
+        {"W4KV[8x-1]", ST_FORMAT, "no count"},
+        {"W4KV[8x2x2]", ST_FORMAT, "at 'x2]'"},
+        {"W4KV[K8x2]", ST_FORMAT, "without its V"},
+        {"W4KV[KV8]", ST_FORMAT, "unknown KV format"},
+        {"W4KV[8x257]", ST_UNSUPPORTED, "256 layers"},
+        {"W4KV[8x256,8]", ST_UNSUPPORTED, "256 layers"},
+        {"W4KV[8x99999999999999999999]", ST_UNSUPPORTED, "256 layers"},
+        {"W4\nA16", ST_FORMAT, "W4 A16"},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         precision p, before;
@@ -253,16 +251,16 @@ static void weights_take_the_bytes_counted_by_hand(void **state) {
         const char *name;
         int64_t bytes;
     } cases[] = {
-        {"W16",    117440512                },
-        {"W8",     58720256 + 4096 * 4      },
-        {"W4",     29360128 + 4096 * 112 * 3}, /* 112 groups of 128: f16 and u8 each */
-        {"W4sym",  29360128 + 4096 * 112 * 2},
-        {"W4g32",  29360128 + 4096 * 448 * 3},
-        {"W4gK",   29360128 + 4096 * 3      },
-        {"WFP8",   58720256 + 4096 * 4      },
-        {"WFP8b",  58720256 + 32 * 112 * 4  },
-        {"WMXFP4", 29360128 + 4096 * 448    },
-        {"WNVFP4", 29360128 + 4096 * 896    },
+        {"W16", 117440512},
+        {"W8", 58720256 + 4096 * 4},
+        {"W4", 29360128 + 4096 * 112 * 3}, /* 112 groups of 128: f16 and u8 each */
+        {"W4sym", 29360128 + 4096 * 112 * 2},
+        {"W4g32", 29360128 + 4096 * 448 * 3},
+        {"W4gK", 29360128 + 4096 * 3},
+        {"WFP8", 58720256 + 4096 * 4},
+        {"WFP8b", 58720256 + 32 * 112 * 4},
+        {"WMXFP4", 29360128 + 4096 * 448},
+        {"WNVFP4", 29360128 + 4096 * 896},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         precision p;
@@ -299,20 +297,20 @@ static void shapes_are_refused_with_the_reason(void **state) {
         int32_t n, k;
         const char *says; /* NULL: fits */
     } cases[] = {
-        {"W16",    8,   7,   NULL          },
-        {"W16",    0,   16,  "0 x 16"      },
-        {"W16",    16,  -1,  "16 x -1"     },
-        {"W8",     16,  16,  NULL          },
-        {"W8",     24,  16,  "n=24"        },
-        {"W8",     16,  24,  "k=24"        },
-        {"W4",     16,  128, NULL          },
-        {"W4",     16,  192, "group of 128"},
-        {"W4g64",  16,  192, NULL          },
-        {"W4gK",   16,  48,  NULL          },
-        {"WFP8b",  144, 144, NULL          },
-        {"WFP8b",  136, 144, "n=136"       },
-        {"WMXFP4", 16,  48,  "group of 32" },
-        {"WNVFP4", 16,  48,  NULL          },
+        {"W16", 8, 7, NULL},
+        {"W16", 0, 16, "0 x 16"},
+        {"W16", 16, -1, "16 x -1"},
+        {"W8", 16, 16, NULL},
+        {"W8", 24, 16, "n=24"},
+        {"W8", 16, 24, "k=24"},
+        {"W4", 16, 128, NULL},
+        {"W4", 16, 192, "group of 128"},
+        {"W4g64", 16, 192, NULL},
+        {"W4gK", 16, 48, NULL},
+        {"WFP8b", 144, 144, NULL},
+        {"WFP8b", 136, 144, "n=136"},
+        {"WMXFP4", 16, 48, "group of 32"},
+        {"WNVFP4", 16, 48, NULL},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         precision p;

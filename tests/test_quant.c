@@ -1,5 +1,5 @@
-/* test_quant.c - the quantisers: answers by hand, error bounds from the rounding rules, idempotence,
- * groups that sit at the ends of the number range, and sizes. */
+/* test_quant.c - the quantisers: answers by hand, error bounds from the rounding rules,
+ * idempotence, groups that sit at the ends of the number range, and sizes. */
 #include "test.h"
 
 #include "ref_quant.h"
@@ -44,7 +44,8 @@ static float *dequantized(arena *a, const qmatrix *q) {
     return out;
 }
 
-/* --- The struct, read without the code under test ---------------------------------------------- */
+/* --- The struct, read without the code under test ----------------------------------------------
+ */
 
 static double scale_at(const qmatrix *q, int64_t row, int64_t col) {
     const int64_t at = row / q->block_n * div_up(q->k, q->group) + col / q->group;
@@ -74,10 +75,10 @@ static double value_at(const qmatrix *q, int64_t row, int64_t col) {
 }
 
 /* What an element w may be off by. s = the factor of a code step of 1.
- *   ints: s/2; and at the ends of the range 15 steps of a scale that was rounded to f16 (2^-11 of it,
- *   or 2^-25 where subnormal). FP8: half of 2^-3 of the value, or half the subnormal step 2^-9.
- *   FP4: half the gap at the value (gaps .5, 1, 2), and all beyond 6: for MXFP4 2 of 8; for NVFP4 what
- *   an e4m3 scale rounded down by 2^-4 (or half a subnormal step 2^-10) leaves of 6.
+ *   ints: s/2; and at the ends of the range 15 steps of a scale that was rounded to f16 (2^-11 of
+ *   it, or 2^-25 where subnormal). FP8: half of 2^-3 of the value, or half the subnormal step 2^-9.
+ *   FP4: half the gap at the value (gaps .5, 1, 2), and all beyond 6: for MXFP4 2 of 8; for NVFP4
+ *   what an e4m3 scale rounded down by 2^-4 (or half a subnormal step 2^-10) leaves of 6.
  * 2^-20 of the value for the f32 quotient, product and scale, and 448 of the subnormal steps of f32
  *   that a tiny scale was rounded to. */
 static double allowed(const qmatrix *q, int64_t row, int64_t col, double w) {
@@ -127,16 +128,12 @@ static float *random_weights(arena *a, int32_t n, int32_t k, uint64_t seed) {
     return w;
 }
 
-/* --- Weights ----------------------------------------------------------------------------------- */
+/* --- Weights -----------------------------------------------------------------------------------
+ */
 
 static void sizes_are_those_that_precision_counts(void **state) {
     arena *a = *state;
-    static const int32_t shapes[][2] = {
-        {16,  128},
-        {48,  256},
-        {144, 384},
-        {256, 640}
-    };
+    static const int32_t shapes[][2] = {{16, 128}, {48, 256}, {144, 384}, {256, 640}};
     for (int32_t f = 0; f < COUNT_OF(formats); f++)
         for (int32_t s = 0; s < COUNT_OF(shapes); s++) {
             const precision p = parsed(formats[f]);
@@ -157,11 +154,7 @@ static void sizes_are_those_that_precision_counts(void **state) {
 
 static void elements_are_within_half_a_step(void **state) {
     arena *a = *state;
-    static const int32_t shapes[][2] = {
-        {16,  128 },
-        {144, 384 },
-        {272, 2048}
-    };
+    static const int32_t shapes[][2] = {{16, 128}, {144, 384}, {272, 2048}};
     for (int32_t f = 0; f < COUNT_OF(formats); f++)
         for (int32_t s = 0; s < COUNT_OF(shapes); s++) {
             const int32_t n = shapes[s][0], k = shapes[s][1];
@@ -189,9 +182,9 @@ static void elements_are_within_half_a_step(void **state) {
         }
 }
 
-/* The quantised form of the dequantised matrix is the same one: exactly where the scale is a rounded
- * one, to the last bits of an f32 scale elsewhere; asymmetric int4 only for groups that use both
- * ends of the code range (else the second range is shorter than the first). */
+/* The quantised form of the dequantised matrix is the same one: exactly where the scale is a
+ * rounded one, to the last bits of an f32 scale elsewhere; asymmetric int4 only for groups that use
+ * both ends of the code range (else the second range is shorter than the first). */
 static void quantising_again_changes_nothing(void **state) {
     arena *a = *state;
     enum { N = 144, K = 512 };
@@ -430,7 +423,8 @@ static void allocation_failures_leave_no_trace(void **state) {
     }
 }
 
-/* --- Activations ------------------------------------------------------------------------------- */
+/* --- Activations -------------------------------------------------------------------------------
+ */
 
 static void activations_become_what_the_device_multiplies(void **state) {
     (void)state;
@@ -476,10 +470,11 @@ static void activations_become_what_the_device_multiplies(void **state) {
     ref_quantize_activation(NULL, 0, K, AF_INT8, 0);
 }
 
-/* --- KV ---------------------------------------------------------------------------------------- */
+/* --- KV ----------------------------------------------------------------------------------------
+ */
 
-/* |value - x| allowed: half a step; the clamped end: (2^b - 1) times the rounding of the scale to f16
- * (2^-11 of it, or 2^-25); the rounding of the minimum; one f32 rounding. */
+/* |value - x| allowed: half a step; the clamped end: (2^b - 1) times the rounding of the scale to
+ * f16 (2^-11 of it, or 2^-25); the rounding of the minimum; one f32 rounding. */
 static double kv_allowed(const float *x, int32_t d, int32_t i, kv_format f) {
     double lo = (double)x[0], hi = (double)x[0];
     for (int32_t j = 1; j < d; j++) {
@@ -611,12 +606,7 @@ static void every_kv_code_dequantises_as_defined(void **state) {
     float y[512];
     for (int32_t i = 0; i < 256; i++) code[i] = (uint8_t)i;
     static const uint16_t params[][2] = {
-        {0x3c00, 0     },
-        {0x0001, 0x8001},
-        {0x7bff, 0xfbff},
-        {0x2e67, 0xc123},
-        {0x0000, 0x3555}
-    };
+        {0x3c00, 0}, {0x0001, 0x8001}, {0x7bff, 0xfbff}, {0x2e67, 0xc123}, {0x0000, 0x3555}};
     for (int32_t p = 0; p < COUNT_OF(params); p++)
         for (int32_t f = KF_FP8; f < KF_COUNT; f++) {
             const int32_t d = f == KF_4 ? 512 : 256;

@@ -1,7 +1,8 @@
-/* test_ref_ops.c - the definitions against formulas written again, in double and without sharing code.
+/* test_ref_ops.c - the definitions against formulas written again, in double and without sharing
+ * code.
  *
- * A tolerance is unit roundoffs (u = 2^-24) times the operations in a row between input and output; a
- * twin moves one element of the input by a percent of its size and must be noticed. */
+ * A tolerance is unit roundoffs (u = 2^-24) times the operations in a row between input and output;
+ * a twin moves one element of the input by a percent of its size and must be noticed. */
 #include "test.h"
 
 #include "ref_activation.h"
@@ -28,7 +29,7 @@ static float *gaussian(rng *r, int64_t n) {
     return v;
 }
 
-/* --- Norm --------------------------------------------------------------------------------------- */
+/* --- Norm ------------------------------------------------------------------------------------- */
 
 static void naive_norm(float *y, const float *x, const float *w, int32_t rows, int32_t cols,
                        double eps) {
@@ -75,7 +76,7 @@ static void test_norm(void **state) {
     for (int i = 0; i < 4; i++) assert_true(y[i] == 0);
 }
 
-/* --- RoPE --------------------------------------------------------------------------------------- */
+/* --- RoPE ------------------------------------------------------------------------------------- */
 
 static void test_rope(void **state) {
     (void)state;
@@ -109,23 +110,14 @@ static void test_rope(void **state) {
     }
 }
 
-/* --- Linear ------------------------------------------------------------------------------------- */
+/* --- Linear ----------------------------------------------------------------------------------- */
 
 static void test_linear(void **state) {
     (void)state;
     rng r;
     rng_seed(&r, 3, 0);
-    const int32_t shape[][3] = {
-        {1, 1,  1   },
-        {1, 5,  7   },
-        {4, 3,  8   },
-        {5, 7,  9   },
-        {8, 48, 64  },
-        {7, 50, 33  },
-        {2, 2,  256 },
-        {9, 1,  1000},
-        {3, 4,  16  }
-    };
+    const int32_t shape[][3] = {{1, 1, 1},   {1, 5, 7},   {4, 3, 8},    {5, 7, 9}, {8, 48, 64},
+                                {7, 50, 33}, {2, 2, 256}, {9, 1, 1000}, {3, 4, 16}};
     for (int32_t c = 0; c < COUNT_OF(shape); c++) {
         const int32_t t = shape[c][0], n = shape[c][1], k = shape[c][2];
         float *x = gaussian(&r, (int64_t)t * k), *w = gaussian(&r, (int64_t)n * k);
@@ -186,7 +178,7 @@ static void test_linear_rows(void **state) {
     }
 }
 
-/* --- Activations -------------------------------------------------------------------------------- */
+/* --- Activations ------------------------------------------------------------------------------ */
 
 static void test_activation(void **state) {
     (void)state;
@@ -232,15 +224,12 @@ static void test_activation(void **state) {
     mem_free(want);
 }
 
-/* --- Experts ------------------------------------------------------------------------------------ */
+/* --- Experts ---------------------------------------------------------------------------------- */
 
 static void test_moe_route(void **state) {
     (void)state;
     enum { X = 5, K = 3 };
-    const float l[2][X] = {
-        {1, 3,   2, 3, -1},
-        {0, NAN, 0, 0, 0 }
-    };
+    const float l[2][X] = {{1, 3, 2, 3, -1}, {0, NAN, 0, 0, 0}};
     int32_t expert[2 * K];
     float weight[2 * K];
     const double e1 = exp(-1.0), all = exp(-2.0) + 2 + e1 + exp(-4.0), chosen = 2 + e1;
@@ -248,11 +237,7 @@ static void test_moe_route(void **state) {
         bool over_chosen, normalise;
         double sum;
     } rule[] = {
-        {true,  false, chosen},
-        {true,  true,  chosen},
-        {false, true,  chosen},
-        {false, false, all   }
-    };
+        {true, false, chosen}, {true, true, chosen}, {false, true, chosen}, {false, false, all}};
     for (int32_t c = 0; c < COUNT_OF(rule); c++) {
         ref_moe_route(expert, weight, l[0], 2, X, K, rule[c].over_chosen, rule[c].normalise);
         const int32_t want[] = {1, 3, 2, 0, 2, 3}; /* ties: the lower expert; NaN last */
@@ -304,7 +289,7 @@ static void test_moe_permute(void **state) {
     mem_free(y);
 }
 
-/* --- Attention ---------------------------------------------------------------------------------- */
+/* --- Attention -------------------------------------------------------------------------------- */
 
 typedef struct {
     int32_t kv_len, n; /* tokens in all, of them queries at the end */
@@ -479,22 +464,14 @@ static void check_attention(const attention_case *c, uint64_t seed) {
 static void test_attention(void **state) {
     (void)state;
     const attention_case shape[] = {
-        {1,   1,   1, 1,  8,   0,   false, KF_16,  KF_16 },
-        {1,   1,   1, 1,  2,   1,   true,  KF_16,  KF_16 },
-        {63,  63,  2, 1,  16,  0,   false, KF_16,  KF_16 },
-        {64,  3,   1, 3,  32,  0,   false, KF_16,  KF_16 },
-        {65,  65,  2, 5,  8,   0,   true,  KF_16,  KF_16 },
-        {129, 5,   1, 6,  64,  0,   false, KF_16,  KF_16 },
-        {200, 7,   1, 7,  24,  17,  false, KF_16,  KF_16 },
-        {200, 100, 1, 16, 8,   64,  true,  KF_16,  KF_16 },
-        {130, 130, 3, 2,  10,  1,   false, KF_16,  KF_16 },
-        {130, 70,  1, 2,  8,   65,  true,  KF_16,  KF_16 },
-        {500, 2,   2, 4,  128, 0,   true,  KF_16,  KF_16 },
-        {150, 90,  2, 3,  16,  0,   false, KF_8,   KF_8  },
-        {150, 90,  2, 3,  16,  30,  true,  KF_4,   KF_4  },
-        {150, 4,   2, 1,  32,  0,   false, KF_FP8, KF_FP8},
-        {150, 4,   1, 8,  32,  0,   false, KF_8,   KF_4  },
-        {90,  90,  1, 2,  16,  500, false, KF_16,  KF_8  },
+        {1, 1, 1, 1, 8, 0, false, KF_16, KF_16},      {1, 1, 1, 1, 2, 1, true, KF_16, KF_16},
+        {63, 63, 2, 1, 16, 0, false, KF_16, KF_16},   {64, 3, 1, 3, 32, 0, false, KF_16, KF_16},
+        {65, 65, 2, 5, 8, 0, true, KF_16, KF_16},     {129, 5, 1, 6, 64, 0, false, KF_16, KF_16},
+        {200, 7, 1, 7, 24, 17, false, KF_16, KF_16},  {200, 100, 1, 16, 8, 64, true, KF_16, KF_16},
+        {130, 130, 3, 2, 10, 1, false, KF_16, KF_16}, {130, 70, 1, 2, 8, 65, true, KF_16, KF_16},
+        {500, 2, 2, 4, 128, 0, true, KF_16, KF_16},   {150, 90, 2, 3, 16, 0, false, KF_8, KF_8},
+        {150, 90, 2, 3, 16, 30, true, KF_4, KF_4},    {150, 4, 2, 1, 32, 0, false, KF_FP8, KF_FP8},
+        {150, 4, 1, 8, 32, 0, false, KF_8, KF_4},     {90, 90, 1, 2, 16, 500, false, KF_16, KF_8},
     };
     for (int32_t i = 0; i < COUNT_OF(shape); i++) check_attention(&shape[i], 100 + (uint64_t)i);
 }
@@ -517,7 +494,8 @@ static void test_attention_range(void **state) {
     free_attention(&a);
 }
 
-/* A NaN that is seen comes through; the one just past the end, or just outside the window, does not. */
+/* A NaN that is seen comes through; the one just past the end, or just outside the window, does
+ * not. */
 static void test_attention_nan(void **state) {
     (void)state;
     const attention_case c = {80, 1, 1, 2, 8, 20, false, KF_16, KF_16};

@@ -200,10 +200,10 @@ static void test_round_trip(void **state) {
          .n_dims = 2,
          .dim = {2, 3},
          .data = f,
-         .bytes = 24                                                                                          },
-        {.name = "half",                  .type = DT_F16, .n_dims = 1, .dim = {2},       .data = h, .bytes = 4},
-        {.name = "none",                  .type = DT_F16, .n_dims = 1, .dim = {0},       .data = h, .bytes = 0},
-        {.name = "codes",                 .type = DT_U8,  .n_dims = 3, .dim = {1, 3, 1}, .data = u, .bytes = 3},
+         .bytes = 24},
+        {.name = "half", .type = DT_F16, .n_dims = 1, .dim = {2}, .data = h, .bytes = 4},
+        {.name = "none", .type = DT_F16, .n_dims = 1, .dim = {0}, .data = h, .bytes = 0},
+        {.name = "codes", .type = DT_U8, .n_dims = 3, .dim = {1, 3, 1}, .data = u, .bytes = 3},
     };
     assert_ok(safetensors_write(in_dir("out.safetensors"), out, COUNT_OF(out)));
     safetensors *s, *again;

@@ -1,4 +1,5 @@
-/* test_sampler.c - what is drawn, against probabilities worked out here, and the corners by hand. */
+/* test_sampler.c - what is drawn, against probabilities worked out here, and the corners by
+ * hand. */
 #include "test.h"
 
 #include "rng.h"
@@ -41,7 +42,7 @@ static void test_greedy(void **state) {
     for (uint64_t i = 0; i < 10; i++) assert_int_equal(draw_of(tie, 5, &rest, i).token, 1);
 }
 
-/* --- Which tokens can be drawn ------------------------------------------------------------------ */
+/* --- Which tokens can be drawn ---------------------------------------------------------------- */
 
 /* The truncations written again: everything sorted, bit per token kept. Vocabulary at most 64. */
 static uint64_t naive_kept(const float *logits, int32_t vocab, const sampling *p, double *prob) {
@@ -72,8 +73,8 @@ static uint64_t naive_kept(const float *logits, int32_t vocab, const sampling *p
     return kept;
 }
 
-/* Pearson's chi-square over draws, where 5 are expected at least (the rest pooled), and the number of
- * cells. */
+/* Pearson's chi-square over draws, where 5 are expected at least (the rest pooled), and the number
+ * of cells. */
 static double chi_square(const int32_t *count, const double *prob, int32_t vocab, int32_t draws,
                          int32_t *cells) {
     double chi = 0, pool_want = 0, pool_got = 0;
@@ -111,16 +112,9 @@ static void test_distribution(void **state) {
         int32_t top_k;
         float top_p, min_p;
     } rule[] = {
-        {1,    0,    1,      0   },
-        {0.5f, 0,    1,      0   },
-        {1,    5,    1,      0   },
-        {1,    1,    1,      0   },
-        {1.5f, 0,    0.8f,   0   },
-        {1,    0,    1e-6f,  0   },
-        {1,    0,    1,      0.2f},
-        {1,    0,    1,      1   },
-        {2,    20,   0.9f,   0.1f},
-        {100,  1000, 0.999f, 0   },
+        {1, 0, 1, 0},        {0.5f, 0, 1, 0},        {1, 5, 1, 0},    {1, 1, 1, 0},
+        {1.5f, 0, 0.8f, 0},  {1, 0, 1e-6f, 0},       {1, 0, 1, 0.2f}, {1, 0, 1, 1},
+        {2, 20, 0.9f, 0.1f}, {100, 1000, 0.999f, 0},
     };
     for (int32_t c = 0; c < COUNT_OF(rule); c++) {
         sampling p = greedy;
@@ -151,7 +145,8 @@ static void test_distribution(void **state) {
     }
 }
 
-/* Selection and doubling at sizes where they have something to do, against ranks found by counting. */
+/* Selection and doubling at sizes where they have something to do, against ranks found by
+ * counting. */
 static void test_large_vocabulary(void **state) {
     (void)state;
     enum { V = V_MAX };
@@ -193,14 +188,7 @@ static void test_top_p_exact(void **state) {
     const struct {
         float top_p;
         int32_t kept;
-    } rule[] = {
-        {0.25f,      1},
-        {0.2500001f, 2},
-        {0.5f,       2},
-        {0.75f,      3},
-        {0.7500001f, 4},
-        {0.9999f,    4}
-    };
+    } rule[] = {{0.25f, 1}, {0.2500001f, 2}, {0.5f, 2}, {0.75f, 3}, {0.7500001f, 4}, {0.9999f, 4}};
     for (int32_t c = 0; c < COUNT_OF(rule); c++) {
         sampling p = greedy;
         p.temperature = 1;

@@ -1,9 +1,10 @@
-/* test_sched.c - the scheduler under random work, watched by a device that remembers what it computed.
+/* test_sched.c - the scheduler under random work, watched by a device that remembers what it
+ * computed.
  *
- * The device keeps one number for each (page, slot): a hash of the salt and of all tokens up to there,
- * made from the number of the position before as it stands in the sequence's own pages. So whatever a
- * wrong share, a stale page or a lost recomputation does to the KV cache shows up as a wrong number.
- * What a sequence draws depends on those numbers, too.
+ * The device keeps one number for each (page, slot): a hash of the salt and of all tokens up to
+ * there, made from the number of the position before as it stands in the sequence's own pages. So
+ * whatever a wrong share, a stale page or a lost recomputation does to the KV cache shows up as a
+ * wrong number. What a sequence draws depends on those numbers, too.
  *
  * The scheduler is included, not linked, so that the test can see states and plant faults. */
 #include "test.h"
@@ -112,7 +113,8 @@ static void world_open(world *w, const sched_policy *p, int32_t n_pages, uint64_
 
 static void world_close(world *w) { arena_close(&w->mem); }
 
-/* --- Input -------------------------------------------------------------------------------------- */
+/* --- Input --------------------------------------------------------------------------------------
+ */
 
 /* A new request; prompts share beginnings: one of three texts, then noise. */
 static const char *add_person(world *w) {
@@ -164,7 +166,8 @@ static const char *cancel_person(world *w) {
     return (st == ST_OK) == (q != NULL) ? NULL : "cancelled what is not alive, or the reverse";
 }
 
-/* --- The device, and what is checked of each batch -------------------------------------------------- */
+/* --- The device, and what is checked of each batch
+ * -------------------------------------------------- */
 
 static void copy_batch(world *w, const batch *b) {
     const size_t n = (size_t)b->n_seqs;
@@ -304,7 +307,8 @@ static const char *run_batch(world *w, int32_t *drawn, bool *stop) {
     return NULL;
 }
 
-/* --- Results --------------------------------------------------------------------------------------- */
+/* --- Results
+ * --------------------------------------------------------------------------------------- */
 
 static const char *check_log(world *w, const person *q, const request_log *log) {
     const int32_t n = q->n_known - q->n_prompt;
@@ -348,7 +352,8 @@ static const char *take_results(world *w) {
     return NULL;
 }
 
-/* --- Faults ------------------------------------------------------------------------------------------ */
+/* --- Faults
+ * ------------------------------------------------------------------------------------------ */
 
 static void spoil_batch(world *w) {
     batch *b = &w->b;
@@ -435,7 +440,8 @@ static void spoil_sched(world *w) {
     }
 }
 
-/* --- One step of everything ---------------------------------------------------------------------------- */
+/* --- One step of everything
+ * ---------------------------------------------------------------------------- */
 
 static void remember(world *w) {
     const sched *s = w->s;
@@ -592,10 +598,11 @@ static void notices_every_planted_fault(void **state) {
     }
 }
 
-/* --- Small cases, exhaustively -------------------------------------------------------------------------- */
+/* --- Small cases, exhaustively
+ * -------------------------------------------------------------------------- */
 
-/* Up to three sequences of 0..P+1 prompt tokens (0: none) and two new ones, for each kind of policy:
- * everything is computed once, in the steps that the policy says. */
+/* Up to three sequences of 0..P+1 prompt tokens (0: none) and two new ones, for each kind of
+ * policy: everything is computed once, in the steps that the policy says. */
 static void small_batches_exhaustively(void **state) {
     (void)state;
     static const int32_t third[] = {0, P + 1}; /* the first two take all lengths */
@@ -638,7 +645,8 @@ static void small_batches_exhaustively(void **state) {
     }
 }
 
-/* --- Named behaviour ------------------------------------------------------------------------------------ */
+/* --- Named behaviour
+ * ------------------------------------------------------------------------------------ */
 
 static status add(world *v, int64_t id, int32_t n_prompt, int32_t max_new, int64_t arrival_ns) {
     static int32_t prompt[4 * CTX];
@@ -824,10 +832,7 @@ static void batches_that_break_their_promises(void **state) {
     const int32_t token[] = {1, 2, 3}, position[] = {64, 0, 1}, seq_start[] = {0, 1, 3};
     const int32_t kv_len[] = {65, 2}, page_start[] = {0, 2, 3}, page[] = {3, 1, 0};
     const int64_t id[] = {1, 2};
-    const sample_row sample[] = {
-        {.row = 0, .seq = 0},
-        {.row = 2, .seq = 1}
-    };
+    const sample_row sample[] = {{.row = 0, .seq = 0}, {.row = 2, .seq = 1}};
     const batch good = {.n_seqs = 2,
                         .n_tokens = 3,
                         .n_samples = 2,
@@ -850,12 +855,12 @@ static void batches_that_break_their_promises(void **state) {
         int32_t n;
         bool must; /* be a problem */
     } part[] = {
-        {token,      offsetof(batch, token),      3, false},
-        {position,   offsetof(batch, position),   3, true },
-        {seq_start,  offsetof(batch, seq_start),  3, true },
-        {kv_len,     offsetof(batch, kv_len),     2, true },
-        {page_start, offsetof(batch, page_start), 3, true },
-        {page,       offsetof(batch, page),       3, false},
+        {token, offsetof(batch, token), 3, false},
+        {position, offsetof(batch, position), 3, true},
+        {seq_start, offsetof(batch, seq_start), 3, true},
+        {kv_len, offsetof(batch, kv_len), 2, true},
+        {page_start, offsetof(batch, page_start), 3, true},
+        {page, offsetof(batch, page), 3, false},
     };
     for (int32_t k = 0; k < COUNT_OF(part); k++) {
         for (int32_t i = 0; i < part[k].n; i++) {
@@ -887,7 +892,9 @@ static void batches_that_break_their_promises(void **state) {
         assert_true(strcmp(finish_text((finish_reason)r), "unknown") != 0);
 }
 
-/* --- Cost ------------------------------------------------------------------------------------------------ */
+/* --- Cost
+ * ------------------------------------------------------------------------------------------------
+  */
 
 /* Printed, and bounded loosely: one decode step of pick and commit at several batch sizes. */
 static void costs_little(void **state) {

@@ -1,5 +1,5 @@
-/* test_tokenizer.c - equal to Hugging Face's tokenizers on the golden corpus (vectors/README.md), and
- * streaming equal to decoding at once. Broken files are in test_tokenizer_files.c. */
+/* test_tokenizer.c - equal to Hugging Face's tokenizers on the golden corpus (vectors/README.md),
+ * and streaming equal to decoding at once. Broken files are in test_tokenizer_files.c. */
 #define _GNU_SOURCE
 #include "test.h"
 
@@ -18,7 +18,8 @@ static const char *const families[] = {"llama3", "qwen2",   "gpt_oss", "gpt2",
 
 enum { BOTH = TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL };
 
-/* --- Help -------------------------------------------------------------------------------------- */
+/* --- Help --------------------------------------------------------------------------------------
+ */
 
 /* A file of JSON lines as one array. */
 static json_t *read_lines(const char *path) {
@@ -91,7 +92,8 @@ static void decode_both_ways(const tokenizer *t, const ids *list, bool skip_spec
     text_free(&part);
 }
 
-/* --- Equal to the reference -------------------------------------------------------------------- */
+/* --- Equal to the reference --------------------------------------------------------------------
+ */
 
 /* Rows whose ids (without or with what the template adds) differ from the expected ones. */
 static int32_t count_different(const tokenizer *t, const json_t *corpus, const json_t *expected,
@@ -113,6 +115,21 @@ static int32_t count_different(const tokenizer *t, const json_t *corpus, const j
     }
     ids_free(&got);
     return n;
+}
+
+/* The tokenizer that ships with the tiny checkpoint. */
+static void tiny_ids_equal_the_reference(void **state) {
+    (void)state;
+    json_t *corpus = read_lines(VECTORS "/corpus.jsonl");
+    json_t *expected = read_lines("tests/vectors/tiny/expected.jsonl");
+    tokenizer *t;
+    assert_ok(tokenizer_open(&t, "workloads/tiny"));
+    assert_int_equal(json_array_size(corpus), json_array_size(expected));
+    assert_int_equal(count_different(t, corpus, expected, false, true), 0);
+    assert_int_equal(count_different(t, corpus, expected, true, true), 0);
+    tokenizer_close(t);
+    json_decref(expected);
+    json_decref(corpus);
 }
 
 static void ids_equal_the_reference(void **state) {
@@ -264,7 +281,8 @@ static void ill_formed_bytes_become_replacement_characters(void **state) {
     json_decref(rows);
 }
 
-/* --- Properties -------------------------------------------------------------------------------- */
+/* --- Properties --------------------------------------------------------------------------------
+ */
 
 /* Characters from all over Unicode, most of them from where tokenisers have rules, or any bytes. */
 static void random_text(rng *r, text *out, bool any_bytes) {
@@ -377,6 +395,7 @@ static void special_tokens_are_parsed_only_when_asked(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ids_equal_the_reference),
+        cmocka_unit_test(tiny_ids_equal_the_reference),
         cmocka_unit_test(one_changed_id_is_noticed),
         cmocka_unit_test(swapped_merges_are_noticed),
         cmocka_unit_test(texts_equal_the_reference),

@@ -1,5 +1,5 @@
-/* test_tokenizer_files.c - what tokenizer_open and the command say to broken, damaged and odd files,
- * and to refused memory. */
+/* test_tokenizer_files.c - what tokenizer_open and the command say to broken, damaged and odd
+ * files, and to refused memory. */
 #define _GNU_SOURCE
 #include "test.h"
 
@@ -23,7 +23,8 @@ static bool same_text(const text *got, const char *want, size_t n) {
     return got->length == n && (n == 0 || !memcmp(got->data, want, n));
 }
 
-/* --- Small tokenizers of our own --------------------------------------------------------------- */
+/* --- Small tokenizers of our own ---------------------------------------------------------------
+ */
 
 static char folder[64];
 
@@ -71,51 +72,51 @@ static void broken_files_are_refused_with_one_line(void **state) {
         status want;
         const char *reason;
     } cases[] = {
-        {"",                                                                    ST_FORMAT,      "tokenizer.json:1"    },
-        {"[]",                                                                  ST_FORMAT,      "not a JSON object"   },
-        {"{}",                                                                  ST_FORMAT,      "'model' is missing"  },
-        {"{\"model\":{\"type\":\"Unigram\",\"vocab\":[]}}",                     ST_UNSUPPORTED, "model 'Unigram'"     },
-        {"{\"model\":{\"vocab\":{\"a\":0}}}",                                   ST_FORMAT,      "'merges' is missing" },
-        {"{\"model\":{\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]}}",             ST_FORMAT,      "share id 0"          },
-        {"{\"model\":{\"vocab\":{\"a\":-1},\"merges\":[]}}",                    ST_RANGE,       "token 'a'"           },
-        {"{\"model\":{\"vocab\":{\"a\":99999999},\"merges\":[]}}",              ST_RANGE,       "token 'a'"           },
-        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"a a\"]}}",              ST_FORMAT,      "makes 'aa'"          },
-        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"a z\"]}}",              ST_FORMAT,      "token 'z'"           },
-        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"aa\"]}}",               ST_FORMAT,      "merge 0 is neither"  },
-        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[],\"unk_token\":\"u\"}}", ST_FORMAT,      "'u'"                 },
-        {"{" MODEL(",\"dropout\":0.1") "}",                                     ST_UNSUPPORTED, "dropout"             },
-        {"{" MODEL(",\"end_of_word_suffix\":\"</w>\"") "}",                     ST_UNSUPPORTED, "end_of_word_suffix"  },
-        {"{\"normalizer\":{\"type\":\"NFKC\"}," MODEL() "}",                    ST_UNSUPPORTED, "normalizer 'NFKC'"   },
-        {"{\"pre_tokenizer\":{\"type\":\"Whitespace\"}," MODEL() "}",           ST_UNSUPPORTED,
-         "pre_tokenizer 'Whitespace'"                                                                                 },
+        {"", ST_FORMAT, "tokenizer.json:1"},
+        {"[]", ST_FORMAT, "not a JSON object"},
+        {"{}", ST_FORMAT, "'model' is missing"},
+        {"{\"model\":{\"type\":\"Unigram\",\"vocab\":[]}}", ST_UNSUPPORTED, "model 'Unigram'"},
+        {"{\"model\":{\"vocab\":{\"a\":0}}}", ST_FORMAT, "'merges' is missing"},
+        {"{\"model\":{\"vocab\":{\"a\":0,\"b\":0},\"merges\":[]}}", ST_FORMAT, "share id 0"},
+        {"{\"model\":{\"vocab\":{\"a\":-1},\"merges\":[]}}", ST_RANGE, "token 'a'"},
+        {"{\"model\":{\"vocab\":{\"a\":99999999},\"merges\":[]}}", ST_RANGE, "token 'a'"},
+        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"a a\"]}}", ST_FORMAT, "makes 'aa'"},
+        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"a z\"]}}", ST_FORMAT, "token 'z'"},
+        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[\"aa\"]}}", ST_FORMAT, "merge 0 is neither"},
+        {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[],\"unk_token\":\"u\"}}", ST_FORMAT, "'u'"},
+        {"{" MODEL(",\"dropout\":0.1") "}", ST_UNSUPPORTED, "dropout"},
+        {"{" MODEL(",\"end_of_word_suffix\":\"</w>\"") "}", ST_UNSUPPORTED, "end_of_word_suffix"},
+        {"{\"normalizer\":{\"type\":\"NFKC\"}," MODEL() "}", ST_UNSUPPORTED, "normalizer 'NFKC'"},
+        {"{\"pre_tokenizer\":{\"type\":\"Whitespace\"}," MODEL() "}", ST_UNSUPPORTED,
+         "pre_tokenizer 'Whitespace'"},
         {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(\"},\"behavior\":"
          "\"Isolated\"}," MODEL() "}",
-         ST_FORMAT,                                                                             "regular expression"  },
+         ST_FORMAT, "regular expression"},
         {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a[b]]\"},"
          "\"behavior\":"
          "\"Isolated\"}," MODEL() "}",
-         ST_UNSUPPORTED,                                                                        "class inside a class"},
+         ST_UNSUPPORTED, "class inside a class"},
         {"{\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"x\"},\"behavior\":"
          "\"Sideways\"}," MODEL() "}",
-         ST_UNSUPPORTED,                                                                        "'Sideways'"          },
-        {"{\"decoder\":{\"type\":\"WordPiece\"}," MODEL() "}",                  ST_UNSUPPORTED,
-         "decoder 'WordPiece'"                                                                                        },
+         ST_UNSUPPORTED, "'Sideways'"},
+        {"{\"decoder\":{\"type\":\"WordPiece\"}," MODEL() "}", ST_UNSUPPORTED,
+         "decoder 'WordPiece'"},
         {"{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":"
          "\"ByteLevel\"}]}," MODEL() "}",
-         ST_UNSUPPORTED,                                                                        "behind Fuse"         },
-        {"{\"post_processor\":{\"type\":\"RobertaProcessing\"}," MODEL() "}",   ST_UNSUPPORTED,
-         "post_processor 'RobertaProcessing'"                                                                         },
+         ST_UNSUPPORTED, "behind Fuse"},
+        {"{\"post_processor\":{\"type\":\"RobertaProcessing\"}," MODEL() "}", ST_UNSUPPORTED,
+         "post_processor 'RobertaProcessing'"},
         {"{\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":"
          "{\"id\":\"s\"}},{\"Sequence\":{\"id\":\"A\"}}],\"special_tokens\":{\"s\":{\"ids\":[7]"
          "}}}," MODEL() "}",
-         ST_FORMAT,                                                                             "no token has id 7"   },
-        {"{\"added_tokens\":[{\"id\":1,\"content\":\"x\"}]," MODEL() "}",       ST_FORMAT,      "id 1 of 'b'"         },
-        {"{\"added_tokens\":[{\"id\":9,\"content\":\"a\"}]," MODEL() "}",       ST_FORMAT,      "says 0"              },
+         ST_FORMAT, "no token has id 7"},
+        {"{\"added_tokens\":[{\"id\":1,\"content\":\"x\"}]," MODEL() "}", ST_FORMAT, "id 1 of 'b'"},
+        {"{\"added_tokens\":[{\"id\":9,\"content\":\"a\"}]," MODEL() "}", ST_FORMAT, "says 0"},
         {"{\"added_tokens\":[{\"id\":9999999,\"content\":\"x\"}]," MODEL() "}", ST_RANGE,
-         "9999999"                                                                                                    },
+         "9999999"},
         {"{\"added_tokens\":[{\"id\":8,\"content\":\"x\"},{\"id\":9,\"content\":\"x\"}]"
          "," MODEL() "}",
-         ST_FORMAT,                                                                             "'x' appears twice"   },
+         ST_FORMAT, "'x' appears twice"},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         tokenizer *t;
@@ -172,7 +173,8 @@ static void names_and_templates_come_from_the_files_beside(void **state) {
     assert_int_equal(make_folder(state), 0);
 }
 
-/* --- Faults ------------------------------------------------------------------------------------ */
+/* --- Faults ------------------------------------------------------------------------------------
+ */
 
 /* Whatever the file says: a status with a message, or a tokenizer that works. */
 static bool survives(rng *r) {
@@ -270,7 +272,8 @@ static void refused_memory_is_reported(void **state) {
     }
 }
 
-/* --- The command ------------------------------------------------------------------------------- */
+/* --- The command -------------------------------------------------------------------------------
+ */
 
 /* Standard output (fd 1) or error (2) of the command, and its status. */
 static int run_command(int fd, const char *const *argv, char *out, size_t n) {

@@ -1,5 +1,5 @@
-/* test_trace.c - a recorded run replays to identical batches, a changed policy does not, and no file
- * whatever stops the program. */
+/* test_trace.c - a recorded run replays to identical batches, a changed policy does not, and no
+ * file whatever stops the program. */
 #include "test.h"
 
 #include "json.h"
@@ -156,13 +156,13 @@ static void a_changed_policy_gives_other_batches(void **state) {
         const char *from, *to;
         int64_t least; /* batches that differ */
     } change[] = {
-        {"\"token_budget\":96",       "\"token_budget\":95",                      50},
-        {"\"token_budget\":96",       "\"token_budget\":97",                      50},
-        {"\"max_seqs\":8",            "\"max_seqs\":7",                           50},
-        {"\"n_pages\":14",            "\"n_pages\":13",                           10},
-        {"\"prefix_cache\":true",     "\"prefix_cache\":false",                   50},
-        {"\"static_batching\":false", "\"static_batching\":true",                 50},
-        {"\"hash\":\"",               "\"hash\":\"0123456789abcdef\",\"was\":\"", 1 },
+        {"\"token_budget\":96", "\"token_budget\":95", 50},
+        {"\"token_budget\":96", "\"token_budget\":97", 50},
+        {"\"max_seqs\":8", "\"max_seqs\":7", 50},
+        {"\"n_pages\":14", "\"n_pages\":13", 10},
+        {"\"prefix_cache\":true", "\"prefix_cache\":false", 50},
+        {"\"static_batching\":false", "\"static_batching\":true", 50},
+        {"\"hash\":\"", "\"hash\":\"0123456789abcdef\",\"was\":\"", 1},
     };
     for (int32_t i = 0; i < COUNT_OF(change); i++) {
         int64_t n, different;
@@ -184,21 +184,21 @@ static void says_what_is_wrong_with_a_file(void **state) {
     static const struct {
         const char *from, *to, *message;
     } change[] = {
-        {"{\"policy\"",         "{\"polizei\"",            "'policy' is no object"       },
-        {"\"token_budget\":96", "\"token_budget\":0",      "token_budget = 0 is outside" },
+        {"{\"policy\"", "{\"polizei\"", "'policy' is no object"},
+        {"\"token_budget\":96", "\"token_budget\":0", "token_budget = 0 is outside"},
         {"\"token_budget\":96", "\"token_budget\":\"96\"", "'token_budget' is no integer"},
-        {"\"ctx_max\":300",     "\"ctx_max\":2147483647",  "limits make no sense"        },
-        {"{\"add\":{",          "{\"odd\":{",              "neither add, cancel, step"   },
-        {"\"prompt\":[",        "\"prompt\":[-1,",         "'prompt'[0] is no integer"   },
-        {"\"prompt\":[",        "\"prompt\":[],\"was\":[", "request 0: 0 prompt"         },
-        {"\"id\":1,",           "\"id\":0,",               "request 0 is alive already"  },
-        {"\"hash\":\"",         "\"hash\":\"x",            "is not 16 hexadecimal digits"},
-        {"\"tokens\":[]",       "\"tokens\":[1]",          "tokens and"                  },
-        {"\"stop\":[]",         "\"stop\":[7]",            "no integer from 0 to 1"      },
-        {"\"done\"",            "\"gone\"",                "'done' is missing"           },
-        {"{\"end\":",           "{\"end\":1",              "steps were recorded"         },
-        {"{\"end\":",           "{\"end\":",               NULL                          },
-        {"{\"end\":",           "{\"now\":1}\n{\"end\":",  "neither add"                 },
+        {"\"ctx_max\":300", "\"ctx_max\":2147483647", "limits make no sense"},
+        {"{\"add\":{", "{\"odd\":{", "neither add, cancel, step"},
+        {"\"prompt\":[", "\"prompt\":[-1,", "'prompt'[0] is no integer"},
+        {"\"prompt\":[", "\"prompt\":[],\"was\":[", "request 0: 0 prompt"},
+        {"\"id\":1,", "\"id\":0,", "request 0 is alive already"},
+        {"\"hash\":\"", "\"hash\":\"x", "is not 16 hexadecimal digits"},
+        {"\"tokens\":[]", "\"tokens\":[1]", "tokens and"},
+        {"\"stop\":[]", "\"stop\":[7]", "no integer from 0 to 1"},
+        {"\"done\"", "\"gone\"", "'done' is missing"},
+        {"{\"end\":", "{\"end\":1", "steps were recorded"},
+        {"{\"end\":", "{\"end\":", NULL},
+        {"{\"end\":", "{\"now\":1}\n{\"end\":", "neither add"},
     };
     for (int32_t i = 0; i < COUNT_OF(change); i++) {
         int64_t n, different;

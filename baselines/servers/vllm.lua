@@ -1,0 +1,24 @@
+--- Foreign server: vLLM. Prompts go as token ids.
+return {
+  name = "vllm",
+  title = "vLLM",
+  version = "0.10 or later",
+  url = "http://127.0.0.1:8000",
+  ready = "/health",
+  reset = "/reset_prefix_cache",
+  -- {model}, {tp} and {ctx} are replaced; one row a precision, "base" always.
+  command = {
+    base = {
+      "vllm", "serve", "{model}", "--host", "127.0.0.1", "--port", "8000",
+      "--tensor-parallel-size", "{tp}", "--max-model-len", "{ctx}",
+      "--max-num-seqs", "256", "--max-num-batched-tokens", "8192",
+      "--gpu-memory-utilization", "0.9", "--disable-log-requests",
+    },
+    W16A16KV16 = {},
+    W4A16KV16 = { "--quantization", "awq_marlin" },
+    WFP8AFP8KV16 = { "--quantization", "fp8" },
+    W16A16KVFP8 = { "--kv-cache-dtype", "fp8" },
+    W4A16KVFP8 = { "--quantization", "awq_marlin", "--kv-cache-dtype", "fp8" },
+  },
+  request = { path = "/v1/completions", prompts = "ids" },
+}

@@ -1,0 +1,55 @@
+/* api.h - the bodies of OpenAI's completions and chat completions: what a client asked for,
+ * checked. */
+#ifndef AMALGAM_API_H
+#define AMALGAM_API_H
+#include "chat_template.h"
+#include "request.h"
+#include "tokenizer.h"
+
+enum { API_PROMPTS_MAX = 256, API_STOPS_MAX = 16, API_STOP_TOKENS_MAX = 64 };
+
+/* What a server can do; fixed while it runs. */
+typedef struct {
+    const char *model;        /* the name that it serves */
+    const tokenizer *tok;     /* NULL: prompts are token ids, output is their numbers */
+    const chat_template *tpl; /* NULL: no chat */
+    const char *bos, *eos;    /* as text, for the template */
+    int32_t ctx_max, vocab;
+    int32_t n_max; /* choices of a prompt */
+} api_model;
+
+/* Owned by itself: api_request_free. Pointers lie in it. */
+typedef struct {
+    bool chat, stream, include_usage, ignore_eos, return_ids;
+    int32_t n;           /* choices of each prompt */
+    int32_t n_prompts;   /* choice c answers prompt c / n */
+    ids *prompt;         /* [n_prompts] */
+    int32_t *max_new;    /* [n_prompts] */
+    sampling sampling;   /* seed of choice c: sampling.seed + c */
+    bool logprobs;       /* were asked for */
+    int32_t n_top;       /* and so many best ones */
+    uint64_t salt;       /* cache_salt */
+    int32_t *stop_token; /* [n_stop_tokens] */
+    int32_t n_stop_tokens;
+    char **stop; /* [n_stops] */
+    int32_t n_stops;
+} api_request;
+
+/* Read a body of n bytes. Fields that clients send and that change nothing here are ignored;
+ * those that would change the result and are not supported are refused. seed: when the client
+ * gave none. FORMAT, RANGE, UNSUPPORTED, USAGE: the client's fault, the message says what;
+ * NOTFOUND: another model or a missing field; NOMEM. On failure there is nothing to free. */
+status api_parse(api_request *out, const api_model *m, bool chat, const char *body, size_t n,
+                 uint64_t seed);
+void api_request_free(api_request *r); /* idempotent */
+
+/* {"prompt": …} or {"messages": …} to ids (POST /tokenize); {"tokens": […]} to text
+ * (/detokenize). */
+status api_tokenize(ids *out, const api_model *m, const char *body, size_t n);
+status api_detokenize(text *out, const api_model *m, const char *body, size_t n);
+
+/* Append a JSON string with its quotes: n bytes of UTF-8. */
+void api_put_string(text *t, const char *s, size_t n);
+/* {"error": {…}} for an HTTP status. */
+void api_put_error(text *t, int32_t http_status, const char *message);
+#endif

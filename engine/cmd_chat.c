@@ -1,0 +1,241 @@
+/* cmd_chat.c - `amalgam chat`: a conversation in the terminal, streamed, with history. */
+#include "chat_template.h"
+#include "cli.h"
+#include "engine.h"
+#include "output.h"
+
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef struct {
+    const char *model, *precision, *device, *system;
+    double temperature, top_p;
+    int64_t max_new, top_k, seed, threads;
+    bool no_thinking;
+} arguments;
+
+typedef struct {
+    const arguments *a;
+    engine *engine;
+    tokenizer *tok;
+    chat_template *tpl;
+    json_t *messages, *variables;
+    char bos[128], eos[128];
+    int64_t n_turns;
+    output out; /* of the turn */
+    status st;
+} talk;
+
+static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+    (void)id;
+    (void)now_ns;
+    talk *t = user;
+    bool stopped = false;
+    size_t n;
+    if (t->st == ST_OK) t->st = output_push(&t->out, s->token, &stopped);
+    const char *bytes = output_take(&t->out, &n);
+    fwrite(bytes, 1, n, stdout);
+    fflush(stdout);
+    return stopped || t->st != ST_OK;
+}
+
+static void take_piece(const tokenizer *tok, int32_t id, char *buf, size_t n) {
+    const char *piece = id >= 0 ? tokenizer_piece(tok, id) : NULL;
+    snprintf(buf, n, "%s", piece ? piece : "");
+}
+
+static status start(talk *t) {
+    const arguments *a = t->a;
+    char dir[1024];
+    TRY(model_dir(dir, sizeof dir, a->model));
+    TRY(tokenizer_open(&t->tok, dir));
+    const char *source = tokenizer_chat_template(t->tok, NULL);
+    if (!source) return FAIL(ST_NOTFOUND, "%s has no chat template", dir);
+    TRY(chat_template_open(&t->tpl, source, strlen(source), "of the model"));
+    int32_t n_eos;
+    const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
+    take_piece(t->tok, tokenizer_bos(t->tok), t->bos, sizeof t->bos);
+    take_piece(t->tok, n_eos ? eos[0] : -1, t->eos, sizeof t->eos);
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    o.model = a->model;
+    o.precision = a->precision;
+    o.device = a->device;
+    o.device_options.threads = (int32_t)a->threads;
+    o.policy.max_seqs = 1;
+    o.policy.token_budget = 1024;
+    o.max_requests = 1;
+    TRY(engine_open(&t->engine, &o, NULL, NULL));
+    engine_set_hooks(t->engine, &(engine_hooks){.user = t, .token = on_token});
+    t->variables = a->no_thinking ? json_pack("{s:b}", "enable_thinking", 0) : json_object();
+    return t->variables ? ST_OK : FAIL(ST_NOMEM, "chat");
+}
+
+static status forget(talk *t) {
+    json_decref(t->messages);
+    t->messages = json_array();
+    if (t->messages && t->a->system)
+        (void)json_array_append_new(
+            t->messages, json_pack("{s:s, s:s}", "role", "system", "content", t->a->system));
+    return t->messages ? ST_OK : FAIL(ST_NOMEM, "chat");
+}
+
+static status add_message(talk *t, const char *role, const char *s, size_t n) {
+    json_t *m = json_pack("{s:s, s:s%}", "role", role, "content", s, n);
+    if (!m || json_array_append_new(t->messages, m) != 0)
+        return FAIL(ST_FORMAT, "that is no UTF-8 text");
+    return ST_OK;
+}
+
+static status encode(const talk *t, ids *prompt) {
+    text rendered = {0};
+    const chat_template_input in = {.messages = t->messages,
+                                    .variables = t->variables,
+                                    .add_generation_prompt = true,
+                                    .bos = t->bos,
+                                    .eos = t->eos,
+                                    .now_s = (int64_t)time(NULL)};
+    status st = chat_template_render(t->tpl, &in, &rendered);
+    if (st == ST_OK)
+        st = tokenizer_encode(t->tok, rendered.data ? rendered.data : "", rendered.length,
+                              TOKENIZER_PARSE_SPECIAL, prompt);
+    text_free(&rendered);
+    return st;
+}
+
+static status generate(talk *t, const ids *prompt, request_log *log) {
+    const arguments *a = t->a;
+    const int64_t room = engine_config(t->engine)->ctx_max - prompt->length;
+    int32_t n_eos;
+    const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
+    if (room < 1) return FAIL(ST_RANGE, "the conversation is full; /reset begins another");
+    const request r = {.id = t->n_turns++,
+                       .prompt = prompt->data,
+                       .n_prompt = (int32_t)prompt->length,
+                       .max_new = (int32_t)i64_min(a->max_new, room),
+                       .stop_token = eos,
+                       .n_stop_tokens = n_eos,
+                       .sampling = {.temperature = (float)a->temperature,
+                                    .top_k = (int32_t)a->top_k,
+                                    .top_p = (float)a->top_p,
+                                    .repetition_penalty = 1,
+                                    .seed = (uint64_t)(a->seed + t->n_turns),
+                                    .n_logprobs = -1},
+                       .user = -1};
+    const int32_t *tokens;
+    TRY(engine_submit(t->engine, &r));
+    while (!sched_take_finished(engine_sched(t->engine), log, &tokens)) {
+        bool ran;
+        TRY(engine_step(t->engine, &ran));
+    }
+    TRY(t->st);
+    return output_finish(&t->out);
+}
+
+/* The user said something: answer, remember both, tell the speed. A failed turn is forgotten. */
+static status turn(talk *t, const char *line) {
+    const size_t before = json_array_size(t->messages);
+    ids prompt = {0};
+    request_log log = {0};
+    t->st = ST_OK;
+    output_open(&t->out, t->tok, NULL, 0);
+    status st = add_message(t, "user", line, strlen(line));
+    if (st == ST_OK) st = encode(t, &prompt);
+    if (st == ST_OK) st = generate(t, &prompt, &log);
+    if (st == ST_OK) {
+        size_t n;
+        const char *rest = output_take(&t->out, &n);
+        fwrite(rest, 1, n, stdout);
+        const double decode_s = (double)(log.finish_ns - log.first_token_ns) * 1e-9;
+        printf(
+            "\n[%d tokens of prompt, %d cached, first token %.0f ms; %d tokens, %.1f tokens/s]\n",
+            log.n_prompt, log.n_cached, (double)(log.first_token_ns - log.dispatch_ns) * 1e-6,
+            log.n_output, decode_s > 0 ? (log.n_output - 1) / decode_s : 0.0);
+        st = add_message(t, "assistant", t->out.text.data ? t->out.text.data : "",
+                         t->out.text.length);
+    }
+    while (st != ST_OK && json_array_size(t->messages) > before)
+        (void)json_array_remove(t->messages, json_array_size(t->messages) - 1);
+    output_close(&t->out);
+    ids_free(&prompt);
+    return st;
+}
+
+/* "/word": true when the conversation goes on. */
+static bool command(talk *t, const char *line) {
+    if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) return false;
+    if (strcmp(line, "/reset") == 0) {
+        (void)forget(t);
+        printf("[a new conversation]\n");
+    } else if (strcmp(line, "/precision") == 0) {
+        const engine_stats *s = engine_statistics(t->engine);
+        const capacity *c = engine_capacity(t->engine);
+        printf("[%s on %s: weights %.2f GB, %lld KV tokens; %lld tokens in %lld steps so far]\n",
+               t->a->precision, t->a->device, (double)c->weight_bytes * 1e-9,
+               (long long)c->kv_tokens, (long long)s->tokens_sampled, (long long)s->n_steps);
+    } else {
+        printf("[/precision  format and memory   /reset  forget   /quit  leave]\n");
+    }
+    return true;
+}
+
+static status converse(talk *t) {
+    enum { LINE_MAX_BYTES = 1 << 16 };
+    char *line = mem_alloc(LINE_MAX_BYTES, 1);
+    if (!line) return FAIL(ST_NOMEM, "chat");
+    const bool terminal = isatty(STDIN_FILENO);
+    bool on = true;
+    while (on) {
+        if (terminal) printf("> ");
+        fflush(stdout);
+        if (!fgets(line, LINE_MAX_BYTES, stdin)) break;
+        line[strcspn(line, "\r\n")] = 0;
+        if (line[0] == '/') {
+            on = command(t, line);
+        } else if (line[0]) {
+            const status st = turn(t, line);
+            if (st == ST_NOMEM || st == ST_DEVICE) {
+                mem_free(line);
+                return st;
+            }
+            if (st != ST_OK) printf("[%s]\n", fail_message());
+        }
+    }
+    mem_free(line);
+    return ST_OK;
+}
+
+int cmd_chat(int argc, char **argv) {
+    arguments a = {.precision = "W16A16KV16", .device = "cpu", .top_p = 1, .max_new = 512};
+    const cli_option options[] = {
+        {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
+        {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16; see `amalgam formats`"},
+        {"--device", CLI_TEXT, &a.device, "NAME", "cpu"},
+        {"--system", CLI_TEXT, &a.system, "TEXT", "system message"},
+        {"--no-thinking", CLI_FLAG, &a.no_thinking, NULL,
+         "enable_thinking = false for the template"},
+        {"--max-tokens", CLI_INT, &a.max_new, "N", "of an answer (512)"},
+        {"--temperature", CLI_NUMBER, &a.temperature, "T", "0 = greedy, the default"},
+        {"--top-k", CLI_INT, &a.top_k, "K", "0 = all"},
+        {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
+        {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
+        {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n_args = 0;
+    status st = cli_parse(argc - 1, argv + 1, "chat --model DIR [options]", options, NULL, &n_args);
+    if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "chat needs --model");
+    if (st == ST_OK && (a.max_new < 1 || a.max_new > 1 << 24 || a.top_k < 0 || a.top_k > 1 << 24 ||
+                        a.threads < 0 || a.threads > 1024))
+        st = FAIL(ST_USAGE, "--max-tokens, --top-k or --threads is out of range");
+    talk t = {.a = &a};
+    if (st == ST_OK) st = start(&t);
+    if (st == ST_OK) st = forget(&t);
+    if (st == ST_OK) st = converse(&t);
+    json_decref(t.messages);
+    json_decref(t.variables);
+    engine_close(t.engine);
+    chat_template_close(t.tpl);
+    tokenizer_close(t.tok);
+    return cli_exit(st);
+}

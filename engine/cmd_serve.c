@@ -1,0 +1,222 @@
+/* cmd_serve.c - `amalgam serve`: a model behind OpenAI's HTTP interface, until SIGTERM or SIGINT.
+ */
+#include "cli.h"
+#include "server.h"
+
+#include <signal.h>
+#include <string.h>
+#include <sys/resource.h>
+
+typedef struct {
+    const char *model, *precision, *device, *gpu, *name, *host, *api_key;
+    int64_t port, tp, threads, ctx, pages, max_seqs, token_budget, max_queue, max_n, max_body_mib,
+        max_connections, http_threads;
+    double request_timeout_s, grace_s;
+    bool synthetic, no_prefix_cache;
+} arguments;
+
+typedef struct {
+    engine *engine;
+    tokenizer *tok;
+    chat_template *tpl;
+    service *service;
+    server *server;
+} parts;
+
+static status check(const arguments *a) {
+    const struct {
+        const char *name;
+        int64_t value, lo, hi;
+    } ranges[] = {
+        {"--port", a->port, 0, 65535},
+        {"--tp", a->tp, 1, 64},
+        {"--threads", a->threads, 0, 1024},
+        {"--ctx", a->ctx, 0, 1 << 24},
+        {"--pages", a->pages, 0, 1 << 24},
+        {"--max-seqs", a->max_seqs, 1, 65536},
+        {"--token-budget", a->token_budget, 1, 1 << 20},
+        {"--max-queue", a->max_queue, 1, 1 << 20},
+        {"--max-n", a->max_n, 1, 128},
+        {"--max-body-mib", a->max_body_mib, 1, 1024},
+        {"--max-connections", a->max_connections, 1, 1 << 20},
+        {"--http-threads", a->http_threads, 1, 64},
+    };
+    if (!a->model) return FAIL(ST_USAGE, "serve needs --model");
+    for (int32_t i = 0; i < COUNT_OF(ranges); i++)
+        if (ranges[i].value < ranges[i].lo || ranges[i].value > ranges[i].hi)
+            return FAIL(ST_USAGE, "%s %lld is outside %lld to %lld", ranges[i].name,
+                        (long long)ranges[i].value, (long long)ranges[i].lo,
+                        (long long)ranges[i].hi);
+    if (!(a->request_timeout_s > 0) || !(a->grace_s >= 0))
+        return FAIL(ST_USAGE, "--request-timeout and --grace are seconds");
+    return ST_OK;
+}
+
+/* A folder without tokenizer.json serves token ids; one whose template is beyond us, completions.
+ */
+static status open_text(parts *p, const char *dir) {
+    char path[1200];
+    if (!file_exists(path_join(path, sizeof path, dir, "tokenizer.json"))) {
+        fprintf(stderr, "amalgam: %s: no tokenizer.json, prompts are token ids\n", dir);
+        return ST_OK;
+    }
+    TRY(tokenizer_open(&p->tok, dir));
+    const char *source = tokenizer_chat_template(p->tok, NULL);
+    if (!source) return ST_OK;
+    if (chat_template_open(&p->tpl, source, strlen(source), "of the model") != ST_OK)
+        fprintf(stderr, "amalgam: no chat completions: %s\n", fail_message());
+    return ST_OK;
+}
+
+static const char *piece_or_empty(const tokenizer *t, int32_t id) {
+    const char *piece = t && id >= 0 ? tokenizer_piece(t, id) : NULL;
+    return piece ? piece : "";
+}
+
+/* KV pages when nobody said how many: what fits, but on the cpu device, which has no limit of its own
+ * and commits all of them, a GiB, and at least one request of full length. */
+static status choose_pages(const arguments *a, const char *dir, int32_t *pages) {
+    static model_config c; /* large */
+    *pages = (int32_t)a->pages;
+    if (a->pages > 0 || strcmp(a->device, "cpu") != 0) return ST_OK;
+    TRY(model_config_load(&c, dir));
+    const int64_t ctx = a->ctx > 0 ? i64_min(a->ctx, c.ctx_max) : c.ctx_max;
+    const int64_t page_bytes = (int64_t)KV_PAGE_TOKENS * 2 * c.n_kv_heads * c.head_dim *
+                               c.n_layers * (int64_t)sizeof(float);
+    *pages = (int32_t)i64_max(div_up(ctx, KV_PAGE_TOKENS),
+                              i64_min(((int64_t)1 << 30) / page_bytes, 16384));
+    return ST_OK;
+}
+
+static status start(const arguments *a, parts *p) {
+    char dir[1024];
+    TRY(model_dir(dir, sizeof dir, a->model));
+    TRY(open_text(p, dir));
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    o.model = a->model;
+    o.precision = a->precision;
+    o.device = a->device;
+    o.synthetic = a->synthetic;
+    o.device_options.gpu = a->gpu;
+    o.device_options.tp = (int32_t)a->tp;
+    o.device_options.threads = (int32_t)a->threads;
+    o.ctx_max = (int32_t)a->ctx;
+    TRY(choose_pages(a, dir, &o.pages));
+    o.policy.max_seqs = (int32_t)a->max_seqs;
+    o.policy.token_budget = (int32_t)a->token_budget;
+    o.policy.max_queue = (int32_t)a->max_queue;
+    o.policy.prefix_cache = !a->no_prefix_cache;
+    o.max_requests = (int32_t)(a->max_seqs + a->max_queue);
+    TRY(engine_open(&p->engine, &o, NULL, NULL));
+    const model_config *c = engine_config(p->engine);
+    TRY(service_open(&p->service, p->engine, p->tok, o.max_requests));
+
+    int32_t n_eos = 0;
+    const int32_t *eos = p->tok ? tokenizer_eos(p->tok, &n_eos) : NULL;
+    const char *slash = strrchr(a->model, '/');
+    const api_model m = {.model = a->name             ? a->name
+                                  : slash && slash[1] ? slash + 1
+                                                      : a->model,
+                         .tok = p->tok,
+                         .tpl = p->tpl,
+                         .bos = piece_or_empty(p->tok, p->tok ? tokenizer_bos(p->tok) : -1),
+                         .eos = piece_or_empty(p->tok, n_eos ? eos[0] : -1),
+                         .ctx_max = a->ctx && a->ctx < c->ctx_max ? (int32_t)a->ctx : c->ctx_max,
+                         .vocab = c->vocab,
+                         .n_max = (int32_t)a->max_n};
+    server_options so = SERVER_OPTIONS_DEFAULT;
+    so.host = a->host;
+    so.port = (int32_t)a->port;
+    so.api_key = a->api_key;
+    so.max_body_bytes = a->max_body_mib << 20;
+    so.max_connections = (int32_t)a->max_connections;
+    so.request_timeout_s = a->request_timeout_s;
+    so.threads = (int32_t)a->http_threads;
+    TRY(server_open(&p->server, &so, p->service, &m));
+    const bool bare6 = strchr(a->host, ':') != NULL;
+    printf("serving %s as %s on http://%s%s%s:%d\n", m.model, a->precision, bare6 ? "[" : "",
+           a->host, bare6 ? "]" : "", server_port(p->server));
+    fflush(stdout);
+    return ST_OK;
+}
+
+static status run(const arguments *a) {
+    TRY(check(a));
+    /* Every connection is a descriptor. */
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &files);
+    }
+    sigset_t ends;
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGTERM);
+    sigaddset(&ends, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &ends, NULL); /* before any thread: all of them inherit it */
+    parts p = {0};
+    const status st = start(a, &p);
+    if (st == ST_OK) {
+        int signal;
+        sigwait(&ends, &signal);
+        fprintf(stderr, "amalgam: shutting down, %d requests in flight\n",
+                service_alive(p.service));
+    }
+    server_close(p.server, a->grace_s);
+    service_close(p.service);
+    engine_close(p.engine);
+    chat_template_close(p.tpl);
+    tokenizer_close(p.tok);
+    return st;
+}
+
+int cmd_serve(int argc, char **argv) {
+    arguments a = {.precision = "W16A16KV16",
+                   .device = "cpu",
+                   .host = "127.0.0.1",
+                   .port = 8000,
+                   .tp = 1,
+                   .max_seqs = 256,
+                   .token_budget = 8192,
+                   .max_queue = 1024,
+                   .max_n = 16,
+                   .max_body_mib = 8,
+                   .max_connections = 4096,
+                   .http_threads = 1,
+                   .request_timeout_s = 30,
+                   .grace_s = 30};
+    const cli_option options[] = {
+        {"--model", CLI_TEXT, &a.model, "DIR",
+         "checkpoint folder, or a name under workloads/models"},
+        {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16; see `amalgam formats`"},
+        {"--device", CLI_TEXT, &a.device, "NAME",
+         "cpu; sim answers with made-up tokens at the predicted speed"},
+        {"--gpu", CLI_TEXT, &a.gpu, "NAME", "data sheet of the sim device"},
+        {"--tp", CLI_INT, &a.tp, "N", "tensor parallelism (1)"},
+        {"--synthetic", CLI_FLAG, &a.synthetic, NULL, "seeded random weights"},
+        {"--threads", CLI_INT, &a.threads, "N", "of the cpu device; 0 = all cores"},
+        {"--host", CLI_TEXT, &a.host, "ADDR", "127.0.0.1; anything else is open to the network"},
+        {"--port", CLI_INT, &a.port, "N", "8000; 0 = any free one, printed"},
+        {"--api-key", CLI_TEXT, &a.api_key, "KEY", "wanted as `Authorization: Bearer KEY`"},
+        {"--served-model-name", CLI_TEXT, &a.name, "NAME", "the folder's name"},
+        {"--ctx", CLI_INT, &a.ctx, "N", "prompt and output of a request at most; 0 = the model's"},
+        {"--pages", CLI_INT, &a.pages, "N", "KV pages; 0 = what fits, on cpu 1 GiB"},
+        {"--max-seqs", CLI_INT, &a.max_seqs, "N", "running sequences (256)"},
+        {"--token-budget", CLI_INT, &a.token_budget, "N", "tokens of a step (8192)"},
+        {"--no-prefix-cache", CLI_FLAG, &a.no_prefix_cache, NULL, "share nothing between requests"},
+        {"--max-queue", CLI_INT, &a.max_queue, "N",
+         "waiting sequences; more are answered 429 (1024)"},
+        {"--max-n", CLI_INT, &a.max_n, "N", "choices of a request (16)"},
+        {"--max-body-mib", CLI_INT, &a.max_body_mib, "N", "size of a request (8)"},
+        {"--max-connections", CLI_INT, &a.max_connections, "N", "open connections (4096)"},
+        {"--http-threads", CLI_INT, &a.http_threads, "N", "threads that read and write (1)"},
+        {"--request-timeout", CLI_NUMBER, &a.request_timeout_s, "S",
+         "for a request to arrive (30)"},
+        {"--grace", CLI_NUMBER, &a.grace_s, "S", "for running requests at shutdown (30)"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n_args = 0;
+    status st =
+        cli_parse(argc - 1, argv + 1, "serve --model DIR [options]", options, NULL, &n_args);
+    if (st == ST_OK) st = run(&a);
+    return cli_exit(st);
+}

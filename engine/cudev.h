@@ -1,0 +1,171 @@
+/* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
+ * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of decode
+ * steps). Not for other files; compiled only where CUDA is. */
+#ifndef AMALGAM_CUDEV_H
+#define AMALGAM_CUDEV_H
+#include "attention.h"
+#include "device.h"
+#include "draw.h"
+#include "linear.h"
+
+/* CUDA's handles without its headers, so that this one stands alone. */
+typedef struct CUevent_st *cudev_event;
+typedef struct CUgraphExec_st *cudev_graph_exec;
+
+/* --- Memory (cudev_memory.c) ---------------------------------------------------------------- */
+
+/* Device memory of one lifetime: one allocation sized by what is known to come, further ones only
+ * if that falls short. Addresses are 256-byte aligned. Never freed singly. */
+enum { CUDEV_PIECES_MAX = 64 };
+typedef struct {
+    uint8_t *base[CUDEV_PIECES_MAX];
+    int32_t n;
+    size_t used, size; /* of the last piece */
+    size_t total;      /* bytes handed out */
+} cudev_slab;
+
+/* OK, or the failure with `what` before it: OOM for refused memory, DEVICE else. */
+status cudev_check(int cuda_error, const char *what);
+#define CUDA_TRY(call, what) TRY(cudev_check((int)(call), (what)))
+
+status cudev_slab_reserve(cudev_slab *s, size_t bytes, const char *what);
+status cudev_slab_take(cudev_slab *s, size_t bytes, const char *what, void **out);
+void cudev_slab_free(cudev_slab *s);
+
+/* Scratch that grows: old contents are lost. `stream` is waited for before a block is replaced. */
+typedef struct {
+    void *data;
+    size_t size;
+} cudev_scratch;
+status cudev_scratch_grow(cudev_scratch *s, size_t bytes, kernel_stream stream, const char *what);
+void cudev_scratch_free(cudev_scratch *s);
+
+/* Host to device through two pinned buffers, so that reading a mapped file and the copy overlap. */
+typedef struct {
+    uint8_t *buffer[2];
+    cudev_event done[2];
+    int32_t next;
+} cudev_staging;
+status cudev_staging_open(cudev_staging *s);
+void cudev_staging_close(cudev_staging *s);
+/* Returns when `from` may be unmapped; the copies are ordered on `stream`. */
+status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
+                    kernel_stream stream);
+
+/* --- Graphs of decode steps (cudev_graph.c) ------------------------------------------------- */
+
+enum { CUDEV_GRAPHS_MAX = 40 };
+typedef struct {
+    int32_t n_rows;        /* a decode step of up to so many sequences is padded to this */
+    int32_t n_runs;        /* without a graph so far */
+    cudev_graph_exec exec; /* NULL until captured */
+} cudev_graph;
+
+typedef struct {
+    cudev_graph graph[CUDEV_GRAPHS_MAX]; /* ascending n_rows */
+    int32_t n;
+    bool off; /* steps are padded alike, launched one by one */
+} cudev_graphs;
+
+void cudev_graphs_plan(cudev_graphs *g, int32_t max_rows, bool off);
+/* The entry for a decode step of n rows; NULL when it is larger than any. */
+cudev_graph *cudev_graphs_find(cudev_graphs *g, int32_t n_rows);
+void cudev_graphs_free(cudev_graphs *g);
+
+/* --- The device ----------------------------------------------------------------------------- */
+
+typedef struct {
+    weight_field field;
+    void *plain;          /* [count, n, k] of the type: embedding, norms, sinks; or NULL */
+    linear_weight linear; /* format == WF_COUNT when it is no linear */
+} cudev_weight;
+
+/* One layer's attention shape that a plan is made for. */
+enum { CUDEV_PLANS_MAX = 4 };
+typedef struct {
+    int32_t window;
+    void *host, *device; /* attention_plan_bytes */
+} cudev_plan;
+
+/* Arrays of a step on the device: one block, laid out for padded counts, one copy. */
+typedef struct {
+    const int32_t *token, *position, *token_seq; /* [T] */
+    const int32_t *sample_row;                   /* [n_samples] */
+    const draw_row *draw;                        /* [n_samples] */
+    const int32_t *seq_start, *kv_len, *page_start, *page;
+    size_t bytes;
+} cudev_tables;
+
+enum { CUDEV_BUFFERS_MAX = 24 };
+typedef struct {
+    const uint8_t *data;
+    size_t bytes;
+    dtype type;
+} cudev_buffer;
+
+typedef enum { STEP_EAGER, STEP_CAPTURE, STEP_REPLAY } step_mode;
+
+typedef struct {
+    device base; /* first: device_ops get this */
+    char name[64];
+    int32_t sm, n_sms, family;
+    kernel_stream stream;
+    bool dead; /* an execution error was seen: nothing runs any more */
+    char why[256];
+
+    /* Weights and what loading them needs. */
+    bool loading; /* format checked, slab taken */
+    dtype type;   /* F16 or BF16: of activations, 16-bit weights and KV */
+    cudev_slab weights;
+    cudev_staging staging;
+    cudev_scratch raw, values, packed; /* part of a file; f32 rows; a canonical matrix */
+    uint32_t *amax;                    /* device: largest magnitude of a matrix */
+    arena handles;                     /* cudev_weight */
+    cudev_weight *all[8192];           /* every linear, for the workspace */
+    int32_t n_all;
+
+    /* The run. */
+    bool ready;
+    model_config config;
+    precision precision;
+    int32_t max_tokens, max_seqs, max_samples, n_pages;
+    int64_t max_page_ids; /* of a batch */
+    cudev_slab run, kv;
+    attention_cache cache[MODEL_LAYERS_MAX];
+    float *rope; /* [ctx, D / 2, 2] */
+    void *linear_space, *attention_space;
+    cudev_plan plan[CUDEV_PLANS_MAX];
+    int32_t n_plans;
+    uint8_t *tables_host, *tables_device;
+    uint32_t *seen_host, *seen_device; /* [seen_max, words] */
+    int32_t seen_max;
+    draw_result *result; /* [max_samples] pinned, written by the device */
+    int32_t *expert, *expert_start, *slot_row, *row_token;
+    float *expert_weight;
+    cudev_buffer buffer[CUDEV_BUFFERS_MAX];
+    int32_t n_buffers;
+    cudev_graphs graphs;
+
+    /* The step. */
+    const batch *b; /* between begin and end */
+    step_mode mode;
+    cudev_graph *graph; /* of a decode step */
+    int32_t rows;       /* T of the device: b->n_tokens, or padded */
+    cudev_tables tables;
+} cudev;
+
+static inline cudev *cudev_self(device *d) { return (cudev *)(void *)d; }
+
+/* Type that a linear of this field writes: logits, of the vocabulary or of a router, are f32. */
+static inline dtype cudev_linear_type(const cudev *c, weight_field f) {
+    return f == WEIGHT_router || f == WEIGHT_head || f == WEIGHT_embed ? DT_F32 : c->type;
+}
+
+/* Output features that a linear is padded to: the kernels work by 16. Only a router may need it,
+ * whose logits are laid out with that stride. */
+static inline int32_t cudev_linear_rows(int32_t n) { return (n + 15) / 16 * 16; }
+
+/* cudev_load.c */
+status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
+void cudev_load_done(cudev *c); /* free what only loading needs */
+#endif

@@ -1,0 +1,276 @@
+/* cudev_load.c - one weight onto the device: values, their quantised form, the packed order, all
+ * made there. The host touches a checkpoint's bytes once, to hand them over.
+ *
+ *     file --upload--> raw --convert--> f32 rows --quantise--> canonical --pack--> weight
+ *     seed ------------noise----------^                                 16 bit: values --pack-->
+ *
+ * f32 rows are made in chunks of at most values_most; the canonical matrix is whole, because
+ * packing wants it so. Work is ordered on one stream, so scratch is used again without waiting. */
+#include "cudev.h"
+
+#include "fill.h"
+#include "formats.h"
+#include "quantize.h"
+
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <string.h>
+
+enum { ROW_BLOCK = 128, VALUES_MOST = 1 << 26 /* f32 values of a chunk: 256 MiB */ };
+
+static status begin_loading(cudev *c, const weight_source *s, const precision *p) {
+    if (c->loading) return ST_OK;
+    TRY(format_supported(p, c->sm));
+    c->type = s->type == DT_BF16 ? DT_BF16 : DT_F16;
+    /* Packed forms may be padded to whole tiles: a part in 64 is more than any model here needs. */
+    const int64_t bytes = s->config ? model_weight_bytes(s->config, p, 1) : 0;
+    TRY(cudev_slab_reserve(&c->weights, (size_t)(bytes + bytes / 64), "weights"));
+    TRY(arena_open(&c->handles, (size_t)1 << 30)); /* address space */
+    CUDA_TRY(cudaMalloc((void **)&c->amax, sizeof *c->amax), "weights");
+    c->loading = true;
+    return ST_OK;
+}
+
+void cudev_load_done(cudev *c) {
+    cudev_scratch_free(&c->raw);
+    cudev_scratch_free(&c->values);
+    cudev_scratch_free(&c->packed);
+    cudev_staging_close(&c->staging);
+    if (c->amax) (void)cudaFree(c->amax);
+    c->amax = NULL;
+}
+
+/* --- Values --------------------------------------------------------------------------------- */
+
+/* Rows [row, row + rows) of a part, counted in the part, to out [rows, k] of `type`. */
+static status part_values(cudev *c, const matrix_part *p, int32_t k, int32_t row, int32_t rows,
+                          void *out, dtype type) {
+    const int64_t size = dtype_bytes(p->type, 1), first = row * p->row_stride;
+    const int64_t elements = (rows - 1) * p->row_stride + (k - 1) * p->col_stride + 1;
+    TRY(cudev_scratch_grow(&c->raw, (size_t)(elements * size), c->stream, "weights"));
+    TRY(cudev_upload(&c->staging, c->raw.data, (const uint8_t *)p->data + first * size,
+                     (size_t)(elements * size), c->stream));
+    return kernel_fill_convert(out, type, c->raw.data, p->type, rows, k, p->row_stride,
+                               p->col_stride, c->stream);
+}
+
+/* out [rows, k] of `type` = rows [row0, row0 + rows) of matrix j. */
+static status matrix_values(cudev *c, const weight_source *s, int32_t j, int32_t row0, int32_t rows,
+                            void *out, dtype type) {
+    const int32_t n = s->shape.n, k = s->shape.k;
+    if (s->n_parts == 0)
+        return kernel_fill_noise(out, type, (int64_t)rows * k, s->seed,
+                                 ((uint64_t)j * (uint64_t)n + (uint64_t)row0) * (uint64_t)k,
+                                 s->synthetic_scale, s->synthetic_mean, c->stream);
+    const int32_t each = s->n_parts / s->shape.count;
+    const matrix_part *p = s->part + (int64_t)j * each;
+    for (int32_t i = 0; i < each; i++, p++) {
+        const int64_t lo = i64_max(row0, p->row_at), hi = i64_min(row0 + rows, p->row_at + p->rows);
+        if (lo >= hi) continue;
+        uint8_t *to = (uint8_t *)out + dtype_bytes(type, (lo - row0) * k);
+        TRY(part_values(c, p, k, (int32_t)(lo - p->row_at), (int32_t)(hi - lo), to, type));
+    }
+    return ST_OK;
+}
+
+/* Bias of all matrices, [count, n] of the device's type. */
+static status load_bias(cudev *c, const weight_source *s, void *to) {
+    const int32_t n = s->shape.n, count = s->shape.count;
+    const size_t bytes = (size_t)dtype_bytes(c->type, n);
+    float *value = mem_alloc((size_t)n, sizeof(float));
+    uint8_t *narrow = mem_alloc(1, bytes);
+    status st = value && narrow ? ST_OK : FAIL(ST_NOMEM, "bias of %d", n);
+    for (int32_t j = 0; j < count && st == ST_OK; j++) {
+        weight_source_bias(s, j, value);
+        dtype_from_f32(narrow, value, n, c->type);
+        st = cudev_check((int)cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
+                                         cudaMemcpyHostToDevice),
+                         "bias");
+    }
+    mem_free(narrow);
+    mem_free(value);
+    return st;
+}
+
+/* --- Quantised linears ---------------------------------------------------------------------- */
+
+static size_t aligned(int64_t bytes) { return (size_t)div_up(bytes, 256) * 256; }
+
+/* A canonical matrix in scratch. */
+static status canonical(cudev *c, const precision *p, int32_t n, int32_t k, qmatrix *q) {
+    const dtype type = qmatrix_scale_type(p->weight);
+    const size_t codes = aligned(qmatrix_code_bytes(p, n, k));
+    const size_t scales = aligned(dtype_bytes(type, qmatrix_scale_count(p, n, k)));
+    const int64_t zeros = qmatrix_zero_count(p, n, k);
+    TRY(cudev_scratch_grow(&c->packed, codes + scales + aligned(zeros), c->stream, "quantising"));
+    uint8_t *base = c->packed.data;
+    *q = (qmatrix){.format = p->weight,
+                   .n = n,
+                   .k = k,
+                   .group = p->group ? p->group : k,
+                   .block_n = p->weight == WF_FP8B ? ROW_BLOCK : 1,
+                   .scale_type = type,
+                   .code = base,
+                   .scale = base + codes,
+                   .zero = zeros ? base + codes + scales : NULL,
+                   .global_scale = 1};
+    return ST_OK;
+}
+
+static int32_t chunk_rows(int32_t n, int32_t k) {
+    const int64_t rows = i64_max(VALUES_MOST / k / ROW_BLOCK, 1) * ROW_BLOCK;
+    return (int32_t)i64_min(rows, n);
+}
+
+/* c->values = a chunk of matrix j; its largest magnitude joins *c->amax. */
+static status chunk_values(cudev *c, const weight_source *s, int32_t j, int32_t row, int32_t rows,
+                           bool extent) {
+    TRY(matrix_values(c, s, j, row, rows, c->values.data, DT_F32));
+    if (!extent) return ST_OK;
+    return kernel_quantize_extent(c->amax, c->values.data, (int64_t)rows * s->shape.k, c->stream);
+}
+
+static status read_amax(cudev *c, int32_t j, float *amax) {
+    CUDA_TRY(cudaMemcpyAsync(amax, c->amax, sizeof *amax, cudaMemcpyDeviceToHost, c->stream),
+             "weights");
+    CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
+    if (isfinite(*amax)) return ST_OK;
+    return FAIL(ST_FORMAT, "matrix %d holds a NaN or an infinity", j);
+}
+
+/* Values, codes and packed form of matrix j. What comes from a file is searched for NaN; NVFP4 asks
+ * for the largest magnitude of the whole matrix before the first code. */
+static status quantise_matrix(cudev *c, const weight_source *s, const precision *p, int32_t j,
+                              cudev_weight *w) {
+    const int32_t n = s->shape.n, k = s->shape.k, step = chunk_rows(n, k);
+    const bool nvfp4 = p->weight == WF_NVFP4, extent = nvfp4 || s->n_parts > 0;
+    qmatrix q;
+    float amax = 0;
+    TRY(canonical(c, p, n, k, &q));
+    TRY(cudev_scratch_grow(&c->values, (size_t)step * (size_t)k * sizeof(float), c->stream,
+                           "quantising"));
+    if (extent) CUDA_TRY(cudaMemsetAsync(c->amax, 0, sizeof *c->amax, c->stream), "weights");
+    if (nvfp4) {
+        for (int32_t row = 0; row < n; row += step)
+            TRY(chunk_values(c, s, j, row, (int32_t)i64_min(step, n - row), true));
+        TRY(read_amax(c, j, &amax));
+        q.global_scale = quantize_global_scale(WF_NVFP4, amax);
+        CUDA_TRY(cudaMemcpy(w->linear.global_scale + j, &q.global_scale, sizeof(float),
+                            cudaMemcpyHostToDevice),
+                 "weights");
+    }
+    for (int32_t row = 0; row < n; row += step) {
+        const int32_t rows = (int32_t)i64_min(step, n - row);
+        if (!nvfp4 || step < n) TRY(chunk_values(c, s, j, row, rows, extent && !nvfp4));
+        TRY(kernel_quantize_weight(&q, c->values.data, row, rows, c->stream));
+    }
+    if (extent && !nvfp4) TRY(read_amax(c, j, &amax));
+    return linear_pack(&w->linear, j, &q, c->stream);
+}
+
+/* --- Weights -------------------------------------------------------------------------------- */
+
+static bool is_linear(const weight_source *s) {
+    switch (s->field) {
+    case WEIGHT_embed: return s->config && s->config->tied;
+    case WEIGHT_norm:
+    case WEIGHT_attn_norm:
+    case WEIGHT_ffn_norm:
+    case WEIGHT_q_norm:
+    case WEIGHT_k_norm:
+    case WEIGHT_sinks: return false;
+    default: return true;
+    }
+}
+
+static status load_plain(cudev *c, const weight_source *s, cudev_weight *w) {
+    const int64_t size = (int64_t)s->shape.n * s->shape.k;
+    TRY(cudev_slab_take(&c->weights, (size_t)dtype_bytes(c->type, size * s->shape.count), s->name,
+                        &w->plain));
+    for (int32_t j = 0; j < s->shape.count; j++)
+        TRY(matrix_values(c, s, j, 0, s->shape.n,
+                          (uint8_t *)w->plain + dtype_bytes(c->type, j * size), c->type));
+    return ST_OK;
+}
+
+/* A 16-bit matrix is made in scratch and packed; the canonical form is the matrix itself. */
+static status pack_16(cudev *c, const weight_source *s, int32_t j, cudev_weight *w) {
+    const int32_t n = w->linear.n, k = s->shape.k;
+    const size_t bytes = (size_t)dtype_bytes(c->type, (int64_t)n * k);
+    TRY(cudev_scratch_grow(&c->packed, bytes, c->stream, "weights"));
+    if (n > s->shape.n) /* rows of padding */
+        CUDA_TRY(cudaMemsetAsync(c->packed.data, 0, bytes, c->stream), "weights");
+    TRY(matrix_values(c, s, j, 0, s->shape.n, c->packed.data, c->type));
+    const qmatrix q = {
+        .format = WF_16, .n = n, .k = k, .group = k, .block_n = 1, .code = c->packed.data};
+    return linear_pack(&w->linear, j, &q, c->stream);
+}
+
+/* Refuse here, with the reason, what no kernel runs. */
+static status has_kernel(const cudev *c, const weight_source *s, const linear_weight *l) {
+    const linear_problem p = {.w = l,
+                              .m = 1,
+                              .ldx = l->k,
+                              .ldy = l->n,
+                              .y_type = cudev_linear_type(c, s->field),
+                              .act = l->act,
+                              .sm = c->sm,
+                              .n_sms = c->n_sms,
+                              .expert_start = l->count > 1 ? &l->count : NULL};
+    return linear_choice(&p) ? ST_OK : ST_UNSUPPORTED;
+}
+
+static status load_linear(cudev *c, const weight_source *s, const precision *p, cudev_weight *w) {
+    const weight_shape *shape = &s->shape;
+    const bool quantised = shape->quantise && p->weight != WF_16;
+    if (quantised) TRY(precision_fits_shape(p, shape->n, shape->k));
+    linear_weight *l = &w->linear;
+    *l = (linear_weight){.format = quantised ? p->weight : WF_16,
+                         .type = c->type,
+                         .n = s->field == WEIGHT_router ? cudev_linear_rows(shape->n) : shape->n,
+                         .k = shape->k,
+                         .count = shape->count,
+                         .group = quantised ? p->group : 0,
+                         .sym = quantised && p->sym,
+                         .gated = s->field == WEIGHT_gate_up,
+                         .act = quantised ? p->act : AF_16,
+                         .family = linear_family(c->sm, c->family)};
+    int64_t code, scale;
+    TRY(linear_pack_bytes(l, &code, &scale));
+    TRY(has_kernel(c, s, l));
+    TRY(cudev_slab_take(&c->weights, (size_t)code, s->name, &l->code));
+    if (scale) TRY(cudev_slab_take(&c->weights, (size_t)scale, s->name, &l->scale));
+    if (l->format == WF_NVFP4)
+        TRY(cudev_slab_take(&c->weights, (size_t)shape->count * sizeof(float), s->name,
+                            (void **)&l->global_scale));
+    if (shape->has_bias) {
+        const size_t bytes = (size_t)dtype_bytes(c->type, (int64_t)shape->count * l->n);
+        TRY(cudev_slab_take(&c->weights, bytes, s->name, &l->bias));
+        CUDA_TRY(cudaMemset(l->bias, 0, bytes), "bias");
+        TRY(load_bias(c, s, l->bias));
+    }
+    for (int32_t j = 0; j < shape->count; j++)
+        TRY(quantised ? quantise_matrix(c, s, p, j, w) : pack_16(c, s, j, w));
+    CHECK(c->n_all < COUNT_OF(c->all));
+    c->all[c->n_all++] = w;
+    return ST_OK;
+}
+
+status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
+    cudev *c = cudev_self(d);
+    CHECK(!c->ready);
+    if (s->stored.packed) /* weight_source_qmatrix is the way in; nobody has built it here yet */
+        return FAIL(ST_UNSUPPORTED, "tensor '%s': the cuda device reads no quantised checkpoints",
+                    s->stored.first);
+    TRY(begin_loading(c, s, p));
+    cudev_weight *w = arena_array(&c->handles, cudev_weight, 1);
+    if (!w) return FAIL(ST_NOMEM, "handle of %s", s->name);
+    w->field = s->field;
+    w->linear.format = WF_COUNT;
+    const bool linear = is_linear(s);
+    if (linear) TRY(load_linear(c, s, p, w));
+    if (!linear || s->field == WEIGHT_embed) TRY(load_plain(c, s, w));
+    *out = weight_source_handle(s, p, 1);
+    out->data = w;
+    return ST_OK;
+}

@@ -1,0 +1,729 @@
+/* device_cuda.c - the operations of a step on one NVIDIA GPU.
+ *
+ * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the
+ * buffers and the tables of a step. A step copies one block of tables and one plan for each kind of
+ * attention window, launches, and waits once, in end, for the tokens, which the sampler writes
+ * straight into pinned memory.
+ *
+ * A step of decodes alone is padded to a number of rows of cudev_graph.c and runs as a CUDA graph:
+ *
+ *     begin: tables -> device      eager: launches | capture: launches recorded | replay: none
+ *     end:   replay, capture: launch the graph; wait; tokens
+ *
+ * Rows that pad a step belong to no sequence (token_seq -1): they are computed like others, append
+ * nothing and draw nothing, and no other row reads them.
+ *
+ * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
+ * from there on and says the same thing whenever it is asked.
+ *
+ * One rank so far. With more, an element of `cudev` becomes an array over ranks and every operation
+ * a loop over it; forward sees the sizes of one rank already. */
+#include "cudev.h"
+
+#include "activation.h"
+#include "capacity.h"
+#include "fill.h"
+#include "moe.h"
+#include "norm.h"
+#include "rows.h"
+
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+_Static_assert(sizeof(draw_result) == sizeof(sampled), "draw.h repeats request.h");
+_Static_assert((int)DRAW_TOP_MAX == (int)LOGPROBS_MAX, "draw.h repeats request.h");
+
+static cudev *self(device *d) { return cudev_self(d); }
+
+static const cudev_weight *weight_of(const weight *w) {
+    CHECK(w->n > 0);
+    return w->data;
+}
+
+/* --- Opening -------------------------------------------------------------------------------- */
+
+/* The driver, a GPU, its age, and whether this build has code for it. */
+static status probe(cudev *c) {
+    int driver = 0, built = 0, count = 0;
+    (void)cudaDriverGetVersion(&driver);
+    (void)cudaRuntimeGetVersion(&built);
+    const cudaError_t e = cudaGetDeviceCount(&count);
+    if (e == cudaErrorInsufficientDriver || (e != cudaSuccess && driver && driver < built))
+        return FAIL(ST_DEVICE, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d",
+                    driver / 1000, driver % 1000 / 10, built / 1000, built % 1000 / 10);
+    if (e != cudaSuccess || count == 0)
+        return FAIL(ST_DEVICE, "no NVIDIA GPU: %s",
+                    e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
+    struct cudaDeviceProp p;
+    CUDA_TRY(cudaGetDeviceProperties(&p, 0), "GPU 0");
+    snprintf(c->name, sizeof c->name, "%.63s", p.name);
+    c->sm = p.major * 10 + p.minor;
+    c->n_sms = p.multiProcessorCount;
+    if (c->sm < 80)
+        return FAIL(ST_UNSUPPORTED, "%s is sm_%d; kernels are built for sm_80 and later", c->name,
+                    c->sm);
+    CUDA_TRY(cudaSetDevice(0), c->name);
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), c->name);
+    void *word;
+    CUDA_TRY(cudaMalloc(&word, 4), c->name);
+    status st = kernel_fill_noise(word, DT_F32, 1, 0, 0, 1, 0, c->stream);
+    if (st == ST_OK) st = cudev_check((int)cudaStreamSynchronize(c->stream), c->name);
+    (void)cudaFree(word);
+    if (st == ST_OK) return ST_OK;
+    return FAIL(ST_UNSUPPORTED, "this build has no kernels for %s (sm_%d): make CUDA_ARCH=%d",
+                c->name, c->sm, c->sm);
+}
+
+static status cuda_open(device **out, const device_options *o) {
+    if (o->tp != 1)
+        return FAIL(ST_UNSUPPORTED, "the cuda device runs one GPU so far, not tp %d", o->tp);
+    if (o->dequant_first || o->kv_expand_first)
+        return FAIL(ST_UNSUPPORTED, "the cuda device has no mode %s",
+                    o->dequant_first ? "dequant_first" : "kv_expand_first");
+    cudev *c = mem_alloc(1, sizeof *c);
+    if (!c) return FAIL(ST_NOMEM, "cuda device");
+    c->base = (device){.ops = &device_cuda, .options = *o};
+    c->family = o->kernel_family;
+    *out = &c->base;
+    const status st = probe(c);
+    if (st != ST_OK) {
+        device_cuda.close(&c->base);
+        *out = NULL;
+    }
+    return st;
+}
+
+static void cuda_close(device *d) {
+    cudev *c = self(d);
+    if (c->stream) (void)cudaStreamSynchronize(c->stream);
+    cudev_graphs_free(&c->graphs);
+    cudev_load_done(c);
+    cudev_slab_free(&c->weights);
+    cudev_slab_free(&c->run);
+    cudev_slab_free(&c->kv);
+    for (int32_t i = 0; i < c->n_plans; i++) (void)cudaFreeHost(c->plan[i].host);
+    if (c->tables_host) (void)cudaFreeHost(c->tables_host);
+    if (c->seen_host) (void)cudaFreeHost(c->seen_host);
+    if (c->result) (void)cudaFreeHost(c->result);
+    if (c->stream) (void)cudaStreamDestroy(c->stream);
+    arena_close(&c->handles);
+    (void)cudaGetLastError();
+    mem_free(c);
+}
+
+static status cuda_memory(device *d, int64_t *usable) {
+    size_t free_bytes, all;
+    CUDA_TRY(cudaMemGetInfo(&free_bytes, &all), self(d)->name);
+    *usable = (int64_t)free_bytes;
+    return ST_OK;
+}
+
+/* --- Setup ---------------------------------------------------------------------------------- */
+
+static status take(cudev *c, int64_t bytes, const char *what, void *out) {
+    return cudev_slab_take(&c->run, (size_t)bytes, what, out);
+}
+
+static status pinned(size_t bytes, void *out) {
+    CUDA_TRY(cudaHostAlloc(out, bytes, cudaHostAllocDefault), "pinned memory");
+    memset(*(void **)out, 0, bytes);
+    return ST_OK;
+}
+
+/* Lay the tables of a step of these counts from `base` on; page comes last. */
+static cudev_tables lay_tables(const uint8_t *base, int64_t t, int64_t s, int64_t samples,
+                               int64_t pages) {
+    cudev_tables x;
+    size_t at = 0;
+#define LAY(field, type, count)                                                                    \
+    x.field = (const type *)(const void *)(base + at);                                             \
+    at += (size_t)div_up((int64_t)sizeof(type) * (count), 16) * 16
+    LAY(token, int32_t, t);
+    LAY(position, int32_t, t);
+    LAY(token_seq, int32_t, t);
+    LAY(sample_row, int32_t, samples);
+    LAY(draw, draw_row, samples);
+    LAY(seq_start, int32_t, s + 1);
+    LAY(kv_len, int32_t, s);
+    LAY(page_start, int32_t, s + 1);
+    LAY(page, int32_t, pages);
+#undef LAY
+    x.bytes = at;
+    return x;
+}
+
+static status setup_kv(cudev *c) {
+    const model_config *m = &c->config;
+    int64_t bytes[MODEL_LAYERS_MAX], all = 0;
+    for (int32_t i = 0; i < m->n_layers; i++) {
+        const kv_pair f = precision_kv(&c->precision, i);
+        c->cache[i] = (attention_cache){.k = (kv_format)f.k, .v = (kv_format)f.v};
+        c->cache[i].page_bytes =
+            attention_page_bytes(c->cache[i].k, c->cache[i].v, m->n_kv_heads, m->head_dim);
+        bytes[i] = div_up(c->n_pages * c->cache[i].page_bytes, 256) * 256;
+        all += bytes[i];
+    }
+    TRY(cudev_slab_reserve(&c->kv, (size_t)all, "KV pages"));
+    for (int32_t i = 0; i < m->n_layers; i++) {
+        TRY(cudev_slab_take(&c->kv, (size_t)bytes[i], "KV pages", &c->cache[i].base));
+        /* All ones is NaN in every format: whoever reads past a sequence's end sees it. */
+        CUDA_TRY(cudaMemsetAsync(c->cache[i].base, 0xff, (size_t)bytes[i], c->stream), "KV pages");
+    }
+    return ST_OK;
+}
+
+static status setup_rope(cudev *c) {
+    const model_config *m = &c->config;
+    const int32_t half = m->head_dim / 2;
+    const int32_t ctx = (int32_t)i64_min(m->ctx_max, (int64_t)c->n_pages * KV_PAGE_TOKENS);
+    double inv_freq[1024], factor;
+    CHECK(half <= COUNT_OF(inv_freq));
+    rope_frequencies(&m->rope, m->head_dim, inv_freq, &factor);
+    void *frequency;
+    TRY(take(c, (int64_t)sizeof(double) * half, "rotary table", &frequency));
+    TRY(take(c, (int64_t)sizeof(float) * 2 * half * ctx, "rotary table", &c->rope));
+    CUDA_TRY(cudaMemcpy(frequency, inv_freq, sizeof(double) * (size_t)half, cudaMemcpyHostToDevice),
+             "rotary table");
+    return kernel_fill_angles(c->rope, frequency, factor, ctx, half, c->stream);
+}
+
+/* A plan for each window there is among the layers. */
+static status setup_plans(cudev *c) {
+    const model_config *m = &c->config;
+    const int64_t bytes = attention_plan_bytes(c->max_seqs, c->max_tokens, c->max_page_ids);
+    for (int32_t i = 0; i < m->n_layers; i++) {
+        int32_t p = 0;
+        while (p < c->n_plans && c->plan[p].window != m->window[i]) p++;
+        if (p < c->n_plans) continue;
+        if (p == CUDEV_PLANS_MAX)
+            return FAIL(ST_UNSUPPORTED, "more than %d different windows", CUDEV_PLANS_MAX);
+        TRY(pinned((size_t)bytes, &c->plan[p].host));
+        c->plan[p].window = m->window[i];
+        c->n_plans++;
+        TRY(take(c, bytes, "attention plan", &c->plan[p].device));
+    }
+    return ST_OK;
+}
+
+static status setup_spaces(cudev *c, int64_t rows) {
+    const model_config *m = &c->config;
+    int64_t linear = 0;
+    for (int32_t i = 0; i < c->n_all; i++)
+        linear =
+            i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)rows, c->n_sms));
+    const int64_t attention =
+        attention_workspace_bytes(c->max_seqs, c->max_page_ids, m->n_heads, m->head_dim);
+    TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
+    TRY(take(c, attention + 256, "workspace of attention", &c->attention_space));
+    CUDA_TRY(cudaMemsetAsync(c->linear_space, 0, (size_t)linear + 256, c->stream), "workspace");
+    CUDA_TRY(cudaMemsetAsync(c->attention_space, 0, (size_t)attention + 256, c->stream),
+             "workspace");
+    return ST_OK;
+}
+
+static status setup_tables(cudev *c, int64_t rows) {
+    const model_config *m = &c->config;
+    const cudev_tables x =
+        lay_tables(NULL, c->max_tokens, c->max_seqs, c->max_samples, c->max_page_ids);
+    TRY(pinned(x.bytes, &c->tables_host));
+    TRY(take(c, (int64_t)x.bytes, "tables", &c->tables_device));
+    c->seen_max = (int32_t)i64_min(c->max_seqs, c->max_samples);
+    const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
+    TRY(pinned((size_t)seen, &c->seen_host));
+    TRY(take(c, seen, "penalties", &c->seen_device));
+    TRY(pinned(sizeof(draw_result) * (size_t)c->max_samples, &c->result));
+    if (m->n_experts == 0) return ST_OK;
+    TRY(take(c, 4 * rows, "routing", &c->expert));
+    TRY(take(c, 4 * rows, "routing", &c->expert_weight));
+    TRY(take(c, 4 * rows, "routing", &c->slot_row));
+    TRY(take(c, 4 * rows, "routing", &c->row_token));
+    return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
+}
+
+static status cuda_setup(device *d, const device_setup *s) {
+    cudev *c = self(d);
+    CHECK(!c->ready);
+    c->config = *s->config;
+    c->precision = *s->precision;
+    c->max_tokens = s->max_tokens;
+    c->max_seqs = s->max_seqs;
+    c->max_samples = s->max_samples;
+    c->n_pages = s->n_pages;
+    const model_config *m = &c->config;
+    const int64_t rows = (int64_t)s->max_tokens * (m->n_experts ? m->top_k : 1);
+    const int64_t ctx = i64_min(m->ctx_max, (int64_t)s->n_pages * KV_PAGE_TOKENS);
+    c->max_page_ids = s->max_seqs * div_up(ctx, KV_PAGE_TOKENS);
+    CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
+    cudev_load_done(c);
+    /* Buffers follow: reserve for them too. Logits and router logits are f32 here. */
+    const int64_t expected = workspace_bytes(m, 1, s->max_tokens, s->max_seqs, s->max_samples) +
+                             2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
+    TRY(cudev_slab_reserve(&c->run, (size_t)expected, "workspace"));
+    TRY(setup_rope(c));
+    TRY(setup_plans(c));
+    TRY(setup_spaces(c, rows));
+    TRY(setup_tables(c, rows));
+    TRY(setup_kv(c));
+    cudev_graphs_plan(&c->graphs, s->max_seqs, c->base.options.no_graphs);
+    CUDA_TRY(cudaStreamSynchronize(c->stream), "setup");
+    c->ready = true;
+    return ST_OK;
+}
+
+/* Logits and router logits are f32, and known by their width; a buffer of another kind that is as
+ * wide merely has room to spare, because operations say which type they write. */
+static status cuda_buffer(device *d, int64_t n_rows, int32_t cols, tensor *out) {
+    cudev *c = self(d);
+    CHECK(c->n_buffers < CUDEV_BUFFERS_MAX);
+    const bool wide = cols == c->config.vocab || cols == c->config.n_experts;
+    const int64_t stride = wide ? cudev_linear_rows(cols) : cols;
+    const size_t bytes = (size_t)(n_rows * stride) * (wide ? 4 : 2);
+    void *p;
+    TRY(take(c, (int64_t)bytes, "activations", &p));
+    CUDA_TRY(cudaMemsetAsync(p, 0, bytes, c->stream), "activations");
+    c->buffer[c->n_buffers++] =
+        (cudev_buffer){.data = p, .bytes = bytes, .type = wide ? DT_F32 : c->type};
+    *out = (tensor){.data = p, .rows = n_rows, .cols = cols};
+    return ST_OK;
+}
+
+/* --- A step: tables ------------------------------------------------------------------------- */
+
+static void put(const int32_t *to, const int32_t *from, int64_t n) {
+    memcpy((int32_t *)(uintptr_t)to, from, sizeof *from * (size_t)n);
+}
+
+/* How sample i is drawn, and the tokens to penalise as a bit set. */
+static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
+    const sampling *p = s->params;
+    if (!p) return (draw_row){.seen = -1, .n_logprobs = -1};
+    draw_row r = {.temperature = p->temperature,
+                  .top_p = p->top_p,
+                  .min_p = p->min_p,
+                  .repetition_penalty = p->repetition_penalty,
+                  .top_k = p->top_k,
+                  .n_logprobs = p->n_logprobs,
+                  .seen = -1,
+                  .active = 1,
+                  .seed = p->seed,
+                  .counter = s->draw};
+    if (p->repetition_penalty == 1 || s->n_history == 0) return r;
+    CHECK(*n_seen < c->seen_max);
+    const int64_t words = draw_seen_words(c->config.vocab);
+    uint32_t *set = c->seen_host + words * *n_seen;
+    memset(set, 0, sizeof *set * (size_t)words);
+    for (int32_t i = 0; i < s->n_history; i++) {
+        const int32_t t = s->history[i];
+        CHECK((uint32_t)t < (uint32_t)c->config.vocab);
+        set[t / 32] |= 1u << (t % 32);
+    }
+    r.seen = (*n_seen)++;
+    return r;
+}
+
+/* Fill the host's tables for `rows` tokens, sequences and samples as padded; *n_seen bit sets. */
+static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples, int32_t *n_seen) {
+    const batch *b = c->b;
+    const int32_t n_pages = b->page_start[b->n_seqs];
+    const cudev_tables h = lay_tables(c->tables_host, t, s, samples, n_pages);
+    int32_t *seq = (int32_t *)(uintptr_t)h.token_seq, *row = (int32_t *)(uintptr_t)h.sample_row;
+    draw_row *draw = (draw_row *)(uintptr_t)h.draw;
+    memset(c->tables_host, 0, (size_t)((const uint8_t *)h.page - c->tables_host));
+    put(h.token, b->token, b->n_tokens);
+    put(h.position, b->position, b->n_tokens);
+    put(h.seq_start, b->seq_start, b->n_seqs + 1);
+    put(h.kv_len, b->kv_len, b->n_seqs);
+    put(h.page_start, b->page_start, b->n_seqs + 1);
+    put(h.page, b->page, n_pages);
+    for (int32_t i = 0; i < b->n_seqs; i++)
+        for (int32_t k = b->seq_start[i]; k < b->seq_start[i + 1]; k++) seq[k] = i;
+    for (int32_t k = b->n_tokens; k < t; k++) seq[k] = -1;
+    *n_seen = 0;
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        row[i] = b->sample[i].row;
+        draw[i] = draw_of(c, &b->sample[i], n_seen);
+    }
+    return h;
+}
+
+/* Padding rows count as decodes of no sequence, so that a graph's launches do not depend on how
+ * many there are; the plan, made from the host's tables, knows the real ones only. */
+static attention_batch attention_of(const cudev *c, const cudev_tables *x, bool padded) {
+    return (attention_batch){.n_seqs = padded ? c->rows : c->b->n_seqs,
+                             .n_tokens = padded ? c->rows : c->b->n_tokens,
+                             .n_decodes = padded ? c->rows : c->b->n_decodes,
+                             .position = x->position,
+                             .seq_start = x->seq_start,
+                             .token_seq = x->token_seq,
+                             .kv_len = x->kv_len,
+                             .page_start = x->page_start,
+                             .page = x->page};
+}
+
+static status upload_step(cudev *c) {
+    const batch *b = c->b;
+    const bool padded = c->graph != NULL;
+    const int32_t s = padded ? c->rows : b->n_seqs, samples = padded ? c->rows : b->n_samples;
+    int32_t n_seen;
+    const cudev_tables h = fill_tables(c, c->rows, s, samples, &n_seen);
+    c->tables = lay_tables(c->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
+    CUDA_TRY(cudaMemcpyAsync(c->tables_device, c->tables_host, h.bytes, cudaMemcpyHostToDevice,
+                             c->stream),
+             "tables");
+    if (n_seen)
+        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->seen_host,
+                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
+                                 cudaMemcpyHostToDevice, c->stream),
+                 "penalties");
+    const model_config *m = &c->config;
+    const attention_batch a = attention_of(c, &h, false);
+    for (int32_t i = 0; i < c->n_plans; i++) {
+        int64_t used;
+        TRY(attention_plan_make(c->plan[i].host, &used, &a, m->n_heads, m->n_kv_heads, m->head_dim,
+                                c->plan[i].window));
+        CUDA_TRY(cudaMemcpyAsync(c->plan[i].device, c->plan[i].host, (size_t)used,
+                                 cudaMemcpyHostToDevice, c->stream),
+                 "attention plan");
+    }
+    return ST_OK;
+}
+
+/* --- A step: beginning and end -------------------------------------------------------------- */
+
+static status dead(const cudev *c) { return FAIL(ST_DEVICE, "%s", c->why); }
+
+/* What execution left behind. The first failure is remembered: the context is lost with it. */
+static status finished(cudev *c, cudaError_t e) {
+    if (e == cudaSuccess) return ST_OK;
+    c->dead = true;
+    snprintf(c->why, sizeof c->why, "%s: %s (in or before step %lld)", c->name,
+             cudaGetErrorString(e), (long long)c->b->step);
+    return dead(c);
+}
+
+/* A step of decodes of which each draws: what graphs are for. */
+static bool decodes_alone(const batch *b) {
+    if (b->n_decodes != b->n_seqs || b->n_samples != b->n_seqs) return false;
+    for (int32_t i = 0; i < b->n_samples; i++)
+        if (!b->sample[i].params) return false;
+    return true;
+}
+
+static status abandon_capture(cudev *c) {
+    cudaGraph_t graph = NULL;
+    (void)cudaStreamEndCapture(c->stream, &graph);
+    if (graph) (void)cudaGraphDestroy(graph);
+    (void)cudaGetLastError();
+    return ST_OK;
+}
+
+static status cuda_begin(device *d, const batch *b) {
+    cudev *c = self(d);
+    CHECK(c->ready);
+    if (c->dead) return dead(c);
+    if (c->b && c->mode == STEP_CAPTURE) TRY(abandon_capture(c)); /* an operation refused midway */
+    const char *problem = batch_problem(b, c->n_pages);
+    if (problem) check_failed(__FILE__, __LINE__, problem);
+    CHECK(b->n_tokens <= c->max_tokens);
+    CHECK(b->n_seqs <= c->max_seqs);
+    CHECK(b->n_samples <= c->max_samples);
+    CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
+    for (int32_t t = 0; t < b->n_tokens; t++)
+        CHECK((uint32_t)b->token[t] < (uint32_t)c->config.vocab);
+    c->b = b;
+    c->graph = decodes_alone(b) ? cudev_graphs_find(&c->graphs, b->n_seqs) : NULL;
+    c->rows = c->graph ? c->graph->n_rows : b->n_tokens;
+    c->mode = STEP_EAGER;
+    TRY(upload_step(c));
+    if (!c->graph || c->graphs.off) return ST_OK;
+    if (c->graph->exec) {
+        c->mode = STEP_REPLAY;
+    } else if (c->graph->n_runs++ > 0) {
+        CUDA_TRY(cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "capture");
+        c->mode = STEP_CAPTURE;
+    }
+    return ST_OK;
+}
+
+static status run_graph(cudev *c) {
+    if (c->mode == STEP_CAPTURE) {
+        cudaGraph_t graph = NULL;
+        cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
+        if (e == cudaSuccess) e = cudaGraphInstantiate(&c->graph->exec, graph, 0);
+        if (graph) (void)cudaGraphDestroy(graph);
+        CUDA_TRY(e, "capture");
+    }
+    if (c->mode == STEP_EAGER) return ST_OK;
+    CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
+    return ST_OK;
+}
+
+static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
+    cudev *c = self(d);
+    CHECK(c->b != NULL);
+    const status st = run_graph(c);
+    c->mode = STEP_EAGER;
+    TRY(st);
+    TRY(finished(c, cudaStreamSynchronize(c->stream)));
+    memcpy(out, c->result, sizeof *out * (size_t)c->b->n_samples);
+    *cost_ns = 0;
+    c->b = NULL;
+    return ST_OK;
+}
+
+/* --- A step: operations --------------------------------------------------------------------- */
+
+/* Nothing to launch: the graph will. */
+static bool replayed(const cudev *c) { return c->mode == STEP_REPLAY; }
+
+/* Rows of the device for rows of the batch: tokens, slots of tokens, or samples. */
+static int64_t rows_of(const cudev *c, tensor t) {
+    return c->graph ? t.rows / c->b->n_tokens * c->rows : t.rows;
+}
+
+static status cuda_embed(device *d, tensor out, const weight *table) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_tokens);
+    CHECK(out.cols == table->k);
+    if (replayed(c)) return ST_OK;
+    return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
+                       out.cols, c->stream);
+}
+
+static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                        float eps) {
+    cudev *c = self(d);
+    CHECK(out.rows == residual.rows);
+    CHECK(out.cols == residual.cols);
+    CHECK(w->k == out.cols);
+    CHECK(add.rows == 0 || add.rows == out.rows);
+    if (replayed(c)) return ST_OK;
+    return kernel_norm_add(out.data, residual.data, add.rows ? add.data : NULL, weight_of(w)->plain,
+                           rows_of(c, out), out.cols, eps, c->type, c->stream);
+}
+
+static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
+    const cudev_weight *cw = weight_of(w);
+    CHECK(cw->linear.format != WF_COUNT);
+    return (linear_problem){.w = &cw->linear,
+                            .m = (int32_t)m,
+                            .ldx = w->k,
+                            .ldy = cw->linear.n,
+                            .y_type = cudev_linear_type(c, cw->field),
+                            .act = cw->linear.act,
+                            .epilogue = LINEAR_STORE,
+                            .workspace = c->linear_space,
+                            .sm = c->sm,
+                            .n_sms = c->n_sms};
+}
+
+static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
+    cudev *c = self(d);
+    CHECK(w->count == 1);
+    CHECK(out.rows == x.rows);
+    CHECK(out.cols == w->n);
+    CHECK(x.cols == w->k);
+    if (replayed(c)) return ST_OK;
+    linear_problem p = problem_of(c, w, rows_of(c, x));
+    p.x = x.data;
+    p.y = out.data;
+    return kernel_linear(&p, c->stream);
+}
+
+static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *gate_up,
+                                activation_kind kind, float limit) {
+    cudev *c = self(d);
+    CHECK(gate_up->count == 1);
+    CHECK(out.rows == x.rows);
+    CHECK(2 * out.cols == gate_up->n);
+    CHECK(x.cols == gate_up->k);
+    if (replayed(c)) return ST_OK;
+    linear_problem p = problem_of(c, gate_up, rows_of(c, x));
+    p.x = x.data;
+    p.y = out.data;
+    p.ldy = out.cols;
+    p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
+    p.limit = limit;
+    return kernel_linear(&p, c->stream);
+}
+
+static attention_layer_params params_of(const cudev *c, const attention_layer *a) {
+    return (attention_layer_params){.type = c->type,
+                                    .n_heads = a->n_heads,
+                                    .n_kv_heads = a->n_kv_heads,
+                                    .head_dim = a->head_dim,
+                                    .window = a->window,
+                                    .scale = a->scale,
+                                    .norm_eps = a->norm_eps,
+                                    .q_norm = a->q_norm->n ? weight_of(a->q_norm)->plain : NULL,
+                                    .k_norm = a->k_norm->n ? weight_of(a->k_norm)->plain : NULL,
+                                    .sinks = a->sinks->n ? weight_of(a->sinks)->plain : NULL,
+                                    .rope_cos_sin = c->rope};
+}
+
+static status cuda_rope_append(device *d, tensor qkv, const attention_layer *a) {
+    cudev *c = self(d);
+    CHECK(qkv.rows == c->b->n_tokens);
+    CHECK(qkv.cols == (a->n_heads + 2 * a->n_kv_heads) * a->head_dim);
+    if (replayed(c)) return ST_OK;
+    const attention_layer_params l = params_of(c, a);
+    const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
+    return kernel_rope_append(qkv.data, &l, &c->cache[a->layer], &b, c->stream);
+}
+
+static status cuda_attention(device *d, tensor out, tensor qkv, const attention_layer *a) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_tokens);
+    CHECK(out.cols == a->n_heads * a->head_dim);
+    if (replayed(c)) return ST_OK;
+    const attention_layer_params l = params_of(c, a);
+    const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
+    int32_t p = 0;
+    while (c->plan[p].window != a->window) p++;
+    return kernel_attention(out.data, qkv.data, &l, &c->cache[a->layer], &b, c->plan[p].device,
+                            c->attention_space, NULL, c->family, c->sm, c->n_sms, c->stream);
+}
+
+static status cuda_gated(device *d, tensor out, tensor gate_up, activation_kind kind, float limit) {
+    cudev *c = self(d);
+    CHECK(out.rows == gate_up.rows);
+    CHECK(gate_up.cols == 2 * out.cols);
+    if (replayed(c)) return ST_OK;
+    return kernel_gated(out.data, gate_up.data, rows_of(c, out), out.cols,
+                        kind == ACT_SILU ? GATED_SILU : GATED_OAI, limit, c->type, c->stream);
+}
+
+static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind kind,
+                             bool normalise) {
+    cudev *c = self(d);
+    CHECK(logits.rows == c->b->n_tokens);
+    CHECK(logits.cols == c->config.n_experts);
+    CHECK(top_k == c->config.top_k);
+    if (replayed(c)) return ST_OK;
+    const int64_t t = rows_of(c, logits);
+    TRY(kernel_moe_route(c->expert, c->expert_weight, logits.data, t, logits.cols, top_k,
+                         kind == ROUTE_TOPK_SOFTMAX, normalise, cudev_linear_rows(logits.cols),
+                         DT_F32, c->stream));
+    return kernel_moe_permute(c->expert_start, c->slot_row, c->row_token, c->expert, t, logits.cols,
+                              top_k, c->stream);
+}
+
+static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
+                              bool gather) {
+    cudev *c = self(d);
+    CHECK(w->count == c->config.n_experts);
+    CHECK(out.rows == (int64_t)c->b->n_tokens * top_k);
+    CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
+    CHECK(x.cols == w->k);
+    CHECK(out.cols == w->n);
+    if (replayed(c)) return ST_OK;
+    linear_problem p = problem_of(c, w, rows_of(c, out));
+    p.x = x.data;
+    p.y = out.data;
+    p.expert_start = c->expert_start;
+    p.x_row = gather ? c->row_token : NULL;
+    return kernel_linear(&p, c->stream);
+}
+
+static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_tokens);
+    CHECK(y.rows == out.rows * top_k);
+    CHECK(y.cols == out.cols);
+    if (replayed(c)) return ST_OK;
+    return kernel_moe_combine(out.data, y.data, c->expert_weight, c->slot_row, rows_of(c, out),
+                              top_k, out.cols, c->type, c->stream);
+}
+
+static status cuda_all_reduce(device *d, tensor inout) {
+    (void)d;
+    (void)inout;
+    return ST_OK;
+}
+
+static status cuda_gather(device *d, tensor out, tensor x) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_samples);
+    CHECK(out.cols == x.cols);
+    if (replayed(c)) return ST_OK;
+    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols,
+                       c->stream);
+}
+
+static status cuda_sample(device *d, tensor logits) {
+    cudev *c = self(d);
+    CHECK(logits.rows == c->b->n_samples);
+    if (replayed(c)) return ST_OK;
+    return kernel_draw(c->result, logits.data, c->tables.draw, c->seen_device,
+                       (int32_t)rows_of(c, logits), logits.cols, c->stream);
+}
+
+/* --- Looking -------------------------------------------------------------------------------- */
+
+static status cuda_read(device *d, tensor t, float *out) {
+    cudev *c = self(d);
+    if (c->dead) return dead(c);
+    const int64_t n = t.rows * t.cols;
+    for (int32_t i = 0; i < c->n_buffers; i++) {
+        const cudev_buffer *b = &c->buffer[i];
+        if (b->data != t.data) continue;
+        const size_t bytes = (size_t)dtype_bytes(b->type, n);
+        if (b->type == DT_F32) {
+            CUDA_TRY(cudaMemcpy(out, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+            return ST_OK;
+        }
+        uint16_t *narrow = mem_alloc((size_t)n, sizeof *narrow);
+        if (!narrow) return FAIL(ST_NOMEM, "read of %lld elements", (long long)n);
+        const status st =
+            cudev_check((int)cudaMemcpy(narrow, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+        if (st == ST_OK) dtype_to_f32(out, narrow, n, 1, b->type);
+        mem_free(narrow);
+        return st;
+    }
+    CHECK(!"a buffer of this device");
+    return ST_OK;
+}
+
+static void cuda_explain(device *d, const char *what, const weight *w, int64_t n_rows, char *buf,
+                         size_t n) {
+    const cudev *c = self(d);
+    if (!w || weight_of(w)->linear.format == WF_COUNT || !strcmp(what, "embed")) {
+        snprintf(buf, n, "%s, one kernel", c->name);
+        return;
+    }
+    linear_problem p = problem_of(c, w, n_rows);
+    static const int32_t some; /* a grouped problem is one with expert_start; not read */
+    if (w->count > 1) p.expert_start = &some;
+    const char *kernel = linear_choice(&p);
+    snprintf(buf, n, "%s", kernel ? kernel : fail_message());
+}
+
+const device_ops device_cuda = {
+    .name = "cuda",
+    .virtual_time = false,
+    .has_logits = true,
+    .open = cuda_open,
+    .close = cuda_close,
+    .memory = cuda_memory,
+    .weight_load = cudev_weight_load,
+    .setup = cuda_setup,
+    .buffer = cuda_buffer,
+    .begin = cuda_begin,
+    .embed = cuda_embed,
+    .norm = cuda_norm,
+    .linear = cuda_linear,
+    .rope_append = cuda_rope_append,
+    .attention = cuda_attention,
+    .gated = cuda_gated,
+    .moe_route = cuda_moe_route,
+    .moe_linear = cuda_moe_linear,
+    .moe_combine = cuda_moe_combine,
+    .all_reduce = cuda_all_reduce,
+    .gather = cuda_gather,
+    .logits = cuda_linear,
+    .sample = cuda_sample,
+    .end = cuda_end,
+    .read = cuda_read,
+    .explain = cuda_explain,
+    .linear_gated = cuda_linear_gated,
+};

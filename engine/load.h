@@ -1,0 +1,46 @@
+/* load.h - a load generator for OpenAI-compatible servers: requests go out when the workload says
+ * so, whatever the server does (open loop), and every event of every stream is timed on arrival.
+ *
+ * One thread, libcurl's multi interface over epoll. It measures itself: the lag of a request is
+ * how long after it could have gone out it did go out; a run whose p99 lag passes 1 ms or 1 % of
+ * the mean gap between arrivals says more about us than about the server and is marked invalid.
+ *
+ * Logs have the client's instants: dispatch is before the request is handed to libcurl,
+ * first_token and token_ns are arrivals of events with a non-empty `choices`, finish is the last
+ * of them (the closing usage and [DONE] move nothing), admit is the dispatch. Where a server puts
+ * several tokens into an event (usage tells), the gap before it is divided among them. */
+#ifndef AMALGAM_LOAD_H
+#define AMALGAM_LOAD_H
+#include "tokenizer.h"
+#include "workload.h"
+
+typedef struct {
+    const char *url;         /* "http://127.0.0.1:8000", without a path */
+    const char *path;        /* NULL = "/v1/completions" */
+    const char *model;       /* NULL = the first of /v1/models */
+    const char *api_key;     /* NULL = none */
+    const tokenizer *tok;    /* prompts are sent as text of this tokenizer; NULL: as token ids */
+    int32_t max_concurrency; /* requests in flight; 0 = no limit. Waiting for a place is no lag */
+    double timeout_s;        /* of a request; 0 = none */
+} load_options;
+
+typedef struct {
+    char model[128];
+    int64_t n_failed, n_events;
+    char failure[256]; /* of the first that failed; "" */
+    double lag_p50_s, lag_p99_s, lag_max_s, gap_mean_s;
+    bool valid;
+    double duration_s; /* first dispatch to the last end */
+} load_report;
+
+/* The served model and its vocabulary (0 when the server does not say). IO, FORMAT. */
+status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *o);
+
+/* Run the workload against the server; log[w->n], its token_ns in `a`. Failed requests are logged
+ * as refused. IO when no connection can be made at all; NOMEM. */
+status load_run(load_report *out, arena *a, const load_options *o, const workload *w,
+                request_log *log);
+
+/* The verdict on lag: see above. gap_mean_s 0 = all at once. */
+bool load_valid(double lag_p99_s, double gap_mean_s);
+#endif

@@ -1,0 +1,231 @@
+/* observe.c - see observe.h. The wrapped table stands inside the observer, so that a wrapped
+ * operation finds its observer from the device it is called with. */
+#include "observe.h"
+
+#include "ref_linear.h"
+#include "ref_moe.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { ROWS = 256 }; /* of x transposed at a time: k floats each stay in L2 */
+
+struct observer {
+    device_ops ops; /* first: device.ops points here while we watch */
+    const device_ops *real;
+    engine *e;
+    arena memory;
+    int32_t first, n;
+    moments *of;       /* [n, 4 kinds, max(1, experts)] */
+    float *x, *turned; /* [rows of a step, k_max], [k_max, ROWS] */
+    float *product;    /* [k_max, k_max] */
+    float *logits, *route_weight;
+    int32_t *expert, *expert_start, *slot_row, *row_token;
+    int64_t n_rows; /* of the routed step */
+    int32_t max_rows;
+};
+
+enum { KIND_QKV, KIND_O, KIND_UP, KIND_DOWN, KINDS };
+
+static observer *of_device(device *d) { return (observer *)(void *)(uintptr_t)d->ops; }
+
+static int32_t experts_of(const model_config *c) { return c->n_experts ? c->n_experts : 1; }
+
+static int32_t inputs_of(const model_config *c, int32_t kind) {
+    switch (kind) {
+    case KIND_O: return c->n_heads * c->head_dim;
+    case KIND_DOWN: return c->n_experts ? c->expert_dim : c->ffn_dim;
+    default: return c->dim;
+    }
+}
+
+static moments *moments_at(const observer *o, int32_t layer, int32_t kind, int32_t index) {
+    const int32_t x = experts_of(engine_config(o->e));
+    return &o->of[((int64_t)(layer - o->first) * KINDS + kind) * x + index];
+}
+
+int64_t observer_layer_bytes(const model_config *c) {
+    int64_t bytes = 0;
+    for (int32_t kind = 0; kind < KINDS; kind++) {
+        const int64_t k = inputs_of(c, kind);
+        bytes += (kind >= KIND_UP ? experts_of(c) : 1) * (k * k + k) * (int64_t)sizeof(double);
+    }
+    return bytes;
+}
+
+const moments *observer_moments(const observer *o, weight_field f, int32_t layer, int32_t index) {
+    CHECK(layer >= o->first && layer < o->first + o->n);
+    switch (f) {
+    case WEIGHT_qkv: return moments_at(o, layer, KIND_QKV, 0);
+    case WEIGHT_o: return moments_at(o, layer, KIND_O, 0);
+    case WEIGHT_gate_up:
+    case WEIGHT_experts_gate_up: return moments_at(o, layer, KIND_UP, index);
+    default: CHECK(f == WEIGHT_down || f == WEIGHT_experts_down);
+    }
+    return moments_at(o, layer, KIND_DOWN, index);
+}
+
+/* The layer and kind of a weight that is watched; false for all others. */
+static bool which(const observer *o, const weight *w, int32_t *layer, int32_t *kind) {
+    const model_weights *m = forward_weights(engine_forward(o->e));
+    for (int32_t i = o->first; i < o->first + o->n; i++) {
+        const layer_weights *l = &m->layer[i];
+        *layer = i;
+        *kind = w == &l->qkv                                   ? KIND_QKV
+                : w == &l->o                                   ? KIND_O
+                : w == &l->gate_up || w == &l->experts_gate_up ? KIND_UP
+                : w == &l->down || w == &l->experts_down       ? KIND_DOWN
+                                                               : -1;
+        if (*kind >= 0) return true;
+    }
+    return false;
+}
+
+/* 1 / root mean square of a row; 0 for a row of zeros. */
+static float weight_of_row(const float *x, int32_t k) {
+    double sum = 0;
+    for (int32_t i = 0; i < k; i++) sum += (double)x[i] * (double)x[i];
+    return sum > 0 ? (float)(1 / sqrt(sum / k)) : 0;
+}
+
+/* Add rows x[row[i]] (row NULL = i), i in [0, n). Products in f32 over ROWS, sums in f64. */
+static void add_rows(observer *o, moments *m, const float *x, const int32_t *row, int64_t n) {
+    const int32_t k = m->k;
+    for (int64_t at = 0; at < n; at += ROWS) {
+        const int32_t count = (int32_t)i64_min(ROWS, n - at);
+        for (int32_t r = 0; r < count; r++) {
+            const float *from = x + (row ? row[at + r] : at + r) * k;
+            const float factor = weight_of_row(from, k);
+            for (int32_t i = 0; i < k; i++) {
+                o->turned[(int64_t)i * count + r] = from[i] * factor;
+                m->magnitude[i] += fabs((double)from[i]) * (double)factor;
+            }
+        }
+#pragma omp parallel for schedule(static) if (k >= 128)
+        for (int32_t i = 0; i < k; i++) {
+            ref_linear_lanes(o->product + (int64_t)i * k, k, o->turned + (int64_t)i * count, count,
+                             o->turned, count, NULL, 1, k, count);
+            for (int32_t j = 0; j < k; j++)
+                m->gram[(int64_t)i * k + j] += (double)o->product[(int64_t)i * k + j];
+        }
+    }
+    m->rows += n;
+}
+
+static status watch(device *d, tensor x, const weight *w) {
+    observer *o = of_device(d);
+    int32_t layer, kind;
+    if (!which(o, w, &layer, &kind)) return ST_OK;
+    CHECK(x.rows <= o->max_rows);
+    TRY(o->real->read(d, x, o->x));
+    add_rows(o, moments_at(o, layer, kind, 0), o->x, NULL, x.rows);
+    return ST_OK;
+}
+
+static status observe_linear(device *d, tensor out, tensor x, const weight *w) {
+    TRY(watch(d, x, w));
+    return of_device(d)->real->linear(d, out, x, w);
+}
+
+static status observe_gated(device *d, tensor out, tensor x, const weight *w, activation_kind kind,
+                            float limit) {
+    TRY(watch(d, x, w));
+    return of_device(d)->real->linear_gated(d, out, x, w, kind, limit);
+}
+
+static status observe_route(device *d, tensor logits, int32_t top_k, route_kind kind,
+                            bool normalise) {
+    observer *o = of_device(d);
+    const int32_t x = experts_of(engine_config(o->e));
+    TRY(o->real->read(d, logits, o->logits));
+    ref_moe_route(o->expert, o->route_weight, o->logits, logits.rows, x, top_k,
+                  kind == ROUTE_TOPK_SOFTMAX, normalise);
+    ref_moe_permute(o->expert_start, o->slot_row, o->row_token, o->expert, logits.rows, x, top_k);
+    return o->real->moe_route(d, logits, top_k, kind, normalise);
+}
+
+static status observe_experts(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
+                              bool gather) {
+    observer *o = of_device(d);
+    int32_t layer, kind;
+    if (which(o, w, &layer, &kind)) {
+        TRY(o->real->read(d, x, o->x));
+        for (int32_t e = 0; e < w->count; e++) {
+            const int32_t from = o->expert_start[e], n = o->expert_start[e + 1] - from;
+            add_rows(o, moments_at(o, layer, kind, e), gather ? o->x : o->x + (int64_t)from * w->k,
+                     gather ? o->row_token + from : NULL, n);
+        }
+    }
+    return o->real->moe_linear(d, out, x, w, top_k, gather);
+}
+
+static status allocate(observer *o, int32_t max_tokens) {
+    const model_config *c = engine_config(o->e);
+    const int32_t x = experts_of(c), top_k = c->n_experts ? c->top_k : 1;
+    int32_t k_max = 0;
+    for (int32_t kind = 0; kind < KINDS; kind++)
+        k_max = (int32_t)i64_max(k_max, inputs_of(c, kind));
+    o->max_rows = max_tokens * top_k;
+    const size_t rows = (size_t)o->max_rows, k = (size_t)k_max;
+    const size_t bytes = (size_t)(o->n * observer_layer_bytes(c)) + rows * k * 4 + k * ROWS * 4 +
+                         k * k * 4 + rows * (size_t)(x + 8) * 8 + ((size_t)1 << 20) +
+                         (size_t)o->n * KINDS * (size_t)x * (sizeof(moments) + 256);
+    TRY(arena_open(&o->memory, bytes));
+    arena *a = &o->memory;
+    bool ok = true;
+    ok &= (o->of = arena_array(a, moments, (size_t)o->n * KINDS * (size_t)x)) != NULL;
+    ok &= (o->x = arena_array(a, float, rows *k)) != NULL;
+    ok &= (o->turned = arena_array(a, float, k *ROWS)) != NULL;
+    ok &= (o->product = arena_array(a, float, k *k)) != NULL;
+    ok &= (o->logits = arena_array(a, float, rows *(size_t)x)) != NULL;
+    ok &= (o->route_weight = arena_array(a, float, rows)) != NULL;
+    ok &= (o->expert = arena_array(a, int32_t, rows)) != NULL;
+    ok &= (o->slot_row = arena_array(a, int32_t, rows)) != NULL;
+    ok &= (o->row_token = arena_array(a, int32_t, rows)) != NULL;
+    ok &= (o->expert_start = arena_array(a, int32_t, (size_t)x + 1)) != NULL;
+    for (int32_t i = 0; ok && i < o->n * KINDS * x; i++) {
+        const int32_t kind = i / x % KINDS;
+        if (kind < KIND_UP && i % x) continue;
+        moments *m = &o->of[i];
+        const size_t size = (size_t)(m->k = inputs_of(c, kind));
+        ok &= (m->gram = arena_array(a, double, size *size)) != NULL;
+        ok &= (m->magnitude = arena_array(a, double, size)) != NULL;
+    }
+    return ok ? ST_OK : FAIL(ST_NOMEM, "moments of %d layers", o->n);
+}
+
+status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
+    *out = NULL;
+    device *d = engine_device(e);
+    if (!d->ops->has_logits)
+        return FAIL(ST_UNSUPPORTED, "the %s device has no values to observe", d->ops->name);
+    CHECK(d->options.tp == 1);
+    CHECK(first >= 0 && n >= 1 && first + n <= engine_config(e)->n_layers);
+    observer *o = mem_alloc(1, sizeof *o);
+    if (!o) return FAIL(ST_NOMEM, "observer");
+    o->e = e;
+    o->first = first;
+    o->n = n;
+    const status st = allocate(o, engine_token_budget(e));
+    if (st != ST_OK) {
+        arena_close(&o->memory);
+        mem_free(o);
+        return st;
+    }
+    o->real = d->ops;
+    o->ops = *d->ops;
+    o->ops.linear = observe_linear;
+    if (o->real->linear_gated) o->ops.linear_gated = observe_gated;
+    o->ops.moe_route = observe_route;
+    o->ops.moe_linear = observe_experts;
+    d->ops = &o->ops;
+    *out = o;
+    return ST_OK;
+}
+
+void observer_close(observer *o) {
+    if (!o) return;
+    engine_device(o->e)->ops = o->real;
+    arena_close(&o->memory);
+    mem_free(o);
+}

@@ -1,0 +1,228 @@
+/* reply.c - see reply.h. */
+#include "reply.h"
+
+#include <math.h>
+#include <string.h>
+
+/* --- Pieces
+ * ------------------------------------------------------------------------------------- */
+
+static const char *reason_text(finish_reason f) {
+    return f == FINISH_LENGTH ? "length" : f == FINISH_STOP ? "stop" : "abort";
+}
+
+static void put_head(text *t, const reply_head *h, const job *j, bool chunk) {
+    text_add(t, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%lld,\"model\":", h->id,
+             !j->request.chat ? "text_completion"
+             : chunk          ? "chat.completion.chunk"
+                              : "chat.completion",
+             (long long)h->created_s);
+    api_put_string(t, h->model, strlen(h->model));
+    text_add(t, ",\"choices\":[");
+}
+
+static void put_usage(text *t, const job *j) {
+    int64_t prompt = 0, made = 0, cached = 0;
+    for (int32_t i = 0; i < j->n_choices; i++) {
+        if (i % j->request.n == 0) prompt += j->choice[i].n_prompt;
+        if (i % j->request.n == 0) cached += j->choice[i].n_cached;
+        made += j->choice[i].n_ready;
+    }
+    text_add(t,
+             "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
+             "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
+             (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
+}
+
+/* A token as text; what is no complete text on its own, as the vocabulary writes it. */
+static void token_text(const reply_head *h, int32_t id, text *out) {
+    if (h->tok) (void)tokenizer_decode(h->tok, &id, 1, false, out);
+    const bool whole =
+        out->length > 0 && strlen(out->data) == out->length && !strstr(out->data, "\xEF\xBF\xBD");
+    if (whole) return;
+    const char *piece = h->tok ? tokenizer_piece(h->tok, id) : NULL;
+    text_clear(out);
+    if (piece)
+        text_add(out, "%s", piece);
+    else
+        text_add(out, "%d", id);
+}
+
+/* JSON has no infinities; OpenAI's own floor is -9999. */
+static double shown_logprob(float v) { return isfinite(v) ? (double)v : -9999.0; }
+
+static void put_token(text *t, const reply_head *h, int32_t id) {
+    text piece = {0};
+    token_text(h, id, &piece);
+    api_put_string(t, piece.data ? piece.data : "", piece.length);
+    text_free(&piece);
+}
+
+static void put_chat_logprob(text *t, const reply_head *h, int32_t id, float logprob) {
+    text piece = {0};
+    token_text(h, id, &piece);
+    text_add(t, "{\"token\":");
+    api_put_string(t, piece.data ? piece.data : "", piece.length);
+    text_add(t, ",\"logprob\":%.9g,\"bytes\":[", shown_logprob(logprob));
+    for (size_t i = 0; i < piece.length; i++)
+        text_add(t, "%s%d", i ? "," : "", (int)(unsigned char)piece.data[i]);
+    text_add(t, "]");
+    text_free(&piece);
+}
+
+/* Tokens [from, to) of a choice. */
+static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
+                         int32_t to) {
+    const api_request *r = &c->job->request;
+    if (!r->logprobs) {
+        text_add(t, "\"logprobs\":null");
+        return;
+    }
+    if (r->chat) {
+        text_add(t, "\"logprobs\":{\"content\":[");
+        for (int32_t i = from; i < to; i++) {
+            if (i > from) text_add(t, ",");
+            put_chat_logprob(t, h, c->token[i].id, c->token[i].logprob);
+            text_add(t, ",\"top_logprobs\":[");
+            for (int32_t k = 0; k < r->n_top && c->top_id[i * r->n_top + k] >= 0; k++) {
+                if (k) text_add(t, ",");
+                put_chat_logprob(t, h, c->top_id[i * r->n_top + k],
+                                 c->top_logprob[i * r->n_top + k]);
+                text_add(t, "}");
+            }
+            text_add(t, "]}");
+        }
+        text_add(t, "]}");
+        return;
+    }
+    text_add(t, "\"logprobs\":{\"tokens\":[");
+    for (int32_t i = from; i < to; i++) {
+        if (i > from) text_add(t, ",");
+        put_token(t, h, c->token[i].id);
+    }
+    text_add(t, "],\"token_logprobs\":[");
+    for (int32_t i = from; i < to; i++)
+        text_add(t, "%s%.9g", i > from ? "," : "", shown_logprob(c->token[i].logprob));
+    text_add(t, "],\"top_logprobs\":[");
+    for (int32_t i = from; i < to; i++) {
+        text_add(t, "%s{", i > from ? "," : "");
+        for (int32_t k = 0; k < r->n_top && c->top_id[i * r->n_top + k] >= 0; k++) {
+            if (k) text_add(t, ",");
+            put_token(t, h, c->top_id[i * r->n_top + k]);
+            text_add(t, ":%.9g", shown_logprob(c->top_logprob[i * r->n_top + k]));
+        }
+        text_add(t, "}");
+    }
+    text_add(t, "],\"text_offset\":[");
+    for (int32_t i = from; i < to; i++)
+        text_add(t, "%s%zu", i > from ? "," : "", i ? c->token[i - 1].text_end : (size_t)0);
+    text_add(t, "]}");
+}
+
+static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {
+    if (!c->job->request.return_ids) return;
+    text_add(t, ",\"token_ids\":[");
+    for (int32_t i = from; i < to; i++) text_add(t, "%s%d", i > from ? "," : "", c->token[i].id);
+    text_add(t, "]");
+}
+
+/* --- The whole object
+ * --------------------------------------------------------------------------- */
+
+void reply_whole(text *out, const reply_head *h, const job *j) {
+    put_head(out, h, j, false);
+    for (int32_t i = 0; i < j->n_choices; i++) {
+        const job_choice *c = &j->choice[i];
+        const char *s = c->out.text.data ? c->out.text.data : "";
+        text_add(out, "%s{\"index\":%d,", i ? "," : "", i);
+        if (j->request.chat) {
+            text_add(out, "\"message\":{\"role\":\"assistant\",\"content\":");
+            api_put_string(out, s, c->text_end);
+            text_add(out, "},");
+        } else {
+            text_add(out, "\"text\":");
+            api_put_string(out, s, c->text_end);
+            text_add(out, ",");
+        }
+        put_logprobs(out, h, c, 0, c->n_ready);
+        put_ids(out, c, 0, c->n_ready);
+        text_add(out, ",\"finish_reason\":\"%s\"}", reason_text(c->finish));
+    }
+    text_add(out, "],");
+    put_usage(out, j);
+    text_add(out, "}");
+}
+
+/* --- Events
+ * ------------------------------------------------------------------------------------- */
+
+status reply_stream_open(reply_stream *s, const job *j) {
+    *s = (reply_stream){0};
+    s->sent = mem_alloc((size_t)j->n_choices, sizeof *s->sent);
+    s->shown = mem_alloc((size_t)j->n_choices, sizeof *s->shown);
+    s->ended = mem_alloc((size_t)j->n_choices, sizeof *s->ended);
+    return s->sent && s->shown && s->ended ? ST_OK : FAIL(ST_NOMEM, "stream");
+}
+
+void reply_stream_close(reply_stream *s) {
+    mem_free(s->sent);
+    mem_free(s->shown);
+    mem_free(s->ended);
+    *s = (reply_stream){0};
+}
+
+/* The next event of a choice, if there is one. The last token carries the finish reason and what
+ * was held back; a choice that ends without one (cancelled) gets an event of its own. */
+static bool put_event(text *out, const reply_head *h, const job_choice *c, reply_stream *s) {
+    const int32_t at = s->sent[c->index];
+    const bool token = at < c->n_ready;
+    const bool last = c->finish != FINISH_NONE && at + 1 >= c->n_ready;
+    if (s->ended[c->index] || (!token && !last)) return false;
+    const size_t from = s->shown[c->index], to = last ? c->text_end : c->token[at].text_end;
+    const char *words = c->out.text.data ? c->out.text.data + from : "";
+    text_add(out, "data: ");
+    put_head(out, h, c->job, true);
+    text_add(out, "{\"index\":%d,", c->index);
+    if (c->job->request.chat) {
+        text_add(out, "\"delta\":{%s\"content\":", at == 0 ? "\"role\":\"assistant\"," : "");
+        api_put_string(out, words, to - from);
+        text_add(out, "},");
+    } else {
+        text_add(out, "\"text\":");
+        api_put_string(out, words, to - from);
+        text_add(out, ",");
+    }
+    put_logprobs(out, h, c, at, token ? at + 1 : at);
+    put_ids(out, c, at, token ? at + 1 : at);
+    if (last)
+        text_add(out, ",\"finish_reason\":\"%s\"}]}\n\n", reason_text(c->finish));
+    else
+        text_add(out, ",\"finish_reason\":null}]}\n\n");
+    s->sent[c->index] += token;
+    s->shown[c->index] = to;
+    s->ended[c->index] = last;
+    return true;
+}
+
+void reply_events(text *out, const reply_head *h, const job *j, reply_stream *s, size_t enough) {
+    /* Round robin, so that the choices of a request advance together. */
+    for (int32_t idle = 0; idle < j->n_choices && out->length < enough;) {
+        const job_choice *c = &j->choice[s->choice];
+        s->choice = (s->choice + 1) % j->n_choices;
+        idle = put_event(out, h, c, s) ? 0 : idle + 1;
+    }
+    if (!j->done || out->length >= enough || s->end) return;
+    if (j->st != ST_OK) {
+        text_add(out, "data: ");
+        api_put_error(out, j->st == ST_INTERRUPTED ? 503 : 500, j->why);
+        text_add(out, "\n\n");
+    } else if (j->request.include_usage) {
+        text_add(out, "data: ");
+        put_head(out, h, j, true);
+        text_add(out, "],");
+        put_usage(out, j);
+        text_add(out, "}\n\n");
+    }
+    text_add(out, "data: [DONE]\n\n");
+    s->end = true;
+}

@@ -1,0 +1,586 @@
+/* server.c - see server.h.
+ *
+ * A connection's life: opened (peer) -> request arrives in pieces (exchange) -> answered at once,
+ * or given to the service as a job and suspended -> resumed by wake() when the job has something
+ * -> completed. The watch thread ends what does not move: requests that do not arrive, clients
+ * that are gone while their connection is suspended (libmicrohttpd does not look at those),
+ * readers that take nothing. */
+#define _GNU_SOURCE /* POLLRDHUP */
+#include "server.h"
+
+#include "reply.h"
+#include "utf8.h"
+#include "version.h"
+
+#include <arpa/inet.h>
+#include <microhttpd.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    EVENTS_BYTES = 16 << 10, /* of a stream, written at a time */
+    HEADER_BYTES = 32 << 10, /* of a request's headers */
+    REQUEST_ID_MAX = 128,
+    WATCH_MS = 20,
+};
+
+/* A connection. */
+typedef struct peer {
+    struct peer *next, *before;
+    int fd;
+    int64_t since_ns; /* a request has been awaited since; 0 = one is being answered */
+    int64_t moved_ns; /* the client last took something of a stream */
+    bool stalled;     /* there is something that it does not take */
+    bool dropped;     /* the watch has shut it down */
+    struct job *job;
+} peer;
+
+/* A request on it. */
+typedef struct {
+    server *server;
+    struct MHD_Connection *connection;
+    peer *peer;
+    const struct route *route;
+    text body;
+    bool too_large;
+    job *job;
+    reply_head head;
+    reply_stream stream;
+    text staged; /* events not yet taken by libmicrohttpd */
+    size_t taken;
+    char request_id[REQUEST_ID_MAX + 1];
+} exchange;
+
+struct server {
+    server_options options;
+    api_model model;
+    service *service;
+    struct MHD_Daemon *daemon;
+    int32_t port;
+    timeline clock;
+    pthread_mutex_t lock; /* of the peers and the counter */
+    peer *peers;
+    int64_t n_peers;
+    uint64_t counter, secret; /* ids of answers, seeds of draws */
+    pthread_t watch;
+    atomic_bool closing;
+    int64_t started_s;
+};
+
+typedef struct route {
+    const char *path, *method;
+    bool open; /* without a key */
+    enum MHD_Result (*answer)(exchange *x);
+} route;
+
+/* --- Answers
+ * ------------------------------------------------------------------------------------ */
+
+static enum MHD_Result send_response(exchange *x, int32_t code, const char *type,
+                                     struct MHD_Response *r) {
+    if (!r) return MHD_NO;
+    (void)MHD_add_response_header(r, "Content-Type", type);
+    if (x->request_id[0]) (void)MHD_add_response_header(r, "x-request-id", x->request_id);
+    if (code == 429 || code == 503) (void)MHD_add_response_header(r, "Retry-After", "1");
+    if (code == 401) (void)MHD_add_response_header(r, "WWW-Authenticate", "Bearer");
+    if (code == 405 && x->route) (void)MHD_add_response_header(r, "Allow", x->route->method);
+    const enum MHD_Result result = MHD_queue_response(x->connection, (unsigned)code, r);
+    MHD_destroy_response(r);
+    return result;
+}
+
+static enum MHD_Result send_text(exchange *x, int32_t code, const char *type, text *t) {
+    if (t->failed) {
+        text_free(t);
+        return MHD_NO;
+    }
+    struct MHD_Response *r = MHD_create_response_from_buffer(
+        t->length, t->data ? t->data : (char *)(uintptr_t) "", MHD_RESPMEM_MUST_COPY);
+    text_free(t);
+    return send_response(x, code, type, r);
+}
+
+static enum MHD_Result send_json(exchange *x, int32_t code, text *t) {
+    return send_text(x, code, "application/json", t);
+}
+
+static enum MHD_Result send_error(exchange *x, int32_t code, const char *message) {
+    text t = {0};
+    api_put_error(&t, code, message);
+    return send_json(x, code, &t);
+}
+
+static int32_t code_of(status st) {
+    switch (st) {
+    case ST_OK: return 200;
+    case ST_NOTFOUND: return 404;
+    case ST_OOM: return 429;
+    case ST_INTERRUPTED: return 503;
+    case ST_FORMAT:
+    case ST_RANGE:
+    case ST_USAGE:
+    case ST_UNSUPPORTED:
+    case ST_SHAPE: return 400;
+    default: return 500;
+    }
+}
+
+static enum MHD_Result send_failure(exchange *x, status st) {
+    return send_error(x, code_of(st), fail_message());
+}
+
+/* --- Simple routes
+ * ------------------------------------------------------------------------------ */
+
+static enum MHD_Result answer_health(exchange *x) {
+    if (!service_healthy(x->server->service)) return send_error(x, 503, "not serving");
+    text t = {0};
+    text_add(&t, "{\"status\":\"ok\"}");
+    return send_json(x, 200, &t);
+}
+
+static enum MHD_Result answer_version(exchange *x) {
+    text t = {0};
+    text_add(&t, "{\"version\":\"%s%s%s\"}", AMALGAM_COMMIT, AMALGAM_DIFF[0] ? "-dirty-" : "",
+             AMALGAM_DIFF);
+    return send_json(x, 200, &t);
+}
+
+static enum MHD_Result answer_models(exchange *x) {
+    const api_model *m = &x->server->model;
+    text t = {0};
+    text_add(&t, "{\"object\":\"list\",\"data\":[{\"id\":");
+    api_put_string(&t, m->model, strlen(m->model));
+    text_add(&t, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"amalgam\",\"root\":",
+             (long long)x->server->started_s);
+    api_put_string(&t, m->model, strlen(m->model));
+    text_add(&t, ",\"parent\":null,\"max_model_len\":%d,\"vocab_size\":%d}]}", m->ctx_max,
+             m->vocab);
+    return send_json(x, 200, &t);
+}
+
+static enum MHD_Result answer_metrics(exchange *x) {
+    text t = {0};
+    service_metrics(x->server->service, x->server->model.model, &t);
+    return send_text(x, 200, "text/plain; version=0.0.4; charset=utf-8", &t);
+}
+
+static enum MHD_Result answer_tokenize(exchange *x) {
+    ids list = {0};
+    text t = {0};
+    const status st = api_tokenize(&list, &x->server->model, x->body.data, x->body.length);
+    if (st == ST_OK) {
+        text_add(&t, "{\"count\":%lld,\"max_model_len\":%d,\"tokens\":[", (long long)list.length,
+                 x->server->model.ctx_max);
+        for (int64_t i = 0; i < list.length; i++) text_add(&t, "%s%d", i ? "," : "", list.data[i]);
+        text_add(&t, "]}");
+    }
+    ids_free(&list);
+    return st == ST_OK ? send_json(x, 200, &t) : send_failure(x, st);
+}
+
+static enum MHD_Result answer_detokenize(exchange *x) {
+    text words = {0}, t = {0};
+    const status st = api_detokenize(&words, &x->server->model, x->body.data, x->body.length);
+    if (st == ST_OK) {
+        text_add(&t, "{\"prompt\":");
+        api_put_string(&t, words.data ? words.data : "", words.length);
+        text_add(&t, "}");
+    }
+    text_free(&words);
+    return st == ST_OK ? send_json(x, 200, &t) : send_failure(x, st);
+}
+
+static enum MHD_Result answer_reset(exchange *x) {
+    service_flush_cache(x->server->service);
+    text t = {0};
+    text_add(&t, "{\"status\":\"ok\"}");
+    return send_json(x, 200, &t);
+}
+
+/* --- Completions
+ * -------------------------------------------------------------------------------- */
+
+/* Called by the engine thread with the job's lock held, and only while the connection is
+ * suspended. */
+static void wake_connection(void *user) {
+    exchange *x = user;
+    MHD_resume_connection(x->connection);
+}
+
+static uint64_t next_number(server *s) {
+    pthread_mutex_lock(&s->lock);
+    const uint64_t n = ++s->counter;
+    pthread_mutex_unlock(&s->lock);
+    return n;
+}
+
+/* Sleep until the engine has something; false when it has already. Job's lock held. */
+static void sleep_on(exchange *x) {
+    x->job->waiting = true;
+    MHD_suspend_connection(x->connection);
+}
+
+static enum MHD_Result begin_job(exchange *x, bool chat) {
+    server *s = x->server;
+    const uint64_t number = next_number(s);
+    api_request r;
+    status st =
+        api_parse(&r, &s->model, chat, x->body.data, x->body.length, hash_u64(number, s->secret));
+    text_free(&x->body);
+    if (st != ST_OK) return send_failure(x, st);
+    st = job_new(&x->job, &r, s->model.tok, wake_connection, x);
+    if (st != ST_OK) return send_failure(x, st);
+    x->head = (reply_head){
+        .model = s->model.model, .tok = s->model.tok, .created_s = (int64_t)time(NULL)};
+    snprintf(x->head.id, sizeof x->head.id, "%s-%016llx", chat ? "chatcmpl" : "cmpl",
+             (unsigned long long)hash_u64(number, s->secret + 1));
+    if (x->job->request.stream) {
+        st = reply_stream_open(&x->stream, x->job);
+        if (st != ST_OK) return send_failure(x, st);
+    }
+    pthread_mutex_lock(&s->lock);
+    x->peer->job = x->job;
+    pthread_mutex_unlock(&s->lock);
+    pthread_mutex_lock(&x->job->lock);
+    sleep_on(x);
+    pthread_mutex_unlock(&x->job->lock);
+    service_submit(s->service, x->job);
+    return MHD_YES;
+}
+
+static enum MHD_Result answer_completions(exchange *x) { return begin_job(x, false); }
+static enum MHD_Result answer_chat(exchange *x) { return begin_job(x, true); }
+
+static ssize_t read_events(void *user, uint64_t at, char *buf, size_t max) {
+    (void)at;
+    exchange *x = user;
+    job *j = x->job;
+    peer *l = x->peer;
+    if (x->taken == x->staged.length) {
+        text_clear(&x->staged);
+        x->taken = 0;
+        if (x->stream.end) return MHD_CONTENT_READER_END_OF_STREAM;
+        pthread_mutex_lock(&j->lock);
+        reply_events(&x->staged, &x->head, j, &x->stream, EVENTS_BYTES);
+        const bool nothing = x->staged.length == 0 && !x->staged.failed;
+        if (nothing) sleep_on(x);
+        pthread_mutex_unlock(&j->lock);
+        pthread_mutex_lock(&x->server->lock);
+        l->stalled = !nothing;
+        l->moved_ns = timeline_now_ns(&x->server->clock);
+        pthread_mutex_unlock(&x->server->lock);
+        if (nothing) return 0;
+    }
+    if (x->staged.failed || atomic_load(&j->cancelled)) return MHD_CONTENT_READER_END_WITH_ERROR;
+    size_t n = x->staged.length - x->taken;
+    if (n > max) n = max;
+    memcpy(buf, x->staged.data + x->taken, n);
+    x->taken += n;
+    return (ssize_t)n;
+}
+
+/* The job has news for the first time: accepted (a stream), or done. */
+static enum MHD_Result answer_job(exchange *x) {
+    job *j = x->job;
+    pthread_mutex_lock(&j->lock);
+    const bool done = j->done, failed = done && j->st != ST_OK, begun = j->accepted;
+    text t = {0};
+    int32_t code = failed ? code_of(j->st) : 200;
+    if (failed && (!begun || !j->request.stream))
+        api_put_error(&t, code, j->why);
+    else if (!j->request.stream)
+        reply_whole(&t, &x->head, j);
+    pthread_mutex_unlock(&j->lock);
+    if (t.length) return send_json(x, code, &t);
+    struct MHD_Response *r =
+        MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, EVENTS_BYTES, read_events, x, NULL);
+    if (r) (void)MHD_add_response_header(r, "Cache-Control", "no-cache");
+    return send_response(x, 200, "text/event-stream; charset=utf-8", r);
+}
+
+/* --- Requests
+ * ----------------------------------------------------------------------------------- */
+
+static const route routes[] = {
+    {"/v1/completions", "POST", false, answer_completions},
+    {"/v1/chat/completions", "POST", false, answer_chat},
+    {"/v1/models", "GET", false, answer_models},
+    {"/health", "GET", true, answer_health},
+    {"/ping", "GET", true, answer_health},
+    {"/version", "GET", false, answer_version},
+    {"/metrics", "GET", false, answer_metrics},
+    {"/tokenize", "POST", false, answer_tokenize},
+    {"/detokenize", "POST", false, answer_detokenize},
+    {"/reset_prefix_cache", "POST", false, answer_reset},
+};
+
+/* In time that depends on the sent text's length alone. */
+static bool same_secret(const char *given, const char *secret) {
+    const size_t n = strlen(given), m = strlen(secret);
+    unsigned char different = n != m;
+    for (size_t i = 0; i < n; i++) different |= (unsigned char)(given[i] ^ secret[i % (m ? m : 1)]);
+    return !different;
+}
+
+static bool authorised(const exchange *x) {
+    const char *key = x->server->options.api_key;
+    if (!key || (x->route && x->route->open)) return true;
+    const char *given =
+        MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "Authorization");
+    return given && strncmp(given, "Bearer ", 7) == 0 && same_secret(given + 7, key);
+}
+
+/* Echoed only when it is plain text: it goes into a header of ours. */
+static void take_request_id(exchange *x) {
+    const char *id = MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "x-request-id");
+    const size_t n = id ? strlen(id) : 0;
+    if (n == 0 || n > REQUEST_ID_MAX) return;
+    for (size_t i = 0; i < n; i++)
+        if (id[i] <= ' ' || id[i] > '~') return;
+    memcpy(x->request_id, id, n + 1);
+}
+
+/* The headers are here: refuse before the body is read, or go on. */
+static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *method) {
+    take_request_id(x);
+    for (int32_t i = 0; i < COUNT_OF(routes); i++)
+        if (strcmp(routes[i].path, url) == 0) x->route = &routes[i];
+    if (!authorised(x)) return send_error(x, 401, "wrong or missing API key");
+    if (!x->route) return send_error(x, 404, "no such path");
+    if (strcmp(method, x->route->method) != 0) return send_error(x, 405, "no such method here");
+    const char *length =
+        MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "Content-Length");
+    int64_t n;
+    if (length && parse_i64(length, 0, INT64_MAX, &n) && n > x->server->options.max_body_bytes)
+        return send_error(x, 413, "the body is too large");
+    return MHD_YES;
+}
+
+static peer *peer_of(struct MHD_Connection *c) {
+    return MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT)->socket_context;
+}
+
+static enum MHD_Result on_request(void *user, struct MHD_Connection *connection, const char *url,
+                                  const char *method, const char *version, const char *data,
+                                  size_t *n_data, void **state) {
+    (void)version;
+    exchange *x = *state;
+    if (!x) {
+        x = mem_alloc(1, sizeof *x);
+        if (!x) return MHD_NO;
+        x->server = user;
+        x->connection = connection;
+        x->peer = peer_of(connection);
+        if (!x->peer) {
+            mem_free(x);
+            return MHD_NO;
+        }
+        *state = x;
+        return begin_exchange(x, url, method);
+    }
+    if (*n_data) {
+        x->too_large |= x->body.length + *n_data > (size_t)x->server->options.max_body_bytes;
+        if (!x->too_large) text_bytes(&x->body, data, *n_data);
+        *n_data = 0;
+        return MHD_YES;
+    }
+    if (x->job) return answer_job(x);
+    pthread_mutex_lock(&x->server->lock);
+    x->peer->since_ns = 0; /* it has arrived */
+    pthread_mutex_unlock(&x->server->lock);
+    if (x->too_large) return send_error(x, 413, "the body is too large");
+    if (x->body.failed) return send_error(x, 500, "out of memory");
+    return x->route->answer(x);
+}
+
+static void on_completed(void *user, struct MHD_Connection *connection, void **state,
+                         enum MHD_RequestTerminationCode why) {
+    (void)connection;
+    (void)why;
+    server *s = user;
+    exchange *x = *state;
+    if (!x) return;
+    *state = NULL;
+    pthread_mutex_lock(&s->lock);
+    x->peer->job = NULL;
+    x->peer->stalled = false;
+    x->peer->since_ns = timeline_now_ns(&s->clock);
+    pthread_mutex_unlock(&s->lock);
+    if (x->job) {
+        pthread_mutex_lock(&x->job->lock);
+        const bool done = x->job->done;
+        x->job->waiting = false; /* nobody is left to wake */
+        pthread_mutex_unlock(&x->job->lock);
+        if (!done) service_cancel(s->service, x->job);
+        job_release(x->job);
+    }
+    reply_stream_close(&x->stream);
+    text_free(&x->staged);
+    text_free(&x->body);
+    mem_free(x);
+}
+
+static void on_connection(void *user, struct MHD_Connection *connection, void **context,
+                          enum MHD_ConnectionNotificationCode what) {
+    server *s = user;
+    if (what == MHD_CONNECTION_NOTIFY_STARTED) {
+        peer *l = mem_alloc(1, sizeof *l);
+        *context = l;
+        if (!l) return;
+        l->fd = MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
+        l->since_ns = timeline_now_ns(&s->clock);
+        pthread_mutex_lock(&s->lock);
+        l->next = s->peers;
+        if (l->next) l->next->before = l;
+        s->peers = l;
+        s->n_peers++;
+        pthread_mutex_unlock(&s->lock);
+        return;
+    }
+    peer *l = *context;
+    if (!l) return;
+    pthread_mutex_lock(&s->lock);
+    if (l->before)
+        l->before->next = l->next;
+    else
+        s->peers = l->next;
+    if (l->next) l->next->before = l->before;
+    s->n_peers--;
+    pthread_mutex_unlock(&s->lock);
+    mem_free(l);
+    *context = NULL;
+}
+
+/* --- The watch
+ * ---------------------------------------------------------------------------------- */
+
+/* Has the other side closed? A suspended connection is read by nobody, so only this tells. */
+static bool is_gone(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR));
+}
+
+/* The socket stays open while its peer is in the list, and the list is locked. */
+static void watch_peer(server *s, peer *l, int64_t now) {
+    const double waited = l->since_ns ? (double)(now - l->since_ns) * 1e-9 : 0;
+    const double stalled = l->stalled ? (double)(now - l->moved_ns) * 1e-9 : 0;
+    const bool gone = l->job && is_gone(l->fd);
+    if (!gone && waited <= s->options.request_timeout_s && stalled <= s->options.stall_timeout_s)
+        return;
+    l->dropped = true;
+    if (l->job) service_cancel(s->service, l->job);
+    (void)shutdown(l->fd, SHUT_RDWR);
+}
+
+static void *watch_thread(void *arg) {
+    server *s = arg;
+    while (!atomic_load(&s->closing)) {
+        pthread_mutex_lock(&s->lock);
+        const int64_t now = timeline_now_ns(&s->clock);
+        for (peer *l = s->peers; l; l = l->next)
+            if (!l->dropped) watch_peer(s, l, now);
+        pthread_mutex_unlock(&s->lock);
+        nanosleep(&(struct timespec){.tv_nsec = WATCH_MS * 1000000L}, NULL);
+    }
+    return NULL;
+}
+
+/* --- Interface
+ * ---------------------------------------------------------------------------------- */
+
+static status address_of(const server_options *o, struct sockaddr_storage *out) {
+    char port[16];
+    struct addrinfo *found = NULL;
+    const struct addrinfo hints = {.ai_family = AF_UNSPEC,
+                                   .ai_socktype = SOCK_STREAM,
+                                   .ai_flags = AI_NUMERICHOST | AI_PASSIVE};
+    snprintf(port, sizeof port, "%d", o->port);
+    if (o->port < 0 || o->port > 65535) return FAIL(ST_RANGE, "port %d", o->port);
+    if (getaddrinfo(o->host, port, &hints, &found) != 0 || !found)
+        return FAIL(ST_RANGE, "'%s' is no IP address", o->host);
+    memset(out, 0, sizeof *out);
+    memcpy(out, found->ai_addr, found->ai_addrlen);
+    freeaddrinfo(found);
+    return ST_OK;
+}
+
+static status start(server *s) {
+    const server_options *o = &s->options;
+    struct sockaddr_storage address;
+    TRY(address_of(o, &address));
+    unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ITC;
+    if (address.ss_family == AF_INET6) flags |= MHD_USE_IPv6;
+    s->daemon = MHD_start_daemon(
+        flags, 0, NULL, NULL, on_request, s, MHD_OPTION_SOCK_ADDR, &address,
+        MHD_OPTION_NOTIFY_COMPLETED, on_completed, s, MHD_OPTION_NOTIFY_CONNECTION, on_connection,
+        s, MHD_OPTION_CONNECTION_LIMIT, (unsigned)o->max_connections,
+        MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HEADER_BYTES + EVENTS_BYTES,
+        MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)(o->stall_timeout_s + 1),
+        MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u, MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024u,
+        o->threads > 1 ? MHD_OPTION_THREAD_POOL_SIZE : MHD_OPTION_END, (unsigned)o->threads,
+        MHD_OPTION_END);
+    if (!s->daemon) return FAIL(ST_IO, "cannot listen on %s port %d", o->host, o->port);
+    const union MHD_DaemonInfo *info = MHD_get_daemon_info(s->daemon, MHD_DAEMON_INFO_BIND_PORT);
+    s->port = info ? info->port : o->port;
+    if (pthread_create(&s->watch, NULL, watch_thread, s) != 0) {
+        MHD_stop_daemon(s->daemon);
+        return FAIL(ST_NOMEM, "a thread");
+    }
+    return ST_OK;
+}
+
+status server_open(server **out, const server_options *o, service *service_, const api_model *m) {
+    *out = NULL;
+    if (o->max_connections < 1 || o->max_body_bytes < 1 || o->threads < 1 || o->threads > 64)
+        return FAIL(ST_RANGE, "connections, body size and threads must be positive");
+    server *s = mem_alloc(1, sizeof *s);
+    if (!s) return FAIL(ST_NOMEM, "server");
+    s->options = *o;
+    s->model = *m;
+    s->service = service_;
+    s->started_s = (int64_t)time(NULL);
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    s->secret = hash_u64((uint64_t)now.tv_nsec, (uint64_t)now.tv_sec + (uint64_t)getpid());
+    timeline_start_real(&s->clock);
+    pthread_mutex_init(&s->lock, NULL);
+    const status st = start(s);
+    if (st != ST_OK) {
+        pthread_mutex_destroy(&s->lock);
+        mem_free(s);
+        return st;
+    }
+    *out = s;
+    return ST_OK;
+}
+
+int32_t server_port(const server *s) { return s->port; }
+
+static bool any_busy(server *s) {
+    bool busy = false;
+    pthread_mutex_lock(&s->lock);
+    for (peer *l = s->peers; l; l = l->next) busy |= l->job != NULL;
+    pthread_mutex_unlock(&s->lock);
+    return busy;
+}
+
+void server_close(server *s, double grace_s) {
+    enum { FLUSH_MS = 2000 }; /* for the last bytes of answers that are complete */
+    if (!s) return;
+    const MHD_socket listening = MHD_quiesce_daemon(s->daemon);
+    if (listening != MHD_INVALID_SOCKET) close(listening);
+    service_drain(s->service, grace_s);
+    for (int32_t ms = 0; ms < FLUSH_MS && any_busy(s); ms += 10)
+        nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
+    atomic_store(&s->closing, true);
+    pthread_join(s->watch, NULL);
+    MHD_stop_daemon(s->daemon);
+    pthread_mutex_destroy(&s->lock);
+    mem_free(s);
+}

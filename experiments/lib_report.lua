@@ -1,0 +1,499 @@
+--- `amalgam report`: tables, figures and PAPER.md, made from the rows that exist and nothing else.
+---
+--- plots/figNN_*.lua gives the numbers of a figure (a TSV), plots/figNN_*.gp draws them;
+--- plots/tabNN_*.lua gives a Markdown table; plots/paper.md is the text around them, with every
+--- number an expression. What has no rows is said to be missing.
+
+local amalgam = require("amalgam")
+local experiment = require("lib_experiment")
+local library = require("lib_rows")
+local stats = require("lib_stats")
+
+local M = {}
+
+local USAGE = [[
+usage: amalgam report [options]
+
+  --results DIR   where rows are kept (default: results)
+  --out DIR       where PAPER.md and plots/out/ go (default: the checkout)
+  --no-figures    write tables and numbers, draw nothing
+
+Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
+
+---@class Data rows of all experiments, with the questions that tables and figures ask
+---@field identity table
+---@field rows Row[] newest row of each point
+---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
+local Data = {}
+Data.__index = Data
+
+--- The rows among which those of a filter are: all of one experiment, GPU and model.
+---@return Row[]
+function Data:near(name, filter)
+  local gpu, model = filter and filter.gpu, filter and filter.model
+  local id = table.concat({ name, tostring(gpu), tostring(model) }, " ")
+  if not self.bucket[id] then
+    local rows = {}
+    for _, row in ipairs(self.rows) do
+      if row.experiment:sub(1, #name) == name and (not gpu or row.key.gpu == gpu)
+        and (not model or row.key.model == model) then
+        rows[#rows + 1] = row
+      end
+    end
+    self.bucket[id] = rows
+  end
+  return self.bucket[id]
+end
+
+--- Rows of an experiment by the beginning of its name, restricted by key parts.
+---@param name string "e03"
+---@param filter? table<string, any>
+---@param status? string default "ok"; "any" for all
+---@return Row[]
+function Data:select(name, filter, status)
+  local out = {}
+  for _, row in ipairs(self:near(name, filter)) do
+    if status == "any" or row.status == (status or "ok") then
+      local match = true
+      for key, value in pairs(filter or {}) do match = match and row.key[key] == value end
+      if match then out[#out + 1] = row end
+    end
+  end
+  return out
+end
+
+--- The one row with this key, or nil.
+---@return Row|nil
+function Data:row(name, filter, status)
+  local found = self:select(name, filter, status)
+  return found[#found]
+end
+
+--- A metric of the one row with this key, or nil.
+---@return number|nil
+function Data:value(name, filter, metric)
+  local row = self:row(name, filter)
+  return row and row.metrics[metric]
+end
+
+--- Values of a metric over the rows with this key.
+---@return number[]
+function Data:values(name, filter, metric)
+  local out = {}
+  for _, row in ipairs(self:select(name, filter)) do
+    if row.metrics[metric] then out[#out + 1] = row.metrics[metric] end
+  end
+  return out
+end
+
+--- Distinct values of a key part, in the order in which they first appear.
+---@return any[]
+function Data:distinct(name, part, filter)
+  local out, seen = {}, {}
+  for _, row in ipairs(self:select(name, filter, "any")) do
+    local value = row.key[part]
+    if value ~= nil and not seen[value] then
+      seen[value] = true
+      out[#out + 1] = value
+    end
+  end
+  return out
+end
+
+--- For each value of `over`: metric under `filter` over metric under `base`, where both exist.
+---@return number[] ratios
+---@return any[] of which values of `over`
+function Data:ratios(name, over, filter, base, metric)
+  local out, which = {}, {}
+  for _, value in ipairs(self:distinct(name, over)) do
+    local with, against = { [over] = value }, { [over] = value }
+    for k, v in pairs(filter) do with[k] = v end
+    for k, v in pairs(base) do against[k] = v end
+    local a, b = self:value(name, with, metric), self:value(name, against, metric)
+    if a and b and b > 0 then
+      out[#out + 1] = a / b
+      which[#which + 1] = value
+    end
+  end
+  return out, which
+end
+
+--- Values in a wanted order, with those that have no rows left out and unknown ones at the end.
+---@param wanted any[]
+---@param have any[]
+---@return any[]
+function Data.ordered(wanted, have)
+  local out, left = {}, {}
+  for _, value in ipairs(have) do left[value] = true end
+  for _, value in ipairs(wanted) do
+    if left[value] then out[#out + 1] = value end
+    left[value] = nil
+  end
+  for _, value in ipairs(have) do
+    if left[value] then out[#out + 1] = value end
+  end
+  return out
+end
+
+---@param rows Row[]
+---@param identity table
+---@return Data
+function M.data(rows, identity)
+  local newest = library.newest(rows, identity.version)
+  return setmetatable({ rows = newest, bucket = {}, identity = identity }, Data)
+end
+
+-- --- Formatting ----------------------------------------------------------------------------------
+
+--- Three significant digits, thousands as they are; "-" for nothing.
+---@param x number|nil
+---@return string
+function M.number(x)
+  if x == nil or x ~= x then return "-" end
+  local size = math.abs(x)
+  if size >= 1000 or x == math.floor(x) and size < 1e15 then return ("%.0f"):format(x) end
+  if size >= 100 then return ("%.0f"):format(x) end
+  if size >= 10 then return ("%.1f"):format(x) end
+  if size >= 1 then return ("%.2f"):format(x) end
+  return ("%.3f"):format(x)
+end
+
+---@param columns string[]
+---@param rows any[][] nil cells are "-"
+---@return string
+function M.markdown(columns, rows)
+  local function line(cells)
+    local words = {}
+    for i = 1, #columns do
+      local cell = cells[i]
+      words[i] = type(cell) == "number" and M.number(cell) or tostring(cell == nil and "-" or cell)
+    end
+    return "| " .. table.concat(words, " | ") .. " |"
+  end
+  local out = { line(columns) }
+  local rule = {}
+  for i = 1, #columns do rule[i] = i == 1 and ":--" or "--:" end
+  out[2] = "| " .. table.concat(rule, " | ") .. " |"
+  for _, row in ipairs(rows) do out[#out + 1] = line(row) end
+  return table.concat(out, "\n")
+end
+
+---@param columns string[]
+---@param rows any[][]
+---@return string
+function M.tsv(columns, rows)
+  local out = { table.concat(columns, "\t") }
+  for _, row in ipairs(rows) do
+    local words = {}
+    for i = 1, #columns do
+      local cell = row[i]
+      if type(cell) == "number" then
+        words[i] = cell ~= cell and "-" or ("%.6g"):format(cell)
+      else
+        words[i] = cell == nil and "-" or tostring(cell)
+      end
+    end
+    out[#out + 1] = table.concat(words, "\t")
+  end
+  return table.concat(out, "\n") .. "\n"
+end
+
+-- --- Figures and tables --------------------------------------------------------------------------
+
+---@param text string
+---@return string for a shell
+local function quoted(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
+
+--- Draw one figure as SVG and PNG. Returns nil or what went wrong.
+---@return string|nil
+local function draw(plots, gp, tsv, out)
+  for _, format in ipairs({ "svg", "png" }) do
+    local settings = ("plots='%s'; data='%s'; format='%s'"):format(plots:gsub("'", "''"),
+      tsv:gsub("'", "''"), format)
+    local target = out .. "." .. format
+    local command = ("gnuplot -e %s %s > %s 2> %s"):format(quoted(settings), quoted(gp),
+      quoted(target .. ".part"), quoted(target .. ".log"))
+    local good = os.execute(command)
+    local log = io.open(target .. ".log")
+    local why = log and log:read("a"):gsub("%s+", " ") or ""
+    if log then log:close() end
+    os.remove(target .. ".log")
+    if not good then
+      os.remove(target .. ".part")
+      return why ~= "" and why or "gnuplot failed"
+    end
+    os.rename(target .. ".part", target)
+  end
+  return nil
+end
+
+---@class Figure
+---@field experiment string
+---@field title string
+---@field caption string
+---@field predicted? boolean
+---@field build fun(data: Data, report: table): string[], any[][]
+
+--- Load plots/<prefix>*.lua in order.
+---@return table<string, Figure>
+---@return string[] names
+local function load_all(plots, prefix)
+  local found, names = {}, {}
+  for _, entry in ipairs(amalgam.list(plots)) do
+    local name = entry:match("^(" .. prefix .. "%d%d_[%w_]+)%.lua$")
+    if name then
+      names[#names + 1] = name
+      found[name] = require(name)
+    end
+  end
+  return found, names
+end
+
+--- "3" for "fig03_latency": how the paper numbers it.
+---@param name string
+---@return integer
+local function ordinal(name) return math.tointeger(tonumber(name:match("^%a+(%d+)"))) end
+
+---@param spec Figure
+---@return string
+local function marked(spec)
+  local text = spec.caption
+  if spec.predicted and not text:lower():find("predicted") then text = text .. " Predicted." end
+  return text
+end
+
+---@param data Data
+---@param root string
+---@param out string
+---@param o table
+---@return table<string, string> blocks Markdown by name
+---@return integer n_bad
+local function figures(data, root, out, o)
+  local plots, blocks, n_bad = root .. "/plots", {}, 0
+  local specs, names = load_all(plots, "fig")
+  for _, name in ipairs(names) do
+    local spec = specs[name]
+    local columns, rows = spec.build(data, M)
+    if #rows == 0 then
+      blocks[name] = ("*Figure %d is missing: there are no rows of %s.*"):format(ordinal(name),
+        spec.experiment)
+      print(("  %-26s no rows of %s"):format(name, spec.experiment))
+    else
+      local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
+      amalgam.write_file(tsv, M.tsv(columns, rows))
+      local why = o.no_figures and "figures were switched off"
+        or draw(plots, ("%s/%s.gp"):format(plots, name), tsv, ("%s/plots/out/%s"):format(out, name))
+      if why then
+        if not o.no_figures then
+          n_bad = n_bad + 1
+          io.stderr:write(("amalgam: %s: %s\n"):format(name, why))
+        end
+        blocks[name] = ("*Figure %d was not drawn (%s); its numbers are in "
+          .. "[%s.tsv](plots/out/%s.tsv).*"):format(ordinal(name), why, name, name)
+      else
+        blocks[name] = ("![%s](plots/out/%s.svg)\n\n**Figure %d.** %s ([data](plots/out/%s.tsv), "
+          .. "[png](plots/out/%s.png))"):format(spec.title, name, ordinal(name), marked(spec), name,
+          name)
+      end
+    end
+  end
+  return blocks, n_bad
+end
+
+---@param data Data
+---@param root string
+---@param out string
+---@return table<string, string> blocks
+local function tables(data, root, out)
+  local blocks = {}
+  local specs, names = load_all(root .. "/plots", "tab")
+  for _, name in ipairs(names) do
+    local spec = specs[name]
+    local columns, rows = spec.build(data, M)
+    if #rows == 0 then
+      blocks[name] = ("*Table %d is missing: there are no rows of %s.*"):format(ordinal(name),
+        spec.experiment)
+    else
+      local body = M.markdown(columns, rows)
+      blocks[name] = ("**Table %d.** %s\n\n%s"):format(ordinal(name), marked(spec), body)
+      amalgam.write_file(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
+    end
+  end
+  return blocks
+end
+
+-- --- The paper -----------------------------------------------------------------------------------
+
+--- Versions, machines and counts of the rows that are used, one line per experiment.
+---@param data Data
+---@return string
+local function sources(data)
+  local rows, order, by = {}, {}, {}
+  for _, row in ipairs(data.rows) do
+    local id = row.experiment .. "\t" .. row.version .. "\t" .. row.machine
+    if not by[id] then
+      by[id] = { ok = 0, oom = 0, skipped = 0, failed = 0, invalid = 0, row = row, seconds = 0 }
+      order[#order + 1] = id
+    end
+    local entry = by[id]
+    entry[row.status] = (entry[row.status] or 0) + 1
+    entry.seconds = entry.seconds + (row.wall_s or 0)
+    if row.origin then entry.origin = row.origin end
+  end
+  for _, id in ipairs(order) do
+    local e = by[id]
+    rows[#rows + 1] = { e.row.experiment, e.origin or "-", "`" .. e.row.version .. "`",
+      e.row.machine, e.ok, e.oom, e.skipped, e.failed + e.invalid, ("%.0f"):format(e.seconds) }
+  end
+  return M.markdown({ "experiment", "origin", "version", "machine", "ok", "oom", "skipped",
+    "failed", "CPU time (s)" }, rows)
+end
+
+--- Facts of the machines that measured, from the newest measured row of each.
+---@param data Data
+---@return string
+local function machines(data)
+  local by = {}
+  for _, row in ipairs(data.rows) do
+    if row.origin == "measured" or not by[row.machine] then by[row.machine] = row end
+  end
+  local rows = {}
+  for _, machine in ipairs(experiment.sorted_keys(by)) do
+    local p = by[machine].provenance or {}
+    rows[#rows + 1] = { machine, p.cpu, p.cores,
+      p.memory_bytes and ("%.0f GiB"):format(p.memory_bytes / 2 ^ 30), p.kernel, p.governor,
+      p.compiler, p.flags and "`" .. p.flags .. "`" }
+  end
+  return M.markdown({ "machine", "cpu", "cores", "memory", "kernel", "governor", "compiler",
+    "flags" }, rows)
+end
+
+--- What the template may use.
+---@param data Data
+---@param blocks table<string, string>
+---@return table
+local function template_environment(data, blocks)
+  local env = { math = math, table = table, ipairs = ipairs, pairs = pairs, string = string,
+    tostring = tostring, data = data, stats = stats, number = M.number }
+  function env.show(name)
+    return blocks[name] or error(("no table or figure '%s'"):format(name), 2)
+  end
+  --- A metric of one row, formatted; says so when there is none.
+  function env.value(name, filter, metric, format)
+    local x = data:value(name, filter, metric)
+    if not x then return "*(no row)*" end
+    return format and format:format(x) or M.number(x)
+  end
+  --- Geometric mean over `over` of filter / base, as "1.83".
+  function env.gain(name, over, filter, base, metric)
+    local ratios = data:ratios(name, over, filter, base, metric)
+    if #ratios == 0 then return "*(no rows)*" end
+    return ("%.2f"):format(stats.geomean(ratios))
+  end
+  --- Largest such ratio and where it is: "2.91 (Qwen3-32B)".
+  function env.most(name, over, filter, base, metric)
+    local ratios, which = data:ratios(name, over, filter, base, metric)
+    local at = 0
+    for i, r in ipairs(ratios) do
+      if at == 0 or r > ratios[at] then at = i end
+    end
+    return at > 0 and ("%.2f (%s)"):format(ratios[at], tostring(which[at])) or "*(no rows)*"
+  end
+  function env.count(name, filter, status) return tostring(#data:select(name, filter, status)) end
+  function env.many(name, part) return tostring(#data:distinct(name, part)) end
+  function env.sources() return sources(data) end
+  function env.machines() return machines(data) end
+  env.version = data.identity.version
+  return env
+end
+
+--- Fill a template: {{ expression }}, and {{? e03 }} ... {{/}} for parts that need rows of e03.
+---@param text string
+---@param file string for messages
+---@param env table
+---@return string
+function M.fill(text, file, env)
+  text = text:gsub("{{%?%s*(%w+)%s*}}(.-){{/}}\n?", function(name, body)
+    if #env.data:select(name) > 0 then return body end
+    return ("*There are no rows of %s: `amalgam run %s` makes them.*\n"):format(name, name)
+  end)
+  return (text:gsub("()({{(.-)}})", function(_, whole, expression)
+    local chunk, why = load("return " .. expression, "=" .. file, "t", env)
+    if not chunk then experiment.refuse("%s: %s in %s", file, why, whole) end
+    local ok, value = pcall(chunk)
+    if not ok then experiment.refuse("%s: %s in %s", file, tostring(value), whole) end
+    return tostring(value)
+  end))
+end
+
+--- The text with each part between "<!-- amalgam report: NAME -->" and "<!-- end -->" made anew.
+---@param text string
+---@param blocks table<string, string>
+---@return string
+function M.refresh(text, blocks)
+  return (text:gsub("(<!%-%- amalgam report: ([%w_]+) %-%->\n).-(<!%-%- end %-%->)",
+    function(head, name, tail) return blocks[name] and head .. blocks[name] .. "\n" .. tail end))
+end
+
+---@param args string[]
+---@return table
+local function parse(args)
+  local o, at = {}, 1
+  while args[at] do
+    local word = args[at]
+    if word == "--results" or word == "--out" then
+      at = at + 1
+      if not args[at] then experiment.refuse("report: %s needs a value", word) end
+      o[word:sub(3)] = args[at]
+    elseif word == "--no-figures" then
+      o.no_figures = true
+    elseif word == "--help" then
+      o.help = true
+    else
+      experiment.refuse("report: unknown option '%s' (amalgam report --help)", word)
+    end
+    at = at + 1
+  end
+  return o
+end
+
+---@param args string[]
+---@return integer
+local function run(args)
+  local o = parse(args)
+  if o.help then
+    print(USAGE)
+    return 0
+  end
+  local identity = amalgam.identity()
+  local root = identity.root
+  local dir, out = o.results or root .. "/results", o.out or root
+  local rows, n_broken = library.read(dir)
+  if #rows == 0 then
+    experiment.refuse("report: no rows in %s (amalgam run e01 ... makes them)", dir)
+  end
+  local data = M.data(rows, identity)
+  print(("report: %d points from %d rows in %s%s"):format(#data.rows, #rows, dir,
+    n_broken > 0 and (", %d unreadable lines left out"):format(n_broken) or ""))
+  local blocks, n_bad = figures(data, root, out, o)
+  for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
+  local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
+    template_environment(data, blocks))
+  amalgam.write_file(out .. "/PAPER.md", paper)
+  if not o.out and not o.results then
+    local readme = amalgam.read_file(root .. "/README.md")
+    amalgam.write_file(root .. "/README.md", M.refresh(readme, blocks))
+  end
+  print(("  -> %s/PAPER.md, %s/plots/out/"):format(out, out))
+  return n_bad > 0 and 1 or 0
+end
+
+---@param args string[]
+---@return integer exit status
+function M.main(args)
+  local ok, result = pcall(run, args)
+  if ok then return result end
+  return require("lib_run").report_error(result)
+end
+
+return M

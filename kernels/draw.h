@@ -1,0 +1,56 @@
+/* draw.h - one token from each row of logits, on the device: engine/sampler.h is the definition. */
+#ifndef KERNEL_DRAW_H
+#define KERNEL_DRAW_H
+#include "kernel.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { DRAW_TOP_MAX = 20 };
+
+/* How row i is drawn from: `sampling` of request.h and what sample_row adds. */
+typedef struct {
+    float temperature, top_p, min_p, repetition_penalty;
+    int32_t top_k;
+    int32_t n_logprobs; /* -1 = none; up to DRAW_TOP_MAX */
+    int32_t seen;       /* row of the bit sets of tokens to penalise; -1 = none */
+    int32_t active;     /* 0: nothing is drawn, the token is -1 */
+    uint64_t seed, counter;
+} draw_row;
+
+/* The same fields as `sampled` of request.h. */
+typedef struct {
+    int32_t token;
+    float logprob;
+    int32_t n_top;
+    int32_t top_token[DRAW_TOP_MAX];
+    float top_logprob[DRAW_TOP_MAX];
+} draw_result;
+
+/* 32-bit words of one row of `seen`: bit t % 32 of word t / 32 says that token t occurred. */
+static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 31) / 32; }
+
+/* out[i] = token of logits[i, :], and its log-probabilities if asked for
+ *
+ *   out      [n]; device memory or pinned host memory that the device can write
+ *   logits   [n, vocab] f32, device
+ *   row      [n], device
+ *   seen     [., draw_seen_words(vocab)], device; read where row.seen >= 0
+ *
+ * The token is the one that sampler_draw takes from the same logits, unless rounding decides:
+ * weights e = exp((z - max z) / T) are f64 as there, but their sums are of e 2^44 rounded to
+ * integers, so that they depend on no order (and a token under 2^-45 of the best is never drawn).
+ * Where two running sums differ by less than vocab 2^-45 of the best weight, or where the device's
+ * exp is a unit off, the neighbour may be taken. Same bits on every run, in any company. Greedy
+ * tokens, top-k sets and ties are exact. Log-probabilities are within 1e-6 plus rounding.
+ *
+ * One block a row. SHAPE for vocab outside 1 .. 2^18, DEVICE on launch failure; n == 0 launches
+ * nothing. Asynchronous on `stream`, capturable in a graph. */
+status kernel_draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
+                   int32_t n, int32_t vocab, kernel_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

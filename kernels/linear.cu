@@ -1,0 +1,254 @@
+// linear.cu - linear layers on a GPU: packing, choice of a kernel, launch.
+#include "linear_common.cuh"
+#include "linear_launch.h"
+
+#include <cstring>
+
+namespace {
+
+// --- Packing: one thread a lane of a unit, by the functions that define the order ---------------
+
+struct pack_args {
+    linear_weight w;
+    qmatrix q;
+    linear_layout l;
+    uint8_t *code, *scale;
+};
+
+__device__ uint16_t code_at(const pack_args &a, int32_t row, int32_t col) {
+    if (row < 0 || col >= a.w.k) return a.w.format == WF_INT4 && a.w.sym ? 8 : 0;
+    const int64_t at = (int64_t)row * a.w.k + col;
+    if (a.l.bits == 16) return reinterpret_cast<const uint16_t *>(a.q.code)[at];
+    if (a.l.bits == 8) return a.q.code[at];
+    return a.q.code[at / 2] >> (at % 2 * 4) & 15;
+}
+
+__global__ void pack_codes(const pack_args a) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (int64_t)a.l.blocks * a.l.units * 128) return;
+    const int lane = (int)(i % 32), strip = (int)(i / 32 % 4);
+    const int32_t u = (int32_t)(i / 128 % a.l.units), b = (int32_t)(i / 128 / a.l.units);
+    for (int j = 0; j < 4; j++) {
+        uint16_t c[8];
+        for (int e = 0; e < 8; e++)
+            c[e] = code_at(a, linear_row(&a.l, b, strip * 16 + linear_atom_row(lane, e)),
+                           u * 64 + j * 16 + linear_atom_col(lane, e));
+        uint8_t *to = a.code + linear_word_at(&a.l, b, u, strip, j, lane);
+        if (a.l.bits == 4) {
+            uint8_t n[8];
+            for (int e = 0; e < 8; e++) n[e] = (uint8_t)c[e];
+            *reinterpret_cast<uint32_t *>(to) =
+                linear_pack4(n, a.w.format != WF_INT4, a.w.type == DT_BF16);
+        } else if (a.l.bits == 8) {
+            const bool int8 = a.w.format == WF_INT8;
+            for (int e = 0; e < 8; e++)
+                to[linear_byte_place(int8, e)] = (uint8_t)(c[e] ^ (int8 ? 128 : 0));
+        } else {
+            for (int e = 0; e < 8; e++) reinterpret_cast<uint16_t *>(to)[e] = c[e];
+        }
+    }
+}
+
+__global__ void pack_scales(const pack_args a) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int granules = max(a.l.granules, 1);
+    if (i >= (int64_t)a.l.blocks * granules * 64) return;
+    const int in = (int)(i % 64);
+    const int32_t j = (int32_t)(i / 64 % granules), b = (int32_t)(i / 64 / granules);
+    const int32_t row = linear_row(&a.l, b, in), place = linear_scale_place(in);
+    if (!a.l.granule) {
+        reinterpret_cast<float *>(a.scale)[b * 64 + in] =
+            row < 0 ? 0.f : static_cast<const float *>(a.q.scale)[row];
+        return;
+    }
+    const int32_t groups = (a.w.k + a.q.group - 1) / a.q.group;
+    const bool pad = row < 0 || j * a.l.granule >= a.w.k;
+    const int64_t at =
+        pad ? 0 : (int64_t)(row / a.q.block_n) * groups + j * a.l.granule / a.q.group;
+    uint8_t *to = a.scale + ((int64_t)b * a.l.granules + j) * a.l.granule_bytes;
+    if (a.w.format == WF_INT4) {
+        reinterpret_cast<uint16_t *>(to)[place] =
+            pad ? 0x3c00 : static_cast<const uint16_t *>(a.q.scale)[at];
+        if (!a.w.sym) to[128 + place] = pad ? 0 : a.q.zero[at];
+    } else if (a.w.format == WF_FP8B) {
+        if (in % 16 == 0)
+            reinterpret_cast<float *>(to)[place / 16] =
+                pad ? 1.f : static_cast<const float *>(a.q.scale)[at];
+    } else {
+        to[place] = pad ? (a.w.format == WF_MXFP4 ? 127 : 0x38)
+                        : static_cast<const uint8_t *>(a.q.scale)[at];
+    }
+}
+
+// --- Choice ------------------------------------------------------------------------------------
+
+// Best first for problems of up to `rows` x rows (an expert's, on average); measured in e07. A gated
+// epilogue wants two blocks a warpgroup and goes on to the next name that has them.
+struct preference {
+    int32_t family, rows;
+    const char *name;
+};
+const preference preferences[] = {
+    {90, 8, "hopper_8x1"},         {90, 8, "hopper_8x2"},   {90, 16, "hopper_16x1"},
+    {90, 16, "hopper_16x2"},       {90, 32, "hopper_32x2"}, {90, 64, "hopper_64x2"},
+    {90, 1 << 30, "hopper_128x2"}, {80, 8, "ampere_8x1"},   {80, 16, "ampere_16x1"},
+    {80, 32, "ampere_32x2"},       {80, 1 << 30, "ampere_64x2"},
+};
+
+bool gated(const linear_problem *p) {
+    return p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
+}
+
+bool accepts(const linear_variant *v, const linear_problem *p, const linear_layout *l) {
+    if (v->format != p->w->format || v->type != p->w->type) return false;
+    if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
+    if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) && l->granule)
+        return false;
+    return !gated(p) || v->blocks % 4 == 0;
+}
+
+linear_table hopper_table() {
+    return linear_hopper_table ? linear_hopper_table() : linear_table{nullptr, 0};
+}
+
+const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
+    const linear_table tables[2] = {hopper_table(), linear_ampere_table()};
+    for (const linear_table &t : tables)
+        for (int32_t i = 0; i < t.n; i++)
+            if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
+    return nullptr;
+}
+
+const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
+    if (p->kernel) return named(p->kernel, p, l);
+    const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
+    for (const preference &c : preferences) {
+        if (c.rows < rows || c.family > p->w->family) continue;
+        const linear_variant *v = named(c.name, p, l);
+        if (v) return v;
+    }
+    return nullptr;
+}
+
+status check(const linear_problem *p) {
+    const linear_weight *w = p->w;
+    int64_t code_bytes, scale_bytes;
+    TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
+    const bool f32 = p->y_type == DT_F32;
+    if (!f32 && p->y_type != w->type)
+        return FAIL(ST_UNSUPPORTED, "linear of %s into %s", dtype_text(w->type),
+                    dtype_text(p->y_type));
+    if (p->act != AF_16 || w->act != AF_16)
+        return FAIL(ST_UNSUPPORTED, "linear with A%s on a GPU", act_format_text(p->act));
+    if (p->ldx % 8 || p->ldy % 4)
+        return FAIL(ST_SHAPE, "linear: row strides %lld, %lld must be multiples of 8 and 4",
+                    (long long)p->ldx, (long long)p->ldy);
+    if (gated(p) && f32) return FAIL(ST_UNSUPPORTED, "gated linear into F32");
+    if (gated(p) && !w->gated && (w->n / 2) % LINEAR_BLOCK)
+        return FAIL(ST_UNSUPPORTED, "gated linear with N=%d: pack the weight as gated", w->n);
+    if ((p->expert_start && w->count > LINEAR_EXPERTS_MAX) || (!p->expert_start && w->count != 1))
+        return FAIL(ST_UNSUPPORTED, "linear of %d experts", w->count);
+    return ST_OK;
+}
+
+constexpr int64_t kFlagBytes = 64 * 1024, kTileBytes = 256 * 1024;
+
+} // namespace
+
+extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms) {
+    (void)w;
+    (void)max_m; // two tiles of the CTAs of an SM are at most kTileBytes
+    return kFlagBytes + n_sms * kTileBytes;
+}
+
+extern "C" status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q,
+                              kernel_stream stream) {
+    int64_t code_bytes, scale_bytes;
+    TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
+    if (index < 0 || index >= w->count) return FAIL(ST_SHAPE, "matrix %d of %d", index, w->count);
+    pack_args a = {*w, *q, linear_layout_of(w), nullptr, nullptr};
+    a.code = static_cast<uint8_t *>(w->code) + index * a.l.code_bytes;
+    a.scale = static_cast<uint8_t *>(w->scale) + index * a.l.scale_bytes;
+    const int64_t codes = (int64_t)a.l.blocks * a.l.units * 128;
+    pack_codes<<<(unsigned)((codes + 255) / 256), 256, 0, (cudaStream_t)stream>>>(a);
+    const int64_t scales = (int64_t)a.l.blocks * (a.l.granules > 1 ? a.l.granules : 1) * 64;
+    if (w->format != WF_16)
+        pack_scales<<<(unsigned)((scales + 255) / 256), 256, 0, (cudaStream_t)stream>>>(a);
+    const cudaError_t e = cudaGetLastError();
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_pack: %s", cudaGetErrorString(e));
+}
+
+extern "C" const char *linear_choice(const linear_problem *p) {
+    if (check(p) != ST_OK) return nullptr;
+    const linear_layout l = linear_layout_of(p->w);
+    const linear_variant *v = choose(p, &l);
+    if (!v) FAIL(ST_UNSUPPORTED, "no linear kernel for W%s on sm_%d", weight_format_text(p->w->format), p->sm);
+    return v ? v->name : nullptr;
+}
+
+extern "C" const char *const *linear_variants(int32_t family) {
+    static const char *names[2][64];
+    const char **out = names[family == 80 ? 0 : 1];
+    const linear_table t = family == 80 ? linear_ampere_table() : hopper_table();
+    int n = 0;
+    for (int32_t i = 0; i < t.n && n < 63; i++) {
+        bool seen = false;
+        for (int k = 0; k < n; k++) seen = seen || strcmp(out[k], t.row[i].name) == 0;
+        if (!seen) out[n++] = t.row[i].name;
+    }
+    out[n] = nullptr;
+    return out;
+}
+
+extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
+    const linear_weight *w = p->w;
+    if (p->m == 0) return ST_OK;
+    TRY(check(p));
+    linear_layout l = linear_layout_of(w);
+    const linear_variant *v = choose(p, &l);
+    if (!v)
+        return FAIL(ST_UNSUPPORTED, "no linear kernel %s for W%s on sm_%d", p->kernel ? p->kernel : "",
+                    weight_format_text(w->format), p->sm);
+    linear_args a = {};
+    a.paired = gated(p);
+    if (a.paired && !w->gated) {
+        l.half_rows = w->n / 2;
+        l.half_blocks = l.blocks / 2;
+    }
+    const bool channel = w->format == WF_INT8 || w->format == WF_FP8;
+    a.code = static_cast<const uint8_t *>(w->code);
+    a.scale = static_cast<const uint8_t *>(w->scale);
+    a.bias = w->bias;
+    a.channel = channel ? static_cast<const float *>(w->scale) : nullptr;
+    a.global_scale = w->format == WF_NVFP4 ? w->global_scale : nullptr;
+    a.x = p->x;
+    a.y = p->y;
+    a.ldx = p->ldx;
+    a.ldy = p->ldy;
+    a.code_bytes = l.code_bytes;
+    a.scale_bytes = l.scale_bytes;
+    a.expert_start = p->expert_start;
+    a.x_row = p->x_row;
+    a.counters = static_cast<int32_t *>(p->workspace);
+    a.partial = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.m = p->m;
+    a.n = w->n;
+    a.k = w->k;
+    a.count = w->count;
+    a.half_rows = l.half_rows;
+    a.half_blocks = l.half_blocks;
+    a.blocks = l.blocks;
+    a.units = l.units;
+    a.granules = l.granules;
+    a.granule_bytes = l.granule_bytes;
+    a.granule = l.granule;
+    a.granule_shift = l.granule == 128 ? 7 : l.granule == 64 ? 6 : l.granule == 32 ? 5 : 4;
+    a.epilogue = p->epilogue;
+    a.sym = w->sym;
+    a.y_f32 = p->y_type == DT_F32;
+    a.limit = p->limit;
+    a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
+                         : (l.blocks + v->blocks - 1) / v->blocks;
+    a.steps = (l.units + v->step_units - 1) / v->step_units;
+    return v->launch(&a, p->n_sms, v->ctas_per_sm, stream);
+}

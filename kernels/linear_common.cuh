@@ -1,0 +1,455 @@
+// linear_common.cuh - what the linear kernels of both families share: the problem as a kernel sees it,
+// the walk over it, the exchange of partial sums, and the epilogue.
+//
+// Work is counted in steps: one step is KU units (64 inputs each) of one tile of 2 R blocks x NT rows of
+// x. The first sk_tiles tiles are one long line of steps that is cut evenly over all CTAs (stream-K); the
+// others are dealt out whole. Of a tile that two or three CTAs share, all but the first deposit their sums in
+// the workspace and the first adds them to its own. Of a tile that more share, all deposit, wait at their
+// end for each other, and finish a part of it each. Either way sums are added in ascending order of K. The cuts depend on the problem's shape and the number of CTAs alone, so the bits are the
+// same on every run. All CTAs of a launch must fit the GPU at once.
+//
+// Eight warps compute: warp w takes strip w % 4 of blocks (w / 4) R .. + R - 1 of the tile. A lane's
+// accumulators of one strip are those of mma m16n8: [4 j + 0, 1] = row g, x rows 8 j + 2 t, + 1;
+// [4 j + 2, 3] = row g + 8.
+#ifndef LINEAR_COMMON_CUH
+#define LINEAR_COMMON_CUH
+#include "linear_dequant.cuh"
+
+enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8 };
+
+struct linear_args {
+    const uint8_t *code, *scale; // [count][code_bytes], [count][scale_bytes]
+    const void *bias;            // [count, n] or NULL
+    const float *channel;        // [count][blocks * 64], formats that scale in the epilogue; or NULL
+    const float *global_scale;   // [count] or NULL
+    const void *x;
+    void *y;
+    int64_t ldx, ldy, code_bytes, scale_bytes;
+    const int32_t *expert_start, *x_row;
+    float *partial;
+    int32_t *counters;
+    int32_t m, n, k, count;
+    int32_t half_rows, half_blocks, blocks, units, granules, granule_bytes, granule, granule_shift;
+    int32_t epilogue, sym, y_f32, paired; // paired: a tile holds blocks b and b + half_blocks
+    float limit;
+    int32_t n_tiles, steps; // tiles along N; steps of one tile
+};
+
+// --- Walk --------------------------------------------------------------------------------------------
+
+struct linear_segment {
+    int32_t expert, m0, m_end, tile_n; // rows [m0, m_end) of the permuted problem
+    int32_t step0, step1;              // of the tile
+    int32_t line;                      // place of the tile's first step in the line; -1: not cut
+};
+
+template <int NT> struct linear_walk {
+    const linear_args &p;
+    const int32_t *tile_start; // [count + 1] in shared memory, grouped problems only
+    int32_t tiles, cta, ctas, tile, share, rest, at, end;
+
+    __device__ linear_walk(const linear_args &p, const int32_t *tile_start)
+        : p(p), tile_start(tile_start) {
+        ctas = gridDim.x;
+        cta = ctas - 1 - (int32_t)blockIdx.x;
+        tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
+        int32_t sk_tiles = tiles;
+        // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many tiles only
+        // the last wave and what is left over, so that most tiles are nobody's but one CTA's.
+        const int32_t waves = (tiles + ctas - 1) / ctas;
+        if (tiles * 16 >= waves * ctas * 15) sk_tiles = 0;
+        else if (tiles > 2 * ctas) sk_tiles = tiles % ctas + ctas;
+        share = sk_tiles * p.steps / ctas;
+        rest = sk_tiles * p.steps % ctas;
+        at = cut(cta);
+        end = cut(cta + 1);
+        tile = sk_tiles + cta;
+    }
+    // First step of CTA i: all have `share` steps, the first `rest` one more.
+    __device__ int32_t cut(int32_t i) const { return i * share + min(i, rest); }
+    // The CTA that has a step of the line.
+    __device__ int32_t holder(int32_t step) const {
+        const int32_t longer = rest * (share + 1);
+        return step < longer ? step / (share + 1) : rest + (step - longer) / share;
+    }
+
+    __device__ bool next(linear_segment &s) {
+        int32_t t;
+        if (at < end) {
+            t = at / p.steps;
+            s.line = t * p.steps;
+            s.step0 = at - s.line;
+            s.step1 = min(p.steps, s.step0 + (end - at));
+            at += s.step1 - s.step0;
+        } else if (tile < tiles) {
+            t = tile;
+            tile += ctas;
+            s.line = -1;
+            s.step0 = 0;
+            s.step1 = p.steps;
+        } else {
+            return false;
+        }
+        s.expert = 0;
+        int32_t row0 = 0, row1 = p.m;
+        if (tile_start) {
+            int32_t lo = 0, hi = p.count; // the last expert whose first tile is not past t
+            while (hi - lo > 1) {
+                const int32_t mid = (lo + hi) / 2;
+                if (tile_start[mid] <= t) lo = mid;
+                else hi = mid;
+            }
+            s.expert = lo;
+            row0 = p.expert_start[lo];
+            row1 = p.expert_start[lo + 1];
+            t -= tile_start[lo];
+        }
+        const int32_t m_tiles = (row1 - row0 + NT - 1) / NT;
+        s.tile_n = t / m_tiles; // tiles that share weights are neighbours
+        s.m0 = row0 + (t - s.tile_n * m_tiles) * NT;
+        s.m_end = min(row1, s.m0 + NT);
+        return true;
+    }
+};
+
+// First tile of every expert, by all threads of the CTA; experts without rows have none.
+template <int NT>
+__device__ void linear_tile_starts(int32_t *tile_start, const linear_args &p) {
+    for (int e = threadIdx.x; e < p.count; e += blockDim.x)
+        tile_start[e + 1] =
+            (p.expert_start[e + 1] - p.expert_start[e] + NT - 1) / NT * p.n_tiles;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int32_t sum = 0;
+        for (int e0 = 0; e0 < p.count; e0 += 32) {
+            const int e = e0 + (int)threadIdx.x;
+            int32_t v = e < p.count ? tile_start[e + 1] : 0;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const int32_t u = __shfl_up_sync(~0u, v, d);
+                if ((int)threadIdx.x >= d) v += u;
+            }
+            if (e < p.count) tile_start[e + 1] = sum + v;
+            sum += __shfl_sync(~0u, v, 31);
+        }
+        if (threadIdx.x == 0) tile_start[0] = 0;
+    }
+    __syncthreads();
+}
+
+// Block r = 0..R-1 of warp group wg (0, 1) in tile_n; may be >= blocks (nothing there) when not paired.
+template <int R>
+__device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t tile_n, int wg, int r) {
+    if (R % 2 == 0 && p.paired) {
+        const int32_t b = (tile_n * 2 + wg) * (R / 2) + r / 2;
+        return b < p.half_blocks ? b + r % 2 * p.half_blocks : p.blocks;
+    }
+    return (tile_n * 2 + wg) * R + r;
+}
+
+// --- Epilogue ----------------------------------------------------------------------------------------
+
+template <typename T> struct alignas(8) four {
+    T v[4];
+};
+
+__device__ __forceinline__ float linear_f32(__half x) { return __half2float(x); }
+__device__ __forceinline__ float linear_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T> __device__ __forceinline__ T linear_round(float x);
+template <> __device__ __forceinline__ __half linear_round<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+__device__ __forceinline__ float linear_gate(float g, float u, int epilogue, float limit) {
+    if (epilogue == LINEAR_GATED) return g / (1.f + __expf(-g)) * u;
+    g = fminf(g, limit);
+    u = fminf(fmaxf(u, -limit), limit);
+    return g / (1.f + __expf(-1.702f * g)) * (u + 1.f);
+}
+
+enum { LINEAR_STAGE_FLOATS = 8 * 20 }; // one warp's 8 x rows of 16 outputs, rows padded by one vector
+
+// Eight x rows of one strip: from the fragment (lane = 4 g + t) to lane = 4 row + n / 4.
+__device__ __forceinline__ float4 linear_turn(const float *c, float *stage) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp();
+    stage[(2 * t) * 20 + g] = c[0];
+    stage[(2 * t + 1) * 20 + g] = c[1];
+    stage[(2 * t) * 20 + g + 8] = c[2];
+    stage[(2 * t + 1) * 20 + g + 8] = c[3];
+    __syncwarp();
+    return *reinterpret_cast<const float4 *>(stage + lane / 4 * 20 + lane % 4 * 4);
+}
+
+// What the four outputs of a lane are multiplied with and what is added.
+struct linear_outputs {
+    float4 scale, bias;
+};
+
+template <typename T>
+__device__ __forceinline__ linear_outputs linear_outputs_of(const linear_args &p, int32_t expert,
+                                                            int32_t block, int32_t row) {
+    linear_outputs o = {{1.f, 1.f, 1.f, 1.f}, {0.f, 0.f, 0.f, 0.f}};
+    const int strip = threadIdx.x / 32 % 4, quad = threadIdx.x % 4;
+    if (p.channel)
+        o.scale = *reinterpret_cast<const float4 *>(
+            p.channel + ((int64_t)expert * p.blocks + block) * 64 + strip * 16 + quad * 4);
+    if (p.global_scale) {
+        const float g = p.global_scale[expert];
+        o.scale = make_float4(g, g, g, g);
+    }
+    if (p.bias) {
+        const four<T> b = *reinterpret_cast<const four<T> *>(
+            static_cast<const T *>(p.bias) + (int64_t)expert * p.n + row);
+        o.bias = make_float4(linear_f32(b.v[0]), linear_f32(b.v[1]), linear_f32(b.v[2]),
+                             linear_f32(b.v[3]));
+    }
+    return o;
+}
+
+__device__ __forceinline__ float4 linear_affine(float4 v, const linear_outputs &o) {
+    return make_float4(fmaf(v.x, o.scale.x, o.bias.x), fmaf(v.y, o.scale.y, o.bias.y),
+                       fmaf(v.z, o.scale.z, o.bias.z), fmaf(v.w, o.scale.w, o.bias.w));
+}
+
+template <typename T>
+__device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, int32_t col, float4 v) {
+    const int64_t at = (int64_t)row_x * p.ldy + col;
+    if (p.y_f32) {
+        float4 *y = reinterpret_cast<float4 *>(static_cast<float *>(p.y) + at);
+        if (p.epilogue == LINEAR_RESIDUAL) {
+            const float4 old = *y;
+            v = make_float4(v.x + old.x, v.y + old.y, v.z + old.z, v.w + old.w);
+        }
+        *y = v;
+        return;
+    }
+    four<T> *y = reinterpret_cast<four<T> *>(static_cast<T *>(p.y) + at);
+    if (p.epilogue == LINEAR_RESIDUAL) {
+        const four<T> old = *y;
+        v = make_float4(v.x + linear_f32(old.v[0]), v.y + linear_f32(old.v[1]),
+                        v.z + linear_f32(old.v[2]), v.w + linear_f32(old.v[3]));
+    }
+    *y = four<T>{{linear_round<T>(v.x), linear_round<T>(v.y), linear_round<T>(v.z),
+                  linear_round<T>(v.w)}};
+}
+
+// Where block r of this warp's group goes.
+struct linear_place {
+    int32_t block, col; // col: of this lane's four outputs in W's rows
+    bool there;
+};
+
+template <int R>
+__device__ __forceinline__ linear_place linear_place_of(const linear_args &p, const linear_segment &s,
+                                                        int r) {
+    const int warp = threadIdx.x / 32, strip = warp % 4;
+    linear_place at;
+    at.block = linear_block<R>(p, s.tile_n, warp / 4, r);
+    const int32_t half = at.block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
+    at.there = at.block < p.blocks && in_half < p.half_rows;
+    at.col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
+    return at;
+}
+
+// Eight x rows from m0 of one block (and of its other half, when gated).
+template <typename T, bool kGated>
+__device__ __forceinline__ void linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col,
+                                            const float *c, const float *c_up,
+                                            const linear_outputs &o, const linear_outputs &o_up,
+                                            float *stage) {
+    float4 v = linear_affine(linear_turn(c, stage), o);
+    if (kGated) {
+        const float4 u = linear_affine(linear_turn(c_up, stage), o_up);
+        v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
+                        linear_gate(v.y, u.y, p.epilogue, p.limit),
+                        linear_gate(v.z, u.z, p.epilogue, p.limit),
+                        linear_gate(v.w, u.w, p.epilogue, p.limit));
+    }
+    const int32_t row = m0 + threadIdx.x % 32 / 4;
+    if (row < m_end) linear_put<T>(p, row, col, v);
+}
+
+// Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp.
+template <typename T, int NT, int R>
+__device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
+                                              const linear_segment &s, float *stage) {
+    const bool gated = R > 1 && p.paired;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (gated && r % 2) continue;
+        const linear_place at = linear_place_of<R>(p, s, r);
+        if (!at.there) continue;
+        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+        if (r + 1 < R && gated) {
+            const linear_outputs up =
+                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++)
+                if (s.m0 + 8 * j < s.m_end)
+                    linear_emit<T, true>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
+                                         &acc[r + 1 < R ? r + 1 : r][4 * j], o, up, stage);
+        } else {
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++)
+                if (s.m0 + 8 * j < s.m_end)
+                    linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
+                                          &acc[r][4 * j], o, o, stage);
+        }
+    }
+}
+
+// --- Tiles that several CTAs share -------------------------------------------------------------------
+
+__device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
+    int32_t v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
+
+// What a CTA must come back to: at most the tile that its cut begins in and the one that it ends in.
+// Kept in shared memory, by warp; m_end is 0 where there is none.
+struct linear_shared {
+    linear_segment tile[2]; // the one it begins in, the one it ends in
+};
+
+__device__ __forceinline__ void linear_shared_init(linear_shared *shared) {
+    if (threadIdx.x % 32 == 0) shared->tile[0].m_end = shared->tile[1].m_end = 0;
+    __syncwarp();
+}
+
+// Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner` begins.
+template <int NT, int R>
+__device__ __forceinline__ float4 *linear_slot(const linear_args &p, int32_t cta, bool tail) {
+    constexpr int N4 = R * NT / 8;
+    const int warp = threadIdx.x / 32;
+    return reinterpret_cast<float4 *>(p.partial) +
+           ((int64_t)(cta * 2 + tail) * LINEAR_WARPS + warp) * N4 * 32 + threadIdx.x % 32;
+}
+__device__ __forceinline__ int32_t *linear_counter(const linear_args &p, int32_t owner) {
+    return p.counters + (owner * LINEAR_WARPS + (int)threadIdx.x / 32) * 2;
+}
+
+enum { LINEAR_OWNER_ADDS = 3 }; // CTAs of a tile up to which its first adds all
+
+template <int NT, int R>
+__device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
+                                               const linear_walk<NT> &walk, const linear_segment &s) {
+    float4 *slot = linear_slot<NT, R>(p, walk.cta, s.step0 == 0);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            if (s.m0 + 8 * j < s.m_end)
+                __stcg(slot + (r * (NT / 8) + j) * 32,
+                       make_float4(acc[r][4 * j], acc[r][4 * j + 1], acc[r][4 * j + 2],
+                                   acc[r][4 * j + 3]));
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter(p, walk.holder(s.line)), 1);
+}
+
+// Wait until n CTAs have deposited.
+__device__ __forceinline__ void linear_await(const int32_t *counter, int32_t n) {
+    while (counter_read(counter) < n) __nanosleep(32);
+    __syncwarp();
+}
+
+// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole tile.
+template <int NT, int R>
+__device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
+                                             const linear_walk<NT> &walk, const linear_segment &s,
+                                             linear_shared *later) {
+    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+    if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
+        linear_deposit<NT, R>(acc, p, walk, s);
+        if (n > LINEAR_OWNER_ADDS && threadIdx.x % 32 == 0) later->tile[s.step0 == 0] = s;
+        return false;
+    }
+    int32_t *counter = linear_counter(p, owner);
+    linear_await(counter, n - 1);
+    for (int i = 1; i < n; i++) {
+        const float4 *slot = linear_slot<NT, R>(p, owner + i, false);
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++) {
+                if (s.m0 + 8 * j >= s.m_end) continue;
+                const float4 v = __ldcg(slot + (r * (NT / 8) + j) * 32);
+                acc[r][4 * j] += v.x;
+                acc[r][4 * j + 1] += v.y;
+                acc[r][4 * j + 2] += v.z;
+                acc[r][4 * j + 3] += v.w;
+            }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) *counter = 0; // for the next launch, which writes after this one ended
+    return true;
+}
+
+// One group of eight x rows of a block, of all n CTAs; several loads in flight: this is all latency.
+template <int NT, int R>
+__device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner, int32_t n,
+                                           int32_t group) {
+    constexpr int kFlight = R == 1 ? 8 : 4;
+    for (int i0 = 0; i0 < n; i0 += kFlight) {
+        float4 v[kFlight];
+#pragma unroll
+        for (int i = 0; i < kFlight; i++)
+            if (i0 + i < n)
+                v[i] = __ldcg(linear_slot<NT, R>(p, owner + i0 + i, i0 + i == 0) + group * 32);
+#pragma unroll
+        for (int i = 0; i < kFlight; i++)
+            if (i0 + i < n) c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
+    }
+}
+
+// This CTA's part of a shared tile: every n-th group of eight x rows of a block.
+template <typename T, int NT, int R>
+__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const linear_walk<NT> &walk,
+                                                     const linear_segment &s, float *stage) {
+    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+    const bool gated = R > 1 && p.paired;
+    int32_t *counter = linear_counter(p, owner);
+    linear_await(counter, n);
+    const int groups_m = min(NT / 8, (s.m_end - s.m0 + 7) / 8);
+    const int groups = (gated ? R / 2 : R) * groups_m;
+    for (int g = walk.cta - owner; g < groups; g += n) {
+        const int r = g / groups_m * (gated ? 2 : 1), j = g % groups_m;
+        const linear_place at = linear_place_of<R>(p, s, r);
+        if (!at.there) continue;
+        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+        const int32_t m0 = s.m0 + 8 * j;
+        float c[4] = {}, up[4] = {};
+        linear_sum<NT, R>(c, p, owner, n, r * (NT / 8) + j);
+        if (gated) {
+            linear_sum<NT, R>(up, p, owner, n, (r + 1) * (NT / 8) + j);
+            linear_emit<T, true>(
+                p, m0, s.m_end, at.col, c, up, o,
+                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows),
+                stage);
+        } else {
+            linear_emit<T, false>(p, m0, s.m_end, at.col, c, c, o, o, stage);
+        }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0 && atomicAdd(counter + 1, 1) == n - 1) {
+        counter[0] = 0; // for the next launch, which writes after this one has ended
+        counter[1] = 0;
+    }
+}
+
+template <typename T, int NT, int R>
+__device__ __forceinline__ void linear_finish_all(const linear_args &p, const linear_walk<NT> &walk,
+                                                  const linear_shared *shared, float *stage) {
+    __syncwarp();
+    for (int i = 0; i < 2; i++) {
+        const linear_segment s = shared->tile[i];
+        if (s.m_end) linear_finish_shared<T, NT, R>(p, walk, s, stage);
+    }
+}
+#endif

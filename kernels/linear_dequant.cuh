@@ -1,0 +1,195 @@
+// linear_dequant.cuh - codes to f16 or bf16 pairs in registers, in the order of the A fragment.
+//
+// A lane's word holds 8 codes = 4 pairs; pairs 0 and 2 belong to row g of the strip, 1 and 3 to row g+8.
+// Integers meet the bits of a power of two whose last mantissa place is worth one (1024 and 64 in f16,
+// 128 in bf16), which makes the code a number with one LOP3; subtracting that power plus the zero point
+// is exact. Floats are moved onto the fields of the wider type and multiplied by the power of two that
+// mends the exponent, which is exact too, subnormals included. Only the product with the scale rounds.
+//
+// Instructions for 8 weights, scale included:   u4 f16 13, bf16 15;  e2m1 19;  s8 f16 8, bf16 14;
+// e4m3 f16 4, bf16 20.
+#ifndef LINEAR_DEQUANT_CUH
+#define LINEAR_DEQUANT_CUH
+#include "linear_layout.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+template <typename T> struct half_pair; // two elements in one register
+template <> struct half_pair<__half> {
+    using type = __half2;
+    static constexpr bool bf16 = false;
+    static __device__ __forceinline__ uint32_t from_f32(float x) {
+        const __half2 h = __float2half2_rn(x);
+        return *reinterpret_cast<const uint32_t *>(&h);
+    }
+};
+template <> struct half_pair<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+    static constexpr bool bf16 = true;
+    static __device__ __forceinline__ uint32_t from_f32(float x) {
+        const __nv_bfloat162 h = __float2bfloat162_rn(x);
+        return *reinterpret_cast<const uint32_t *>(&h);
+    }
+};
+
+template <typename T> __device__ __forceinline__ uint32_t pair_sub(uint32_t a, uint32_t b) {
+    using P = typename half_pair<T>::type;
+    const P r = __hsub2(*reinterpret_cast<P *>(&a), *reinterpret_cast<P *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+template <typename T> __device__ __forceinline__ uint32_t pair_mul(uint32_t a, uint32_t b) {
+    using P = typename half_pair<T>::type;
+    const P r = __hmul2(*reinterpret_cast<P *>(&a), *reinterpret_cast<P *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
+__device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t two_bytes) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((uint16_t)two_bytes));
+#else
+    const uint32_t v = __byte_perm(two_bytes, 0, 0x1404);
+    r = pair_mul<__half>((v & 0x80008000u) | (v >> 1 & 0x3f803f80u), 0x5c005c00u);
+#endif
+    return r;
+}
+
+// (v & mask) | bits in one instruction; the compiler makes two of it when both are constants.
+template <uint32_t kMask> __device__ __forceinline__ uint32_t and_or(uint32_t v, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(v), "n"(kMask), "r"(bits));
+    return r;
+}
+__device__ __forceinline__ uint32_t shared_u32(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint32_t shared_u16(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 shared_u128(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+
+// Scales of a lane's two rows, as pairs, and what is subtracted from integers.
+struct dequant_scales {
+    uint32_t scale[2], zero[2];
+};
+
+// `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
+template <typename T, int F>
+__device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
+                                                    bool sym) {
+    if (F == WF_INT4) {
+        const uint32_t both = shared_u32(granule + 2 * place);
+        const uint32_t z =
+            sym ? 0x0808u : shared_u16(granule + 128 + place);
+        if (half_pair<T>::bf16) {
+            const __half2 h = *reinterpret_cast<const __half2 *>(&both);
+            s.scale[0] = half_pair<T>::from_f32(__low2float(h));
+            s.scale[1] = half_pair<T>::from_f32(__high2float(h));
+            s.zero[0] = __byte_perm(z, 0x43u, 0x4040); // 128 + z
+            s.zero[1] = __byte_perm(z, 0x43u, 0x4141);
+        } else {
+            s.scale[0] = __byte_perm(both, 0, 0x1010);
+            s.scale[1] = __byte_perm(both, 0, 0x3232);
+            s.zero[0] = __byte_perm(z, 0x64u, 0x4040); // 1024 + z
+            s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
+        }
+    } else if (F == WF_MXFP4) {
+        const uint32_t both = shared_u16(granule + place);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t e = both >> (8 * i) & 255u; // 2^(e - 127); e = 0 is a subnormal f32
+            s.scale[i] = half_pair<T>::from_f32(__uint_as_float(e ? e << 23 : 0x00400000u));
+        }
+    } else if (F == WF_NVFP4) {
+        const uint32_t h = e4m3_pair_f16(shared_u16(granule + place));
+        s.scale[0] = half_pair<T>::from_f32(__low2float(*reinterpret_cast<const __half2 *>(&h)));
+        s.scale[1] = half_pair<T>::from_f32(__high2float(*reinterpret_cast<const __half2 *>(&h)));
+    } else if (F == WF_FP8B) {
+        s.scale[0] = s.scale[1] =
+            half_pair<T>::from_f32(__uint_as_float(shared_u32(granule + place / 16 * 4)));
+    }
+}
+
+// One word (1, 2 or 4 registers) to the four registers of an A fragment.
+template <typename T, int F>
+__device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word,
+                                             const dequant_scales &s) {
+    constexpr bool bf16 = half_pair<T>::bf16;
+    if (F == WF_16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = word[i];
+    } else if (F == WF_INT4) {
+        const uint32_t v = word[0];
+        if (bf16) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(v >> 4 * i, 0x43004300u);
+        } else {
+            const uint32_t high = v >> 8;
+            a[0] = and_or<0x000f000fu>(v, 0x64006400u);
+            a[1] = and_or<0x00f000f0u>(v, 0x54005400u);
+            a[2] = and_or<0x000f000fu>(high, 0x64006400u);
+            a[3] = and_or<0x00f000f0u>(high, 0x54005400u);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[i] = pair_mul<T>(pair_sub<T>(a[i], s.zero[i % 2]), s.scale[i % 2]);
+    } else if (F == WF_MXFP4 || F == WF_NVFP4) {
+        const uint32_t v = word[0];
+        if (bf16) {
+            a[0] = v & 0x81c081c0u;
+            a[1] = and_or<0x01c001c0u>(v << 3, v << 1 & 0x80008000u);
+            a[2] = v << 6 & 0x81c081c0u;
+            a[3] = and_or<0x01c001c0u>(v >> 5, v << 5 & 0x80008000u);
+        } else {
+            a[0] = v & 0x8e008e00u;
+            a[1] = v << 3 & 0x8e008e00u;
+            a[2] = and_or<0x0e000e00u>(v << 9, v << 1 & 0x80008000u);
+            a[3] = and_or<0x0e000e00u>(v << 6, v << 2 & 0x80008000u);
+        }
+        const uint32_t mend = bf16 ? 0x7e807e80u : 0x74007400u; // 2^126, 2^14
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[i] = pair_mul<T>(pair_mul<T>(a[i], mend), s.scale[i % 2]);
+    } else if (F == WF_INT8) { // stored plus 128
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t v = word[i];
+            if (bf16) {
+                // 128 + low seven bits, less 128 when the stored top bit is set, else 256.
+                const uint32_t h = v >> 8;
+                a[2 * i] = pair_sub<T>(and_or<0x007f007fu>(v, 0x43004300u),
+                                       (v & 0x00800080u) ^ 0x43804380u);
+                a[2 * i + 1] = pair_sub<T>(and_or<0x007f007fu>(h, 0x43004300u),
+                                           (h & 0x00800080u) ^ 0x43804380u);
+            } else {
+                a[2 * i] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4240), 0x64806480u);
+                a[2 * i + 1] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4341), 0x64806480u);
+            }
+        }
+    } else { // e4m3, four codes a register in order
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t two = i % 2 ? word[i / 2] >> 16 : word[i / 2];
+            if (bf16) {
+                const uint32_t v = __byte_perm(word[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
+                a[i] = pair_mul<T>(and_or<0x80008000u>(v, v >> 4 & 0x07f007f0u), 0x7b807b80u);
+            } else {
+                a[i] = e4m3_pair_f16(two);
+            }
+            if (F == WF_FP8B) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
+        }
+    }
+}
+#endif

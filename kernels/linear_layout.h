@@ -1,0 +1,157 @@
+/* linear_layout.h - the packed order of weights, as functions that host and device share.
+ *
+ * Every kernel puts weights on the M side of the tensor-core product, y^T = W x^T: mma.sync
+ * m16n8k16 and wgmma m64nNk16 then want the same fragments in registers, and one order serves all
+ * of them.
+ *
+ *   block    64 output rows; all its bytes are contiguous along K, so a tile is a few linear
+ *   streams unit     64 inputs of a block: 2 KB at 4 bits, 4 KB at 8, 8 KB at 16
+ *   strip    16 rows of a block (one warp); four strips a unit
+ *   word     the 8 codes of one lane in one 16 x 16 atom, in the order of the A fragment. With lane
+ *   =
+ *            4 g + t: (row g, k 2t, 2t+1) (row g+8, the same) (row g, k 2t+8, +9) (row g+8, ...)
+ *
+ *   code   [count][block][unit][strip][16-byte chunk][lane][16 bytes]
+ *   scale  [count][block][granule][...]: a granule holds the scales (and zeros) of 64 rows for 128,
+ *   64,
+ *          32 or 16 inputs, whichever divides the group; rows in the order strip, g, (g, g+8) so
+ *          that a lane's two rows are neighbours. Per-channel formats keep f32 [count][rows]
+ *          instead and are scaled in the epilogue.
+ *
+ * A gated weight packs its gate and its up half each into whole blocks, so that one tile holds
+ * block b of both. Rows past N and inputs past K hold the code that means zero, or any finite value
+ * that meets a zero of x. */
+#ifndef KERNEL_LINEAR_LAYOUT_H
+#define KERNEL_LINEAR_LAYOUT_H
+#include "linear.h"
+
+#ifdef __CUDACC__
+#define LAYOUT_FN __host__ __device__ static inline
+#else
+#define LAYOUT_FN static inline
+#endif
+
+enum { LINEAR_BLOCK = 64, LINEAR_UNIT = 64, LINEAR_STRIP = 16 };
+
+typedef struct {
+    int32_t half_rows, half_blocks; /* of gate and of up; all rows when not gated */
+    int32_t blocks, units;
+    int32_t bits, unit_bytes;        /* of one block */
+    int32_t granule;                 /* inputs; 0 = per channel or none */
+    int32_t granules;                /* of one block */
+    int32_t granule_bytes;           /* of one block and granule */
+    int64_t code_bytes, scale_bytes; /* of one matrix */
+} linear_layout;
+
+LAYOUT_FN linear_layout linear_layout_of(const linear_weight *w) {
+    linear_layout l;
+    const int32_t halves = w->gated ? 2 : 1;
+    const bool fp4 = w->format == WF_MXFP4 || w->format == WF_NVFP4;
+    l.half_rows = w->n / halves;
+    l.half_blocks = (l.half_rows + LINEAR_BLOCK - 1) / LINEAR_BLOCK;
+    l.blocks = halves * l.half_blocks;
+    l.units = (w->k + LINEAR_UNIT - 1) / LINEAR_UNIT;
+    l.bits = w->format == WF_16 ? 16 : (fp4 || w->format == WF_INT4) ? 4 : 8;
+    l.unit_bytes = LINEAR_BLOCK * LINEAR_UNIT / 8 * l.bits;
+    l.granule = 0;
+    l.granule_bytes = 0;
+    if (w->format == WF_INT4) {
+        const int32_t group = w->group ? w->group : w->k;
+        l.granule = group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16;
+        l.granule_bytes = LINEAR_BLOCK * (w->sym ? 2 : 3);
+    } else if (w->format == WF_MXFP4 || w->format == WF_NVFP4) {
+        l.granule = w->format == WF_MXFP4 ? 32 : 16;
+        l.granule_bytes = LINEAR_BLOCK;
+    } else if (w->format == WF_FP8B) {
+        l.granule = 128;
+        l.granule_bytes = 16; /* f32 of each strip, which never straddles two scales */
+    }
+    l.granules = l.granule ? (l.units * LINEAR_UNIT + l.granule - 1) / l.granule : 0;
+    l.code_bytes = (int64_t)l.blocks * l.units * l.unit_bytes;
+    l.scale_bytes = (int64_t)l.blocks * l.granules * l.granule_bytes;
+    if (w->format == WF_INT8 || w->format == WF_FP8)
+        l.scale_bytes = (int64_t)l.blocks * LINEAR_BLOCK * 4;
+    return l;
+}
+
+/* Row of the canonical matrix that row i of block b holds, or -1. */
+LAYOUT_FN int32_t linear_row(const linear_layout *l, int32_t b, int32_t i) {
+    const int32_t half = b / l->half_blocks, at = (b - half * l->half_blocks) * LINEAR_BLOCK + i;
+    return at < l->half_rows ? half * l->half_rows + at : -1;
+}
+
+/* Row within a strip and input within 16 of code i of a lane's word. */
+LAYOUT_FN int32_t linear_atom_row(int32_t lane, int32_t i) { return lane / 4 + (i / 2 % 2) * 8; }
+LAYOUT_FN int32_t linear_atom_col(int32_t lane, int32_t i) {
+    return lane % 4 * 2 + i % 2 + i / 4 * 8;
+}
+
+/* Place of row i (0..63) among the 64 entries of a granule. */
+LAYOUT_FN int32_t linear_scale_place(int32_t i) { return i / 16 * 16 + i % 8 * 2 + i / 8 % 2; }
+
+/* Bytes from the start of a matrix to the word of (block, unit, strip, atom j = 0..3, lane). */
+LAYOUT_FN int64_t linear_word_at(const linear_layout *l, int32_t b, int32_t u, int32_t strip,
+                                 int32_t j, int32_t lane) {
+    const int32_t word = l->bits, in = j * word; /* 8 codes of `bits` bits are `bits` bytes */
+    return ((int64_t)b * l->units + u) * l->unit_bytes + strip * (l->unit_bytes / 4) +
+           in / 16 * 512 + lane * 16 + in % 16;
+}
+
+/* Bits of an e2m1 pair p = 0..3 in each half of its word: where the sign and the three magnitude
+ * bits of the code go. Chosen so that two of four pairs come out with one mask and the others with
+ * two, and land on the exponent and mantissa bits of the type (11..9 in f16, 8..6 in bf16). */
+LAYOUT_FN int32_t linear_e2m1_sign(bool bf16, int32_t p) {
+    return bf16 ? (p == 0   ? 15
+                   : p == 1 ? 14
+                   : p == 2 ? 9
+                            : 10)
+                : (p == 0   ? 15
+                   : p == 1 ? 12
+                   : p == 2 ? 14
+                            : 13);
+}
+LAYOUT_FN int32_t linear_e2m1_low(bool bf16, int32_t p) {
+    return bf16 ? (p == 0   ? 6
+                   : p == 1 ? 3
+                   : p == 2 ? 0
+                            : 11)
+                : (p == 0   ? 9
+                   : p == 1 ? 6
+                   : p == 2 ? 0
+                            : 3);
+}
+
+/* Eight 4-bit codes as one word. Integers: pair p in nibble p of each half. */
+LAYOUT_FN uint32_t linear_pack4(const uint8_t code[8], bool e2m1, bool bf16) {
+    uint32_t word = 0;
+    for (int32_t i = 0; i < 8; i++) {
+        const int32_t p = i / 2, half = i % 2 * 16;
+        const uint32_t c = code[i];
+        if (e2m1)
+            word |= (c >> 3 << linear_e2m1_sign(bf16, p) | (c & 7) << linear_e2m1_low(bf16, p))
+                    << half;
+        else
+            word |= c << (4 * p + half);
+    }
+    return word;
+}
+
+LAYOUT_FN void linear_unpack4(uint8_t code[8], uint32_t word, bool e2m1, bool bf16) {
+    for (int32_t i = 0; i < 8; i++) {
+        const int32_t p = i / 2;
+        const uint32_t h = word >> (i % 2 * 16);
+        if (e2m1)
+            code[i] = (uint8_t)((h >> linear_e2m1_sign(bf16, p) & 1) << 3 |
+                                (h >> linear_e2m1_low(bf16, p) & 7));
+        else
+            code[i] = (uint8_t)(h >> 4 * p & 15);
+    }
+}
+
+/* Place of code i (0..7) among the 8 bytes of its two words. int8: pairs in the low, then the high
+ * bytes of the halves, so that masks or byte permutes give both; e4m3: in order, as the conversion
+ * instruction takes them. int8 codes are stored plus 128. */
+LAYOUT_FN int32_t linear_byte_place(bool int8, int32_t i) {
+    return int8 ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 : i;
+}
+#endif

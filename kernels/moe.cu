@@ -1,0 +1,202 @@
+// moe.cu - a warp routes a token; a block collects the rows of an expert; a thread adds 16 bytes of
+// a token's results.
+//
+// permute is a counting sort in which every expert's block counts for itself: it reads all slots
+// twice (how many go to lower experts, then the rank of each of its own), which is X times as many
+// reads as need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
+#include "moe.h"
+#include "traits.cuh"
+
+#define ROUTE_INSTANCES(X)   X(F32) X(F16) X(BF16)
+#define COMBINE_INSTANCES(X) X(F16) X(BF16)
+
+namespace {
+
+constexpr int kWarpsPerBlock = 4;       // of route
+constexpr int kPerLane = MOE_EXPERTS_MAX / 32;
+constexpr int kThreads = 512;           // of permute
+constexpr int kCombineThreads = 128;
+
+// The better of two experts: the larger logit, then the lower number. -1 is none.
+__device__ __forceinline__ bool better(float a, int ea, float b, int eb) {
+    return eb < 0 || (ea >= 0 && (a > b || (a == b && ea < eb)));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarpsPerBlock)
+    route(int32_t *expert, float *weight, const T *logits, int64_t t, int n_experts, int top_k,
+          bool over_chosen, bool normalise, int64_t stride) {
+    const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
+    const int lane = (int)threadIdx.x;
+    if (token >= t) return;
+    float x[kPerLane]; // expert i * 32 + lane
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+        const int e = i * 32 + lane;
+        x[i] = e < n_experts ? to_f32(logits[token * stride + e]) : -INFINITY;
+        if (isnan(x[i])) x[i] = -INFINITY;
+    }
+    uint32_t taken = 0; // bit i: expert i * 32 + lane is chosen
+    float chosen = -INFINITY, largest = 0.f; // lane j keeps the j-th best
+    int chosen_expert = 0;
+    for (int j = 0; j < top_k; j++) {
+        float best = -INFINITY;
+        int at = -1;
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++) {
+            const int e = i * 32 + lane;
+            if (e < n_experts && !(taken >> i & 1) && better(x[i], e, best, at)) {
+                best = x[i];
+                at = e;
+            }
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d >>= 1) {
+            const float other = __shfl_xor_sync(~0u, best, d);
+            const int other_at = __shfl_xor_sync(~0u, at, d);
+            if (better(other, other_at, best, at)) {
+                best = other;
+                at = other_at;
+            }
+        }
+        if (at % 32 == lane) taken |= 1u << (at / 32);
+        if (j == 0) largest = best;
+        if (lane == j) {
+            chosen = best;
+            chosen_expert = at;
+        }
+    }
+    const float e_chosen = lane < top_k ? expf(chosen - largest) : 0.f;
+    float sum = warp_sum(e_chosen);
+    if (!over_chosen && !normalise) {
+        float all = 0.f;
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++)
+            if (i * 32 + lane < n_experts) all += expf(x[i] - largest);
+        sum = warp_sum(all);
+    }
+    if (lane < top_k) {
+        expert[token * top_k + lane] = chosen_expert;
+        weight[token * top_k + lane] = e_chosen / sum;
+    }
+}
+
+// Block e: where expert e starts, and the rows of its slots.
+__global__ void __launch_bounds__(kThreads)
+    permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token, const int32_t *expert,
+            int n_slots, int top_k) {
+    __shared__ int warp_count[kThreads / 32];
+    __shared__ int total;
+    const int e = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    int lower = 0;
+    for (int s = (int)threadIdx.x; s < n_slots; s += kThreads) lower += expert[s] < e;
+    for (int d = 16; d > 0; d >>= 1) lower += __shfl_xor_sync(~0u, lower, d);
+    if (lane == 0) warp_count[warp] = lower;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int start = 0;
+        for (int w = 0; w < kThreads / 32; w++) start += warp_count[w];
+        total = start;
+        expert_start[e] = start;
+        if (e + 1 == (int)gridDim.x) expert_start[e + 1] = n_slots;
+    }
+    __syncthreads();
+    int next = total; // first free row of the expert
+    for (int base = 0; base < n_slots; base += kThreads) {
+        const int s = base + (int)threadIdx.x;
+        const bool mine = s < n_slots && expert[s] == e;
+        const unsigned ballot = __ballot_sync(~0u, mine);
+        if (lane == 0) warp_count[warp] = __popc(ballot);
+        __syncthreads();
+        int before = __popc(ballot & ((1u << lane) - 1)), all = 0;
+        for (int w = 0; w < kThreads / 32; w++) {
+            before += w < warp ? warp_count[w] : 0;
+            all += warp_count[w];
+        }
+        if (mine) {
+            slot_row[s] = next + before;
+            row_token[next + before] = s / top_k;
+        }
+        next += all;
+        __syncthreads(); // warp_count is written again
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine(T *out, const T *y, const float *weight, const int32_t *slot_row, int top_k, int dim) {
+    const int64_t token = blockIdx.x;
+    const int col = ((int)blockIdx.y * kCombineThreads + (int)threadIdx.x) * pack<T>::n;
+    if (col >= dim) return;
+    float sum[pack<T>::n] = {};
+    for (int j = 0; j < top_k; j++) {
+        const float w = weight[token * top_k + j];
+        const pack<T> v = load_pack(y + int64_t{slot_row[token * top_k + j]} * dim + col); // [8]
+#pragma unroll
+        for (int i = 0; i < pack<T>::n; i++) sum[i] += w * to_f32(v.v[i]);
+    }
+    pack<T> r;
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++) r.v[i] = from_f32<T>(sum[i]);
+    store_pack(out + token * dim + col, r);
+}
+
+} // namespace
+
+extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int64_t t,
+                                   int32_t n_experts, int32_t top_k, bool over_chosen,
+                                   bool normalise, int64_t stride, dtype type,
+                                   kernel_stream stream) {
+    if (t < 0 || n_experts < 1 || n_experts > MOE_EXPERTS_MAX || top_k < 1 || top_k > n_experts ||
+        top_k > MOE_TOP_K_MAX || stride < n_experts)
+        return FAIL(ST_SHAPE, "route: %d of %d experts", top_k, n_experts);
+    if (t == 0) return ST_OK;
+    const dim3 block(32, kWarpsPerBlock);
+    const unsigned grid = (unsigned)div_up(t, kWarpsPerBlock);
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name: {                                                                              \
+        using T = typename element<DT_##name>::type;                                               \
+        route<T><<<grid, block, 0, stream>>>(expert, weight, static_cast<const T *>(logits), t,    \
+                                             n_experts, top_k, over_chosen, normalise, stride);    \
+        return launched("moe_route");                                                              \
+    }
+        ROUTE_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "route: logits of %s", dtype_text(type));
+    }
+}
+
+extern "C" status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
+                                     const int32_t *expert, int64_t t, int32_t n_experts,
+                                     int32_t top_k, kernel_stream stream) {
+    if (t < 0 || n_experts < 1 || top_k < 1 || t * top_k > INT32_MAX)
+        return FAIL(ST_SHAPE, "permute: %lld tokens, %d of %d experts", (long long)t, top_k,
+                    n_experts);
+    if (t == 0) return ST_OK;
+    permute<<<(unsigned)n_experts, kThreads, 0, stream>>>(expert_start, slot_row, row_token, expert,
+                                                          (int)(t * top_k), top_k);
+    return launched("moe_permute");
+}
+
+extern "C" status kernel_moe_combine(void *out, const void *y, const float *weight,
+                                     const int32_t *slot_row, int64_t t, int32_t top_k, int32_t dim,
+                                     dtype type, kernel_stream stream) {
+    if (t < 0 || t > INT32_MAX || top_k < 1 || dim <= 0 || dim % 8)
+        return FAIL(ST_SHAPE, "combine [%lld, %d] of %d", (long long)t, dim, top_k);
+    if (t == 0) return ST_OK;
+    const dim3 grid((unsigned)t, (unsigned)div_up(dim / 8, kCombineThreads));
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name: {                                                                              \
+        using T = typename element<DT_##name>::type;                                               \
+        combine<T><<<grid, kCombineThreads, 0, stream>>>(static_cast<T *>(out),                    \
+                                                         static_cast<const T *>(y), weight,        \
+                                                         slot_row, top_k, dim);                    \
+        return launched("moe_combine");                                                            \
+    }
+        COMBINE_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "combine: elements of %s", dtype_text(type));
+    }
+}

@@ -1,0 +1,48 @@
+/* moe.h - mixture of experts around the experts' linears: route, permute, combine (ref_moe.h).
+ *
+ * permute makes the grouped problem of linear.h: expert_start and row_token are its expert_start
+ * and x_row. All pointers are device pointers; all calls are asynchronous on `stream`, capturable
+ * in a graph and deterministic. t == 0 launches nothing. DEVICE on launch failure. */
+#ifndef KERNEL_MOE_H
+#define KERNEL_MOE_H
+#include "kernel.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MOE_EXPERTS_MAX = 512, MOE_TOP_K_MAX = 32 };
+
+/* The top_k largest logits of each token, best first, the lower expert on a tie, NaN as -inf;
+ * weights as ref_moe_route, in f32.
+ *
+ *   expert, weight   [t, top_k]
+ *   logits           [t, n_experts] of `type`: F32, F16 or BF16, rows `stride` elements apart
+ *
+ * SHAPE for n_experts over MOE_EXPERTS_MAX or top_k outside 1 .. min(n_experts, MOE_TOP_K_MAX). */
+status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int64_t t,
+                        int32_t n_experts, int32_t top_k, bool over_chosen, bool normalise,
+                        int64_t stride, dtype type, kernel_stream stream);
+
+/* Sort slots by expert, within an expert by token: exactly ref_moe_permute.
+ *
+ *   expert_start   [n_experts + 1]     slot_row    [t * top_k] row of a slot
+ *   expert         [t * top_k]         row_token   [t * top_k] token of a row */
+status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
+                          const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k,
+                          kernel_stream stream);
+
+/* out[i] = sum over j < top_k of weight[i, j] y[slot_row[i, j]], in f32 in that order, rounded
+ * once.
+ *
+ *   out   [t, dim] of `type`, F16 or BF16, 16-byte aligned as y
+ *   y     [t * top_k, dim]
+ *
+ * SHAPE unless dim is a multiple of 8. */
+status kernel_moe_combine(void *out, const void *y, const float *weight, const int32_t *slot_row,
+                          int64_t t, int32_t top_k, int32_t dim, dtype type, kernel_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

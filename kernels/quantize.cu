@@ -1,0 +1,213 @@
+// quantize.cu - weights to codes and scales. Values that share a scale are a tile of block_n rows
+// and `group` columns: a warp has a tile of up to 128 values, a block of 256 threads a larger one.
+// It is read twice, for its extent and for its codes; arithmetic is f32 with one rounding an
+// operation in the order of ref_quant.c, so codes and scales are the same bits.
+#include "quantize.h"
+#include "traits.cuh"
+#include <cfloat>
+#include <cmath>
+#include <cuda_fp8.h>
+
+#define QUANTIZE_INSTANCES(X) X(INT8) X(INT4) X(FP8) X(FP8B) X(MXFP4) X(NVFP4)
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarpTileMost = 128; // values of a tile that a warp takes
+constexpr float kE4m3Max = 448.f, kE2m1Max = 6.f, kF16Max = 65504.f;
+
+// Sizes of the problem. Tiles of a row lie side by side.
+struct tiling {
+    int k, rows, group, groups, block_n, row0;
+    int n_tiles; // of all rows
+};
+
+template <weight_format F>
+constexpr bool four_bits = F == WF_INT4 || F == WF_MXFP4 || F == WF_NVFP4;
+
+__device__ __forceinline__ float clamp_to(float x, float lo, float hi) {
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+}
+
+__device__ __forceinline__ uint8_t e4m3_of(float x) {
+    return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+}
+__device__ __forceinline__ float f32_of_e4m3(uint8_t code) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
+}
+
+// To nearest of 0 .5 1 1.5 2 3 4 6, ties to the even code; 6 beyond.
+__device__ __forceinline__ int e2m1_of(float x) {
+    const float a = fabsf(x);
+    const int code = a <= .25f   ? 0
+                     : a < .75f  ? 1
+                     : a <= 1.25f ? 2
+                     : a < 1.75f ? 3
+                     : a <= 2.5f ? 4
+                     : a < 3.5f  ? 5
+                     : a <= 5.f  ? 6
+                                 : 7;
+    return code | (signbit(x) ? 8 : 0);
+}
+
+// amax / top: 1 for amax == 0, never 0, and small enough that top * scale is finite.
+__host__ __device__ inline float f32_scale(float amax, float top) {
+    if (amax == 0) return 1;
+    const float s = amax / top;
+    if (s == 0) return FLT_TRUE_MIN;
+    return isinf(s * top) ? nextafterf(s, 0) : s;
+}
+
+__device__ __forceinline__ __half f16_scale(float s) {
+    if (s == 0) return __float2half_rn(1.f);
+    const __half h = __float2half_rn(s > kF16Max ? kF16Max : s);
+    return __half_as_ushort(h) ? h : __ushort_as_half(1);
+}
+
+// Store scale (and zero point) number `at` for values in [lo, hi]; one thread's write is enough,
+// all get the factor. ORDER quantize: store_scale of ref_quant.c.
+template <weight_format F>
+__device__ __forceinline__ float store_scale(const qmatrix &q, int64_t at, float lo, float hi,
+                                             bool writer, float *zero) {
+    const float amax = fmaxf(fabsf(lo), fabsf(hi));
+    *zero = 0.f;
+    if constexpr (F == WF_INT4) {
+        const float low = lo < 0 ? lo : 0, high = hi > 0 ? hi : 0;
+        const __half h = f16_scale(q.zero ? __fsub_rn(high, low) / 15 : amax / 7);
+        const float s = __half2float(h);
+        *zero = q.zero ? rintf(clamp_to(-low / s, 0, 15)) : 8.f;
+        if (writer) static_cast<__half *>(q.scale)[at] = h;
+        if (writer && q.zero) q.zero[at] = (uint8_t)*zero;
+        return s;
+    } else if constexpr (F == WF_MXFP4) {
+        const int expo = amax > 0 ? ilogbf(amax) - 2 : 0; // 2: exponent of the largest e2m1
+        const uint8_t code = (uint8_t)(127 + (expo < -127 ? -127 : expo));
+        if (writer) static_cast<uint8_t *>(q.scale)[at] = code;
+        return __uint_as_float(code ? (uint32_t)code << 23 : 0x00400000u);
+    } else if constexpr (F == WF_NVFP4) {
+        uint8_t code = e4m3_of(amax / kE2m1Max / q.global_scale);
+        if (code == 0) code = amax > 0 ? 0x01 : 0x38; // the smallest; 1
+        if (writer) static_cast<uint8_t *>(q.scale)[at] = code;
+        return __fmul_rn(f32_of_e4m3(code), q.global_scale);
+    } else {
+        const float s = f32_scale(amax, F == WF_INT8 ? 127.f : kE4m3Max);
+        if (writer) static_cast<float *>(q.scale)[at] = s;
+        return s;
+    }
+}
+
+// Code of one value. ORDER quantize: store_codes of ref_quant.c.
+template <weight_format F> __device__ __forceinline__ int code_of(float w, float s, float zero) {
+    if constexpr (F == WF_INT8) return (int)rintf(clamp_to(w / s, -127, 127)) & 255;
+    if constexpr (F == WF_INT4)
+        return (int)clamp_to(rintf(clamp_to(w / s, -31, 31)) + zero, 0, 15);
+    if constexpr (F == WF_FP8 || F == WF_FP8B) return e4m3_of(w / s);
+    return e2m1_of(w / s);
+}
+
+// WIDTH threads share a tile: 32 or kThreads.
+template <weight_format F, int WIDTH>
+__global__ void __launch_bounds__(kThreads) quantize(qmatrix q, tiling t, const float *w) {
+    __shared__ float shared_lo[kThreads / 32], shared_hi[kThreads / 32];
+    const int tile = ((int)blockIdx.x * kThreads + (int)threadIdx.x) / WIDTH;
+    const int rank = (int)threadIdx.x % WIDTH;
+    if (tile >= t.n_tiles) return; // whole warps, and whole blocks where WIDTH is a block
+    const int row = tile / t.groups * t.block_n, g = tile % t.groups;
+    const int rows = min(t.block_n, t.rows - row), cols = min(t.group, t.k - g * t.group);
+    const float *from = w + int64_t{row} * t.k + g * t.group; // [rows, cols], rows k apart
+    const int pairs = cols / 2, n = rows * pairs;
+
+    float lo = INFINITY, hi = -INFINITY;
+    for (int i = rank; i < n; i += WIDTH) {
+        const float2 v = *reinterpret_cast<const float2 *>(from + int64_t{i / pairs} * t.k +
+                                                           i % pairs * 2);
+        lo = fminf(lo, fminf(v.x, v.y));
+        hi = fmaxf(hi, fmaxf(v.x, v.y));
+    }
+    lo = -warp_max(-lo);
+    hi = warp_max(hi);
+    if constexpr (WIDTH > 32) {
+        if (threadIdx.x % 32 == 0) {
+            shared_lo[threadIdx.x / 32] = lo;
+            shared_hi[threadIdx.x / 32] = hi;
+        }
+        __syncthreads();
+        for (int i = 0; i < kThreads / 32; i++) {
+            lo = fminf(lo, shared_lo[i]);
+            hi = fmaxf(hi, shared_hi[i]);
+        }
+    }
+    float zero;
+    const int64_t at = int64_t{(t.row0 + row) / t.block_n} * t.groups + g;
+    const float s = store_scale<F>(q, at, lo, hi, rank == 0, &zero);
+    for (int i = rank; i < n; i += WIDTH) {
+        const int r = i / pairs, c = i % pairs * 2;
+        const float2 v = *reinterpret_cast<const float2 *>(from + int64_t{r} * t.k + c);
+        const int a = code_of<F>(v.x, s, zero), b = code_of<F>(v.y, s, zero);
+        const int64_t element = int64_t{t.row0 + row + r} * t.k + g * t.group + c;
+        if constexpr (four_bits<F>)
+            q.code[element / 2] = (uint8_t)(a | b << 4);
+        else
+            *reinterpret_cast<uchar2 *>(q.code + element) =
+                make_uchar2((unsigned char)a, (unsigned char)b);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) extent(uint32_t *amax, const float *w, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
+         i += int64_t{gridDim.x} * kThreads)
+        most = max(most, __float_as_uint(w[i]) & 0x7fffffffu);
+    most = __reduce_max_sync(~0u, most);
+    if (threadIdx.x % 32 == 0) atomicMax(amax, most);
+}
+
+template <weight_format F>
+status launch(const qmatrix &q, const tiling &t, const float *w, cudaStream_t s) {
+    const int64_t size = int64_t{t.group} * t.block_n;
+    const int width = size <= kWarpTileMost ? 32 : kThreads;
+    const unsigned blocks = (unsigned)div_up(int64_t{t.n_tiles} * width, kThreads);
+    if (width == 32)
+        quantize<F, 32><<<blocks, kThreads, 0, s>>>(q, t, w);
+    else
+        quantize<F, kThreads><<<blocks, kThreads, 0, s>>>(q, t, w);
+    return launched("quantize_weight");
+}
+
+} // namespace
+
+extern "C" status kernel_quantize_weight(const qmatrix *q, const float *w, int32_t row0,
+                                         int32_t rows, kernel_stream stream) {
+    const bool whole = row0 + rows == q->n || rows % q->block_n == 0;
+    if (rows == 0) return ST_OK;
+    if (row0 < 0 || rows < 0 || rows > q->n - row0 || row0 % q->block_n || !whole || q->k % 2 ||
+        q->group % 2)
+        return FAIL(ST_SHAPE, "quantize: rows %d + %d of [%d, %d]", row0, rows, q->n, q->k);
+    tiling t = {q->k, rows, q->group, (int)div_up(q->k, q->group), q->block_n, row0, 0};
+    const int64_t tiles = div_up(rows, q->block_n) * t.groups;
+    if (tiles > INT32_MAX / kThreads) return FAIL(ST_SHAPE, "quantize: %d rows at once", rows);
+    t.n_tiles = (int)tiles;
+    switch (q->format) {
+#define X(name)                                                                                    \
+    case WF_##name: return launch<WF_##name>(*q, t, w, stream);
+        QUANTIZE_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "quantize: W%s", weight_format_text(q->format));
+    }
+}
+
+extern "C" status kernel_quantize_extent(uint32_t *amax_bits, const float *w, int64_t n,
+                                         kernel_stream stream) {
+    if (n < 0) return FAIL(ST_SHAPE, "extent of %lld values", (long long)n);
+    if (n == 0) return ST_OK;
+    const int64_t blocks = div_up(n, kThreads);
+    extent<<<(unsigned)(blocks < 4096 ? blocks : 4096), kThreads, 0, stream>>>(amax_bits, w, n);
+    return launched("quantize_extent");
+}
+
+extern "C" float quantize_global_scale(weight_format f, float amax) {
+    if (f != WF_NVFP4) return 1;
+    const float s = f32_scale(amax, kE4m3Max * kE2m1Max);
+    return s < FLT_MIN ? FLT_MIN : s; // not subnormal: group scales times it must not vanish
+}

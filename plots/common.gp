@@ -1,0 +1,31 @@
+# common.gp - loaded first by every plot. Fonts, colours and line styles live here only.
+# in: format ("svg" or "png"), data (the TSV), plots (this folder); width and height in pixels.
+# All figures are drawn from files, so that nothing is a number typed here.
+if (format eq "png") {
+    set terminal pngcairo size 2*width,2*height font "DejaVu Sans,20" fontscale 1 linewidth 2 \
+        pointscale 1.6 enhanced background rgb "white"
+} else {
+    set terminal svg size width,height dynamic font "DejaVu Sans,Helvetica,Arial,sans-serif,11" \
+        enhanced background rgb "white"
+}
+set encoding utf8
+set datafile separator tab
+set datafile missing "-"
+set datafile columnheaders
+set key top left Left reverse samplen 2 spacing 1.1 noenhanced
+set border 3 lw 0.8
+set tics nomirror out scale 0.6
+set grid ytics lc rgb "#d0d0d0" lw 0.5
+set style fill solid 0.9 noborder
+set style histogram clustered gap 1
+set boxwidth 0.9
+# Okabe-Ito palette: distinguishable in print and by colour-blind readers.
+set linetype 1 lc rgb "#0072B2" lw 1.8 pt 7 ps 0.6
+set linetype 2 lc rgb "#D55E00" lw 1.8 pt 5 ps 0.6
+set linetype 3 lc rgb "#009E73" lw 1.8 pt 9 ps 0.7
+set linetype 4 lc rgb "#CC79A7" lw 1.8 pt 11 ps 0.7
+set linetype 5 lc rgb "#E69F00" lw 1.8 pt 13 ps 0.8
+set linetype 6 lc rgb "#56B4E9" lw 1.8 pt 2 ps 0.7
+set linetype 7 lc rgb "#000000" lw 1.8 pt 4 ps 0.6
+set linetype 8 lc rgb "#999999" lw 1.8 pt 6 ps 0.6
+set linetype cycle 8

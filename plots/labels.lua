@@ -1,0 +1,31 @@
+--- Names and orders that tables and figures share.
+return {
+  models = {
+    "Llama-2-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B",
+    "Qwen2.5-72B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B",
+    "Mistral-7B-v0.3", "Mixtral-8x7B", "InternLM2.5-20B", "gpt-oss-120b",
+  },
+  gpus = { "rtx4090", "l40s", "a100-80gb", "h100-sxm", "h200" },
+  gpu_title = {
+    rtx4090 = "RTX 4090", l40s = "L40S", ["a100-80gb"] = "A100-80GB", ["h100-sxm"] = "H100-SXM",
+    h200 = "H200",
+  },
+  base = "W16A16KV16",
+  formats = {
+    "W8A8KV8", "WFP8AFP8KVFP8", "WMXFP4A16KV8", "W4A16KV16", "W4A16KV8", "W4A16KV4",
+  },
+  format_title = {
+    W16A16KV16 = "W16A16KV16", WFP8AFP8KVFP8 = "FP8", WMXFP4A16KV8 = "MXFP4-A16KV8",
+  },
+  weights = { "16", "8", "FP8", "4g32", "4g64", "4g128", "MXFP4" },
+  weight_title = {
+    ["16"] = "W16", ["8"] = "W8", FP8 = "WFP8", ["4g32"] = "W4g32", ["4g64"] = "W4g64",
+    ["4g128"] = "W4g128", MXFP4 = "WMXFP4",
+  },
+  kvs = { "KV16", "KV8", "KVFP8", "K8V4", "KV4" },
+  baselines = { "none", "static_batching", "no_prefix_cache" },
+  baseline_title = {
+    none = "Amalgam", static_batching = "static batching", no_prefix_cache = "no prefix cache",
+    dequant_first = "dequantise, then GEMM",
+  },
+}

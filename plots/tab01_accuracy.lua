@@ -1,0 +1,30 @@
+--- Table 1: perplexity and task accuracy of every format of e01.
+local labels = require("labels")
+
+local ACTIVATIONS = { "A16", "A8", "AFP8" }
+
+return {
+  experiment = "e01_accuracy",
+  title = "Accuracy",
+  caption = "Held-out perplexity of the tiny checkpoint by weight and activation format (rows) and "
+    .. "KV format (columns), with exact answers in percent to the arithmetic / recall tasks; cpu "
+    .. "reference.",
+  build = function(data)
+    local columns, rows = { "weights, activations" }, {}
+    for _, kv in ipairs(labels.kvs) do columns[#columns + 1] = kv end
+    for _, weight in ipairs(labels.weights) do
+      for _, activation in ipairs(ACTIVATIONS) do
+        local row, any = { labels.weight_title[weight] .. activation }, false
+        for _, kv in ipairs(labels.kvs) do
+          local found = data:row("e01", { weight = weight, activation = activation, kv = kv })
+          any = any or found ~= nil
+          local m = found and found.metrics
+          row[#row + 1] = m and ("%.3f (%.0f / %.0f)"):format(m.perplexity,
+            100 * (m.arithmetic_accuracy or 0), 100 * (m.recall_accuracy or 0)) or "-"
+        end
+        if any then rows[#rows + 1] = row end
+      end
+    end
+    return columns, rows
+  end,
+}

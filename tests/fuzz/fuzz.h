@@ -1,0 +1,40 @@
+/* fuzz.h - what the libFuzzer targets share: an input as a file with a name. `make fuzz-NAME`. */
+#ifndef AMALGAM_FUZZ_H
+#define AMALGAM_FUZZ_H
+#define _GNU_SOURCE
+#include "base.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+
+/* The bytes as a file in memory; its path is valid until the next call. */
+static inline const char *fuzz_file(const uint8_t *data, size_t n) {
+    static int fd = -1;
+    static char path[64];
+    if (fd < 0) fd = memfd_create("fuzz", 0);
+    if (fd < 0 || ftruncate(fd, 0) != 0) abort();
+    if (pwrite(fd, data, n, 0) != (ssize_t)n) abort();
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return path;
+}
+
+/* The same under a name in a folder, for readers that open folders. */
+static inline const char *fuzz_folder(const char *name, const uint8_t *data, size_t n) {
+    static char folder[64] = "/tmp/amalgam-fuzz-XXXXXX";
+    static bool made;
+    const char *file = fuzz_file(data, n);
+    if (!made) {
+        char link[128];
+        if (!mkdtemp(folder)) abort();
+        snprintf(link, sizeof link, "%s/%s", folder, name);
+        if (symlink(file, link) != 0) abort();
+        made = true;
+    }
+    return folder;
+}
+#endif

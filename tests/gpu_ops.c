@@ -1,0 +1,543 @@
+/* gpu_ops.c - the kernels around linear and attention against their definitions, on a GPU.
+ *
+ * Outputs are filled with 0xff (NaN) before every launch, so that what was not written shows.
+ * Inputs are rounded to the kernel's type first; what is left is the kernel's own rounding: u =
+ * 2^-11 (fp16) or 2^-8 (bf16) of one final rounding, and f32 inside. Twins perturb one element and
+ * must be caught. */
+#include "test.h"
+
+#include "activation.h"
+#include "draw.h"
+#include "fill.h"
+#include "moe.h"
+#include "norm.h"
+#include "quantize.h"
+#include "ref_activation.h"
+#include "ref_moe.h"
+#include "ref_norm.h"
+#include "ref_rope.h"
+#include "rng.h"
+#include "rows.h"
+#include "sampler.h"
+#include "weights.h"
+
+#include <cuda_runtime_api.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const dtype types[] = {DT_F16, DT_BF16};
+static double unit_of(dtype t) { return t == DT_F16 ? 0x1p-11 : 0x1p-8; }
+
+/* --- Memory --------------------------------------------------------------------------------- */
+
+#define CUDA(call) assert_int_equal((int)(call), (int)cudaSuccess)
+
+static void *dev(size_t bytes) {
+    void *p = NULL;
+    CUDA(cudaMalloc(&p, bytes ? bytes : 1));
+    CUDA(cudaMemset(p, 0xff, bytes ? bytes : 1));
+    return p;
+}
+
+static void *dev_copy(const void *from, size_t bytes) {
+    void *p = dev(bytes);
+    CUDA(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    return p;
+}
+
+static void *host(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size);
+    assert_non_null(p);
+    return p;
+}
+
+static void fetch(void *to, const void *from, size_t bytes) {
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+}
+
+/* x rounded to `type` in place; its copy on the device. */
+static void *dev_rounded(float *x, int64_t n, dtype type) {
+    uint16_t *narrow = host((size_t)n, sizeof *narrow);
+    dtype_from_f32(narrow, x, n, type);
+    dtype_to_f32(x, narrow, n, 1, type);
+    void *p = dev_copy(narrow, (size_t)n * 2);
+    free(narrow);
+    return p;
+}
+
+static void fetch_f32(float *to, const void *from, int64_t n, dtype type) {
+    uint16_t *narrow = host((size_t)n, sizeof *narrow);
+    fetch(narrow, from, (size_t)n * 2);
+    dtype_to_f32(to, narrow, n, 1, type);
+    free(narrow);
+}
+
+static float *normals(int64_t n, double scale, uint64_t seed) {
+    float *x = host((size_t)n, sizeof *x);
+    rng r;
+    rng_seed(&r, seed, 1);
+    for (int64_t i = 0; i < n; i++) x[i] = (float)(scale * rng_normal(&r));
+    return x;
+}
+
+/* --- Rows ----------------------------------------------------------------------------------- */
+
+static void test_rows(void **state) {
+    (void)state;
+    static const int32_t cols[] = {1, 7, 8, 9, 64, 4096, 5120};
+    for (int c = 0; c < COUNT_OF(cols); c++) {
+        enum { TABLE = 37, N = 11 };
+        const size_t row = (size_t)cols[c] * 2;
+        uint16_t *table = host(TABLE, row), *got = host(N, row);
+        for (size_t i = 0; i < TABLE * row / 2; i++) table[i] = (uint16_t)(i * 40503u);
+        int32_t index[N];
+        for (int i = 0; i < N; i++) index[i] = (i * 23 + 36) % TABLE;
+        void *t = dev_copy(table, TABLE * row), *o = dev(N * row),
+             *x = dev_copy(index, sizeof index);
+        assert_ok(kernel_rows(o, t, x, N, cols[c], NULL));
+        fetch(got, o, N * row);
+        for (int i = 0; i < N; i++)
+            assert_memory_equal((char *)got + (size_t)i * row,
+                                (char *)table + (size_t)index[i] * row, row);
+        CUDA(cudaFree(t));
+        CUDA(cudaFree(o));
+        CUDA(cudaFree(x));
+        free(table);
+        free(got);
+    }
+    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, NULL));
+    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
+}
+
+/* --- Norm ----------------------------------------------------------------------------------- */
+
+static void norm_case(int64_t rows, int32_t cols, dtype type, bool with_add) {
+    const int64_t n = rows * cols;
+    float *residual = normals(n, 1, 1), *add = normals(n, 1, 2), *w = normals(cols, 0.2, 3);
+    float *y = host((size_t)n, 4), *got = host((size_t)n, 4), *stream = host((size_t)n, 4);
+    for (int32_t i = 0; i < cols; i++) w[i] += 1;
+    void *dr = dev_rounded(residual, n, type), *da = dev_rounded(add, n, type);
+    void *dw = dev_rounded(w, cols, type), *dy = dev((size_t)n * 2);
+    assert_ok(kernel_norm_add(dy, dr, with_add ? da : NULL, dw, rows, cols, 1e-5f, type, NULL));
+    fetch_f32(got, dy, n, type);
+    fetch_f32(stream, dr, n, type);
+
+    if (with_add)
+        for (int64_t i = 0; i < n; i++) residual[i] += add[i];
+    void *rounded = dev_rounded(residual, n, type); /* as the kernel stores it */
+    assert_memory_equal(stream, residual, (size_t)n * 4);
+    ref_rmsnorm(y, residual, w, rows, cols, 1e-5f);
+    for (int64_t i = 0; i < n; i++)
+        assert_close(got[i], y[i], fabs((double)y[i]) * unit_of(type) * 1.01 + 1e-7);
+    got[n / 2] += 4 * (float)unit_of(type) * (fabsf(got[n / 2]) + 1); /* twin */
+    assert_more(fabs((double)got[n / 2] - (double)y[n / 2]),
+                fabs((double)y[n / 2]) * unit_of(type) * 1.01);
+    void *all[] = {dr, da, dw, dy, rounded};
+    for (int i = 0; i < 5; i++) CUDA(cudaFree(all[i]));
+    free(residual), free(add), free(w), free(y), free(got), free(stream);
+}
+
+static void test_norm(void **state) {
+    (void)state;
+    static const int32_t cols[] = {8, 64, 72, 2880, 4096, 8192, 8200, 16384, 32768};
+    for (int c = 0; c < COUNT_OF(cols); c++)
+        for (int t = 0; t < 2; t++)
+            for (int64_t rows = 1; rows <= 65; rows = rows == 1 ? 7 : rows == 7 ? 65 : 66)
+                norm_case(rows, cols[c], types[t], rows != 7);
+    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL), ST_SHAPE);
+    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL), ST_UNSUPPORTED);
+    assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
+}
+
+/* --- Activations ---------------------------------------------------------------------------- */
+
+static void gated_case(int64_t rows, int32_t f, dtype type, gated_kind kind) {
+    const int64_t n = rows * f;
+    float *x = normals(2 * n, 6, 5), *y = host((size_t)n, 4), *got = host((size_t)n, 4);
+    if (n > 3) { /* infinities and NaN go through as in the definition */
+        x[0] = INFINITY;
+        x[1] = -INFINITY;
+        x[2] = NAN;
+    }
+    void *dx = dev_rounded(x, 2 * n, type), *dy = dev((size_t)n * 2);
+    assert_ok(kernel_gated(dy, dx, rows, f, kind, 7, type, NULL));
+    fetch_f32(got, dy, n, type);
+    if (kind == GATED_SILU)
+        ref_silu_gated(y, x, rows, f);
+    else
+        ref_swiglu_oai_gated(y, x, rows, f, 7);
+    /* exp of an argument up to 40 in f32 is off by 2^-23 of it: 40 * 2^-23 beside the rounding. */
+    for (int64_t i = 0; i < n; i++) {
+        if (isnan(y[i]) || isinf(y[i])) {
+            assert_true(isnan(got[i]) == isnan(y[i]) && (isnan(y[i]) || got[i] == y[i]));
+            continue;
+        }
+        assert_close(got[i], y[i], fabs((double)y[i]) * (unit_of(type) * 1.01 + 1e-5) + 6e-8);
+    }
+    CUDA(cudaFree(dx));
+    CUDA(cudaFree(dy));
+    free(x), free(y), free(got);
+}
+
+static void test_gated(void **state) {
+    (void)state;
+    static const int32_t f[] = {1, 7, 8, 9, 32, 2880, 14336};
+    for (int i = 0; i < COUNT_OF(f); i++)
+        for (int t = 0; t < 2; t++)
+            for (int kind = 0; kind < 2; kind++) {
+                gated_case(1, f[i], types[t], (gated_kind)kind);
+                gated_case(33, f[i], types[t], (gated_kind)kind);
+            }
+    assert_ok(kernel_gated(NULL, NULL, 0, 8, GATED_SILU, 0, DT_F16, NULL));
+    assert_status(kernel_gated(NULL, NULL, 1, 0, GATED_SILU, 0, DT_F16, NULL), ST_SHAPE);
+}
+
+/* --- Mixture of experts --------------------------------------------------------------------- */
+
+static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool normalise) {
+    const int64_t slots = t * k;
+    enum { DIM = 72 };
+    float *logits = normals(t * x, 2, 7), *w = host((size_t)slots, 4),
+          *got_w = host((size_t)slots, 4);
+    int32_t *e = host((size_t)slots, 4), *start = host((size_t)x + 1, 4),
+            *row = host((size_t)slots, 4);
+    int32_t *token = host((size_t)slots, 4), *got = host((size_t)(slots + x + 1), 4);
+    for (int64_t i = 0; i < t * x; i++) logits[i] = roundf(logits[i] * 4) / 4; /* ties */
+    if (t * x > 5) logits[5] = NAN;
+    void *dl = dev_copy(logits, (size_t)(t * x) * 4), *de = dev((size_t)slots * 4);
+    void *dw = dev((size_t)slots * 4), *ds = dev((size_t)(x + 1) * 4), *dr = dev((size_t)slots * 4);
+    void *dt = dev((size_t)slots * 4);
+    assert_ok(kernel_moe_route(de, dw, dl, t, x, k, over_chosen, normalise, x, DT_F32, NULL));
+    assert_ok(kernel_moe_permute(ds, dr, dt, de, t, x, k, NULL));
+    ref_moe_route(e, w, logits, t, x, k, over_chosen, normalise);
+    ref_moe_permute(start, row, token, e, t, x, k);
+    fetch(got, de, (size_t)slots * 4);
+    assert_memory_equal(got, e, (size_t)slots * 4);
+    fetch(got, ds, (size_t)(x + 1) * 4);
+    assert_memory_equal(got, start, (size_t)(x + 1) * 4);
+    fetch(got, dr, (size_t)slots * 4);
+    assert_memory_equal(got, row, (size_t)slots * 4);
+    fetch(got, dt, (size_t)slots * 4);
+    assert_memory_equal(got, token, (size_t)slots * 4);
+    fetch(got_w, dw, (size_t)slots * 4);
+    for (int64_t i = 0; i < slots; i++) /* NaN where all logits are */
+        if (!(isnan(w[i]) && isnan(got_w[i])))
+            assert_close(got_w[i], w[i], 2e-6 * (double)w[i] + 1e-12);
+    for (int64_t i = 0; i < slots; i++)
+        if (isnan(got_w[i])) got_w[i] = 0;
+    CUDA(cudaMemcpy(dw, got_w, (size_t)slots * 4, cudaMemcpyHostToDevice));
+
+    float *y = normals(slots * DIM, 1, 9), *out = host((size_t)t * DIM, 4),
+          *sum = host((size_t)t * DIM, 4);
+    for (int ty = 0; ty < 2; ty++) {
+        void *dy = dev_rounded(y, slots * DIM, types[ty]), *d_out = dev((size_t)t * DIM * 2);
+        assert_ok(kernel_moe_combine(d_out, dy, dw, dr, t, k, DIM, types[ty], NULL));
+        ref_moe_combine(out, y, got_w, row, t, k, DIM);
+        fetch_f32(sum, d_out, t * DIM, types[ty]);
+        /* rounding, and k additions of terms up to 5 in f32 */
+        for (int64_t i = 0; i < t * DIM; i++)
+            assert_close(sum[i], out[i],
+                         fabs((double)out[i]) * unit_of(types[ty]) * 1.01 + k * 5 * 0x1p-23);
+        CUDA(cudaFree(dy));
+        CUDA(cudaFree(d_out));
+    }
+    void *all[] = {dl, de, dw, ds, dr, dt};
+    for (int i = 0; i < 6; i++) CUDA(cudaFree(all[i]));
+    free(logits), free(w), free(got_w), free(e), free(start), free(row), free(token), free(got);
+    free(y), free(out), free(sum);
+}
+
+static void test_moe(void **state) {
+    (void)state;
+    static const int32_t shape[][2] = {{1, 1},  {4, 2},   {8, 2},   {32, 4},
+                                       {33, 8}, {128, 8}, {512, 32}};
+    static const int64_t t[] = {1, 7, 64, 513, 3000};
+    for (int i = 0; i < COUNT_OF(shape); i++)
+        for (int j = 0; j < COUNT_OF(t); j++)
+            moe_case(t[j], shape[i][0], shape[i][1], (i + j) % 2 == 0, (i + j) % 3 == 0);
+    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 8, 9, true, true, 8, DT_F32, NULL),
+                  ST_SHAPE);
+    assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 513, 9, true, true, 513, DT_F32, NULL),
+                  ST_SHAPE);
+}
+
+/* --- Drawing
+ * -------------------------------------------------------------------------------------- */
+
+enum { DRAWS = 96 };
+
+/* Parameters that walk through every combination of the options. */
+static sampling params_of(int i) {
+    static const float temperature[] = {0, 1, 0.7f, 2.5f}, top_p[] = {1, 0.9f, 0.3f, 1e-4f};
+    static const float min_p[] = {0, 0.05f, 0}, penalty[] = {1, 1.3f, 0.8f};
+    static const int32_t top_k[] = {0, 1, 40, 0, 7};
+    sampling p = SAMPLING_GREEDY;
+    p.temperature = temperature[i % 4];
+    p.top_p = top_p[i / 4 % 4];
+    p.min_p = min_p[i % 3];
+    p.top_k = top_k[i % 5];
+    p.repetition_penalty = penalty[i / 2 % 3];
+    p.n_logprobs = i % 7 == 0 ? 20 : i % 7 == 1 ? 0 : -1;
+    p.seed = (uint64_t)i * 77 + 5;
+    return p;
+}
+
+/* kind 0: normal logits; 1: few distinct values, hence ties; 2: hardly any finite one. */
+static void make_logits(float *x, int32_t vocab, int kind, uint64_t seed) {
+    rng r;
+    rng_seed(&r, seed, 3);
+    for (int32_t i = 0; i < vocab; i++) {
+        const double v = 3 * rng_normal(&r);
+        x[i] = (float)(kind == 1 ? round(v) : v);
+        if (kind == 2 && i != vocab / 2 && i != vocab - 1) x[i] = i % 3 ? -INFINITY : NAN;
+        if (kind == 2 && seed % 2) x[i] = i % 2 ? INFINITY : NAN; /* none at all */
+    }
+}
+
+static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
+    float *logits = host((size_t)vocab * DRAWS, 4);
+    const int64_t words = draw_seen_words(vocab);
+    uint32_t *seen = host((size_t)words * DRAWS, 4);
+    draw_row row[DRAWS];
+    sampled want[DRAWS];
+    draw_result got[DRAWS];
+    void *scratch = host(1, sampler_bytes(vocab));
+    for (int i = 0; i < DRAWS; i++) {
+        float *x = logits + (int64_t)i * vocab;
+        make_logits(x, vocab, kind, (uint64_t)i + salt);
+        const sampling p = params_of(i);
+        int32_t history[50];
+        for (int h = 0; h < 50; h++) {
+            history[h] = (h * 7919 + i) % vocab;
+            seen[i * words + history[h] / 32] |= 1u << (history[h] % 32);
+        }
+        sampler_draw(&want[i], x, vocab, &p, (uint64_t)i, history, 50, scratch);
+        row[i] = (draw_row){.temperature = p.temperature,
+                            .top_p = p.top_p,
+                            .min_p = p.min_p,
+                            .repetition_penalty = p.repetition_penalty,
+                            .top_k = p.top_k,
+                            .n_logprobs = p.n_logprobs,
+                            .seen = i,
+                            .active = i != 13,
+                            .seed = p.seed,
+                            .counter = (uint64_t)i};
+    }
+    void *dl = dev_copy(logits, (size_t)vocab * DRAWS * 4),
+         *ds = dev_copy(seen, (size_t)words * DRAWS * 4);
+    void *dr = dev_copy(row, sizeof row), *out = dev(sizeof got);
+    assert_ok(kernel_draw(out, dl, dr, ds, DRAWS, vocab, NULL));
+    fetch(got, out, sizeof got);
+    int32_t differ = 0;
+    for (int i = 0; i < DRAWS; i++) {
+        if (i == 13) {
+            assert_int_equal(got[i].token, -1);
+            continue;
+        }
+        if (got[i].token != want[i].token) {
+            differ++;
+            print_message("vocab %d kind %d row %d: token %d, want %d\n", vocab, kind, i,
+                          got[i].token, want[i].token);
+            continue;
+        }
+        assert_int_equal(got[i].n_top, want[i].n_top);
+        if (row[i].n_logprobs < 0) continue;
+        assert_true(got[i].logprob == want[i].logprob ||
+                    fabs((double)got[i].logprob - (double)want[i].logprob) <=
+                        1e-6 * (1 + fabs((double)want[i].logprob)));
+        for (int j = 0; j < want[i].n_top; j++) {
+            assert_int_equal(got[i].top_token[j], want[i].top_token[j]);
+            assert_close(got[i].top_logprob[j], want[i].top_logprob[j],
+                         1e-6 * (1 + fabs((double)want[i].top_logprob[j])));
+        }
+    }
+    void *all[] = {dl, ds, dr, out};
+    for (int i = 0; i < 4; i++) CUDA(cudaFree(all[i]));
+    free(logits), free(seen), free(scratch);
+    return differ;
+}
+
+static void test_draw(void **state) {
+    (void)state;
+    static const int32_t vocab[] = {1, 2, 31, 33, 128, 1024, 1025, 32000, 151936};
+    int32_t differ = 0, n = 0;
+    for (int v = 0; v < COUNT_OF(vocab); v++)
+        for (int kind = 0; kind < 3; kind++, n += DRAWS) differ += draw_case(vocab[v], kind, 0);
+    print_message("  %d of %d drawn tokens differ from sampler_draw\n", differ, n);
+    assert_int_equal(differ, 0);
+}
+
+/* --- Fill
+ * ----------------------------------------------------------------------------------------- */
+
+static void test_noise(void **state) {
+    (void)state;
+    enum { N = 100003 };
+    static const float mean[] = {0, 1, -0.25f};
+    float *want = host(N, 4), *got = host(N, 4), *narrow = host(N, 4);
+    for (int m = 0; m < 3; m++) {
+        const uint64_t at = m == 2 ? ((uint64_t)5 << 32) - 1000 : 12345;
+        for (int i = 0; i < N; i++)
+            want[i] = fmaf(0.02f, weight_noise(0xdeadbeefcafeu, at + (uint64_t)i), mean[m]);
+        void *d = dev(N * 4);
+        assert_ok(kernel_fill_noise(d, DT_F32, N, 0xdeadbeefcafeu, at, 0.02f, mean[m], NULL));
+        fetch(got, d, N * 4);
+        assert_memory_equal(got, want, N * 4);
+        for (int t = 0; t < 2; t++) {
+            assert_ok(kernel_fill_noise(d, types[t], N, 0xdeadbeefcafeu, at, 0.02f, mean[m], NULL));
+            dtype_from_f32(narrow, want, N, types[t]);
+            fetch(got, d, N * 2);
+            assert_memory_equal(got, narrow, N * 2);
+        }
+        assert_ok(kernel_fill_noise(d, DT_F32, N, 0xdeadbeefcafeu, at + 1, 0.02f, mean[m], NULL));
+        fetch(got, d, N * 4);
+        assert_memory_not_equal(got, want, N * 4); /* twin */
+        CUDA(cudaFree(d));
+    }
+    free(want), free(got), free(narrow);
+}
+
+static void test_convert(void **state) {
+    (void)state;
+    static const dtype all[] = {DT_F32, DT_F16, DT_BF16};
+    enum {
+        ROWS = 37,
+        COLS = 53,
+        ROW_STRIDE = 2,
+        COL_STRIDE = 90,
+        N = ROWS * 2 + COLS * COL_STRIDE
+    };
+    float *x = normals(N, 1, 21), *want = host(ROWS * COLS, 4);
+    uint8_t *in = host(N, 4), *got = host(ROWS * COLS, 4), *expect = host(ROWS * COLS, 4);
+    for (int a = 0; a < 3; a++)
+        for (int b = 0; b < 3; b++) {
+            dtype_from_f32(in, x, N, all[a]);
+            const size_t size = (size_t)dtype_bytes(all[a], 1);
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLS; c++)
+                    dtype_to_f32(want + r * COLS + c,
+                                 in + (size_t)(r * ROW_STRIDE + c * COL_STRIDE) * size, 1, 1,
+                                 all[a]);
+            void *d = dev_copy(in, N * size), *o = dev(ROWS * COLS * 4);
+            assert_ok(kernel_fill_convert(o, all[b], d, all[a], ROWS, COLS, ROW_STRIDE, COL_STRIDE,
+                                          NULL));
+            dtype_from_f32(expect, want, ROWS * COLS, all[b]);
+            fetch(got, o, (size_t)dtype_bytes(all[b], ROWS * COLS));
+            assert_memory_equal(got, expect, (size_t)dtype_bytes(all[b], ROWS * COLS));
+            CUDA(cudaFree(d));
+            CUDA(cudaFree(o));
+        }
+    free(x), free(want), free(in), free(got), free(expect);
+}
+
+static void test_angles(void **state) {
+    (void)state;
+    enum { N = 3000, HALF = 64 };
+    double inv[HALF];
+    for (int d = 0; d < HALF; d++) inv[d] = pow(500000, -2.0 * d / 128);
+    float *got = host(N * HALF * 2, 4), c[HALF], s[HALF];
+    void *di = dev_copy(inv, sizeof inv), *o = dev(N * HALF * 8);
+    assert_ok(kernel_fill_angles(o, di, 1.25, N, HALF, NULL));
+    fetch(got, o, N * HALF * 8);
+    for (int p = 0; p < N; p++) {
+        ref_rope_angles(c, s, inv, 1.25, p, HALF);
+        for (int d = 0; d < HALF; d++) {
+            assert_close(got[(p * HALF + d) * 2], c[d], 2e-7);
+            assert_close(got[(p * HALF + d) * 2 + 1], s[d], 2e-7);
+        }
+    }
+    CUDA(cudaFree(di));
+    CUDA(cudaFree(o));
+    free(got);
+}
+
+/* --- Quantisers
+ * ------------------------------------------------------------------------------------ */
+
+/* Values of every magnitude: groups of zeros, of subnormals, of ones that overflow a scale, and -0.
+ * */
+static float *weights_of(int32_t n, int32_t k, uint64_t seed) {
+    float *w = normals((int64_t)n * k, 0.02, seed);
+    static const float factor[] = {1, 0, 1e-30f, 1e30f, 1e-42f, 3e6f, 1, 1e-6f};
+    for (int64_t i = 0; i < (int64_t)n * k; i++) {
+        w[i] *= factor[i / k / 3 % 8];
+        if (i % 97 == 0) w[i] = -0.f;
+        if (i % 31 == 0) w[i] = fabsf(w[i]);
+    }
+    return w;
+}
+
+static void quantise_case(const char *name, int32_t n, int32_t k) {
+    static arena a;
+    precision p;
+    assert_ok(precision_parse(&p, name));
+    if (precision_fits_shape(&p, n, k) != ST_OK) return;
+    assert_ok(arena_open(&a, 256 << 20));
+    qmatrix want, got;
+    float *w = weights_of(n, k, (uint64_t)n * 31 + (uint64_t)k), amax;
+    assert_ok(qmatrix_alloc(&want, &a, &p, n, k));
+    assert_ok(ref_quantize_weight(&want, w));
+    const size_t codes = (size_t)qmatrix_code_bytes(&p, n, k);
+    const size_t scales = (size_t)dtype_bytes(want.scale_type, qmatrix_scale_count(&p, n, k));
+    const size_t zeros = (size_t)qmatrix_zero_count(&p, n, k);
+    void *dw = dev_copy(w, (size_t)n * (size_t)k * 4), *da = dev(4);
+    CUDA(cudaMemset(da, 0, 4));
+    assert_ok(kernel_quantize_extent(da, dw, (int64_t)n * k, NULL));
+    fetch(&amax, da, 4);
+    float most = 0;
+    for (int64_t i = 0; i < (int64_t)n * k; i++) most = fabsf(w[i]) > most ? fabsf(w[i]) : most;
+    assert_true(amax == most);
+    got = want;
+    got.code = dev(codes);
+    got.scale = dev(scales);
+    got.zero = zeros ? dev(zeros) : NULL;
+    got.global_scale = quantize_global_scale(p.weight, amax);
+    assert_true(got.global_scale == want.global_scale);
+    const int32_t half = n > 128 ? 128 : n; /* in two calls where there is room for two */
+    assert_ok(kernel_quantize_weight(&got, dw, 0, half, NULL));
+    assert_ok(kernel_quantize_weight(&got, (float *)dw + (int64_t)half * k, half, n - half, NULL));
+    uint8_t *buffer = host(1, codes + scales);
+    fetch(buffer, got.scale, scales);
+    assert_memory_equal(buffer, want.scale, scales);
+    if (zeros) {
+        fetch(buffer, got.zero, zeros);
+        assert_memory_equal(buffer, want.zero, zeros);
+    }
+    fetch(buffer, got.code, codes);
+    assert_memory_equal(buffer, want.code, codes);
+    void *all[] = {dw, da, got.code, got.scale, got.zero};
+    for (int i = 0; i < 5; i++) CUDA(cudaFree(all[i]));
+    free(buffer), free(w);
+    arena_close(&a);
+}
+
+static void test_quantise(void **state) {
+    (void)state;
+    static const char *const formats[] = {"W8",       "W4",    "W4sym",   "W4g32",
+                                          "W4g64sym", "W4gK",  "W4gKsym", "W4g16",
+                                          "WFP8",     "WFP8b", "WMXFP4",  "WNVFP4"};
+    for (int f = 0; f < COUNT_OF(formats); f++) {
+        quantise_case(formats[f], 16, 128);
+        quantise_case(formats[f], 48, 64);
+        quantise_case(formats[f], 304, 1152);
+        quantise_case(formats[f], 272, 2880);
+        quantise_case(formats[f], 1024, 4096);
+    }
+}
+
+int main(void) {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
+        printf("skipped: no device\n");
+        return getenv("AMALGAM_GPU_MUST") != NULL;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_rows),     cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_gated),    cmocka_unit_test(test_moe),
+        cmocka_unit_test(test_draw),     cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_convert),  cmocka_unit_test(test_angles),
+        cmocka_unit_test(test_quantise),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

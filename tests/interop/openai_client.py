@@ -1,0 +1,100 @@
+"""The official `openai` client against a running `amalgam serve`.
+
+    pip install openai
+    build/amalgam serve --model DIR --port 8000 &
+    python tests/interop/openai_client.py http://127.0.0.1:8000
+
+Models, completions, chat, streams of both, log-probabilities, stop strings, several choices, errors.
+Prints one line a check and ends with status 1 when one fails; nothing is skipped.
+"""
+
+import sys
+
+import openai
+
+failed = 0
+
+
+def check(name, good, shown=""):
+    global failed
+    failed += not good
+    print(f"{'ok  ' if good else 'FAIL'}  {name} {shown if not good else ''}")
+
+
+def main():
+    url = sys.argv[1].rstrip("/")
+    client = openai.OpenAI(base_url=url + "/v1", api_key=sys.argv[2] if len(sys.argv) > 2 else "none")
+    models = client.models.list().data
+    model = models[0].id
+    check("models", len(models) == 1, models)
+
+    extra = {"ignore_eos": True}
+    whole = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                      logprobs=3, extra_body=extra)
+    text = whole.choices[0].text
+    check("completion", len(text) > 0 and whole.usage.completion_tokens == 20, whole)
+    check("completion finish", whole.choices[0].finish_reason == "length", whole)
+    check("completion logprobs", len(whole.choices[0].logprobs.token_logprobs) == 20, whole)
+    check("top logprobs", len(whole.choices[0].logprobs.top_logprobs[0]) == 3, whole)
+
+    events = list(client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                            stream=True, stream_options={"include_usage": True},
+                                            extra_body=extra))
+    check("completion stream", "".join(e.choices[0].text for e in events if e.choices) == text)
+    check("one event a token", sum(1 for e in events if e.choices) == 20, len(events))
+    check("usage in the last event", events[-1].usage.completion_tokens == 20, events[-1])
+
+    several = client.completions.create(model=model, prompt=["a", "b"], n=2, max_tokens=5, seed=1,
+                                        extra_body=extra)
+    check("prompts x choices", [c.index for c in several.choices] == [0, 1, 2, 3], several)
+    again = client.completions.create(model=model, prompt=["a", "b"], n=2, max_tokens=5, seed=1,
+                                      extra_body=extra)
+    check("seed", [c.text for c in several.choices] == [c.text for c in again.choices])
+    ids = client.completions.create(model=model, prompt=[5, 6, 7], max_tokens=4, extra_body=extra)
+    check("token ids", ids.usage.prompt_tokens == 3, ids)
+
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = client.chat.completions.create(model=model, messages=messages, max_tokens=16, temperature=0,
+                                          logprobs=True, top_logprobs=2, extra_body=extra)
+    said = chat.choices[0].message.content
+    check("chat", chat.choices[0].message.role == "assistant" and chat.usage.completion_tokens == 16)
+    check("chat logprobs", len(chat.choices[0].logprobs.content) == 16
+          and len(chat.choices[0].logprobs.content[0].top_logprobs) == 2)
+    stream = list(client.chat.completions.create(model=model, messages=messages, max_tokens=16,
+                                                 temperature=0, stream=True, extra_body=extra))
+    check("chat stream", "".join(e.choices[0].delta.content or "" for e in stream) == said)
+    check("role first", stream[0].choices[0].delta.role == "assistant", stream[0])
+    check("finish last", stream[-1].choices[0].finish_reason == "length", stream[-1])
+
+    letters = [c for c in text if c.isascii() and c.isalnum()]
+    if letters:
+        cut = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                        stop=letters[-1], extra_body=extra)
+        check("stop string", cut.choices[0].text == text.split(letters[-1])[0]
+              and cut.choices[0].finish_reason == "stop", (cut.choices[0], text))
+
+    for name, error, call in (
+        ("bad parameter is 400", openai.BadRequestError,
+         lambda: client.completions.create(model=model, prompt="a", temperature=-1)),
+        ("unknown model is 404", openai.NotFoundError,
+         lambda: client.completions.create(model="nobody", prompt="a")),
+        ("no messages is 400", openai.BadRequestError,
+         lambda: client.chat.completions.create(model=model, messages=[])),
+    ):
+        try:
+            call()
+            check(name, False, "no error")
+        except error as e:
+            check(name, bool(e.message))
+
+    left = client.completions.create(model=model, prompt="a", max_tokens=200, stream=True,
+                                     extra_body=extra)
+    next(iter(left))
+    left.close()
+    after = client.completions.create(model=model, prompt="a", max_tokens=2, extra_body=extra)
+    check("a stream left early", after.usage.completion_tokens == 2)
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+sys.exit(main())

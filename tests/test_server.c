@@ -1,0 +1,950 @@
+/* test_server.c - the HTTP server over loopback with libcurl: every endpoint, streams, refusals,
+ * clients that leave, read slowly or come in crowds, shutdown. AMALGAM_STREAMS=1000 makes the
+ * crowd larger. */
+#include "test.h"
+
+#include "json.h"
+#include "load.h"
+#include "metrics.h"
+#include "server.h"
+
+#include <curl/curl.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* --- A server on a small random model
+ * ----------------------------------------------------------- */
+
+static const char model_folder[] = "build/tests/serve_model";
+
+typedef struct {
+    engine *engine;
+    tokenizer *tok;
+    chat_template *tpl;
+    service *service;
+    server *server;
+    char url[64];
+} fixture;
+
+static void write_model(void) {
+    static const char config[] =
+        "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":1005,"
+        "\"hidden_size\":64,\"intermediate_size\":64,\"num_hidden_layers\":1,\"head_dim\":32,"
+        "\"num_attention_heads\":2,\"num_key_value_heads\":1,\"max_position_embeddings\":16384,"
+        "\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,\"hidden_act\":\"silu\","
+        "\"tie_word_embeddings\":false,\"bos_token_id\":1000,\"eos_token_id\":1001}";
+    static const char *const copies[][2] = {
+        {"tests/vectors/tokenizers/llama3/tokenizer.json", "tokenizer.json"},
+        {"tests/vectors/chat/chatml.jinja", "chat_template.jinja"}};
+    char path[256], *data;
+    size_t n;
+    assert_ok(file_write(path_join(path, sizeof path, model_folder, "config.json"), config,
+                         strlen(config)));
+    for (int32_t i = 0; i < COUNT_OF(copies); i++) {
+        assert_ok(file_read(&data, &n, copies[i][0]));
+        assert_ok(file_write(path_join(path, sizeof path, model_folder, copies[i][1]), data, n));
+        mem_free(data);
+    }
+}
+
+static void open_fixture(fixture *f, int32_t max_seqs, int32_t max_queue, const char *key) {
+    *f = (fixture){0};
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    o.model = model_folder;
+    o.synthetic = true;
+    o.device_options.threads = 1;
+    o.pages = 8192;
+    o.policy.max_seqs = max_seqs;
+    o.policy.max_queue = max_queue;
+    o.max_requests = max_seqs + max_queue;
+    o.max_tokens = 1 << 24;
+    assert_ok(tokenizer_open(&f->tok, model_folder));
+    const char *source = tokenizer_chat_template(f->tok, NULL);
+    assert_ok(chat_template_open(&f->tpl, source, strlen(source), "test"));
+    assert_ok(engine_open(&f->engine, &o, NULL, NULL));
+    assert_ok(service_open(&f->service, f->engine, f->tok, o.max_requests));
+    const api_model m = {.model = "tiny",
+                         .tok = f->tok,
+                         .tpl = f->tpl,
+                         .bos = "",
+                         .eos = "",
+                         .ctx_max = 16384,
+                         .vocab = 1005,
+                         .n_max = 8};
+    server_options so = SERVER_OPTIONS_DEFAULT;
+    so.port = 0;
+    so.api_key = key;
+    so.max_body_bytes = 1 << 20;
+    so.request_timeout_s = 2;
+    assert_ok(server_open(&f->server, &so, f->service, &m));
+    snprintf(f->url, sizeof f->url, "http://127.0.0.1:%d", server_port(f->server));
+}
+
+static void close_fixture(fixture *f, double grace_s) {
+    server_close(f->server, grace_s);
+    service_close(f->service);
+    engine_close(f->engine);
+    chat_template_close(f->tpl);
+    tokenizer_close(f->tok);
+}
+
+/* --- Requests
+ * ----------------------------------------------------------------------------------- */
+
+static size_t collect(char *data, size_t size, size_t n, void *user) {
+    text_bytes(user, data, size * n);
+    return size * n;
+}
+
+static CURL *request_of(const char *url, const char *path, const char *body, text *into) {
+    char full[256];
+    CURL *c = curl_easy_init();
+    assert_non_null(c);
+    snprintf(full, sizeof full, "%s%s", url, path);
+    curl_easy_setopt(c, CURLOPT_URL, full);
+    curl_easy_setopt(c, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(c, CURLOPT_PROXY, "");
+    curl_easy_setopt(c, CURLOPT_TIMEOUT, 120L);
+    curl_easy_setopt(c, CURLOPT_WRITEFUNCTION, collect);
+    curl_easy_setopt(c, CURLOPT_WRITEDATA, into);
+    if (body) (void)curl_easy_setopt(c, CURLOPT_COPYPOSTFIELDS, body);
+    return c;
+}
+
+/* HTTP status; *into holds the body. */
+static long call(const char *url, const char *path, const char *body, text *into) {
+    text_clear(into);
+    CURL *c = request_of(url, path, body, into);
+    const CURLcode code = curl_easy_perform(c);
+    if (code != CURLE_OK) fail_msg("%s: %s", path, curl_easy_strerror(code));
+    long http = 0;
+    curl_easy_getinfo(c, CURLINFO_RESPONSE_CODE, &http);
+    curl_easy_cleanup(c);
+    return http;
+}
+
+static json_t *parsed(const text *t) {
+    json_t *v = json_loadb(t->data ? t->data : "", t->length, JSON_ALLOW_NUL, NULL);
+    if (!v) fail_msg("no JSON: %s", t->data ? t->data : "");
+    return v;
+}
+
+static json_t *call_json(const char *url, const char *path, const char *body, long want) {
+    text t = {0};
+    const long http = call(url, path, body, &t);
+    if (http != want) fail_msg("%s %s: %ld, %s", path, body ? body : "", http, t.data);
+    json_t *v = parsed(&t);
+    text_free(&t);
+    return v;
+}
+
+static const json_t *at(const json_t *v, const char *key) { return json_object_get(v, key); }
+static const json_t *choice(const json_t *v, size_t i) {
+    return json_array_get(at(v, "choices"), i);
+}
+static const char *words(const json_t *v) { return json_string_value(v); }
+
+/* A metric's value by its full name; NaN when it is not there. */
+static double metric(const char *url, const char *name) {
+    text t = {0};
+    assert_int_equal(call(url, "/metrics", NULL, &t), 200);
+    double v = NAN;
+    const size_t n = strlen(name);
+    for (const char *line = t.data; line && *line; line = strchr(line, '\n')) {
+        while (*line == '\n') line++;
+        if (strncmp(line, name, n) == 0 && line[n] == '{') v = strtod(strchr(line, '}') + 1, NULL);
+    }
+    text_free(&t);
+    return v;
+}
+
+static void wait_metric(const char *url, const char *name, double want, double seconds) {
+    timeline t;
+    timeline_start_real(&t);
+    while (metric(url, name) != want) {
+        if ((double)timeline_now_ns(&t) * 1e-9 > seconds)
+            fail_msg("%s is %g and not %g after %g s", name, metric(url, name), want, seconds);
+        nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    }
+}
+
+/* Events of a stream: data lines in order; returns the number of those with choices. */
+typedef struct {
+    text words; /* joined */
+    ids tokens;
+    int32_t n_events;
+    bool done, error;
+    char finish[16];
+    int64_t usage; /* completion tokens, -1 = no usage */
+} heard;
+
+static void hear(heard *h, const text *stream) {
+    *h = (heard){.usage = -1};
+    for (const char *p = stream->data; p && (p = strstr(p, "data: "));) {
+        const char *end = strstr(p, "\n\n");
+        if (!end) break; /* cut off */
+        p += 6;
+        if (strncmp(p, "[DONE]", 6) == 0) {
+            h->done = true;
+        } else {
+            json_t *v = json_loadb(p, (size_t)(end - p), JSON_ALLOW_NUL, NULL);
+            if (!v) fail_msg("an event is no JSON: %.*s", (int)(end - p), p);
+            const json_t *c = choice(v, 0), *list = at(c, "token_ids");
+            const json_t *piece = at(c, "text") ? at(c, "text") : at(at(c, "delta"), "content");
+            if (c) h->n_events++;
+            if (piece) text_bytes(&h->words, json_string_value(piece), json_string_length(piece));
+            for (size_t i = 0; i < json_array_size(list); i++)
+                ids_add(&h->tokens, (int32_t)json_integer_value(json_array_get(list, i)));
+            if (words(at(c, "finish_reason")))
+                snprintf(h->finish, sizeof h->finish, "%s", words(at(c, "finish_reason")));
+            if (at(v, "usage"))
+                h->usage = json_integer_value(at(at(v, "usage"), "completion_tokens"));
+            h->error |= at(v, "error") != NULL;
+            json_decref(v);
+        }
+        p = end;
+    }
+    text_bytes(&h->words, "", 0);
+}
+
+static void hear_free(heard *h) {
+    text_free(&h->words);
+    ids_free(&h->tokens);
+}
+
+/* Many requests at once, each into its own text. */
+typedef struct {
+    CURLM *multi;
+    CURL *easy[2048];
+    text out[2048];
+    int32_t n;
+} crowd;
+
+static crowd *open_crowd(void) {
+    crowd *c = mem_alloc(1, sizeof *c);
+    c->multi = curl_multi_init();
+    return c;
+}
+
+static void join_crowd(crowd *c, const char *url, const char *path, const char *body) {
+    assert_true(c->n < COUNT_OF(c->easy));
+    c->easy[c->n] = request_of(url, path, body, &c->out[c->n]);
+    curl_multi_add_handle(c->multi, c->easy[c->n]);
+    c->n++;
+}
+
+static void leave_crowd(crowd *c, int32_t i) {
+    if (!c->easy[i]) return;
+    curl_multi_remove_handle(c->multi, c->easy[i]);
+    curl_easy_cleanup(c->easy[i]);
+    c->easy[i] = NULL;
+}
+
+/* Until all have ended, or (n_bytes > 0) each has heard so much. */
+static void run_crowd(crowd *c, size_t n_bytes) {
+    for (int running = 1; running;) {
+        curl_multi_perform(c->multi, &running);
+        bool enough = n_bytes > 0;
+        for (int32_t i = 0; i < c->n; i++)
+            enough = enough && (!c->easy[i] || c->out[i].length >= n_bytes);
+        if (enough) return;
+        if (running) curl_multi_poll(c->multi, NULL, 0, 100, NULL);
+    }
+}
+
+static void close_crowd(crowd *c) {
+    for (int32_t i = 0; i < c->n; i++) leave_crowd(c, i);
+    for (int32_t i = 0; i < c->n; i++) text_free(&c->out[i]);
+    curl_multi_cleanup(c->multi);
+    mem_free(c);
+}
+
+/* --- Tests
+ * -------------------------------------------------------------------------------------- */
+
+static int open_shared(void **state) {
+    fixture *f = mem_alloc(1, sizeof *f);
+    write_model();
+    open_fixture(f, 128, 2048, NULL);
+    *state = f;
+    return 0;
+}
+
+static int close_shared(void **state) {
+    fixture *f = *state;
+    close_fixture(f, 5);
+    mem_free(f);
+    return 0;
+}
+
+static void plain_endpoints_answer(void **state) {
+    const fixture *f = *state;
+    json_t *v = call_json(f->url, "/v1/models", NULL, 200);
+    assert_string_equal(words(at(json_array_get(at(v, "data"), 0), "id")), "tiny");
+    json_decref(v);
+    json_decref(call_json(f->url, "/health", NULL, 200));
+    json_decref(call_json(f->url, "/ping", NULL, 200));
+    v = call_json(f->url, "/version", NULL, 200);
+    assert_non_null(words(at(v, "version")));
+    json_decref(v);
+    v = call_json(f->url, "/tokenize", "{\"prompt\":\"hello there\"}", 200);
+    const json_t *tokens = at(v, "tokens");
+    assert_int_equal(json_integer_value(at(v, "count")), json_array_size(tokens));
+    assert_int_equal(json_integer_value(json_array_get(tokens, 0)), 1000); /* bos */
+    json_t *ask = json_pack("{s:O}", "tokens", tokens);
+    char *body = json_dumps(ask, JSON_COMPACT);
+    json_t *back = call_json(f->url, "/detokenize", body, 200);
+    assert_non_null(strstr(words(at(back, "prompt")), "hello there"));
+    free(body);
+    json_decref(ask);
+    json_decref(back);
+    json_decref(v);
+    v = call_json(f->url, "/tokenize", "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}",
+                  200);
+    assert_true(json_integer_value(at(v, "count")) > 5);
+    json_decref(v);
+    json_decref(call_json(f->url, "/reset_prefix_cache", "", 200));
+    json_decref(call_json(f->url, "/nothing", NULL, 404));
+    json_decref(call_json(f->url, "/v1/completions", NULL, 405));
+    json_decref(call_json(f->url, "/health", "{}", 405));
+    assert_true(metric(f->url, "vllm:num_requests_running") >= 0);
+    assert_true(metric(f->url, "vllm:time_to_first_token_seconds_count") >= 0);
+}
+
+static void prompts_come_in_four_forms(void **state) {
+    const fixture *f = *state;
+    json_t *known = call_json(f->url, "/tokenize", "{\"prompt\":\"one two\"}", 200);
+    char *list = json_dumps(at(known, "tokens"), JSON_COMPACT);
+    text body = {0};
+    static const char tail[] = ",\"max_tokens\":12,\"temperature\":0,\"ignore_eos\":true}";
+    const char *forms[4][2] = {
+        {"\"one two\"", ""}, {"[\"one two\",\"three\"]", ""}, {"", ""}, {"[", "]"}};
+    char first[512] = "";
+    for (int32_t i = 0; i < 4; i++) {
+        text_clear(&body);
+        text_add(&body, "{\"prompt\":%s%s%s%s", forms[i][0], i >= 2 ? list : "", forms[i][1], tail);
+        json_t *v = call_json(f->url, "/v1/completions", body.data, 200);
+        assert_int_equal(json_array_size(at(v, "choices")), i == 1 ? 2 : 1);
+        const char *got = words(at(choice(v, 0), "text"));
+        if (i == 0) snprintf(first, sizeof first, "%s", got);
+        assert_string_equal(got, first);
+        assert_string_equal(words(at(choice(v, 0), "finish_reason")), "length");
+        assert_int_equal(json_integer_value(at(at(v, "usage"), "completion_tokens")),
+                         i == 1 ? 24 : 12);
+        json_decref(v);
+    }
+    text_free(&body);
+    free(list);
+    json_decref(known);
+}
+
+static void draws_follow_the_seed(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"prompt\":\"x\",\"max_tokens\":24,\"n\":3,\"seed\":%d,"
+                              "\"ignore_eos\":true,\"logprobs\":3}";
+    char body[3][160];
+    json_t *v[3];
+    for (int32_t i = 0; i < 3; i++) {
+        snprintf(body[i], sizeof body[i], ask, i < 2 ? 7 : 8);
+        v[i] = call_json(f->url, "/v1/completions", body[i], 200);
+    }
+    for (size_t k = 0; k < 3; k++)
+        assert_string_equal(words(at(choice(v[0], k), "text")), words(at(choice(v[1], k), "text")));
+    assert_string_not_equal(words(at(choice(v[0], 0), "text")), words(at(choice(v[0], 1), "text")));
+    assert_string_not_equal(words(at(choice(v[0], 0), "text")), words(at(choice(v[2], 0), "text")));
+    const json_t *l = at(choice(v[0], 0), "logprobs");
+    assert_int_equal(json_array_size(at(l, "tokens")), 24);
+    assert_int_equal(json_array_size(at(l, "token_logprobs")), 24);
+    assert_int_equal(json_array_size(at(l, "text_offset")), 24);
+    assert_int_equal(json_object_size(json_array_get(at(l, "top_logprobs"), 0)), 3);
+    for (int32_t i = 0; i < 3; i++) json_decref(v[i]);
+}
+
+/* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
+static void stop_strings_cut_and_never_leak(void **state) {
+    const fixture *f = *state;
+    json_t *v = call_json(f->url, "/v1/completions",
+                          "{\"prompt\":\"stop\",\"max_tokens\":60,\"temperature\":0.9,\"seed\":3,"
+                          "\"ignore_eos\":true}",
+                          200);
+    const char *all = words(at(choice(v, 0), "text"));
+    size_t from = strlen(all) / 2;
+    while ((all[from] & 0xC0) == 0x80 || all[from] < ' ') from++; /* a character's beginning */
+    size_t n = 4;
+    while ((all[from + n] & 0xC0) == 0x80) n++;
+    json_t *ask = json_pack("{s:s, s:i, s:f, s:i, s:b, s:[s%, s], s:b}", "prompt", "stop",
+                            "max_tokens", 60, "temperature", 0.9, "seed", 3, "ignore_eos", 1,
+                            "stop", all + from, n, "never to be seen", "stream", 0);
+    char *body = json_dumps(ask, JSON_COMPACT);
+    json_t *cut = call_json(f->url, "/v1/completions", body, 200);
+    const char *got = words(at(choice(cut, 0), "text"));
+    const char *first = strstr(all, "");
+    char stop[16] = "";
+    memcpy(stop, all + from, n);
+    first = strstr(all, stop);
+    assert_int_equal(strlen(got), first - all);
+    assert_memory_equal(got, all, strlen(got));
+    assert_string_equal(words(at(choice(cut, 0), "finish_reason")), "stop");
+    free(body);
+    json_object_set_new(ask, "stream", json_true());
+    body = json_dumps(ask, JSON_COMPACT);
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_string_equal(h.words.data, got);
+    assert_string_equal(h.finish, "stop");
+    assert_true(h.done);
+    hear_free(&h);
+    text_free(&stream);
+    free(body);
+    json_decref(ask);
+    json_decref(cut);
+    json_decref(v);
+}
+
+static void chat_streams_what_it_says_whole(void **state) {
+    const fixture *f = *state;
+    static const char ask[] =
+        "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\","
+        "\"text\":\"hi\"}]}],\"max_completion_tokens\":20,\"seed\":5,\"stream\":%s,"
+        "\"stream_options\":{\"include_usage\":true},\"logprobs\":true,\"top_logprobs\":2,"
+        "\"ignore_eos\":true,\"user\":\"someone\",\"metadata\":null}";
+    char body[512];
+    snprintf(body, sizeof body, ask, "false");
+    json_t *v = call_json(f->url, "/v1/chat/completions", body, 200);
+    const char *said = words(at(at(choice(v, 0), "message"), "content"));
+    assert_string_equal(words(at(v, "object")), "chat.completion");
+    const json_t *first = json_array_get(at(at(choice(v, 0), "logprobs"), "content"), 0);
+    assert_true(json_real_value(at(first, "logprob")) < 0);
+    assert_int_equal(json_array_size(at(first, "top_logprobs")), 2);
+    snprintf(body, sizeof body, ask, "true");
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/chat/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_string_equal(h.words.data, said);
+    assert_int_equal(h.n_events, 20);
+    assert_int_equal(h.usage, 20);
+    assert_true(h.done);
+    hear_free(&h);
+    text_free(&stream);
+    json_decref(v);
+}
+
+static void what_is_wrong_is_said(void **state) {
+    const fixture *f = *state;
+    static const struct {
+        const char *body, *says;
+        long http;
+    } cases[] = {
+        {"{", "body:1", 400},
+        {"[]", "no JSON object", 400},
+        {"{}", "'prompt' is missing", 400},
+        {"{\"prompt\":\"\xff\"}", "body:1", 400},
+        {"{\"prompt\":3}", "prompt", 400},
+        {"{\"prompt\":[1,\"a\"]}", "item 1 is no integer", 400},
+        {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
+        {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
+        {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":0}", "max_tokens", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
+        {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
+        {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
+        {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
+        {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
+        {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
+        {"{\"prompt\":\"a\",\"echo\":true}", "echo", 400},
+        {"{\"prompt\":\"a\",\"presence_penalty\":0.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
+        {"{\"prompt\":[]}", "0 prompts", 400},
+    };
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        json_t *v = call_json(f->url, "/v1/completions", cases[i].body, cases[i].http);
+        const char *message = words(at(at(v, "error"), "message"));
+        if (!message || !strstr(message, cases[i].says))
+            fail_msg("%s: says '%s'", cases[i].body, message ? message : "");
+        assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
+        json_decref(v);
+    }
+    char *big = mem_alloc((2 << 20) + 1, 1);
+    memset(big, 'a', 2 << 20);
+    json_decref(call_json(f->url, "/v1/completions", big, 413));
+    mem_free(big);
+    text word = {0}; /* within the body's limit, over the context's */
+    text_add(&word, "{\"prompt\":\"");
+    for (int32_t i = 0; i < 20000; i++) text_add(&word, "%d ", i);
+    text_add(&word, "\"}");
+    json_decref(call_json(f->url, "/v1/completions", word.data, 400));
+    text_free(&word);
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_decref(call_json(
+        f->url, "/v1/chat/completions",
+        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
+}
+
+/* Every token once and in order: the ids of each stream are those of the same request asked
+ * alone. */
+static void a_crowd_of_streams_gets_every_token_once(void **state) {
+    const fixture *f = *state;
+    enum { KINDS = 8 };
+    const char *wanted = getenv("AMALGAM_STREAMS");
+    const int32_t n = wanted ? (int32_t)strtol(wanted, NULL, 10) : 120;
+    static const char ask[] =
+        "{\"prompt\":\"crowd %d\",\"max_tokens\":%d,\"seed\":%d,\"stream\":%s,"
+        "\"ignore_eos\":true,\"return_token_ids\":true,"
+        "\"stream_options\":{\"include_usage\":true}}";
+    json_t *alone[KINDS];
+    char body[256];
+    for (int32_t k = 0; k < KINDS; k++) {
+        snprintf(body, sizeof body, ask, k, 40 + 11 * k, k, "false");
+        alone[k] = call_json(f->url, "/v1/completions", body, 200);
+    }
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t k = i % KINDS;
+        snprintf(body, sizeof body, ask, k, 40 + 11 * k, k, "true");
+        join_crowd(c, f->url, "/v1/completions", body);
+    }
+    run_crowd(c, 0);
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t k = i % KINDS;
+        heard h;
+        hear(&h, &c->out[i]);
+        const json_t *want = at(choice(alone[k], 0), "token_ids");
+        if (!h.done) fail_msg("stream %d ends early: %s", i, c->out[i].data ? c->out[i].data : "");
+        assert_int_equal(h.n_events, 40 + 11 * k);
+        assert_int_equal(h.usage, 40 + 11 * k);
+        assert_int_equal(h.tokens.length, json_array_size(want));
+        for (int64_t j = 0; j < h.tokens.length; j++)
+            assert_int_equal(h.tokens.data[j], json_integer_value(json_array_get(want, (size_t)j)));
+        assert_string_equal(h.words.data, words(at(choice(alone[k], 0), "text")));
+        hear_free(&h);
+    }
+    close_crowd(c);
+    for (int32_t k = 0; k < KINDS; k++) json_decref(alone[k]);
+    wait_metric(f->url, "amalgam:kv_pages_held", 0, 5);
+}
+
+static const char long_stream[] = "{\"prompt\":\"long %d\",\"max_tokens\":%d,\"stream\":true,"
+                                  "\"ignore_eos\":true}";
+
+static void clients_that_leave_free_their_pages(void **state) {
+    const fixture *f = *state;
+    const double before = metric(f->url, "vllm:request_success_total");
+    (void)before;
+    char body[160];
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < 20; i++) {
+        snprintf(body, sizeof body, long_stream, i, i < 10 ? 8000 : 400);
+        join_crowd(c, f->url, "/v1/completions", body);
+    }
+    run_crowd(c, 400); /* in mid-stream, all of them */
+    assert_true(metric(f->url, "amalgam:kv_pages_held") > 0);
+    for (int32_t i = 0; i < 10; i++) leave_crowd(c, i);
+    run_crowd(c, 0);
+    for (int32_t i = 10; i < 20; i++) {
+        heard h;
+        hear(&h, &c->out[i]);
+        assert_int_equal(h.n_events, 400);
+        assert_true(h.done);
+        hear_free(&h);
+    }
+    close_crowd(c);
+    wait_metric(f->url, "amalgam:kv_pages_held", 0, 5);
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    /* One that asks for no stream is suspended while the engine works: its leaving is seen as
+     * well. */
+    CURL *whole = request_of(f->url, "/v1/completions",
+                             "{\"prompt\":\"w\",\"max_tokens\":16000,"
+                             "\"ignore_eos\":true}",
+                             &(text){0});
+    curl_easy_setopt(whole, CURLOPT_TIMEOUT_MS, 100L);
+    assert_int_equal(curl_easy_perform(whole), CURLE_OPERATION_TIMEDOUT);
+    curl_easy_cleanup(whole);
+    wait_metric(f->url, "amalgam:kv_pages_held", 0, 1);
+}
+
+static int connect_raw(const fixture *f, int receive_bytes) {
+    const int s = socket(AF_INET, SOCK_STREAM, 0);
+    const struct sockaddr_in to = {.sin_family = AF_INET,
+                                   .sin_port = htons((uint16_t)server_port(f->server)),
+                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    if (receive_bytes) setsockopt(s, SOL_SOCKET, SO_RCVBUF, &receive_bytes, sizeof receive_bytes);
+    assert_int_equal(connect(s, (const struct sockaddr *)&to, sizeof to), 0);
+    return s;
+}
+
+static void send_text(int s, const char *t) {
+    assert_int_equal(send(s, t, strlen(t), MSG_NOSIGNAL), (ssize_t)strlen(t));
+}
+
+/* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
+ * reads on and nothing is missing. */
+static void a_slow_reader_delays_nobody(void **state) {
+    const fixture *f = *state;
+    enum { TOKENS = 6000 };
+    text body = {0}, head = {0}, got = {0};
+    text_add(&body,
+             "{\"prompt\":\"slow\",\"max_tokens\":%d,\"stream\":true,\"ignore_eos\":true,"
+             "\"logprobs\":10}",
+             TOKENS);
+    text_add(&head, "POST /v1/completions HTTP/1.0\r\nHost: x\r\nContent-Length: %zu\r\n\r\n%s",
+             body.length, body.data);
+    const int s = connect_raw(f, 4096);
+    send_text(s, head.data);
+    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    timeline t;
+    timeline_start_real(&t);
+    for (int32_t i = 0; i < 5; i++)
+        json_decref(call_json(f->url, "/v1/completions",
+                              "{\"prompt\":\"quick\",\"max_tokens\":50,\"ignore_eos\":true}", 200));
+    assert_at_most((double)timeline_now_ns(&t) * 1e-9, 10);
+    wait_metric(f->url, "amalgam:jobs", 0, 60); /* the engine does not wait for it either */
+    char buf[65536];
+    for (ssize_t n; (n = recv(s, buf, sizeof buf, 0)) > 0;) text_bytes(&got, buf, (size_t)n);
+    close(s);
+    heard h;
+    hear(&h, &got);
+    assert_int_equal(h.n_events, TOKENS);
+    assert_true(h.done);
+    assert_true(got.length > 2 << 20); /* more than sockets hold, else nothing was proved */
+    hear_free(&h);
+    text_free(&got);
+    text_free(&head);
+    text_free(&body);
+}
+
+/* A request that does not arrive is cut off; one that is no HTTP is answered or closed. */
+static void broken_senders_are_cut_off(void **state) {
+    const fixture *f = *state;
+    char buf[512];
+    int s = connect_raw(f, 0);
+    send_text(s, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le");
+    timeline t;
+    timeline_start_real(&t);
+    while (recv(s, buf, sizeof buf, 0) > 0) {
+    }
+    close(s);
+    assert_at_most((double)timeline_now_ns(&t) * 1e-9, 4); /* the limit is 2 */
+    s = connect_raw(f, 0);
+    send_text(s, "\x16\x03\x01 nonsense\r\n\r\n");
+    while (recv(s, buf, sizeof buf, 0) > 0) {
+    }
+    close(s);
+    json_decref(call_json(f->url, "/health", NULL, 200));
+}
+
+static void a_full_queue_is_429(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 2, NULL);
+    char body[160];
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < 12; i++) {
+        snprintf(body, sizeof body, long_stream, i, 300);
+        join_crowd(c, f.url, "/v1/completions", body);
+    }
+    run_crowd(c, 0);
+    int32_t served = 0, refused = 0;
+    for (int32_t i = 0; i < c->n; i++) {
+        long http = 0;
+        curl_easy_getinfo(c->easy[i], CURLINFO_RESPONSE_CODE, &http);
+        served += http == 200;
+        refused += http == 429;
+        if (http == 429) assert_non_null(strstr(c->out[i].data, "rate_limit_error"));
+    }
+    assert_int_equal(served + refused, 12);
+    assert_true(served >= 2);
+    assert_true(refused >= 1);
+    close_crowd(c);
+    json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2}", 200));
+    close_fixture(&f, 5);
+}
+
+static void the_key_is_wanted(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 4, 16, "secret");
+    json_decref(call_json(f.url, "/v1/models", NULL, 401));
+    json_decref(call_json(f.url, "/health", NULL, 200));
+    static const struct {
+        const char *header;
+        long http;
+    } cases[] = {
+        {"Authorization: Bearer secret", 200},  {"Authorization: Bearer secre", 401},
+        {"Authorization: Bearer secrets", 401}, {"Authorization: secret", 401},
+        {"Authorization: Bearer ", 401},
+    };
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        text t = {0}, heads = {0};
+        CURL *c = request_of(f.url, "/v1/models", NULL, &t);
+        struct curl_slist *list = curl_slist_append(NULL, cases[i].header);
+        list = curl_slist_append(list, "x-request-id: id-7");
+        curl_easy_setopt(c, CURLOPT_HTTPHEADER, list);
+        curl_easy_setopt(c, CURLOPT_HEADERFUNCTION, collect);
+        curl_easy_setopt(c, CURLOPT_HEADERDATA, &heads);
+        assert_int_equal(curl_easy_perform(c), CURLE_OK);
+        long http = 0;
+        curl_easy_getinfo(c, CURLINFO_RESPONSE_CODE, &http);
+        assert_int_equal(http, cases[i].http);
+        assert_non_null(strstr(heads.data, "x-request-id: id-7"));
+        curl_easy_cleanup(c);
+        curl_slist_free_all(list);
+        text_free(&t);
+        text_free(&heads);
+    }
+    close_fixture(&f, 1);
+}
+
+typedef struct {
+    fixture f;
+    double grace_s;
+} closing;
+
+static void *close_later(void *arg) {
+    closing *c = arg;
+    close_fixture(&c->f, c->grace_s);
+    return NULL;
+}
+
+/* With grace streams end as they should; without, each is told. */
+static void shutdown_finishes_or_reports(void **state) {
+    (void)state;
+    for (int32_t graceful = 0; graceful < 2; graceful++) {
+        closing k = {.grace_s = graceful ? 60 : 0};
+        open_fixture(&k.f, 64, 64, NULL);
+        const int32_t tokens = graceful ? 300 : 12000;
+        char body[160];
+        crowd *c = open_crowd();
+        for (int32_t i = 0; i < 10; i++) {
+            snprintf(body, sizeof body, long_stream, i, tokens);
+            join_crowd(c, k.f.url, "/v1/completions", body);
+        }
+        run_crowd(c, 400);
+        pthread_t thread;
+        assert_int_equal(pthread_create(&thread, NULL, close_later, &k), 0);
+        run_crowd(c, 0);
+        pthread_join(thread, NULL);
+        for (int32_t i = 0; i < c->n; i++) {
+            heard h;
+            hear(&h, &c->out[i]);
+            assert_true(h.done);
+            assert_int_equal(h.error, !graceful);
+            if (graceful) assert_int_equal(h.n_events, tokens);
+            hear_free(&h);
+        }
+        close_crowd(c);
+    }
+}
+
+/* The command: it says where it listens, and SIGTERM ends it with status 0. */
+static void the_command_serves_until_sigterm(void **state) {
+    (void)state;
+    char line[256] = "", *url;
+    int out[2], status_;
+    assert_int_equal(pipe(out), 0);
+    const char *binary = getenv("AMALGAM_BINARY");
+    const pid_t pid = fork();
+    if (pid == 0) {
+        dup2(out[1], STDOUT_FILENO);
+        close(out[0]);
+        close(out[1]);
+        execl(binary ? binary : "build/amalgam", "amalgam", "serve", "--model", model_folder,
+              "--synthetic", "--threads", "1", "--port", "0", "--pages", "64", (char *)NULL);
+        _exit(127);
+    }
+    close(out[1]);
+    FILE *said = fdopen(out[0], "r");
+    assert_non_null(fgets(line, sizeof line, said));
+    url = strstr(line, "http://");
+    assert_non_null(url);
+    url[strcspn(url, "\r\n")] = 0;
+    json_decref(call_json(url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2}", 200));
+    assert_int_equal(kill(pid, SIGTERM), 0);
+    assert_int_equal(waitpid(pid, &status_, 0), pid);
+    assert_true(WIFEXITED(status_));
+    assert_int_equal(WEXITSTATUS(status_), 0);
+    fclose(said);
+}
+
+/* A command's standard output and exit status. */
+static int run_command(const char *line, text *said) {
+    char buf[4096];
+    text_clear(said);
+    FILE *f = popen(line, "r");
+    assert_non_null(f);
+    for (size_t n; (n = fread(buf, 1, sizeof buf, f)) > 0;) text_bytes(said, buf, n);
+    const int status_ = pclose(f);
+    return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
+}
+
+static void check_result_keys(const char *path) {
+    json_t *result;
+    assert_ok(json_file(&result, path));
+    static const char *const keys[] = {"date",
+                                       "endpoint_type",
+                                       "backend",
+                                       "label",
+                                       "model_id",
+                                       "tokenizer_id",
+                                       "num_prompts",
+                                       "request_rate",
+                                       "burstiness",
+                                       "max_concurrency",
+                                       "duration",
+                                       "completed",
+                                       "failed",
+                                       "total_input_tokens",
+                                       "total_output_tokens",
+                                       "request_throughput",
+                                       "request_goodput",
+                                       "output_throughput",
+                                       "total_token_throughput",
+                                       "max_output_tokens_per_s",
+                                       "max_concurrent_requests",
+                                       "rtfx",
+                                       "mean_ttft_ms",
+                                       "median_ttft_ms",
+                                       "std_ttft_ms",
+                                       "p99_ttft_ms",
+                                       "mean_tpot_ms",
+                                       "median_tpot_ms",
+                                       "std_tpot_ms",
+                                       "p99_tpot_ms",
+                                       "mean_itl_ms",
+                                       "median_itl_ms",
+                                       "std_itl_ms",
+                                       "p99_itl_ms",
+                                       "mean_e2el_ms",
+                                       "median_e2el_ms",
+                                       "std_e2el_ms",
+                                       "p99_e2el_ms"};
+    for (int32_t i = 0; i < COUNT_OF(keys); i++)
+        if (!at(result, keys[i])) fail_msg("the result has no '%s'", keys[i]);
+    json_decref(result);
+}
+
+/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
+ * machine was too busy for a valid run. */
+static void commands_and_lua_measure_a_server(void **state) {
+    const fixture *f = *state;
+    const char *binary = getenv("AMALGAM_BINARY");
+    if (!binary) binary = "build/amalgam";
+    char line[1024], path[] = "build/tests/serve_result.json", script[] = "build/tests/serve.lua";
+    text said = {0};
+    snprintf(line, sizeof line,
+             "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
+             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here",
+             binary, f->url, path);
+    assert_true(run_command(line, &said) <= 1);
+    json_t *v = parsed(&said);
+    assert_int_equal(json_integer_value(at(v, "n_completed")), 20);
+    assert_int_equal(json_integer_value(at(v, "output_tokens")), 120);
+    json_decref(v);
+    check_result_keys(path);
+
+    snprintf(
+        line, sizeof line,
+        "local r = require'amalgam'.bench_serve{url='%s', vocab=1000, workload={preset='fixed',"
+        "n_requests=10, prompt={fixed=8}, output={fixed=6}}, limits={ttft_ms=1e6}}\n"
+        "print(r.status, r.origin, r.metrics.n_completed, r.metrics.output_tokens)\n",
+        f->url);
+    assert_ok(file_write(script, line, strlen(line)));
+    snprintf(line, sizeof line, "%s lua %s", binary, script);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "ok\tmeasured\t10\t60"));
+
+    snprintf(line, sizeof line,
+             "printf 'hello\\n/precision\\n/reset\\n/quit\\nnever\\n' | %s chat --model "
+             "workloads/tiny --threads 1 --max-tokens 8",
+             binary);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "tokens/s]"));
+    assert_non_null(strstr(said.data, "W16A16KV16 on cpu"));
+    assert_non_null(strstr(said.data, "[a new conversation]"));
+    text_free(&said);
+}
+
+/* The load generator's figures against what is known of the run. */
+static void the_load_generator_counts_right(void **state) {
+    const fixture *f = *state;
+    arena a;
+    workload_options wo;
+    workload w;
+    load_report r;
+    metrics m;
+    assert_ok(arena_open(&a, (size_t)1 << 30));
+    assert_ok(workload_preset(&wo, "fixed"));
+    wo.n_requests = 50;
+    wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 20, .min = 20, .max = 20};
+    wo.output = (length_law){.kind = LENGTH_UNIFORM, .a = 5, .b = 40, .min = 1, .max = 40};
+    wo.arrival = ARRIVE_POISSON;
+    wo.rate_per_s = 100;
+    wo.vocab = 1000;
+    wo.salted = true;
+    assert_ok(workload_make(&w, &a, &wo));
+    request_log *log = arena_array(&a, request_log, 50);
+    const load_options o = {.url = f->url};
+    assert_ok(load_run(&r, &a, &o, &w, log));
+    if (r.n_failed) fail_msg("%s", r.failure);
+    assert_string_equal(r.model, "tiny");
+    assert_ok(metrics_compute(&m, log, 50, NULL));
+    assert_int_equal(m.n_completed, 50);
+    assert_int_equal(m.prompt_tokens, w.prompt_tokens);
+    assert_int_equal(m.output_tokens, w.output_tokens);
+    assert_int_equal(r.n_events, w.output_tokens); /* one event a token */
+    for (int32_t i = 0; i < 50; i++) {
+        assert_int_equal(log[i].n_output, w.request[i].max_new);
+        assert_true(log[i].dispatch_ns >= log[i].arrival_ns);
+        assert_true(log[i].first_token_ns >= log[i].dispatch_ns);
+        assert_true(log[i].token_ns[log[i].n_output - 1] == log[i].finish_ns);
+    }
+    wo.arrival = ARRIVE_CLOSED; /* and two users who take turns */
+    wo.users = 2;
+    assert_ok(workload_make(&w, &a, &wo));
+    assert_ok(load_run(&r, &a, &o, &w, log));
+    assert_ok(metrics_compute(&m, log, 50, NULL));
+    assert_int_equal(m.n_completed, 50);
+    assert_true(m.max_concurrency <= 2);
+    const load_options nobody = {.url = "http://127.0.0.1:1"};
+    assert_status(load_run(&r, &a, &nobody, &w, log), ST_IO);
+    arena_close(&a);
+    assert_true(load_valid(0.0009, 1.0));
+    assert_false(load_valid(0.0011, 1.0));
+    assert_false(load_valid(0.0002, 0.01));
+    assert_false(load_valid(NAN, 1.0));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(plain_endpoints_answer),
+        cmocka_unit_test(prompts_come_in_four_forms),
+        cmocka_unit_test(draws_follow_the_seed),
+        cmocka_unit_test(stop_strings_cut_and_never_leak),
+        cmocka_unit_test(chat_streams_what_it_says_whole),
+        cmocka_unit_test(what_is_wrong_is_said),
+        cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
+        cmocka_unit_test(clients_that_leave_free_their_pages),
+        cmocka_unit_test(a_slow_reader_delays_nobody),
+        cmocka_unit_test(broken_senders_are_cut_off),
+        cmocka_unit_test(the_load_generator_counts_right),
+        cmocka_unit_test(commands_and_lua_measure_a_server),
+        cmocka_unit_test(a_full_queue_is_429),
+        cmocka_unit_test(the_key_is_wanted),
+        cmocka_unit_test(shutdown_finishes_or_reports),
+        cmocka_unit_test(the_command_serves_until_sigterm),
+    };
+    signal(SIGPIPE, SIG_IGN);
+    curl_global_init(CURL_GLOBAL_DEFAULT);
+    const int failed = cmocka_run_group_tests(tests, open_shared, close_shared);
+    curl_global_cleanup();
+    return failed;
+}

@@ -1,0 +1,363 @@
+--- The runner, compare and report, through their command lines, on experiments made here.
+
+local amalgam = require("amalgam")
+local compare = require("lib_compare")
+local experiment = require("lib_experiment")
+local report = require("lib_report")
+local runner = require("lib_run")
+local test = require("lib_test")
+
+local dir = test.folder()
+local identity = amalgam.identity()
+
+local HEAD = [[
+return {
+  id = "e90_toy", title = "toy", question = "?", cost = "none", jobs = "parallel",
+  origin = "predicted", timeout_s = 20,
+]]
+local BODY = [[
+  axes = { { name = "a", values = { 1, 2, 3 } }, { name = "b", values = { "x", "y" } } },
+  fixed = { device = "sim", n = 10 },
+  quick = { a = { 1 }, n = { 2 } },
+  where = function(point) return not (point.a == 3 and point.b == "y") end,
+]]
+local RUN = [[
+  run = function(_, point)
+    return { status = "ok", metrics = { time_ms = point.a * 10, answer_accuracy = 0.5 } }
+  end,
+}
+]]
+
+local n_files = 0
+local function write(text)
+  n_files = n_files + 1
+  local path = ("%s/e90_toy_%d.lua"):format(dir, n_files)
+  amalgam.write_file(path, text)
+  return path
+end
+
+local function run(path, results, ...)
+  local args = { path, "--results", dir .. "/" .. results, ... }
+  return test.captured(function() return runner.main(args) end)
+end
+
+local function file_of(results, id)
+  return ("%s/%s/%s/%s/%s.jsonl"):format(dir, results, id or "e90_toy", identity.machine,
+    identity.version)
+end
+
+test.case("points are expanded in order, the last axis first", function()
+  local loaded = experiment.load(write(HEAD .. BODY .. RUN))
+  local words = {}
+  for i, entry in ipairs(experiment.expand(loaded)) do
+    words[i] = entry.key.a .. entry.key.b
+  end
+  test.equal(table.concat(words, " "), "1x 1y 2x 2y 3x")
+  test.equal(#experiment.expand(loaded, { quick = true }), 2)
+  test.equal(experiment.expand(loaded, { quick = true })[1].key.n, 2, "quick replaces a fact")
+end)
+
+test.case("a finished point is skipped and the reason is said", function()
+  local path = write(HEAD .. BODY .. RUN)
+  local status, text = run(path, "resume")
+  test.equal(status, 0)
+  test.contains(text, "5 ok, 0 oom, 0 skipped, 0 failed")
+  status, text = run(path, "resume")
+  test.equal(status, 0)
+  test.contains(text, "5 of 5 points finished in")
+  test.equal(#amalgam.rows(file_of("resume")), 5, "rows")
+  run(path, "resume", "--again")
+  test.equal(#amalgam.rows(file_of("resume")), 10, "rows after --again")
+end)
+
+test.case("rows hold what DESIGN says", function()
+  local row = amalgam.rows(file_of("resume"))[1]
+  for _, key in ipairs({ "schema", "run", "time", "commit", "diff", "experiment", "definition",
+    "machine", "point", "key", "origin", "status", "metrics", "provenance", "wall_s" }) do
+    if row[key] == nil then error("no " .. key) end
+  end
+  test.equal(row.origin, "predicted")
+  test.equal(row.key.device, "sim")
+  test.equal(row.metrics.time_ms, row.key.a * 10)
+end)
+
+test.case("a torn last line costs its own point only", function()
+  local path = write(HEAD .. BODY .. RUN)
+  run(path, "torn")
+  local text = amalgam.read_file(file_of("torn"))
+  amalgam.write_file(file_of("torn"), text:sub(1, -40)) -- as a kill in mid-write leaves it
+  local status, said = run(path, "torn")
+  test.equal(status, 0)
+  test.contains(said, "1 line of")
+  test.contains(said, "4 of 5 points finished")
+  local rows, broken = amalgam.rows(file_of("torn"))
+  test.equal(#rows, 5, "rows")
+  test.equal(broken, 1, "broken lines")
+end)
+
+test.case("a changed definition runs again", function()
+  local path = write(HEAD .. BODY .. RUN)
+  run(path, "changed")
+  amalgam.write_file(path, HEAD .. BODY .. "-- a comment\n" .. RUN)
+  local _, said = run(path, "changed")
+  test.contains(said, "another definition")
+  test.contains(said, "5 ok")
+end)
+
+test.case("a module that is required belongs to the definition", function()
+  local plain = experiment.load(write(HEAD .. BODY .. RUN))
+  local with = experiment.load(write("local _ = require('fp16')\n" .. HEAD .. BODY .. RUN))
+  test.equal(with.modules[1], "fp16")
+  test.equal(plain.definition == with.definition, false)
+end)
+
+-- Each: what is wrong, text, part of the message.
+local MISTAKES = {
+  { "unknown key", HEAD .. "  tittle = 'x',\n" .. BODY .. RUN, ":4: unknown key 'tittle'" },
+  { "missing key", "return { id = 'x' }", ":1: 'title' is missing" },
+  { "wrong type", HEAD:gsub('title = "toy"', "title = 3") .. BODY .. RUN, "'title' is a number" },
+  { "misspelt axis in quick", HEAD .. BODY:gsub("quick = { a", "quick = { aa") .. RUN,
+    ":6: quick names 'aa'" },
+  { "misspelt axis in where", HEAD .. BODY:gsub("point%.a ==", "point.aa ==") .. RUN,
+    ":7: the point has no axis 'aa'" },
+  { "misspelt axis in run", HEAD .. BODY .. RUN:gsub("point%.a %*", "point.aa *"),
+    ":9: the point has no axis 'aa'" },
+  { "value twice", HEAD .. BODY:gsub("1, 2, 3", "1, 2, 2") .. RUN, "value '2' twice" },
+  { "no values", HEAD .. BODY:gsub("{ 1, 2, 3 }", "{}") .. RUN, "a has no values" },
+  { "syntax", HEAD .. BODY .. "run = = 3 }", ":8: unexpected symbol" },
+  { "global", "x = 3\n" .. HEAD .. BODY .. RUN, ":1: 'x' is global" },
+  { "error while loading", "error('boo')", ":1: boo" },
+  { "unknown module", "require('lib_nothing')", ":1: module 'lib_nothing' not found" },
+  { "no table", "return 3", "returns a table" },
+  { "unknown key of the engine", HEAD .. BODY .. [[
+  run = function(amalgam) return amalgam.serve { modle = "x" } end }]], "unknown key 'modle'" },
+  { "unknown key of a result", HEAD .. BODY .. [[
+  run = function() return { status = "ok", metric = {} } end }]], "unknown key 'metric'" },
+}
+for _, mistake in ipairs(MISTAKES) do
+  test.case("refused in one line with status 2: " .. mistake[1], function()
+    local path = write(mistake[2])
+    local status, said = run(path, "mistakes")
+    test.equal(status, 2)
+    local line = said:match("amalgam: [^\n]*")
+    test.contains(line, mistake[3])
+  end)
+end
+
+test.case("options that name nothing are refused", function()
+  local path = write(HEAD .. BODY .. RUN)
+  for _, wrong in ipairs({ { "--only", "c=1" }, { "--only", "a=7" }, { "--only", "a" },
+    { "--jobs", "0" }, { "--what" }, { "--gpu", "h100-sxm" } }) do
+    test.equal((run(path, "options", table.unpack(wrong))), 2, table.concat(wrong, " "))
+  end
+  test.equal(#amalgam.rows(file_of("options")), 0, "rows")
+end)
+
+test.case("--only restricts axes, also to several values", function()
+  local path = write(HEAD .. BODY .. RUN)
+  local _, said = run(path, "only", "--only", "a=1,3", "--only", "b=x")
+  test.contains(said, "2 ok")
+  _, said = run(path, "only")
+  test.contains(said, "2 of 5 points finished")
+end)
+
+local CRASHES = HEAD .. BODY .. [[
+  run = function(amalgam, point)
+    if point.a == 1 and point.b == "x" then os.exit(7) end
+    if point.a == 1 and point.b == "y" then error("bad luck") end
+    if point.a == 2 and point.b == "x" then amalgam.json_encode(0 / 0) end
+    if point.a == 2 and point.b == "y" then return { status = "ok", metrics = { x = 0 / 0 } } end
+    return { status = "oom", reason = "too large" }
+  end,
+}
+]]
+
+test.case("a crashing point is a failed row and the sweep goes on", function()
+  local path = write(CRASHES)
+  local status, said = run(path, "crash")
+  test.equal(status, 1)
+  test.contains(said, "0 ok, 1 oom, 0 skipped, 4 failed")
+  local reasons = {}
+  for _, row in ipairs(amalgam.rows(file_of("crash"))) do
+    reasons[row.key.a .. row.key.b] = row.status .. " " .. row.reason
+  end
+  test.contains(reasons["1x"], "failed left with status 7")
+  test.contains(reasons["1y"], "bad luck")
+  test.contains(reasons["2x"], "failed")
+  test.contains(reasons["2y"], "failed")
+  test.equal(reasons["3x"], "oom too large")
+  status, said = run(path, "crash")
+  test.equal(status, 1)
+  test.contains(said, "4 points failed before: tried again")
+  test.contains(said, "1 of 5 points finished")
+end)
+
+test.case("a point past its time is killed", function()
+  local path = write((HEAD:gsub("timeout_s = 20", "timeout_s = 1")) .. BODY .. [[
+  run = function(_, point)
+    while point.a == 1 and point.b == "x" do end
+    return { status = "ok", metrics = {} }
+  end }]])
+  local status = run(path, "late")
+  test.equal(status, 1)
+  for _, row in ipairs(amalgam.rows(file_of("late"))) do
+    if row.status == "failed" then test.contains(row.reason, "timed out after 1 s") end
+  end
+end)
+
+test.case("one Lua error at every point is an error of the experiment", function()
+  local status, said = run(write(HEAD .. BODY .. "run = function() error('wrong') end }"), "every")
+  test.equal(status, 2)
+  test.contains(said, "wrong (every point)")
+end)
+
+test.case("rows that cannot be written stop the run with one line", function()
+  local path = write(HEAD .. BODY .. RUN)
+  local status, said = test.captured(function()
+    return runner.main({ path, "--results", "/dev/null/nowhere" })
+  end)
+  test.equal(status, 1)
+  test.contains(said, "0 rows of this run kept")
+end)
+
+-- --- compare -------------------------------------------------------------------------------------
+
+--- Five repetitions of two points, `factor` times as slow as the first version's, with 1 % noise.
+local function measured(path, factor, noise_seed, definition)
+  local draw = require("lib_stats").generator(noise_seed)
+  local lines = {}
+  for point = 1, 2 do
+    for repetition = 1, 8 do
+      local noise = 1 + (draw(1000) - 500) / 1000 * 0.01
+      lines[#lines + 1] = amalgam.json_encode({
+        experiment = "e91", definition = definition or "d", machine = "m", origin = "measured",
+        status = "ok", time = "t", commit = "c", key = { point = point, repetition = repetition },
+        metrics = { ttft_p50_ms = 20 * point * factor * noise, requests_per_s = 50 / noise },
+      })
+    end
+  end
+  amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+  return path
+end
+
+local function compared(...)
+  local args = { ... }
+  return test.captured(function() return compare.main(args) end)
+end
+
+test.case("compare finds a planted 5 % and calls A/A the same", function()
+  local base = measured(dir .. "/base.jsonl", 1, 1)
+  local slow = measured(dir .. "/slow.jsonl", 1.05, 2)
+  local twin = measured(dir .. "/twin.jsonl", 1, 3)
+  local status, said = compared(base, slow)
+  test.equal(status, 1)
+  test.contains(said, "2 slower, 2 same")
+  status, said = compared(slow, base)
+  test.equal(status, 0)
+  test.contains(said, "2 faster, 2 same")
+  status, said = compared(base, twin)
+  test.equal(status, 0)
+  test.contains(said, "4 same")
+end)
+
+test.case("compare refuses another definition and names what is missing", function()
+  local base = dir .. "/base.jsonl"
+  local status, said = compared(base, measured(dir .. "/other.jsonl", 2, 1, "e"))
+  test.equal(status, 0)
+  test.contains(said, "2 not comparable")
+  test.contains(said, "the definition changed")
+  test.equal((compared(base, dir .. "/nothing.jsonl")), 2)
+  test.equal((compared(base)), 2)
+end)
+
+test.case("compare takes predictions exactly", function()
+  local function predicted(path, x)
+    amalgam.write_file(path, amalgam.json_encode({ experiment = "e92", definition = "d",
+      machine = "m", origin = "predicted", status = "ok", key = { p = 1 },
+      metrics = { ttft_p50_ms = x, text_perplexity = x } }) .. "\n")
+    return path
+  end
+  local base = predicted(dir .. "/p1.jsonl", 1)
+  test.equal((compared(base, predicted(dir .. "/p2.jsonl", 1))), 0)
+  local status, said = compared(base, predicted(dir .. "/p3.jsonl", 1.000001))
+  test.equal(status, 1)
+  test.contains(said, "1 slower, 1 worse")
+end)
+
+test.case("compare tells too few repetitions apart from no change", function()
+  local function two(path, x)
+    local lines = {}
+    for i = 1, 2 do
+      lines[i] = amalgam.json_encode({ experiment = "e93", definition = "d", machine = "m",
+        origin = "measured", status = "ok", key = { repetition = i }, metrics = { x_ms = x + i } })
+    end
+    amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+    return path
+  end
+  local _, said = compared(two(dir .. "/t1.jsonl", 100), two(dir .. "/t2.jsonl", 200))
+  test.contains(said, "1 unstable")
+end)
+
+test.case("compare says when HEAD fails where BASE did not", function()
+  local function one(path, status)
+    amalgam.write_file(path, amalgam.json_encode({ experiment = "e94", definition = "d",
+      machine = "m", origin = "predicted", status = status, key = { p = 1 }, reason = "crash",
+      metrics = { x_ms = 1 } }) .. "\n")
+    return path
+  end
+  local status, said = compared(one(dir .. "/f1.jsonl", "ok"), one(dir .. "/f2.jsonl", "failed"))
+  test.equal(status, 1)
+  test.contains(said, "ok in BASE, failed in HEAD")
+end)
+
+test.case("compare --json is one object a line", function()
+  local _, said = compared(dir .. "/base.jsonl", dir .. "/slow.jsonl", "--json")
+  local n = 0
+  for line in said:gmatch("[^\n]+") do
+    local object = amalgam.json_decode(line)
+    n = n + ((object.class or object.summary) and 1 or 0)
+  end
+  test.equal(n, 5)
+end)
+
+-- --- report --------------------------------------------------------------------------------------
+
+test.case("templates compute their numbers and say what has no rows", function()
+  local rows = { { experiment = "e03_x", status = "ok", time = "1", version = "v",
+    key = { model = "m" }, metrics = { tokens = 12.345 } } }
+  local data = report.data(rows, { version = "v" })
+  local env = { data = data, number = report.number }
+  local text = report.fill("{{? e03 }}is {{ number(data:value('e03', {}, 'tokens')) }}{{/}}\n"
+    .. "{{? e04 }}never{{/}}\n", "here", env)
+  test.contains(text, "is 12.3")
+  test.contains(text, "There are no rows of e04")
+  test.equal(text:find("never"), nil)
+  local ok, err = pcall(report.fill, "{{ nothing() }}", "here", env)
+  test.equal(ok, false)
+  test.contains(err.message, "{{ nothing() }}")
+end)
+
+test.case("report takes the newest row of the present version", function()
+  local function row(version, time, x)
+    return { experiment = "e03", status = "ok", time = time, version = version, key = { m = 1 },
+      metrics = { x = x } }
+  end
+  local data = report.data({ row("old", "3", 1), row("new", "1", 2), row("new", "2", 3) },
+    { version = "new" })
+  test.equal(data:value("e03", {}, "x"), 3)
+  data = report.data({ row("old", "3", 1), row("older", "1", 2) }, { version = "new" })
+  test.equal(data:value("e03", {}, "x"), 1)
+end)
+
+test.case("experiments of the suite load, and their quick points are few", function()
+  for _, file in ipairs(amalgam.list(identity.root .. "/experiments")) do
+    if file:find("^e%d%d_") then
+      local loaded = experiment.load(identity.root .. "/experiments/" .. file)
+      test.equal(loaded.spec.id .. ".lua", file)
+      local quick = #experiment.expand(loaded, { quick = true })
+      test.equal(quick > 0 and quick <= 40, true, file .. " quick points")
+    end
+  end
+end)
+
+test.finish()
