@@ -1,5 +1,4 @@
-/* cmd_bench_step.c - `amalgam bench step`: one engine step on the GPU against the roofline of the
- * machine.
+/* cmd_bench_step.c - `amalgam bench step`: one step on the GPU against the machine's roofline.
  *
  *   decode    B sequences of ctx tokens, one token each
  *   prefill   --new N: one sequence, N tokens on top of ctx - N
@@ -195,6 +194,7 @@ static status bench(const arguments *a) {
     o.synthetic = true;
     o.device_options.no_graphs = a->no_graphs;
     TRY(device_family(&o.device_options.kernel_family, a->family));
+    o.ctx_max = ctx;
     o.policy.max_seqs = n_seqs;
     o.policy.token_budget = n_seqs * n_new;
     o.pages = (int32_t)(n_seqs * div_up(ctx, KV_PAGE_TOKENS));
