@@ -9,9 +9,9 @@
  * from the step's own: kernels read them at the same cost, and no result is looked at.
  *
  * roofline = max(bytes / read ceiling, operations / matrix rate), bytes being every weight that the
- * step uses once (of experts, as many as its tokens hit on average) and the KV of the context
- * once. The read ceiling is measured in the same process, over 4 GiB. The matrix rate is an option; 780 is
- * what cuBLAS reaches on an H200 with 8192 x 8192 x 8192 in bf16 on random data. */
+ * step uses once (of experts, as many as its tokens hit on average) and the KV of the context once.
+ * The read ceiling is measured in the same process, over 4 GiB. The matrix rate is an option; 780
+ * is what cuBLAS reaches on an H200 with 8192 x 8192 x 8192 in bf16 on random data. */
 #include "bandwidth.h"
 #include "cli.h"
 #include "engine.h"
