@@ -120,7 +120,7 @@ $(LIBRARY): $(filter-out $(O)/engine/main.o,$(OBJECTS))
 
 $(O)/amalgam: $(O)/engine/main.o $(LIBRARY)
 	@echo "  link  $@"
-	$(Q)$(CC) $(CFLAGS) -rdynamic $^ -o $@ $(LDLIBS)
+	$(Q)$(CC) $(CFLAGS) -rdynamic -Wl,--disable-new-dtags,-rpath,'$$ORIGIN/lib' $^ -o $@ $(LDLIBS)
 
 $(GPU_TESTS): CFLAGS += -isystem $(CUDA)/include
 $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
@@ -150,10 +150,18 @@ compare: build ## two versions by their stored results: make compare BASE=… HE
 bench: build ## what the suite itself costs (null, sim and cpu devices)
 	$(Q)$(O)/amalgam bench harness
 
-dist: build ## a tarball for a GPU node: the program and the data it reads, under build/
-	$(Q)tar czf $(B)/amalgam-$$(git rev-parse --short=12 HEAD).tar.gz \
-	    --transform 's,^$(O)/,,;s,^,amalgam/,' $(O)/amalgam \
-	    $$(git ls-files experiments workloads plots baselines results LICENSE README.md)
+# Shared libraries travel beside the program, all but the C library, cuBLAS and the driver's own: a node
+# needs nothing else installed. The program looks for them in lib/ beside itself (RPATH, so that
+# libraries of libraries are found there too).
+NODE_LIBS := ld-linux|libc|libm|libdl|librt|libpthread|libcublas|libcublasLt|libcuda
+dist: build ## a tarball for a GPU node: the program, its libraries and data, under build/
+	@rm -rf $(B)/dist && mkdir -p $(B)/dist/amalgam/lib
+	$(Q)cp $(O)/amalgam $(B)/dist/amalgam/
+	$(Q)ldd $(O)/amalgam | awk '/=> \// { print $$3 }' | grep -Ev '/($(NODE_LIBS))[-.]' | \
+	    xargs -I{} cp -L {} $(B)/dist/amalgam/lib/
+	$(Q)git ls-files experiments workloads plots baselines results tests/vectors LICENSE README.md | \
+	    tar cf - -T - | tar xf - -C $(B)/dist/amalgam
+	$(Q)tar czf $(B)/amalgam-$$(git rev-parse --short=12 HEAD).tar.gz -C $(B)/dist amalgam
 	@ls $(B)/amalgam-*.tar.gz
 
 ##@ Check

@@ -1,5 +1,4 @@
-/* cmd_bench_step.c - `amalgam bench step`: one engine step on the GPU against the roofline of the
- * machine.
+/* cmd_bench_step.c - `amalgam bench step`: one step on the GPU against the machine's roofline.
  *
  *   decode    B sequences of ctx tokens, one token each
  *   prefill   --new N: one sequence, N tokens on top of ctx - N
@@ -10,9 +9,9 @@
  * from the step's own: kernels read them at the same cost, and no result is looked at.
  *
  * roofline = max(bytes / read ceiling, operations / matrix rate), bytes being every weight that the
- * step uses once (of experts, as many as its tokens hit on average) and the KV of the context
- * once. The read ceiling is measured in the same process, over 4 GiB. The matrix rate is an option; 780 is
- * what cuBLAS reaches on an H200 with 8192 x 8192 x 8192 in bf16 on random data. */
+ * step uses once (of experts, as many as its tokens hit on average) and the KV of the context once.
+ * The read ceiling is measured in the same process, over 4 GiB. The matrix rate is an option; 780
+ * is what cuBLAS reaches on an H200 with 8192 x 8192 x 8192 in bf16 on random data. */
 #include "bandwidth.h"
 #include "cli.h"
 #include "engine.h"
@@ -195,6 +194,7 @@ static status bench(const arguments *a) {
     o.synthetic = true;
     o.device_options.no_graphs = a->no_graphs;
     TRY(device_family(&o.device_options.kernel_family, a->family));
+    o.ctx_max = ctx;
     o.policy.max_seqs = n_seqs;
     o.policy.token_budget = n_seqs * n_new;
     o.pages = (int32_t)(n_seqs * div_up(ctx, KV_PAGE_TOKENS));

@@ -84,6 +84,7 @@ done:
 
 int cmd_evaluate(int argc, char **argv) {
     const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL, *against = NULL;
+    const char *family = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
@@ -96,6 +97,7 @@ int cmd_evaluate(int argc, char **argv) {
         {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
         {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
         {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
+        {"--kernel-family", CLI_TEXT, &family, "F", "cuda: ampere or hopper"},
         {"--json", CLI_FLAG, &json, NULL, "one object"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
@@ -107,8 +109,9 @@ int cmd_evaluate(int argc, char **argv) {
         st = FAIL(ST_USAGE, "--window must be 2 to %d and --stride below it", 1 << 20);
     if (st == ST_OK && (threads < 0 || threads > 1024))
         st = FAIL(ST_USAGE, "--threads is out of range");
-    if (st != ST_OK) return cli_exit(st);
     engine_options o = ENGINE_OPTIONS_DEFAULT;
+    if (st == ST_OK) st = device_family(&o.device_options.kernel_family, family);
+    if (st != ST_OK) return cli_exit(st);
     o.model = model;
     o.precision = format;
     o.device = device_name;

@@ -11,12 +11,14 @@ static status inspect_plan(int argc, char **argv) {
     o.model = NULL;
     o.device = "sim";
     int64_t tokens = 1, samples = 0, tp = 1;
+    const char *family = NULL;
     const cli_option options[] = {
         {"--model", CLI_TEXT, &o.model, "NAME", "folder, or one of `amalgam models`"},
         {"--precision", CLI_TEXT, &o.precision, "NAME", "W16A16KV16"},
         {"--device", CLI_TEXT, &o.device, "NAME", "sim"},
         {"--gpu", CLI_TEXT, &o.device_options.gpu, "NAME", "data sheet, for sim"},
         {"--tp", CLI_INT, &tp, "N", "GPUs (1)"},
+        {"--kernel-family", CLI_TEXT, &family, "F", "cuda: ampere or hopper"},
         {"--tokens", CLI_INT, &tokens, "T", "of the step (1)"},
         {"--samples", CLI_INT, &samples, "N", "rows whose logits are wanted (T, at most 256)"},
         {"--synthetic", CLI_FLAG, &o.synthetic, NULL, "seeded weights"},
@@ -28,6 +30,7 @@ static status inspect_plan(int argc, char **argv) {
     if (tokens < 1 || tokens > o.policy.token_budget || tp < 1 || tp > 64)
         return FAIL(ST_USAGE, "--tokens or --tp is out of range");
     o.device_options.tp = (int32_t)tp;
+    TRY(device_family(&o.device_options.kernel_family, family));
     if (samples < 1) samples = i64_min(tokens, o.policy.max_seqs);
     engine *e;
     TRY(engine_open(&e, &o, NULL, NULL));

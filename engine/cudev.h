@@ -128,7 +128,7 @@ typedef struct {
     bool ready;
     model_config config;
     precision precision;
-    int32_t max_tokens, max_seqs, max_samples, n_pages;
+    int32_t max_tokens, max_seqs, max_samples, n_pages, ctx_max;
     int64_t max_page_ids; /* of a batch */
     cudev_slab run, kv;
     attention_cache cache[MODEL_LAYERS_MAX];

@@ -50,6 +50,7 @@ typedef struct {
     const precision *precision;
     int32_t max_tokens, max_seqs, max_samples; /* of a batch */
     int32_t n_pages;                           /* KV pages */
+    int32_t ctx_max; /* tokens of a sequence at most; 0 = as many as the model takes */
 } device_setup;
 
 /* What one layer's attention needs besides the batch. H, G are one rank's. */

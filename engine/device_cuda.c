@@ -175,7 +175,7 @@ static status setup_kv(cudev *c) {
 static status setup_rope(cudev *c) {
     const model_config *m = &c->config;
     const int32_t half = m->head_dim / 2;
-    const int32_t ctx = (int32_t)i64_min(m->ctx_max, (int64_t)c->n_pages * KV_PAGE_TOKENS);
+    const int32_t ctx = c->ctx_max;
     double inv_freq[1024], factor;
     CHECK(half <= COUNT_OF(inv_freq));
     rope_frequencies(&m->rope, m->head_dim, inv_freq, &factor);
@@ -251,8 +251,9 @@ static status cuda_setup(device *d, const device_setup *s) {
     c->n_pages = s->n_pages;
     const model_config *m = &c->config;
     const int64_t rows = (int64_t)s->max_tokens * (m->n_experts ? m->top_k : 1);
-    const int64_t ctx = i64_min(m->ctx_max, (int64_t)s->n_pages * KV_PAGE_TOKENS);
-    c->max_page_ids = s->max_seqs * div_up(ctx, KV_PAGE_TOKENS);
+    const int32_t ctx = s->ctx_max > 0 && s->ctx_max < m->ctx_max ? s->ctx_max : m->ctx_max;
+    c->ctx_max = (int32_t)i64_min(ctx, (int64_t)s->n_pages * KV_PAGE_TOKENS);
+    c->max_page_ids = s->max_seqs * div_up(c->ctx_max, KV_PAGE_TOKENS);
     CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
     cudev_load_done(c);
     /* Buffers follow: reserve for them too. Logits and router logits are f32 here. */
@@ -428,8 +429,10 @@ static status cuda_begin(device *d, const batch *b) {
     CHECK(b->n_seqs <= c->max_seqs);
     CHECK(b->n_samples <= c->max_samples);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
-    for (int32_t t = 0; t < b->n_tokens; t++)
+    for (int32_t t = 0; t < b->n_tokens; t++) {
         CHECK((uint32_t)b->token[t] < (uint32_t)c->config.vocab);
+        CHECK(b->position[t] < c->ctx_max);
+    }
     c->b = b;
     c->graph = decodes_alone(b) ? cudev_graphs_find(&c->graphs, b->n_seqs) : NULL;
     c->rows = c->graph ? c->graph->n_rows : b->n_tokens;

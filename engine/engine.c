@@ -105,7 +105,8 @@ static status load(engine *e, void (*progress)(void *, int64_t, int64_t), void *
                                 .max_tokens = o->policy.token_budget,
                                 .max_seqs = max_seqs,
                                 .max_samples = max_samples,
-                                .n_pages = e->capacity.n_pages};
+                                .n_pages = e->capacity.n_pages,
+                                .ctx_max = o->ctx_max};
     const forward_plan plan = forward_plan_default(e->device);
     TRY(forward_setup(e->forward, &setup, &plan));
 

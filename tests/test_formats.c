@@ -225,7 +225,8 @@ static void json_has_one_object_per_pair_and_architecture(void **state) {
     assert_int_equal(lines, 5 * (21 + 4));
     assert_int_equal(supported, 5 * 11 - 2 * 2); /* FP8 mma lacks on sm_80 and sm_86 */
     assert_int_equal(reasons, 5 * 10 + 2 * 2);
-    assert_int_equal(predicted, 4 * 2 + 2 * 2); /* quantised activations: int8, and FP8 from sm_89 */
+    assert_int_equal(predicted,
+                     4 * 2 + 2 * 2); /* quantised activations: int8, and FP8 from sm_89 */
     assert_int_equal(RUN("formats", "--json", "--gpu", "cpu"), 0);
     assert_null(strstr(output, "sm_"));
 }
