@@ -172,7 +172,7 @@ function amalgam.gpu(name) end
 --- Write a quantised checkpoint: method "rtn" (default), "gptq" or "awq"; layout
 --- "compressed-tensors" (default), "awq", "gptq", "gptq_v2", "fp8" or "modelopt"; calibration text
 --- of the seeded generator (for gptq and awq). Raises on failure.
----@param options { model: string, out: string, method?: string, precision?: string, layout?: string, calibration?: { seed?: integer, bytes?: integer }, threads?: integer }
+---@param options { model: string, out: string, method?: string, precision?: string,
 function amalgam.quantize(options) end
 
 ---@param name string
