@@ -31,7 +31,7 @@ LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 CUDA      ?= /usr/local/cuda
 NVCC      := $(CUDA)/bin/nvcc
 CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
-NVFLAGS   := -std=c++17 -O3 -lineinfo -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
+NVFLAGS   := -std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
 CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
@@ -101,11 +101,13 @@ $(O)/engine/devices.o: $(B)/generated/devices.def
 $(O)/engine/cmd_bench.o: $(B)/generated/bench.def
 $(CUDA_HOST:%.c=$(O)/%.o): CFLAGS += -isystem $(CUDA)/include
 
+# Registers and spills of a file's kernels stand in the .ptxas beside its object; a spill fails `gpu-tests`.
 # One compiler at a time where NVCC_LOCK names a file: cicc takes gigabytes.
 $(O)/%.cu.o: %.cu $(B)/generated/cuda_arch
 	@mkdir -p $(@D)
 	@echo "  nvcc  $<"
-	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP -c $< -o $@
+	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP \
+	    -c $< -o $@ 2>$@.ptxas || { cat $@.ptxas; rm -f $@; exit 1; }
 
 $(O)/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -175,6 +177,7 @@ asan-tests: $(TESTS)
 
 gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
 	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam $(GPU_TESTS)
+	$(Q)! grep -H -E '[1-9][0-9]* bytes spill|C75[0-9][0-9]' $(O)/kernels/linear*.cu.o.ptxas
 
 gpu-test: gpu-tests ## run them; needs a GPU
 	$(Q)for t in $(GPU_TESTS); do echo "  $$t" && $$t || exit 1; done
@@ -184,18 +187,21 @@ gpu-test: gpu-tests ## run them; needs a GPU
 FUZZ_SECONDS ?= 60
 FUZZ_CC    := clang-14
 FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
-FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/engine.c \
-                engine/forward.c engine/evaluate.c engine/serv% engine/reply.c engine/load.c \
-                engine/results.c engine/isolate.c engine/cudev%,$(wildcard engine/*.c))
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/serv% engine/results.c,$(wildcard engine/*.c))
 
 $(B)/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels $(PKG_CFLAGS) -MMD -MP -c $< -o $@
 
-$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(FUZZED:%.c=$(B)/fuzz/%.o)
+# An archive: each target takes the readers that it needs.
+$(B)/fuzz/library.a: $(FUZZED:%.c=$(B)/fuzz/%.o)
+	@rm -f $@
+	$(Q)ar rcs $@ $^
+
+$(B)/fuzz/%.run: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(B)/fuzz/library.a
 	@echo "  fuzz  $<"
 	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -fsanitize=fuzzer -iquote engine -iquote kernels -iquote tests/fuzz \
-	    $(PKG_CFLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+	    $(PKG_CFLAGS) $(filter %.c %.a,$^) -o $@ $(LDLIBS)
 
 fuzz-%: $(B)/fuzz/%.run ## fuzz a reader: chat_template http_body config … (FUZZ_SECONDS=60)
 	@mkdir -p $(B)/fuzz/$*

@@ -37,6 +37,7 @@ int cmd_evaluate(int argc, char **argv);
 int cmd_formats(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
+int cmd_bench_load(int argc, char **argv);
 int cmd_bench_serve(int argc, char **argv);
 int cmd_chat(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);

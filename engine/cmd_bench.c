@@ -163,6 +163,7 @@ static const struct {
     const char *help;
 } benches[] = {
     {"harness", bench_harness, "our own cost: null, sim and cpu devices"},
+    {"load", cmd_bench_load, "bytes a second out of a checkpoint's files, one core"},
     {"serve", cmd_bench_serve, "an OpenAI-compatible server, open loop"},
 #define BENCH(name) {#name, bench_##name, "on the GPU: see --help"},
 #include "bench.def"

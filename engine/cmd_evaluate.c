@@ -1,11 +1,49 @@
-/* cmd_evaluate.c - `amalgam eval`: perplexity of a text under a precision. */
+/* cmd_evaluate.c - `amalgam eval`: perplexity of a text under a precision, agreement with 16
+ * bit. */
 #include "cli.h"
 #include "evaluate.h"
 #include "json.h"
 
 #include <string.h>
 
-static status run(engine_options *o, const char *path, int32_t window, int32_t stride, bool json) {
+static status print_line(json_t *line) {
+    char *printed = line ? json_line(line) : NULL;
+    json_decref(line);
+    if (!printed) return FAIL(ST_NOMEM, "a line of JSON");
+    puts(printed);
+    mem_free(printed);
+    return ST_OK;
+}
+
+/* Beside the same weights in 16 bit, or those of another folder. */
+static status compare(engine *e, const engine_options *o, const char *against, const ids *tokens,
+                      int32_t window, int32_t stride, bool json) {
+    engine_options ro = *o;
+    engine *reference;
+    agreement_result r;
+    ro.model = against;
+    ro.precision = "W16A16KV16";
+    TRY(engine_open(&reference, &ro, NULL, NULL));
+    status st = evaluate_agreement(e, reference, tokens->data, tokens->length, window, stride, &r);
+    engine_close(reference);
+    TRY(st);
+    char name[PRECISION_NAME_MAX];
+    if (json)
+        return print_line(
+            json_pack("{s:s, s:s, s:s, s:I, s:f, s:f, s:f, s:f, s:f}", "model", o->model,
+                      "precision", precision_name(engine_precision(e), name), "reference", against,
+                      "positions", (json_int_t)r.n, "greedy_agreement", r.agreement, "kl_nats",
+                      r.kl_nats, "kl_nats_max", r.kl_nats_max, "perplexity", r.perplexity,
+                      "reference_perplexity", r.reference_perplexity));
+    printf("greedy agreement %.4f, KL divergence %.5f nats (largest %.3f) over %lld tokens; "
+           "perplexity %.4f, in 16 bit %.4f\n",
+           r.agreement, r.kl_nats, r.kl_nats_max, (long long)r.n, r.perplexity,
+           r.reference_perplexity);
+    return ST_OK;
+}
+
+static status run(engine_options *o, const char *path, const char *against, int32_t window,
+                  int32_t stride, bool json) {
     char dir[1024], *words = NULL;
     size_t n_words = 0;
     tokenizer *t = NULL;
@@ -19,6 +57,10 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
         st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL,
                               &tokens);
     if (st == ST_OK) st = engine_open(&e, o, NULL, NULL);
+    if (st == ST_OK && against) {
+        st = compare(e, o, against, &tokens, window, stride, json);
+        goto done;
+    }
     if (st == ST_OK) st = evaluate_perplexity(e, tokens.data, tokens.length, window, stride, &r);
     if (st == ST_OK && json) {
         char name[PRECISION_NAME_MAX];
@@ -27,14 +69,12 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
                                  path, "scored_tokens", (json_int_t)r.n_scored, "nll_nats", r.nll,
                                  "perplexity", r.perplexity, "bits_per_byte",
                                  r.nll / 0.6931471805599453 * (double)r.n_scored / (double)n_words);
-        char *printed = line ? json_line(line) : NULL;
-        puts(printed ? printed : "{}");
-        mem_free(printed);
-        json_decref(line);
+        st = print_line(line);
     } else if (st == ST_OK) {
         printf("perplexity %.4f over %lld tokens (%.4f nats a token)\n", r.perplexity,
                (long long)r.n_scored, r.nll);
     }
+done:
     engine_close(e);
     tokenizer_close(t);
     ids_free(&tokens);
@@ -43,7 +83,7 @@ static status run(engine_options *o, const char *path, int32_t window, int32_t s
 }
 
 int cmd_evaluate(int argc, char **argv) {
-    const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL;
+    const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL, *against = NULL;
     const char *family = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
@@ -52,6 +92,8 @@ int cmd_evaluate(int argc, char **argv) {
         {"--precision", CLI_TEXT, &format, "NAME", "auto: weights as stored, A16 KV16"},
         {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
         {"--text", CLI_TEXT, &path, "FILE", "what to score"},
+        {"--against", CLI_TEXT, &against, "DIR",
+         "16-bit checkpoint: print greedy agreement and KL divergence"},
         {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
         {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
         {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
@@ -77,5 +119,5 @@ int cmd_evaluate(int argc, char **argv) {
     o.policy.token_budget = (int32_t)i64_max(window, 64);
     o.policy.max_seqs = 1;
     o.max_samples = (int32_t)window;
-    return cli_exit(run(&o, path, (int32_t)window, (int32_t)stride, json));
+    return cli_exit(run(&o, path, against, (int32_t)window, (int32_t)stride, json));
 }

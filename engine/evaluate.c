@@ -41,10 +41,10 @@ static status window_open(window_batch *w, int32_t window, int32_t vocab) {
     return ST_OK;
 }
 
-/* Sum of log-probabilities of token[from+1 .. n) given all before them. */
-static status score_window(engine *e, window_batch *w, const int32_t *token, int32_t n,
-                           int32_t from, double *sum) {
-    const int32_t vocab = engine_config(e)->vocab, rows = n - 1 - from;
+/* Logits of rows from .. n - 2 of a window: predictions of token[from+1 .. n). */
+static status run_window(engine *e, window_batch *w, const int32_t *token, int32_t n,
+                         int32_t from) {
+    const int32_t rows = n - 1 - from;
     for (int32_t i = 0; i < rows; i++) w->sample[i] = (sample_row){.row = from + i, .draw = 0};
     const int32_t seq_start[2] = {0, n}, page_start[2] = {0, (int32_t)div_up(n, KV_PAGE_TOKENS)};
     const int64_t id = 0;
@@ -62,15 +62,21 @@ static status score_window(engine *e, window_batch *w, const int32_t *token, int
                      .sample = w->sample};
     int64_t cost;
     TRY(forward_step(engine_forward(e), &b, w->sampled, &cost));
-    TRY(forward_logits(engine_forward(e), w->logits));
+    return forward_logits(engine_forward(e), w->logits);
+}
+
+/* Sum of log-probabilities of token[from+1 .. n) given all before them. */
+static status score_window(engine *e, window_batch *w, const int32_t *token, int32_t n,
+                           int32_t from, double *sum) {
+    const int32_t vocab = engine_config(e)->vocab, rows = n - 1 - from;
+    TRY(run_window(e, w, token, n, from));
     for (int32_t i = 0; i < rows; i++)
         *sum += log_probability(w->logits + (int64_t)i * vocab, vocab, token[from + i + 1]);
     return ST_OK;
 }
 
-status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
-                           int32_t stride, perplexity_result *out) {
-    *out = (perplexity_result){.nll = NAN, .perplexity = NAN};
+static status check_text(engine *e, const int32_t *token, int64_t n, int32_t window,
+                         int32_t stride) {
     if (n < 2) return FAIL(ST_RANGE, "a text of %lld tokens has nothing to score", (long long)n);
     if (window < 2 || stride < 1 || stride >= window)
         return FAIL(ST_RANGE, "window %d and stride %d: stride must be below window", window,
@@ -85,6 +91,13 @@ status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t w
     for (int64_t i = 0; i < n; i++)
         if (token[i] < 0 || token[i] >= engine_config(e)->vocab)
             return FAIL(ST_RANGE, "token %d is outside the vocabulary", token[i]);
+    return ST_OK;
+}
+
+status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
+                           int32_t stride, perplexity_result *out) {
+    *out = (perplexity_result){.nll = NAN, .perplexity = NAN};
+    TRY(check_text(e, token, n, window, stride));
     window_batch w = {0};
     status st = window_open(&w, window, engine_config(e)->vocab);
     double sum = 0;
@@ -99,6 +112,84 @@ status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t w
     out->n_scored = n - 1;
     out->nll = -sum / (double)out->n_scored;
     out->perplexity = exp(out->nll);
+    return ST_OK;
+}
+
+/* --- Agreement ---------------------------------------------------------------------------------
+ */
+
+static int32_t most_likely(const float *x, int32_t n) {
+    int32_t best = 0;
+    for (int32_t i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* log of the sum of exponentials, in double. */
+static double log_total(const float *x, int32_t n) {
+    const double top = (double)x[most_likely(x, n)];
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += exp((double)x[i] - top);
+    return top + log(sum);
+}
+
+/* One position: x the engine's logits, y the reference's. KL never falls below 0 by rounding. */
+static void compare_row(agreement_result *r, const float *x, const float *y, int32_t vocab,
+                        int32_t target) {
+    const double zx = log_total(x, vocab), zy = log_total(y, vocab);
+    double kl = 0;
+    for (int32_t i = 0; i < vocab; i++) {
+        const double log_y = (double)y[i] - zy, log_x = (double)x[i] - zx;
+        kl += exp(log_y) * (log_y - log_x);
+    }
+    if (kl < 0) kl = 0;
+    r->n++;
+    r->agreement += most_likely(x, vocab) == most_likely(y, vocab);
+    r->kl_nats += kl;
+    if (!(kl <= r->kl_nats_max)) r->kl_nats_max = kl;
+    r->perplexity -= (double)x[target] - zx;
+    r->reference_perplexity -= (double)y[target] - zy;
+}
+
+static status compare_windows(engine *e, engine *reference, window_batch *x, window_batch *y,
+                              const int32_t *token, int64_t n, int32_t window, int32_t stride,
+                              agreement_result *r) {
+    const int32_t vocab = engine_config(e)->vocab;
+    int64_t scored = 1;
+    for (int64_t at = 0; scored < n; at += stride) {
+        const int32_t size = (int32_t)i64_min(window, n - at), from = (int32_t)(scored - 1 - at);
+        TRY(run_window(e, x, token + at, size, from));
+        TRY(run_window(reference, y, token + at, size, from));
+        for (int32_t i = 0; i < size - 1 - from; i++)
+            compare_row(r, x->logits + (int64_t)i * vocab, y->logits + (int64_t)i * vocab, vocab,
+                        token[at + from + i + 1]);
+        scored = at + size;
+    }
+    return ST_OK;
+}
+
+status evaluate_agreement(engine *e, engine *reference, const int32_t *token, int64_t n,
+                          int32_t window, int32_t stride, agreement_result *out) {
+    const int32_t vocab = engine_config(e)->vocab;
+    *out = (agreement_result){.agreement = NAN, .kl_nats = NAN};
+    TRY(check_text(e, token, n, window, stride));
+    TRY(check_text(reference, token, n, window, stride));
+    if (engine_config(reference)->vocab != vocab)
+        return FAIL(ST_SHAPE, "vocabularies of %d and %d tokens", vocab,
+                    engine_config(reference)->vocab);
+    window_batch x = {0}, y = {0};
+    agreement_result r = {.n = 0};
+    status st = window_open(&x, window, vocab);
+    if (st == ST_OK) st = window_open(&y, window, vocab);
+    if (st == ST_OK) st = compare_windows(e, reference, &x, &y, token, n, window, stride, &r);
+    arena_close(&x.memory);
+    arena_close(&y.memory);
+    TRY(st);
+    r.agreement /= (double)r.n;
+    r.kl_nats /= (double)r.n;
+    r.perplexity = exp(r.perplexity / (double)r.n);
+    r.reference_perplexity = exp(r.reference_perplexity / (double)r.n);
+    *out = r;
     return ST_OK;
 }
 

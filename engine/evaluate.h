@@ -20,6 +20,20 @@ typedef struct {
 status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
                            int32_t stride, perplexity_result *out);
 
+/* How far the distributions of one engine are from those of another: that in 16 bit. */
+typedef struct {
+    int64_t n;          /* positions compared: those that evaluate_perplexity scores */
+    double agreement;   /* share of them where both find the same token most likely */
+    double kl_nats;     /* mean over positions of KL(reference || engine) */
+    double kl_nats_max; /* the worst position's */
+    double perplexity, reference_perplexity;
+} agreement_result;
+
+/* Both engines read the same windows of the text, teacher-forced. Conditions as for
+ * evaluate_perplexity, for both; their vocabularies must be the same size. */
+status evaluate_agreement(engine *e, engine *reference, const int32_t *token, int64_t n,
+                          int32_t window, int32_t stride, agreement_result *out);
+
 typedef struct {
     int64_t n, n_exact;
     double accuracy; /* n_exact / n */

@@ -9,6 +9,7 @@
 #include "load.h"
 #include "lua_json.h"
 #include "progress.h"
+#include "quantise.h"
 #include "results.h"
 
 #include <dirent.h>
@@ -124,6 +125,7 @@ static const char *const engine_keys[] = {"model",
                                           "window",
                                           "stride",
                                           "tasks",
+                                          "against",
                                           NULL};
 
 /* Options shared by every call that opens an engine. `t` is the option table. */
@@ -573,7 +575,24 @@ static int l_capacity(lua_State *L) {
 /* --- evaluate ----------------------------------------------------------------------------------
  */
 
-static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32_t stride) {
+/* `against` names a checkpoint that is run in 16 bit beside the engine: how often both find the
+ * same token most likely, and how far their distributions are apart. */
+static status evaluate_against(session *s, const engine_options *o, const char *against,
+                               const ids *tokens, int32_t window, int32_t stride,
+                               agreement_result *out) {
+    engine_options ro = *o;
+    engine *reference;
+    ro.model = against;
+    ro.precision = "W16A16KV16";
+    TRY(engine_open(&reference, &ro, NULL, NULL));
+    const status st =
+        evaluate_agreement(s->engine, reference, tokens->data, tokens->length, window, stride, out);
+    engine_close(reference);
+    return st;
+}
+
+static void evaluate_text(lua_State *L, session *s, const engine_options *o, int t, int32_t window,
+                          int32_t stride) {
     static const char *const known[] = {"seed", "bytes", NULL};
     const int at = lua_gettop(L);
     int64_t seed = 0, bytes = 65536;
@@ -581,6 +600,9 @@ static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32
     opt_int(L, at, "seed", 0, INT32_MAX, &seed);
     opt_int(L, at, "bytes", 1, 1 << 30, &bytes);
     lua_pop(L, 1);
+    const char *against = NULL;
+    opt_str(L, 1, "against", &against);
+    agreement_result a = {0};
     text corpus = {0};
     ids tokens = {0};
     perplexity_result r;
@@ -590,6 +612,7 @@ static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32
                               &tokens);
     if (st == ST_OK)
         st = evaluate_perplexity(s->engine, tokens.data, tokens.length, window, stride, &r);
+    if (st == ST_OK && against) st = evaluate_against(s, o, against, &tokens, window, stride, &a);
     text_free(&corpus);
     ids_free(&tokens);
     if (st != ST_OK) luaL_error(L, "%s", fail_message());
@@ -597,6 +620,12 @@ static void evaluate_text(lua_State *L, session *s, int t, int32_t window, int32
     set_num(L, "perplexity", r.perplexity);
     set_num(L, "nll_nats", r.nll);
     set_int(L, "scored_tokens", r.n_scored);
+    if (against) {
+        set_num(L, "greedy_agreement", a.agreement);
+        set_num(L, "kl_nats", a.kl_nats);
+        set_num(L, "kl_nats_max", a.kl_nats_max);
+        set_num(L, "reference_perplexity", a.reference_perplexity);
+    }
     lua_pop(L, 1);
 }
 
@@ -653,10 +682,61 @@ static int l_evaluate(lua_State *L) {
     set_digest(L, engine_digest(s->engine));
     lua_newtable(L);
     lua_setfield(L, t, "metrics");
-    if (opt_table(L, 1, "text")) evaluate_text(L, s, t, window, stride);
+    if (opt_table(L, 1, "text")) evaluate_text(L, s, &o, t, window, stride);
     if (opt_table(L, 1, "tasks")) evaluate_task_list(L, s, t);
     lua_settop(L, t);
     return 1;
+}
+
+/* --- quantize ----------------------------------------------------------------------------------
+ */
+
+/* amalgam.quantize { model =, out =, method =, precision =, layout =, threads =,
+ * calibration = {seed =, bytes =} }: writes a checkpoint; the text is the seeded generator's under
+ * a training seed. */
+static int l_quantize(lua_State *L) {
+    static const char *const known[] = {"model",  "out",         "method",  "precision",
+                                        "layout", "calibration", "threads", NULL};
+    quantise_options o = QUANTISE_OPTIONS_DEFAULT;
+    const char *model = NULL, *method = "rtn", *format = "W4", *layout = "compressed-tensors";
+    int64_t seed = 0, bytes = 65536;
+    check_keys(L, 1, "quantize", known);
+    opt_str(L, 1, "model", &model);
+    opt_str(L, 1, "out", &o.out);
+    opt_str(L, 1, "method", &method);
+    opt_str(L, 1, "precision", &format);
+    opt_str(L, 1, "layout", &layout);
+    opt_i32(L, 1, "threads", 0, 1024, &o.threads);
+    if (!model || !o.out) return luaL_error(L, "quantize needs 'model' and 'out'");
+    if (opt_table(L, 1, "calibration")) {
+        static const char *const text_keys[] = {"seed", "bytes", NULL};
+        check_keys(L, lua_gettop(L), "calibration", text_keys);
+        opt_int(L, lua_gettop(L), "seed", 0, INT32_MAX, &seed);
+        opt_int(L, lua_gettop(L), "bytes", 1, 1 << 30, &bytes);
+        lua_pop(L, 1);
+    }
+    char dir[1024];
+    tokenizer *t = NULL;
+    text corpus = {0};
+    ids tokens = {0};
+    status st = quantise_method_parse(&o.method, method);
+    if (st == ST_OK) st = save_layout_parse(&o.layout, layout);
+    if (st == ST_OK) st = precision_parse(&o.precision, format);
+    if (st == ST_OK) st = model_dir(dir, sizeof dir, model);
+    if (st == ST_OK) st = tokenizer_open(&t, dir);
+    if (st == ST_OK) st = corpus_text(&corpus, NULL, (uint64_t)seed, (size_t)bytes);
+    if (st == ST_OK)
+        st = tokenizer_encode(t, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL, &tokens);
+    if (st == ST_OK) {
+        o.model = dir;
+        o.token = tokens.data;
+        o.n_tokens = tokens.length;
+        st = quantise_checkpoint(&o);
+    }
+    tokenizer_close(t);
+    text_free(&corpus);
+    ids_free(&tokens);
+    return st == ST_OK ? 0 : luaL_error(L, "%s", fail_message());
 }
 
 /* --- Registry ----------------------------------------------------------------------------------
@@ -989,6 +1069,7 @@ static const luaL_Reg functions[] = {
     {"model", l_model},
     {"gpu", l_gpu},
     {"precision", l_precision},
+    {"quantize", l_quantize},
     {"json_encode", l_json_encode},
     {"json_decode", l_json_decode},
     {"hash", l_hash},

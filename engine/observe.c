@@ -81,6 +81,13 @@ static bool which(const observer *o, const weight *w, int32_t *layer, int32_t *k
     return false;
 }
 
+/* 1 / root mean square of a row; 0 for a row of zeros. */
+static float weight_of_row(const float *x, int32_t k) {
+    double sum = 0;
+    for (int32_t i = 0; i < k; i++) sum += (double)x[i] * (double)x[i];
+    return sum > 0 ? (float)(1 / sqrt(sum / k)) : 0;
+}
+
 /* Add rows x[row[i]] (row NULL = i), i in [0, n). Products in f32 over ROWS, sums in f64. */
 static void add_rows(observer *o, moments *m, const float *x, const int32_t *row, int64_t n) {
     const int32_t k = m->k;
@@ -88,9 +95,10 @@ static void add_rows(observer *o, moments *m, const float *x, const int32_t *row
         const int32_t count = (int32_t)i64_min(ROWS, n - at);
         for (int32_t r = 0; r < count; r++) {
             const float *from = x + (row ? row[at + r] : at + r) * k;
+            const float factor = weight_of_row(from, k);
             for (int32_t i = 0; i < k; i++) {
-                o->turned[(int64_t)i * count + r] = from[i];
-                m->magnitude[i] += fabs((double)from[i]);
+                o->turned[(int64_t)i * count + r] = from[i] * factor;
+                m->magnitude[i] += fabs((double)from[i]) * (double)factor;
             }
         }
 #pragma omp parallel for schedule(static) if (k >= 128)

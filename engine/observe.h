@@ -7,7 +7,10 @@
 #define AMALGAM_OBSERVE_H
 #include "engine.h"
 
-/* Of one matrix' inputs x [rows, k]. */
+/* Of one matrix' inputs x [rows, k], each row divided by its root mean square. Without that a few
+ * tokens with massive activations (the first ones, where attention rests) outweigh all others in
+ * what down and o are fed, although the norm that follows divides their error by as much: on the
+ * tiny checkpoint gptq then wins back 54 % of the perplexity of W4 in place of 37 %. */
 typedef struct {
     int32_t k;
     int64_t rows;

@@ -151,8 +151,10 @@ static status read_entries(safetensors *s, shard *f, const json_t *header, int64
             return FAIL(ST_FORMAT, "%s: tensor '%s' is no object", where, key);
         TRY(read_tensor(t, entry, data, n, where));
     }
-    if (s->n > first) qsort(s->tensor + first, (size_t)(s->n - first), sizeof *s->tensor, by_place);
-    return check_cover(s->tensor + first, s->n - first, data, n, where);
+    const int32_t added = s->n - first;
+    tensor_view *own = s->tensor ? s->tensor + first : NULL; /* a file may hold no tensor */
+    if (added > 0) qsort(own, (size_t)added, sizeof *own, by_place);
+    return check_cover(own, added, data, n, where);
 }
 
 /* Map a file, check its header, add its tensors. */

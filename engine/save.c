@@ -154,8 +154,8 @@ typedef struct {
 /* Unsigned code of row n, canonical column j. */
 static uint32_t code_of(const writing *w, int32_t n, int32_t j) {
     const int64_t at = (int64_t)n * w->k + j;
-    if (w->bits == 4) return w->q->code[at / 2] >> (at % 2 ? 4 : 0) & 15u;
-    return w->q->format == WF_INT8 ? w->q->code[at] ^ 0x80u : w->q->code[at];
+    if (w->bits == 4) return (uint32_t)w->q->code[at / 2] >> (at % 2 ? 4 : 0) & 15u;
+    return w->q->format == WF_INT8 ? (uint32_t)w->q->code[at] ^ 0x80u : w->q->code[at];
 }
 
 static uint32_t zero_of(const writing *w, int32_t n, int32_t g) {

@@ -574,10 +574,9 @@ static status set_stored(checkpoint *k, weight_source *s) {
     if (f->why || !s->shape.quantise) return ST_OK;
     const packed_matrix *m = s->part->packed;
     f->weight = m->format;
-    f->group =
-        m->group == m->k && (m->format == WF_INT4 || m->format == WF_INT8 || m->format == WF_FP8)
-            ? 0
-            : m->group;
+    const bool by_row = m->format == WF_INT8 || m->format == WF_FP8;
+    f->group = by_row ? 0 : m->group;
+    f->k = m->k;
     f->sym = m->format == WF_INT4 && m->sym;
     return set_order(k, s);
 }
@@ -756,7 +755,8 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
  */
 
 static const char *form_name(const stored_form *f, char *buf) {
-    const precision p = {.weight = f->weight, .group = f->group, .sym = f->sym};
+    const bool whole = f->weight == WF_INT4 && f->group == f->k;
+    const precision p = {.weight = f->weight, .group = whole ? 0 : f->group, .sym = f->sym};
     precision_name(&p, buf);
     *strchr(buf, 'A') = 0;
     return buf;
@@ -769,8 +769,10 @@ static status refuse_codes(const stored_form *f) {
     return FAIL(ST_UNSUPPORTED, "tensor '%s': %s; W16 dequantises at load", f->first, f->why);
 }
 
+/* A group that is the whole row has two names: W4g128 and W4gK at k = 128. */
 static bool same_form(const stored_form *f, const precision *p) {
-    return f->weight == p->weight && f->group == p->group && f->sym == p->sym;
+    const int32_t group = p->weight == WF_INT4 && p->group == 0 ? f->k : p->group;
+    return f->weight == p->weight && f->group == group && f->sym == p->sym;
 }
 
 bool weight_source_has_codes(const weight_source *s, const precision *p) {
@@ -812,27 +814,36 @@ void weight_source_qmatrix(const weight_source *s, int32_t index, qmatrix *q) {
     }
 }
 
+/* Is this a linear whose codes a precision is asked for? */
+static bool is_stored_linear(const weight_source *s) {
+    return s->stored.packed && s->shape.quantise;
+}
+
 status checkpoint_precision(const checkpoint *k, precision *p) {
     const stored_form *first = NULL;
-    p->weight = WF_16;
-    p->group = 0;
-    p->sym = false;
-    if (!k->packed) return ST_OK;
+    precision found = {.weight = WF_16};
     const size_t n = source_at((weight_field)0, k->config.n_layers);
-    for (size_t i = 0; i < n; i++) {
-        const weight_source *s = &k->source[i];
-        if (!s->stored.packed || !s->shape.quantise) continue;
-        if (s->stored.why) return refuse_codes(&s->stored);
-        if (!first) first = &s->stored;
-        if (first->weight != s->stored.weight || first->group != s->stored.group ||
-            first->sym != s->stored.sym)
+    for (size_t i = 0; k->packed && i < n; i++) { /* groups that are no whole rows decide */
+        const stored_form *f = &k->source[i].stored;
+        if (!is_stored_linear(&k->source[i])) continue;
+        if (f->why) return refuse_codes(f);
+        if (!first) first = f;
+        if (found.group == 0 && !(f->weight == WF_INT4 && f->group == f->k)) found.group = f->group;
+    }
+    if (first) {
+        found.weight = first->weight;
+        found.sym = first->sym;
+    }
+    for (size_t i = 0; i < n && first; i++) {
+        const stored_form *f = &k->source[i].stored;
+        if (is_stored_linear(&k->source[i]) && !same_form(f, &found))
             return FAIL(ST_UNSUPPORTED,
                         "tensors '%s' and '%s' have different formats; W16 dequantises at load",
-                        first->first, s->stored.first);
+                        first->first, f->first);
     }
-    p->weight = first->weight;
-    p->group = first->group;
-    p->sym = first->sym;
+    p->weight = found.weight;
+    p->group = found.group;
+    p->sym = found.sym;
     return ST_OK;
 }
 

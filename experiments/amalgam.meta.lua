@@ -169,6 +169,12 @@ function amalgam.model(name) end
 ---@return GpuFacts
 function amalgam.gpu(name) end
 
+--- Write a quantised checkpoint: method "rtn" (default), "gptq" or "awq"; layout
+--- "compressed-tensors" (default), "awq", "gptq", "gptq_v2", "fp8" or "modelopt"; calibration text
+--- of the seeded generator (for gptq and awq). Raises on failure.
+---@param options { model: string, out: string, method?: string, precision?: string, layout?: string, calibration?: { seed?: integer, bytes?: integer }, threads?: integer }
+function amalgam.quantize(options) end
+
 ---@param name string
 ---@return string|nil canonical nil when it is no precision
 ---@return string|nil reason

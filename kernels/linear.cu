@@ -82,16 +82,16 @@ __global__ void pack_scales(const pack_args a) {
 
 // --- Choice ------------------------------------------------------------------------------------
 
-// Best first for problems of up to `rows` x rows (an expert's, on average); measured in e07. A gated
-// epilogue wants two blocks a warpgroup and goes on to the next name that has them.
+// Best first for problems of up to `rows` x rows (an expert's, on average); measured in e07. A
+// gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
 struct preference {
     int32_t family, rows;
     const char *name;
 };
 const preference preferences[] = {
-    {90, 8, "hopper_8x1"},         {90, 8, "hopper_8x2"},   {90, 16, "hopper_16x1"},
-    {90, 16, "hopper_16x2"},       {90, 32, "hopper_32x2"}, {90, 64, "hopper_64x2"},
-    {90, 1 << 30, "hopper_128x2"}, {80, 8, "ampere_8x1"},   {80, 16, "ampere_16x1"},
+    {90, 8, "hopper_8x1"},         {90, 8, "hopper_8x2"},        {90, 16, "hopper_16x1"},
+    {90, 16, "hopper_16x2"},       {90, 32, "hopper_32x2"},      {90, 64, "hopper_64x2"},
+    {90, 1 << 30, "hopper_128x2"}, {80, 8, "ampere_8x1"},        {80, 16, "ampere_16x1"},
     {80, 32, "ampere_32x2"},       {80, 1 << 30, "ampere_64x2"},
 };
 
@@ -102,17 +102,14 @@ bool gated(const linear_problem *p) {
 bool accepts(const linear_variant *v, const linear_problem *p, const linear_layout *l) {
     if (v->format != p->w->format || v->type != p->w->type) return false;
     if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
-    if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) && l->granule)
+    if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) &&
+        l->granule)
         return false;
     return !gated(p) || v->blocks % 4 == 0;
 }
 
-linear_table hopper_table() {
-    return linear_hopper_table ? linear_hopper_table() : linear_table{nullptr, 0};
-}
-
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[2] = {hopper_table(), linear_ampere_table()};
+    const linear_table tables[2] = {linear_hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -182,14 +179,16 @@ extern "C" const char *linear_choice(const linear_problem *p) {
     if (check(p) != ST_OK) return nullptr;
     const linear_layout l = linear_layout_of(p->w);
     const linear_variant *v = choose(p, &l);
-    if (!v) FAIL(ST_UNSUPPORTED, "no linear kernel for W%s on sm_%d", weight_format_text(p->w->format), p->sm);
+    if (!v)
+        FAIL(ST_UNSUPPORTED, "no linear kernel for W%s on sm_%d", weight_format_text(p->w->format),
+             p->sm);
     return v ? v->name : nullptr;
 }
 
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table t = family == 80 ? linear_ampere_table() : hopper_table();
+    const linear_table t = family == 80 ? linear_ampere_table() : linear_hopper_table();
     int n = 0;
     for (int32_t i = 0; i < t.n && n < 63; i++) {
         bool seen = false;
@@ -207,8 +206,8 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     linear_layout l = linear_layout_of(w);
     const linear_variant *v = choose(p, &l);
     if (!v)
-        return FAIL(ST_UNSUPPORTED, "no linear kernel %s for W%s on sm_%d", p->kernel ? p->kernel : "",
-                    weight_format_text(w->format), p->sm);
+        return FAIL(ST_UNSUPPORTED, "no linear kernel %s for W%s on sm_%d",
+                    p->kernel ? p->kernel : "", weight_format_text(w->format), p->sm);
     linear_args a = {};
     a.paired = gated(p);
     if (a.paired && !w->gated) {

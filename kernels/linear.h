@@ -80,7 +80,8 @@ int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_
 
 /* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.
  * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph.
- * CTAs of a launch wait for each other: one linear at a time on a GPU, so one stream for all of them. */
+ * CTAs of a launch wait for each other: one linear at a time on a GPU, so one stream for all of
+ * them. */
 status kernel_linear(const linear_problem *p, kernel_stream stream);
 
 /* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. */

@@ -1,6 +1,7 @@
-// linear_ampere.cu - y^T = W x^T through mma.sync m16n8k16 with a cp.async pipeline; any format, any GPU
-// from sm_80. Eight warps load and compute; weights go from shared memory to registers as they lie there
-// (16 bytes a lane), x through ldmatrix from rows of 128 bytes whose 16-byte chunks are swapped by row.
+// linear_ampere.cu - y^T = W x^T through mma.sync m16n8k16 with a cp.async pipeline; any format,
+// any GPU from sm_80. Eight warps load and compute; weights go from shared memory to registers as
+// they lie there (16 bytes a lane), x through ldmatrix from rows of 128 bytes whose 16-byte
+// chunks are swapped by row.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 
@@ -40,7 +41,9 @@ __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool there
                  "r"(there ? 16 : 0)
                  : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
@@ -94,7 +97,8 @@ __device__ __forceinline__ void load_stage(const linear_args &p, const linear_se
             if (b < p.blocks)
                 copy16(at + S::code + S::x + slot * unit_scale_bytes(F) + in * 16,
                        p.scale + s.expert * p.scale_bytes +
-                           ((int64_t)b * p.granules + (unit * 64 >> p.granule_shift)) * p.granule_bytes +
+                           ((int64_t)b * p.granules + (unit * 64 >> p.granule_shift)) *
+                               p.granule_bytes +
                            in * 16,
                        true);
         }
@@ -156,13 +160,13 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[R][NT / 2], const li
             dequant_word<T, F>(a, &reinterpret_cast<const uint32_t *>(&chunk[r])[j * bits % 16 / 4],
                                scales[r]);
 #pragma unroll
-            for (int i = 0; i < NT / 8; i++)
-                multiply(&acc[r][4 * i], a, b[i][0], b[i][1], T{});
+            for (int i = 0; i < NT / 8; i++) multiply(&acc[r][4 * i], a, b[i][0], b[i][1], T{});
         }
     }
 }
 
-// As many stages as asked for, within the shared memory of the smallest GPU (99 KB less what is static).
+// As many stages as asked for, within the shared memory of the smallest GPU (99 KB less what is
+// static).
 template <int F, int NT, int R, int kWanted> constexpr int stages_of() {
     constexpr int fit = 88 * 1024 / stage<F, NT, R>::bytes;
     static_assert(fit >= 2, "tile too large");
@@ -213,22 +217,34 @@ template <typename T, int F, int NT, int R, int kStages, int kCtas>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_ampere<T, F, NT, R, kStages, kCtas>;
     constexpr int bytes = kStages * stage<F, NT, R>::bytes;
-    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int fit = 0;
     if (e == cudaSuccess)
         e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, bytes);
     if (e == cudaSuccess) {
-        const int ctas = n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
+        const int ctas =
+            n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
         kernel<<<ctas, kThreads, bytes, (cudaStream_t)stream>>>(*args);
         e = cudaGetLastError();
     }
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
 }
 
-#define T_F16 __half
+#define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(F, T, NT, R, STAGES, CTAS)                                                             \
-    {"ampere_" #NT "x" #R, 80, SM_ANY, WF_##F, DT_##T, NT, 2 * R, 1, 16, 128, CTAS,                \
+    {"ampere_" #NT "x" #R,                                                                         \
+     80,                                                                                           \
+     SM_ANY,                                                                                       \
+     WF_##F,                                                                                       \
+     DT_##T,                                                                                       \
+     NT,                                                                                           \
+     2 * R,                                                                                        \
+     1,                                                                                            \
+     16,                                                                                           \
+     128,                                                                                          \
+     CTAS,                                                                                         \
      launch<T_##T, WF_##F, NT, R, stages_of<WF_##F, NT, R, STAGES>(), CTAS>},
 enum { SM_ANY = 999 };
 const linear_variant rows[] = {AMPERE_INSTANCES(ROW)};

@@ -1,16 +1,18 @@
-// linear_common.cuh - what the linear kernels of both families share: the problem as a kernel sees it,
-// the walk over it, the exchange of partial sums, and the epilogue.
+// linear_common.cuh - what the linear kernels of both families share: the problem as a kernel
+// sees it, the walk over it, the exchange of partial sums, and the epilogue.
 //
-// Work is counted in steps: one step is KU units (64 inputs each) of one tile of 2 R blocks x NT rows of
-// x. The first sk_tiles tiles are one long line of steps that is cut evenly over all CTAs (stream-K); the
-// others are dealt out whole. Of a tile that two or three CTAs share, all but the first deposit their sums in
-// the workspace and the first adds them to its own. Of a tile that more share, all deposit, wait at their
-// end for each other, and finish a part of it each. Either way sums are added in ascending order of K. The cuts depend on the problem's shape and the number of CTAs alone, so the bits are the
-// same on every run. All CTAs of a launch must fit the GPU at once.
+// Work is counted in steps: one step is KU units (64 inputs each) of one tile of 2 R blocks x NT
+// rows of x. The first sk_tiles tiles are one long line of steps that is cut evenly over all CTAs
+// (stream-K); the others are dealt out whole. Of a tile that two or three CTAs share, all but the
+// first deposit their sums in the workspace and the first adds them to its own. Of a tile that
+// more share, all deposit, wait at their end for each other, and finish a part of it each. Either
+// way sums are added in ascending order of K. The cuts depend on the problem's shape and the
+// number of CTAs alone, so the bits are the same on every run. All CTAs of a launch must fit the
+// GPU at once.
 //
-// Eight warps compute: warp w takes strip w % 4 of blocks (w / 4) R .. + R - 1 of the tile. A lane's
-// accumulators of one strip are those of mma m16n8: [4 j + 0, 1] = row g, x rows 8 j + 2 t, + 1;
-// [4 j + 2, 3] = row g + 8.
+// Eight warps compute: warp w takes strip w % 4 of blocks (w / 4) R .. + R - 1 of the tile. A
+// lane's accumulators of one strip are those of mma m16n8: [4 j + 0, 1] = row g, x rows 8 j + 2
+// t, + 1; [4 j + 2, 3] = row g + 8.
 #ifndef LINEAR_COMMON_CUH
 #define LINEAR_COMMON_CUH
 #include "linear_dequant.cuh"
@@ -20,8 +22,8 @@ enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8 };
 struct linear_args {
     const uint8_t *code, *scale; // [count][code_bytes], [count][scale_bytes]
     const void *bias;            // [count, n] or NULL
-    const float *channel;        // [count][blocks * 64], formats that scale in the epilogue; or NULL
-    const float *global_scale;   // [count] or NULL
+    const float *channel;      // [count][blocks * 64], formats that scale in the epilogue; or NULL
+    const float *global_scale; // [count] or NULL
     const void *x;
     void *y;
     int64_t ldx, ldy, code_bytes, scale_bytes;
@@ -35,7 +37,8 @@ struct linear_args {
     int32_t n_tiles, steps; // tiles along N; steps of one tile
 };
 
-// --- Walk --------------------------------------------------------------------------------------------
+// --- Walk
+// --------------------------------------------------------------------------------------------
 
 struct linear_segment {
     int32_t expert, m0, m_end, tile_n; // rows [m0, m_end) of the permuted problem
@@ -54,11 +57,14 @@ template <int NT> struct linear_walk {
         cta = ctas - 1 - (int32_t)blockIdx.x;
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
         int32_t sk_tiles = tiles;
-        // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many tiles only
-        // the last wave and what is left over, so that most tiles are nobody's but one CTA's.
+        // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many
+        // tiles only the last wave and what is left over, so that most tiles are nobody's but one
+        // CTA's.
         const int32_t waves = (tiles + ctas - 1) / ctas;
-        if (tiles * 16 >= waves * ctas * 15) sk_tiles = 0;
-        else if (tiles > 2 * ctas) sk_tiles = tiles % ctas + ctas;
+        if (tiles * 16 >= waves * ctas * 15)
+            sk_tiles = 0;
+        else if (tiles > 2 * ctas)
+            sk_tiles = tiles % ctas + ctas;
         share = sk_tiles * p.steps / ctas;
         rest = sk_tiles * p.steps % ctas;
         at = cut(cta);
@@ -96,8 +102,10 @@ template <int NT> struct linear_walk {
             int32_t lo = 0, hi = p.count; // the last expert whose first tile is not past t
             while (hi - lo > 1) {
                 const int32_t mid = (lo + hi) / 2;
-                if (tile_start[mid] <= t) lo = mid;
-                else hi = mid;
+                if (tile_start[mid] <= t)
+                    lo = mid;
+                else
+                    hi = mid;
             }
             s.expert = lo;
             row0 = p.expert_start[lo];
@@ -113,11 +121,9 @@ template <int NT> struct linear_walk {
 };
 
 // First tile of every expert, by all threads of the CTA; experts without rows have none.
-template <int NT>
-__device__ void linear_tile_starts(int32_t *tile_start, const linear_args &p) {
+template <int NT> __device__ void linear_tile_starts(int32_t *tile_start, const linear_args &p) {
     for (int e = threadIdx.x; e < p.count; e += blockDim.x)
-        tile_start[e + 1] =
-            (p.expert_start[e + 1] - p.expert_start[e] + NT - 1) / NT * p.n_tiles;
+        tile_start[e + 1] = (p.expert_start[e + 1] - p.expert_start[e] + NT - 1) / NT * p.n_tiles;
     __syncthreads();
     if (threadIdx.x < 32) {
         int32_t sum = 0;
@@ -137,9 +143,11 @@ __device__ void linear_tile_starts(int32_t *tile_start, const linear_args &p) {
     __syncthreads();
 }
 
-// Block r = 0..R-1 of warp group wg (0, 1) in tile_n; may be >= blocks (nothing there) when not paired.
+// Block r = 0..R-1 of warp group wg (0, 1) in tile_n; may be >= blocks (nothing there) when not
+// paired.
 template <int R>
-__device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t tile_n, int wg, int r) {
+__device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t tile_n, int wg,
+                                                int r) {
     if (R % 2 == 0 && p.paired) {
         const int32_t b = (tile_n * 2 + wg) * (R / 2) + r / 2;
         return b < p.half_blocks ? b + r % 2 * p.half_blocks : p.blocks;
@@ -147,11 +155,10 @@ __device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t ti
     return (tile_n * 2 + wg) * R + r;
 }
 
-// --- Epilogue ----------------------------------------------------------------------------------------
+// --- Epilogue
+// ----------------------------------------------------------------------------------------
 
-template <typename T> struct alignas(8) four {
-    T v[4];
-};
+template <typename T> struct alignas(8) four { T v[4]; };
 
 __device__ __forceinline__ float linear_f32(__half x) { return __half2float(x); }
 __device__ __forceinline__ float linear_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -170,7 +177,9 @@ __device__ __forceinline__ float linear_gate(float g, float u, int epilogue, flo
     return g / (1.f + __expf(-1.702f * g)) * (u + 1.f);
 }
 
-enum { LINEAR_STAGE_FLOATS = 8 * 20 }; // one warp's 8 x rows of 16 outputs, rows padded by one vector
+enum {
+    LINEAR_STAGE_FLOATS = 8 * 20
+}; // one warp's 8 x rows of 16 outputs, rows padded by one vector
 
 // Eight x rows of one strip: from the fragment (lane = 4 g + t) to lane = 4 row + n / 4.
 __device__ __forceinline__ float4 linear_turn(const float *c, float *stage) {
@@ -202,8 +211,8 @@ __device__ __forceinline__ linear_outputs linear_outputs_of(const linear_args &p
         o.scale = make_float4(g, g, g, g);
     }
     if (p.bias) {
-        const four<T> b = *reinterpret_cast<const four<T> *>(
-            static_cast<const T *>(p.bias) + (int64_t)expert * p.n + row);
+        const four<T> b = *reinterpret_cast<const four<T> *>(static_cast<const T *>(p.bias) +
+                                                             (int64_t)expert * p.n + row);
         o.bias = make_float4(linear_f32(b.v[0]), linear_f32(b.v[1]), linear_f32(b.v[2]),
                              linear_f32(b.v[3]));
     }
@@ -216,7 +225,8 @@ __device__ __forceinline__ float4 linear_affine(float4 v, const linear_outputs &
 }
 
 template <typename T>
-__device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, int32_t col, float4 v) {
+__device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, int32_t col,
+                                           float4 v) {
     const int64_t at = (int64_t)row_x * p.ldy + col;
     if (p.y_f32) {
         float4 *y = reinterpret_cast<float4 *>(static_cast<float *>(p.y) + at);
@@ -233,8 +243,8 @@ __device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, 
         v = make_float4(v.x + linear_f32(old.v[0]), v.y + linear_f32(old.v[1]),
                         v.z + linear_f32(old.v[2]), v.w + linear_f32(old.v[3]));
     }
-    *y = four<T>{{linear_round<T>(v.x), linear_round<T>(v.y), linear_round<T>(v.z),
-                  linear_round<T>(v.w)}};
+    *y = four<T>{
+        {linear_round<T>(v.x), linear_round<T>(v.y), linear_round<T>(v.z), linear_round<T>(v.w)}};
 }
 
 // Where block r of this warp's group goes.
@@ -244,8 +254,8 @@ struct linear_place {
 };
 
 template <int R>
-__device__ __forceinline__ linear_place linear_place_of(const linear_args &p, const linear_segment &s,
-                                                        int r) {
+__device__ __forceinline__ linear_place linear_place_of(const linear_args &p,
+                                                        const linear_segment &s, int r) {
     const int warp = threadIdx.x / 32, strip = warp % 4;
     linear_place at;
     at.block = linear_block<R>(p, s.tile_n, warp / 4, r);
@@ -258,17 +268,15 @@ __device__ __forceinline__ linear_place linear_place_of(const linear_args &p, co
 
 // Eight x rows from m0 of one block (and of its other half, when gated).
 template <typename T, bool kGated>
-__device__ __forceinline__ void linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col,
-                                            const float *c, const float *c_up,
-                                            const linear_outputs &o, const linear_outputs &o_up,
-                                            float *stage) {
+__device__ __forceinline__ void
+linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const float *c,
+            const float *c_up, const linear_outputs &o, const linear_outputs &o_up, float *stage) {
     float4 v = linear_affine(linear_turn(c, stage), o);
     if (kGated) {
         const float4 u = linear_affine(linear_turn(c_up, stage), o_up);
-        v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
-                        linear_gate(v.y, u.y, p.epilogue, p.limit),
-                        linear_gate(v.z, u.z, p.epilogue, p.limit),
-                        linear_gate(v.w, u.w, p.epilogue, p.limit));
+        v = make_float4(
+            linear_gate(v.x, u.x, p.epilogue, p.limit), linear_gate(v.y, u.y, p.epilogue, p.limit),
+            linear_gate(v.z, u.z, p.epilogue, p.limit), linear_gate(v.w, u.w, p.epilogue, p.limit));
     }
     const int32_t row = m0 + threadIdx.x % 32 / 4;
     if (row < m_end) linear_put<T>(p, row, col, v);
@@ -303,7 +311,8 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
     }
 }
 
-// --- Tiles that several CTAs share -------------------------------------------------------------------
+// --- Tiles that several CTAs share
+// -------------------------------------------------------------------
 
 __device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
     int32_t v;
@@ -311,8 +320,8 @@ __device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
     return v;
 }
 
-// What a CTA must come back to: at most the tile that its cut begins in and the one that it ends in.
-// Kept in shared memory, by warp; m_end is 0 where there is none.
+// What a CTA must come back to: at most the tile that its cut begins in and the one that it ends
+// in. Kept in shared memory, by warp; m_end is 0 where there is none.
 struct linear_shared {
     linear_segment tile[2]; // the one it begins in, the one it ends in
 };
@@ -322,7 +331,8 @@ __device__ __forceinline__ void linear_shared_init(linear_shared *shared) {
     __syncwarp();
 }
 
-// Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner` begins.
+// Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner`
+// begins.
 template <int NT, int R>
 __device__ __forceinline__ float4 *linear_slot(const linear_args &p, int32_t cta, bool tail) {
     constexpr int N4 = R * NT / 8;
@@ -338,7 +348,8 @@ enum { LINEAR_OWNER_ADDS = 3 }; // CTAs of a tile up to which its first adds all
 
 template <int NT, int R>
 __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
-                                               const linear_walk<NT> &walk, const linear_segment &s) {
+                                               const linear_walk<NT> &walk,
+                                               const linear_segment &s) {
     float4 *slot = linear_slot<NT, R>(p, walk.cta, s.step0 == 0);
 #pragma unroll
     for (int r = 0; r < R; r++)
@@ -359,7 +370,8 @@ __device__ __forceinline__ void linear_await(const int32_t *counter, int32_t n) 
     __syncwarp();
 }
 
-// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole tile.
+// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
+// tile.
 template <int NT, int R>
 __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
                                              const linear_walk<NT> &walk, const linear_segment &s,
@@ -387,15 +399,17 @@ __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const line
             }
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) *counter = 0; // for the next launch, which writes after this one ended
+    if (threadIdx.x % 32 == 0)
+        *counter = 0; // for the next launch, which writes after this one ended
     return true;
 }
 
-// One group of eight x rows of a block, of all n CTAs; several loads in flight: this is all latency.
+// One group of eight x rows of a block, of all n CTAs; several loads in flight: this is all
+// latency.
 template <int NT, int R>
-__device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner, int32_t n,
-                                           int32_t group) {
-    constexpr int kFlight = R == 1 ? 8 : 4;
+__device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner,
+                                           int32_t n, int32_t group) {
+    constexpr int kFlight = R == 1 ? 8 : NT == 16 ? 2 : 4;
     for (int i0 = 0; i0 < n; i0 += kFlight) {
         float4 v[kFlight];
 #pragma unroll
@@ -410,7 +424,8 @@ __device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, 
 
 // This CTA's part of a shared tile: every n-th group of eight x rows of a block.
 template <typename T, int NT, int R>
-__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const linear_walk<NT> &walk,
+__device__ __forceinline__ void linear_finish_shared(const linear_args &p,
+                                                     const linear_walk<NT> &walk,
                                                      const linear_segment &s, float *stage) {
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
     const bool gated = R > 1 && p.paired;

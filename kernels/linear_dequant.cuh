@@ -1,10 +1,11 @@
 // linear_dequant.cuh - codes to f16 or bf16 pairs in registers, in the order of the A fragment.
 //
-// A lane's word holds 8 codes = 4 pairs; pairs 0 and 2 belong to row g of the strip, 1 and 3 to row g+8.
-// Integers meet the bits of a power of two whose last mantissa place is worth one (1024 and 64 in f16,
-// 128 in bf16), which makes the code a number with one LOP3; subtracting that power plus the zero point
-// is exact. Floats are moved onto the fields of the wider type and multiplied by the power of two that
-// mends the exponent, which is exact too, subnormals included. Only the product with the scale rounds.
+// A lane's word holds 8 codes = 4 pairs; pairs 0 and 2 belong to row g of the strip, 1 and 3 to
+// row g+8. Integers meet the bits of a power of two whose last mantissa place is worth one (1024
+// and 64 in f16, 128 in bf16), which makes the code a number with one LOP3; subtracting that
+// power plus the zero point is exact. Floats are moved onto the fields of the wider type and
+// multiplied by the power of two that mends the exponent, which is exact too, subnormals
+// included. Only the product with the scale rounds.
 //
 // Instructions for 8 weights, scale included:   u4 f16 13, bf16 15;  e2m1 19;  s8 f16 8, bf16 14;
 // e4m3 f16 4, bf16 20.
@@ -91,8 +92,7 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
                                                     bool sym) {
     if (F == WF_INT4) {
         const uint32_t both = shared_u32(granule + 2 * place);
-        const uint32_t z =
-            sym ? 0x0808u : shared_u16(granule + 128 + place);
+        const uint32_t z = sym ? 0x0808u : shared_u16(granule + 128 + place);
         if (half_pair<T>::bf16) {
             const __half2 h = *reinterpret_cast<const __half2 *>(&both);
             s.scale[0] = half_pair<T>::from_f32(__low2float(h));
@@ -102,7 +102,7 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
         } else {
             s.scale[0] = __byte_perm(both, 0, 0x1010);
             s.scale[1] = __byte_perm(both, 0, 0x3232);
-            s.zero[0] = __byte_perm(z, 0x64u, 0x4040); // 1024 + z
+            s.zero[0] = __byte_perm(z, 0x64u, 0x4040);               // 1024 + z
             s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
         }
     } else if (F == WF_MXFP4) {
@@ -160,8 +160,7 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
         }
         const uint32_t mend = bf16 ? 0x7e807e80u : 0x74007400u; // 2^126, 2^14
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            a[i] = pair_mul<T>(pair_mul<T>(a[i], mend), s.scale[i % 2]);
+        for (int i = 0; i < 4; i++) a[i] = pair_mul<T>(pair_mul<T>(a[i], mend), s.scale[i % 2]);
     } else if (F == WF_INT8) { // stored plus 128
 #pragma unroll
         for (int i = 0; i < 2; i++) {

@@ -1,21 +1,25 @@
-// linear_hopper.cu - y^T = W x^T through wgmma with the dequantised weights as the A operand in registers.
+// linear_hopper.cu - y^T = W x^T through wgmma with the dequantised weights as the A operand in
+// registers.
 //
-// Two warpgroups compute, one loads (a single thread of it unless rows are gathered). Weights arrive by bulk copies as they lie packed (a
-// block's bytes are contiguous along K, so one copy brings a block's step), x by the tensor copy engine or,
-// where rows are gathered, by cp.async in the same swizzle. A warpgroup converts one unit of one block to
-// 16 registers of A fragments while the wgmmas of the previous one run, and each waits only for the one
-// before the last: conversion, tensor cores and loads overlap, and the other warpgroup fills what is left.
+// Two warpgroups compute, one loads (a single thread of it unless rows are gathered). Weights
+// arrive by bulk copies as they lie packed (a block's bytes are contiguous along K, so one copy
+// brings a block's step), x by the tensor copy engine or, where rows are gathered, by cp.async in
+// the same swizzle. A warpgroup converts one unit of one block to 16 registers of A fragments
+// while the wgmmas of the previous one run, and each waits only for the one before the last:
+// conversion, tensor cores and loads overlap, and the other warpgroup fills what is left.
 //
-// The weights do not depend on the kernel before this one, so the first stages of them are asked for before
-// waiting for it (programmatic dependent launch); x and everything written come after. With at most half
-// of an SM's shared memory a CTA starts loading while one of the launch before still computes.
+// The weights do not depend on the kernel before this one, so the first stages of them are asked
+// for before waiting for it (programmatic dependent launch); x and everything written come after.
+// With at most half of an SM's shared memory a CTA starts loading while one of the launch before
+// still computes.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
 #include <cuda.h>
 
-// The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup, units of a step,
-// scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs of the grid an SM.
+// The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup,
+// units of a step, scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs
+// of the grid an SM.
 #define HOPPER_TILES_4(X, F, T, G)                                                                 \
     X(F, T, 8, 1, 4, G, 100, 2, 2)                                                                 \
     X(F, T, 8, 2, 2, G, 100, 2, 2)                                                                 \
@@ -30,8 +34,7 @@
     X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
     X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
     X(F, T, 64, 2, 1, G, 210, 1, 1)                                                                \
-    X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
-    X(F, T, 256, 1, 2, G, 210, 1, 1)
+    X(F, T, 128, 2, 1, G, 210, 1, 1)
 #define HOPPER_TILES_16(X, F, T, G) HOPPER_TILES_8(X, F, T, G)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
@@ -55,8 +58,8 @@
 
 namespace {
 
-// With one CTA an SM the loaders are a whole warpgroup, which can hand registers to the others; with two,
-// two warps.
+// With one CTA an SM the loaders are a whole warpgroup, which can hand registers to the others;
+// with two, two warps.
 __host__ __device__ constexpr int loaders(int ctas) { return ctas == 1 ? 128 : 64; }
 // Up to so many x rows mma.sync is quick enough, and wants neither descriptors nor waits.
 constexpr int kMmaRows = 16;
@@ -69,7 +72,8 @@ __host__ __device__ constexpr int granule_bytes(int f) {
     return f == WF_INT4 ? 192 : f == WF_MXFP4 || f == WF_NVFP4 ? 64 : 16;
 }
 
-// Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, row ids.
+// Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, row
+// ids.
 template <int F, int NT, int R, int KU, int G, int KB> struct tile {
     static constexpr int unit = 512 * code_bits(F); // bytes of a block
     static constexpr int code = 2 * R * KU * unit, x = KU * NT * 128;
@@ -86,8 +90,9 @@ template <int F, int NT, int R, int KU, int G, int KB> struct tile {
     static constexpr int bytes = at_rows + NT * 4 + 1024; // 1024: alignment of the base
 };
 
-// The loading warps: lane i < 2 R of the first copies the codes of block i and never waits for the kernel
-// before; of the second its scales, and lane 16 the tiles of x. Gathered rows are copied by all of them.
+// The loading warps: lane i < 2 R of the first copies the codes of block i and never waits for
+// the kernel before; of the second its scales, and lane 16 the tiles of x. Gathered rows are
+// copied by all of them.
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kLoaders> struct producer {
     using L = tile<F, NT, R, KU, G, KB>;
     const linear_args &p;
@@ -192,8 +197,10 @@ template <typename T, int F, int NT, int R, int KU, int G, int KB, int kLoaders>
             begin(s);
             for (int step = s.step0; step < s.step1; step++, at++) {
                 barrier_wait(empty + stage * 8, parity);
-                if (thread < 32) codes(step, stage);
-                else if (thread < 64 && at >= ahead) scales(step, stage);
+                if (thread < 32)
+                    codes(step, stage);
+                else if (thread < 64 && at >= ahead)
+                    scales(step, stage);
                 if (p.x_row || thread >= 32) inputs(s, step, stage);
                 if (++stage == L::stages) stage = 0, parity ^= 1;
             }
@@ -210,16 +217,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
 __device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __half) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __nv_bfloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // B fragments of one unit of x, [NT <= 16, 64], by atom j: two registers for each 8 rows.
@@ -252,6 +259,7 @@ __device__ __forceinline__ void load_inputs(uint32_t (&b)[4][NT / 8][2], uint32_
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     using L = tile<F, NT, R, KU, G, KB>;
     constexpr int bits = code_bits(F);
     constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
@@ -283,9 +291,15 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
         if (kCtas == 1) registers_down<72>();
         const int thread = threadIdx.x - 32 * LINEAR_WARPS;
         if (thread >= 64 && !p.x_row) return;
-        producer<T, F, NT, R, KU, G, KB, loaders(kCtas)> load = {
-            p, &map, base + L::at_rows, base_at, full, empty,
-            NT <= 64 ? policy_evict_first() : policy_evict_normal(), thread};
+        producer<T, F, NT, R, KU, G, KB, loaders(kCtas)> load = {p,
+                                                                 &map,
+                                                                 base + L::at_rows,
+                                                                 base_at,
+                                                                 full,
+                                                                 empty,
+                                                                 NT <= 64 ? policy_evict_first()
+                                                                          : policy_evict_normal(),
+                                                                 thread};
         load.run(tile_start);
         return;
     }
@@ -332,48 +346,52 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
 #pragma unroll
                 for (int u = 0; u < KU; u++) {
                     if (u < n) {
-                    uint32_t b[4][kMma ? NT / 8 : 1][2];
-                    if constexpr (kMma) load_inputs<NT>(b, x + u * NT * 128, lane);
+                        uint32_t b[4][kMma ? NT / 8 : 1][2];
+                        if constexpr (kMma) load_inputs<NT>(b, x + u * NT * 128, lane);
 #pragma unroll
-                    for (int r = 0; r < R; r++) {
-                        constexpr int kRows = G && G < 64 ? 64 / G : 1; // granules of a unit
-                        const int i = u * R + r;
-                        uint32_t(&f)[4][4] = a[i % 2];
-                        const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk[i % 2]);
+                        for (int r = 0; r < R; r++) {
+                            constexpr int kRows = G && G < 64 ? 64 / G : 1; // granules of a unit
+                            const int i = u * R + r;
+                            uint32_t(&f)[4][4] = a[i % 2];
+                            const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk[i % 2]);
 #pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
-                                dequant_load_scales<T, F>(
-                                    scales[r],
-                                    scale_at + r * L::scale_block +
-                                        (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
-                                            granule_stride,
-                                    place, sym);
-                            dequant_word<T, F>(f[j], word + j * bits / 4, scales[r]);
-                            if constexpr (kMma)
+                            for (int j = 0; j < 4; j++) {
+                                if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
+                                    dequant_load_scales<T, F>(
+                                        scales[r],
+                                        scale_at + r * L::scale_block +
+                                            (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
+                                                granule_stride,
+                                        place, sym);
+                                dequant_word<T, F>(f[j], word + j * bits / 4, scales[r]);
+                                if constexpr (kMma)
 #pragma unroll
-                                for (int t = 0; t < NT / 8; t++)
-                                    multiply(kOdd && j % 2 ? &odd[4 * t] : &acc[r][4 * t], f[j], b[j][t][0],
-                                             b[j][t][1], T{});
+                                    for (int t = 0; t < NT / 8; t++)
+                                        multiply(kOdd && j % 2 ? &odd[4 * t] : &acc[r][4 * t], f[j],
+                                                 b[j][t][0], b[j][t][1], T{});
+                            }
+                            if (i + 1 < KU * R && (r + 1 < R || u + 1 < n)) load(i + 1);
+                            if constexpr (!kMma) {
+                                group_fence();
+#pragma unroll
+                                for (int j = 0; j < 4; j++)
+                                    multiply_group<T, NT>::run(
+                                        acc[r], f[j], group_descriptor(x + u * NT * 128 + 32 * j));
+                                group_commit();
+                                group_wait<1>();
+                                if (i == 0 && last >= 0 && lane == 0)
+                                    barrier_arrive(empty + last * 8);
+                            }
                         }
-                        if (i + 1 < KU * R && (r + 1 < R || u + 1 < n)) load(i + 1);
-                        if constexpr (!kMma) {
-                            group_fence();
-#pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                multiply_group<T, NT>::run(
-                                    acc[r], f[j], group_descriptor(x + u * NT * 128 + 32 * j));
-                            group_commit();
-                            group_wait<1>();
-                            if (i == 0 && last >= 0 && lane == 0) barrier_arrive(empty + last * 8);
-                        }
-                    }
                     }
                 }
             };
-            // Twice for mma.sync, whose code without branches overlaps units; wgmma wants one place.
-            if (KU == 1 || (kMma && units == KU)) compute(KU);
-            else compute(units);
+            // Twice for mma.sync, whose code without branches overlaps units; wgmma wants one
+            // place.
+            if (KU == 1 || (kMma && units == KU))
+                compute(KU);
+            else
+                compute(units);
             if constexpr (kMma) {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + stage * 8);
@@ -402,6 +420,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
             linear_finish<T, NT, R>(acc, p, s, turn);
     }
     linear_finish_all<T, NT, R>(p, walk, later, turn);
+#endif
 }
 
 using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
@@ -424,11 +443,11 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows) {
     const cuuint64_t size[2] = {(cuuint64_t)a->k, (cuuint64_t)a->m};
     const cuuint64_t stride[1] = {(cuuint64_t)a->ldx * 2};
     const cuuint32_t box[2] = {64, (cuuint32_t)rows}, step[2] = {1, 1};
-    const CUresult r = encode(
-        map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-        const_cast<void *>(a->x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult r =
+        encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+               const_cast<void *>(a->x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of x: error %d", (int)r);
 }
 
@@ -441,7 +460,8 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
         if (st != ST_OK) return st;
     }
     constexpr int bytes = tile<F, NT, R, KU, G, KB>::bytes;
-    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     constexpr int threads = 32 * LINEAR_WARPS + loaders(kCtas);
     int fit = 0;
     if (e == cudaSuccess)
@@ -461,10 +481,21 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_hopper: %s", cudaGetErrorString(e));
 }
 
-#define T_F16 __half
+#define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, NT, R, KU, G, KB, CTAS, GRID)                                                          \
-    {"hopper_" #NT "x" #R, 90, 90, WF_##F, DT_##T, NT, 2 * R, KU, G, G, GRID, launch<T_##T, WF_##F, NT, R, KU, G, KB, CTAS>},
+#define ROW(F, T, NT, R, KU, G, KB, CTAS, GRID)                                                    \
+    {"hopper_" #NT "x" #R,                                                                         \
+     90,                                                                                           \
+     90,                                                                                           \
+     WF_##F,                                                                                       \
+     DT_##T,                                                                                       \
+     NT,                                                                                           \
+     2 * R,                                                                                        \
+     KU,                                                                                           \
+     G,                                                                                            \
+     G,                                                                                            \
+     GRID,                                                                                         \
+     launch<T_##T, WF_##F, NT, R, KU, G, KB, CTAS>},
 const linear_variant rows[] = {HOPPER_INSTANCES(ROW)};
 
 } // namespace

@@ -31,7 +31,7 @@ typedef struct {
 extern "C" {
 #endif
 linear_table linear_ampere_table(void);
-linear_table linear_hopper_table(void) __attribute__((weak)); /* NULL where not compiled for 90a */
+linear_table linear_hopper_table(void); /* runs on sm_90, where compiled for 90a */
 #ifdef __cplusplus
 }
 #endif

@@ -1,5 +1,6 @@
-// linear_probe.cu - random problems, float64 answers, and times for linear layers. The reference walks the
-// canonical form, not the packed one, so it shares nothing with the kernels but the definition.
+// linear_probe.cu - random problems, float64 answers, and times for linear layers. The reference
+// walks the canonical form, not the packed one, so it shares nothing with the kernels but the
+// definition.
 #include "linear_layout.h"
 #include "linear_probe.h"
 
@@ -17,8 +18,7 @@
 #define CUDA(expr)                                                                                 \
     do {                                                                                           \
         const cudaError_t e_ = (expr);                                                             \
-        if (e_ != cudaSuccess)                                                                     \
-            return FAIL(ST_DEVICE, "%s: %s", #expr, cudaGetErrorString(e_));                       \
+        if (e_ != cudaSuccess) return FAIL(ST_DEVICE, "%s: %s", #expr, cudaGetErrorString(e_));    \
     } while (0)
 
 struct linear_probe {
@@ -54,8 +54,10 @@ __global__ void fill_codes(uint8_t *code, int64_t n, uint64_t seed, weight_forma
          i += (int64_t)gridDim.x * blockDim.x) {
         if (f == WF_16) { // n counts elements
             const float v = unit_noise(seed, i) * 0.05f;
-            if (type == DT_BF16) reinterpret_cast<__nv_bfloat16 *>(code)[i] = __float2bfloat16_rn(v);
-            else reinterpret_cast<__half *>(code)[i] = __float2half_rn(v);
+            if (type == DT_BF16)
+                reinterpret_cast<__nv_bfloat16 *>(code)[i] = __float2bfloat16_rn(v);
+            else
+                reinterpret_cast<__half *>(code)[i] = __float2half_rn(v);
             continue;
         }
         uint8_t c = (uint8_t)noise(seed, i);
@@ -68,10 +70,14 @@ __global__ void fill_scales(void *scale, int64_t n, uint64_t seed, weight_format
          i += (int64_t)gridDim.x * blockDim.x) {
         const uint32_t r = noise(seed, i);
         const float u = 0.75f + 0.5f * unit_noise(seed, i);
-        if (f == WF_INT4) reinterpret_cast<__half *>(scale)[i] = __float2half_rn(0.01f * u);
-        else if (f == WF_MXFP4) static_cast<uint8_t *>(scale)[i] = (uint8_t)(119 + r % 4);
-        else if (f == WF_NVFP4) static_cast<uint8_t *>(scale)[i] = (uint8_t)(0x28 + r % 24);
-        else static_cast<float *>(scale)[i] = (f == WF_INT8 ? 4e-4f : 2e-4f) * u;
+        if (f == WF_INT4)
+            reinterpret_cast<__half *>(scale)[i] = __float2half_rn(0.01f * u);
+        else if (f == WF_MXFP4)
+            static_cast<uint8_t *>(scale)[i] = (uint8_t)(119 + r % 4);
+        else if (f == WF_NVFP4)
+            static_cast<uint8_t *>(scale)[i] = (uint8_t)(0x28 + r % 24);
+        else
+            static_cast<float *>(scale)[i] = (f == WF_INT8 ? 4e-4f : 2e-4f) * u;
     }
 }
 __global__ void fill_zeros(uint8_t *zero, int64_t n, uint64_t seed) {
@@ -83,9 +89,12 @@ __global__ void fill_values(void *x, int64_t n, uint64_t seed, dtype type) {
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
          i += (int64_t)gridDim.x * blockDim.x) {
         const float v = unit_noise(seed, i);
-        if (type == DT_F32) static_cast<float *>(x)[i] = v;
-        else if (type == DT_BF16) static_cast<__nv_bfloat16 *>(x)[i] = __float2bfloat16_rn(v);
-        else static_cast<__half *>(x)[i] = __float2half_rn(v);
+        if (type == DT_F32)
+            static_cast<float *>(x)[i] = v;
+        else if (type == DT_BF16)
+            static_cast<__nv_bfloat16 *>(x)[i] = __float2bfloat16_rn(v);
+        else
+            static_cast<__half *>(x)[i] = __float2half_rn(v);
     }
 }
 
@@ -203,8 +212,8 @@ status make_canonical(linear_probe *p, qmatrix *q, int32_t index) {
     q->global_scale = w->format == WF_NVFP4 ? 0.01f : 1.f;
     const int bits = linear_layout_of(w).bits;
     const int64_t elements = (int64_t)w->n * w->k;
-    const int64_t scales = (int64_t)((w->n + q->block_n - 1) / q->block_n) *
-                           ((w->k + q->group - 1) / q->group);
+    const int64_t scales =
+        (int64_t)((w->n + q->block_n - 1) / q->block_n) * ((w->k + q->group - 1) / q->group);
     const uint64_t seed = p->seed * 1000003 + (uint64_t)index * 17;
     TRY(own(p, (void **)&q->code, elements * bits / 8));
     TRY(own(p, &q->scale, scales * 4));
@@ -235,7 +244,8 @@ status open(linear_probe *p, bool timed) {
     TRY(own(p, &w->code, code_bytes));
     TRY(own(p, &w->scale, scale_bytes));
     TRY(own(p, &w->bias, (int64_t)w->count * w->n * 4));
-    fill_values<<<256, 256, 0, p->stream>>>(w->bias, (int64_t)w->count * w->n, p->seed + 5, w->type);
+    fill_values<<<256, 256, 0, p->stream>>>(w->bias, (int64_t)w->count * w->n, p->seed + 5,
+                                            w->type);
     for (int32_t i = 0; i < w->count; i++) {
         TRY(make_canonical(p, &q[(size_t)i], i));
         TRY(linear_pack(w, i, &q[(size_t)i], p->stream));
@@ -286,7 +296,8 @@ struct bench_data {
     int32_t n_out, x_rows;
     int64_t ldx, ldy, y_bytes;
     ~bench_data() {
-        for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums}) cudaFree(m);
+        for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums})
+            cudaFree(m);
     }
 };
 
@@ -355,7 +366,8 @@ double median_us(std::vector<float> &ms, double launches) {
     return ms[ms.size() / 2] * 1e3 / launches;
 }
 
-status replay(const linear_probe *p, cudaGraph_t graph, int32_t replays, int32_t launches, double *us) {
+status replay(const linear_probe *p, cudaGraph_t graph, int32_t replays, int32_t launches,
+              double *us) {
     cudaGraphExec_t exec;
     cudaEvent_t from, to;
     std::vector<float> ms;
@@ -395,8 +407,10 @@ extern "C" status linear_probe_open(linear_probe **out, const linear_weight *w, 
     p->w = *w;
     p->seed = seed;
     const status st = open(p, timed);
-    if (st == ST_OK) *out = p;
-    else linear_probe_close(p);
+    if (st == ST_OK)
+        *out = p;
+    else
+        linear_probe_close(p);
     return st;
 }
 
@@ -492,8 +506,8 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     return ST_OK;
 }
 
-extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int32_t replays, bool cublas,
-                                    linear_outcome *o) {
+extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int32_t replays,
+                                    bool cublas, linear_outcome *o) {
     bench_data d;
     TRY(make_data(p, t, &d));
     const double flops = 2.0 * t->m * p->w.n * p->w.k, bytes = (double)p->w.n * p->w.k;
@@ -526,8 +540,8 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
     n = launches(p->twin.size());
     const auto gemm = [&](int32_t i) {
         return cublasGemmEx(p->blas, CUBLAS_OP_T, CUBLAS_OP_N, p->w.n, t->m, p->w.k, &one,
-                            p->twin[(size_t)i % p->twin.size()], CUDA_R_16F, p->w.k, x16, CUDA_R_16F,
-                            p->w.k, &zero, y16, CUDA_R_16F, p->w.n, CUBLAS_COMPUTE_32F,
+                            p->twin[(size_t)i % p->twin.size()], CUDA_R_16F, p->w.k, x16,
+                            CUDA_R_16F, p->w.k, &zero, y16, CUDA_R_16F, p->w.n, CUBLAS_COMPUTE_32F,
                             CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
     };
     bool good = gemm(0);

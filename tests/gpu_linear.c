@@ -1,13 +1,13 @@
-/* gpu_linear.c - the linear kernels against float64 on a GPU: every variant that a format has, edge shapes,
- * epilogues, grouped problems; outputs start as NaN, a repetition must give the same bits, and a planted
- * error must be noticed. Not a cmocka test: it runs where there may be nothing but the CUDA runtime.
+/* gpu_linear.c - the linear kernels against float64 on a GPU: every variant that a format has,
+ * edge shapes, epilogues, grouped problems; outputs start as NaN, a repetition must give the same
+ * bits, and a planted error must be noticed. Not a cmocka test: it runs where there may be
+ * nothing but the CUDA runtime.
  *
- *   gpu_linear check [quick]     exit status 1 when anything differs
+ *   gpu_linear [check [quick]]   exit status 1 when anything differs
  *   gpu_linear bench WEIGHTS DTYPE M,M,... [KERNEL] [SHAPES]   one JSON object a line */
 #include "linear_layout.h"
 #include "linear_probe.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 static int32_t failures, checks;
@@ -19,7 +19,8 @@ static double tolerance(const linear_weight *w, const linear_trial *t) {
 }
 
 static void one(linear_probe *p, const linear_weight *w, linear_trial t, const char *what) {
-    linear_outcome o, again;
+    linear_outcome o = {.us = 0}, again;
+    if (failures > 40) return; /* enough to read */
     checks++;
     status st = linear_probe_check(p, &t, 20000, &o);
     if (st == ST_UNSUPPORTED && t.kernel) {
@@ -42,17 +43,18 @@ static void one(linear_probe *p, const linear_weight *w, linear_trial t, const c
     if (!wrong && t.m <= 64 && w->count == 1) {
         t.sabotage = 1;
         st = linear_probe_check(p, &t, 20000, &again);
-        /* One code of one matrix: visible in its own row, far above rounding, only when it is compared. */
+        /* One code of one matrix: visible in its own row, far above rounding, only when it is
+         * compared. */
         if (st != ST_OK || again.hash == o.hash) wrong = "a planted error went unnoticed";
     }
     if (!wrong) return;
     failures++;
-    printf("FAIL W%s g%d %s%s n=%d k=%d x%d m=%d epilogue %d %s: %s (%s, rel_err %.3g, unwritten %lld, "
+    printf("FAIL W%s g%d %s%s n=%d k=%d x%d m=%d epilogue %d %s: %s (%s, rel_err %.3g, unwritten "
+           "%lld, "
            "outside %lld)\n",
            weight_format_text(w->format), w->group, dtype_text(w->type), w->sym ? " sym" : "", w->n,
            w->k, w->count, t.m, (int)t.epilogue, what, wrong, o.kernel, o.rel_err,
            (long long)o.unwritten, (long long)o.outside);
-    if (failures > 40) exit(1);
 }
 
 static const struct {
@@ -61,21 +63,26 @@ static const struct {
     int32_t group;
     bool sym;
 } formats[] = {
-    {"16", WF_16, 0, false},         {"8", WF_INT8, 0, false},       {"4", WF_INT4, 128, false},
-    {"4g64", WF_INT4, 64, false},    {"4g32", WF_INT4, 32, false},   {"4sym", WF_INT4, 128, true},
-    {"4g32sym", WF_INT4, 32, true},  {"4g16", WF_INT4, 16, false},   {"FP8", WF_FP8, 0, false},
-    {"FP8b", WF_FP8B, 128, false},   {"MXFP4", WF_MXFP4, 32, false}, {"NVFP4", WF_NVFP4, 16, false},
+    {"16", WF_16, 0, false},        {"8", WF_INT8, 0, false},       {"4", WF_INT4, 128, false},
+    {"4g64", WF_INT4, 64, false},   {"4g32", WF_INT4, 32, false},   {"4sym", WF_INT4, 128, true},
+    {"4g32sym", WF_INT4, 32, true}, {"4g16", WF_INT4, 16, false},   {"FP8", WF_FP8, 0, false},
+    {"FP8b", WF_FP8B, 128, false},  {"MXFP4", WF_MXFP4, 32, false}, {"NVFP4", WF_NVFP4, 16, false},
 };
 enum { N_FORMATS = sizeof formats / sizeof formats[0] };
 
 static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int32_t count) {
-    return (linear_weight){.format = formats[f].format, .group = formats[f].group,
-                           .sym = formats[f].sym, .type = type, .n = n, .k = k, .count = count};
+    return (linear_weight){.format = formats[f].format,
+                           .group = formats[f].group,
+                           .sym = formats[f].sym,
+                           .type = type,
+                           .n = n,
+                           .k = k,
+                           .count = count};
 }
 
 static void variants(int32_t f, dtype type, bool quick) {
-    static const int32_t ms[] = {1,  2,  3,  7,   8,   9,   15,  16,  17, 31,
-                                 33, 63, 64, 65,  100, 127, 128, 129, 333};
+    static const int32_t ms[] = {1,  2,  3,  7,  8,   9,   15,  16,  17, 31,
+                                 33, 63, 64, 65, 100, 127, 128, 129, 333};
     static const int32_t shapes[][2] = {{272, 384}, {1168, 640}, {64, 2944}};
     for (int32_t s = quick ? 1 : 0; s < 3; s++) {
         const int32_t group = formats[f].group ? formats[f].group : 16;
@@ -91,12 +98,14 @@ static void variants(int32_t f, dtype type, bool quick) {
         for (int32_t family = 80; family <= 90; family += 10)
             for (const char *const *v = linear_variants(family); *v; v++)
                 for (int32_t i = quick ? 5 : 0; i < (int32_t)COUNT_OF(ms); i += quick ? 6 : 1)
-                    one(p, &w, (linear_trial){.m = ms[i], .y_type = type, .kernel = *v, .bias = i % 2},
+                    one(p, &w,
+                        (linear_trial){.m = ms[i], .y_type = type, .kernel = *v, .bias = i % 2},
                         *v);
         for (int32_t m = 1; m <= 1000; m = m * 3 + 1) /* the table's choice, other epilogues */
             for (int32_t e = 0; e < 2; e++) {
                 const linear_epilogue epilogue = e ? LINEAR_RESIDUAL : LINEAR_STORE;
-                one(p, &w, (linear_trial){.m = m, .y_type = e ? type : DT_F32, .epilogue = epilogue}, "");
+                one(p, &w,
+                    (linear_trial){.m = m, .y_type = e ? type : DT_F32, .epilogue = epilogue}, "");
             }
         linear_probe_close(p);
     }
@@ -120,8 +129,12 @@ static void gated_and_grouped(int32_t f, dtype type) {
                                                                 LINEAR_GATED_OAI};
                         if (!gated && e) continue;
                         one(p, &w,
-                            (linear_trial){.m = m, .y_type = type, .epilogue = kinds[e], .bias = true,
-                                           .gather = gather, .experts_used = m < 100 ? 3 : 0},
+                            (linear_trial){.m = m,
+                                           .y_type = type,
+                                           .epilogue = kinds[e],
+                                           .bias = true,
+                                           .gather = gather,
+                                           .experts_used = m < 100 ? 3 : 0},
                             count > 1 ? "grouped" : "gated");
                     }
             linear_probe_close(p);
@@ -159,21 +172,26 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
         }
         for (const char *at = ms; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
             linear_outcome o = {.us = 0};
-            const linear_trial t = {.m = atoi(at), .y_type = type,
-                                    .kernel = strcmp(kernel, "-") ? kernel : NULL};
+            int m = 0;
+            if (sscanf(at, "%d", &m) != 1) return 2;
+            const linear_trial t = {
+                .m = m, .y_type = type, .kernel = strcmp(kernel, "-") ? kernel : NULL};
             status st = linear_probe_check(p, &t, 2048, &o);
             if (st == ST_OK) st = linear_probe_time(p, &t, 7, true, &o);
             if (st != ST_OK) {
-                printf("{\"n\":%d,\"k\":%d,\"m\":%d,\"error\":\"%s\"}\n", n, k, t.m, fail_message());
+                printf("{\"n\":%d,\"k\":%d,\"m\":%d,\"error\":\"%s\"}\n", n, k, t.m,
+                       fail_message());
                 status_out = 1;
                 continue;
             }
-            printf("{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"16\",\"dtype\":\"%s\",\"n\":%d,"
-                   "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%.0f,"
-                   "\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
-                   weights, type_name, n, k, t.m, o.us, o.cublas_us, o.cublas_us / o.us,
-                   (double)o.bytes / o.us * 1e-3, 2.0 * n * k * t.m / o.us * 1e-6, o.kernel,
-                   o.rel_err);
+            printf(
+                "{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"16\",\"dtype\":\"%s\",\"n\":%d,"
+                "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%."
+                "0f,"
+                "\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
+                weights, type_name, n, k, t.m, o.us, o.cublas_us, o.cublas_us / o.us,
+                (double)o.bytes / o.us * 1e-3, 2.0 * n * k * t.m / o.us * 1e-6, o.kernel,
+                o.rel_err);
             fflush(stdout);
         }
         linear_probe_close(p);
@@ -184,7 +202,7 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     const char *six = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672";
-    if (argc >= 2 && strcmp(argv[1], "check") == 0) return check(argc > 2);
+    if (argc == 1 || strcmp(argv[1], "check") == 0) return check(argc > 2);
     if (argc >= 5 && strcmp(argv[1], "bench") == 0)
         return bench(argv[2], argv[3], argv[4], argc > 5 ? argv[5] : "-", argc > 6 ? argv[6] : six);
     fprintf(stderr, "gpu_linear check [quick] | bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");

@@ -1,5 +1,5 @@
-/* test_linear_pack.c - packing of weights: unpack undoes it for every format, group, type and family, and
- * each word holds what the fragment of its lane wants. */
+/* test_linear_pack.c - packing of weights: unpack undoes it for every format, group, type and
+ * family, and each word holds what the fragment of its lane wants. */
 #include "linear_layout.h"
 #include "test.h"
 
@@ -12,10 +12,10 @@ typedef struct {
 } form;
 
 static const form forms[] = {
-    {WF_16, 0, false},      {WF_INT8, 0, false},     {WF_INT4, 16, false},  {WF_INT4, 32, false},
-    {WF_INT4, 32, true},    {WF_INT4, 48, false},    {WF_INT4, 64, false},  {WF_INT4, 128, false},
-    {WF_INT4, 128, true},   {WF_INT4, 192, false},   {WF_INT4, 0, false},   {WF_FP8, 0, false},
-    {WF_FP8B, 128, false},  {WF_MXFP4, 32, false},   {WF_NVFP4, 16, false},
+    {WF_16, 0, false},     {WF_INT8, 0, false},   {WF_INT4, 16, false},  {WF_INT4, 32, false},
+    {WF_INT4, 32, true},   {WF_INT4, 48, false},  {WF_INT4, 64, false},  {WF_INT4, 128, false},
+    {WF_INT4, 128, true},  {WF_INT4, 192, false}, {WF_INT4, 0, false},   {WF_FP8, 0, false},
+    {WF_FP8B, 128, false}, {WF_MXFP4, 32, false}, {WF_NVFP4, 16, false},
 };
 
 /* A matrix in canonical form in arena `a`, every byte random where the format allows. */
@@ -24,14 +24,14 @@ static void make(qmatrix *q, arena *a, const linear_weight *w, uint64_t seed) {
     if (w->format == WF_16) {
         *q = (qmatrix){.format = WF_16, .n = w->n, .k = w->k, .group = w->k, .block_n = 1};
         q->code = arena_array(a, uint8_t, (size_t)w->n * (size_t)w->k * 2);
-        for (int64_t i = 0; i < (int64_t)w->n * w->k * 2; i++) q->code[i] = (uint8_t)(seed * 31 + (uint64_t)i * 7 % 251);
+        for (int64_t i = 0; i < (int64_t)w->n * w->k * 2; i++)
+            q->code[i] = (uint8_t)(seed * 31 + (uint64_t)i * 7 % 251);
         return;
     }
     assert_ok(qmatrix_alloc(q, a, &p, w->n, w->k));
     uint64_t state = seed;
     const int64_t codes = qmatrix_code_bytes(&p, w->n, w->k);
-    const int64_t scales =
-        dtype_bytes(q->scale_type, qmatrix_scale_count(&p, w->n, w->k));
+    const int64_t scales = dtype_bytes(q->scale_type, qmatrix_scale_count(&p, w->n, w->k));
     for (int64_t i = 0; i < codes + scales; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
         if (i < codes)
@@ -56,16 +56,15 @@ static void round_trip(const linear_weight *w, uint64_t seed) {
     memset(code + code_bytes, 0xa5, 64);
     memset(scale + scale_bytes, 0xa5, 64);
     assert_ok(ref_linear_pack(w, code, scale, &q));
-    for (int32_t i = 0; i < 64; i++) assert_true(code[code_bytes + i] == 0xa5 && scale[scale_bytes + i] == 0xa5);
+    for (int32_t i = 0; i < 64; i++)
+        assert_true(code[code_bytes + i] == 0xa5 && scale[scale_bytes + i] == 0xa5);
     back = q;
     const size_t n_code = (size_t)w->n * (size_t)w->k * (size_t)linear_layout_of(w).bits / 8;
     back.code = arena_array(&a, uint8_t, n_code);
     const size_t n_scale =
-        w->format == WF_16
-            ? 0
-            : (size_t)dtype_bytes(q.scale_type, qmatrix_scale_count(&p, w->n, w->k));
-    const size_t n_zero =
-        q.zero ? (size_t)qmatrix_zero_count(&p, w->n, w->k) : 0;
+        w->format == WF_16 ? 0
+                           : (size_t)dtype_bytes(q.scale_type, qmatrix_scale_count(&p, w->n, w->k));
+    const size_t n_zero = q.zero ? (size_t)qmatrix_zero_count(&p, w->n, w->k) : 0;
     if (n_scale) back.scale = arena_array(&a, uint8_t, n_scale);
     if (n_zero) back.zero = arena_array(&a, uint8_t, n_zero);
     assert_ok(ref_linear_unpack(w, code, scale, &back));
@@ -84,14 +83,20 @@ static void round_trip(const linear_weight *w, uint64_t seed) {
 
 static void unpack_undoes_pack(void **state) {
     (void)state;
-    static const int32_t shapes[][2] = {{64, 64}, {128, 384}, {16, 192}, {272, 576}, {96, 1152}, {1440, 384}};
+    static const int32_t shapes[][2] = {{64, 64},   {128, 384}, {16, 192},
+                                        {272, 576}, {96, 1152}, {1440, 384}};
     for (int32_t f = 0; f < COUNT_OF(forms); f++)
         for (int32_t s = 0; s < COUNT_OF(shapes); s++)
             for (int32_t i = 0; i < 8; i++) {
-                const linear_weight w = {.format = forms[f].format, .group = forms[f].group,
-                                         .sym = forms[f].sym, .type = i & 1 ? DT_BF16 : DT_F16,
-                                         .gated = i & 2, .family = i & 4 ? 90 : 80,
-                                         .n = shapes[s][0], .k = shapes[s][1], .count = 1};
+                const linear_weight w = {.format = forms[f].format,
+                                         .group = forms[f].group,
+                                         .sym = forms[f].sym,
+                                         .type = i & 1 ? DT_BF16 : DT_F16,
+                                         .gated = i & 2,
+                                         .family = i & 4 ? 90 : 80,
+                                         .n = shapes[s][0],
+                                         .k = shapes[s][1],
+                                         .count = 1};
                 int64_t code_bytes, scale_bytes;
                 if (w.gated && w.n % 32) continue;
                 if (w.group && w.k % w.group && w.format == WF_INT4) {
@@ -105,7 +110,8 @@ static void unpack_undoes_pack(void **state) {
 static void refusals(void **state) {
     (void)state;
     int64_t a, b;
-    linear_weight w = {.format = WF_INT4, .group = 128, .type = DT_F16, .n = 64, .k = 256, .count = 1};
+    linear_weight w = {
+        .format = WF_INT4, .group = 128, .type = DT_F16, .n = 64, .k = 256, .count = 1};
     assert_ok(linear_pack_bytes(&w, &a, &b));
     assert_int_equal(a, 64 * 256 / 2);
     assert_int_equal(b, 2 * 64 * 3);
@@ -119,7 +125,8 @@ static void refusals(void **state) {
     assert_status(linear_pack_bytes(&w, &a, &b), ST_UNSUPPORTED);
 }
 
-/* The words of a unit hold every code once: atoms of lanes tile 16 x 16, places of rows are a permutation. */
+/* The words of a unit hold every code once: atoms of lanes tile 16 x 16, places of rows are a
+ * permutation. */
 static void order_is_a_permutation(void **state) {
     (void)state;
     bool seen[16][16] = {{false}};
@@ -135,8 +142,7 @@ static void order_is_a_permutation(void **state) {
     for (int32_t b = 0; b < 2; b++) { /* e2m1: 16 bits of four codes, none twice */
         uint32_t bits = 0;
         for (int32_t p = 0; p < 4; p++) {
-            const uint32_t mine =
-                1u << linear_e2m1_sign(b, p) | 7u << linear_e2m1_low(b, p);
+            const uint32_t mine = 1u << linear_e2m1_sign(b, p) | 7u << linear_e2m1_low(b, p);
             assert_true((bits & mine) == 0);
             bits |= mine;
         }
