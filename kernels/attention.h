@@ -93,17 +93,10 @@ status kernel_attention(void *out, const void *qkv, const attention_layer_params
 const char *const *attention_variants(void);
 
 /* --- Layout, for tests and tools ---------------------------------------------------------------
-<<<<<<< HEAD
- * */
+ */
 
 /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
- * */
-=======
-* /
-
-    /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
  */
->>>>>>> main
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at);
 
 /* Host: codes of a page back to plain values, K and V [64, G, D] f32. type: of 16-bit parts. */

@@ -1,238 +1,223 @@
-// attention_append.cu - QK-norm, RoPE, quantisation and append in one pass: one warp a token and
-// head.
+// attention_append.cu - QK-norm, RoPE, quantisation and append in one pass: one warp a token and head.
 //
-// A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its
-// own. Products and sums are rounded one by one, as the definition does: a fused multiply-add here
-// would move codes that lie on a tie.
+// A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its own.
+// Products and sums are rounded one by one, as the definition does: a fused multiply-add here would move
+// codes that lie on a tie.
 #include "attention_device.cuh"
 
 #define ATTENTION_APPEND_INSTANCES(X)                                                              \
-<<<<<<< HEAD
-======= X(F16, 32) X(BF16, 32)                                                                         \
->>>>>>> main
+    X(F16, 32) X(BF16, 32)                                                                         \
     X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
 
-        namespace {
+namespace {
 
-    constexpr int kWarps = 4;
+constexpr int kWarps = 4;
 
-    // Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these do:
-    // their sums count twice (64 E is the number of values a warp holds), their stores write the same.
-    template <int D> constexpr int each = D < 64 ? 1 : D / 64;
+// Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these do:
+// their sums count twice (64 E is the number of values a warp holds), their stores write the same.
+template <int D> constexpr int each = D < 64 ? 1 : D / 64;
 
-    template <typename T> struct append_arguments {
-        T *qkv;                   // [T, (H + 2G) D]
-        const T *q_norm, *k_norm; // [D] or NULL
-        const float *rope;        // [ctx, D / 2, 2]
-        uint8_t *base;
-        int64_t page_bytes;
-        attention_layout layout;
-        kv_format k, v;
-        int n_tokens, n_heads, n_kv_heads;
-        float eps;
-        const int32_t *position, *token_seq, *page_start, *page;
-    };
+template <typename T> struct append_arguments {
+    T *qkv;                      // [T, (H + 2G) D]
+    const T *q_norm, *k_norm;    // [D] or NULL
+    const float *rope;           // [ctx, D / 2, 2]
+    uint8_t *base;
+    int64_t page_bytes;
+    attention_layout layout;
+    kv_format k, v;
+    int n_tokens, n_heads, n_kv_heads;
+    float eps;
+    const int32_t *position, *token_seq, *page_start, *page;
+};
 
-    __device__ __forceinline__ float warp_min(float x) {
+__device__ __forceinline__ float warp_min(float x) {
 #pragma unroll
-        for (int d = 16; d > 0; d >>= 1) x = fminf(x, __shfl_xor_sync(~0u, x, d));
-        return x;
-    }
+    for (int d = 16; d > 0; d >>= 1) x = fminf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
 
-    __device__ __forceinline__ float clamp_f16(float x) {
-        return fminf(fmaxf(x, -65504.f), 65504.f);
-    }
+__device__ __forceinline__ float clamp_f16(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
 
-    __device__ __forceinline__ uint32_t code_of(float x, float lo, float scale, float top) {
-        const float q = __fdiv_rn(__fsub_rn(x, lo), scale);
-        return (uint32_t)rintf(fminf(fmaxf(q, 0.f), top));
-    }
+__device__ __forceinline__ uint32_t code_of(float x, float lo, float scale, float top) {
+    const float q = __fdiv_rn(__fsub_rn(x, lo), scale);
+    return (uint32_t)rintf(fminf(fmaxf(q, 0.f), top));
+}
 
-    // e4m3 of a finite x, to nearest even, saturating. The fp16-like steps are done in f32 integers.
-    __device__ __forceinline__ uint32_t e4m3_code(float x) {
-        const uint32_t bits = __float_as_uint(x), sign = bits >> 31 << 7;
-        const float a = fabsf(x);
-        if (!(a < 464.f)) return sign | 0x7eu; // 464: halfway between 448 and the next step
-        if (a < 0.015625f) return sign | (uint32_t)rintf(a * 512.f); // subnormal, in units of 2^-9
-        const uint32_t m = bits & 0x7fffffffu;
-        const uint32_t rounded = m + 0x7ffffu + (m >> 20 & 1u); // to 3 bits of mantissa
-        return min(sign | ((rounded >> 20) - (120u << 3)), sign | 0x7eu);
-    }
+// e4m3 of a finite x, to nearest even, saturating. The fp16-like steps are done in f32 integers.
+__device__ __forceinline__ uint32_t e4m3_code(float x) {
+    const uint32_t bits = __float_as_uint(x), sign = bits >> 31 << 7;
+    const float a = fabsf(x);
+    if (!(a < 464.f)) return sign | 0x7eu; // 464: halfway between 448 and the next step
+    if (a < 0.015625f) return sign | (uint32_t)rintf(a * 512.f); // subnormal, in units of 2^-9
+    const uint32_t m = bits & 0x7fffffffu;
+    const uint32_t rounded = m + 0x7ffffu + (m >> 20 & 1u); // to 3 bits of mantissa
+    return min(sign | ((rounded >> 20) - (120u << 3)), sign | 0x7eu);
+}
 
-    // Write one token's row: x[0..E) are dims at.., x[E..2E) dims at + D/2.., in format f.
-    template <typename T, int D>
-    __device__ void store_row(uint8_t * codes, uint8_t * params, kv_format f, int token, int lane,
-                              const float *x) {
-        constexpr int E = each<D>;
-        const int row_bytes = row_bytes_of(f, D);
-        if (f == KF_16) {
+// Write one token's row: x[0..E) are dims at.., x[E..2E) dims at + D/2.., in format f.
+template <typename T, int D>
+__device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int token, int lane,
+                          const float *x) {
+    constexpr int E = each<D>;
+    const int row_bytes = row_bytes_of(f, D);
+    if (f == KF_16) {
 #pragma unroll
-            for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-                for (int e = 0; e < E; e++) {
+            for (int e = 0; e < E; e++) {
+                const int d = half * (D / 2) + lane * E + e;
+                *(T *)(codes + code_at(row_bytes, token, 2 * d)) = from_f32<T>(x[half * E + e]);
+            }
+        return;
+    }
+    float lo = x[0], hi = x[0];
+    bool finite = true;
+#pragma unroll
+    for (int e = 0; e < 2 * E; e++) {
+        lo = fminf(lo, x[e]);
+        hi = fmaxf(hi, x[e]);
+        finite = finite && isfinite(x[e]);
+    }
+    lo = warp_min(lo);
+    hi = warp_max(hi);
+    finite = __all_sync(~0u, finite);
+    const float top = f == KF_8 ? 255.f : 15.f;
+    const float step = f == KF_FP8 ? __fdiv_rn(fmaxf(fabsf(lo), fabsf(hi)), 448.f)
+                                   : __fdiv_rn(__fsub_rn(hi, lo), top);
+    __half scale = __float2half_rn(clamp_f16(step)), minimum = __float2half_rn(clamp_f16(lo));
+    if (!finite) scale = minimum = __ushort_as_half(0x7e00);
+    const float s = __half2float(scale), m = __half2float(minimum);
+    const bool live = finite && s > 0.f;
+
+    uint32_t code[2 * E];
+#pragma unroll
+    for (int e = 0; e < 2 * E; e++)
+        code[e] = !live ? 0u : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s)) : code_of(x[e], m, s, top);
+    if (f == KF_4) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (E == 1) { // an even dim's lane takes its neighbour's nibble
+                const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
+                const int d = half * (D / 2) + lane;
+                if (lane % 2 == 0)
+                    codes[code_at(row_bytes, token, d / 2)] = (uint8_t)(code[half] | other << 4);
+            } else {
+#pragma unroll
+                for (int e = 0; e + 1 < E; e += 2) {
                     const int d = half * (D / 2) + lane * E + e;
-                    *(T *)(codes + code_at(row_bytes, token, 2 * d)) = from_f32<T>(x[half * E + e]);
-                }
-            return;
-        }
-        float lo = x[0], hi = x[0];
-        bool finite = true;
-#pragma unroll
-        for (int e = 0; e < 2 * E; e++) {
-            lo = fminf(lo, x[e]);
-            hi = fmaxf(hi, x[e]);
-            finite = finite && isfinite(x[e]);
-        }
-        lo = warp_min(lo);
-        hi = warp_max(hi);
-        finite = __all_sync(~0u, finite);
-        const float top = f == KF_8 ? 255.f : 15.f;
-        const float step = f == KF_FP8 ? __fdiv_rn(fmaxf(fabsf(lo), fabsf(hi)), 448.f)
-                                       : __fdiv_rn(__fsub_rn(hi, lo), top);
-        __half scale = __float2half_rn(clamp_f16(step)), minimum = __float2half_rn(clamp_f16(lo));
-        if (!finite) scale = minimum = __ushort_as_half(0x7e00);
-        const float s = __half2float(scale), m = __half2float(minimum);
-        const bool live = finite && s > 0.f;
-
-        uint32_t code[2 * E];
-#pragma unroll
-        for (int e = 0; e < 2 * E; e++)
-            code[e] = !live         ? 0u
-                      : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s))
-                                    : code_of(x[e], m, s, top);
-        if (f == KF_4) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (E == 1) { // an even dim's lane takes its neighbour's nibble
-                    const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
-                    const int d = half * (D / 2) + lane;
-                    if (lane % 2 == 0)
-                        codes[code_at(row_bytes, token, d / 2)] =
-                            (uint8_t)(code[half] | other << 4);
-                } else {
-#pragma unroll
-                    for (int e = 0; e + 1 < E; e += 2) {
-                        const int d = half * (D / 2) + lane * E + e;
-                        codes[code_at(row_bytes, token, d / 2)] =
-                            (uint8_t)(code[half * E + e] | code[half * E + e + 1] << 4);
-                    }
+                    codes[code_at(row_bytes, token, d / 2)] =
+                        (uint8_t)(code[half * E + e] | code[half * E + e + 1] << 4);
                 }
             }
-        } else {
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int e = 0; e < E; e++) {
-                    const int d = half * (D / 2) + lane * E + e;
-                    codes[code_at(row_bytes, token, d)] = (uint8_t)code[half * E + e];
-                }
         }
-        if (lane == 0) {
-            if (f == KF_FP8)
-                ((__half *)params)[token] = scale;
-            else
-                ((__half2 *)params)[token] = __halves2half2(scale, minimum);
-        }
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int e = 0; e < E; e++) {
+                const int d = half * (D / 2) + lane * E + e;
+                codes[code_at(row_bytes, token, d)] = (uint8_t)code[half * E + e];
+            }
     }
-
-    // Head norm and RoPE in registers.
-    template <typename T, int D>
-<<<<<<< HEAD
-    __device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps,
-                                                  const float2 *turn, int lane) {
-        constexpr int E = D / 64;
-=======
-    __device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps,
-                                                  const float2 *turn, int lane) {
-        constexpr int E = each<D>;
->>>>>>> main
-        if (norm) {
-            float sum = 0.f;
-#pragma unroll
-            for (int e = 0; e < 2 * E; e++) sum += x[e] * x[e];
-            const float root = 1.f / sqrtf(warp_sum(sum) / (64 * E) + eps);
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int e = 0; e < E; e++) {
-                    const float w = to_f32(norm[half * (D / 2) + lane * E + e]);
-                    x[half * E + e] = __fmul_rn(__fmul_rn(x[half * E + e], root), w);
-                }
-        }
-#pragma unroll
-        for (int e = 0; e < E; e++) {
-            const float2 t = turn[lane * E + e];
-            const float a = x[e], b = x[E + e];
-            x[e] = __fsub_rn(__fmul_rn(a, t.x), __fmul_rn(b, t.y));
-            x[E + e] = __fadd_rn(__fmul_rn(b, t.x), __fmul_rn(a, t.y));
-        }
+    if (lane == 0) {
+        if (f == KF_FP8)
+            ((__half *)params)[token] = scale;
+        else
+            ((__half2 *)params)[token] = __halves2half2(scale, minimum);
     }
+}
 
-    template <typename T, int D>
-    __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a) {
-        constexpr int E = each<D>;
-        const int lane = (int)threadIdx.x % (D / 2 / E), heads = a.n_heads + 2 * a.n_kv_heads;
-        const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
-        const int t = (int)(at / heads), h = (int)(at % heads);
-        if (t >= a.n_tokens) return;
-        const int seq = a.token_seq[t];
-        if (seq < 0) return;
-        const int position = a.position[t];
-        T *row = a.qkv + ((int64_t)t * heads + h) * D;
-        float x[2 * E];
+// Head norm and RoPE in registers.
+template <typename T, int D>
+__device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps, const float2 *turn,
+                                              int lane) {
+    constexpr int E = each<D>;
+    if (norm) {
+        float sum = 0.f;
+#pragma unroll
+        for (int e = 0; e < 2 * E; e++) sum += x[e] * x[e];
+        const float root = 1.f / sqrtf(warp_sum(sum) / (64 * E) + eps);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int e = 0; e < E; e++) {
+                const float w = to_f32(norm[half * (D / 2) + lane * E + e]);
+                x[half * E + e] = __fmul_rn(__fmul_rn(x[half * E + e], root), w);
+            }
+    }
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+        const float2 t = turn[lane * E + e];
+        const float a = x[e], b = x[E + e];
+        x[e] = __fsub_rn(__fmul_rn(a, t.x), __fmul_rn(b, t.y));
+        x[E + e] = __fadd_rn(__fmul_rn(b, t.x), __fmul_rn(a, t.y));
+    }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a) {
+    constexpr int E = each<D>;
+    const int lane = (int)threadIdx.x % (D / 2 / E), heads = a.n_heads + 2 * a.n_kv_heads;
+    const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
+    const int t = (int)(at / heads), h = (int)(at % heads);
+    if (t >= a.n_tokens) return;
+    const int seq = a.token_seq[t];
+    if (seq < 0) return;
+    const int position = a.position[t];
+    T *row = a.qkv + ((int64_t)t * heads + h) * D;
+    float x[2 * E];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int e = 0; e < E; e++) x[half * E + e] = to_f32(row[half * (D / 2) + lane * E + e]);
+
+    const bool is_q = h < a.n_heads, is_k = !is_q && h < a.n_heads + a.n_kv_heads;
+    if (is_q || is_k)
+        norm_and_turn<T, D>(x, is_q ? a.q_norm : a.k_norm, a.eps,
+                            (const float2 *)a.rope + (int64_t)position * (D / 2), lane);
+    if (is_q) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int e = 0; e < E; e++)
-                x[half * E + e] = to_f32(row[half * (D / 2) + lane * E + e]);
-
-        const bool is_q = h < a.n_heads, is_k = !is_q && h < a.n_heads + a.n_kv_heads;
-        if (is_q || is_k)
-            norm_and_turn<T, D>(x, is_q ? a.q_norm : a.k_norm, a.eps,
-                                (const float2 *)a.rope + (int64_t)position * (D / 2), lane);
-        if (is_q) {
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int e = 0; e < E; e++)
-                    row[half * (D / 2) + lane * E + e] = from_f32<T>(x[half * E + e]);
-            return;
-        }
-        const int g = is_k ? h - a.n_heads : h - a.n_heads - a.n_kv_heads;
-        uint8_t *page = a.base + a.page[a.page_start[seq] + position / kPage] * a.page_bytes;
-        uint8_t *codes = page + g * a.layout.head_bytes + (is_k ? 0 : a.layout.v_code);
-        uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                          (is_k ? 0 : a.layout.v_param);
-        store_row<T, D>(codes, params, is_k ? a.k : a.v, position % kPage, lane, x);
+                row[half * (D / 2) + lane * E + e] = from_f32<T>(x[half * E + e]);
+        return;
     }
+    const int g = is_k ? h - a.n_heads : h - a.n_heads - a.n_kv_heads;
+    uint8_t *page = a.base + a.page[a.page_start[seq] + position / kPage] * a.page_bytes;
+    uint8_t *codes = page + g * a.layout.head_bytes + (is_k ? 0 : a.layout.v_code);
+    uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                      (is_k ? 0 : a.layout.v_param);
+    store_row<T, D>(codes, params, is_k ? a.k : a.v, position % kPage, lane, x);
+}
 
-    template <dtype dt, int D>
-    status launch(void *qkv, const attention_layer_params *l, const attention_cache *c,
-                  const attention_batch *b, cudaStream_t stream) {
-        using T = typename element<dt>::type;
-        const append_arguments<T> a = {
-            (T *)qkv,
-            (const T *)l->q_norm,
-            (const T *)l->k_norm,
-            l->rope_cos_sin,
-            (uint8_t *)c->base,
-            c->page_bytes,
-            attention_layout_of(c->k, c->v, l->n_kv_heads, D),
-            c->k,
-            c->v,
-            b->n_tokens,
-            l->n_heads,
-            l->n_kv_heads,
-            l->norm_eps,
-            b->position,
-            b->token_seq,
-            b->page_start,
-            b->page,
-        };
-        const int64_t rows = (int64_t)b->n_tokens * (l->n_heads + 2 * l->n_kv_heads);
-        rope_append<T, D><<<(unsigned)div_up(rows, kWarps), dim3(32, kWarps), 0, stream>>>(a);
-        return launched("rope_append");
-    }
+template <dtype dt, int D>
+status launch(void *qkv, const attention_layer_params *l, const attention_cache *c,
+              const attention_batch *b, cudaStream_t stream) {
+    using T = typename element<dt>::type;
+    const append_arguments<T> a = {
+        (T *)qkv,
+        (const T *)l->q_norm,
+        (const T *)l->k_norm,
+        l->rope_cos_sin,
+        (uint8_t *)c->base,
+        c->page_bytes,
+        attention_layout_of(c->k, c->v, l->n_kv_heads, D),
+        c->k,
+        c->v,
+        b->n_tokens,
+        l->n_heads,
+        l->n_kv_heads,
+        l->norm_eps,
+        b->position,
+        b->token_seq,
+        b->page_start,
+        b->page,
+    };
+    const int64_t rows = (int64_t)b->n_tokens * (l->n_heads + 2 * l->n_kv_heads);
+    rope_append<T, D><<<(unsigned)div_up(rows, kWarps), dim3(32, kWarps), 0, stream>>>(a);
+    return launched("rope_append");
+}
 
 } // namespace
 

@@ -16,13 +16,9 @@ int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32
 }
 
 /* --- Layout ------------------------------------------------------------------------------------
-<<<<<<< HEAD
- * */
-=======
-* /
->>>>>>> main
+ */
 
-    int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
+int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
     const int32_t panel = row_bytes < PANEL_BYTES ? row_bytes : PANEL_BYTES;
     const int32_t pieces = panel / PIECE_BYTES; /* of a token in a panel */
     const int32_t share = PANEL_BYTES / panel;  /* tokens that share 128 bytes */
@@ -64,14 +60,10 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
 }
 
 /* --- Plan --------------------------------------------------------------------------------------
-<<<<<<< HEAD
- * */
-=======
-* /
->>>>>>> main
+ */
 
-    /* Tokens of a part of a decode that sees n tokens. */
-    static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
+/* Tokens of a part of a decode that sees n tokens. */
+static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
     const int32_t most = n_kv_heads < 2 ? 128 : 256 / n_kv_heads; /* parts */
     const int64_t sixteenth = i64_min(ATTENTION_CHUNK_MID, div_up(n, 16));
     const int64_t chunk =
