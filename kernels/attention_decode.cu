@@ -2,24 +2,28 @@
 //
 // The heads of a group are the 8 columns of the mma tile and tokens its 16 rows:
 //
-//     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]      O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
+//     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]
+//     O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
 //
-// so that a group of up to 8 heads costs one pass over the cache. K and V stay codes: an integer code c
-// placed in the low bits of an fp16 is the subnormal c * 2^-24, exactly, so "conversion" is one AND. What
-// remains of value = c * s + z is per token and goes into the scores (q.K = s (q.c) + z sum(q)) and into
-// the weights (p.V = (p s).c + sum(p z)). q is multiplied by a power of two so that it is exact in fp16
-// whatever the model's type. Codes of V are counted from their middle (p s).(c - m) through one further mma
-// with a constant row, since (p s) rounds to fp16 and its error would otherwise be multiplied by m.
+// so that a group of up to 8 heads costs one pass over the cache. K and V stay codes: an integer
+// code c placed in the low bits of an fp16 is the subnormal c * 2^-24, exactly, so "conversion" is
+// one AND. What remains of value = c * s + z is per token and goes into the scores (q.K = s (q.c) +
+// z sum(q)) and into the weights (p.V = (p s).c + sum(p z)). q is multiplied by a power of two so
+// that it is exact in fp16 whatever the model's type. Codes of V are counted from their middle (p
+// s).(c - m) through one further mma with a constant row, since (p s) rounds to fp16 and its error
+// would otherwise be multiplied by m.
 //
-// Rows of K and columns of V come from shared memory by ldmatrix on raw bytes. A lane then holds 2 or 4
-// neighbouring codes; which dims those are is undone by permuting q once, and the result at the end.
+// Rows of K and columns of V come from shared memory by ldmatrix on raw bytes. A lane then holds 2
+// or 4 neighbouring codes; which dims those are is undone by permuting q once, and the result at
+// the end.
 //
 // A block is four consumer warps, a producer warp that keeps a ring of units (UT tokens of K, V and
-// parameters) full, running ahead over all the block's work items, and a warp that joins. Each unit is
-// consumed by one warp; at the end of an item the four leave their results in shared memory and go on to
-// the next, while the joining warp adds them up. Of a sequence in several parts the block that finishes
-// last adds the parts, in order. What a consumer needs of an item (q, the part) comes through shared
-// memory as well: an item of 256 tokens takes 1.5 us, so no latency of global memory may lie in its way.
+// parameters) full, running ahead over all the block's work items, and a warp that joins. Each unit
+// is consumed by one warp; at the end of an item the four leave their results in shared memory and
+// go on to the next, while the joining warp adds them up. Of a sequence in several parts the block
+// that finishes last adds the parts, in order. What a consumer needs of an item (q, the part) comes
+// through shared memory as well: an item of 256 tokens takes 1.5 us, so no latency of global memory
+// may lie in its way.
 #include "attention_device.cuh"
 
 namespace {
@@ -29,8 +33,8 @@ constexpr int kThreads = 32 * (kConsumers + 2);
 constexpr int kItems = 2; // items whose q, or whose results, are in shared memory at a time
 
 struct decode_arguments {
-    void *out;        // [T, H D]
-    const void *qkv;  // [T, (H + 2G) D]
+    void *out;       // [T, H D]
+    const void *qkv; // [T, (H + 2G) D]
     const void *sinks;
     const uint8_t *base;
     int64_t page_bytes;
@@ -49,7 +53,8 @@ struct decode_arguments {
 };
 
 __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
-    return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[at]) : __half2float(((const __half *)p)[at]);
+    return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[at])
+                : __half2float(((const __half *)p)[at]);
 }
 
 // --- Codes to fp16 pairs ------------------------------------------------------------------------
@@ -72,9 +77,9 @@ __device__ __forceinline__ float code_unit(kv_format f) {
 
 // --- Addresses ----------------------------------------------------------------------------------
 
-// Lane's offset for ldmatrix over 16 tokens and a pair of 16-byte pieces, 8 tokens by one piece a matrix.
-// TOKENS_FIRST: matrices 0, 1 are the token halves of the first piece (rows of K); else the two pieces of
-// the first token half (columns of V).
+// Lane's offset for ldmatrix over 16 tokens and a pair of 16-byte pieces, 8 tokens by one piece a
+// matrix. TOKENS_FIRST: matrices 0, 1 are the token halves of the first piece (rows of K); else the
+// two pieces of the first token half (columns of V).
 template <int ROW, bool TOKENS_FIRST> __device__ __forceinline__ uint32_t lane_offset(int lane) {
     constexpr int PANEL = ROW < 128 ? ROW : 128, PIECES = PANEL / 16, SHARE = 128 / PANEL;
     const int matrix = lane / 8, r = lane % 8;
@@ -87,10 +92,11 @@ template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane
     return (lane_at ^ (pair % PAIRS * 32)) + pair / PAIRS * 8 * PANEL;
 }
 
-// --- q --------------------------------------------------------------------------------------------
+// --- q
+// --------------------------------------------------------------------------------------------
 
-// One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for codes the
-// factor that was applied and the sums of q of this lane's two columns.
+// One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for
+// codes the factor that was applied and the sums of q of this lane's two columns.
 template <int D, int NT> struct query {
     uint32_t b[D / 16][NT][2];
     float factor;
@@ -157,8 +163,8 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
     }
     amax = warp_max(amax);
     // The power of two that brings the largest to [2^11, 2^12).
-    q.factor = amax < 1e-18f ? 1.f
-                             : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+    q.factor =
+        amax < 1e-18f ? 1.f : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
     const float f = q.factor, odd = F == KF_4 ? f / 16 : f; // odd nibbles come times 16
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -170,14 +176,16 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
                 q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
                 q.b[i][n][1] = pack2<__half>(x.y * odd, y.y * odd);
             } else { // dims 0, 2 | 1, 3 of four
-                const float2 x = pair16(raw[n][2 * i], a.bf16), y = pair16(raw[n][2 * i + 1], a.bf16);
+                const float2 x = pair16(raw[n][2 * i], a.bf16),
+                             y = pair16(raw[n][2 * i + 1], a.bf16);
                 q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
                 q.b[i][n][1] = pack2<__half>(x.y * f, y.y * f);
             }
         }
 }
 
-// --- The two products -------------------------------------------------------------------------------
+// --- The two products
+// -------------------------------------------------------------------------------
 
 // s[UT / 16][NT][4] = K [UT, D] q^T
 template <int D, int NT, int UT, kv_format F, typename T>
@@ -281,7 +289,8 @@ __device__ __forceinline__ void rows_of(kv_format f, int i, int r, int *d0, int 
     }
 }
 
-// --- Softmax ----------------------------------------------------------------------------------------
+// --- Softmax
+// ----------------------------------------------------------------------------------------
 
 // A warp's running result of an item. Columns (heads) 2 * (lane % 4) and the next one of each tile.
 template <int D, int NT> struct state {
@@ -314,8 +323,8 @@ __device__ __forceinline__ float2 params_of(uint32_t at, kv_format f, int token)
     return __half22float2(*reinterpret_cast<const __half2 *>(&x));
 }
 
-// Scores of a unit to weights p of the format that multiply_v wants; moves the state to the new maximum.
-// Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
+// Scores of a unit to weights p of the format that multiply_v wants; moves the state to the new
+// maximum. Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
 template <int D, int NT, int UT, typename T>
 __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
                                       state<D, NT> &st, const query<D, NT> &q,
@@ -348,7 +357,8 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
                 }
         }
 
-    // V's scales, divided by a power of two near the largest so far: p * scale stays in fp16's range.
+    // V's scales, divided by a power of two near the largest so far: p * scale stays in fp16's
+    // range.
     float2 vp[UT / 16][2];
     float unit = st.unit;
     if (v_codes) {
@@ -421,21 +431,24 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
 
 // 16-bit V of tokens that must not count: zero, since 0 * NaN is NaN.
 template <int D, int UT>
-__device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo, int end, int lane) {
+__device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo, int end,
+                                              int lane) {
     for (int t = 0; t < UT; t++)
         if (token0 + t < lo || token0 + t >= end)
             for (int at = lane * 16; at < 2 * D; at += 512)
-                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(2 * D, t, at)),
-                             "r"(0)
-                             : "memory");
+                asm volatile(
+                    "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(2 * D, t, at)),
+                    "r"(0)
+                    : "memory");
     fence_async_proxy();
     __syncwarp();
 }
 
-// --- Joining ------------------------------------------------------------------------------------------
+// --- Joining
+// ------------------------------------------------------------------------------------------
 
-// Results of the four warps: acc [4, rows, D + 4] (+ 4: the columns of a quarter fall into other banks), then
-// (m, l) [4, rows].
+// Results of the four warps: acc [4, rows, D + 4] (+ 4: the columns of a quarter fall into other
+// banks), then (m, l) [4, rows].
 template <int D> __host__ __device__ constexpr int joint_floats(int rows) {
     return kConsumers * rows * (D + 4 + 2);
 }
@@ -473,7 +486,8 @@ __device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, i
     const float f = 1.f / l;
     uint2 packed;
     if (a.bf16)
-        packed = make_uint2(pack2<__nv_bfloat16>(x.x * f, x.y * f), pack2<__nv_bfloat16>(x.z * f, x.w * f));
+        packed = make_uint2(pack2<__nv_bfloat16>(x.x * f, x.y * f),
+                            pack2<__nv_bfloat16>(x.z * f, x.w * f));
     else
         packed = make_uint2(pack2<__half>(x.x * f, x.y * f), pack2<__half>(x.z * f, x.w * f));
     *(uint2 *)((uint16_t *)a.out + at) = packed;
@@ -482,8 +496,8 @@ __device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, i
 // Four warps' results of an item to one: out, or a partial result. By `threads` threads.
 template <int D>
 __device__ __forceinline__ void join(const float *from, const decode_arguments &a,
-                                     const attention_part &part, int head0, int n_heads, int n_warps,
-                                     int thread, int threads) {
+                                     const attention_part &part, int head0, int n_heads,
+                                     int n_warps, int thread, int threads) {
     constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
     const int H = a.n_heads;
     const bool whole = part.n_parts == 1;
@@ -522,7 +536,8 @@ template <int D>
 __device__ __forceinline__ bool count_part(const decode_arguments &a, const attention_part &part,
                                            int head0) {
     constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
-    int32_t *counter = (int32_t *)(a.partial + ((int64_t)part.slot * a.n_heads + head0) * STRIDE + D + 2);
+    int32_t *counter =
+        (int32_t *)(a.partial + ((int64_t)part.slot * a.n_heads + head0) * STRIDE + D + 2);
     if (atomicAdd(counter, 1) != part.n_parts - 1) return false;
     *counter = 0;
     __threadfence();
@@ -569,7 +584,8 @@ __device__ __forceinline__ void sum_parts(const decode_arguments &a, const atten
     }
 }
 
-// --- The kernel -----------------------------------------------------------------------------------------
+// --- The kernel
+// -----------------------------------------------------------------------------------------
 
 // Barriers in block memory.
 struct barriers {
@@ -587,7 +603,8 @@ struct barriers {
 struct item_place {
     int part, g, head0; // head0 within the group
 };
-__device__ __forceinline__ item_place place_of(const decode_arguments &a, int item, int tile_heads) {
+__device__ __forceinline__ item_place place_of(const decode_arguments &a, int item,
+                                               int tile_heads) {
     item_place p;
     p.part = item / a.n_tiles / a.n_kv_heads;
     p.g = item / a.n_tiles % a.n_kv_heads;
@@ -600,8 +617,9 @@ template <int D, int NT> __host__ __device__ constexpr int q_slot_bytes() {
 
 // One warp: keep the ring filled with the units of all this block's items, in order.
 template <int D, int NT, int UT, bool BULK>
-__device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memory, const barriers &bar,
-                                        const attention_part *parts, int n_items, int lane) {
+__device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memory,
+                                        const barriers &bar, const attention_part *parts,
+                                        int n_items, int lane) {
     const uint32_t ring = shared_at(memory);
     const uint32_t k_bytes = a.v_at, v_bytes = a.k_param_at - a.v_at;
     const uint32_t k_param = UT * (a.k == KF_16 ? 0 : a.k == KF_FP8 ? 2 : 4);
@@ -618,9 +636,10 @@ __device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memo
             const uint32_t i = n % kItems, q_bar = bar.q_full(i);
             uint8_t *q = memory + a.q_at + i * q_slot_bytes<D, NT>();
             const int n_heads = min(8 * NT, a.ratio - at_item.head0);
-            const uint16_t *from = (const uint16_t *)a.qkv +
-                                   ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) +
-                                    g * a.ratio + at_item.head0) * D;
+            const uint16_t *from =
+                (const uint16_t *)a.qkv +
+                ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) + g * a.ratio + at_item.head0) *
+                    D;
             barrier_wait(bar.q_empty(i), n / kItems & 1 ^ 1);
             if (lane == 0) *(attention_part *)(q + 8 * NT * (2 * D + 16)) = part;
             if (BULK) {
@@ -630,7 +649,8 @@ __device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memo
                     copy_bulk(shared_at(q) + lane * (2 * D + 16), from + lane * D, 2 * D, q_bar);
             } else {
                 for (int k = lane; k < n_heads * (D / 8); k += 32)
-                    copy_async(shared_at(q) + k / (D / 8) * (2 * D + 16) + k % (D / 8) * 16, from + k * 8);
+                    copy_async(shared_at(q) + k / (D / 8) * (2 * D + 16) + k % (D / 8) * 16,
+                               from + k * 8);
                 copy_async_arrive(q_bar);
                 if (lane == 0) barrier_arrive(q_bar);
             }
@@ -648,12 +668,13 @@ __device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memo
                 if (lane == 0) {
                     barrier_expect(full, k_bytes + v_bytes + k_param + v_param);
                     copy_bulk(to, code + in_page * k_bytes, k_bytes, full);
-                    copy_bulk(to + a.v_at, code + a.layout.v_code + in_page * v_bytes, v_bytes, full);
+                    copy_bulk(to + a.v_at, code + a.layout.v_code + in_page * v_bytes, v_bytes,
+                              full);
                     if (k_param)
                         copy_bulk(to + a.k_param_at, param + in_page * k_param, k_param, full);
                     if (v_param)
-                        copy_bulk(to + a.v_param_at, param + a.layout.v_param + in_page * v_param, v_param,
-                                  full);
+                        copy_bulk(to + a.v_param_at, param + a.layout.v_param + in_page * v_param,
+                                  v_param, full);
                 }
             } else {
                 for (uint32_t b = lane * 16; b < k_bytes; b += 512)
@@ -661,7 +682,8 @@ __device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memo
                 for (uint32_t b = lane * 16; b < v_bytes; b += 512)
                     copy_async(to + a.v_at + b, code + a.layout.v_code + in_page * v_bytes + b);
                 if (lane * 16 < k_param)
-                    copy_async(to + a.k_param_at + lane * 16, param + in_page * k_param + lane * 16);
+                    copy_async(to + a.k_param_at + lane * 16,
+                               param + in_page * k_param + lane * 16);
                 if (lane * 16 < v_param)
                     copy_async(to + a.v_param_at + lane * 16,
                                param + a.layout.v_param + in_page * v_param + lane * 16);
@@ -673,8 +695,8 @@ __device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memo
 }
 
 template <int D, int NT, int UT, typename T, bool LIGHT>
-__device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memory, const barriers &bar,
-                                        int n_items, int warp, int lane) {
+__device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memory,
+                                        const barriers &bar, int n_items, int warp, int lane) {
     const uint32_t ring = shared_at(memory);
     uint32_t base = 0, n = 0; // units, items before this one
     for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
@@ -709,8 +731,9 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
         }
         st.unit = 0x1p-24f;
 
-        // Stages are a multiple of the consumers, so that a slot is always the same warp's: a parity wait
-        // cannot tell a phase from the one before the last. Which share of the item that is turns with base.
+        // Stages are a multiple of the consumers, so that a slot is always the same warp's: a
+        // parity wait cannot tell a phase from the one before the last. Which share of the item
+        // that is turns with base.
         const int share = (warp - base) % kConsumers;
         for (int u = share; u < n_units; u += kConsumers) {
             const uint32_t count = base + u, slot = count % a.stages;
@@ -732,7 +755,8 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
 
             const uint32_t v_at = stage + a.v_at;
             if (!LIGHT && a.v == KF_16) {
-                if (token0 < lo || token0 + UT > end) clear_outside<D, UT>(v_at, token0, lo, end, lane);
+                if (token0 < lo || token0 + UT > end)
+                    clear_outside<D, UT>(v_at, token0, lo, end, lane);
                 multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, v_at, lane);
             } else if (a.v == KF_4) {
                 multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, v_at, lane);
@@ -747,8 +771,8 @@ __device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memo
         base += n_units;
         barrier_wait(bar.joint_empty(at), turn ^ 1);
         if (share < n_units)
-            put_joint<D, NT>((float *)(memory + a.joint_at) + at * joint_floats<D>(a.rows), st, a, n_heads,
-                             share, lane);
+            put_joint<D, NT>((float *)(memory + a.joint_at) + at * joint_floats<D>(a.rows), st, a,
+                             n_heads, share, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(bar.joint_full(at));
     }
@@ -761,15 +785,16 @@ __device__ __forceinline__ void finish_sync() {
 // The block's last item: consumers have nothing else to do and help the joining warp.
 template <int D, int NT, int UT>
 __device__ __forceinline__ void finish(const decode_arguments &a, const uint8_t *memory, int *flag,
-                                       const attention_part *parts, int item, uint32_t n, int thread) {
+                                       const attention_part *parts, int item, uint32_t n,
+                                       int thread) {
     constexpr int THREADS = 32 * (kConsumers + 1);
     const item_place p = place_of(a, item, 8 * NT);
     const attention_part part = parts[p.part];
     const int n_units = (part.end - part.begin + UT - 1) / UT;
     const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
     finish_sync();
-    join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part, head0,
-            n_heads, min(kConsumers, n_units), thread, THREADS);
+    join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part,
+            head0, n_heads, min(kConsumers, n_units), thread, THREADS);
     if (part.n_parts == 1) return;
     __threadfence();
     finish_sync();
@@ -799,9 +824,11 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
         fence_async_proxy();
     }
     __syncthreads();
-    const attention_part *parts = (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
+    const attention_part *parts =
+        (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
     const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
-    const int mine = n_items > (int)blockIdx.x ? (n_items - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
+    const int mine =
+        n_items > (int)blockIdx.x ? (n_items - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
     if (mine == 0) return;
     if (warp < kConsumers) {
         consume<D, NT, UT, T, LIGHT>(a, memory, bar, n_items, warp, lane);
@@ -816,8 +843,8 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
             const int n_units = (part.end - part.begin + UT - 1) / UT;
             const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
             barrier_wait(bar.joint_full(n % kItems), n / kItems & 1);
-            join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part,
-                    head0, n_heads, min(kConsumers, n_units), lane, 32);
+            join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a,
+                    part, head0, n_heads, min(kConsumers, n_units), lane, 32);
             __syncwarp();
             if (lane == 0) barrier_arrive(bar.joint_empty(n % kItems));
             if (part.n_parts == 1) continue;
@@ -831,7 +858,8 @@ __global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
                       blockIdx.x + (mine - 1) * gridDim.x, mine - 1, threadIdx.x);
 }
 
-// --- Launch ---------------------------------------------------------------------------------------------
+// --- Launch
+// ---------------------------------------------------------------------------------------------
 
 template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
 status launch(const attention_problem *p) {
@@ -863,7 +891,8 @@ status launch(const attention_problem *p) {
 
     // Two blocks an SM where each then has a ring of a unit for each consumer; else one.
     const int q_bytes = kItems * q_slot_bytes<D, NT>();
-    const int joint_bytes = (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16 + 16; // + flag
+    const int joint_bytes =
+        (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16 + 16; // + flag
     const int fixed = q_bytes + joint_bytes + 4 * kItems * 8, per_sm = p->shared_bytes_sm;
     const int unit = a.stage_bytes + 16; // and its two barriers
     int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / unit;
@@ -875,7 +904,8 @@ status launch(const attention_problem *p) {
     a.barriers_at = a.joint_at + joint_bytes;
     const int bytes = a.barriers_at + a.stages * 16 + 4 * kItems * 8;
     const auto kernel = attend_decode<D, NT, UT, T, LIGHT, BULK>;
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
     kernel<<<p->n_sms * blocks, kThreads, bytes, p->stream>>>(a);
     return launched("attention_decode");

@@ -1,5 +1,5 @@
-// attention_device.cuh - what the attention kernels of every architecture do alike: addresses in a page
-// and conversions of single codes. See attention.h for the layout.
+// attention_device.cuh - what the attention kernels of every architecture do alike: addresses in a
+// page and conversions of single codes. See attention.h for the layout.
 #ifndef AMALGAM_ATTENTION_DEVICE_CUH
 #define AMALGAM_ATTENTION_DEVICE_CUH
 #include "attention_plan.h"
@@ -21,13 +21,15 @@ __device__ __forceinline__ int row_bytes_of(kv_format f, int head_dim) {
     return f == KF_16 ? 2 * head_dim : f == KF_4 ? head_dim / 2 : head_dim;
 }
 
-// e4m3 as the fp16 of the same sign, exponent field and mantissa: the value times 2^-8, subnormals too.
+// e4m3 as the fp16 of the same sign, exponent field and mantissa: the value times 2^-8, subnormals
+// too.
 __device__ __forceinline__ float e4m3_value(uint32_t code) {
     const uint16_t bits = (uint16_t)((code & 0x80u) << 8 | (code & 0x7fu) << 7);
     return __half2float(__ushort_as_half(bits)) * 256.f;
 }
 
-// --- PTX, one instruction each ---------------------------------------------------------------------
+// --- PTX, one instruction each
+// ---------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_at(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
@@ -124,10 +126,11 @@ __device__ __forceinline__ void barrier_expect(uint32_t at, uint32_t bytes) {
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t bytes,
                                           uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-                 "[%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
 #endif
 }
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from) {

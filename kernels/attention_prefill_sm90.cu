@@ -1,11 +1,11 @@
 // attention_prefill_sm90.cu - prefill chunks straight from the paged cache, on Hopper.
 //
-// A block is a producer warpgroup and two consumer warpgroups of 64 query rows each. Rows are heads of a
-// group times tokens, so that one reading (and one conversion) of K and V serves all heads of the group.
-// The producer fills two stages of K [BN, D] and V [BN, D] in the 128-byte swizzle: 16-bit pages are in
-// that order already and are copied as they lie; codes are copied to a raw buffer, converted by one fused
-// multiply-add in fp16 (one rounding), and written in that order. With codes q is made fp16 as well, times
-// a power of two of its row, which is exact. Consumers run
+// A block is a producer warpgroup and two consumer warpgroups of 64 query rows each. Rows are heads
+// of a group times tokens, so that one reading (and one conversion) of K and V serves all heads of
+// the group. The producer fills two stages of K [BN, D] and V [BN, D] in the 128-byte swizzle:
+// 16-bit pages are in that order already and are copied as they lie; codes are copied to a raw
+// buffer, converted by one fused multiply-add in fp16 (one rounding), and written in that order.
+// With codes q is made fp16 as well, times a power of two of its row, which is exact. Consumers run
 //
 //     S = Q K_j^T  |  O += P_{j-1} V_{j-1}      both in flight, then the softmax of S
 //
@@ -28,7 +28,7 @@ struct prefill_arguments {
     const int32_t *page;
     int n_heads, n_kv_heads, ratio, window;
     bool bf16;
-    float scale; // times log2(e)
+    float scale;                                                     // times log2(e)
     int raw_at, raw_bytes, raw_v_at, raw_k_param_at, raw_v_param_at; // raw stages in block memory
 };
 
@@ -58,7 +58,8 @@ struct tile_work {
 template <int BN>
 __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
     tile_work w;
-    w.t = ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
+    w.t =
+        ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
     w.g = item % a.n_kv_heads;
     const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
     const int p_first = w.t.position + w.t.row0 / a.ratio;
@@ -67,7 +68,8 @@ __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int ite
     return w;
 }
 
-// --- Producer --------------------------------------------------------------------------------------------
+// --- Producer
+// --------------------------------------------------------------------------------------------
 
 // 1024 + code in both halves to code * s + m, rounded once.
 __device__ __forceinline__ uint32_t scaled(uint32_t magic, __half2 s, __half2 m) {
@@ -76,7 +78,8 @@ __device__ __forceinline__ uint32_t scaled(uint32_t magic, __half2 s, __half2 m)
     const __half2 v = __hfma2(c, s, m);
     return *reinterpret_cast<const uint32_t *>(&v);
 }
-__device__ __forceinline__ void bytes_to_half(uint32_t (&out)[2], uint32_t w, __half2 s, __half2 m) {
+__device__ __forceinline__ void bytes_to_half(uint32_t (&out)[2], uint32_t w, __half2 s,
+                                              __half2 m) {
     out[0] = scaled(__byte_perm(w, 0x64646464u, 0x4140), s, m);
     out[1] = scaled(__byte_perm(w, 0x64646464u, 0x4342), s, m);
 }
@@ -91,7 +94,8 @@ __device__ __forceinline__ void e4m3_to_half(uint32_t (&out)[2], uint32_t w, __h
     }
 }
 // Neighbours (0, 1), (2, 3), (4, 5), (6, 7) of a word of nibbles.
-__device__ __forceinline__ void nibbles_to_half(uint32_t (&out)[4], uint32_t w, __half2 s, __half2 m) {
+__device__ __forceinline__ void nibbles_to_half(uint32_t (&out)[4], uint32_t w, __half2 s,
+                                                __half2 m) {
     const uint32_t even = w & 0x0f0f0f0fu, odd = w >> 4 & 0x0f0f0f0fu;
     const uint32_t lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
     uint32_t o[2];
@@ -101,9 +105,10 @@ __device__ __forceinline__ void nibbles_to_half(uint32_t (&out)[4], uint32_t w, 
     out[2] = o[0], out[3] = o[1];
 }
 
-// Rows [BN, D] of codes (as they lie in pages) to fp16 in the swizzle; rows from n_valid on become zero.
-// A thread keeps its piece and goes down the tokens; eight neighbours take the eight tokens of a group, whose
-// pieces lie in different banks. BATCH loads are under way before the first is used.
+// Rows [BN, D] of codes (as they lie in pages) to fp16 in the swizzle; rows from n_valid on become
+// zero. A thread keeps its piece and goes down the tokens; eight neighbours take the eight tokens
+// of a group, whose pieces lie in different banks. BATCH loads are under way before the first is
+// used.
 template <int D, int BN, kv_format F>
 __device__ __forceinline__ void convert(uint32_t to, const uint8_t *code, const uint8_t *param,
                                         int n_valid, int thread) {
@@ -113,7 +118,8 @@ __device__ __forceinline__ void convert(uint32_t to, const uint8_t *code, const 
     const uint8_t *from = code + code_at(ROW, first, piece * 16);
     uint32_t put[DIMS / 8];
 #pragma unroll
-    for (int j = 0; j < DIMS / 8; j++) put[j] = to + code_at(2 * D, first, piece * DIMS * 2 + j * 16);
+    for (int j = 0; j < DIMS / 8; j++)
+        put[j] = to + code_at(2 * D, first, piece * DIMS * 2 + j * 16);
 #pragma unroll 1
     for (int k0 = 0; k0 < STEPS; k0 += BATCH) {
         uint4 w[BATCH];
@@ -130,7 +136,10 @@ __device__ __forceinline__ void convert(uint32_t to, const uint8_t *code, const 
                 const __half2 both = ((const __half2 *)param)[token];
                 s[k] = __low2half2(both), m[k] = __high2half2(both);
             }
-            if (token >= n_valid) s[k] = m[k] = zero;
+            if (token >= n_valid) {
+                s[k] = m[k] = zero;
+                if (F == KF_FP8) w[k] = make_uint4(0, 0, 0, 0); // e4m3 has NaN, integers have not
+            }
         }
 #pragma unroll
         for (int k = 0; k < BATCH; k++) {
@@ -213,8 +222,8 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const wal
     for (int i = 0; i < PAGES; i++) {
         if (i >= n_pages) break;
         const uint8_t *page = a.base + id[i] * a.page_bytes;
-        copy_bulk(to + i * bytes, page + w.g * a.layout.head_bytes + (value ? a.layout.v_code : 0), bytes,
-                  barrier);
+        copy_bulk(to + i * bytes, page + w.g * a.layout.head_bytes + (value ? a.layout.v_code : 0),
+                  bytes, barrier);
         if (params)
             copy_bulk(param_to + i * params,
                       page + a.layout.param_base + (int64_t)w.g * a.layout.param_bytes +
@@ -223,8 +232,9 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const wal
     }
 }
 
-// The stream of K, or of V: blocks in order through kStages stages, codes through RAW raw stages before.
-// Thread 0 keeps the raw copies ahead; the pages of the block at that cursor were looked up a block earlier.
+// The stream of K, or of V: blocks in order through kStages stages, codes through RAW raw stages
+// before. Thread 0 keeps the raw copies ahead; the pages of the block at that cursor were looked up
+// a block earlier.
 template <int D, int BN, int RAW, bool VALUE> struct stream {
     walk at, ahead;
     uint32_t count, started;
@@ -259,16 +269,19 @@ template <int D, int BN, int RAW, bool VALUE> struct stream {
                                          uint32_t *n_landed, int n_items, int thread) {
         constexpr int TILE = BN * 2 * D;
         const kv_format f = VALUE ? a.v : a.k;
-        const uint32_t s = count % kStages, empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
+        const uint32_t s = count % kStages,
+                       empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
         const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
-        const uint32_t to = shared_at(memory) + kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
+        const uint32_t to =
+            shared_at(memory) + kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
         const int n_valid = min(BN, at.kv_len - at.block * BN);
         if (f != KF_16) {
             const uint8_t *raw = memory + a.raw_at + count % RAW * a.raw_bytes;
             barrier_wait(shared_at(&c->raw_full[VALUE][count % RAW]), count / RAW & 1);
             barrier_wait(empty, count / kStages & 1 ^ 1);
             convert_any<D, BN>(to, raw + (VALUE ? a.raw_v_at : 0),
-                               raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at), f, n_valid, thread);
+                               raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at), f, n_valid,
+                               thread);
             fence_async_proxy();
             barrier_arrive(full);
             named_sync<1, 128>(); // the raw stage has been read by all
@@ -314,12 +327,14 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
     }
 }
 
-// --- Consumers --------------------------------------------------------------------------------------------
+// --- Consumers
+// --------------------------------------------------------------------------------------------
 
 // This warpgroup's 64 rows of q to shared memory, in TK; rows past the chunk's end are zero.
 template <int D, typename TK>
-__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w, uint32_t q_at,
-                                          float *factor, bool to_half, int group, int thread) {
+__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
+                                          uint32_t q_at, float *factor, bool to_half, int group,
+                                          int thread) {
     const int r = group * 64 + thread / 2, row = w.t.row0 + r, half = thread % 2;
     constexpr int PIECES = D / 16; // 16-byte pieces of half a row
     uint4 x[PIECES];
@@ -345,8 +360,10 @@ __device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile
             }
         }
         amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
-        // The power of two that brings the largest to [2, 4): products stay far inside f32 and fp16.
-        if (amax > 1e-18f) f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+        // The power of two that brings the largest to [2, 4): products stay far inside f32 and
+        // fp16.
+        if (amax > 1e-18f)
+            f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const __nv_bfloat162 *v = (const __nv_bfloat162 *)&x[i];
@@ -382,13 +399,15 @@ __device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q_at, ui
 
 // o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims.
 template <int D, int BN, typename TV, int R, int N>
-__device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)[BN / 4], uint32_t v_at) {
+__device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)[BN / 4],
+                                           uint32_t v_at) {
     constexpr int GROUP = 16 * D;
 #pragma unroll
     for (int i = 0; i < BN / 16; i++)
 #pragma unroll
         for (int n = 0; n < N; n++)
-            wgmma_columns<TV>(o[n], p + 4 * i, matrix_of(v_at + i * 2 * GROUP + n * 2048, GROUP, 1024), 1);
+            wgmma_columns<TV>(o[n], p + 4 * i,
+                              matrix_of(v_at + i * 2 * GROUP + n * 2048, GROUP, 1024), 1);
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -403,11 +422,13 @@ __device__ __forceinline__ float quad_sum(float x) {
 template <int D, typename TK, typename TV>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
-    constexpr int BN = D == 256 ? 64 : 128, TILE = BN * 2 * D, R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1;
+    constexpr int BN = D == 256 ? 64 : 128, TILE = BN * 2 * D, R = D < 128 ? 32 : 64,
+                  N = D == 256 ? 2 : 1;
     const uint32_t q_all = shared_at(memory), q_at = q_all + group * 64 * 2 * D;
     const uint32_t k_at = q_all + kRows * 2 * D, v_at = k_at + kStages * TILE;
     const int n_items = a.plan->n_tiles * a.n_kv_heads;
-    const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16 + lane / 4; // rows r0 and r0 + 8
+    const int lane = thread % 32,
+              r0 = group * 64 + thread / 32 * 16 + lane / 4; // rows r0 and r0 + 8
     const int column = 2 * (lane % 4);
     const bool to_half = a.bf16 && sizeof(TK) == 2 && a.k != KF_16;
     uint32_t count = 0;
@@ -437,7 +458,8 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
 
         for (int block = w.first; block <= w.last; block++, count++) {
             const uint32_t st = count % kStages, parity = count / kStages & 1;
-            const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
+            const uint32_t before = (count - 1) % kStages,
+                           parity_before = (count - 1) / kStages & 1;
             const bool first = block == w.first;
             barrier_wait(shared_at(&c->k_full[st]), parity);
             turn_wait(group);
@@ -522,7 +544,8 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
                 l[h] += exp2_approx(sink * kLog2E - m[h] * scale[h]);
             }
             const float f = 1.f / l[h];
-            const int64_t at = ((int64_t)(w.t.token0 + row / a.ratio) * a.n_heads + head) * D + column;
+            const int64_t at =
+                ((int64_t)(w.t.token0 + row / a.ratio) * a.n_heads + head) * D + column;
             uint16_t *out = (uint16_t *)a.out + at;
 #pragma unroll
             for (int n = 0; n < N; n++)
@@ -540,6 +563,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
 
 template <int D, typename TK, typename TV>
 __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
     constexpr int BN = D == 256 ? 64 : 128, RAW = D == 256 ? 1 : 2;
     extern __shared__ __align__(1024) uint8_t memory[];
     control *c = (control *)(memory + a.raw_at + (a.raw_bytes ? RAW * a.raw_bytes : 0));
@@ -564,6 +588,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         consume<D, TK, TV>(a, memory, c, group - 1, thread);
     }
+#endif
 }
 
 template <int D, typename TK, typename TV> status launch(const attention_problem *p) {
@@ -594,7 +619,8 @@ template <int D, typename TK, typename TV> status launch(const attention_problem
     a.raw_bytes = (int)div_up(a.raw_v_param_at + BN * attention_param_bytes(a.v), 128) * 128;
     const int bytes = a.raw_at + RAW * a.raw_bytes + (int)sizeof(control);
     const auto kernel = attend_prefill<D, TK, TV>;
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "attention_prefill, %d bytes: %s", bytes, cudaGetErrorString(e));
     kernel<<<p->n_sms, kThreads, bytes, p->stream>>>(a);
@@ -602,8 +628,10 @@ template <int D, typename TK, typename TV> status launch(const attention_problem
 }
 
 template <int D> status launch_types(const attention_problem *p) {
-    const bool bf16 = p->l.type == DT_BF16, k = bf16 && p->c.k == KF_16, v = bf16 && p->c.v == KF_16;
-    if (k) return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
+    const bool bf16 = p->l.type == DT_BF16, k = bf16 && p->c.k == KF_16,
+               v = bf16 && p->c.v == KF_16;
+    if (k)
+        return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
     return v ? launch<D, __half, __nv_bfloat16>(p) : launch<D, __half, __half>(p);
 }
 

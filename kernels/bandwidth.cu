@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kThreads) read_all(uint32_t *sum, const uint4 
 #pragma unroll
         for (int k = 0; k < kInFlight; k++) total += x[k].x ^ x[k].y ^ x[k].z ^ x[k].w;
     }
-    if (total == 0x12345678u) atomicAdd(sum, total); // practically never, but the compiler cannot know
+    if (total == 0x12345678u)
+        atomicAdd(sum, total); // practically never, but the compiler cannot know
 }
 
 } // namespace

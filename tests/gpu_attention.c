@@ -71,8 +71,12 @@ static void *host_copy(const void *device, int64_t n) {
 static uint16_t *random_16(int64_t n, dtype type, float sigma, float mean) {
     uint16_t *x = mem_alloc((size_t)n, 2);
     CHECK(x != NULL);
+    static float table[1 << 16]; /* drawn once: a Box-Muller a value is most of the test's time */
+    for (int32_t i = 0; table[0] == 0 && i < COUNT_OF(table); i++)
+        table[COUNT_OF(table) - 1 - i] = gaussian();
     for (int64_t i = 0; i < n; i++) {
-        const float v = gaussian() * sigma + mean;
+        random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+        const float v = table[random_state >> 48] * sigma + mean;
         x[i] = type == DT_F16 ? f16_from_f32(v) : bf16_from_f32(v);
     }
     return x;
@@ -248,7 +252,7 @@ static void check_append(fixture *f, const test_batch *all) {
             if (!(off <= error)) error = off;
         }
         /* 16 bit: one rounding. Codes: none differ, but a norm's last bit may move one by a step.
-         */
+         * */
         const bool sixteen = is_q || format == KF_16;
         const double limit = sixteen ? largest * (c->type == DT_F16 ? 0x1p-11 : 0x1p-8) * 1.01
                              : c->norms && !is_v
@@ -414,8 +418,8 @@ static double relative_error(fixture *f, const uint16_t *out, int32_t miss) {
     return sqrt(error / norm);
 }
 
-/* worst[decode only or not][type][quantised or not] */
-static double worst[8][2][2][2];
+/* Largest rel_err by variant, decodes only or not, type, quantised or not. */
+static double worst[16][2][2][2];
 static int64_t rows_of(const attention_case *c, int32_t to) {
     int64_t n = 0;
     for (int32_t s = 0; s < to; s++) n += c->n_new[s];
@@ -461,7 +465,7 @@ static void run_case(const attention_case *c) {
 }
 
 /* --- Cases -------------------------------------------------------------------------------------
- */
+ * */
 
 static attention_case base_case(const char *name, dtype type, kv_format k, kv_format v) {
     attention_case c = {0};
@@ -501,15 +505,11 @@ static void every_length(dtype type, kv_format k, kv_format v, int32_t head_dim)
 /* More work items than the GPU takes at once, and a chunk alone. */
 static void many(dtype type, kv_format k, kv_format v) {
     attention_case c = base_case("many", type, k, v);
-    c.heads = 32;
-    c.kv_heads = 8;
-    for (int32_t i = 0; i < 70; i++) add(&c, 300 + i * 13 % 900, 1);
+    for (int32_t i = 0; i < 70; i++) add(&c, 300 + i * 13 % 900, 1); /* 280 items and more */
     add(&c, 150, 1);
     run_case(&c);
     attention_case p = base_case("prefill", type, k, v);
-    p.heads = 32;
-    p.kv_heads = 8;
-    add(&p, 1100, 1000);
+    add(&p, 1100, 500);
     add(&p, 64, 64);
     run_case(&p);
 }
@@ -588,8 +588,8 @@ int main(int argc, char **argv) {
             printf("{\"kind\":\"attention_error\",\"kernel\":\"%s\",\"phase\":\"%s\",\"fp16_kv16\":"
                    "%.3g,"
                    "\"fp16_quantised\":%.3g,\"bf16_kv16\":%.3g,\"bf16_quantised\":%.3g}\n",
-                   i ? attention_variants()[i - 1] : "best", d ? "decode" : "mixed", worst[i][d][0][0],
-                   worst[i][d][0][1], worst[i][d][1][0], worst[i][d][1][1]);
+                   i ? attention_variants()[i - 1] : "best", d ? "decode" : "mixed",
+                   worst[i][d][0][0], worst[i][d][0][1], worst[i][d][1][0], worst[i][d][1][1]);
     printf("%d checks: %d passed, %d failed\n", n_run, n_run - n_failed, n_failed);
     return n_failed ? 1 : 0;
 }
