@@ -396,11 +396,11 @@ static status measure_ceiling(bench_gpu *g, bool json) {
  * ---------------------------------------------------------------------------------------- */
 
 /* "kv16", "kvfp8", "k8v4", ... in any case. */
-static status parse_kv(const char *text, kv_format *k, kv_format *v) {
+static status parse_kv(const char *given, kv_format *k, kv_format *v) {
     char name[PRECISION_NAME_MAX] = "W16A16";
     size_t n = strlen(name);
-    for (; *text && n + 1 < sizeof name; text++)
-        name[n++] = (char)(*text >= 'a' && *text <= 'z' ? *text - 'a' + 'A' : *text);
+    for (; *given && n + 1 < sizeof name; given++)
+        name[n++] = (char)(*given >= 'a' && *given <= 'z' ? *given - 'a' + 'A' : *given);
     name[n] = 0;
     precision p;
     TRY(precision_parse(&p, name));

@@ -95,7 +95,8 @@ const char *const *attention_variants(void);
 /* --- Layout, for tests and tools ---------------------------------------------------------------
  */
 
-/* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, in its [64, D] codes. */
+/* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
+ */
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at);
 
 /* Host: codes of a page back to plain values, K and V [64, G, D] f32. type: of 16-bit parts. */
