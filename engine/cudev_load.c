@@ -313,9 +313,6 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
     cudev *c = cudev_self(d);
     CHECK(!c->ready);
-    if (s->stored.packed) /* weight_source_qmatrix is the way in; nobody has built it here yet */
-        return FAIL(ST_UNSUPPORTED, "tensor '%s': the cuda device reads no quantised checkpoints",
-                    s->stored.first);
     TRY(weight_source_accepts(s, p));
     TRY(begin_loading(c, s, p));
     cudev_weight *w = arena_array(&c->handles, cudev_weight, 1);
