@@ -8,8 +8,8 @@ namespace {
 bool any(const attention_problem *) { return true; }
 bool wide(const attention_problem *p) { return p->l.head_dim >= 64; }
 
-// Best first: the first that accepts is launched, once for decodes and once for prefill chunks if no
-// single one takes both.
+// Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
+// no single one takes both.
 const attention_variant variants[] = {
     {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
     {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
