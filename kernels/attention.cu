@@ -8,8 +8,8 @@ namespace {
 bool any(const attention_problem *) { return true; }
 bool wide(const attention_problem *p) { return p->l.head_dim >= 64; }
 
-// Best first: the first that accepts is launched, once for decodes and once for prefill chunks if no
-// single one takes both.
+// Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
+// no single one takes both.
 const attention_variant variants[] = {
     {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
     {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
@@ -19,9 +19,7 @@ const attention_variant variants[] = {
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
 
 // Shared memory of an SM (CUDA C++ Programming Guide, table of compute capabilities).
-int shared_bytes_of(int sm) {
-    return (sm == 80 ? 164 : sm >= 90 && sm < 120 ? 228 : 100) * 1024;
-}
+int shared_bytes_of(int sm) { return (sm == 80 ? 164 : sm >= 90 && sm < 120 ? 228 : 100) * 1024; }
 
 const attention_variant *choose(const attention_problem *p, bool decode, const char *name,
                                 int family) {
@@ -76,8 +74,8 @@ extern "C" status kernel_attention(void *out, const void *qkv, const attention_l
     const attention_variant *d = decodes ? choose(&p, true, kernel, family) : nullptr;
     const attention_variant *f = prefills ? choose(&p, false, kernel, family) : nullptr;
     if ((decodes && !d) || (prefills && !f))
-        return FAIL(ST_UNSUPPORTED, "no attention kernel %s for K%sV%s on sm_%d", kernel ? kernel : "",
-                    kv_format_text(c->k), kv_format_text(c->v), sm);
+        return FAIL(ST_UNSUPPORTED, "no attention kernel %s for K%sV%s on sm_%d",
+                    kernel ? kernel : "", kv_format_text(c->k), kv_format_text(c->v), sm);
     if (d && d == f) return d->launch(&p, true, true);
     if (d) TRY(d->launch(&p, true, false));
     if (f) TRY(f->launch(&p, false, true));

@@ -1,26 +1,27 @@
-// attention_append.cu - QK-norm, RoPE, quantisation and append in one pass: one warp a token and head.
+// attention_append.cu - QK-norm, RoPE, quantisation and append in one pass: one warp a token and
+// head.
 //
-// A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its own.
-// Products and sums are rounded one by one, as the definition does: a fused multiply-add here would move
-// codes that lie on a tie.
+// A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its
+// own. Products and sums are rounded one by one, as the definition does: a fused multiply-add here
+// would move codes that lie on a tie.
 #include "attention_device.cuh"
 
 #define ATTENTION_APPEND_INSTANCES(X)                                                              \
-    X(F16, 32) X(BF16, 32)                                                                         \
-    X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
+    X(F16, 32) X(BF16, 32) X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
 
 namespace {
 
 constexpr int kWarps = 4;
 
-// Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these do:
-// their sums count twice (64 E is the number of values a warp holds), their stores write the same.
+// Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these
+// do: their sums count twice (64 E is the number of values a warp holds), their stores write the
+// same.
 template <int D> constexpr int each = D < 64 ? 1 : D / 64;
 
 template <typename T> struct append_arguments {
-    T *qkv;                      // [T, (H + 2G) D]
-    const T *q_norm, *k_norm;    // [D] or NULL
-    const float *rope;           // [ctx, D / 2, 2]
+    T *qkv;                   // [T, (H + 2G) D]
+    const T *q_norm, *k_norm; // [D] or NULL
+    const float *rope;        // [ctx, D / 2, 2]
     uint8_t *base;
     int64_t page_bytes;
     attention_layout layout;
@@ -92,7 +93,9 @@ __device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int toke
     uint32_t code[2 * E];
 #pragma unroll
     for (int e = 0; e < 2 * E; e++)
-        code[e] = !live ? 0u : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s)) : code_of(x[e], m, s, top);
+        code[e] = !live         ? 0u
+                  : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s))
+                                : code_of(x[e], m, s, top);
     if (f == KF_4) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -129,8 +132,8 @@ __device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int toke
 
 // Head norm and RoPE in registers.
 template <typename T, int D>
-__device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps, const float2 *turn,
-                                              int lane) {
+__device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps,
+                                              const float2 *turn, int lane) {
     constexpr int E = each<D>;
     if (norm) {
         float sum = 0.f;

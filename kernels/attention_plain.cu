@@ -1,19 +1,18 @@
-// attention_plain.cu - step 1 of the ladder: one warp a token and query head, token after token. It reads
-// any format, needs no plan, and is what the other variants are compared with on the device.
+// attention_plain.cu - step 1 of the ladder: one warp a token and query head, token after token. It
+// reads any format, needs no plan, and is what the other variants are compared with on the device.
 #include "attention_device.cuh"
 
 #define ATTENTION_PLAIN_INSTANCES(X)                                                               \
-    X(F16, 32) X(BF16, 32)                                                                         \
-    X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
+    X(F16, 32) X(BF16, 32) X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
 
 namespace {
 
 constexpr int kWarps = 4;
 
 template <typename T> struct plain_arguments {
-    T *out;             // [T, H D]
-    const T *qkv;       // [T, (H + 2G) D]
-    const T *sinks;     // [H] or NULL
+    T *out;         // [T, H D]
+    const T *qkv;   // [T, (H + 2G) D]
+    const T *sinks; // [H] or NULL
     const uint8_t *base;
     int64_t page_bytes;
     attention_layout layout;
@@ -130,5 +129,6 @@ extern "C" status attention_plain_launch(const attention_problem *p, bool decode
         return launch<DT_##type_name, dim>(p, first, end);
     ATTENTION_PLAIN_INSTANCES(X)
 #undef X
-    return FAIL(ST_UNSUPPORTED, "attention of %s, head_dim %d", dtype_text(p->l.type), p->l.head_dim);
+    return FAIL(ST_UNSUPPORTED, "attention of %s, head_dim %d", dtype_text(p->l.type),
+                p->l.head_dim);
 }
