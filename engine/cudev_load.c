@@ -54,6 +54,30 @@ static status part_values(cudev *c, const matrix_part *p, int32_t k, int32_t row
                                p->col_stride, c->stream);
 }
 
+/* The same of a matrix that other tools have quantised: its values are made on the host. */
+static status stored_values(cudev *c, const weight_source *s, int32_t j, int32_t row0, int32_t rows,
+                            void *out, dtype type) {
+    enum { ROWS_MOST = 1024 };
+    const int32_t k = s->shape.k, step = (int32_t)i64_min(rows, ROWS_MOST);
+    float *value = mem_alloc((size_t)step * (size_t)k, sizeof *value);
+    if (!value) return FAIL(ST_NOMEM, "%s: %d rows", s->name, step);
+    status st = ST_OK;
+    for (int32_t at = 0; at < rows && st == ST_OK; at += step) {
+        const int32_t n = (int32_t)i64_min(step, rows - at);
+        const size_t bytes = (size_t)n * (size_t)k * sizeof *value;
+#pragma omp parallel for
+        for (int32_t i = 0; i < n; i++)
+            weight_source_row(s, j, row0 + at + i, value + (int64_t)i * k);
+        st = cudev_scratch_grow(&c->raw, bytes, c->stream, "weights");
+        if (st == ST_OK) st = cudev_upload(&c->staging, c->raw.data, value, bytes, c->stream);
+        if (st == ST_OK)
+            st = kernel_fill_convert((uint8_t *)out + dtype_bytes(type, (int64_t)at * k), type,
+                                     c->raw.data, DT_F32, n, k, k, 1, c->stream);
+    }
+    mem_free(value);
+    return st;
+}
+
 /* out [rows, k] of `type` = rows [row0, row0 + rows) of matrix j. */
 static status matrix_values(cudev *c, const weight_source *s, int32_t j, int32_t row0, int32_t rows,
                             void *out, dtype type) {
@@ -62,6 +86,7 @@ static status matrix_values(cudev *c, const weight_source *s, int32_t j, int32_t
         return kernel_fill_noise(out, type, (int64_t)rows * k, s->seed,
                                  ((uint64_t)j * (uint64_t)n + (uint64_t)row0) * (uint64_t)k,
                                  s->synthetic_scale, s->synthetic_mean, c->stream);
+    if (s->stored.packed) return stored_values(c, s, j, row0, rows, out, type);
     const int32_t each = s->n_parts / s->shape.count;
     const matrix_part *p = s->part + (int64_t)j * each;
     for (int32_t i = 0; i < each; i++, p++) {
@@ -168,6 +193,30 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
+/* A matrix whose codes the checkpoint has: unpacked on the host, packed for the kernels here. */
+static status stored_matrix(cudev *c, const weight_source *s, const precision *p, int32_t j,
+                            cudev_weight *w) {
+    const int32_t n = s->shape.n, k = s->shape.k;
+    qmatrix q, host;
+    TRY(canonical(c, p, n, k, &q));
+    const size_t codes = (size_t)qmatrix_code_bytes(p, n, k);
+    const size_t scales = (size_t)dtype_bytes(q.scale_type, qmatrix_scale_count(p, n, k));
+    const size_t zeros = (size_t)qmatrix_zero_count(p, n, k), mark = c->handles.used;
+    TRY(qmatrix_alloc(&host, &c->handles, p, n, k));
+    weight_source_qmatrix(s, j, &host);
+    status st = cudev_upload(&c->staging, q.code, host.code, codes, c->stream);
+    if (st == ST_OK) st = cudev_upload(&c->staging, q.scale, host.scale, scales, c->stream);
+    if (st == ST_OK && zeros) st = cudev_upload(&c->staging, q.zero, host.zero, zeros, c->stream);
+    q.global_scale = host.global_scale;
+    arena_reset(&c->handles, mark);
+    TRY(st);
+    if (p->weight == WF_NVFP4)
+        CUDA_TRY(cudaMemcpy(w->linear.global_scale + j, &q.global_scale, sizeof(float),
+                            cudaMemcpyHostToDevice),
+                 "weights");
+    return linear_pack(&w->linear, j, &q, c->stream);
+}
+
 /* --- Weights -------------------------------------------------------------------------------- */
 
 static bool is_linear(const weight_source *s) {
@@ -223,6 +272,9 @@ static status has_kernel(const cudev *c, const weight_source *s, const linear_we
 static status load_linear(cudev *c, const weight_source *s, const precision *p, cudev_weight *w) {
     const weight_shape *shape = &s->shape;
     const bool quantised = shape->quantise && p->weight != WF_16;
+    const bool codes = quantised && weight_source_has_codes(s, p);
+    if (codes && s->stored.order)
+        return FAIL(ST_UNSUPPORTED, "inputs in an order of their own (GPTQ desc_act): ask for W16");
     if (quantised) TRY(precision_fits_shape(p, shape->n, shape->k));
     linear_weight *l = &w->linear;
     *l = (linear_weight){.format = quantised ? p->weight : WF_16,
@@ -250,7 +302,9 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
         TRY(load_bias(c, s, l->bias));
     }
     for (int32_t j = 0; j < shape->count; j++)
-        TRY(quantised ? quantise_matrix(c, s, p, j, w) : pack_16(c, s, j, w));
+        TRY(codes       ? stored_matrix(c, s, p, j, w)
+            : quantised ? quantise_matrix(c, s, p, j, w)
+                        : pack_16(c, s, j, w));
     CHECK(c->n_all < COUNT_OF(c->all));
     c->all[c->n_all++] = w;
     return ST_OK;
@@ -259,9 +313,7 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out) {
     cudev *c = cudev_self(d);
     CHECK(!c->ready);
-    if (s->stored.packed) /* weight_source_qmatrix is the way in; nobody has built it here yet */
-        return FAIL(ST_UNSUPPORTED, "tensor '%s': the cuda device reads no quantised checkpoints",
-                    s->stored.first);
+    TRY(weight_source_accepts(s, p));
     TRY(begin_loading(c, s, p));
     cudev_weight *w = arena_array(&c->handles, cudev_weight, 1);
     if (!w) return FAIL(ST_NOMEM, "handle of %s", s->name);

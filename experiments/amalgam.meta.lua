@@ -169,10 +169,19 @@ function amalgam.model(name) end
 ---@return GpuFacts
 function amalgam.gpu(name) end
 
+---@class QuantizeOptions
+---@field model string folder of a 16-bit checkpoint
+---@field out string folder to write
+---@field method? "rtn"|"gptq"|"awq"
+---@field precision? string
+---@field layout? string
+---@field calibration? { seed?: integer, bytes?: integer }
+---@field threads? integer
+
 --- Write a quantised checkpoint: method "rtn" (default), "gptq" or "awq"; layout
 --- "compressed-tensors" (default), "awq", "gptq", "gptq_v2", "fp8" or "modelopt"; calibration text
 --- of the seeded generator (for gptq and awq). Raises on failure.
----@param options { model: string, out: string, method?: string, precision?: string, layout?: string, calibration?: { seed?: integer, bytes?: integer }, threads?: integer }
+---@param options QuantizeOptions
 function amalgam.quantize(options) end
 
 ---@param name string

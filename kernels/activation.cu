@@ -52,9 +52,8 @@ status launch(void *y, const void *gate_up, int64_t rows, int32_t f, gated_kind 
     if (blocks > INT32_MAX) return FAIL(ST_SHAPE, "gated [%lld, %d]", (long long)rows, f);
     auto *const kernel = kind == GATED_OAI ? (each == 1 ? gated<T, 1, true> : gated<T, 8, true>)
                                            : (each == 1 ? gated<T, 1, false> : gated<T, 8, false>);
-    kernel<<<(unsigned)blocks, kThreads, 0, s>>>(static_cast<T *>(y),
-                                                 static_cast<const T *>(gate_up), n, (int)units, f,
-                                                 limit);
+    kernel<<<(unsigned)blocks, kThreads, 0, s>>>(
+        static_cast<T *>(y), static_cast<const T *>(gate_up), n, (int)units, f, limit);
     return launched("gated");
 }
 

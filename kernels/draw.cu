@@ -347,7 +347,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t words = (vocab + 31) / 32;
     row_view r = {logits + int64_t{blockIdx.x} * vocab,
                   p.seen >= 0 && p.repetition_penalty != 1.f ? seen + p.seen * words : nullptr,
-                  p.repetition_penalty, vocab, 0., (double)p.temperature};
+                  p.repetition_penalty,
+                  vocab,
+                  0.,
+                  (double)p.temperature};
     candidate best = {-INFINITY, vocab};
     for (int id = (int)threadIdx.x; id < vocab; id += kThreads) {
         const candidate c = {r.z(id), id};

@@ -94,7 +94,7 @@ extern "C" status kernel_fill_convert(void *out, dtype type, const void *in, dty
     switch (type) {
 #define X(name)                                                                                    \
     case DT_##name:                                                                                \
-        return convert_to(static_cast<element<DT_##name>::type *>(out), in, in_type, rows *cols,   \
+        return convert_to(static_cast<element<DT_##name>::type *>(out), in, in_type, rows * cols,  \
                           cols, row_stride, col_stride, stream);
         FILL_INSTANCES(X)
 #undef X

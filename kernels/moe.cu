@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int kWarpsPerBlock = 4;       // of route
+constexpr int kWarpsPerBlock = 4; // of route
 constexpr int kPerLane = MOE_EXPERTS_MAX / 32;
-constexpr int kThreads = 512;           // of permute
+constexpr int kThreads = 512; // of permute
 constexpr int kCombineThreads = 128;
 
 // The better of two experts: the larger logit, then the lower number. -1 is none.
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
         x[i] = e < n_experts ? to_f32(logits[token * stride + e]) : -INFINITY;
         if (isnan(x[i])) x[i] = -INFINITY;
     }
-    uint32_t taken = 0; // bit i: expert i * 32 + lane is chosen
+    uint32_t taken = 0;                      // bit i: expert i * 32 + lane is chosen
     float chosen = -INFINITY, largest = 0.f; // lane j keeps the j-th best
     int chosen_expert = 0;
     for (int j = 0; j < top_k; j++) {
@@ -190,9 +190,8 @@ extern "C" status kernel_moe_combine(void *out, const void *y, const float *weig
 #define X(name)                                                                                    \
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
-        combine<T><<<grid, kCombineThreads, 0, stream>>>(static_cast<T *>(out),                    \
-                                                         static_cast<const T *>(y), weight,        \
-                                                         slot_row, top_k, dim);                    \
+        combine<T><<<grid, kCombineThreads, 0, stream>>>(                                          \
+            static_cast<T *>(out), static_cast<const T *>(y), weight, slot_row, top_k, dim);       \
         return launched("moe_combine");                                                            \
     }
         COMBINE_INSTANCES(X)

@@ -51,9 +51,7 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
     const int packs = cols / pack<T>::n;
     const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
     const int threads = (packs + each * 32 - 1) / (each * 32) * 32;
-    auto *const kernel = each == 1   ? norm_add<T, 1>
-                         : each == 2 ? norm_add<T, 2>
-                                     : norm_add<T, 4>;
+    auto *const kernel = each == 1 ? norm_add<T, 1> : each == 2 ? norm_add<T, 2> : norm_add<T, 4>;
     kernel<<<(unsigned)rows, threads, 0, s>>>(static_cast<T *>(y), static_cast<T *>(residual),
                                               static_cast<const T *>(add),
                                               static_cast<const T *>(w), cols, eps);

@@ -40,14 +40,14 @@ __device__ __forceinline__ float f32_of_e4m3(uint8_t code) {
 // To nearest of 0 .5 1 1.5 2 3 4 6, ties to the even code; 6 beyond.
 __device__ __forceinline__ int e2m1_of(float x) {
     const float a = fabsf(x);
-    const int code = a <= .25f   ? 0
-                     : a < .75f  ? 1
+    const int code = a <= .25f    ? 0
+                     : a < .75f   ? 1
                      : a <= 1.25f ? 2
-                     : a < 1.75f ? 3
-                     : a <= 2.5f ? 4
-                     : a < 3.5f  ? 5
-                     : a <= 5.f  ? 6
-                                 : 7;
+                     : a < 1.75f  ? 3
+                     : a <= 2.5f  ? 4
+                     : a < 3.5f   ? 5
+                     : a <= 5.f   ? 6
+                                  : 7;
     return code | (signbit(x) ? 8 : 0);
 }
 
@@ -100,8 +100,7 @@ __device__ __forceinline__ float store_scale(const qmatrix &q, int64_t at, float
 // Code of one value. ORDER quantize: store_codes of ref_quant.c.
 template <weight_format F> __device__ __forceinline__ int code_of(float w, float s, float zero) {
     if constexpr (F == WF_INT8) return (int)rintf(clamp_to(w / s, -127, 127)) & 255;
-    if constexpr (F == WF_INT4)
-        return (int)clamp_to(rintf(clamp_to(w / s, -31, 31)) + zero, 0, 15);
+    if constexpr (F == WF_INT4) return (int)clamp_to(rintf(clamp_to(w / s, -31, 31)) + zero, 0, 15);
     if constexpr (F == WF_FP8 || F == WF_FP8B) return e4m3_of(w / s);
     return e2m1_of(w / s);
 }
@@ -120,8 +119,8 @@ __global__ void __launch_bounds__(kThreads) quantize(qmatrix q, tiling t, const 
 
     float lo = INFINITY, hi = -INFINITY;
     for (int i = rank; i < n; i += WIDTH) {
-        const float2 v = *reinterpret_cast<const float2 *>(from + int64_t{i / pairs} * t.k +
-                                                           i % pairs * 2);
+        const float2 v =
+            *reinterpret_cast<const float2 *>(from + int64_t{i / pairs} * t.k + i % pairs * 2);
         lo = fminf(lo, fminf(v.x, v.y));
         hi = fmaxf(hi, fmaxf(v.x, v.y));
     }

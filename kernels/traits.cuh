@@ -8,15 +8,9 @@
 #include <cuda_runtime.h>
 
 template <dtype> struct element;
-template <> struct element<DT_F32> {
-    using type = float;
-};
-template <> struct element<DT_F16> {
-    using type = __half;
-};
-template <> struct element<DT_BF16> {
-    using type = __nv_bfloat16;
-};
+template <> struct element<DT_F32> { using type = float; };
+template <> struct element<DT_F16> { using type = __half; };
+template <> struct element<DT_BF16> { using type = __nv_bfloat16; };
 
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
