@@ -53,7 +53,8 @@ function M.read_file(path, rows, version)
     row.version = version
     row.metrics = row.metrics or {}
     row.key = row.key or {}
-    rows[#rows + 1] = row
+    -- Lines of `amalgam bench` (e07, e08) are no rows: they have no experiment and no key.
+    if row.experiment then rows[#rows + 1] = row end
   end
   return broken
 end
