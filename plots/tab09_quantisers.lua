@@ -7,8 +7,8 @@ return {
   experiment = "e09_quantisers",
   title = "Weight quantisers",
   caption = "Weight quantisers on the tiny checkpoint, cpu reference: held-out perplexity, the "
-    .. "share of the loss in log-likelihood by rounding that a method wins back, and agreement with "
-    .. "the 16-bit model (greedy token of the same context; mean KL divergence).",
+    .. "share of the loss in log-likelihood by rounding that a method wins back, and agreement "
+    .. "with the 16-bit model (greedy token of the same context; mean KL divergence).",
   build = function(data)
     local columns = { "format", "method", "perplexity", "16 bit", "recovered", "greedy agreement",
       "KL (nats)" }
