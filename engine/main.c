@@ -80,7 +80,11 @@ static int run_lua_file(int argc, char **argv) {
 static void idle_threads_sleep(char **argv) {
     if (getenv("OMP_WAIT_POLICY")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
-    execv("/proc/self/exe", argv); /* on failure: go on as we are */
+    char path[4096]; /* the file itself, so that ps shows our name */
+    const ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (n <= 0) return;
+    path[n] = 0;
+    execv(path, argv); /* on failure: go on as we are */
 }
 
 int main(int argc, char **argv) {
