@@ -134,7 +134,7 @@ $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
 
 # A failed point does not keep the report from being made; it is the exit status all the same.
-reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 10 minutes)
+reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
 	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; $(O)/amalgam report && exit $$status
 
 quick: build ## the same on a few points each, under build/quick (about a minute)
