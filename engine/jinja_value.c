@@ -1103,7 +1103,7 @@ FILTER(dictsort) {
         int32_t k = i;
         for (; k > 0; k--) {
             jinja_value other = pairs.list->item[k - 1].list->item[0];
-            bool less;
+            bool less = false;
             if (other.kind == JINJA_STRING) TRY(change_case(r, &other, CASE_LOWER, &other));
             TRY(jinja_compare(r, &key, JINJA_LT, &other, &less));
             if (!less) break;
