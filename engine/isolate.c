@@ -1,6 +1,8 @@
 /* isolate.c - see isolate.h. */
 #include "isolate.h"
 
+#include "timeline.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -9,7 +11,6 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 static volatile sig_atomic_t interrupted;
@@ -17,12 +18,6 @@ static volatile sig_atomic_t interrupted;
 static void on_signal(int number) {
     (void)number;
     interrupted = 1;
-}
-
-static int64_t monotonic_ns(void) {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
 }
 
 void isolate_open(isolate_pool *p, int32_t n_slots, double timeout_s) {
@@ -62,7 +57,7 @@ status isolate_start(isolate_pool *p, int64_t index, int (*job)(void *user, int6
     close(ends[1]);
     fcntl(ends[0], F_SETFL, O_NONBLOCK);
     fcntl(ends[0], F_SETFD, FD_CLOEXEC);
-    const int64_t now = monotonic_ns();
+    const int64_t now = timeline_monotonic_ns();
     *s = (isolate_slot){.pid = pid, .index = index, .fd = ends[0], .started_ns = now};
     s->deadline_ns = p->timeout_s > 0 ? now + (int64_t)(p->timeout_s * 1e9) : INT64_MAX;
     p->n_busy++;
@@ -93,7 +88,7 @@ static void reap(isolate_pool *p, isolate_slot *s, isolate_result *out) {
     *out = (isolate_result){.index = s->index,
                             .ok = WIFEXITED(code) && WEXITSTATUS(code) == 0,
                             .output = s->output,
-                            .wall_s = (double)(monotonic_ns() - s->started_ns) * 1e-9};
+                            .wall_s = (double)(timeline_monotonic_ns() - s->started_ns) * 1e-9};
     if (s->timed_out)
         snprintf(out->reason, sizeof out->reason, "timed out after %.0f s", p->timeout_s);
     else if (WIFSIGNALED(code))
@@ -121,14 +116,15 @@ status isolate_wait(isolate_pool *p, isolate_result *out) {
         }
         int timeout_ms = -1;
         if (nearest != INT64_MAX)
-            timeout_ms = (int)i64_max(0, i64_min((nearest - monotonic_ns()) / 1000000 + 1, 60000));
+            timeout_ms =
+                (int)i64_max(0, i64_min((nearest - timeline_monotonic_ns()) / 1000000 + 1, 60000));
         const int ready = poll(wait, n, timeout_ms);
         if (interrupted) {
             isolate_close(p);
             return FAIL(ST_INTERRUPTED, "interrupted");
         }
         if (ready < 0 && errno != EINTR) return FAIL(ST_IO, "poll: %s", strerror(errno));
-        const int64_t now = monotonic_ns();
+        const int64_t now = timeline_monotonic_ns();
         for (nfds_t i = 0; i < n; i++) {
             if (now >= of[i]->deadline_ns && !of[i]->timed_out) {
                 of[i]->timed_out = true;

@@ -1,19 +1,14 @@
 /* progress.c - see progress.h. */
 #include "progress.h"
 
+#include "timeline.h"
+
 #include <stdarg.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-static int64_t monotonic_ns(void) {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
 void progress_start(progress *p, const char *title, int64_t total) {
-    *p = (progress){.total = total, .started_ns = monotonic_ns(), .terminal = isatty(2)};
+    *p = (progress){.total = total, .started_ns = timeline_monotonic_ns(), .terminal = isatty(2)};
     snprintf(p->title, sizeof p->title, "%s", title);
 }
 
@@ -27,7 +22,7 @@ static void duration(char *buf, size_t n, int64_t s) {
 }
 
 void progress_show(progress *p, int64_t done, const char *note) {
-    const int64_t now = monotonic_ns();
+    const int64_t now = timeline_monotonic_ns();
     p->done = done;
     const int64_t every = p->terminal ? 100000000 : 5000000000;
     if (p->shown_ns && now - p->shown_ns < every && done < p->total) return;

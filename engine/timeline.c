@@ -4,17 +4,17 @@
 #include <errno.h>
 #include <time.h>
 
-static int64_t monotonic_ns(void) {
+int64_t timeline_monotonic_ns(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
 }
 
-void timeline_start_real(timeline *t) { *t = (timeline){.origin_ns = monotonic_ns()}; }
+void timeline_start_real(timeline *t) { *t = (timeline){.origin_ns = timeline_monotonic_ns()}; }
 void timeline_start_virtual(timeline *t) { *t = (timeline){.is_virtual = true}; }
 
 int64_t timeline_now_ns(const timeline *t) {
-    return t->is_virtual ? t->t_ns : monotonic_ns() - t->origin_ns;
+    return t->is_virtual ? t->t_ns : timeline_monotonic_ns() - t->origin_ns;
 }
 
 void timeline_wait_until_ns(timeline *t, int64_t when_ns) {

@@ -12,6 +12,9 @@ typedef struct timeline {
     int64_t t_ns;      /* current time (virtual) */
 } timeline;
 
+/* CLOCK_MONOTONIC itself, for what has no timeline: progress, deadlines of child processes. */
+int64_t timeline_monotonic_ns(void);
+
 void timeline_start_real(timeline *t);
 void timeline_start_virtual(timeline *t);
 

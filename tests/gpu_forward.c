@@ -4,10 +4,10 @@
  *
  * The cpu device is f32 throughout; cuda rounds every activation to 16 bits. With fp16 (u = 2^-12
  * of each rounding's relative error at most) some thirty roundings in two layers stay below 3e-3 in
- * relative Frobenius norm; bf16 has u = 2^-9, 8 times as much, and half as much again where errors
- * of a router's logits enter through an exponential. A quantised format may lie twice as far from
- * the unquantised cpu run as its own cpu run does, plus the 16-bit bound. Twin: one weight of a
- * layer is moved. */
+ * relative Frobenius norm; bf16 has u = 2^-9, 8 times as much. A quantised format may lie at most
+ * twice as far from the unquantised cpu run as its own cpu run does. On an H200 mixtral in bf16 and
+ * three formats of gpt_oss have missed these bounds, and that is still to be explained. Twin: one
+ * weight of a layer is moved. */
 #include "test.h"
 
 #include "forward.h"
@@ -230,7 +230,7 @@ static double error_of_format(const golden *g, const char *format) {
     return e;
 }
 
-static const double bound_f16 = 3e-3, bound_bf16 = 1.5 * 8 * 3e-3;
+static const double bound_f16 = 3e-3, bound_bf16 = 8 * 3e-3;
 static int32_t failures;
 
 static void architecture(const char *name) {
@@ -280,7 +280,7 @@ static void formats_of(const char *name) {
         const double e = error_of(&g, formats[i], "W16A16KV16", DT_F16, 0);
         if (e < 0) continue; /* refused, and said so */
         const double own = error_of_format(&g, formats[i]);
-        const bool good = e <= 2 * own + bound_f16;
+        const bool good = e <= 2 * own;
         print_message("  %-14s %-16s %.2e, cpu %.2e%s\n", name, formats[i], e, own,
                       good ? "" : "  FAILED");
         failures += !good;
