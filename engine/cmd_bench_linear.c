@@ -90,7 +90,7 @@ int bench_linear(int argc, char **argv) {
         {"--dtype", CLI_TEXT, &o.dtype_name, "TYPE", "bf16 or fp16: of x and y"},
         {"--shape", CLI_TEXT, &o.shapes, "NxK,..", "weights; default: six of Llama's"},
         {"--m", CLI_TEXT, &o.rows, "M,..", "rows of x"},
-        {"--kernel", CLI_TEXT, &o.kernel, "NAME", "this variant instead of the table's"},
+        {"--kernel", CLI_TEXT, &o.kernel, "NAME", "this variant instead of the table's, or a step of kernels/ladder"},
         {"--kernel-family", CLI_TEXT, &o.family, "NAME", "ampere: what runs below sm_90"},
         {"--replays", CLI_INT, &o.replays, "N", "graph replays; the median is printed"},
         {"--json", CLI_FLAG, &o.json, NULL, "one object a line"},
