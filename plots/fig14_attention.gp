@@ -9,7 +9,8 @@ set multiplot layout 1,2
 set ylabel "share of read bandwidth (%)"
 set yrange [0:105]
 set xrange [0.5:6.5]
-set xtics ("1x4096" 1, "8x4096" 2, "64x1024" 3, "64x4096" 4, "256x4096" 5, "256x16k" 6) rotate by -20
+set xtics ("1x4096" 1, "8x4096" 2, "64x1024" 3, "64x4096" 4, "256x4096" 5, \
+           "256x16k" 6) rotate by -20
 set key bottom right
 plot for [n=1:words(series)] data \
     using (column("x")):(pick("decode", n, column("value"))) \
