@@ -370,7 +370,11 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                                         multiply(kOdd && j % 2 ? &odd[4 * t] : &acc[r][4 * t], f[j],
                                                  b[j][t][0], b[j][t][1], T{});
                             }
-                            if (i + 1 < KU * R && (r + 1 < R || u + 1 < n)) load(i + 1);
+                            // 16-bit codes are fragments as they are: a load before the wait
+                            // would fall on registers that a wgmma in flight still reads.
+                            constexpr bool kLate = !kMma && F == WF_16;
+                            const bool more = i + 1 < KU * R && (r + 1 < R || u + 1 < n);
+                            if (!kLate && more) load(i + 1);
                             if constexpr (!kMma) {
                                 group_fence();
 #pragma unroll
@@ -379,6 +383,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                                         acc[r], f[j], group_descriptor(x + u * NT * 128 + 32 * j));
                                 group_commit();
                                 group_wait<1>();
+                                if (kLate && more) load(i + 1);
                                 if (i == 0 && last >= 0 && lane == 0)
                                     barrier_arrive(empty + last * 8);
                             }

@@ -143,7 +143,8 @@ struct reference_args {
     int64_t ldx, ldy;
     int32_t m, n, n_out, k, count, epilogue, m_step, n_step, rows, cols;
     float limit;
-    double *sums; // [0] error squared, [1] reference squared, [2] unwritten
+    double *sums;   // [0] error squared, [1] reference squared, [2] unwritten
+    double *column; // [cols] error squared
 };
 
 __device__ double dot(const reference_args &a, int32_t expert, int64_t row_x, int32_t n) {
@@ -180,6 +181,7 @@ __global__ void compare(const reference_args a) { // one warp an output
     if (isnan(got)) atomicAdd(&a.sums[2], 1.0);
     atomicAdd(&a.sums[0], (got - want) * (got - want));
     atomicAdd(&a.sums[1], want * want);
+    atomicAdd(&a.column[i % a.cols], (got - want) * (got - want));
 }
 
 // fp16 [n, k] of the canonical form, for cuBLAS: the same numbers as far as fp16 holds them.
@@ -339,7 +341,7 @@ status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     d->y_bytes = ((int64_t)t->m * d->ldy + kGuard) * (t->y_type == DT_F32 ? 4 : 2);
     CUDA(cudaMalloc(&d->x, (size_t)(d->x_rows * d->ldx * 2)));
     CUDA(cudaMalloc(&d->y, (size_t)d->y_bytes));
-    CUDA(cudaMalloc((void **)&d->sums, 3 * sizeof(double)));
+    CUDA(cudaMalloc((void **)&d->sums, (size_t)(3 + d->n_out) * sizeof(double)));
     fill_values<<<512, 256, 0, p->stream>>>(d->x, d->x_rows * d->ldx, p->seed + 7, w->type);
     if (t->epilogue == LINEAR_RESIDUAL) {
         CUDA(cudaMalloc(&d->y_before, (size_t)d->y_bytes));
@@ -387,6 +389,18 @@ linear_problem problem_of(const linear_probe *p, const linear_trial *t, const be
     r.sm = p->sm;
     r.n_sms = p->n_sms;
     return r;
+}
+
+// The first unit of every matrix's codes against a pattern that moves each by about its range.
+__global__ void spoil_codes(uint8_t *code, int64_t stride, int32_t n) {
+    for (int32_t i = threadIdx.x; i < n; i += blockDim.x) code[blockIdx.x * stride + i] ^= 0x4a;
+}
+status spoil(const linear_probe *p) {
+    const linear_layout l = linear_layout_of(&p->w);
+    spoil_codes<<<p->w.count, 512, 0, p->stream>>>(static_cast<uint8_t *>(p->w.code), l.code_bytes,
+                                                   l.unit_bytes);
+    CUDA(cudaStreamSynchronize(p->stream));
+    return ST_OK;
 }
 
 double median_us(std::vector<float> &ms, double launches) {
@@ -466,16 +480,11 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     if (d.y_before)
         CUDA(cudaMemcpy(d.y, d.y_before, (size_t)(t->m * d.ldy * element), cudaMemcpyDefault));
     CUDA(cudaDeviceSynchronize());
-    uint8_t spoilt = 0;
-    if (t->sabotage) {
-        CUDA(cudaMemcpy(&spoilt, w.code, 1, cudaMemcpyDefault));
-        const uint8_t other = spoilt ^ 0x4a;
-        CUDA(cudaMemcpy(w.code, &other, 1, cudaMemcpyDefault));
-    }
-    CUDA(cudaMemset(d.sums, 0, 3 * sizeof(double)));
+    CUDA(cudaMemset(d.sums, 0, (size_t)(3 + d.n_out) * sizeof(double)));
+    if (t->sabotage) TRY(spoil(p));
     TRY(run(p, &problem, 0));
     CUDA(cudaStreamSynchronize(p->stream));
-    if (t->sabotage) CUDA(cudaMemcpy(w.code, &spoilt, 1, cudaMemcpyDefault));
+    if (t->sabotage) TRY(spoil(p)); // undoes it
 
     reference_args a = {};
     a.q = p->q;
@@ -497,6 +506,7 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     a.epilogue = t->epilogue;
     a.limit = problem.limit;
     a.sums = d.sums;
+    a.column = d.sums + 3;
     a.m_step = a.n_step = 1;
     a.rows = t->m;
     a.cols = d.n_out;
@@ -509,9 +519,14 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     const int64_t warps = (int64_t)a.rows * a.cols;
     compare<<<(unsigned)((warps + 7) / 8), 256, 0, p->stream>>>(a);
     CUDA(cudaStreamSynchronize(p->stream));
-    double sums[3];
-    CUDA(cudaMemcpy(sums, d.sums, sizeof sums, cudaMemcpyDefault));
+    std::vector<double> sums((size_t)(3 + a.cols));
+    CUDA(cudaMemcpy(sums.data(), d.sums, sums.size() * sizeof(double), cudaMemcpyDefault));
     o->rel_err = sqrt(sums[0] / sums[1]);
+    o->worst = 0;
+    for (int32_t i = 0; i < a.cols; i++) {
+        const double e = sqrt(sums[(size_t)(3 + i)] * a.cols / sums[1]);
+        if (e > o->worst || std::isnan(e)) o->worst = e;
+    }
     o->compared = warps;
     o->unwritten = (int64_t)sums[2];
 
