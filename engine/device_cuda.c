@@ -48,6 +48,7 @@ static status probe(cudev *c) {
     (void)cudaDriverGetVersion(&driver);
     (void)cudaRuntimeGetVersion(&built);
     const cudaError_t e = cudaGetDeviceCount(&count);
+    if (driver == 0) return FAIL(ST_DEVICE, "no NVIDIA GPU: there is no driver");
     if (e == cudaErrorInsufficientDriver || (e != cudaSuccess && driver && driver < built))
         return FAIL(ST_DEVICE, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d",
                     driver / 1000, driver % 1000 / 10, built / 1000, built % 1000 / 10);
@@ -735,5 +736,6 @@ const device_ops device_cuda = {
     .end = cuda_end,
     .read = cuda_read,
     .explain = cuda_explain,
+    .ceilings = cudev_ceilings,
     .linear_gated = cuda_linear_gated,
 };
