@@ -2,9 +2,9 @@
 ---
 --- 200 conversations at once, in 16 bit and in 4-bit weights with an 8-bit cache, each model on
 --- one H200. `amalgam run e10` predicts, `amalgam run e10 --device cuda` measures on the GPU at
---- hand, by the same scheduler, pool and workload, so that the two rows of a point differ in nothing
---- but the device. What does not fit is `oom`, what a format cannot be cut into is `skipped`, with the
---- reason.
+--- hand, by the same scheduler, pool and workload, so that the two rows of a point differ in
+--- nothing but the device. What does not fit is `oom`, what a format cannot be cut into is
+--- `skipped`, with the reason.
 
 local serving = require("lib_serving")
 
