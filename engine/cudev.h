@@ -1,6 +1,7 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
- * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of decode
- * steps), cudev_ceiling.c (what the GPU reaches at most). Not for other files; compiled only where CUDA is. */
+ * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
+ * decode steps), cudev_ceiling.c (what the GPU reaches at most). Not for other files; compiled
+ * only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"

@@ -1,10 +1,11 @@
 --- E6: how close to the hardware is one step of a model?
 ---
---- A decode step of 1, 16 and 64 sequences of 4096 tokens and a prefill of 8192 tokens (of as many
---- as the model reads, if fewer), with random weights made in the format, against the roofline: the
---- bytes that the step must read over the read ceiling, or its operations over the matrix rate,
---- whichever is longer. On the simulator, the default, step and ceilings are predicted from the
---- data sheet; `amalgam run e06 --device cuda` measures all three in one process on the GPU at hand.
+--- A decode step of 1, 16 and 64 sequences of 4096 tokens and a prefill of 8192 tokens (of as
+--- many as the model reads, if fewer), with random weights made in the format, against the
+--- roofline: the bytes that the step must read over the read ceiling, or its operations over the
+--- matrix rate, whichever is longer. On the simulator, the default, step and ceilings are
+--- predicted from the data sheet; `amalgam run e06 --device cuda` measures all three in one
+--- process on the GPU at hand.
 
 local serving = require("lib_serving")
 
