@@ -40,6 +40,7 @@ int cmd_generate(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_bench_load(int argc, char **argv);
 int cmd_bench_serve(int argc, char **argv);
+int cmd_bench_step(int argc, char **argv);
 int cmd_chat(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_inspect_model(int argc, char **argv);

@@ -167,6 +167,7 @@ static const struct {
     {"harness", bench_harness, "our own cost: null, sim and cpu devices"},
     {"load", cmd_bench_load, "bytes a second out of a checkpoint's files, one core"},
     {"serve", cmd_bench_serve, "an OpenAI-compatible server, open loop"},
+    {"step", cmd_bench_step, "a decode or prefill step against the roofline: cuda, sim"},
 #define BENCH(name)    {#name, bench_##name, "on the GPU: see --help"},
 #define NO_BENCH(name) {#name, NULL, "on a GPU: not in this build (make CUDA_ARCH=...)"},
 #include "bench.def"

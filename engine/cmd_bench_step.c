@@ -1,72 +1,39 @@
-/* cmd_bench_step.c - `amalgam bench step`: one step on the GPU against the machine's roofline.
+/* cmd_bench_step.c - `amalgam bench step`: single steps of one model against the roofline.
  *
- *   decode    B sequences of ctx tokens, one token each
- *   prefill   --new N: one sequence, N tokens on top of ctx - N
+ *   decode    each number of --batch: so many sequences of --ctx tokens, one token each
+ *   chunk     with --new N: the same with N tokens each
+ *   prefill   with --prefill N besides: one sequence of N tokens, all in one step
  *
  * A step is what serving runs: forward_step, with its copies, its launches (a graph for decodes)
- * and the wait for the tokens. Times are the median of the wall clock over many steps on the same
- * batch, whose pages are spread over the pool. KV codes are what setup left there (all ones), apart
- * from the step's own: kernels read them at the same cost, and no result is looked at.
+ * and the wait for the tokens. On cuda times are the median of the wall clock over many steps on
+ * the same batch, whose pages are spread over the pool, and KV codes are what setup left there (all
+ * ones), apart from the step's own: kernels read them at the same cost, and no result is looked at.
+ * On sim they are predicted.
  *
  * roofline = max(bytes / read ceiling, operations / matrix rate), bytes being every weight that the
  * step uses once (of experts, as many as its tokens hit on average) and the KV of the context once.
- * The read ceiling is measured in the same process, over 4 GiB. The matrix rate is an option; 780
- * is what cuBLAS reaches on an H200 with 8192 x 8192 x 8192 in bf16 on random data. */
-#include "bandwidth.h"
+ * Both ceilings are the device's own: measured in the same process on cuda, from the data sheet on
+ * sim. With 8-bit activations operations of linears count half, such units being twice as fast. */
 #include "cli.h"
 #include "engine.h"
-#include "linear.h"
+#include "nvml.h"
 
-#include <cuda_runtime_api.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { STEPS_MAX = 200 };
+enum { STEPS_MAX = 200, SHAPES_MAX = 16 };
 
 typedef struct {
-    const char *model, *precision, *family;
-    int64_t batch, ctx, n_new, steps;
+    const char *model, *precision, *device, *gpu, *family, *batches;
+    int64_t ctx, n_new, prefill, steps, tp;
     bool json, no_graphs;
-    double read_gbs, matrix_tflops; /* 0: measure */
+    double read_gbs, matrix_tflops; /* 0: ask the device */
 } arguments;
 
-#define CUDA(call)                                                                                 \
-    do {                                                                                           \
-        const cudaError_t e_ = (call);                                                             \
-        if (e_ != cudaSuccess) return FAIL(ST_DEVICE, "%s: %s", #call, cudaGetErrorString(e_));    \
-    } while (0)
-
-/* --- Ceilings ------------------------------------------------------------------------------- */
-
-static double milliseconds(cudaEvent_t a, cudaEvent_t b) {
-    float ms = 0;
-    (void)cudaEventSynchronize(b);
-    (void)cudaEventElapsedTime(&ms, a, b);
-    return (double)ms;
-}
-
-static status measure_read(double *gbs, int32_t n_sms) {
-    const int64_t bytes = (int64_t)4 << 30;
-    void *p;
-    cudaEvent_t a, b;
-    double best = 1e30;
-    CUDA(cudaMalloc(&p, (size_t)bytes + 256));
-    CUDA(cudaMemset(p, 0x5a, (size_t)bytes + 256));
-    CUDA(cudaEventCreate(&a));
-    CUDA(cudaEventCreate(&b));
-    for (int i = 0; i < 5; i++) {
-        CUDA(cudaEventRecord(a, NULL));
-        TRY(kernel_read((uint32_t *)(void *)((char *)p + bytes), p, bytes, n_sms, NULL));
-        CUDA(cudaEventRecord(b, NULL));
-        best = fmin(best, milliseconds(a, b));
-    }
-    *gbs = (double)bytes / best * 1e-6;
-    CUDA(cudaFree(p));
-    CUDA(cudaEventDestroy(a));
-    CUDA(cudaEventDestroy(b));
-    return ST_OK;
-}
+typedef struct {
+    int32_t n_seqs, ctx, n_new;
+} step_shape;
 
 /* --- One batch ------------------------------------------------------------------------------ */
 
@@ -132,12 +99,17 @@ static int ascending(const void *a, const void *b) {
 }
 
 /* Microseconds of a step: median, and the two quartiles. */
-static status time_steps(forward *f, const batch *b, sampled *drawn, int32_t steps, double us[3]) {
+static status time_steps(engine *e, const batch *b, sampled *drawn, int32_t steps, double us[3]) {
     static double t[STEPS_MAX];
+    forward *f = engine_forward(e);
     timeline clock;
     int64_t cost;
     timeline_start_real(&clock);
     for (int i = 0; i < 4; i++) TRY(forward_step(f, b, drawn, &cost)); /* load, capture, warm */
+    if (engine_device(e)->ops->virtual_time) {
+        us[0] = us[1] = us[2] = (double)cost * 1e-3;
+        return ST_OK;
+    }
     for (int32_t i = 0; i < steps; i++) {
         const int64_t before = timeline_now_ns(&clock);
         TRY(forward_step(f, b, drawn, &cost));
@@ -150,7 +122,7 @@ static status time_steps(forward *f, const batch *b, sampled *drawn, int32_t ste
     return ST_OK;
 }
 
-/* Bytes of weights that a step of n tokens reads, and operations of its products. */
+/* Bytes of weights that a step of n tokens reads on one rank, and operations of its products. */
 static void count_weights(const model_config *c, const model_weights *w, int64_t n, int64_t n_seqs,
                           double *bytes, double *flops) {
     *bytes = (double)w->head.bytes + (double)w->norm.bytes + (double)n * c->dim * 2;
@@ -170,9 +142,11 @@ static void count_weights(const model_config *c, const model_weights *w, int64_t
     }
 }
 
-/* Bytes of KV that are read, and operations of the scores and sums. */
-static void count_attention(const model_config *c, const precision *p, int32_t n_seqs, int32_t ctx,
-                            int32_t n_new, double *bytes, double *flops) {
+/* Bytes of KV that are read, and operations of the scores and sums, of all ranks. */
+static void count_attention(const model_config *c, const precision *p, const step_shape *s,
+                            double *bytes, double *flops) {
+    const int32_t n_seqs = s->n_seqs, ctx = s->ctx, n_new = s->n_new;
+    *bytes = *flops = 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         const kv_pair f = precision_kv(p, l);
         const int64_t row = kv_format_bytes((kv_format)f.k, c->head_dim) +
@@ -185,87 +159,156 @@ static void count_attention(const model_config *c, const precision *p, int32_t n
     }
 }
 
-static status bench(const arguments *a) {
+/* --- Steps ---------------------------------------------------------------------------------- */
+
+static int32_t pages_of(const step_shape *s) {
+    return (int32_t)(s->n_seqs * div_up(s->ctx, KV_PAGE_TOKENS));
+}
+
+static void print_step(const arguments *a, const engine *e, const step_shape *s, const double us[3],
+                       double bytes, double flops) {
+    char name[PRECISION_NAME_MAX];
+    nvml_state gpu; /* right after the last step; -1 where there is none */
+    (void)nvml_read(&gpu);
+    const double read_us = bytes / a->read_gbs * 1e-3;
+    const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
+    printf(a->json ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,"
+                     "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
+                     "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,"
+                     "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f,\"sm_clock_mhz\":%d,"
+                     "\"power_w\":%.0f,\"throttle_bits\":%lld}\n"
+                   : "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
+                     "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, %.0f GB/s, %.0f "
+                     "TFLOP/s; SM clock %d MHz, %.0f W, throttle bits %lld)\n",
+           engine_config(e)->name, precision_name(engine_precision(e), name), s->n_seqs, s->ctx,
+           s->n_new, us[0], us[1], us[2], roof, us[0] / roof, bytes, flops, a->read_gbs,
+           a->matrix_tflops, gpu.sm_clock_mhz, gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
+    fflush(stdout);
+}
+
+static status one_step(const arguments *a, engine *e, const step_shape *s) {
+    const model_config *c = engine_config(e);
+    step_batch b = {0};
+    double us[3], bytes, flops, kv_bytes, kv_flops;
+    status st =
+        step_batch_open(&b, s->n_seqs, s->ctx, s->n_new, engine_capacity(e)->n_pages, c->vocab);
+    if (st == ST_OK) st = time_steps(e, &b.b, b.drawn, (int32_t)a->steps, us);
+    if (st == ST_OK) {
+        const int32_t n = s->n_seqs * s->n_new;
+        count_weights(c, forward_weights(engine_forward(e)), n, s->n_seqs, &bytes, &flops);
+        count_attention(c, engine_precision(e), s, &kv_bytes, &kv_flops);
+        if (engine_precision(e)->act != AF_16) flops /= 2;
+        print_step(a, e, s, us, bytes + kv_bytes / (double)a->tp, flops + kv_flops / (double)a->tp);
+    }
+    arena_close(&b.a);
+    return st;
+}
+
+/* The device's own where none are given. */
+static status find_ceilings(arguments *a, device *d) {
+    double read = 0, matrix = 0;
+    if (a->read_gbs > 0 && a->matrix_tflops > 0) return ST_OK;
+    if (!d->ops->ceilings)
+        return FAIL(ST_UNSUPPORTED,
+                    "device %s does not know its ceilings: give --read-gbs and "
+                    "--matrix-tflops",
+                    d->ops->name);
+    TRY(d->ops->ceilings(d, &read, &matrix));
+    if (!(a->read_gbs > 0)) a->read_gbs = read * 1e-9;
+    if (!(a->matrix_tflops > 0)) a->matrix_tflops = matrix * 1e-12;
+    return ST_OK;
+}
+
+/* One engine for all shapes. With one shape it gets the pages of that, or does not fit; with more,
+ * all there is room for, and a shape that needs more is left out and said to be. */
+static status bench(arguments *a, const step_shape *shape, int32_t n) {
     engine_options o = ENGINE_OPTIONS_DEFAULT;
-    const int32_t n_seqs = (int32_t)a->batch, ctx = (int32_t)a->ctx, n_new = (int32_t)a->n_new;
+    engine *e;
     o.model = a->model;
     o.precision = a->precision;
-    o.device = "cuda";
+    o.device = a->device;
     o.synthetic = true;
+    o.device_options.gpu = a->gpu;
+    o.device_options.tp = (int32_t)a->tp;
     o.device_options.no_graphs = a->no_graphs;
     TRY(device_family(&o.device_options.kernel_family, a->family));
-    o.ctx_max = ctx;
-    o.policy.max_seqs = n_seqs;
-    o.policy.token_budget = n_seqs * n_new;
-    o.pages = (int32_t)(n_seqs * div_up(ctx, KV_PAGE_TOKENS));
-    struct cudaDeviceProp gpu;
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
-    double read_gbs = a->read_gbs;
-    if (read_gbs <= 0) TRY(measure_read(&read_gbs, gpu.multiProcessorCount));
-    engine *e;
+    o.policy.max_seqs = o.policy.token_budget = 1;
+    for (int32_t i = 0; i < n; i++) {
+        const step_shape *s = &shape[i];
+        if (s->ctx > o.ctx_max) o.ctx_max = s->ctx;
+        if (s->n_seqs > o.policy.max_seqs) o.policy.max_seqs = s->n_seqs;
+        if (s->n_seqs * s->n_new > o.policy.token_budget)
+            o.policy.token_budget = s->n_seqs * s->n_new;
+    }
+    o.memory_fraction = 0.95; /* nothing else is to fit but what the ceilings need */
+    if (n == 1) o.pages = pages_of(shape);
     TRY(engine_open(&e, &o, NULL, NULL));
     const model_config *c = engine_config(e);
-    step_batch s = {0};
-    double us[3], bytes, flops;
-    status st =
-        ctx > c->ctx_max ? FAIL(ST_RANGE, "%s takes %d tokens", c->name, c->ctx_max) : ST_OK;
-    if (st == ST_OK)
-        st = step_batch_open(&s, n_seqs, ctx, n_new, engine_capacity(e)->n_pages, c->vocab);
-    if (st == ST_OK) st = time_steps(engine_forward(e), &s.b, s.drawn, (int32_t)a->steps, us);
-    if (st == ST_OK) {
-        count_weights(c, forward_weights(engine_forward(e)), n_seqs * n_new, n_seqs, &bytes,
-                      &flops);
-        count_attention(c, engine_precision(e), n_seqs, ctx, n_new, &bytes, &flops);
-        const double read_us = bytes / read_gbs * 1e-3;
-        const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
-        char name[PRECISION_NAME_MAX];
-        printf(a->json ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,"
-                         "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
-                         "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,"
-                         "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f}\n"
-                       : "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
-                         "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, %.0f GB/s, %.0f "
-                         "TFLOP/s)\n",
-               c->name, precision_name(engine_precision(e), name), n_seqs, ctx, n_new, us[0], us[1],
-               us[2], roof, us[0] / roof, bytes, flops, read_gbs, a->matrix_tflops);
+    status st = find_ceilings(a, engine_device(e));
+    for (int32_t i = 0; i < n && st == ST_OK; i++) {
+        if (shape[i].ctx > c->ctx_max)
+            st = FAIL(ST_RANGE, "%s takes %d tokens", c->name, c->ctx_max);
+        else if (pages_of(&shape[i]) > engine_capacity(e)->n_pages)
+            fprintf(stderr, "amalgam: batch %d of %d tokens: KV does not fit\n", shape[i].n_seqs,
+                    shape[i].ctx);
+        else
+            st = one_step(a, e, &shape[i]);
     }
-    arena_close(&s.a);
     engine_close(e);
     return st;
 }
 
-int bench_step(int argc, char **argv); /* cmd_bench.c */
+/* Shapes of "1,16,64" and of the prefill; -1 when something is out of range. */
+static int32_t read_shapes(const arguments *a, step_shape *shape) {
+    int32_t n = 0;
+    if (a->ctx < a->n_new || a->n_new < 1 || a->ctx > 1 << 24) return -1;
+    for (const char *at = a->batches; *at && n < SHAPES_MAX - 1;) {
+        char *end;
+        const long n_seqs = strtol(at, &end, 10);
+        if (end == at || n_seqs < 1 || n_seqs > 4096 || n_seqs * a->n_new > 1 << 20) return -1;
+        shape[n++] = (step_shape){(int32_t)n_seqs, (int32_t)a->ctx, (int32_t)a->n_new};
+        if (*end && *end != ',') return -1;
+        at = *end ? end + 1 : end;
+    }
+    if (a->prefill < 0 || a->prefill > 1 << 20) return -1;
+    if (a->prefill) shape[n++] = (step_shape){1, (int32_t)a->prefill, (int32_t)a->prefill};
+    return n;
+}
 
-int bench_step(int argc, char **argv) {
+int cmd_bench_step(int argc, char **argv) {
     arguments a = {.precision = "W16A16KV16",
-                   .batch = 1,
+                   .device = "cuda",
+                   .batches = "1",
                    .ctx = 4096,
                    .n_new = 1,
                    .steps = 30,
-                   .matrix_tflops = 780};
+                   .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "NAME", "folder, or one of `amalgam models`"},
         {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16"},
-        {"--batch", CLI_INT, &a.batch, "N", "sequences (1)"},
+        {"--device", CLI_TEXT, &a.device, "NAME", "cuda (the default) or sim"},
+        {"--gpu", CLI_TEXT, &a.gpu, "NAME", "sim: one of workloads/gpus"},
+        {"--tp", CLI_INT, &a.tp, "N", "ranks (1)"},
+        {"--batch", CLI_TEXT, &a.batches, "N,...", "sequences of a step (1)"},
         {"--ctx", CLI_INT, &a.ctx, "N", "tokens of each after the step (4096)"},
         {"--new", CLI_INT, &a.n_new, "N", "tokens that the step feeds to each (1: decode)"},
+        {"--prefill", CLI_INT, &a.prefill, "N", "then a step of one sequence of N tokens (none)"},
         {"--steps", CLI_INT, &a.steps, "N", "timed steps (30)"},
         {"--kernel-family", CLI_TEXT, &a.family, "F", "ampere or hopper"},
         {"--no-graphs", CLI_FLAG, &a.no_graphs, NULL, "launch decode steps kernel by kernel"},
-        {"--read-gbs", CLI_NUMBER, &a.read_gbs, "X", "read ceiling, GB/s (measured)"},
-        {"--matrix-tflops", CLI_NUMBER, &a.matrix_tflops, "X",
-         "16-bit matrix rate (780: cuBLAS, H200)"},
+        {"--read-gbs", CLI_NUMBER, &a.read_gbs, "X", "read ceiling, GB/s (the device's)"},
+        {"--matrix-tflops", CLI_NUMBER, &a.matrix_tflops, "X", "16-bit matrix rate (the device's)"},
         {"--json", CLI_FLAG, &a.json, NULL, "one object a line"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
-    int32_t none = 0;
+    int32_t none = 0, n = 0;
+    step_shape shape[SHAPES_MAX];
     status st =
         cli_parse(argc - 1, argv + 1, "bench step --model NAME [options]", options, NULL, &none);
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "bench step needs --model");
-    if (st == ST_OK && (a.batch < 1 || a.batch > 4096 || a.n_new < 1 || a.ctx < a.n_new ||
-                        a.batch * a.n_new > 1 << 20 || a.ctx > 1 << 24 || a.steps < 1 ||
-                        a.steps > STEPS_MAX || a.matrix_tflops <= 0))
-        st = FAIL(ST_USAGE, "--batch, --ctx, --new or --steps is out of range");
-    if (st == ST_OK) st = bench(&a);
+    if (st == ST_OK) n = read_shapes(&a, shape);
+    if (st == ST_OK && (n < 1 || a.steps < 1 || a.steps > STEPS_MAX || a.tp < 1 || a.tp > 64))
+        st = FAIL(ST_USAGE, "--batch, --ctx, --new, --prefill, --steps or --tp is out of range");
+    if (st == ST_OK) st = bench(&a, shape, n);
     return cli_exit(st);
 }

@@ -1,6 +1,7 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
- * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of decode
- * steps). Not for other files; compiled only where CUDA is. */
+ * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
+ * decode steps), cudev_ceiling.c (what the GPU reaches at most). Not for other files; compiled
+ * only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
@@ -168,4 +169,7 @@ static inline int32_t cudev_linear_rows(int32_t n) { return (n + 15) / 16 * 16; 
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */
+
+/* cudev_ceiling.c */
+status cudev_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops);
 #endif

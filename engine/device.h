@@ -143,6 +143,10 @@ typedef struct device_ops {
     void (*explain)(device *d, const char *what, const weight *w, int64_t rows, char *buf,
                     size_t n);
 
+    /* What the device reaches at most: bytes read per second, operations per second of a 16-bit
+     * product. cuda measures, sim has them from the data sheet; NULL: nobody knows. */
+    status (*ceilings)(device *d, double *read_bytes_per_s, double *matrix_flops);
+
     /* --- fused operations, NULL where a device lacks them; chosen by forward's plan ---------- */
     /* gated(linear(x, gate_up)) without storing the product of size [T, 2F]. */
     status (*linear_gated)(device *d, tensor out, tensor x, const weight *gate_up,

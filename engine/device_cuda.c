@@ -48,6 +48,7 @@ static status probe(cudev *c) {
     (void)cudaDriverGetVersion(&driver);
     (void)cudaRuntimeGetVersion(&built);
     const cudaError_t e = cudaGetDeviceCount(&count);
+    if (driver == 0) return FAIL(ST_DEVICE, "no NVIDIA GPU: there is no driver");
     if (e == cudaErrorInsufficientDriver || (e != cudaSuccess && driver && driver < built))
         return FAIL(ST_DEVICE, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d",
                     driver / 1000, driver % 1000 / 10, built / 1000, built % 1000 / 10);
@@ -666,13 +667,20 @@ static status cuda_sample(device *d, tensor logits) {
 static status cuda_read(device *d, tensor t, float *out) {
     cudev *c = self(d);
     if (c->dead) return dead(c);
+    CUDA_TRY(cudaStreamSynchronize(c->stream), "read"); /* also in the middle of a step */
     const int64_t n = t.rows * t.cols;
     for (int32_t i = 0; i < c->n_buffers; i++) {
         const cudev_buffer *b = &c->buffer[i];
         if (b->data != t.data) continue;
         const size_t bytes = (size_t)dtype_bytes(b->type, n);
         if (b->type == DT_F32) {
-            CUDA_TRY(cudaMemcpy(out, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+            const size_t row = (size_t)t.cols * sizeof(float);
+            const size_t stride = /* of router logits */
+                t.cols == c->config.n_experts ? (size_t)cudev_linear_rows(t.cols) * sizeof(float)
+                                              : row;
+            CUDA_TRY(
+                cudaMemcpy2D(out, row, t.data, stride, row, (size_t)t.rows, cudaMemcpyDeviceToHost),
+                "read");
             return ST_OK;
         }
         uint16_t *narrow = mem_alloc((size_t)n, sizeof *narrow);
@@ -728,5 +736,6 @@ const device_ops device_cuda = {
     .end = cuda_end,
     .read = cuda_read,
     .explain = cuda_explain,
+    .ceilings = cudev_ceilings,
     .linear_gated = cuda_linear_gated,
 };

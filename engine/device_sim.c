@@ -626,6 +626,13 @@ static void sim_explain(device *base, const char *what, const weight *w, int64_t
         bound, strcmp(what, "attention") == 0 ? " (decodes at a context of 1024)" : "");
 }
 
+static status sim_ceilings(device *base, double *read_bytes_per_s, double *matrix_flops) {
+    const gpu_sheet *g = &sim_of(base)->gpu;
+    *read_bytes_per_s = g->dram_bytes_per_s * g->dram_efficiency;
+    *matrix_flops = g->f16_flops * g->matrix_efficiency;
+    return ST_OK;
+}
+
 const device_ops device_sim = {
     .name = "sim",
     .virtual_time = true,
@@ -652,5 +659,6 @@ const device_ops device_sim = {
     .end = sim_end,
     .read = sim_read,
     .explain = sim_explain,
+    .ceilings = sim_ceilings,
     .linear_gated = sim_linear_gated,
 };

@@ -8,6 +8,7 @@
 #include "kernel.h"
 #include "load.h"
 #include "lua_json.h"
+#include "nvml.h"
 #include "progress.h"
 #include "quantise.h"
 #include "results.h"
@@ -416,6 +417,28 @@ static metric_limits read_limits(lua_State *L, int index) {
     return (metric_limits){ttft_ms * 1e-3, tpot_ms * 1e-3, e2e_ms * 1e-3};
 }
 
+/* What NVML says in the middle of a run, when half of the requests are done. */
+typedef struct {
+    int32_t n, n_done;
+    char gpu[NVML_JSON_MAX];
+} observed;
+
+static void observe_finished(void *user, const request_log *log, const int32_t *token) {
+    observed *o = user;
+    (void)log;
+    (void)token;
+    if (++o->n_done == (o->n + 1) / 2) nvml_json(o->gpu);
+}
+
+/* Field "gpu" of the table on the stack's top. */
+static void set_gpu(lua_State *L, const char *gpu) {
+    json_t *value = gpu[0] ? json_loads(gpu, 0, NULL) : NULL;
+    if (!value) return;
+    lua_push_json(L, value);
+    json_decref(value);
+    lua_setfield(L, -2, "gpu");
+}
+
 static int l_serve(lua_State *L) {
     engine_options o;
     lua_settop(L, 1);
@@ -450,6 +473,9 @@ static int l_serve(lua_State *L) {
     request_log *log = arena_array(&s->memory, request_log, (size_t)(w.n ? w.n : 1));
     if (!log) return luaL_error(L, "out of memory");
     metrics m;
+    observed seen = {.n = w.n};
+    const engine_hooks hooks = {.user = &seen, .finished = observe_finished};
+    if (strcmp(o.device, "cuda") == 0) engine_set_hooks(s->engine, &hooks);
     if (engine_serve(s->engine, &s->memory, &w, log) != ST_OK ||
         metrics_compute(&m, log, w.n, &limits) != ST_OK)
         return luaL_error(L, "%s", fail_message());
@@ -460,6 +486,7 @@ static int l_serve(lua_State *L) {
     set_str(L, "status", "ok");
     set_str(L, "origin", origin_of(&o));
     set_digest(L, engine_digest(s->engine));
+    set_gpu(L, seen.gpu);
     lua_push_json(L, object);
     json_decref(object);
     push_stats(L, engine_statistics(s->engine));

@@ -87,6 +87,7 @@ local amalgam = {}
 ---@field origin? "measured"|"predicted"|"reference"
 ---@field checkpoint? string digest of the weights; goes into the natural key
 ---@field tp? integer goes into the natural key when it is no axis
+---@field gpu? table what NVML said while it ran; goes into the provenance as gpu_during
 ---@field precision? string canonical name; goes into the natural key when it is no axis
 ---@field metrics? table<string, number> names end in a unit; NaN and infinity are refused
 

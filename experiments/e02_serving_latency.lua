@@ -5,7 +5,8 @@
 --- tensor-parallel degree that the 16-bit form needs, so that the hardware is equal; where 16 bits
 --- do not fit on 8 GPUs, the form with 4-bit weights is the reference instead. A format that cannot
 --- be split to that degree (a rank's share is no multiple of its group) runs on the smallest degree
---- that it allows, which the row's tp shows. All numbers are predicted by the simulator.
+--- that it allows, which the row's tp shows. Numbers are predicted by the
+--- simulator; with `--device cuda` they are measured on the GPU at hand.
 
 local serving = require("lib_serving")
 local fp16 = require("fp16")
@@ -34,10 +35,9 @@ end
 ---@type Experiment
 return {
   id = "e02_serving_latency",
-  title = "Serving latency by precision, 16 models on 5 GPUs (predicted)",
+  title = "Serving latency by precision, 16 models on 5 GPUs",
   question = "How do TTFT, TPOT and end-to-end latency under load depend on the precision?",
   cost = "about 3 minutes on 2 cores; --quick 5 s",
-  origin = "predicted",
   axes = {
     { name = "gpu", values = serving.GPUS },
     { name = "model", values = serving.MODELS },

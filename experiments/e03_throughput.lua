@@ -2,8 +2,8 @@
 ---
 --- Offline: all requests are there at once. Each format runs on the smallest tensor-parallel degree
 --- on which it fits (or is `oom` on 8 GPUs, and says so); throughput is compared per GPU. Two
---- baselines run beside it: dequantise-then-GEMM and static batching. All numbers are predicted by
---- the simulator.
+--- baselines run beside it: dequantise-then-GEMM and static batching. Numbers are predicted by
+--- the simulator; with `--device cuda` they are measured on the GPU at hand.
 
 local serving = require("lib_serving")
 
@@ -15,10 +15,9 @@ local BASELINE_FORMATS = {
 ---@type Experiment
 return {
   id = "e03_throughput",
-  title = "Offline throughput by precision, 16 models on 5 GPUs (predicted)",
+  title = "Offline throughput by precision, 16 models on 5 GPUs",
   question = "How much throughput per GPU does each precision give, and where does it fit?",
   cost = "about 1 minute on 2 cores; --quick 5 s",
-  origin = "predicted",
   axes = {
     { name = "gpu", values = serving.GPUS },
     { name = "model", values = serving.MODELS },

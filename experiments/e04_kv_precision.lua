@@ -2,17 +2,17 @@
 ---
 --- Offline requests of one length: three quarters of the context are prompt, the rest (at most 2048
 --- tokens) is output. Three times as many requests as the cache holds are served, so that the batch
---- is as large as memory allows for most of the run. All numbers are predicted by the simulator.
+--- is as large as memory allows for most of the run. Numbers are predicted by the
+--- simulator; with `--device cuda` they are measured on the GPU at hand.
 
 local CONTEXTS = { 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072 }
 
 ---@type Experiment
 return {
   id = "e04_kv_precision",
-  title = "KV capacity, batch and throughput by KV format against context length (predicted)",
+  title = "KV capacity, batch and throughput by KV format against context length",
   question = "What does a low-bit KV cache buy as the context grows?",
   cost = "about 1 minute on 2 cores; --quick 5 s",
-  origin = "predicted",
   axes = {
     { name = "gpu", values = { "rtx4090", "a100-80gb", "h100-sxm" } },
     { name = "model", values = { "Llama-3.1-8B", "Llama-2-7B", "Qwen2.5-32B" } },

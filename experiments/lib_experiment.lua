@@ -284,7 +284,8 @@ end
 ---@class Filter
 ---@field quick? boolean
 ---@field only? { key: string, value: string }[] restrict an axis or fixed fact to values it has
----@field set? { key: string, value: string }[] restrict an axis, or replace a fixed fact
+---@field set? { key: string, value: string, replace?: boolean }[] restrict an axis, or replace a
+--- fixed fact (with `replace` an axis too)
 
 --- Axes (declared ones, then each fixed fact as an axis of one value) after quick and filters.
 ---@param loaded Loaded
@@ -308,7 +309,7 @@ local function effective_axes(loaded, filter)
         table.concat(M.sorted_keys(by_name), ", "))
     end
     local values = choose(axis.values, o.value)
-    if not values and may_replace and axis.fixed then values = { o.value } end
+    if not values and may_replace and (axis.fixed or o.replace) then values = { o.value } end
     if not values then
       M.refuse("%s: '%s' is no value of %s (values: %s)", spec.id, o.value, o.key,
         listing(axis.values))

@@ -24,19 +24,23 @@ Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
 ---@field identity table
 ---@field rows Row[] newest row of each point
 ---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
+---@field predicts table<string, boolean> experiments that have rows of other devices than cuda
 local Data = {}
 Data.__index = Data
 
---- The rows among which those of a filter are: all of one experiment, GPU and model.
+--- The rows among which those of a filter are: all of one experiment, GPU and model. What an
+--- experiment that is run elsewhere gave with `--device cuda` is seen by those who name the device.
 ---@return Row[]
 function Data:near(name, filter)
   local gpu, model = filter and filter.gpu, filter and filter.model
-  local id = table.concat({ name, tostring(gpu), tostring(model) }, " ")
+  local device = filter and filter.device
+  local id = table.concat({ name, tostring(gpu), tostring(model), tostring(device) }, " ")
   if not self.bucket[id] then
     local rows = {}
     for _, row in ipairs(self.rows) do
       if row.experiment:sub(1, #name) == name and (not gpu or row.key.gpu == gpu)
-        and (not model or row.key.model == model) then
+        and (not model or row.key.model == model)
+        and (device or row.key.device ~= "cuda" or not self.predicts[row.experiment]) then
         rows[#rows + 1] = row
       end
     end
@@ -140,7 +144,12 @@ end
 ---@return Data
 function M.data(rows, identity)
   local newest = library.newest(rows, identity.version)
-  return setmetatable({ rows = newest, bucket = {}, identity = identity }, Data)
+  local predicts = {}
+  for _, row in ipairs(newest) do
+    if row.key.device ~= "cuda" then predicts[row.experiment] = true end
+  end
+  local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts }
+  return setmetatable(data, Data)
 end
 
 -- --- Formatting ----------------------------------------------------------------------------------

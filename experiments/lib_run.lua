@@ -136,12 +136,12 @@ end
 local RESULT_KEYS = {
   status = "string", reason = "string", origin = "string", checkpoint = "string",
   precision = "string", tp = "number",
-  metrics = "table",
+  metrics = "table", gpu = "table",
 }
 
 --- What `run` returned, checked. Raises for a result that is no result.
 ---@param result any
----@param declared_origin? string
+---@param declared_origin? string of the experiment, or of the device
 ---@return table
 local function check_result(result, declared_origin)
   if type(result) ~= "table" then error("run returned a " .. type(result) .. ", no table", 0) end
@@ -162,6 +162,7 @@ local function check_result(result, declared_origin)
   if result.status == "ok" and not (result.origin or declared_origin) then
     error("result: origin is missing", 0)
   end
+
   local metrics = {}
   for _, name in ipairs(experiment.sorted_keys(result.metrics or {})) do
     local value = result.metrics[name]
@@ -180,13 +181,17 @@ local function is_mistake(why)
     or why:find("' is global: write 'local'", 1, true) ~= nil
 end
 
+--- What numbers are whose origin neither the experiment nor the point says.
+local ORIGIN_OF = { cuda = "measured", sim = "predicted", null = "reference" }
+
 ---@param loaded Loaded
 ---@param entry PointEntry
 ---@return table # crosses the process border as JSON
 local function run_point(loaded, entry)
   local spec = loaded.spec
   local ok, result = pcall(function()
-    return check_result(spec.run(amalgam, experiment.guard(entry.key)), spec.origin)
+    local origin = spec.origin or ORIGIN_OF[entry.key.device]
+    return check_result(spec.run(amalgam, experiment.guard(entry.key)), origin)
   end)
   if ok then return result end
   local why = tostring(result):gsub("%c", " ")
@@ -197,9 +202,11 @@ end
 local PREDICTED_PROVENANCE = { "cpu", "compiler", "flags" }
 
 ---@param origin? string
+---@param gpu? table as it was while the point ran
 ---@return table
-local function provenance(origin)
+local function provenance(origin, gpu)
   local all = amalgam.identity().provenance
+  all.gpu_during = gpu
   if origin ~= "predicted" and origin ~= "reference" then return all end
   local some = {}
   for _, key in ipairs(PREDICTED_PROVENANCE) do some[key] = all[key] end
@@ -217,15 +224,15 @@ local function make_row(context, entry, result, wall_s)
   if key.tp == nil then key.tp = result.tp end
   if key.checkpoint == nil then key.checkpoint = result.checkpoint end
   if key.precision == nil then key.precision = result.precision end
-  if context.gpu and key.gpu == nil then key.gpu = context.gpu end
-  local origin = result.origin or context.origin
+  if key.device == "cuda" and key.gpu == nil then key.gpu = context.gpu end
+  local origin = result.origin or context.origin or ORIGIN_OF[key.device]
   local id = context.identity
   return {
     schema = id.schema, run = context.run, time = os.date("!%Y-%m-%dT%H:%M:%SZ"),
     commit = id.commit, diff = id.diff, experiment = context.id, definition = context.definition,
     machine = id.machine, point = entry.id, key = key, origin = origin, status = result.status,
-    reason = result.reason, metrics = result.metrics or {}, provenance = provenance(origin),
-    wall_s = rounded(wall_s),
+    reason = result.reason, metrics = result.metrics or {},
+    provenance = provenance(origin, result.gpu), wall_s = rounded(wall_s),
   }
 end
 
@@ -275,6 +282,47 @@ local function missing(spec, identity)
   for _, name in ipairs(amalgam.devices()) do built = built or name == "cuda" end
   if not built then return "this build has no CUDA (make CUDA_ARCH=...)" end
   return not identity.provenance.gpu and "there is no NVIDIA GPU here" or nil
+end
+
+--- The data sheet of the GPU at hand, by the first word of its name ("a100" of "a100-80gb") and its
+--- memory; nil when there is none.
+---@param gpu? { name: string, memory_bytes: integer } as NVML has it
+---@return string|nil
+local function sheet_of(gpu)
+  local name = gpu and gpu.name:lower():gsub("%W", "")
+  for _, sheet in ipairs(gpu and amalgam.gpus() or {}) do
+    local share = gpu.memory_bytes / amalgam.gpu(sheet).memory_bytes
+    if name:find(sheet:match("^%w+"), 1, true) and share > 0.9 and share < 1.1 then
+      return sheet
+    end
+  end
+  return nil
+end
+
+--- `--device cuda` without `--gpu`: an experiment that names GPUs runs on the one at hand.
+---@param spec Experiment
+---@param o RunOptions
+---@param identity table
+---@return { key: string, value: string }[] set
+local function settings(spec, o, identity)
+  local set, device, gpu = {}, nil, nil
+  for _, s in ipairs(o.set) do
+    set[#set + 1] = s
+    if s.key == "device" then device = s.value end
+    if s.key == "gpu" then gpu = s.value end
+  end
+  local named = spec.fixed and spec.fixed.gpu ~= nil
+  for _, axis in ipairs(spec.axes) do named = named or axis.name == "gpu" end
+  local here = identity.provenance.gpu
+  if device == "cuda" and not gpu and named and here then
+    local sheet = sheet_of(here)
+    if not sheet then
+      experiment.refuse("run: no data sheet under workloads/gpus is of the %s: name one by --gpu",
+        here.name)
+    end
+    set[#set + 1] = { key = "gpu", value = sheet, replace = true }
+  end
+  return set
 end
 
 --- Run what is left of one experiment.
@@ -335,7 +383,9 @@ local function run_one(name, o)
   local identity = amalgam.identity()
   local loaded = experiment.load(name)
   local spec = loaded.spec
-  local points = experiment.expand(loaded, { quick = o.quick, only = o.only, set = o.set })
+  local points = experiment.expand(loaded, {
+    quick = o.quick, only = o.only, set = settings(spec, o, identity),
+  })
   local dir = results_root(o, identity.root)
   local path = ("%s/%s/%s/%s.jsonl"):format(dir, spec.id, identity.machine, identity.version)
   local shown = path:sub(1, #identity.root + 1) == identity.root .. "/"
@@ -377,11 +427,13 @@ local function run_one(name, o)
   local started = os.time()
   local tally = { ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, reasons = {} }
   if #todo > 0 then
-    take_lock(identity.root, spec.jobs)
-    local jobs = spec.jobs == "alone" and 1 or o.jobs or identity.provenance.cores
+    local alone = spec.jobs == "alone"
+    for _, entry in ipairs(todo) do alone = alone or entry.key.device == "cuda" end
+    take_lock(identity.root, alone and "alone" or "parallel")
+    local jobs = alone and 1 or o.jobs or identity.provenance.cores
     local context = {
       id = spec.id, path = path, definition = loaded.definition, identity = identity,
-      gpu = spec.needs == "gpu" and identity.provenance.gpu.name or nil,
+      gpu = identity.provenance.gpu and identity.provenance.gpu.name or nil,
       origin = spec.origin, run = amalgam.hash(identity.time .. loaded.definition .. os.clock()),
     }
     tally = run_all(loaded, todo, context, math.min(jobs, 64))

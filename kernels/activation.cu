@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     if (i >= n_units) return;
     const int64_t row = i / units;
     const int col = (int)(i % units) * EACH;
+    follow_previous();
     const T *gate = gate_up + row * 2 * f + col, *up = gate + f; // [EACH] each
     T *out = y + row * f + col;                                  // [EACH]
     if constexpr (EACH == pack<T>::n) {
@@ -52,9 +53,8 @@ status launch(void *y, const void *gate_up, int64_t rows, int32_t f, gated_kind 
     if (blocks > INT32_MAX) return FAIL(ST_SHAPE, "gated [%lld, %d]", (long long)rows, f);
     auto *const kernel = kind == GATED_OAI ? (each == 1 ? gated<T, 1, true> : gated<T, 8, true>)
                                            : (each == 1 ? gated<T, 1, false> : gated<T, 8, false>);
-    kernel<<<(unsigned)blocks, kThreads, 0, s>>>(
-        static_cast<T *>(y), static_cast<const T *>(gate_up), n, (int)units, f, limit);
-    return launched("gated");
+    return launch_early("gated", kernel, (unsigned)blocks, kThreads, s, static_cast<T *>(y),
+                        static_cast<const T *>(gate_up), n, (int)units, f, limit);
 }
 
 } // namespace

@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
     const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
     const int t = (int)(at / heads), h = (int)(at % heads);
     if (t >= a.n_tokens) return;
+    follow_previous();
     const int seq = a.token_seq[t];
     if (seq < 0) return;
     const int position = a.position[t];
@@ -218,8 +219,8 @@ status launch(void *qkv, const attention_layer_params *l, const attention_cache 
         b->page,
     };
     const int64_t rows = (int64_t)b->n_tokens * (l->n_heads + 2 * l->n_kv_heads);
-    rope_append<T, D><<<(unsigned)div_up(rows, kWarps), dim3(32, kWarps), 0, stream>>>(a);
-    return launched("rope_append");
+    return launch_early("rope_append", rope_append<T, D>, (unsigned)div_up(rows, kWarps),
+                        dim3(32, kWarps), stream, a);
 }
 
 } // namespace

@@ -61,8 +61,9 @@ struct row_view {
     int vocab;
     double largest, temperature; // largest: of z
 
-    __device__ __forceinline__ float z(int id) const {
-        float v = finite_or_least(logits[id]);
+    __device__ __forceinline__ float z(int id) const { return z_of(id, logits[id]); }
+    __device__ __forceinline__ float z_of(int id, float logit) const {
+        float v = finite_or_least(logit);
         if (seen && seen[id >> 5] >> (id & 31) & 1) {
             v = v > 0.f ? __fdiv_rn(v, penalty) : __fmul_rn(v, penalty);
             if (isnan(v)) v = -INFINITY;
@@ -262,6 +263,37 @@ __device__ threshold descend(const row_view &r, threshold within, weight_sum tar
     return threshold{prefix, id < 0 ? r.vocab : id};
 }
 
+// The best candidate of the row. One SM alone waits for each read, so a thread has kInFlight of 16
+// bytes under way. Block.
+__device__ candidate best_of_row(const row_view &r, block_memory &m) {
+    constexpr int kInFlight = 8;
+    candidate best = {-INFINITY, r.vocab};
+    const int units = r.vocab % 4 == 0 ? r.vocab / 4 : 0; // rows are 16-byte aligned then
+    const float4 *from = reinterpret_cast<const float4 *>(r.logits);
+    for (int base = (int)threadIdx.x; base < units; base += kThreads * kInFlight) {
+        float4 x[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; k++)
+            if (base + k * kThreads < units) x[k] = from[base + k * kThreads];
+#pragma unroll
+        for (int k = 0; k < kInFlight; k++) {
+            if (base + k * kThreads >= units) continue;
+            const int id = (base + k * kThreads) * 4;
+            const float v[4] = {x[k].x, x[k].y, x[k].z, x[k].w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const candidate c = {r.z_of(id + i, v[i]), id + i};
+                if (better(c, best)) best = c;
+            }
+        }
+    }
+    for (int id = units * 4 + (int)threadIdx.x; id < r.vocab; id += kThreads) {
+        const candidate c = {r.z(id), id};
+        if (better(c, best)) best = c;
+    }
+    return block_best(best, m);
+}
+
 // Log-probabilities of the raw logits: of out->token, and the n best in turn. Block.
 __device__ void log_probabilities(draw_result *out, const row_view &r, int token, int n,
                                   block_memory &m) {
@@ -336,6 +368,7 @@ __global__ void __launch_bounds__(kThreads)
     draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
          int32_t vocab) {
     __shared__ block_memory m;
+    follow_previous();
     const draw_row p = row[blockIdx.x];
     draw_result *const result = out + blockIdx.x;
     if (threadIdx.x == 0) {
@@ -351,12 +384,7 @@ __global__ void __launch_bounds__(kThreads)
                   vocab,
                   0.,
                   (double)p.temperature};
-    candidate best = {-INFINITY, vocab};
-    for (int id = (int)threadIdx.x; id < vocab; id += kThreads) {
-        const candidate c = {r.z(id), id};
-        if (better(c, best)) best = c;
-    }
-    best = block_best(best, m);
+    const candidate best = best_of_row(r, m);
     const bool any = !isinf(best.z);
     int token = any ? best.id : 0;
     r.largest = best.z;
@@ -373,6 +401,5 @@ extern "C" status kernel_draw(draw_result *out, const float *logits, const draw_
     if (n < 0 || vocab < 1 || vocab > 1 << 18)
         return FAIL(ST_SHAPE, "draw: %d rows of %d logits", n, vocab);
     if (n == 0) return ST_OK;
-    draw<<<(unsigned)n, kThreads, 0, stream>>>(out, logits, row, seen, vocab);
-    return launched("draw");
+    return launch_early("draw", draw, (unsigned)n, kThreads, stream, out, logits, row, seen, vocab);
 }

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
     const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
     const int lane = (int)threadIdx.x;
     if (token >= t) return;
+    follow_previous();
     float x[kPerLane]; // expert i * 32 + lane
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ int warp_count[kThreads / 32];
     __shared__ int total;
     const int e = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    follow_previous();
     int lower = 0;
     for (int s = (int)threadIdx.x; s < n_slots; s += kThreads) lower += expert[s] < e;
     for (int d = 16; d > 0; d >>= 1) lower += __shfl_xor_sync(~0u, lower, d);
@@ -128,6 +130,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     const int64_t token = blockIdx.x;
     const int col = ((int)blockIdx.y * kCombineThreads + (int)threadIdx.x) * pack<T>::n;
     if (col >= dim) return;
+    follow_previous();
     float sum[pack<T>::n] = {};
     for (int j = 0; j < top_k; j++) {
         const float w = weight[token * top_k + j];
@@ -157,9 +160,9 @@ extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *l
 #define X(name)                                                                                    \
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
-        route<T><<<grid, block, 0, stream>>>(expert, weight, static_cast<const T *>(logits), t,    \
-                                             n_experts, top_k, over_chosen, normalise, stride);    \
-        return launched("moe_route");                                                              \
+        return launch_early("moe_route", route<T>, grid, block, stream, expert, weight,            \
+                            static_cast<const T *>(logits), t, n_experts, top_k, over_chosen,      \
+                            normalise, stride);                                                    \
     }
         ROUTE_INSTANCES(X)
 #undef X
@@ -174,9 +177,8 @@ extern "C" status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, i
         return FAIL(ST_SHAPE, "permute: %lld tokens, %d of %d experts", (long long)t, top_k,
                     n_experts);
     if (t == 0) return ST_OK;
-    permute<<<(unsigned)n_experts, kThreads, 0, stream>>>(expert_start, slot_row, row_token, expert,
-                                                          (int)(t * top_k), top_k);
-    return launched("moe_permute");
+    return launch_early("moe_permute", permute, (unsigned)n_experts, kThreads, stream, expert_start,
+                        slot_row, row_token, expert, (int)(t * top_k), top_k);
 }
 
 extern "C" status kernel_moe_combine(void *out, const void *y, const float *weight,
@@ -190,9 +192,9 @@ extern "C" status kernel_moe_combine(void *out, const void *y, const float *weig
 #define X(name)                                                                                    \
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
-        combine<T><<<grid, kCombineThreads, 0, stream>>>(                                          \
-            static_cast<T *>(out), static_cast<const T *>(y), weight, slot_row, top_k, dim);       \
-        return launched("moe_combine");                                                            \
+        return launch_early("moe_combine", combine<T>, grid, kCombineThreads, stream,              \
+                            static_cast<T *>(out), static_cast<const T *>(y), weight, slot_row,    \
+                            top_k, dim);                                                           \
     }
         COMBINE_INSTANCES(X)
 #undef X

@@ -14,8 +14,14 @@ __global__ void __launch_bounds__(kThreadsMax)
     norm_add(T *y, T *residual, const T *add, const T *w, int32_t cols, float eps) {
     __shared__ float shared[32];
     const int64_t row = int64_t{blockIdx.x} * cols;
-    pack<T> r[PACKS];
+    pack<T> r[PACKS], gain[PACKS];
     float squares = 0.f;
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
+        if (col < cols) gain[p] = load_pack(w + col);
+    }
+    follow_previous();
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
@@ -36,10 +42,9 @@ __global__ void __launch_bounds__(kThreadsMax)
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
         if (col >= cols) continue;
-        const pack<T> gain = load_pack(w + col);
 #pragma unroll
         for (int i = 0; i < pack<T>::n; i++)
-            r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) * scale * to_f32(gain.v[i]));
+            r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) * scale * to_f32(gain[p].v[i]));
         store_pack(y + row + col, r[p]);
     }
 }
@@ -52,10 +57,9 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
     const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
     const int threads = (packs + each * 32 - 1) / (each * 32) * 32;
     auto *const kernel = each == 1 ? norm_add<T, 1> : each == 2 ? norm_add<T, 2> : norm_add<T, 4>;
-    kernel<<<(unsigned)rows, threads, 0, s>>>(static_cast<T *>(y), static_cast<T *>(residual),
-                                              static_cast<const T *>(add),
-                                              static_cast<const T *>(w), cols, eps);
-    return launched("norm_add");
+    return launch_early("norm_add", kernel, (unsigned)rows, threads, s, static_cast<T *>(y),
+                        static_cast<T *>(residual), static_cast<const T *>(add),
+                        static_cast<const T *>(w), cols, eps);
 }
 
 } // namespace

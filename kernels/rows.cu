@@ -10,6 +10,7 @@ constexpr int kThreads = 128;
 template <typename V>
 __global__ void __launch_bounds__(kThreads)
     copy_rows(V *out, const V *table, const int32_t *row, int32_t units) {
+    follow_previous();
     V *to = out + int64_t{blockIdx.x} * units;                // [units]
     const V *from = table + int64_t{row[blockIdx.x]} * units; // [units]
     for (int i = (int)threadIdx.x; i < units; i += kThreads) to[i] = from[i];
@@ -23,11 +24,10 @@ extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, 
         return FAIL(ST_SHAPE, "rows: %lld x %d", (long long)n, cols);
     if (n == 0) return ST_OK;
     if (cols % 8 == 0)
-        copy_rows<<<(unsigned)n, kThreads, 0, stream>>>(
-            static_cast<uint4 *>(out), static_cast<const uint4 *>(table), row, cols / 8);
-    else
-        copy_rows<<<(unsigned)n, kThreads, 0, stream>>>(static_cast<unsigned short *>(out),
-                                                        static_cast<const unsigned short *>(table),
-                                                        row, cols);
-    return launched("rows");
+        return launch_early("rows", copy_rows<uint4>, (unsigned)n, kThreads, stream,
+                            static_cast<uint4 *>(out), static_cast<const uint4 *>(table), row,
+                            cols / 8);
+    return launch_early("rows", copy_rows<unsigned short>, (unsigned)n, kThreads, stream,
+                        static_cast<unsigned short *>(out),
+                        static_cast<const unsigned short *>(table), row, cols);
 }

@@ -89,4 +89,40 @@ static inline status launched(const char *what) {
     const cudaError_t e = cudaGetLastError();
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "%s: %s", what, cudaGetErrorString(e));
 }
+
+// Dependent launch, on sm_90 and later: a kernel of launch_early may start while the one before it
+// in the stream still runs, hence reads and writes nothing of others, constants apart, before
+// follow_previous. That also lets the next one start, once every block has come here.
+__device__ __forceinline__ void follow_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static inline bool early_launches() {
+    static int major = 0;
+    int device = 0;
+    if (major == 0 &&
+        (cudaGetDevice(&device) != cudaSuccess ||
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess))
+        return false;
+    return major >= 9;
+}
+
+template <typename... P, typename... A>
+status launch_early(const char *what, void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t s,
+                    A... argument) {
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = s;
+    config.attrs = &early;
+    config.numAttrs = early_launches() ? 1 : 0;
+    (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(argument)...);
+    return launched(what);
+}
 #endif

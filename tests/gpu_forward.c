@@ -5,135 +5,89 @@
  * The cpu device is f32 throughout; cuda rounds every activation to 16 bits. With fp16 (u = 2^-12
  * of each rounding's relative error at most) some thirty roundings in two layers stay below 3e-3 in
  * relative Frobenius norm; bf16 has u = 2^-9, 8 times as much. A quantised format may lie at most
- * twice as far from the unquantised cpu run as its own cpu run does. On an H200 mixtral in bf16 and
- * three formats of gpt_oss have missed these bounds, and that is still to be explained. Twin: one
- * weight of a layer is moved. */
-#include "test.h"
+ * twice as far from the unquantised cpu run as its own cpu run does. Twin: one weight of a layer is
+ * moved.
+ *
+ * Choosing experts is no rounding: a token whose k-th and k+1-th router logits lie closer than
+ * their error may go through another expert, and all its logits are others then. (mixtral in bf16
+ * has one such token of 80. Rounding the router's input alone, on the cpu device, moves it, and
+ * moves no other token by more than the bound.) So rows of such tokens are left out, if three
+ * things hold: on cpu the two logits are no further apart than 2 * bound * |logits of the row|,
+ * each moved by no more than the bound; no more than a token in 16 is like that; and what is left
+ * keeps the bound. */
+#include "gpu_run.h"
 
-#include "forward.h"
-#include "kernel.h"
 #include "safetensors.h"
 
 #include <cuda_runtime_api.h>
 #include <dirent.h>
-#include <stdlib.h>
-#include <string.h>
 
 #define MODELS "tests/vectors/models"
-enum { TOKENS = 128, SEQS = 16, PAGES = 64, SEQ_PAGES = 3 };
+enum { GOLDEN_MAX = 128, LAYERS_MAX = 4, EXPERTS_MAX = 32 };
 
+/* --- Routes --------------------------------------------------------------------------------- */
+
+/* Router logits of one run, by layer and token. */
 typedef struct {
-    arena a;
-    device *d;
-    device_ops ops;
-    forward *f;
-    model_config c;
-    precision p;
-} run;
+    float logit[LAYERS_MAX][GOLDEN_MAX][EXPERTS_MAX];
+    int32_t at, layer; /* of the step: its first token; the next layer that routes */
+} routes;
 
-typedef status (*load_fn)(device *d, const weight_source *s, const precision *p, weight *out);
+static routes route_of_cuda, route_of_cpu, *route; /* route: where a run writes; NULL = nowhere */
 
-static dtype forced; /* type that weights of a checkpoint are said to have */
-static float moved;  /* added to element 0 of the first quantised linear: the twin */
-
-static status load_forced(device *d, const weight_source *s, const precision *p, weight *out) {
-    weight_source t = *s;
-    matrix_part part[64];
-    static float value[1 << 20];
-    t.type = forced;
-    if (moved != 0 && s->field == WEIGHT_qkv && s->n_parts > 0 && s->n_parts <= COUNT_OF(part)) {
-        for (int32_t r = 0; r < s->shape.n; r++)
-            weight_source_row(s, 0, r, value + (int64_t)r * s->shape.k);
-        value[0] += moved;
-        part[0] = (matrix_part){.data = value,
-                                .type = DT_F32,
-                                .rows = s->shape.n,
-                                .row_stride = s->shape.k,
-                                .col_stride = 1};
-        t.part = part;
-        t.n_parts = 1;
-    }
-    return device_cuda.weight_load(d, &t, p, out);
-}
-
-/* UNSUPPORTED when the device refuses a format; anything else must succeed. */
-static status run_open(run *r, const char *name, const char *dir, const char *format,
-                       device_options o) {
-    const device_ops *ops;
-    *r = (run){0};
-    o.tp = 1;
-    assert_ok(device_find(&ops, name));
-    assert_ok(model_config_load(&r->c, dir));
-    assert_ok(precision_parse(&r->p, format));
-    assert_ok(ops->open(&r->d, &o));
-    r->ops = *ops;
-    if (!strcmp(name, "cuda")) r->ops.weight_load = load_forced;
-    r->d->ops = &r->ops;
-    checkpoint *k;
-    assert_ok(arena_open(&r->a, 16 << 20));
-    assert_ok(checkpoint_open(&k, &r->c, dir, 1));
-    const status st = forward_load(&r->f, &r->a, r->d, k, &r->c, &r->p, NULL, NULL);
-    checkpoint_close(k);
-    if (st == ST_UNSUPPORTED) return st;
-    assert_ok(st);
-    const device_setup s = {.config = &r->c,
-                            .precision = &r->p,
-                            .max_tokens = TOKENS,
-                            .max_seqs = SEQS,
-                            .max_samples = TOKENS,
-                            .n_pages = PAGES};
-    const forward_plan plan = forward_plan_default(r->d);
-    assert_ok(forward_setup(r->f, &s, &plan));
+static status route_noted(device *d, tensor logits, int32_t top_k, route_kind kind,
+                          bool normalise) {
+    const device_ops *own;
+    static float x[GOLDEN_MAX * EXPERTS_MAX];
+    TRY(device_find(&own, d->ops->name));
+    TRY(own->moe_route(d, logits, top_k, kind, normalise));
+    if (!route) return ST_OK;
+    TRY(own->read(d, logits, x));
+    for (int64_t t = 0; t < logits.rows; t++)
+        memcpy(route->logit[route->layer][route->at + t], x + t * logits.cols,
+               sizeof(float) * (size_t)logits.cols);
+    route->layer++;
     return ST_OK;
 }
 
-static void run_close(run *r) {
-    r->d->ops->close(r->d);
-    arena_close(&r->a);
+/* The k largest of x[0..n) as a bit set; *gap to the one after them. */
+static uint32_t chosen(const float *x, int32_t n, int32_t k, double *gap) {
+    uint32_t set = 0;
+    float last = 0;
+    for (int32_t i = 0; i <= k && i < n; i++) {
+        int32_t best = -1;
+        for (int32_t e = 0; e < n; e++)
+            if (!(set >> e & 1) && (best < 0 || x[e] > x[best])) best = e;
+        if (i == k) {
+            *gap = (double)last - (double)x[best];
+            return set;
+        }
+        set |= 1u << best;
+        last = x[best];
+    }
+    *gap = INFINITY;
+    return set;
+}
+
+/* Marks the tokens that took another way on cuda; false when one had no reason to. */
+static bool rerouted(const model_config *c, int32_t n, double bound, bool out[]) {
+    int32_t n_other = 0;
+    for (int32_t t = 0; t < n; t++) {
+        out[t] = false;
+        for (int32_t l = 0; l < c->n_layers && c->n_experts && !out[t]; l++) {
+            const float *want = route_of_cpu.logit[l][t], *got = route_of_cuda.logit[l][t];
+            double gap, other_gap, norm = 0;
+            const uint32_t set = chosen(want, c->n_experts, c->top_k, &gap);
+            out[t] = chosen(got, c->n_experts, c->top_k, &other_gap) != set;
+            for (int32_t e = 0; e < c->n_experts; e++) norm += (double)want[e] * (double)want[e];
+            if (out[t] && !(gap <= 2 * bound * sqrt(norm))) return false;
+        }
+        n_other += out[t];
+    }
+    return n_other * 16 <= n;
 }
 
 /* --- Steps ---------------------------------------------------------------------------------- */
-
-static int32_t page_of(int32_t seq, int32_t i) { return (seq * SEQ_PAGES + i) * 5 % PAGES; }
-
-/* One step: n[s] tokens of sequence s from position at[s] on; decodes come first in `n`. With
- * params the last token of each sequence is sampled; without, every row's logits go to `logits`. */
-static void step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
-                 const int32_t *const *token, const sampling *params, sampled *out, float *logits) {
-    int32_t id[TOKENS], position[TOKENS], seq_start[SEQS + 1] = {0}, kv_len[SEQS];
-    int32_t page_start[SEQS + 1] = {0}, page[SEQS * SEQ_PAGES];
-    int64_t ids[SEQS];
-    sample_row sample[TOKENS];
-    sampled ignored[TOKENS];
-    batch b = {.n_seqs = n_seqs,
-               .token = id,
-               .position = position,
-               .seq_start = seq_start,
-               .kv_len = kv_len,
-               .page_start = page_start,
-               .page = page,
-               .id = ids,
-               .sample = sample};
-    for (int32_t s = 0; s < n_seqs; s++) {
-        for (int32_t i = 0; i < n[s]; i++, b.n_tokens++) {
-            id[b.n_tokens] = token[s][at[s] + i];
-            position[b.n_tokens] = at[s] + i;
-            if (!params || i == n[s] - 1)
-                sample[b.n_samples++] = (sample_row){
-                    .row = b.n_tokens, .seq = s, .params = params, .draw = (uint64_t)(at[s] + i)};
-        }
-        b.n_decodes += n[s] == 1;
-        ids[s] = s;
-        kv_len[s] = at[s] + n[s];
-        seq_start[s + 1] = b.n_tokens;
-        const int32_t pages = (int32_t)div_up(kv_len[s], KV_PAGE_TOKENS);
-        for (int32_t i = 0; i < pages; i++) page[page_start[s] + i] = page_of(s, i);
-        page_start[s + 1] = page_start[s] + pages;
-    }
-    int64_t cost;
-    assert_ok(forward_step(r->f, &b, out ? out : ignored, &cost));
-    if (logits) assert_ok(forward_logits(r->f, logits));
-}
 
 /* Logits of all n tokens of one sequence: a chunk, then single tokens, then chunks again. */
 static void logits_of(run *r, const int32_t *token, int32_t n, float *logits) {
@@ -141,6 +95,7 @@ static void logits_of(run *r, const int32_t *token, int32_t n, float *logits) {
     for (int32_t at = 0, i = 0; at < n; i++) {
         const int32_t m = (int32_t)i64_min(chunk[i % COUNT_OF(chunk)], n - at);
         const int32_t *const list[] = {token};
+        if (route) route->at = at, route->layer = 0;
         step(r, 1, &m, &at, list, NULL, NULL, logits + (int64_t)at * r->c.vocab);
         at += m;
     }
@@ -172,7 +127,7 @@ static void generate(run *r, const int32_t *prompt, int32_t n_prompt, int32_t st
 typedef struct {
     const char *name;
     char dir[256];
-    int32_t n, token[TOKENS];
+    int32_t n, token[GOLDEN_MAX];
 } golden;
 
 static void golden_open(golden *g, const char *name) {
@@ -183,48 +138,75 @@ static void golden_open(golden *g, const char *name) {
     assert_ok(safetensors_open(&file, path_join(path, sizeof path, g->dir, "golden.safetensors")));
     const tensor_view *ids = safetensors_find(file, "input_ids");
     assert_non_null(ids);
-    g->n = (int32_t)i64_min(ids->dim[0], TOKENS);
+    g->n = (int32_t)i64_min(ids->dim[0], GOLDEN_MAX);
     memcpy(g->token, ids->data, sizeof(int32_t) * (size_t)g->n);
     safetensors_close(file);
 }
 
 /* Logits of one model on one device; NULL when it refuses the format. */
 static float *logits_on(const golden *g, const char *device_name, const char *format,
-                        device_options o, int64_t *n) {
+                        device_options o, model_config *c) {
     run r;
     float *x = NULL;
     if (run_open(&r, device_name, g->dir, format, o) == ST_OK) {
-        *n = (int64_t)g->n * r.c.vocab;
-        x = malloc((size_t)(*n + (int64_t)TOKENS * r.c.vocab) * sizeof *x);
+        const int64_t n = (int64_t)g->n * r.c.vocab;
+        r.ops.moe_route = route_noted;
+        x = malloc((size_t)n * sizeof *x);
         assert_non_null(x);
-        memset(x, 0xff, (size_t)*n * sizeof *x);
+        memset(x, 0xff, (size_t)n * sizeof *x);
         logits_of(&r, g->token, g->n, x);
     } else {
         print_message("  %-14s %-16s refused: %s\n", g->name, format, fail_message());
     }
+    *c = r.c;
     run_close(&r);
     return x;
 }
 
-/* Relative error of cuda in `format` to cpu in `against`; -1 when refused. */
-static double error_of(const golden *g, const char *format, const char *against, dtype type,
-                       int32_t family) {
-    int64_t n;
+/* Relative error of cuda in `format` to cpu in W16; -1 when refused. */
+static double error_of(const golden *g, const char *format, dtype type, int32_t family) {
+    model_config c;
     forced = type;
-    float *got = logits_on(g, "cuda", format, (device_options){.kernel_family = family}, &n);
+    float *got = logits_on(g, "cuda", format, (device_options){.kernel_family = family}, &c);
     if (!got) return -1;
-    float *want = logits_on(g, "cpu", against, (device_options){.threads = 1}, &n);
-    const double e = relative_error(got, want, n);
+    float *want = logits_on(g, "cpu", "W16A16KV16", (device_options){.threads = 1}, &c);
+    const double e = relative_error(got, want, (int64_t)g->n * c.vocab);
     free(want);
     free(got);
     return e;
 }
 
+/* The same in W16, over the tokens that took the same experts; infinite when one of the others had
+ * no reason not to. *n_other counts them. */
+static double error_of_routed(const golden *g, dtype type, int32_t family, double bound,
+                              int32_t *n_other) {
+    model_config c;
+    bool other[GOLDEN_MAX];
+    forced = type;
+    route = &route_of_cuda;
+    float *got = logits_on(g, "cuda", "W16A16KV16", (device_options){.kernel_family = family}, &c);
+    route = &route_of_cpu;
+    float *want = logits_on(g, "cpu", "W16A16KV16", (device_options){.threads = 1}, &c);
+    route = NULL;
+    assert_non_null(got);
+    const bool good = rerouted(&c, g->n, bound, other);
+    for (int32_t t = 0; t < g->n; t++) {
+        *n_other += other[t];
+        if (other[t])
+            memcpy(got + (int64_t)t * c.vocab, want + (int64_t)t * c.vocab,
+                   sizeof *got * (size_t)c.vocab);
+    }
+    const double e = relative_error(got, want, (int64_t)g->n * c.vocab);
+    free(want);
+    free(got);
+    return good ? e : INFINITY;
+}
+
 static double error_of_format(const golden *g, const char *format) {
-    int64_t n;
-    float *got = logits_on(g, "cpu", format, (device_options){.threads = 1}, &n);
-    float *want = logits_on(g, "cpu", "W16A16KV16", (device_options){.threads = 1}, &n);
-    const double e = relative_error(got, want, n);
+    model_config c;
+    float *got = logits_on(g, "cpu", format, (device_options){.threads = 1}, &c);
+    float *want = logits_on(g, "cpu", "W16A16KV16", (device_options){.threads = 1}, &c);
+    const double e = relative_error(got, want, (int64_t)g->n * c.vocab);
     free(want);
     free(got);
     return e;
@@ -237,16 +219,17 @@ static void architecture(const char *name) {
     golden g;
     golden_open(&g, name);
     moved = 0;
-    const double e[] = {error_of(&g, "W16A16KV16", "W16A16KV16", DT_F16, 0),
-                        error_of(&g, "W16A16KV16", "W16A16KV16", DT_BF16, 0),
-                        error_of(&g, "W16A16KV16", "W16A16KV16", DT_F16, 80)};
+    int32_t n_other = 0, ignored = 0;
+    const double e[] = {error_of_routed(&g, DT_F16, 0, bound_f16, &n_other),
+                        error_of_routed(&g, DT_BF16, 0, bound_bf16, &n_other),
+                        error_of_routed(&g, DT_F16, 80, bound_f16, &n_other)};
     moved = 4; /* weights lie around 0.1 */
-    const double twin = error_of(&g, "W16A16KV16", "W16A16KV16", DT_F16, 0);
+    const double twin = error_of_routed(&g, DT_F16, 0, bound_f16, &ignored);
     moved = 0;
     const bool good =
         e[0] <= bound_f16 && e[1] <= bound_bf16 && e[2] <= bound_f16 && twin > bound_f16;
-    print_message("  %-20s f16 %.2e bf16 %.2e ampere %.2e twin %.1e%s\n", name, e[0], e[1], e[2],
-                  twin, good ? "" : "  FAILED");
+    print_message("  %-20s f16 %.2e bf16 %.2e ampere %.2e twin %.1e  %d by other experts%s\n", name,
+                  e[0], e[1], e[2], twin, n_other, good ? "" : "  FAILED");
     failures += !good;
 }
 
@@ -277,7 +260,7 @@ static void formats_of(const char *name) {
         assert_ok(precision_parse(&p, formats[i]));
         assert_ok(model_config_load(&c, g.dir));
         if (model_fits_precision(&c, &p, 1) != ST_OK) continue;
-        const double e = error_of(&g, formats[i], "W16A16KV16", DT_F16, 0);
+        const double e = error_of(&g, formats[i], DT_F16, 0);
         if (e < 0) continue; /* refused, and said so */
         const double own = error_of_format(&g, formats[i]);
         const bool good = e <= 2 * own;

@@ -1,0 +1,39 @@
+--- Table 10: steps of each model against the roofline, measured and predicted.
+local labels = require("labels")
+
+local GPU, FORMATS = "h200", { "W16A16KV16", "W4A16KV8" }
+local STEPS = { { "b1", "1" }, { "b16", "16" }, { "b64", "64" }, { "prefill", "prefill" } }
+
+return {
+  experiment = "e06_steps",
+  title = "Steps against the roofline",
+  caption = "Time of a step over its roofline on one H200: decode steps of 1, 16 and 64 sequences "
+    .. "of 4096 tokens, and a prefill of 8192 tokens (fewer where a model reads fewer). Measured, "
+    .. "and predicted in brackets; \"-\" is what was not measured, or what does not fit. gpt-oss-"
+    .. "120b, which groups of 128 do not divide, has groups of 32 for its 4-bit weights.",
+  build = function(data)
+    local columns, rows = { "model" }, {}
+    for _, precision in ipairs(FORMATS) do
+      for _, step in ipairs(STEPS) do columns[#columns + 1] = precision .. " " .. step[2] end
+    end
+    for _, model in ipairs(data.ordered(labels.models, data:distinct("e06", "model"))) do
+      local row, any = { model }, false
+      for _, precision in ipairs(FORMATS) do
+        local own = precision
+        if model == "gpt-oss-120b" and precision == "W4A16KV8" then own = "W4g32A16KV8" end
+        local function ratio(device, step)
+          local key = { gpu = GPU, model = model, precision = own, device = device, tp = 1 }
+          local share = data:value("e06", key, step .. "_roofline_share")
+          return share and ("%.2f"):format(1 / share)
+        end
+        for _, step in ipairs(STEPS) do
+          local measured, predicted = ratio("cuda", step[1]), ratio("sim", step[1])
+          any = any or measured ~= nil or predicted ~= nil
+          row[#row + 1] = (measured or "-") .. (predicted and (" (%s)"):format(predicted) or "")
+        end
+      end
+      if any then rows[#rows + 1] = row end
+    end
+    return columns, rows
+  end,
+}
