@@ -15,6 +15,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = (int)threadIdx.x; i < units; i += kThreads) to[i] = from[i];
 }
 
+__global__ void __launch_bounds__(kThreads)
+    feed_drawn(int32_t *token, const draw_result *drawn, int32_t n) {
+    const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
+    if (i < n && token[i] < 0) token[i] = drawn[-1 - token[i]].token;
+}
+
 } // namespace
 
 extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n,
@@ -29,5 +35,13 @@ extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, 
         copy_rows<<<(unsigned)n, kThreads, 0, stream>>>(static_cast<unsigned short *>(out),
                                                         static_cast<const unsigned short *>(table),
                                                         row, cols);
+    return launched("rows");
+}
+
+extern "C" status kernel_rows_feed(int32_t *token, const draw_result *drawn, int64_t n,
+                                   kernel_stream stream) {
+    if (n < 0 || n > INT32_MAX) return FAIL(ST_SHAPE, "rows: %lld tokens to feed", (long long)n);
+    if (n == 0) return ST_OK;
+    feed_drawn<<<(unsigned)div_up(n, kThreads), kThreads, 0, stream>>>(token, drawn, (int32_t)n);
     return launched("rows");
 }

@@ -1,6 +1,7 @@
 /* rows.h - rows by number: the embedding, and the rows whose logits are wanted. */
 #ifndef KERNEL_ROWS_H
 #define KERNEL_ROWS_H
+#include "draw.h"
 #include "kernel.h"
 
 #ifdef __cplusplus
@@ -17,6 +18,14 @@ extern "C" {
  * launches nothing. DEVICE on launch failure. Asynchronous on `stream`. */
 status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n, int32_t cols,
                    kernel_stream stream);
+
+/* token[i] = drawn[-1 - token[i]].token for those i < n with token[i] < 0
+ *
+ *   token    [n], device
+ *   drawn    results of draw.h, device: of the step before, which the same stream has run
+ *
+ * n == 0 launches nothing. DEVICE on launch failure. Asynchronous on `stream`. */
+status kernel_rows_feed(int32_t *token, const draw_result *drawn, int64_t n, kernel_stream stream);
 
 #ifdef __cplusplus
 }

@@ -188,7 +188,7 @@ static void says_what_is_wrong_with_a_file(void **state) {
         {"\"token_budget\":96", "\"token_budget\":0", "token_budget = 0 is outside"},
         {"\"token_budget\":96", "\"token_budget\":\"96\"", "'token_budget' is no integer"},
         {"\"ctx_max\":300", "\"ctx_max\":2147483647", "limits make no sense"},
-        {"{\"add\":{", "{\"odd\":{", "neither add, cancel, step"},
+        {"{\"add\":{", "{\"odd\":{", "neither add, cancel, pick"},
         {"\"prompt\":[", "\"prompt\":[-1,", "'prompt'[0] is no integer"},
         {"\"prompt\":[", "\"prompt\":[],\"was\":[", "request 0: 0 prompt"},
         {"\"id\":1,", "\"id\":0,", "request 0 is alive already"},
