@@ -26,7 +26,7 @@ enum { STEPS_MAX = 200 };
 
 typedef struct {
     const char *model, *precision, *family;
-    int64_t batch, ctx, n_new, steps;
+    int64_t batch, ctx, n_new, steps, tp;
     bool json, no_graphs;
     double read_gbs, matrix_tflops; /* 0: measure */
 } arguments;
@@ -171,8 +171,9 @@ static void count_weights(const model_config *c, const model_weights *w, int64_t
 }
 
 /* Bytes of KV that are read, and operations of the scores and sums. */
-static void count_attention(const model_config *c, const precision *p, int32_t n_seqs, int32_t ctx,
-                            int32_t n_new, double *bytes, double *flops) {
+static void count_attention(const model_config *c, const precision *p, int32_t tp, int32_t n_seqs,
+                            int32_t ctx, int32_t n_new, double *bytes, double *flops) {
+    const int32_t heads = c->n_heads / tp, kv_heads = c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp;
     for (int32_t l = 0; l < c->n_layers; l++) {
         const kv_pair f = precision_kv(p, l);
         const int64_t row = kv_format_bytes((kv_format)f.k, c->head_dim) +
@@ -180,8 +181,8 @@ static void count_attention(const model_config *c, const precision *p, int32_t n
         const double window = c->window[l] ? fmin(c->window[l] + n_new - 1, ctx) : ctx;
         const double seen =
             c->window[l] ? fmin(c->window[l], ctx - (n_new - 1) / 2.0) : ctx - (n_new - 1) / 2.0;
-        *bytes += (double)n_seqs * window * c->n_kv_heads * (double)row;
-        *flops += 4.0 * n_seqs * n_new * seen * c->n_heads * c->head_dim;
+        *bytes += (double)n_seqs * window * kv_heads * (double)row;
+        *flops += 4.0 * n_seqs * n_new * seen * heads * c->head_dim;
     }
 }
 
@@ -193,6 +194,7 @@ static status bench(const arguments *a) {
     o.device = "cuda";
     o.synthetic = true;
     o.device_options.no_graphs = a->no_graphs;
+    o.device_options.tp = (int32_t)a->tp;
     TRY(device_family(&o.device_options.kernel_family, a->family));
     o.ctx_max = ctx;
     o.policy.max_seqs = n_seqs;
@@ -215,19 +217,21 @@ static status bench(const arguments *a) {
     if (st == ST_OK) {
         count_weights(c, forward_weights(engine_forward(e)), n_seqs * n_new, n_seqs, &bytes,
                       &flops);
-        count_attention(c, engine_precision(e), n_seqs, ctx, n_new, &bytes, &flops);
+        count_attention(c, engine_precision(e), (int32_t)a->tp, n_seqs, ctx, n_new, &bytes, &flops);
         const double read_us = bytes / read_gbs * 1e-3;
         const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
         char name[PRECISION_NAME_MAX];
-        printf(a->json ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,"
-                         "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
-                         "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,"
-                         "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f}\n"
-                       : "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
-                         "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, %.0f GB/s, %.0f "
-                         "TFLOP/s)\n",
-               c->name, precision_name(engine_precision(e), name), n_seqs, ctx, n_new, us[0], us[1],
-               us[2], roof, us[0] / roof, bytes, flops, read_gbs, a->matrix_tflops);
+        printf(
+            a->json
+                ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"tp\":%d,\"batch\":%d,"
+                  "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
+                  "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,"
+                  "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f}\n"
+                : "%-18s %-14s tp %d batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
+                  "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, %.0f GB/s, %.0f "
+                  "TFLOP/s)\n",
+            c->name, precision_name(engine_precision(e), name), (int)a->tp, n_seqs, ctx, n_new,
+            us[0], us[1], us[2], roof, us[0] / roof, bytes, flops, read_gbs, a->matrix_tflops);
     }
     arena_close(&s.a);
     engine_close(e);
@@ -241,6 +245,7 @@ int bench_step(int argc, char **argv) {
                    .batch = 1,
                    .ctx = 4096,
                    .n_new = 1,
+                   .tp = 1,
                    .steps = 30,
                    .matrix_tflops = 780};
     const cli_option options[] = {
@@ -249,6 +254,7 @@ int bench_step(int argc, char **argv) {
         {"--batch", CLI_INT, &a.batch, "N", "sequences (1)"},
         {"--ctx", CLI_INT, &a.ctx, "N", "tokens of each after the step (4096)"},
         {"--new", CLI_INT, &a.n_new, "N", "tokens that the step feeds to each (1: decode)"},
+        {"--tp", CLI_INT, &a.tp, "N", "GPUs (1); the roofline is one rank's, without its sums"},
         {"--steps", CLI_INT, &a.steps, "N", "timed steps (30)"},
         {"--kernel-family", CLI_TEXT, &a.family, "F", "ampere or hopper"},
         {"--no-graphs", CLI_FLAG, &a.no_graphs, NULL, "launch decode steps kernel by kernel"},
@@ -263,7 +269,7 @@ int bench_step(int argc, char **argv) {
         cli_parse(argc - 1, argv + 1, "bench step --model NAME [options]", options, NULL, &none);
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "bench step needs --model");
     if (st == ST_OK && (a.batch < 1 || a.batch > 4096 || a.n_new < 1 || a.ctx < a.n_new ||
-                        a.batch * a.n_new > 1 << 20 || a.ctx > 1 << 24 || a.steps < 1 ||
+                        a.batch * a.n_new > 1 << 20 || a.ctx > 1 << 24 || a.steps < 1 || a.tp < 1 ||
                         a.steps > STEPS_MAX || a.matrix_tflops <= 0))
         st = FAIL(ST_USAGE, "--batch, --ctx, --new or --steps is out of range");
     if (st == ST_OK) st = bench(&a);
