@@ -106,6 +106,7 @@ typedef struct {
     int32_t max_stop;
     int64_t n_steps, n_different;
     batch ahead[2]; /* picked by lines of their own */
+    bool ahead_same[2];
     int32_t n_ahead;
     bool ended;
 } replay;
@@ -246,18 +247,19 @@ static status replay_pick(replay *r, const json_t *line) {
     if (r->n_ahead == COUNT_OF(r->ahead))
         return FAIL(ST_FORMAT, "%s: a third batch without a step", r->where);
     batch *b = &r->ahead[r->n_ahead];
-    if (sched_pick(r->s, now, b))
-        r->n_ahead++; /* compared at its step, unless it differs here already */
-    else
-        r->n_different++;
+    if (!sched_pick(r->s, now, b)) return ST_OK; /* its step finds no batch either */
+    r->ahead_same[r->n_ahead++] = batch_hash(b) == hash && b->step == step;
     return ST_OK;
 }
 
 /* The batch of a step line: picked by a line of its own, or now. */
-static bool batch_of_step(replay *r, int64_t now, batch *b) {
+static bool batch_of_step(replay *r, int64_t now, batch *b, bool *same) {
+    *same = true;
     if (r->n_ahead == 0) return sched_pick(r->s, now, b);
     *b = r->ahead[0];
+    *same = r->ahead_same[0];
     r->ahead[0] = r->ahead[1];
+    r->ahead_same[0] = r->ahead_same[1];
     r->n_ahead--;
     return true;
 }
@@ -270,14 +272,15 @@ static status replay_step(replay *r, const json_t *line) {
     TRY(json_get_i64(line, "done", r->where, INT64_MIN, INT64_MAX, &done));
     TRY(read_hash(r, line, &hash));
     batch b;
-    if (!batch_of_step(r, now, &b)) {
+    bool same;
+    if (!batch_of_step(r, now, &b, &same)) {
         TRY(read_draws(r, line, 0));
         r->n_steps++;
         r->n_different++;
         return ST_OK;
     }
     TRY(read_draws(r, line, b.n_samples));
-    const bool same = batch_hash(&b) == hash && b.step == step && b.n_samples == r->n_numbers;
+    same = same && batch_hash(&b) == hash && b.step == step && b.n_samples == r->n_numbers;
     r->n_steps++;
     r->n_different += !same;
     sched_commit(r->s, &b, r->numbers, r->stop, done);
