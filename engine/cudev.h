@@ -96,8 +96,8 @@ typedef struct {
     size_t bytes;
 } cudev_tables;
 
-/* The host's side of a step, pinned: what it uploads, and what comes back. Two, so that a step can be
- * made while the one before runs; on the device the stream orders them. */
+/* The host's side of a step, pinned: what it uploads, and what comes back. Two, so that a step can
+ * be made while the one before runs; on the device the stream orders them. */
 typedef struct {
     uint8_t *tables;
     uint32_t *seen;              /* [seen_max, words] */

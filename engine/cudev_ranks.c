@@ -15,7 +15,7 @@
  *
  * One thread serves all ranks. NCCL's calls stand in groups, one call a rank. A decode step is a
  * graph on each rank with its collectives inside; all graphs are made before any is launched, since
- * making one may wait for its GPU. NCCL's buffers come out of what `memory` has been told before. */
+ * making one may wait for its GPU. */
 #include "cudev.h"
 #include "nccl.h"
 
@@ -240,7 +240,7 @@ static status ranks_launch(device *d) {
     return ST_OK;
 }
 
-/* A rank that fails leaves the others waiting for it, so nobody is waited for before all are over. */
+/* A rank that fails leaves the others waiting for it: look at all of them until all are over. */
 static status ranks_end(device *d, sampled *out, int64_t *cost_ns) {
     ranks *g = self(d);
     for (int32_t over = 0; over < g->n;) {

@@ -135,9 +135,9 @@ typedef struct device_ops {
     /* Draw one token for each sample_row that has params; the others get token -1. */
     status (*sample)(device *d, tensor logits);
 
-    /* Everything of the step is on its way. The next one may begin before this one ends, two at most
-     * are under way, and the later one's batch may feed what this one draws (batch.h). NULL: one
-     * step at a time, run by `end` at the latest. */
+    /* Everything of the step is on its way. The next one may begin before this one ends, two at
+     * most are under way, and the later one's batch may feed what this one draws (batch.h). NULL:
+     * one step at a time, run by `end` at the latest. */
     status (*launch)(device *d);
 
     /* Wait for the oldest step that has begun; its results [n_samples]; cost_ns is 0 unless

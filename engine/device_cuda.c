@@ -19,8 +19,8 @@
  * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
  * from there on and says the same thing whenever it is asked.
  *
- * This file runs one rank. With more, cudev_ranks.c has one of these for each GPU and does what they
- * do together. */
+ * This file runs one rank. With more, cudev_ranks.c has one of these for each GPU and does what
+ * they do together. */
 #include "cudev.h"
 
 #include "activation.h"

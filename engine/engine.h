@@ -62,10 +62,10 @@ void engine_set_hooks(engine *e, const engine_hooks *h);
 status engine_submit(engine *e, const request *r);
 status engine_cancel(engine *e, int64_t id);
 
-/* Finish one step, if there is anything to run; *ran says so. On a device that can, the next step is
- * launched before the tokens of this one are waited for, so that hooks, results, arrivals and the
- * making of batches all happen while the device works. Then a request that ends by a token or by its
- * hook is computed once more, for nobody. */
+/* Finish one step, if there is anything to run; *ran says so. On a device that can, the next step
+ * is launched before the tokens of this one are waited for, so that hooks, results, arrivals and
+ * the making of batches all happen while the device works. Then a request that ends by a token or
+ * by its hook is computed once more, for nobody. */
 status engine_step(engine *e, bool *ran);
 /* Finish what is launched, before the device is used past the engine. */
 status engine_settle(engine *e);

@@ -4,9 +4,9 @@
  * no device, no clock and no meaning of tokens, so the same code runs under cuda, cpu, sim and
  * null, and a recorded trace replays to identical batches.
  *
- * A batch may be picked before the one before it is committed, so that a device always has work: then
- * each sequence of the first is taken to go on. Its next token is fed by the number of its sample
- * (batch.h); what turns out to have ended is computed once more, for nobody.
+ * A batch may be picked before the one before it is committed, so that a device always has work:
+ * then each sequence of the first is taken to go on. Its next token is fed by the number of its
+ * sample (batch.h); what turns out to have ended is computed once more, for nobody.
  *
  * One step (chunked prefill on): every running decode gets its token first; what is left of the
  * token budget goes to prefills in order of arrival, the last one cut to fit; then waiting requests
@@ -80,8 +80,8 @@ void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *st
 /* The request of sequence `seq` of a batch that is not committed; NULL when it has ended since. */
 const request *sched_request(const sched *s, const batch *b, int32_t seq);
 
-/* Take a request out of queue or batch: its pages go back and it finishes with CANCEL. NOTFOUND when
- * it is neither waiting nor running. */
+/* Take a request out of queue or batch: its pages go back and it finishes with CANCEL. NOTFOUND
+ * when it is neither waiting nor running. */
 status sched_cancel(sched *s, int64_t id, int64_t now_ns);
 
 /* The oldest finished request not yet taken, or false. token: prompt then output [n_prompt +

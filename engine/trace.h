@@ -3,8 +3,9 @@
  * is left between two devices is then only their difference in time.
  *
  * File: JSON lines. {"policy":…,"limits":…} then {"add":…}, {"cancel":id}, {"step":n,"now":ns,
- * "hash":"…","tokens":[…],"stop":[…],"done":ns}, {"flush":true}, and {"end":steps} as the last. {"pick":n,"now":
- * ns,"hash":"…"} stands where a batch was picked before others were committed; its "step" follows. */
+ * "hash":"…","tokens":[…],"stop":[…],"done":ns}, {"flush":true}, and {"end":steps} as the last.
+ * {"pick":n,"now": ns,"hash":"…"} stands where a batch was picked before others were committed;
+ * its "step" follows. */
 #ifndef AMALGAM_TRACE_H
 #define AMALGAM_TRACE_H
 #include "sched.h"

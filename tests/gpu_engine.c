@@ -1,8 +1,10 @@
 /* gpu_engine.c - the engine on the cuda device, steps ahead against lockstep: the same tokens, the
  * pool empty at the end. And the time of a step, which nothing judges:
  *
- *     gpu_engine time MODEL PRECISION SEQS [TP]   us a decode step of the whole loop, both ways, for
- *                                                 hooks of 0, 1 and 4 us a token; synthetic weights
+ *     gpu_engine time MODEL PRECISION SEQS [TP]
+ *
+ * prints us a decode step of the whole loop, both ways, for hooks of 0, 1 and 4 us a token;
+ * synthetic weights.
  *
  * All requests start together and are as long, so that both ways run the same batches; company may
  * change the last bits of a row. */
@@ -180,7 +182,10 @@ int main(int argc, char **argv) {
         printf("skipped: no device\n");
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
-    if (argc >= 5) return time_steps(argv[2], argv[3], atoi(argv[4]), argc > 5 ? atoi(argv[5]) : 1);
+    int64_t seqs, tp = 1;
+    if (argc >= 5 && parse_i64(argv[4], 1, SEQS_MAX, &seqs) &&
+        (argc == 5 || parse_i64(argv[5], 1, 8, &tp)))
+        return time_steps(argv[2], argv[3], (int32_t)seqs, (int32_t)tp);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_same_tokens),
         cmocka_unit_test(stops_are_seen_late),

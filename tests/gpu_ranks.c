@@ -3,10 +3,10 @@
  * Skipped where there are fewer GPUs or no NCCL.
  *
  * Bounds are those of gpu_forward.c: with two ranks, y of o and down is a sum of two values that
- * were rounded to 16 bit, rounded once more, which are four roundings more in two layers beside some
- * thirty. Greedy tokens may part only at a near-tie. An error e of a row in relative norm is
- * e |row| / sqrt V of an element, root mean square; a difference of two logits in two runs has twice
- * that, and five deviations of it are 10 e |row| / sqrt V. */
+ * were rounded to 16 bit, rounded once more, which are four roundings more in two layers beside
+ * some thirty. Greedy tokens may part only at a near-tie. An error e of a row in relative norm is
+ * e |row| / sqrt V of an element, root mean square; a difference of two logits in two runs has
+ * twice that, and five deviations of it are 10 e |row| / sqrt V. */
 #include "test.h"
 
 #include "forward.h"

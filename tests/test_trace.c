@@ -35,8 +35,25 @@ static int32_t draw(const sample_row *r) {
                      1000);
 }
 
-/* A run with sharing, preemption, cancels and stops, recorded to `path`. Every third seed picks most
- * batches ahead of commits. Returns its steps. */
+/* Batches that are out, oldest first, and when they were picked. */
+typedef struct {
+    batch b[2];
+    int64_t at[2];
+    int32_t n;
+} picks;
+
+/* Pick once; true when out->b[0] is to be committed now. */
+static bool pick_some(sched *s, trace *t, bool ahead, int64_t now, rng *r, picks *out) {
+    if (sched_pick(s, now, &out->b[out->n])) {
+        if (ahead) trace_pick(t, &out->b[out->n], now);
+        out->at[out->n++] = now;
+        if (ahead && out->n == 1 && rng_below(r, 8)) return false;
+    }
+    return out->n > 0;
+}
+
+/* A run with sharing, preemption, cancels and stops, recorded to `path`. Every third seed picks
+ * most batches ahead of commits. Returns its steps. */
 static int64_t record(const sched_policy *p, uint64_t seed) {
     const bool ahead = seed % 3 == 0;
     const sched_limits l = {
@@ -53,9 +70,7 @@ static int64_t record(const sched_policy *p, uint64_t seed) {
     int64_t now = 0, steps = 0, id = 0;
     int32_t prompt[LONGEST], drawn[REQUESTS];
     bool stop[REQUESTS];
-    batch out[2];
-    int64_t picked[2];
-    int32_t n_out = 0;
+    picks out = {.n = 0};
     for (int32_t i = 0;; i++) {
         now += (int64_t)rng_below(&r, 1000);
         for (int32_t k = 0; id < REQUESTS && k < 2 && rng_below(&r, 4) == 0; k++) {
@@ -80,21 +95,16 @@ static int64_t record(const sched_policy *p, uint64_t seed) {
             sched_flush_cache(s);
             trace_flush_cache(t);
         }
-        if (sched_pick(s, now, &out[n_out])) {
-            if (ahead) trace_pick(t, &out[n_out], now);
-            picked[n_out++] = now;
-            if (ahead && n_out == 1 && rng_below(&r, 8)) continue;
-        }
-        if (n_out == 0) {
-            if (id == REQUESTS) break;
+        if (!pick_some(s, t, ahead, now, &r, &out)) {
+            if (out.n == 0 && id == REQUESTS) break;
             continue;
         }
         steps++;
-        const batch b = out[0];
-        const int64_t at = picked[0];
-        out[0] = out[1];
-        picked[0] = picked[1];
-        n_out--;
+        const batch b = out.b[0];
+        const int64_t at = out.at[0];
+        out.b[0] = out.b[1];
+        out.at[0] = out.at[1];
+        out.n--;
         const int64_t done = now + (int64_t)rng_below(&r, 1000);
         for (int32_t k = 0; k < b.n_samples; k++) {
             drawn[k] = draw(&b.sample[k]);
