@@ -103,7 +103,7 @@ typedef struct {
     uint32_t *seen;              /* [seen_max, words] */
     void *plan[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
     draw_result *result;         /* [max_samples] */
-    cudev_event done;
+    cudev_event drawn, done;     /* tokens on the device; tokens here */
     int64_t step;
     int32_t n_samples;
 } cudev_slot;
@@ -123,7 +123,8 @@ typedef struct {
     int32_t gpu, rank; /* of options.tp; equal: ranks are GPUs 0 .. tp - 1 */
     int32_t sm, n_sms, family;
     kernel_stream stream;
-    bool dead; /* an execution error was seen: nothing runs any more */
+    kernel_stream back; /* tokens to the host */
+    bool dead;          /* an execution error was seen: nothing runs any more */
     char why[256];
 
     /* Weights and what loading them needs. */

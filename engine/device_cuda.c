@@ -1,8 +1,9 @@
 /* device_cuda.c - the operations of a step on one NVIDIA GPU.
  *
  * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the
- * buffers and the tables of a step. A step copies one block of tables and one plan for each kind of
- * attention window, launches, copies the tokens back, and is waited for once, in end.
+ * buffers and the tables of a step. A step brings a block of tables and a plan for each kind of
+ * attention window over in one launch, runs, copies the tokens back on a stream of its own, and is
+ * waited for once, in end.
  *
  * Two steps may be under way (device_ops.launch). The host's side of each is a slot; on the device
  * one stream orders them, so that tables, activations and KV pages need no second copy. Tokens that
@@ -70,6 +71,7 @@ static status probe(cudev *c) {
                     c->sm);
     CUDA_TRY(cudaSetDevice(c->gpu), c->name);
     CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), c->name);
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->back, cudaStreamNonBlocking), c->name);
     void *word;
     CUDA_TRY(cudaMalloc(&word, 4), c->name);
     status st = kernel_fill_noise(word, DT_F32, 1, 0, 0, 1, 0, c->stream);
@@ -108,6 +110,7 @@ static void close_slot(cudev_slot *s) {
     if (s->tables) (void)cudaFreeHost(s->tables);
     if (s->seen) (void)cudaFreeHost(s->seen);
     if (s->result) (void)cudaFreeHost(s->result);
+    if (s->drawn) (void)cudaEventDestroy(s->drawn);
     if (s->done) (void)cudaEventDestroy(s->done);
 }
 
@@ -120,6 +123,8 @@ static void cuda_close(device *d) {
     cudev_slab_free(&c->run);
     cudev_slab_free(&c->kv);
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) close_slot(&c->slot[i]);
+    if (c->back) (void)cudaStreamSynchronize(c->back);
+    if (c->back) (void)cudaStreamDestroy(c->back);
     if (c->stream) (void)cudaStreamDestroy(c->stream);
     arena_close(&c->handles);
     (void)cudaGetLastError();
@@ -213,10 +218,10 @@ static status setup_plans(cudev *c) {
         if (p == CUDEV_PLANS_MAX)
             return FAIL(ST_UNSUPPORTED, "more than %d different windows", CUDEV_PLANS_MAX);
         for (int32_t j = 0; j < COUNT_OF(c->slot); j++)
-            TRY(pinned((size_t)bytes, &c->slot[j].plan[p]));
+            TRY(pinned((size_t)bytes + 16, &c->slot[j].plan[p]));
         c->plan[p].window = m->window[i];
         c->n_plans++;
-        TRY(take(c, bytes, "attention plan", &c->plan[p].device));
+        TRY(take(c, bytes + 16, "attention plan", &c->plan[p].device));
     }
     return ST_OK;
 }
@@ -252,6 +257,7 @@ static status setup_tables(cudev *c, int64_t rows) {
         TRY(pinned(x.bytes, &slot->tables));
         TRY(pinned((size_t)seen, &slot->seen));
         TRY(pinned(drawn, &slot->result));
+        CUDA_TRY(cudaEventCreateWithFlags(&slot->drawn, cudaEventDisableTiming), "event");
         CUDA_TRY(cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming), "event");
     }
     if (m->n_experts == 0) return ST_OK;
@@ -386,13 +392,6 @@ static attention_batch attention_of(const cudev *c, const cudev_tables *x, bool 
                              .page = x->page};
 }
 
-/* Does it feed what the step before draws? */
-static bool feeds_drawn(const batch *b) {
-    for (int32_t i = 0; i < b->n_decodes; i++)
-        if (b->token[i] < 0) return true;
-    return false;
-}
-
 static status upload_step(cudev *c) {
     const batch *b = c->b;
     const bool padded = c->graph != NULL;
@@ -400,27 +399,26 @@ static status upload_step(cudev *c) {
     int32_t n_seen;
     const cudev_tables h = fill_tables(c, c->rows, s, samples, &n_seen);
     c->tables = lay_tables(c->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
-    CUDA_TRY(cudaMemcpyAsync(c->tables_device, c->at->tables, h.bytes, cudaMemcpyHostToDevice,
-                             c->stream),
-             "tables");
-    if (feeds_drawn(b))
-        TRY(kernel_rows_feed((int32_t *)(uintptr_t)c->tables.token, c->drawn, b->n_decodes,
-                             c->stream));
-    if (n_seen)
-        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->at->seen,
-                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
-                                 cudaMemcpyHostToDevice, c->stream),
-                 "penalties");
+    rows_copy copy[1 + CUDEV_PLANS_MAX] = {
+        {.to = c->tables_device, .from = c->at->tables, .bytes = (int64_t)h.bytes}};
     const model_config *m = &c->config;
     const attention_batch a = attention_of(c, &h, false);
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
         TRY(attention_plan_make(c->at->plan[i], &used, &a, c->n_heads, c->n_kv_heads, m->head_dim,
                                 c->plan[i].window));
-        CUDA_TRY(cudaMemcpyAsync(c->plan[i].device, c->at->plan[i], (size_t)used,
-                                 cudaMemcpyHostToDevice, c->stream),
-                 "attention plan");
+        copy[1 + i] = (rows_copy){
+            .to = c->plan[i].device, .from = c->at->plan[i], .bytes = div_up(used, 16) * 16};
     }
+    if (n_seen)
+        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->at->seen,
+                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
+                                 cudaMemcpyHostToDevice, c->stream),
+                 "penalties");
+    TRY(kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, c->drawn, c->stream));
+    /* The tokens of the step before are read before this one overwrites them. */
+    if (c->n_begun > 0)
+        CUDA_TRY(cudaStreamWaitEvent(c->stream, c->slot[~c->n_begun & 1].done, 0), "tokens");
     return ST_OK;
 }
 
@@ -506,10 +504,12 @@ static status cuda_launch(device *d) {
     TRY(cudev_end_capture(c));
     if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
     c->mode = STEP_EAGER;
+    CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
+    CUDA_TRY(cudaStreamWaitEvent(c->back, c->at->drawn, 0), "tokens");
     if (bytes)
-        CUDA_TRY(cudaMemcpyAsync(c->at->result, c->drawn, bytes, cudaMemcpyDeviceToHost, c->stream),
+        CUDA_TRY(cudaMemcpyAsync(c->at->result, c->drawn, bytes, cudaMemcpyDeviceToHost, c->back),
                  "tokens");
-    CUDA_TRY(cudaEventRecord(c->at->done, c->stream), "tokens");
+    CUDA_TRY(cudaEventRecord(c->at->done, c->back), "tokens");
     c->n_begun++;
     return ST_OK;
 }
