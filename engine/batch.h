@@ -23,7 +23,8 @@ typedef struct {
     int64_t step;
     int32_t n_seqs, n_tokens, n_samples;
     int32_t n_decodes;         /* the first so many sequences feed one token each */
-    const int32_t *token;      /* [T]    ids to feed */
+    const int32_t *token;      /* [T]    ids to feed; of a decode also -1 - j: what was drawn for
+                                           sample j of the batch before */
     const int32_t *position;   /* [T]    absolute position of each */
     const int32_t *seq_start;  /* [S+1]  first token of each sequence */
     const int32_t *kv_len;     /* [S]    tokens visible after this step, the new ones included */

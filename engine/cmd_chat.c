@@ -11,7 +11,7 @@
 typedef struct {
     const char *model, *precision, *device, *system;
     double temperature, top_p;
-    int64_t max_new, top_k, seed, threads;
+    int64_t max_new, top_k, seed, threads, tp;
     bool no_thinking;
 } arguments;
 
@@ -62,6 +62,7 @@ static status start(talk *t) {
     o.precision = a->precision;
     o.device = a->device;
     o.device_options.threads = (int32_t)a->threads;
+    o.device_options.tp = (int32_t)a->tp;
     o.policy.max_seqs = 1;
     o.policy.token_budget = 1024;
     o.max_requests = 1;
@@ -206,7 +207,7 @@ static status converse(talk *t) {
 }
 
 int cmd_chat(int argc, char **argv) {
-    arguments a = {.precision = "W16A16KV16", .device = "cpu", .top_p = 1, .max_new = 512};
+    arguments a = {.precision = "W16A16KV16", .device = "cpu", .top_p = 1, .max_new = 512, .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
         {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16; see `amalgam formats`"},
@@ -220,6 +221,7 @@ int cmd_chat(int argc, char **argv) {
         {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
         {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
+        {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n_args = 0;

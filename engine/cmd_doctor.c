@@ -1,6 +1,7 @@
 /* cmd_doctor.c - `amalgam doctor`: what this machine has, and what is missing for what. */
 #include "cli.h"
 #include "device.h"
+#include "nccl.h"
 #include "nvml.h"
 #include "results.h"
 
@@ -46,6 +47,14 @@ static void gpu_lines(void) {
     const bool opens = cuda->open(&d, &o) == ST_OK;
     line("cuda device opens", opens, opens ? "--device cuda" : fail_message());
     if (opens) cuda->close(d);
+    nccl lib;
+    char version[64] = "";
+    const bool found = nccl_load(&lib) == ST_OK;
+    if (found)
+        snprintf(version, sizeof version, "%d.%d.%d: --tp over the GPUs of this node",
+                 lib.version / 10000, lib.version / 100 % 100, lib.version % 100);
+    line("NCCL", found, found ? version : fail_message());
+    if (found) nccl_unload(&lib);
 }
 
 int cmd_doctor(int argc, char **argv) {

@@ -30,7 +30,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
 typedef struct {
     const char *model, *precision, *device, *family, *prompt, *file;
     double temperature, top_p, min_p, penalty;
-    int64_t max_new, top_k, seed, threads;
+    int64_t max_new, top_k, seed, threads, tp;
     bool stream, json, ignore_eos;
     cli_texts stop;
 } arguments;
@@ -59,6 +59,7 @@ static status generation_open(generation *g, const arguments *a) {
     o.precision = a->precision;
     o.device = a->device;
     o.device_options.threads = (int32_t)a->threads;
+    o.device_options.tp = (int32_t)a->tp;
     TRY(device_family(&o.device_options.kernel_family, a->family));
     o.policy.max_seqs = 1;
     o.policy.token_budget = 1024;
@@ -133,7 +134,8 @@ static void print_json(const generation *g) {
 }
 
 int cmd_generate(int argc, char **argv) {
-    arguments a = {.precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 128};
+    arguments a = {
+        .precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 128, .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR",
          "checkpoint folder (config.json, *.safetensors, tokenizer.json)"},
@@ -152,6 +154,7 @@ int cmd_generate(int argc, char **argv) {
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
+        {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},
         {"--kernel-family", CLI_TEXT, &a.family, "F", "cuda: ampere or hopper"},
         {"--stream", CLI_FLAG, &a.stream, NULL, "print as it comes"},
         {"--json", CLI_FLAG, &a.json, NULL, "one object with text, counts and speed"},

@@ -1,7 +1,7 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
  * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
- * decode steps), cudev_ceiling.c (what the GPU reaches at most). Not for other files; compiled
- * only where CUDA is. */
+ * decode steps), cudev_ranks.c (several GPUs), cudev_ceiling.c (what the GPU reaches at most). Not
+ * for other files; compiled only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
@@ -85,7 +85,7 @@ typedef struct {
 enum { CUDEV_PLANS_MAX = 4 };
 typedef struct {
     int32_t window;
-    void *host, *device; /* attention_plan_bytes */
+    void *device; /* attention_plan_bytes */
 } cudev_plan;
 
 /* Arrays of a step on the device: one block, laid out for padded counts, one copy. */
@@ -96,6 +96,18 @@ typedef struct {
     const int32_t *seq_start, *kv_len, *page_start, *page;
     size_t bytes;
 } cudev_tables;
+
+/* The host's side of a step, pinned: what it uploads, and what comes back. Two, so that a step can
+ * be made while the one before runs; on the device the stream orders them. */
+typedef struct {
+    uint8_t *tables;
+    uint32_t *seen;              /* [seen_max, words] */
+    void *plan[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
+    draw_result *result;         /* [max_samples] */
+    cudev_event drawn, done;     /* tokens on the device; tokens here */
+    int64_t step;
+    int32_t n_samples;
+} cudev_slot;
 
 enum { CUDEV_BUFFERS_MAX = 24 };
 typedef struct {
@@ -109,17 +121,21 @@ typedef enum { STEP_EAGER, STEP_CAPTURE, STEP_REPLAY } step_mode;
 typedef struct {
     device base; /* first: device_ops get this */
     char name[64];
+    int32_t gpu, rank; /* of options.tp; equal: ranks are GPUs 0 .. tp - 1 */
     int32_t sm, n_sms, family;
     kernel_stream stream;
-    bool dead; /* an execution error was seen: nothing runs any more */
+    kernel_stream back; /* tokens to the host */
+    bool dead;          /* an execution error was seen: nothing runs any more */
     char why[256];
 
     /* Weights and what loading them needs. */
-    bool loading; /* format checked, slab taken */
-    dtype type;   /* F16 or BF16: of activations, 16-bit weights and KV */
+    bool loading;               /* format checked, slab taken */
+    dtype type;                 /* F16 or BF16: of activations, 16-bit weights and KV */
+    const weight_source *whole; /* being loaded; `s` of cudev_load.c has this rank's shape */
     cudev_slab weights;
     cudev_staging staging;
     cudev_scratch raw, values, packed; /* part of a file; f32 rows; a canonical matrix */
+    cudev_scratch wide;                /* whole rows, of which a rank takes some columns */
     uint32_t *amax;                    /* device: largest magnitude of a matrix */
     arena handles;                     /* cudev_weight */
     cudev_weight *all[8192];           /* every linear, for the workspace */
@@ -130,17 +146,20 @@ typedef struct {
     model_config config;
     precision precision;
     int32_t max_tokens, max_seqs, max_samples, n_pages, ctx_max;
-    int64_t max_page_ids; /* of a batch */
+    int64_t max_page_ids;        /* of a batch */
+    int32_t n_heads, n_kv_heads; /* of this rank */
     cudev_slab run, kv;
     attention_cache cache[MODEL_LAYERS_MAX];
     float *rope; /* [ctx, D / 2, 2] */
     void *linear_space, *attention_space;
     cudev_plan plan[CUDEV_PLANS_MAX];
     int32_t n_plans;
-    uint8_t *tables_host, *tables_device;
-    uint32_t *seen_host, *seen_device; /* [seen_max, words] */
+    cudev_slot slot[2];
+    int64_t n_begun, n_ended; /* steps; step i has slot i & 1 */
+    uint8_t *tables_device;
+    uint32_t *seen_device; /* [seen_max, words] */
     int32_t seen_max;
-    draw_result *result; /* [max_samples] pinned, written by the device */
+    draw_result *drawn; /* [max_samples] device: the next step may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token;
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];
@@ -148,7 +167,8 @@ typedef struct {
     cudev_graphs graphs;
 
     /* The step. */
-    const batch *b; /* between begin and end */
+    const batch *b; /* between begin and launch */
+    cudev_slot *at;
     step_mode mode;
     cudev_graph *graph; /* of a decode step */
     int32_t rows;       /* T of the device: b->n_tokens, or padded */
@@ -165,6 +185,26 @@ static inline dtype cudev_linear_type(const cudev *c, weight_field f) {
 /* Output features that a linear is padded to: the kernels work by 16. Only a router may need it,
  * whose logits are laid out with that stride. */
 static inline int32_t cudev_linear_rows(int32_t n) { return (n + 15) / 16 * 16; }
+
+/* Nothing to launch: the graph will. */
+static inline bool cudev_replayed(const cudev *c) { return c->mode == STEP_REPLAY; }
+
+/* Rows of the device for rows of the batch: tokens, slots of tokens, or samples. */
+static inline int64_t cudev_rows(const cudev *c, int64_t n) {
+    return c->graph ? n / c->b->n_tokens * c->rows : n;
+}
+
+/* device_cuda.c, for cudev_ranks.c */
+status cudev_open(device **out, const device_options *o, int32_t rank);
+/* A linear into y [rows, w->n] wherever that lies. */
+status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w);
+/* The first half of `launch`: what was captured becomes a graph, and nothing runs yet. */
+status cudev_end_capture(cudev *c);
+/* Is the oldest step over? DEVICE when it failed. */
+status cudev_poll(cudev *c, bool *over);
+
+/* cudev_ranks.c: the device of tp > 1. UNSUPPORTED, DEVICE or NOTFOUND with the reason. */
+status cudev_ranks_open(device **out, const device_options *o);
 
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);

@@ -1,8 +1,12 @@
 /* cudev_load.c - one weight onto the device: values, their quantised form, the packed order, all
- * made there. The host touches a checkpoint's bytes once, to hand them over.
+ * made there. The host touches a checkpoint's bytes once, to hand them over (once a rank).
  *
  *     file --upload--> raw --convert--> f32 rows --quantise--> canonical --pack--> weight
  *     seed ------------noise----------^                                 16 bit: values --pack-->
+ *
+ * A rank takes its rows or columns of the values before they are quantised, so that a scale of a
+ * whole row (WFP8, W8, the global one of NVFP4) is that of the rank's part of it; codes that a
+ * checkpoint has already keep their scales.
  *
  * f32 rows are made in chunks of at most values_most; the canonical matrix is whole, because
  * packing wants it so. Work is ordered on one stream, so scratch is used again without waiting. */
@@ -23,7 +27,7 @@ static status begin_loading(cudev *c, const weight_source *s, const precision *p
     TRY(format_supported(p, c->sm));
     c->type = s->type == DT_BF16 ? DT_BF16 : DT_F16;
     /* Packed forms may be padded to whole tiles: a part in 64 is more than any model here needs. */
-    const int64_t bytes = s->config ? model_weight_bytes(s->config, p, 1) : 0;
+    const int64_t bytes = s->config ? model_weight_bytes(s->config, p, c->base.options.tp) : 0;
     TRY(cudev_slab_reserve(&c->weights, (size_t)(bytes + bytes / 64), "weights"));
     TRY(arena_open(&c->handles, (size_t)1 << 30)); /* address space */
     CUDA_TRY(cudaMalloc((void **)&c->amax, sizeof *c->amax), "weights");
@@ -35,6 +39,7 @@ void cudev_load_done(cudev *c) {
     cudev_scratch_free(&c->raw);
     cudev_scratch_free(&c->values);
     cudev_scratch_free(&c->packed);
+    cudev_scratch_free(&c->wide);
     cudev_staging_close(&c->staging);
     if (c->amax) (void)cudaFree(c->amax);
     c->amax = NULL;
@@ -98,15 +103,83 @@ static status matrix_values(cudev *c, const weight_source *s, int32_t j, int32_t
     return ST_OK;
 }
 
+/* The range i of a rank in the whole weight, as weight_shard_range; all of it without a config. */
+static void range_of(const cudev *c, int32_t i, int32_t *at, int32_t *n) {
+    const weight_source *w = c->whole;
+    *at = 0;
+    *n = w->shape.shard == SHARD_COLS ? w->shape.k : w->shape.n;
+    if (w->config && c->base.options.tp > 1)
+        weight_shard_range(w->config, w->field, c->base.options.tp, c->rank, i, at, n);
+}
+
+/* Columns of rows [row0, row0 + rows): whole rows in scratch first. */
+static status rank_columns(cudev *c, int32_t j, int32_t row0, int32_t rows, void *out, dtype type) {
+    const weight_source *w = c->whole;
+    int32_t at, n;
+    range_of(c, 0, &at, &n);
+    const size_t stride = (size_t)dtype_bytes(type, w->shape.k);
+    const size_t width = (size_t)dtype_bytes(type, n);
+    const int32_t step = (int32_t)i64_max(1, i64_min(rows, VALUES_MOST / w->shape.k));
+    TRY(cudev_scratch_grow(&c->wide, (size_t)step * stride, c->stream, "weights"));
+    for (int32_t r = 0; r < rows; r += step) {
+        const int32_t m = (int32_t)i64_min(step, rows - r);
+        TRY(matrix_values(c, w, j, row0 + r, m, c->wide.data, type));
+        CUDA_TRY(cudaMemcpy2DAsync((uint8_t *)out + (size_t)r * width, width,
+                                   (uint8_t *)c->wide.data + dtype_bytes(type, at), stride, width,
+                                   (size_t)m, cudaMemcpyDeviceToDevice, c->stream),
+                 "weights");
+    }
+    return ST_OK;
+}
+
+/* As matrix_values, of this rank's matrix j. */
+static status rank_values(cudev *c, const weight_source *s, int32_t j, int32_t row0, int32_t rows,
+                          void *out, dtype type) {
+    const weight_source *w = c->whole;
+    if (c->base.options.tp == 1 || w->shape.shard == SHARD_NONE)
+        return matrix_values(c, w, j, row0, rows, out, type);
+    if (w->shape.shard == SHARD_COLS) return rank_columns(c, j, row0, rows, out, type);
+    int32_t start = 0; /* of the range, in the rank's matrix */
+    for (int32_t i = 0; i < w->shape.n_fused; i++) {
+        int32_t at, n;
+        range_of(c, i, &at, &n);
+        const int32_t lo = (int32_t)i64_max(row0, start);
+        const int32_t hi = (int32_t)i64_min(row0 + rows, start + n);
+        if (lo < hi)
+            TRY(matrix_values(c, w, j, at + lo - start, hi - lo,
+                              (uint8_t *)out + dtype_bytes(type, (int64_t)(lo - row0) * s->shape.k),
+                              type));
+        start += n;
+    }
+    return ST_OK;
+}
+
+/* This rank's part of the bias of a whole matrix, in place. */
+static void rank_bias(const cudev *c, float *value) {
+    const weight_shape *w = &c->whole->shape;
+    if (c->base.options.tp == 1 || w->shard == SHARD_NONE) return;
+    if (w->shard == SHARD_COLS) { /* the sums are reduced: one rank adds it */
+        if (c->rank) memset(value, 0, sizeof *value * (size_t)w->n);
+        return;
+    }
+    for (int32_t i = 0, to = 0; i < w->n_fused; i++) {
+        int32_t at, n;
+        range_of(c, i, &at, &n); /* at >= to: ranges only move down */
+        memmove(value + to, value + at, sizeof *value * (size_t)n);
+        to += n;
+    }
+}
+
 /* Bias of all matrices, [count, n] of the device's type. */
 static status load_bias(cudev *c, const weight_source *s, void *to) {
     const int32_t n = s->shape.n, count = s->shape.count;
     const size_t bytes = (size_t)dtype_bytes(c->type, n);
-    float *value = mem_alloc((size_t)n, sizeof(float));
+    float *value = mem_alloc((size_t)c->whole->shape.n, sizeof(float));
     uint8_t *narrow = mem_alloc(1, bytes);
     status st = value && narrow ? ST_OK : FAIL(ST_NOMEM, "bias of %d", n);
     for (int32_t j = 0; j < count && st == ST_OK; j++) {
-        weight_source_bias(s, j, value);
+        weight_source_bias(c->whole, j, value);
+        rank_bias(c, value);
         dtype_from_f32(narrow, value, n, c->type);
         st = cudev_check((int)cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
                                          cudaMemcpyHostToDevice),
@@ -150,7 +223,7 @@ static int32_t chunk_rows(int32_t n, int32_t k) {
 /* c->values = a chunk of matrix j; its largest magnitude joins *c->amax. */
 static status chunk_values(cudev *c, const weight_source *s, int32_t j, int32_t row, int32_t rows,
                            bool extent) {
-    TRY(matrix_values(c, s, j, row, rows, c->values.data, DT_F32));
+    TRY(rank_values(c, s, j, row, rows, c->values.data, DT_F32));
     if (!extent) return ST_OK;
     return kernel_quantize_extent(c->amax, c->values.data, (int64_t)rows * s->shape.k, c->stream);
 }
@@ -193,6 +266,21 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
+/* This rank's part of them, in the arena of handles. */
+static status stored_codes(cudev *c, const precision *p, int32_t j, int32_t n, int32_t k,
+                           qmatrix *host) {
+    const weight_source *w = c->whole;
+    TRY(qmatrix_alloc(host, &c->handles, p, n, k));
+    if (c->base.options.tp == 1) {
+        weight_source_qmatrix(w, j, host);
+        return ST_OK;
+    }
+    qmatrix whole;
+    TRY(qmatrix_alloc(&whole, &c->handles, p, w->shape.n, w->shape.k));
+    weight_source_qmatrix(w, j, &whole);
+    return weight_shard_qmatrix(w->config, w->field, c->base.options.tp, c->rank, &whole, host);
+}
+
 /* A matrix whose codes the checkpoint has: unpacked on the host, packed for the kernels here. */
 static status stored_matrix(cudev *c, const weight_source *s, const precision *p, int32_t j,
                             cudev_weight *w) {
@@ -202,9 +290,8 @@ static status stored_matrix(cudev *c, const weight_source *s, const precision *p
     const size_t codes = (size_t)qmatrix_code_bytes(p, n, k);
     const size_t scales = (size_t)dtype_bytes(q.scale_type, qmatrix_scale_count(p, n, k));
     const size_t zeros = (size_t)qmatrix_zero_count(p, n, k), mark = c->handles.used;
-    TRY(qmatrix_alloc(&host, &c->handles, p, n, k));
-    weight_source_qmatrix(s, j, &host);
-    status st = cudev_upload(&c->staging, q.code, host.code, codes, c->stream);
+    status st = stored_codes(c, p, j, n, k, &host);
+    if (st == ST_OK) st = cudev_upload(&c->staging, q.code, host.code, codes, c->stream);
     if (st == ST_OK) st = cudev_upload(&c->staging, q.scale, host.scale, scales, c->stream);
     if (st == ST_OK && zeros) st = cudev_upload(&c->staging, q.zero, host.zero, zeros, c->stream);
     q.global_scale = host.global_scale;
@@ -237,8 +324,8 @@ static status load_plain(cudev *c, const weight_source *s, cudev_weight *w) {
     TRY(cudev_slab_take(&c->weights, (size_t)dtype_bytes(c->type, size * s->shape.count), s->name,
                         &w->plain));
     for (int32_t j = 0; j < s->shape.count; j++)
-        TRY(matrix_values(c, s, j, 0, s->shape.n,
-                          (uint8_t *)w->plain + dtype_bytes(c->type, j * size), c->type));
+        TRY(rank_values(c, s, j, 0, s->shape.n,
+                        (uint8_t *)w->plain + dtype_bytes(c->type, j * size), c->type));
     return ST_OK;
 }
 
@@ -249,7 +336,7 @@ static status pack_16(cudev *c, const weight_source *s, int32_t j, cudev_weight 
     TRY(cudev_scratch_grow(&c->packed, bytes, c->stream, "weights"));
     if (n > s->shape.n) /* rows of padding */
         CUDA_TRY(cudaMemsetAsync(c->packed.data, 0, bytes, c->stream), "weights");
-    TRY(matrix_values(c, s, j, 0, s->shape.n, c->packed.data, c->type));
+    TRY(rank_values(c, s, j, 0, s->shape.n, c->packed.data, c->type));
     const qmatrix q = {
         .format = WF_16, .n = n, .k = k, .group = k, .block_n = 1, .code = c->packed.data};
     return linear_pack(&w->linear, j, &q, c->stream);
@@ -315,6 +402,12 @@ status cudev_weight_load(device *d, const weight_source *s, const precision *p, 
     CHECK(!c->ready);
     TRY(weight_source_accepts(s, p));
     TRY(begin_loading(c, s, p));
+    const int32_t tp = s->config ? c->base.options.tp : 1;
+    weight_source mine = *s;
+    *out = weight_source_handle(s, p, tp);
+    if (tp > 1) mine.shape = weight_shape_shard(s->config, s->field, s->shape, tp);
+    c->whole = s;
+    s = &mine;
     cudev_weight *w = arena_array(&c->handles, cudev_weight, 1);
     if (!w) return FAIL(ST_NOMEM, "handle of %s", s->name);
     w->field = s->field;
@@ -322,7 +415,6 @@ status cudev_weight_load(device *d, const weight_source *s, const precision *p, 
     const bool linear = is_linear(s);
     if (linear) TRY(load_linear(c, s, p, w));
     if (!linear || s->field == WEIGHT_embed) TRY(load_plain(c, s, w));
-    *out = weight_source_handle(s, p, 1);
     out->data = w;
     return ST_OK;
 }

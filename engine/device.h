@@ -42,6 +42,8 @@ typedef struct {
 
     int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
     bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
+    bool lockstep; /* read the tokens of a step before the next is launched, as devices without
+                      `launch` must */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -133,7 +135,13 @@ typedef struct device_ops {
     /* Draw one token for each sample_row that has params; the others get token -1. */
     status (*sample)(device *d, tensor logits);
 
-    /* Wait; results of the step [n_samples]; cost_ns is 0 unless virtual_time. */
+    /* Everything of the step is on its way. The next one may begin before this one ends, two at
+     * most are under way, and the later one's batch may feed what this one draws (batch.h). NULL:
+     * one step at a time, run by `end` at the latest. */
+    status (*launch)(device *d);
+
+    /* Wait for the oldest step that has begun; its results [n_samples]; cost_ns is 0 unless
+     * virtual_time: device time with the host time that nothing hides (gpu.h, step_s). */
     status (*end)(device *d, sampled *out, int64_t *cost_ns);
 
     /* Copy a tensor to f32 (tests, evaluation). UNSUPPORTED where nothing is stored. */

@@ -1,14 +1,18 @@
 /* device_cuda.c - the operations of a step on one NVIDIA GPU.
  *
  * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the
- * buffers and the tables of a step. A step copies one block of tables and one plan for each kind of
- * attention window, launches, and waits once, in end, for the tokens, which the sampler writes
- * straight into pinned memory.
+ * buffers and the tables of a step. A step brings a block of tables and a plan for each kind of
+ * attention window over in one launch, runs, copies the tokens back on a stream of its own, and is
+ * waited for once, in end.
+ *
+ * Two steps may be under way (device_ops.launch). The host's side of each is a slot; on the device
+ * one stream orders them, so that tables, activations and KV pages need no second copy. Tokens that
+ * the first draws are put into the tables of the second on the device.
  *
  * A step of decodes alone is padded to a number of rows of cudev_graph.c and runs as a CUDA graph:
  *
  *     begin: tables -> device      eager: launches | capture: launches recorded | replay: none
- *     end:   replay, capture: launch the graph; wait; tokens
+ *     launch: replay, capture: launch the graph; tokens -> host      end: wait
  *
  * Rows that pad a step belong to no sequence (token_seq -1): they are computed like others, append
  * nothing and draw nothing, and no other row reads them.
@@ -16,8 +20,8 @@
  * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
  * from there on and says the same thing whenever it is asked.
  *
- * One rank so far. With more, an element of `cudev` becomes an array over ranks and every operation
- * a loop over it; forward sees the sizes of one rank already. */
+ * This file runs one rank. With more, cudev_ranks.c has one of these for each GPU and does what
+ * they do together. */
 #include "cudev.h"
 
 #include "activation.h"
@@ -56,15 +60,19 @@ static status probe(cudev *c) {
         return FAIL(ST_DEVICE, "no NVIDIA GPU: %s",
                     e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
     struct cudaDeviceProp p;
-    CUDA_TRY(cudaGetDeviceProperties(&p, 0), "GPU 0");
+    if (c->gpu >= count)
+        return FAIL(ST_UNSUPPORTED, "tp %d needs as many GPUs, there are %d", c->base.options.tp,
+                    count);
+    CUDA_TRY(cudaGetDeviceProperties(&p, c->gpu), "GPU");
     snprintf(c->name, sizeof c->name, "%.63s", p.name);
     c->sm = p.major * 10 + p.minor;
     c->n_sms = p.multiProcessorCount;
     if (c->sm < 80)
         return FAIL(ST_UNSUPPORTED, "%s is sm_%d; kernels are built for sm_80 and later", c->name,
                     c->sm);
-    CUDA_TRY(cudaSetDevice(0), c->name);
+    CUDA_TRY(cudaSetDevice(c->gpu), c->name);
     CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), c->name);
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->back, cudaStreamNonBlocking), c->name);
     void *word;
     CUDA_TRY(cudaMalloc(&word, 4), c->name);
     status st = kernel_fill_noise(word, DT_F32, 1, 0, 0, 1, 0, c->stream);
@@ -75,15 +83,14 @@ static status probe(cudev *c) {
                 c->name, c->sm, c->sm);
 }
 
-static status cuda_open(device **out, const device_options *o) {
-    if (o->tp != 1)
-        return FAIL(ST_UNSUPPORTED, "the cuda device runs one GPU so far, not tp %d", o->tp);
+status cudev_open(device **out, const device_options *o, int32_t rank) {
     if (o->dequant_first || o->kv_expand_first)
         return FAIL(ST_UNSUPPORTED, "the cuda device has no mode %s",
                     o->dequant_first ? "dequant_first" : "kv_expand_first");
     cudev *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cuda device");
     c->base = (device){.ops = &device_cuda, .options = *o};
+    c->gpu = c->rank = rank;
     c->family = o->kernel_family;
     *out = &c->base;
     const status st = probe(c);
@@ -94,6 +101,20 @@ static status cuda_open(device **out, const device_options *o) {
     return st;
 }
 
+static status cuda_open(device **out, const device_options *o) {
+    return o->tp > 1 ? cudev_ranks_open(out, o) : cudev_open(out, o, 0);
+}
+
+static void close_slot(cudev_slot *s) {
+    for (int32_t i = 0; i < CUDEV_PLANS_MAX; i++)
+        if (s->plan[i]) (void)cudaFreeHost(s->plan[i]);
+    if (s->tables) (void)cudaFreeHost(s->tables);
+    if (s->seen) (void)cudaFreeHost(s->seen);
+    if (s->result) (void)cudaFreeHost(s->result);
+    if (s->drawn) (void)cudaEventDestroy(s->drawn);
+    if (s->done) (void)cudaEventDestroy(s->done);
+}
+
 static void cuda_close(device *d) {
     cudev *c = self(d);
     if (c->stream) (void)cudaStreamSynchronize(c->stream);
@@ -102,10 +123,9 @@ static void cuda_close(device *d) {
     cudev_slab_free(&c->weights);
     cudev_slab_free(&c->run);
     cudev_slab_free(&c->kv);
-    for (int32_t i = 0; i < c->n_plans; i++) (void)cudaFreeHost(c->plan[i].host);
-    if (c->tables_host) (void)cudaFreeHost(c->tables_host);
-    if (c->seen_host) (void)cudaFreeHost(c->seen_host);
-    if (c->result) (void)cudaFreeHost(c->result);
+    for (int32_t i = 0; i < COUNT_OF(c->slot); i++) close_slot(&c->slot[i]);
+    if (c->back) (void)cudaStreamSynchronize(c->back);
+    if (c->back) (void)cudaStreamDestroy(c->back);
     if (c->stream) (void)cudaStreamDestroy(c->stream);
     arena_close(&c->handles);
     (void)cudaGetLastError();
@@ -160,7 +180,7 @@ static status setup_kv(cudev *c) {
         const kv_pair f = precision_kv(&c->precision, i);
         c->cache[i] = (attention_cache){.k = (kv_format)f.k, .v = (kv_format)f.v};
         c->cache[i].page_bytes =
-            attention_page_bytes(c->cache[i].k, c->cache[i].v, m->n_kv_heads, m->head_dim);
+            attention_page_bytes(c->cache[i].k, c->cache[i].v, c->n_kv_heads, m->head_dim);
         bytes[i] = div_up(c->n_pages * c->cache[i].page_bytes, 256) * 256;
         all += bytes[i];
     }
@@ -198,10 +218,11 @@ static status setup_plans(cudev *c) {
         if (p < c->n_plans) continue;
         if (p == CUDEV_PLANS_MAX)
             return FAIL(ST_UNSUPPORTED, "more than %d different windows", CUDEV_PLANS_MAX);
-        TRY(pinned((size_t)bytes, &c->plan[p].host));
+        for (int32_t j = 0; j < COUNT_OF(c->slot); j++)
+            TRY(pinned((size_t)bytes + 16, &c->slot[j].plan[p]));
         c->plan[p].window = m->window[i];
         c->n_plans++;
-        TRY(take(c, bytes, "attention plan", &c->plan[p].device));
+        TRY(take(c, bytes + 16, "attention plan", &c->plan[p].device));
     }
     return ST_OK;
 }
@@ -213,7 +234,7 @@ static status setup_spaces(cudev *c, int64_t rows) {
         linear =
             i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)rows, c->n_sms));
     const int64_t attention =
-        attention_workspace_bytes(c->max_seqs, c->max_page_ids, m->n_heads, m->head_dim);
+        attention_workspace_bytes(c->max_seqs, c->max_page_ids, c->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
     TRY(take(c, attention + 256, "workspace of attention", &c->attention_space));
     CUDA_TRY(cudaMemsetAsync(c->linear_space, 0, (size_t)linear + 256, c->stream), "workspace");
@@ -226,13 +247,20 @@ static status setup_tables(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     const cudev_tables x =
         lay_tables(NULL, c->max_tokens, c->max_seqs, c->max_samples, c->max_page_ids);
-    TRY(pinned(x.bytes, &c->tables_host));
     TRY(take(c, (int64_t)x.bytes, "tables", &c->tables_device));
     c->seen_max = (int32_t)i64_min(c->max_seqs, c->max_samples);
     const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
-    TRY(pinned((size_t)seen, &c->seen_host));
     TRY(take(c, seen, "penalties", &c->seen_device));
-    TRY(pinned(sizeof(draw_result) * (size_t)c->max_samples, &c->result));
+    const size_t drawn = sizeof(draw_result) * (size_t)c->max_samples;
+    TRY(take(c, (int64_t)drawn, "tokens", &c->drawn));
+    for (int32_t i = 0; i < COUNT_OF(c->slot); i++) {
+        cudev_slot *slot = &c->slot[i];
+        TRY(pinned(x.bytes, &slot->tables));
+        TRY(pinned((size_t)seen, &slot->seen));
+        TRY(pinned(drawn, &slot->result));
+        CUDA_TRY(cudaEventCreateWithFlags(&slot->drawn, cudaEventDisableTiming), "event");
+        CUDA_TRY(cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming), "event");
+    }
     if (m->n_experts == 0) return ST_OK;
     TRY(take(c, 4 * rows, "routing", &c->expert));
     TRY(take(c, 4 * rows, "routing", &c->expert_weight));
@@ -251,6 +279,9 @@ static status cuda_setup(device *d, const device_setup *s) {
     c->max_samples = s->max_samples;
     c->n_pages = s->n_pages;
     const model_config *m = &c->config;
+    const int32_t tp = d->options.tp;
+    c->n_heads = m->n_heads / tp;
+    c->n_kv_heads = m->n_kv_heads < tp ? 1 : m->n_kv_heads / tp;
     const int64_t rows = (int64_t)s->max_tokens * (m->n_experts ? m->top_k : 1);
     const int32_t ctx = s->ctx_max > 0 && s->ctx_max < m->ctx_max ? s->ctx_max : m->ctx_max;
     c->ctx_max = (int32_t)i64_min(ctx, (int64_t)s->n_pages * KV_PAGE_TOKENS);
@@ -258,7 +289,7 @@ static status cuda_setup(device *d, const device_setup *s) {
     CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
     cudev_load_done(c);
     /* Buffers follow: reserve for them too. Logits and router logits are f32 here. */
-    const int64_t expected = workspace_bytes(m, 1, s->max_tokens, s->max_seqs, s->max_samples) +
+    const int64_t expected = workspace_bytes(m, tp, s->max_tokens, s->max_seqs, s->max_samples) +
                              2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
     TRY(cudev_slab_reserve(&c->run, (size_t)expected, "workspace"));
     TRY(setup_rope(c));
@@ -312,7 +343,7 @@ static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
     if (p->repetition_penalty == 1 || s->n_history == 0) return r;
     CHECK(*n_seen < c->seen_max);
     const int64_t words = draw_seen_words(c->config.vocab);
-    uint32_t *set = c->seen_host + words * *n_seen;
+    uint32_t *set = c->at->seen + words * *n_seen;
     memset(set, 0, sizeof *set * (size_t)words);
     for (int32_t i = 0; i < s->n_history; i++) {
         const int32_t t = s->history[i];
@@ -327,10 +358,10 @@ static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
 static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples, int32_t *n_seen) {
     const batch *b = c->b;
     const int32_t n_pages = b->page_start[b->n_seqs];
-    const cudev_tables h = lay_tables(c->tables_host, t, s, samples, n_pages);
+    const cudev_tables h = lay_tables(c->at->tables, t, s, samples, n_pages);
     int32_t *seq = (int32_t *)(uintptr_t)h.token_seq, *row = (int32_t *)(uintptr_t)h.sample_row;
     draw_row *draw = (draw_row *)(uintptr_t)h.draw;
-    memset(c->tables_host, 0, (size_t)((const uint8_t *)h.page - c->tables_host));
+    memset(c->at->tables, 0, (size_t)((const uint8_t *)h.page - c->at->tables));
     put(h.token, b->token, b->n_tokens);
     put(h.position, b->position, b->n_tokens);
     put(h.seq_start, b->seq_start, b->n_seqs + 1);
@@ -369,24 +400,26 @@ static status upload_step(cudev *c) {
     int32_t n_seen;
     const cudev_tables h = fill_tables(c, c->rows, s, samples, &n_seen);
     c->tables = lay_tables(c->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
-    CUDA_TRY(cudaMemcpyAsync(c->tables_device, c->tables_host, h.bytes, cudaMemcpyHostToDevice,
-                             c->stream),
-             "tables");
-    if (n_seen)
-        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->seen_host,
-                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
-                                 cudaMemcpyHostToDevice, c->stream),
-                 "penalties");
+    rows_copy copy[1 + CUDEV_PLANS_MAX] = {
+        {.to = c->tables_device, .from = c->at->tables, .bytes = (int64_t)h.bytes}};
     const model_config *m = &c->config;
     const attention_batch a = attention_of(c, &h, false);
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
-        TRY(attention_plan_make(c->plan[i].host, &used, &a, m->n_heads, m->n_kv_heads, m->head_dim,
+        TRY(attention_plan_make(c->at->plan[i], &used, &a, c->n_heads, c->n_kv_heads, m->head_dim,
                                 c->plan[i].window));
-        CUDA_TRY(cudaMemcpyAsync(c->plan[i].device, c->plan[i].host, (size_t)used,
-                                 cudaMemcpyHostToDevice, c->stream),
-                 "attention plan");
+        copy[1 + i] = (rows_copy){
+            .to = c->plan[i].device, .from = c->at->plan[i], .bytes = div_up(used, 16) * 16};
     }
+    if (n_seen)
+        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->at->seen,
+                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
+                                 cudaMemcpyHostToDevice, c->stream),
+                 "penalties");
+    TRY(kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, c->drawn, c->stream));
+    /* The tokens of the step before are read before this one overwrites them. */
+    if (c->n_begun > 0)
+        CUDA_TRY(cudaStreamWaitEvent(c->stream, c->slot[~c->n_begun & 1].done, 0), "tokens");
     return ST_OK;
 }
 
@@ -395,11 +428,11 @@ static status upload_step(cudev *c) {
 static status dead(const cudev *c) { return FAIL(ST_DEVICE, "%s", c->why); }
 
 /* What execution left behind. The first failure is remembered: the context is lost with it. */
-static status finished(cudev *c, cudaError_t e) {
+static status finished(cudev *c, int64_t step, cudaError_t e) {
     if (e == cudaSuccess) return ST_OK;
     c->dead = true;
     snprintf(c->why, sizeof c->why, "%s: %s (in or before step %lld)", c->name,
-             cudaGetErrorString(e), (long long)c->b->step);
+             cudaGetErrorString(e), (long long)step);
     return dead(c);
 }
 
@@ -431,10 +464,15 @@ static status cuda_begin(device *d, const batch *b) {
     CHECK(b->n_samples <= c->max_samples);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
     for (int32_t t = 0; t < b->n_tokens; t++) {
-        CHECK((uint32_t)b->token[t] < (uint32_t)c->config.vocab);
+        CHECK(b->token[t] < c->config.vocab);
+        CHECK(b->token[t] >= -c->slot[~c->n_begun & 1].n_samples);
         CHECK(b->position[t] < c->ctx_max);
     }
+    CHECK(c->n_begun - c->n_ended < COUNT_OF(c->slot));
     c->b = b;
+    c->at = &c->slot[c->n_begun & 1];
+    c->at->step = b->step;
+    c->at->n_samples = b->n_samples;
     c->graph = decodes_alone(b) ? cudev_graphs_find(&c->graphs, b->n_seqs) : NULL;
     c->rows = c->graph ? c->graph->n_rows : b->n_tokens;
     c->mode = STEP_EAGER;
@@ -449,47 +487,62 @@ static status cuda_begin(device *d, const batch *b) {
     return ST_OK;
 }
 
-static status run_graph(cudev *c) {
-    if (c->mode == STEP_CAPTURE) {
-        cudaGraph_t graph = NULL;
-        cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
-        if (e == cudaSuccess) e = cudaGraphInstantiate(&c->graph->exec, graph, 0);
-        if (graph) (void)cudaGraphDestroy(graph);
-        CUDA_TRY(e, "capture");
-    }
-    if (c->mode == STEP_EAGER) return ST_OK;
-    CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
+status cudev_end_capture(cudev *c) {
+    if (c->mode != STEP_CAPTURE) return ST_OK;
+    cudaGraph_t graph = NULL;
+    c->mode = STEP_REPLAY;
+    cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
+    if (e == cudaSuccess) e = cudaGraphInstantiate(&c->graph->exec, graph, 0);
+    if (graph) (void)cudaGraphDestroy(graph);
+    return cudev_check((int)e, "capture");
+}
+
+static status cuda_launch(device *d) {
+    cudev *c = self(d);
+    CHECK(c->b != NULL);
+    const size_t bytes = sizeof(draw_result) * (size_t)c->b->n_samples;
+    c->b = NULL;
+    TRY(cudev_end_capture(c));
+    if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
+    c->mode = STEP_EAGER;
+    CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
+    CUDA_TRY(cudaStreamWaitEvent(c->back, c->at->drawn, 0), "tokens");
+    if (bytes)
+        CUDA_TRY(cudaMemcpyAsync(c->at->result, c->drawn, bytes, cudaMemcpyDeviceToHost, c->back),
+                 "tokens");
+    CUDA_TRY(cudaEventRecord(c->at->done, c->back), "tokens");
+    c->n_begun++;
     return ST_OK;
+}
+
+status cudev_poll(cudev *c, bool *over) {
+    CHECK(c->n_ended < c->n_begun);
+    const cudev_slot *s = &c->slot[c->n_ended & 1];
+    const cudaError_t e = cudaEventQuery(s->done);
+    *over = e != cudaErrorNotReady;
+    return *over ? finished(c, s->step, e) : ST_OK;
 }
 
 static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
     cudev *c = self(d);
-    CHECK(c->b != NULL);
-    const status st = run_graph(c);
-    c->mode = STEP_EAGER;
-    TRY(st);
-    TRY(finished(c, cudaStreamSynchronize(c->stream)));
-    memcpy(out, c->result, sizeof *out * (size_t)c->b->n_samples);
+    CHECK(c->n_ended < c->n_begun);
+    const cudev_slot *s = &c->slot[c->n_ended & 1];
+    c->n_ended++;
+    TRY(finished(c, s->step, cudaEventSynchronize(s->done)));
+    memcpy(out, s->result, sizeof *out * (size_t)s->n_samples);
     *cost_ns = 0;
-    c->b = NULL;
     return ST_OK;
 }
 
 /* --- A step: operations --------------------------------------------------------------------- */
 
-/* Nothing to launch: the graph will. */
-static bool replayed(const cudev *c) { return c->mode == STEP_REPLAY; }
-
-/* Rows of the device for rows of the batch: tokens, slots of tokens, or samples. */
-static int64_t rows_of(const cudev *c, tensor t) {
-    return c->graph ? t.rows / c->b->n_tokens * c->rows : t.rows;
-}
+static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows); }
 
 static status cuda_embed(device *d, tensor out, const weight *table) {
     cudev *c = self(d);
     CHECK(out.rows == c->b->n_tokens);
     CHECK(out.cols == table->k);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
                        out.cols, c->stream);
 }
@@ -501,7 +554,7 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
     CHECK(out.cols == residual.cols);
     CHECK(w->k == out.cols);
     CHECK(add.rows == 0 || add.rows == out.rows);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     return kernel_norm_add(out.data, residual.data, add.rows ? add.data : NULL, weight_of(w)->plain,
                            rows_of(c, out), out.cols, eps, c->type, c->stream);
 }
@@ -521,17 +574,20 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
                             .n_sms = c->n_sms};
 }
 
-static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
-    cudev *c = self(d);
+status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w) {
     CHECK(w->count == 1);
-    CHECK(out.rows == x.rows);
-    CHECK(out.cols == w->n);
     CHECK(x.cols == w->k);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     linear_problem p = problem_of(c, w, rows_of(c, x));
     p.x = x.data;
-    p.y = out.data;
+    p.y = y;
     return kernel_linear(&p, c->stream);
+}
+
+static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
+    CHECK(out.rows == x.rows);
+    CHECK(out.cols == w->n);
+    return cudev_linear_to(self(d), out.data, x, w);
 }
 
 static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *gate_up,
@@ -541,7 +597,7 @@ static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *g
     CHECK(out.rows == x.rows);
     CHECK(2 * out.cols == gate_up->n);
     CHECK(x.cols == gate_up->k);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     linear_problem p = problem_of(c, gate_up, rows_of(c, x));
     p.x = x.data;
     p.y = out.data;
@@ -569,7 +625,7 @@ static status cuda_rope_append(device *d, tensor qkv, const attention_layer *a) 
     cudev *c = self(d);
     CHECK(qkv.rows == c->b->n_tokens);
     CHECK(qkv.cols == (a->n_heads + 2 * a->n_kv_heads) * a->head_dim);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     const attention_layer_params l = params_of(c, a);
     const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
     return kernel_rope_append(qkv.data, &l, &c->cache[a->layer], &b, c->stream);
@@ -579,7 +635,7 @@ static status cuda_attention(device *d, tensor out, tensor qkv, const attention_
     cudev *c = self(d);
     CHECK(out.rows == c->b->n_tokens);
     CHECK(out.cols == a->n_heads * a->head_dim);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     const attention_layer_params l = params_of(c, a);
     const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
     int32_t p = 0;
@@ -592,7 +648,7 @@ static status cuda_gated(device *d, tensor out, tensor gate_up, activation_kind 
     cudev *c = self(d);
     CHECK(out.rows == gate_up.rows);
     CHECK(gate_up.cols == 2 * out.cols);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     return kernel_gated(out.data, gate_up.data, rows_of(c, out), out.cols,
                         kind == ACT_SILU ? GATED_SILU : GATED_OAI, limit, c->type, c->stream);
 }
@@ -603,7 +659,7 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
     CHECK(logits.rows == c->b->n_tokens);
     CHECK(logits.cols == c->config.n_experts);
     CHECK(top_k == c->config.top_k);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     const int64_t t = rows_of(c, logits);
     TRY(kernel_moe_route(c->expert, c->expert_weight, logits.data, t, logits.cols, top_k,
                          kind == ROUTE_TOPK_SOFTMAX, normalise, cudev_linear_rows(logits.cols),
@@ -620,7 +676,7 @@ static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, 
     CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
     CHECK(x.cols == w->k);
     CHECK(out.cols == w->n);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     linear_problem p = problem_of(c, w, rows_of(c, out));
     p.x = x.data;
     p.y = out.data;
@@ -634,7 +690,7 @@ static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
     CHECK(out.rows == c->b->n_tokens);
     CHECK(y.rows == out.rows * top_k);
     CHECK(y.cols == out.cols);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     return kernel_moe_combine(out.data, y.data, c->expert_weight, c->slot_row, rows_of(c, out),
                               top_k, out.cols, c->type, c->stream);
 }
@@ -642,14 +698,14 @@ static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
 static status cuda_all_reduce(device *d, tensor inout) {
     (void)d;
     (void)inout;
-    return ST_OK;
+    return ST_OK; /* of one rank; cudev_ranks.c has the other */
 }
 
 static status cuda_gather(device *d, tensor out, tensor x) {
     cudev *c = self(d);
     CHECK(out.rows == c->b->n_samples);
     CHECK(out.cols == x.cols);
-    if (replayed(c)) return ST_OK;
+    if (cudev_replayed(c)) return ST_OK;
     return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols,
                        c->stream);
 }
@@ -657,8 +713,8 @@ static status cuda_gather(device *d, tensor out, tensor x) {
 static status cuda_sample(device *d, tensor logits) {
     cudev *c = self(d);
     CHECK(logits.rows == c->b->n_samples);
-    if (replayed(c)) return ST_OK;
-    return kernel_draw(c->result, logits.data, c->tables.draw, c->seen_device,
+    if (cudev_replayed(c)) return ST_OK;
+    return kernel_draw(c->drawn, logits.data, c->tables.draw, c->seen_device,
                        (int32_t)rows_of(c, logits), logits.cols, c->stream);
 }
 
@@ -733,6 +789,7 @@ const device_ops device_cuda = {
     .gather = cuda_gather,
     .logits = cuda_linear,
     .sample = cuda_sample,
+    .launch = cuda_launch,
     .end = cuda_end,
     .read = cuda_read,
     .explain = cuda_explain,

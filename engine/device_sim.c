@@ -16,7 +16,8 @@
  * conversion  weights or KV that the matrix units cannot read are widened on the integer pipe, once
  *             for each tile of rows; exponentials of the softmax are here as well.
  * fixed       launch_s for each kernel (a graph node), link latency of a collective; step_s once a
- *             step.
+ *             step: host time that no work of the GPU hides. Steps are predicted one after the
+ *             other, also where a cuda device would run ahead.
  *
  * linear      tiles of 16 to 256 rows by 128 features. Fewer tiles than SMs: split along K, no
  *             loss. More: whole waves. Best of the two largest tiles. A8 and AFP8 add a kernel that

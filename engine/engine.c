@@ -12,6 +12,12 @@
  * bounded so that the cpu device never asks for more than a laptop has. */
 enum { PAGES_UNLIMITED_MAX = 16384 };
 
+/* A step between its launch and its commit. */
+typedef struct {
+    batch b;
+    int64_t picked_ns;
+} step_under_way;
+
 struct engine {
     arena memory;
     engine_options options;
@@ -27,10 +33,14 @@ struct engine {
     timeline host; /* real time, for our own overhead */
     engine_hooks hooks;
     engine_stats stats;
-    int64_t seqs_run; /* sum over steps, for batch_mean */
-    sampled *sampled; /* [max_samples] of the step */
-    int32_t *drawn;   /* [max_seqs] tokens of the step */
-    bool *stop;       /* [max_seqs] */
+    bool ahead;                /* steps are launched before the tokens of the one before are read */
+    step_under_way started[2]; /* oldest first */
+    int32_t n_started;
+    int64_t counted_ns; /* up to here busy_ns is made up */
+    int64_t seqs_run;   /* sum over steps, for batch_mean */
+    sampled *sampled;   /* [max_samples] of the step */
+    int32_t *drawn;     /* [max_seqs] tokens of the step */
+    bool *stop;         /* [max_seqs] */
 };
 
 static sched_limits limits_of(const engine *e) {
@@ -97,6 +107,7 @@ static status load(engine *e, void (*progress)(void *, int64_t, int64_t), void *
     TRY(model_fits_tp(&e->config, o->device_options.tp, e->precision.group));
     TRY(model_fits_precision(&e->config, &e->precision, o->device_options.tp));
     TRY(ops->open(&e->device, &o->device_options));
+    e->ahead = e->device->ops->launch && !o->device_options.lockstep;
     TRY(plan_memory(e));
     TRY(forward_load(&e->forward, &e->memory, e->device, e->checkpoint, &e->config, &e->precision,
                      progress, user));
@@ -119,8 +130,7 @@ static status load(engine *e, void (*progress)(void *, int64_t, int64_t), void *
     e->stop = arena_array(&e->memory, bool, (size_t)max_seqs);
     if (!e->sampled || !e->drawn || !e->stop) return FAIL(ST_NOMEM, "engine tables");
     arena_seal(&e->memory);
-    engine_reset(e);
-    return ST_OK;
+    return engine_reset(e);
 }
 
 status engine_open(engine **out, const engine_options *o,
@@ -156,16 +166,18 @@ void engine_close(engine *e) {
 
 void engine_set_hooks(engine *e, const engine_hooks *h) { e->hooks = *h; }
 
-void engine_reset(engine *e) {
+status engine_reset(engine *e) {
+    TRY(engine_settle(e));
     sched_flush_cache(e->sched);
     if (e->trace) trace_flush_cache(e->trace);
     e->stats = (engine_stats){0};
-    e->seqs_run = 0;
+    e->seqs_run = e->counted_ns = 0;
     timeline_start_real(&e->host);
     if (e->device->ops->virtual_time)
         timeline_start_virtual(&e->clock);
     else
         timeline_start_real(&e->clock);
+    return ST_OK;
 }
 
 status engine_submit(engine *e, const request *r) {
@@ -196,41 +208,80 @@ static bool ends_request(const engine *e, const request *r, int32_t token) {
     return false;
 }
 
-status engine_step(engine *e, bool *ran) {
-    const int64_t picked = timeline_now_ns(&e->clock);
-    batch b;
-    *ran = sched_pick(e->sched, picked, &b);
-    if (!*ran) return ST_OK;
+/* Pick a batch, if there is one, and start it. */
+static status launch_step(engine *e) {
+    step_under_way *s = &e->started[e->n_started];
+    s->picked_ns = timeline_now_ns(&e->clock);
+    if (!sched_pick(e->sched, s->picked_ns, &s->b)) return ST_OK;
+    if (e->trace && e->ahead) trace_pick(e->trace, &s->b, s->picked_ns);
+    e->n_started++;
+    const int64_t before = timeline_now_ns(&e->host);
+    TRY(forward_launch(e->forward, &s->b));
+    e->stats.forward_ns += timeline_now_ns(&e->host) - before;
+    return ST_OK;
+}
 
+/* A penalty looks at every token before, so those must be known. */
+static bool may_run_ahead(const engine *e) {
+    const batch *b = &e->started[0].b;
+    if (!e->ahead) return false;
+    for (int32_t i = 0; i < b->n_samples; i++)
+        if (b->sample[i].params->repetition_penalty != 1) return false;
+    return true;
+}
+
+static void count_step(engine *e, const step_under_way *s, int64_t now) {
+    engine_stats *t = &e->stats;
+    const batch *b = &s->b;
+    t->n_steps++;
+    t->n_decode_steps += b->n_decodes == b->n_seqs;
+    t->tokens_fed += b->n_tokens;
+    t->tokens_sampled += b->n_samples;
+    t->busy_ns += now - i64_max(s->picked_ns, e->counted_ns);
+    e->counted_ns = now;
+    e->seqs_run += b->n_seqs;
+    t->batch_mean = (double)e->seqs_run / (double)t->n_steps;
+    if (kvpool_held(sched_pool(e->sched)) > t->pages_peak)
+        t->pages_peak = kvpool_held(sched_pool(e->sched));
+}
+
+/* Wait for the oldest step; hand out and commit its tokens. */
+static status finish_step(engine *e) {
+    const step_under_way s = e->started[0];
+    const batch *b = &s.b;
     int64_t cost = 0;
     const int64_t before = timeline_now_ns(&e->host);
-    TRY(forward_step(e->forward, &b, e->sampled, &cost));
-    const int64_t after = timeline_now_ns(&e->host);
+    TRY(forward_collect(e->forward, e->sampled, &cost));
+    e->stats.forward_ns += timeline_now_ns(&e->host) - before;
     timeline_spend_ns(&e->clock, cost);
     const int64_t now = timeline_now_ns(&e->clock);
+    e->started[0] = e->started[1];
+    e->n_started--;
 
     const bool meant = e->device->ops->has_logits; /* placeholders end nothing */
-    for (int32_t i = 0; i < b.n_samples; i++) {
-        const request *r = sched_request(e->sched, &b, b.sample[i].seq);
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        const request *r = sched_request(e->sched, b, b->sample[i].seq);
         e->drawn[i] = e->sampled[i].token;
-        e->stop[i] = meant && ends_request(e, r, e->drawn[i]);
-        if (e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
+        e->stop[i] = r && meant && ends_request(e, r, e->drawn[i]);
+        if (r && e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
             e->stop[i] = true;
     }
-    engine_stats *s = &e->stats;
-    s->n_steps++;
-    s->n_decode_steps += b.n_decodes == b.n_seqs;
-    s->tokens_fed += b.n_tokens;
-    s->tokens_sampled += b.n_samples;
-    s->forward_ns += after - before;
-    s->busy_ns += now - picked;
-    e->seqs_run += b.n_seqs;
-    s->batch_mean = (double)e->seqs_run / (double)s->n_steps;
-    if (kvpool_held(sched_pool(e->sched)) > s->pages_peak)
-        s->pages_peak = kvpool_held(sched_pool(e->sched));
+    count_step(e, &s, now);
+    if (e->trace) trace_step(e->trace, b, s.picked_ns, e->drawn, e->stop, now);
+    sched_commit(e->sched, b, e->drawn, e->stop, now);
+    return ST_OK;
+}
 
-    if (e->trace) trace_step(e->trace, &b, picked, e->drawn, e->stop, now);
-    sched_commit(e->sched, &b, e->drawn, e->stop, now);
+status engine_step(engine *e, bool *ran) {
+    if (e->n_started == 0) TRY(launch_step(e));
+    *ran = e->n_started > 0;
+    if (!*ran) return ST_OK;
+    if (may_run_ahead(e)) TRY(launch_step(e));
+    return finish_step(e);
+}
+
+status engine_settle(engine *e) {
+    while (e->n_started > 0) TRY(finish_step(e));
     return ST_OK;
 }
 
@@ -309,13 +360,13 @@ status engine_serve(engine *e, arena *a, const workload *w, request_log *log) {
     serving v = {.e = e, .a = a, .w = w, .log = log, .closed = w->options.arrival == ARRIVE_CLOSED};
     memset(log, 0, (size_t)w->n * sizeof *log);
     for (int32_t i = 0; i < w->n; i++) CHECK(w->request[i].id == i); /* logs are by index */
-    engine_reset(e);
+    TRY(engine_reset(e));
     if (v.closed) {
         v.user_next = arena_array(a, int32_t, (size_t)w->options.users);
         if (!v.user_next) return FAIL(ST_NOMEM, "closed loop of %d users", w->options.users);
         for (int32_t u = 0; u < w->options.users; u++) TRY(user_sends(&v, u));
     }
-    const int64_t started = timeline_now_ns(&e->host);
+    const int64_t start_ns = timeline_now_ns(&e->host);
     int64_t waited = 0;
     while (v.n_done < w->n) {
         const int64_t now = timeline_now_ns(&e->clock);
@@ -334,7 +385,8 @@ status engine_serve(engine *e, arena *a, const workload *w, request_log *log) {
         timeline_wait_until_ns(&e->clock, w->request[v.next].arrival_ns);
         waited += timeline_now_ns(&e->host) - before;
     }
-    e->stats.host_ns = timeline_now_ns(&e->host) - started - waited - e->stats.forward_ns;
+    TRY(engine_settle(e));
+    e->stats.host_ns = timeline_now_ns(&e->host) - start_ns - waited - e->stats.forward_ns;
     return ST_OK;
 }
 

@@ -62,8 +62,13 @@ void engine_set_hooks(engine *e, const engine_hooks *h);
 status engine_submit(engine *e, const request *r);
 status engine_cancel(engine *e, int64_t id);
 
-/* One step, if there is anything to run; *ran says so. */
+/* Finish one step, if there is anything to run; *ran says so. On a device that can, the next step
+ * is launched before the tokens of this one are waited for, so that hooks, results, arrivals and
+ * the making of batches all happen while the device works. Then a request that ends by a token or
+ * by its hook is computed once more, for nobody. */
 status engine_step(engine *e, bool *ran);
+/* Finish what is launched, before the device is used past the engine. */
+status engine_settle(engine *e);
 
 /* Serve a whole workload from its first arrival to its last finish, on the device's timeline. Fills
  * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request
@@ -71,15 +76,15 @@ status engine_step(engine *e, bool *ran);
 status engine_serve(engine *e, arena *a, const workload *w, request_log *log);
 
 /* Before an independent run on the same engine: drop the prefix cache, restart the clock. */
-void engine_reset(engine *e);
+status engine_reset(engine *e);
 
 typedef struct {
     int64_t n_steps, n_decode_steps; /* all; those without any prefill token */
     int64_t tokens_fed, tokens_sampled;
-    int64_t host_ns;    /* real time neither in forward_step nor waiting for arrivals:
-                                        our own overhead */
-    int64_t forward_ns; /* real time inside it */
-    int64_t busy_ns;    /* timeline spent in steps */
+    int64_t host_ns;    /* real time neither in forward nor waiting for arrivals: our own overhead,
+                           of which a device that runs ahead hides what it can */
+    int64_t forward_ns; /* real time inside it: launching, and waiting for tokens */
+    int64_t busy_ns;    /* timeline spent in steps; where two overlap it counts once */
     int32_t pages_peak; /* held at a time at most */
     double batch_mean;  /* sequences per step */
 } engine_stats;

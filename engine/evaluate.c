@@ -61,6 +61,7 @@ static status run_window(engine *e, window_batch *w, const int32_t *token, int32
                      .id = &id,
                      .sample = w->sample};
     int64_t cost;
+    TRY(engine_settle(e));
     TRY(forward_step(engine_forward(e), &b, w->sampled, &cost));
     return forward_logits(engine_forward(e), w->logits);
 }

@@ -116,7 +116,7 @@ static status moe_block(forward *f, int32_t layer, int64_t n) {
     return op->all_reduce(f->d, y);
 }
 
-status forward_step(forward *f, const batch *b, sampled *out, int64_t *cost_ns) {
+status forward_launch(forward *f, const batch *b) {
     const device_ops *op = f->d->ops;
     const model_config *c = &f->config;
     const float eps = (float)c->norm_eps;
@@ -145,7 +145,16 @@ status forward_step(forward *f, const batch *b, sampled *out, int64_t *cost_ns) 
         TRY(op->logits(f->d, logits, sampled_x, &f->w.head));
         TRY(op->sample(f->d, logits));
     }
-    return op->end(f->d, out, cost_ns);
+    return op->launch ? op->launch(f->d) : ST_OK;
+}
+
+status forward_collect(forward *f, sampled *out, int64_t *cost_ns) {
+    return f->d->ops->end(f->d, out, cost_ns);
+}
+
+status forward_step(forward *f, const batch *b, sampled *out, int64_t *cost_ns) {
+    TRY(forward_launch(f, b));
+    return forward_collect(f, out, cost_ns);
 }
 
 status forward_logits(forward *f, float *out) {

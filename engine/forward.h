@@ -23,6 +23,10 @@ status forward_setup(forward *f, const device_setup *s, const forward_plan *plan
 /* One step: fills `out` [b->n_samples]; cost_ns as device_ops.end. A batch that breaks its promises
  * is a programmer error. */
 status forward_step(forward *f, const batch *b, sampled *out, int64_t *cost_ns);
+/* Its two halves. Where the device has `launch`, a second step may be launched before the first is
+ * collected; `b` is read during the launch only, `out` belongs to the oldest step. */
+status forward_launch(forward *f, const batch *b);
+status forward_collect(forward *f, sampled *out, int64_t *cost_ns);
 
 /* Logits of the last step, f32 [n_samples, vocab]. */
 status forward_logits(forward *f, float *out);

@@ -120,6 +120,7 @@ static const char *const engine_keys[] = {"model",
                                           "dequant_first",
                                           "kernel_family",
                                           "no_graphs",
+                                          "lockstep",
                                           "trace",
                                           /* serve */ "workload",
                                           "limits",
@@ -151,6 +152,7 @@ static void read_engine_options(lua_State *L, int t, engine_options *o) {
     opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);
     opt_bool(L, t, "dequant_first", &o->device_options.dequant_first);
     opt_bool(L, t, "no_graphs", &o->device_options.no_graphs);
+    opt_bool(L, t, "lockstep", &o->device_options.lockstep);
     const char *family = NULL;
     opt_str(L, t, "kernel_family", &family);
     if (device_family(&o->device_options.kernel_family, family) != ST_OK)

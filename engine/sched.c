@@ -34,7 +34,8 @@ typedef struct {
     int64_t id;
     uint64_t salt;
     int32_t n_prompt, max_new, n_output;
-    int32_t n_computed; /* tokens that lie in the KV pages */
+    int32_t n_pending;  /* further tokens, being drawn by batches that are out: 0 to 2 */
+    int32_t n_computed; /* tokens that lie in the KV pages once the batches that are out have run */
     kvseq kv;           /* pages in the storage of the lane */
     int32_t lane;
     slot_state state;
@@ -62,6 +63,17 @@ typedef struct {
     int32_t free;     /* stack through the first word of free blocks */
 } block_class;
 
+/* A batch and who is in it. It is out from its pick to its commit. */
+typedef struct {
+    bool out;
+    batch b;
+    int32_t *slot;             /* [S]; NONE once a request has ended otherwise */
+    int32_t *token, *position; /* [token_budget] */
+    int32_t *seq_start, *kv_len, *page_start, *page_out; /* [S], [S], [S+1], [S * seq_pages] */
+    int64_t *id;
+    sample_row *sample;
+} picked;
+
 struct sched {
     sched_policy policy;
     sched_limits limits;
@@ -88,16 +100,10 @@ struct sched {
     bool blocked;
     int64_t preemptions;
 
-    /* The batch being run. */
-    bool picked;
+    /* Of step n in picked[n & 1]: the one picked last, and the one before while it is out. */
+    picked picked[2];
     int64_t step;
-    batch b;
     int32_t left; /* of the token budget */
-    int32_t *batch_slot;
-    int32_t *token, *position;                           /* [token_budget] */
-    int32_t *seq_start, *kv_len, *page_start, *page_out; /* [S], [S], [S+1], [S * seq_pages] */
-    int64_t *batch_id;
-    sample_row *sample;
 
     int32_t *refs_seen; /* [n_pages] scratch of sched_problem */
 };
@@ -153,6 +159,19 @@ static void lay_out_storage(sched *s, layout *l) {
     }
 }
 
+static void lay_out_batch(const sched *s, picked *p, layout *l) {
+    const int64_t budget = s->policy.token_budget, n = s->max_running;
+    p->slot = TAKE(l, int32_t, n);
+    p->token = TAKE(l, int32_t, budget);
+    p->position = TAKE(l, int32_t, budget);
+    p->seq_start = TAKE(l, int32_t, n + 1);
+    p->kv_len = TAKE(l, int32_t, n);
+    p->page_start = TAKE(l, int32_t, n + 1);
+    p->page_out = TAKE(l, int32_t, n * s->seq_pages);
+    p->id = TAKE(l, int64_t, n);
+    p->sample = TAKE(l, sample_row, n);
+}
+
 static void lay_out(sched *s, layout *l) {
     const sched_limits *m = &s->limits;
     const int64_t budget = s->policy.token_budget;
@@ -168,15 +187,7 @@ static void lay_out(sched *s, layout *l) {
     s->lane_page = TAKE(l, int32_t, (int64_t)s->max_running * s->seq_pages);
     lay_out_storage(s, l);
 
-    s->batch_slot = TAKE(l, int32_t, s->max_running);
-    s->token = TAKE(l, int32_t, budget);
-    s->position = TAKE(l, int32_t, budget);
-    s->seq_start = TAKE(l, int32_t, s->max_running + 1);
-    s->kv_len = TAKE(l, int32_t, s->max_running);
-    s->page_start = TAKE(l, int32_t, s->max_running + 1);
-    s->page_out = TAKE(l, int32_t, (int64_t)s->max_running * s->seq_pages);
-    s->batch_id = TAKE(l, int64_t, s->max_running);
-    s->sample = TAKE(l, sample_row, s->max_running);
+    for (int32_t i = 0; i < COUNT_OF(s->picked); i++) lay_out_batch(s, &s->picked[i], l);
     s->refs_seen = TAKE(l, int32_t, m->n_pages);
 }
 
@@ -418,6 +429,8 @@ status sched_add(sched *s, const request *r, int64_t now_ns) {
  */
 
 static int32_t n_known(const slot *q) { return q->n_prompt + q->n_output; }
+/* With those that are being drawn. */
+static int32_t n_due(const slot *q) { return n_known(q) + q->n_pending; }
 
 /* Release what only running requests have. The caller takes it out of running[]. */
 static void leave(sched *s, slot *q) {
@@ -433,6 +446,25 @@ static void finish(sched *s, int32_t i, finish_reason why, int64_t now_ns) {
     q->finish = why;
     q->finish_ns = now_ns;
     list_insert(s, &s->finished, s->finished.tail, i);
+}
+
+/* End a request that waits or runs. Batches that are out compute its rows for nobody. The caller
+ * compacts the running set. */
+static void retire(sched *s, int32_t i, finish_reason why, int64_t now_ns) {
+    slot *q = &s->slot[i];
+    if (q->state == SLOT_WAITING) {
+        if (s->waiting.head == i) s->blocked = false;
+        list_remove(s, &s->waiting, i);
+    } else {
+        leave(s, q);
+    }
+    q->n_pending = 0;
+    for (int32_t j = 0; j < COUNT_OF(s->picked); j++) {
+        picked *p = &s->picked[j];
+        for (int32_t k = 0; p->out && k < p->b.n_seqs; k++)
+            if (p->slot[k] == i) p->slot[k] = NONE;
+    }
+    finish(s, i, why, now_ns);
 }
 
 static void preempt_latest(sched *s) {
@@ -452,6 +484,7 @@ static int32_t admit_head(sched *s) {
     const int32_t i = s->waiting.head;
     if (i == NONE || s->n_running == s->max_running || s->blocked) return NONE;
     slot *q = &s->slot[i];
+    CHECK(q->n_pending == 0); /* preempted in one pick, known before the next but one */
     const int32_t lane = s->n_free_lanes ? s->free_lane[s->n_free_lanes - 1] : s->n_fresh_lanes;
     q->kv = (kvseq){.page = s->lane_page + (int64_t)lane * s->seq_pages, .max_pages = s->seq_pages};
     int32_t n_cached;
@@ -482,131 +515,138 @@ static int32_t admit_head(sched *s) {
  */
 
 /* Append the next n tokens of slot i to the batch. */
-static void place(sched *s, int32_t i, int32_t n, int64_t now_ns) {
+static void place(sched *s, picked *p, int32_t i, int32_t n, int64_t now_ns) {
     slot *q = &s->slot[i];
-    batch *b = &s->b;
+    batch *b = &p->b;
     const int32_t at = b->n_seqs, first = b->n_tokens, kv_len = q->n_computed + n;
     for (int32_t t = 0; t < n; t++) {
-        s->token[first + t] = q->token[q->n_computed + t];
-        s->position[first + t] = q->n_computed + t;
+        p->token[first + t] = q->token[q->n_computed + t];
+        p->position[first + t] = q->n_computed + t;
     }
     b->n_tokens += n;
     s->left -= n;
 
     const int32_t n_pages = (int32_t)div_up(kv_len, KV_PAGE_TOKENS);
-    memcpy(s->page_out + s->page_start[at], q->kv.page, (size_t)n_pages * sizeof *s->page_out);
-    s->batch_slot[at] = i;
-    s->batch_id[at] = q->id;
-    s->kv_len[at] = kv_len;
-    s->seq_start[at + 1] = b->n_tokens;
-    s->page_start[at + 1] = s->page_start[at] + n_pages;
+    memcpy(p->page_out + p->page_start[at], q->kv.page, (size_t)n_pages * sizeof *p->page_out);
+    p->slot[at] = i;
+    p->id[at] = q->id;
+    p->kv_len[at] = kv_len;
+    p->seq_start[at + 1] = b->n_tokens;
+    p->page_start[at + 1] = p->page_start[at] + n_pages;
     b->n_seqs++;
 
-    if (kv_len == n_known(q))
-        s->sample[b->n_samples++] = (sample_row){.row = b->n_tokens - 1,
-                                                 .seq = at,
-                                                 .params = &q->request.sampling,
-                                                 .draw = (uint64_t)q->n_output,
-                                                 .history = q->token,
-                                                 .n_history = kv_len};
+    if (kv_len == n_due(q)) {
+        p->sample[b->n_samples] = (sample_row){.row = b->n_tokens - 1,
+                                               .seq = at,
+                                               .params = &q->request.sampling,
+                                               .draw = (uint64_t)(q->n_output + q->n_pending),
+                                               .history = q->token,
+                                               .n_history = kv_len};
+        q->token[kv_len] = -1 - b->n_samples++; /* until it is known */
+        q->n_pending++;
+    }
+    q->n_computed = kv_len;
     if (q->admit_ns < 0) q->admit_ns = now_ns;
 }
 
 /* Every sequence with one token left gets it, the latest arrivals making room where pages are
  * short. Returns whether any had to. */
-static bool place_decodes(sched *s, int64_t now_ns) {
+static bool place_decodes(sched *s, picked *p, int64_t now_ns) {
     bool preempted = false;
     for (int32_t k = 0; k < s->n_running; k++) {
         const int32_t i = s->running[k];
         slot *q = &s->slot[i];
-        if (n_known(q) - q->n_computed != 1) continue;
+        if (n_due(q) - q->n_computed != 1) continue;
+        if (q->n_output + q->n_pending == q->max_new) continue; /* its last token is being drawn */
         bool fits = true;
-        while (n_known(q) > q->kv.n_pages * KV_PAGE_TOKENS &&
-               !kvpool_reserve(s->pool, &q->kv, n_known(q))) {
+        while (n_due(q) > q->kv.n_pages * KV_PAGE_TOKENS &&
+               !kvpool_reserve(s->pool, &q->kv, n_due(q))) {
             CHECK(s->n_running > 1); /* alone it fits: sched_add saw to that */
             fits = s->running[s->n_running - 1] != i;
             preempt_latest(s);
             preempted = true;
             if (!fits) break;
         }
-        if (fits) place(s, i, 1, now_ns);
+        if (fits) place(s, p, i, 1, now_ns);
     }
-    s->b.n_decodes = s->b.n_seqs;
+    p->b.n_decodes = p->b.n_seqs;
     return preempted;
 }
 
 /* Give slot i what the budget allows of its prompt. */
-static void place_prefill(sched *s, int32_t i, int64_t now_ns) {
+static void place_prefill(sched *s, picked *p, int32_t i, int64_t now_ns) {
     const slot *q = &s->slot[i];
-    int32_t n = n_known(q) - q->n_computed;
+    int32_t n = n_due(q) - q->n_computed;
     if (n > s->left) {
-        const bool may_cut = s->policy.chunked_prefill || s->b.n_seqs == 0;
+        const bool may_cut = s->policy.chunked_prefill || p->b.n_seqs == 0;
         if (!may_cut) s->left = 0; /* the step is over: nobody overtakes */
         n = s->left;
     }
-    if (n > 0) place(s, i, n, now_ns);
+    if (n > 0) place(s, p, i, n, now_ns);
 }
 
 /* Sequences that are running with more than one token left. */
-static void place_prefills(sched *s, int64_t now_ns) {
+static void place_prefills(sched *s, picked *p, int64_t now_ns) {
     for (int32_t k = 0; k < s->n_running && s->left > 0; k++) {
         const slot *q = &s->slot[s->running[k]];
-        if (n_known(q) - q->n_computed > 1) place_prefill(s, s->running[k], now_ns);
+        if (n_due(q) - q->n_computed > 1) place_prefill(s, p, s->running[k], now_ns);
     }
 }
 
-static void admit_and_place(sched *s, int64_t now_ns) {
+static void admit_and_place(sched *s, picked *p, int64_t now_ns) {
     const bool fill = s->policy.static_batching;
     if (fill && s->n_running) return;
     while (fill || s->left > 0) {
         const int32_t i = admit_head(s);
         if (i == NONE) break;
-        if (s->left > 0) place_prefill(s, i, now_ns);
+        if (s->left > 0) place_prefill(s, p, i, now_ns);
     }
 }
 
 /* Chunking off: a step computes prompts or decodes, prompts first. */
-static void place_whole_prompts_or_decodes(sched *s, int64_t now_ns) {
-    place_prefills(s, now_ns);
-    admit_and_place(s, now_ns);
-    if (s->b.n_seqs == 0) place_decodes(s, now_ns);
+static void place_whole_prompts_or_decodes(sched *s, picked *p, int64_t now_ns) {
+    place_prefills(s, p, now_ns);
+    admit_and_place(s, p, now_ns);
+    if (p->b.n_seqs == 0) place_decodes(s, p, now_ns);
 }
 
-static void place_mixed(sched *s, int64_t now_ns) {
-    const bool preempted = place_decodes(s, now_ns);
-    place_prefills(s, now_ns);
-    if (!preempted) admit_and_place(s, now_ns);
+static void place_mixed(sched *s, picked *p, int64_t now_ns) {
+    const bool preempted = place_decodes(s, p, now_ns);
+    place_prefills(s, p, now_ns);
+    if (!preempted) admit_and_place(s, p, now_ns);
 }
 
 bool sched_pick(sched *s, int64_t now_ns, batch *out) {
-    CHECK(!s->picked);
-    s->b = (batch){.step = s->step,
-                   .token = s->token,
-                   .position = s->position,
-                   .seq_start = s->seq_start,
-                   .kv_len = s->kv_len,
-                   .page_start = s->page_start,
-                   .page = s->page_out,
-                   .id = s->batch_id,
-                   .sample = s->sample};
-    s->seq_start[0] = s->page_start[0] = 0;
+    picked *p = &s->picked[s->step & 1];
+    const bool ahead = s->picked[~s->step & 1].out;
+    CHECK(!p->out);
+    p->b = (batch){.step = s->step,
+                   .token = p->token,
+                   .position = p->position,
+                   .seq_start = p->seq_start,
+                   .kv_len = p->kv_len,
+                   .page_start = p->page_start,
+                   .page = p->page_out,
+                   .id = p->id,
+                   .sample = p->sample};
+    p->seq_start[0] = p->page_start[0] = 0;
     s->left = s->policy.token_budget;
     if (s->policy.chunked_prefill) {
-        place_mixed(s, now_ns);
+        place_mixed(s, p, now_ns);
     } else {
-        place_whole_prompts_or_decodes(s, now_ns);
+        place_whole_prompts_or_decodes(s, p, now_ns);
     }
-    if (s->b.n_seqs == 0) {
-        CHECK(s->n_running == 0);
-        CHECK(s->waiting.n == 0);
+    if (p->b.n_seqs == 0) {
+        CHECK(ahead || s->n_running == 0);
+        CHECK(ahead || s->waiting.n == 0);
         return false;
     }
 #if defined(__SANITIZE_ADDRESS__) || !defined(__OPTIMIZE__)
-    CHECK(batch_problem(&s->b, s->limits.n_pages) == NULL);
+    CHECK(batch_problem(&p->b, s->limits.n_pages) == NULL);
 #endif
-    s->picked = true;
+    p->out = true;
     s->step++;
-    *out = s->b;
+    *out = p->b;
     return true;
 }
 
@@ -617,33 +657,43 @@ static void compact_running(sched *s) {
     s->n_running = n;
 }
 
+/* Of a batch that is out. */
+static const picked *picked_of(const sched *s, const batch *b) {
+    const picked *p = &s->picked[b->step & 1];
+    CHECK(p->out);
+    CHECK(b->step == p->b.step);
+    return p;
+}
+
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop,
                   int64_t now_ns) {
-    CHECK(s->picked);
-    CHECK(b->step == s->b.step);
-    CHECK(b->n_samples == s->b.n_samples);
-    s->picked = false;
-    for (int32_t k = 0; k < s->b.n_seqs; k++) {
-        slot *q = &s->slot[s->batch_slot[k]];
-        q->n_computed = s->kv_len[k];
-        if (s->policy.prefix_cache && q->n_computed / KV_PAGE_TOKENS > q->kv.n_registered)
-            kvpool_register(s->pool, &q->kv, q->token, q->n_computed, q->salt);
+    picked *p = &s->picked[b->step & 1], *other = &s->picked[~b->step & 1];
+    CHECK(picked_of(s, b) == p);
+    CHECK(!other->out || other->b.step > b->step);
+    CHECK(b->n_samples == p->b.n_samples);
+    p->out = false;
+    for (int32_t k = 0; k < p->b.n_seqs && s->policy.prefix_cache; k++) {
+        if (p->slot[k] == NONE) continue;
+        slot *q = &s->slot[p->slot[k]];
+        if (q->state == SLOT_RUNNING && p->kv_len[k] / KV_PAGE_TOKENS > q->kv.n_registered)
+            kvpool_register(s->pool, &q->kv, q->token, p->kv_len[k], q->salt);
     }
     /* After a prefill the head may share pages that are known only now. */
-    if (s->policy.prefix_cache && s->b.n_seqs > s->b.n_decodes) s->blocked = false;
+    if (s->policy.prefix_cache && p->b.n_seqs > p->b.n_decodes) s->blocked = false;
 
     bool any_finished = false;
-    for (int32_t k = 0; k < s->b.n_samples; k++) {
-        const int32_t i = s->batch_slot[s->sample[k].seq];
+    for (int32_t k = 0; k < p->b.n_samples; k++) {
+        const int32_t i = p->slot[p->sample[k].seq];
+        if (i == NONE) continue;
         slot *q = &s->slot[i];
         CHECK(token[k] >= 0);
         q->token[n_known(q)] = token[k];
         q->token_ns[q->n_output] = now_ns;
         if (q->n_output++ == 0) q->first_token_ns = now_ns;
+        q->n_pending--;
         const bool stopped = stop && stop[k];
         if (!stopped && q->n_output < q->max_new) continue;
-        leave(s, q);
-        finish(s, i, stopped ? FINISH_STOP : FINISH_LENGTH, now_ns);
+        retire(s, i, stopped ? FINISH_STOP : FINISH_LENGTH, now_ns);
         any_finished = true;
     }
     if (any_finished) compact_running(s);
@@ -653,18 +703,11 @@ void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *st
  */
 
 status sched_cancel(sched *s, int64_t id, int64_t now_ns) {
-    CHECK(!s->picked);
     const int32_t i = id_find(s, id);
     const slot_state state = i == NONE ? SLOT_FREE : s->slot[i].state;
     if (state != SLOT_WAITING && state != SLOT_RUNNING)
         return FAIL(ST_NOTFOUND, "request %lld is neither waiting nor running", (long long)id);
-    if (state == SLOT_WAITING) {
-        if (s->waiting.head == i) s->blocked = false;
-        list_remove(s, &s->waiting, i);
-    } else {
-        leave(s, &s->slot[i]);
-    }
-    finish(s, i, FINISH_CANCEL, now_ns);
+    retire(s, i, FINISH_CANCEL, now_ns);
     if (state == SLOT_RUNNING) compact_running(s);
     return ST_OK;
 }
@@ -695,10 +738,9 @@ bool sched_take_finished(sched *s, request_log *log, const int32_t **token) {
 }
 
 const request *sched_request(const sched *s, const batch *b, int32_t seq) {
-    CHECK(s->picked);
-    CHECK(b->step == s->b.step);
-    CHECK(seq >= 0 && seq < s->b.n_seqs);
-    return &s->slot[s->batch_slot[seq]].request;
+    const picked *p = picked_of(s, b);
+    CHECK(seq >= 0 && seq < p->b.n_seqs);
+    return p->slot[seq] == NONE ? NULL : &s->slot[p->slot[seq]].request;
 }
 
 int32_t sched_waiting(const sched *s) { return s->waiting.n; }
@@ -708,7 +750,6 @@ int64_t sched_preemptions(const sched *s) { return s->preemptions; }
 const kvpool *sched_pool(const sched *s) { return s->pool; }
 
 void sched_flush_cache(sched *s) {
-    CHECK(!s->picked);
     kvpool_flush(s->pool);
     s->blocked = false;
 }
@@ -741,10 +782,11 @@ static const char *running_problem(const sched *s) {
         if (q->lane < 0 || q->lane >= s->n_fresh_lanes ||
             q->kv.page != s->lane_page + (int64_t)q->lane * s->seq_pages)
             return "a lane is not its owner's";
-        if (q->n_computed >= n_known(q)) return "a running request has nothing to compute";
-        if (q->n_output >= q->max_new) return "a request runs beyond its end";
+        if (q->n_computed >= n_due(q)) return "a running request has nothing to compute";
+        if (q->n_output >= q->max_new || q->n_output + q->n_pending > q->max_new)
+            return "a request runs beyond its end";
         if ((int64_t)q->kv.n_pages * KV_PAGE_TOKENS < q->n_computed) return "a page is missing";
-        if (q->n_computed < n_known(q) - 1 && (int64_t)q->kv.n_pages * KV_PAGE_TOKENS < n_known(q))
+        if (q->n_computed < n_due(q) - 1 && (int64_t)q->kv.n_pages * KV_PAGE_TOKENS < n_due(q))
             return "a prefill does not own all its pages";
     }
     return NULL;

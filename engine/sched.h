@@ -4,6 +4,10 @@
  * no device, no clock and no meaning of tokens, so the same code runs under cuda, cpu, sim and
  * null, and a recorded trace replays to identical batches.
  *
+ * A batch may be picked before the one before it is committed, so that a device always has work:
+ * then each sequence of the first is taken to go on. Its next token is fed by the number of its
+ * sample (batch.h); what turns out to have ended is computed once more, for nobody.
+ *
  * One step (chunked prefill on): every running decode gets its token first; what is left of the
  * token budget goes to prefills in order of arrival, the last one cut to fit; then waiting requests
  * are admitted while budget, slots and pages allow (first come, first served: the first that does
@@ -63,20 +67,21 @@ status sched_open(sched **out, arena *a, const sched_policy *p, const sched_limi
  * A refusal changes nothing. Allowed between pick and commit, too. */
 status sched_add(sched *s, const request *r, int64_t now_ns);
 
-/* The next batch, or false when there is nothing to run. The batch stays valid until sched_commit;
- * picking twice without a commit is a programmer error. */
+/* The next batch, or false when there is nothing to run (ahead of a commit: nothing yet). The batch
+ * stays valid until sched_commit; picking three times without a commit is a programmer error. */
 bool sched_pick(sched *s, int64_t now_ns, batch *out);
 
 /* The step is done at now_ns: token[i] was drawn for b->sample[i], and stop[i] says that it ends
  * its request (an end token, a stop string); stop == NULL: none does. max_new is the scheduler's
- * own business. */
+ * own business. In the order of the picks. What was drawn for a request that has ended is passed
+ * over. */
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop, int64_t now_ns);
 
-/* The request of sequence `seq` of the batch picked last, until it is committed. */
+/* The request of sequence `seq` of a batch that is not committed; NULL when it has ended since. */
 const request *sched_request(const sched *s, const batch *b, int32_t seq);
 
-/* Take a request out of queue or batch, between steps: its pages go back and it finishes with
- * CANCEL. NOTFOUND when it is neither waiting nor running. */
+/* Take a request out of queue or batch: its pages go back and it finishes with CANCEL. NOTFOUND
+ * when it is neither waiting nor running. */
 status sched_cancel(sched *s, int64_t id, int64_t now_ns);
 
 /* The oldest finished request not yet taken, or false. token: prompt then output [n_prompt +

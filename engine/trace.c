@@ -65,6 +65,11 @@ void trace_cancel(trace *t, int64_t id, int64_t now_ns) {
 
 void trace_flush_cache(trace *t) { fputs("{\"flush\":true}\n", t->file); }
 
+void trace_pick(trace *t, const batch *b, int64_t pick_ns) {
+    fprintf(t->file, "{\"pick\":%" PRId64 ",\"now\":%" PRId64 ",\"hash\":\"%016" PRIx64 "\"}\n",
+            b->step, pick_ns, batch_hash(b));
+}
+
 void trace_step(trace *t, const batch *b, int64_t pick_ns, const int32_t *token, const bool *stop,
                 int64_t commit_ns) {
     FILE *f = t->file;
@@ -100,6 +105,9 @@ typedef struct {
     bool *stop;
     int32_t max_stop;
     int64_t n_steps, n_different;
+    batch ahead[2]; /* picked by lines of their own */
+    bool ahead_same[2];
+    int32_t n_ahead;
     bool ended;
 } replay;
 
@@ -230,6 +238,32 @@ static status read_hash(const replay *r, const json_t *line, uint64_t *hash) {
     return ST_OK;
 }
 
+static status replay_pick(replay *r, const json_t *line) {
+    int64_t step = 0, now = 0;
+    uint64_t hash = 0;
+    TRY(json_get_i64(line, "pick", r->where, 0, INT64_MAX, &step));
+    TRY(json_get_i64(line, "now", r->where, INT64_MIN, INT64_MAX, &now));
+    TRY(read_hash(r, line, &hash));
+    if (r->n_ahead == COUNT_OF(r->ahead))
+        return FAIL(ST_FORMAT, "%s: a third batch without a step", r->where);
+    batch *b = &r->ahead[r->n_ahead];
+    if (!sched_pick(r->s, now, b)) return ST_OK; /* its step finds no batch either */
+    r->ahead_same[r->n_ahead++] = batch_hash(b) == hash && b->step == step;
+    return ST_OK;
+}
+
+/* The batch of a step line: picked by a line of its own, or now. */
+static bool batch_of_step(replay *r, int64_t now, batch *b, bool *same) {
+    *same = true;
+    if (r->n_ahead == 0) return sched_pick(r->s, now, b);
+    *b = r->ahead[0];
+    *same = r->ahead_same[0];
+    r->ahead[0] = r->ahead[1];
+    r->ahead_same[0] = r->ahead_same[1];
+    r->n_ahead--;
+    return true;
+}
+
 static status replay_step(replay *r, const json_t *line) {
     int64_t step = 0, now = 0, done = 0;
     uint64_t hash = 0;
@@ -238,14 +272,15 @@ static status replay_step(replay *r, const json_t *line) {
     TRY(json_get_i64(line, "done", r->where, INT64_MIN, INT64_MAX, &done));
     TRY(read_hash(r, line, &hash));
     batch b;
-    if (!sched_pick(r->s, now, &b)) {
+    bool same;
+    if (!batch_of_step(r, now, &b, &same)) {
         TRY(read_draws(r, line, 0));
         r->n_steps++;
         r->n_different++;
         return ST_OK;
     }
     TRY(read_draws(r, line, b.n_samples));
-    const bool same = batch_hash(&b) == hash && b.step == step && b.n_samples == r->n_numbers;
+    same = same && batch_hash(&b) == hash && b.step == step && b.n_samples == r->n_numbers;
     r->n_steps++;
     r->n_different += !same;
     sched_commit(r->s, &b, r->numbers, r->stop, done);
@@ -277,6 +312,8 @@ static status replay_line(replay *r, const char *data, size_t n) {
         st = read_header(r, line);
     } else if (json_find(line, "step")) {
         st = replay_step(r, line);
+    } else if (json_find(line, "pick")) {
+        st = replay_pick(r, line);
     } else if (json_find(line, "add")) {
         st = replay_add(r, line);
     } else if (json_find(line, "cancel")) {
@@ -287,7 +324,7 @@ static status replay_line(replay *r, const char *data, size_t n) {
     } else if (json_find(line, "end")) {
         st = replay_end(r, line);
     } else {
-        st = FAIL(ST_FORMAT, "%s: neither add, cancel, step, flush nor end", r->where);
+        st = FAIL(ST_FORMAT, "%s: neither add, cancel, pick, step, flush nor end", r->where);
     }
     json_decref(line);
     return as_format(st);

@@ -3,7 +3,9 @@
  * is left between two devices is then only their difference in time.
  *
  * File: JSON lines. {"policy":…,"limits":…} then {"add":…}, {"cancel":id}, {"step":n,"now":ns,
- * "hash":"…","tokens":[…],"stop":[…],"done":ns}, {"flush":true}, and {"end":steps} as the last. */
+ * "hash":"…","tokens":[…],"stop":[…],"done":ns}, {"flush":true}, and {"end":steps} as the last.
+ * {"pick":n,"now": ns,"hash":"…"} stands where a batch was picked before others were committed;
+ * its "step" follows. */
 #ifndef AMALGAM_TRACE_H
 #define AMALGAM_TRACE_H
 #include "sched.h"
@@ -16,6 +18,8 @@ status trace_open(trace **out, const char *path, const sched_policy *p, const sc
 void trace_add(trace *t, const request *r, int64_t now_ns);
 void trace_cancel(trace *t, int64_t id, int64_t now_ns);
 void trace_flush_cache(trace *t);
+/* For each batch of a run that picks ahead of commits, as it is picked. */
+void trace_pick(trace *t, const batch *b, int64_t pick_ns);
 /* stop == NULL: none. Call it before sched_commit: the batch is valid only until then. */
 void trace_step(trace *t, const batch *b, int64_t pick_ns, const int32_t *token, const bool *stop,
                 int64_t commit_ns);

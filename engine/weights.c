@@ -107,6 +107,60 @@ void weight_shard_range(const model_config *c, weight_field f, int32_t tp, int32
     }
 }
 
+/* Rows of one array of a qmatrix: `rows` of them from `from` on, `bytes` of each from `at` on. */
+static void copy_part(void *to, const void *from, int64_t rows, size_t stride, size_t at,
+                      size_t bytes) {
+    for (int64_t r = 0; r < rows; r++)
+        memcpy((uint8_t *)to + (size_t)r * bytes, (const uint8_t *)from + (size_t)r * stride + at,
+               bytes);
+}
+
+static bool weight_has_nibbles(weight_format f) {
+    return f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4;
+}
+
+/* Would [at, at + n) of `of` begin or end within a unit? */
+static bool cuts(int32_t at, int32_t n, int32_t of, int32_t unit) {
+    return at % unit || (at + n != of && n % unit);
+}
+
+status weight_shard_qmatrix(const model_config *c, weight_field f, int32_t tp, int32_t rank,
+                            const qmatrix *q, qmatrix *part) {
+    const weight_shape whole = weight_field_shape(c, f), one = weight_shape_shard(c, f, whole, tp);
+    const bool cols = whole.shard == SHARD_COLS, half = weight_has_nibbles(q->format);
+    CHECK(q->n == whole.n && q->k == whole.k);
+    CHECK(part->n == one.n && part->k == one.k);
+    const size_t size = (size_t)dtype_bytes(q->scale_type, 1);
+    const int32_t groups = (int32_t)div_up(q->k, q->group), unit = q->group == q->k ? 1 : q->group;
+    int32_t to = 0;
+    part->global_scale = q->global_scale;
+    for (int32_t i = 0; i < (cols ? 1 : whole.n_fused); i++) {
+        int32_t at, n;
+        weight_shard_range(c, f, tp, rank, i, &at, &n);
+        const int32_t row = cols ? 0 : at, rows = cols ? q->n : n;
+        const int32_t col = cols ? at : 0, width = cols ? n : q->k;
+        if (cuts(col, width, q->k, 1 << half) || cuts(col, width, q->k, unit) ||
+            cuts(row, rows, q->n, q->block_n) || to % q->block_n)
+            return FAIL(ST_SHAPE, "rank %d of %d would cut a block of %s", rank, tp,
+                        weight_field_text(f));
+        /* A scale of whole rows belongs to every part of them. */
+        const size_t first = q->group == q->k ? 0 : (size_t)(col / q->group);
+        const size_t n_groups = q->group == q->k ? 1 : (size_t)div_up(width, q->group);
+        const size_t code = (size_t)q->k >> half, part_code = (size_t)part->k >> half;
+        copy_part(part->code + (size_t)to * part_code, q->code + (size_t)row * code, rows, code,
+                  (size_t)col >> half, part_code);
+        copy_part((uint8_t *)part->scale + (size_t)(to / q->block_n) * n_groups * size,
+                  (const uint8_t *)q->scale + (size_t)(row / q->block_n) * (size_t)groups * size,
+                  div_up(rows, q->block_n), (size_t)groups * size, first * size, n_groups * size);
+        if (q->zero)
+            copy_part(part->zero + (size_t)to * n_groups, q->zero + (size_t)row * (size_t)groups,
+                      rows, (size_t)groups, first, n_groups);
+        to += rows;
+    }
+    CHECK(to == part->n);
+    return ST_OK;
+}
+
 int64_t weight_shape_bytes(const weight_shape *s, const precision *p, dtype type) {
     const int64_t one = s->quantise && p->weight != WF_16 ? precision_weight_bytes(p, s->n, s->k)
                                                           : dtype_bytes(type, (int64_t)s->n * s->k);

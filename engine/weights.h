@@ -202,6 +202,12 @@ weight_shape weight_shape_shard(const model_config *c, weight_field f, weight_sh
 void weight_shard_range(const model_config *c, weight_field f, int32_t tp, int32_t rank, int32_t i,
                         int32_t *at, int32_t *n);
 
+/* A rank's part of the quantised matrix q of field f: its rows in their order, or its columns,
+ * codes and scales as they are in q. `part` is laid out for the rank's sizes (qmatrix_alloc).
+ * SHAPE where the part would begin or end within a byte, a group or a block. */
+status weight_shard_qmatrix(const model_config *c, weight_field f, int32_t tp, int32_t rank,
+                            const qmatrix *q, qmatrix *part);
+
 /* Bytes of one rank's weight in format p, bias and scales included; what is not quantised (W16, the
  * bias) takes elements of `type`. */
 int64_t weight_shape_bytes(const weight_shape *s, const precision *p, dtype type);

@@ -30,6 +30,7 @@ local amalgam = {}
 ---@field pages? integer KV pages of 64 tokens; 0 = as many as fit
 ---@field scheduler? SchedulerOptions
 ---@field dequant_first? boolean baseline: expand low-bit data to 16 bits before use (false)
+---@field lockstep? boolean cuda: wait for the tokens of a step before the next is launched (false)
 ---@field trace? string file to record the scheduler to
 
 ---Tokens of a prompt or an output: fixed, or uniform in lo..hi, or log-normal by mu and sigma.

@@ -317,8 +317,8 @@ static void test_graphs(void **state) {
 static void test_refusals(void **state) {
     (void)state;
     device *d;
-    const device_options two = {.tp = 2}, first = {.tp = 1, .dequant_first = true};
-    assert_status(device_cuda.open(&d, &two), ST_UNSUPPORTED);
+    const device_options many = {.tp = 64}, first = {.tp = 1, .dequant_first = true};
+    assert_status(device_cuda.open(&d, &many), ST_UNSUPPORTED);
     assert_status(device_cuda.open(&d, &first), ST_UNSUPPORTED);
 }
 

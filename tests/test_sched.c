@@ -36,7 +36,8 @@ typedef enum {
     OVERTAKEN,       /* the queue's head moves to its tail */
     TOKENS_MISCOUNT, /* storage accounting is off by one */
     OUTPUT_WRONG,    /* a result differs in one token */
-    FAULTS
+    FAULTS,
+    FED_WRONG /* ahead: what another sample drew is fed */
 } fault_kind;
 
 typedef struct {
@@ -51,6 +52,12 @@ typedef struct {
 } person;
 
 typedef struct {
+    batch b;
+    int32_t drawn[REQUESTS];
+    bool stop[REQUESTS];
+} flight;
+
+typedef struct {
     arena mem;
     sched *s;
     sched_policy policy;
@@ -63,6 +70,11 @@ typedef struct {
     int64_t written[PAGES * P]; /* step that wrote it, + 1 */
     int64_t n_steps, n_finished, n_shared_tokens, n_stopped, n_cancelled;
     uint64_t run_hash; /* of all batches */
+    /* Ahead: batches run as they are picked, and their tokens are committed later. */
+    bool ahead;
+    int32_t n_out;
+    flight out[2];              /* oldest first */
+    int64_t n_ahead, n_surplus; /* batches picked before others were committed; rows for nobody */
     fault_kind fault;
     bool planted;
 
@@ -190,6 +202,22 @@ static void copy_batch(world *w, const batch *b) {
     w->b.sample = w->sample;
 }
 
+/* Put what the batch before drew in the place of its numbers. */
+static const char *resolve(world *w) {
+    const flight *before = &w->out[0];
+    for (int32_t t = 0; t < w->b.n_tokens; t++) {
+        if (w->token[t] >= 0) continue;
+        int32_t i = -1 - w->token[t];
+        if (w->n_out == 0 || i >= before->b.n_samples) return "a token is fed that nobody draws";
+        if (w->fault == FED_WRONG && before->b.n_samples > 1) {
+            i = (i + 1) % before->b.n_samples;
+            w->planted = true;
+        }
+        w->token[t] = before->drawn[i];
+    }
+    return NULL;
+}
+
 static uint64_t *cell_of(world *w, int32_t seq, int32_t position) {
     return &w->cell[w->page[w->page_start[seq] + position / P] * P + position % P];
 }
@@ -227,7 +255,9 @@ static const char *check_samples(world *w) {
         if (r->draw != (uint64_t)(q->n_known - q->n_prompt)) return "the draw index is wrong";
         if (!r->params || r->params->seed != (uint64_t)q->id) return "parameters of another";
         if (r->n_history != q->n_known) return "the history is not all of it";
-        if (memcmp(r->history, q->token, (size_t)q->n_known * sizeof *r->history))
+        const bool unknown = r->history[q->n_known - 1] < 0;
+        if (unknown && w->n_out == 0) return "the history is not known";
+        if (memcmp(r->history, q->token, (size_t)(q->n_known - unknown) * sizeof *r->history))
             return "the history is another";
     }
     return n == w->b.n_samples ? NULL : "something is sampled before its end";
@@ -280,7 +310,7 @@ static const char *check_policy(const world *w) {
             return "a static batch was topped up";
     }
     for (int32_t k = w->b.n_decodes; k < w->b.n_seqs; k++) {
-        const slot *q = &s->slot[s->batch_slot[k]];
+        const slot *q = &s->slot[s->picked[w->b.step & 1].slot[k]];
         const int32_t n = w->seq_start[k + 1] - w->seq_start[k];
         if (cut) return "somebody comes after a prompt that was cut";
         cut = w->kv_len[k] < n_known(q);
@@ -301,6 +331,11 @@ static const char *run_batch(world *w, int32_t *drawn, bool *stop) {
         person *q = find_person(w, w->id[k]);
         drawn[i] = drawn_after(*cell_of(w, k, w->kv_len[k] - 1));
         if (drawn[i] != drawn_after(q->truth[q->n_known - 1])) return "another token is drawn";
+        if (q->n_stop && q->n_known - q->n_prompt == q->n_stop) {
+            if (w->n_out == 0) return "a request goes on beyond its stop";
+            w->n_surplus++;
+            continue;
+        }
         learn(q, drawn[i]);
         stop[i] = q->n_stop && q->n_known - q->n_prompt == q->n_stop;
     }
@@ -311,7 +346,9 @@ static const char *run_batch(world *w, int32_t *drawn, bool *stop) {
  * --------------------------------------------------------------------------------------- */
 
 static const char *check_log(world *w, const person *q, const request_log *log) {
-    const int32_t n = q->n_known - q->n_prompt;
+    int32_t n = q->n_known - q->n_prompt;
+    /* What was drawn and not committed when it was cancelled. */
+    if (q->cancelled && w->ahead && log->n_output >= n - 2 && log->n_output <= n) n = log->n_output;
     const finish_reason want = q->cancelled ? FINISH_CANCEL
                                : q->n_stop  ? FINISH_STOP
                                             : FINISH_LENGTH;
@@ -340,7 +377,8 @@ static const char *take_results(world *w) {
         person *q = find_person(w, log.id);
         if (!q) return "a stranger finished";
         if (w->fault == OUTPUT_WRONG) q->token[q->n_known - 1] ^= 1;
-        if (memcmp(token, q->token, (size_t)q->n_known * sizeof *token))
+        const int32_t n = w->ahead && q->cancelled ? log.n_prompt + log.n_output : q->n_known;
+        if (memcmp(token, q->token, (size_t)n * sizeof *token))
             return "the tokens of a result differ";
         const char *problem = check_log(w, q, &log);
         if (problem) return problem;
@@ -450,11 +488,51 @@ static void remember(world *w) {
     for (int32_t k = 0; k < s->n_running; k++) {
         const slot *q = &s->slot[s->running[k]];
         w->was_running[k] = s->running[k];
-        if (n_known(q) - q->n_computed == 1) w->decode[w->n_decode++] = s->running[k];
+        if (n_due(q) - q->n_computed == 1 && q->n_output + q->n_pending < q->max_new)
+            w->decode[w->n_decode++] = s->running[k];
     }
 }
 
+static const char *commit_oldest(world *w) {
+    w->now += 5;
+    const flight f = w->out[0];
+    w->out[0] = w->out[1];
+    w->n_out--;
+    sched_commit(w->s, &f.b, f.drawn, f.stop, w->now);
+    const char *problem = sched_problem(w->s);
+    return problem ? problem : take_results(w);
+}
+
+/* As world_step, but a second batch may be picked before the first is committed. */
+static const char *step_ahead(world *w) {
+    w->now += 10;
+    const char *problem = sched_problem(w->s);
+    if (problem) return problem;
+    remember(w);
+    flight *f = &w->out[w->n_out];
+    const bool picked_one = sched_pick(w->s, w->now, &f->b);
+    if (!picked_one && w->n_out == 0) {
+        if (sched_waiting(w->s) || sched_running(w->s)) return "work is left and nothing runs";
+        return take_results(w);
+    }
+    if (picked_one) {
+        memset(f->stop, 0, sizeof f->stop);
+        copy_batch(w, &f->b);
+        w->run_hash = hash_u64(batch_hash(&f->b), w->run_hash);
+        w->n_steps++;
+        w->n_ahead += w->n_out;
+        problem = resolve(w);
+        if (!problem) problem = run_batch(w, f->drawn, f->stop);
+        if (!problem) problem = sched_problem(w->s);
+        if (problem) return problem;
+        w->n_out++;
+        if (w->n_out == 1 && rng_below(&w->r, 8)) return take_results(w); /* go ahead of it */
+    }
+    return commit_oldest(w);
+}
+
 static const char *world_step(world *w) {
+    if (w->ahead) return step_ahead(w);
     w->now += 10;
     const char *problem = sched_problem(w->s);
     if (problem) return problem;
@@ -495,7 +573,11 @@ static const char *drain(world *w) {
     for (int32_t i = 0; w->n_alive; i++) {
         const char *problem = world_step(w);
         if (problem) return problem;
-        if (i > REQUESTS * CTX * 4) return "it does not end";
+        if (i > REQUESTS * CTX * 8) return "it does not end";
+    }
+    while (w->n_out) {
+        const char *problem = commit_oldest(w);
+        if (problem) return problem;
     }
     if (kvpool_held(sched_pool(w->s))) return "pages are held by nobody";
     if (sched_alive(w->s) || w->s->n_tokens) return "something is left";
@@ -555,6 +637,51 @@ static void keeps_every_promise_under_random_work(void **state) {
     assert_true(evicted > 1000);
     assert_true(stopped > 1000);
     assert_true(cancelled > 1000);
+}
+
+/* The same with batches picked ahead of commits; its twin is at the end. */
+static void keeps_them_when_it_picks_ahead(void **state) {
+    (void)state;
+    int64_t steps = 0, ahead = 0, surplus = 0, finished = 0, cancelled = 0, preempted = 0;
+    for (uint64_t episode = 0; steps < 200000; episode++) {
+        open_random(&w, 99 + episode);
+        w.ahead = true;
+        const char *problem = NULL;
+        for (int32_t i = 0; i < 1500 && !problem; i++) problem = random_step(&w);
+        if (!problem) problem = drain(&w);
+        if (problem)
+            fail_msg("seed %llu, step %lld: %s", (unsigned long long)(99 + episode),
+                     (long long)w.n_steps, problem);
+        steps += w.n_steps;
+        ahead += w.n_ahead;
+        surplus += w.n_surplus;
+        finished += w.n_finished;
+        cancelled += w.n_cancelled;
+        preempted += sched_preemptions(w.s);
+        world_close(&w);
+    }
+    print_message("%lld steps, %lld ahead, %lld surplus rows, %lld requests (%lld cancelled), %lld "
+                  "preemptions\n",
+                  (long long)steps, (long long)ahead, (long long)surplus, (long long)finished,
+                  (long long)cancelled, (long long)preempted);
+    assert_true(ahead > steps / 2);
+    assert_true(surplus > 1000);
+    assert_true(cancelled > 500);
+    assert_true(preempted > 500);
+
+    int32_t planted = 0;
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        const sched_policy p = {.token_budget = 65, .max_seqs = 8, .chunked_prefill = true};
+        world_open(&w, &p, 10, seed);
+        w.ahead = true;
+        w.fault = FED_WRONG;
+        const char *problem = NULL;
+        for (int32_t i = 0; i < 400 && !problem; i++) problem = random_step(&w);
+        planted += w.planted;
+        assert_true(w.planted == (problem != NULL));
+        world_close(&w);
+    }
+    assert_true(planted > 5);
 }
 
 static void the_same_work_gives_the_same_batches(void **state) {
@@ -943,6 +1070,7 @@ static void costs_little(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(keeps_every_promise_under_random_work),
+        cmocka_unit_test(keeps_them_when_it_picks_ahead),
         cmocka_unit_test(the_same_work_gives_the_same_batches),
         cmocka_unit_test(notices_every_planted_fault),
         cmocka_unit_test(small_batches_exhaustively),

@@ -1,5 +1,6 @@
 /* test_weights.c - sources against the tensors they come from, by other means; disagreements of
  * checkpoint and config; shards; sizes; synthetic values. */
+#include "ref_quant.h"
 #include "rng.h"
 #include "safetensors.h"
 #include "test.h"
@@ -496,6 +497,92 @@ static void test_shards(void **state) {
     assert_int_equal(model_kv_token_bytes(&c, &p, 16), 94 * 2 * (128 + 4));
 }
 
+/* Value of a canonical matrix. */
+static void values_of(float *out, const qmatrix *q) { ref_dequantize_weight(out, q, 0, q->n); }
+
+/* The parts of all ranks, laid where weight_shard_range says, against the whole: how many values
+ * differ. `wrong` takes each part for that of the next rank. Ranks that share a KV head lay it
+ * twice. */
+static int64_t parts_differ(const model_config *c, weight_field f, const precision *p, int32_t tp,
+                            bool wrong) {
+    const weight_shape w = weight_field_shape(c, f), one = weight_shape_shard(c, f, w, tp);
+    const size_t n = (size_t)w.n * (size_t)w.k;
+    arena a;
+    qmatrix q, part;
+    assert_ok(arena_open(&a, 64 << 20));
+    float *value = arena_array(&a, float, n), *joined = arena_array(&a, float, n);
+    float *mine = arena_array(&a, float, (size_t)one.n *(size_t)one.k);
+    for (size_t i = 0; i < n; i++) value[i] = weight_noise(7, i);
+    assert_ok(qmatrix_alloc(&q, &a, p, w.n, w.k));
+    assert_ok(ref_quantize_weight(&q, value));
+    values_of(value, &q);
+    memset(joined, 0xff, n * sizeof *joined); /* NaN: what nobody lays differs */
+    for (int32_t rank = 0; rank < tp; rank++) {
+        assert_ok(qmatrix_alloc(&part, &a, p, one.n, one.k));
+        assert_ok(weight_shard_qmatrix(c, f, tp, wrong ? (rank + 1) % tp : rank, &q, &part));
+        values_of(mine, &part);
+        for (int32_t i = 0, row = 0; i < w.n_fused; i++) {
+            int32_t at, m;
+            weight_shard_range(c, f, tp, rank, i, &at, &m);
+            const bool cols = w.shard == SHARD_COLS;
+            for (int32_t r = 0; r < (cols ? w.n : m); r++, row++)
+                memcpy(joined + (int64_t)(cols ? r : at + r) * w.k + (cols ? at : 0),
+                       mine + (int64_t)row * one.k, (size_t)one.k * sizeof *mine);
+        }
+    }
+    int64_t differ = 0;
+    for (size_t i = 0; i < n; i++) differ += !(joined[i] == value[i]);
+    arena_close(&a);
+    return differ;
+}
+
+static void test_parts_join(void **state) {
+    (void)state;
+    static const char *const formats[] = {"W4g32", "W4g16sym", "W8",     "WFP8",
+                                          "WFP8b", "WMXFP4",   "WNVFP4", "W4gK"};
+    static const weight_field fields[] = {
+        WEIGHT_qkv,         WEIGHT_o, WEIGHT_gate_up, WEIGHT_down, WEIGHT_experts_gate_up,
+        WEIGHT_experts_down};
+    int32_t joined = 0;
+    for (int experts = 0; experts < 2; experts++) {
+        model_config c;
+        assert_ok(model_config_load(&c, experts ? "tests/vectors/models/qwen3_moe"
+                                                : "tests/vectors/models/internlm2"));
+        c.dim = 256;
+        c.n_heads = 8;
+        c.n_kv_heads = 2;
+        c.head_dim = 128;
+        c.ffn_dim = c.expert_dim = 512;
+        for (int i = 0; i < COUNT_OF(formats); i++)
+            for (int k = 0; k < COUNT_OF(fields); k++)
+                for (int32_t tp = 2; tp <= 4; tp *= 2) {
+                    precision p;
+                    const weight_shape w = weight_field_shape(&c, fields[k]);
+                    assert_ok(precision_parse(&p, formats[i]));
+                    if (w.count == 0 || model_fits_precision(&c, &p, tp) != ST_OK) continue;
+                    if (parts_differ(&c, fields[k], &p, tp, false))
+                        fail_msg("%s of %s over %d", weight_field_text(fields[k]), formats[i], tp);
+                    assert_true(parts_differ(&c, fields[k], &p, tp, true) > (int64_t)w.n * w.k / 2);
+                    joined++;
+                }
+    }
+    assert_true(joined >= 60);
+
+    model_config c; /* a rank's K would begin within a block of 128 rows */
+    precision p;
+    arena a;
+    qmatrix q, part;
+    assert_ok(model_config_load(&c, "tests/vectors/models/internlm2"));
+    assert_ok(precision_parse(&p, "WFP8b"));
+    assert_ok(arena_open(&a, 16 << 20));
+    const weight_shape w = weight_field_shape(&c, WEIGHT_qkv);
+    const weight_shape one = weight_shape_shard(&c, WEIGHT_qkv, w, 2);
+    assert_ok(qmatrix_alloc(&q, &a, &p, w.n, w.k));
+    assert_ok(qmatrix_alloc(&part, &a, &p, one.n, one.k));
+    assert_status(weight_shard_qmatrix(&c, WEIGHT_qkv, 2, 1, &q, &part), ST_SHAPE);
+    arena_close(&a);
+}
+
 static void test_bytes(void **state) {
     (void)state;
     model_config c;
@@ -634,8 +721,9 @@ int main(void) {
         cmocka_unit_test(test_fused_twins),   cmocka_unit_test(test_part_order),
         cmocka_unit_test(test_disagreements), cmocka_unit_test(test_fused_projections),
         cmocka_unit_test(test_digest),        cmocka_unit_test(test_shards),
-        cmocka_unit_test(test_bytes),         cmocka_unit_test(test_synthetic),
-        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_parts_join),    cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_synthetic),     cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_names),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -1,0 +1,402 @@
+/* cudev_ranks.c - tensor parallelism over the GPUs of one node: the cuda device of tp > 1.
+ *
+ * Each rank is a device of device_cuda.c on a GPU of its own, with its part of every weight and its
+ * KV heads. All of them run the same operations over the same batch, so an operation here is a loop
+ * over theirs; a handle (tensor, weight) holds one for each rank. Together they do two things:
+ *
+ *   all_reduce   y of o and down (a mixture's after combine) is summed in the type of activations,
+ *                16 bit: the partial sums were rounded to it, too
+ *   logits       a rank computes its part of the vocabulary; the parts are gathered on every rank,
+ *                and laid side by side. A tied head is whole on every rank, which computes all
+ *
+ * Every rank then has the same residual stream, logits and tokens, bit for bit, so routing and
+ * sampling need no exchange, and a step that feeds what the one before drew finds it at hand. Rank
+ * 0's tokens are handed out.
+ *
+ * One thread serves all ranks. NCCL's calls stand in groups, one call a rank. A decode step is a
+ * graph on each rank with its collectives inside; all graphs are made before any is launched, since
+ * making one may wait for its GPU. */
+#include "cudev.h"
+#include "nccl.h"
+
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+enum { RANKS_MAX = 8 };
+
+typedef struct {
+    void *data[RANKS_MAX];
+} ranked_tensor;
+
+typedef struct {
+    device base;
+    int32_t n;
+    device *rank[RANKS_MAX];
+    nccl lib;
+    nccl_comm comm[RANKS_MAX];
+    arena handles;          /* ranked_tensor, weight[n] */
+    void *parts[RANKS_MAX]; /* [n, max_samples, V / n] f32: logits before they are laid out */
+} ranks;
+
+static ranks *self(device *d) { return (ranks *)(void *)d; }
+
+static status use(const ranks *g, int32_t r) {
+    return cudev_check((int)cudaSetDevice(cudev_self(g->rank[r])->gpu), "GPU of a rank");
+}
+
+/* `call` for each rank: r its number, of its device. */
+#define EACH_RANK(g, call)                                                                         \
+    for (int32_t r = 0; r < (g)->n; r++) {                                                         \
+        device *const of = (g)->rank[r];                                                           \
+        TRY(use((g), r));                                                                          \
+        TRY(call);                                                                                 \
+    }
+
+static tensor part(tensor t, int32_t r) {
+    if (t.data) t.data = ((ranked_tensor *)t.data)->data[r];
+    return t;
+}
+
+static const weight *share(const weight *w, int32_t r) {
+    return w->n ? (const weight *)w->data + r : w;
+}
+
+/* --- Opening ------------------------------------------------------------------------------------
+ */
+
+static void ranks_close(device *d) {
+    ranks *g = self(d);
+    bool dead = false;
+    for (int32_t r = 0; r < g->n; r++) dead = dead || (g->rank[r] && cudev_self(g->rank[r])->dead);
+    for (int32_t r = 0; r < g->n; r++) {
+        if (!g->comm[r] || use(g, r) != ST_OK) continue;
+        /* A rank that died leaves the others waiting for it. */
+        if (!dead) (void)cudaStreamSynchronize(cudev_self(g->rank[r])->stream);
+    }
+    for (int32_t r = 0; r < g->n; r++)
+        if (g->comm[r]) (void)(dead ? g->lib.comm_abort : g->lib.comm_destroy)(g->comm[r]);
+    for (int32_t r = 0; r < g->n; r++)
+        if (g->rank[r] && use(g, r) == ST_OK) device_cuda.close(g->rank[r]);
+    nccl_unload(&g->lib);
+    arena_close(&g->handles);
+    (void)cudaSetDevice(0);
+    (void)cudaGetLastError();
+    mem_free(g);
+}
+
+static status open_all(ranks *g, const device_options *o) {
+    int gpu[RANKS_MAX];
+    TRY(arena_open(&g->handles, (size_t)64 << 20)); /* address space */
+    for (int32_t r = 0; r < o->tp; r++, g->n++) {
+        gpu[r] = r;
+        TRY(cudev_open(&g->rank[r], o, r));
+        if (cudev_self(g->rank[r])->sm != cudev_self(g->rank[0])->sm)
+            return FAIL(ST_UNSUPPORTED, "tp %d over GPUs of different kinds: %s and %s", o->tp,
+                        cudev_self(g->rank[0])->name, cudev_self(g->rank[r])->name);
+    }
+    TRY(nccl_load(&g->lib));
+    return nccl_check(&g->lib, g->lib.comm_init_all(g->comm, g->n, gpu), "opening");
+}
+
+static const device_ops device_ranks;
+
+status cudev_ranks_open(device **out, const device_options *o) {
+    *out = NULL;
+    if (o->tp > RANKS_MAX)
+        return FAIL(ST_UNSUPPORTED, "tp %d: the cuda device runs at most %d GPUs", o->tp,
+                    RANKS_MAX);
+    ranks *g = mem_alloc(1, sizeof *g);
+    if (!g) return FAIL(ST_NOMEM, "cuda device");
+    g->base = (device){.ops = &device_ranks, .options = *o};
+    const status st = open_all(g, o);
+    if (st != ST_OK) {
+        ranks_close(&g->base);
+        return st;
+    }
+    *out = &g->base;
+    return ST_OK;
+}
+
+static status ranks_memory(device *d, int64_t *usable) {
+    const ranks *g = self(d);
+    int64_t bytes;
+    *usable = INT64_MAX;
+    for (int32_t r = 0; r < g->n; r++) {
+        TRY(use(g, r));
+        TRY(device_cuda.memory(g->rank[r], &bytes));
+        *usable = i64_min(*usable, bytes);
+    }
+    return ST_OK;
+}
+
+static status ranks_weight_load(device *d, const weight_source *s, const precision *p,
+                                weight *out) {
+    ranks *g = self(d);
+    weight *w = arena_array(&g->handles, weight, (size_t)g->n);
+    if (!w) return FAIL(ST_NOMEM, "handle of %s", s->name);
+    EACH_RANK(g, device_cuda.weight_load(of, s, p, &w[r]));
+    *out = w[0];
+    out->data = w;
+    return ST_OK;
+}
+
+static status ranks_setup(device *d, const device_setup *s) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.setup(of, s));
+    if (s->config->tied) return ST_OK;
+    const size_t bytes = sizeof(float) * (size_t)s->max_samples * (size_t)s->config->vocab;
+    EACH_RANK(g, cudev_slab_take(&cudev_self(of)->run, bytes, "logits of ranks", &g->parts[r]));
+    return ST_OK;
+}
+
+static status ranks_buffer(device *d, int64_t rows, int32_t cols, tensor *out) {
+    ranks *g = self(d);
+    ranked_tensor *t = arena_array(&g->handles, ranked_tensor, 1);
+    if (!t) return FAIL(ST_NOMEM, "buffer handle");
+    for (int32_t r = 0; r < g->n; r++) {
+        TRY(use(g, r));
+        TRY(device_cuda.buffer(g->rank[r], rows, cols, out));
+        t->data[r] = out->data;
+    }
+    *out = (tensor){.data = t, .rows = rows, .cols = cols};
+    return ST_OK;
+}
+
+/* --- Together -----------------------------------------------------------------------------------
+ */
+
+static status ranks_all_reduce(device *d, tensor inout) {
+    ranks *g = self(d);
+    const cudev *first = cudev_self(g->rank[0]);
+    if (cudev_replayed(first)) return ST_OK;
+    const size_t n = (size_t)(cudev_rows(first, inout.rows) * inout.cols);
+    TRY(nccl_check(&g->lib, g->lib.group_start(), "all-reduce"));
+    int result = 0;
+    for (int32_t r = 0; r < g->n && result == 0; r++) {
+        const cudev *c = cudev_self(g->rank[r]);
+        void *x = part(inout, r).data;
+        TRY(use(g, r));
+        result = g->lib.all_reduce(x, x, n, nccl_type(c->type), NCCL_SUM, g->comm[r], c->stream);
+    }
+    const int ended = g->lib.group_end();
+    return nccl_check(&g->lib, result ? result : ended, "all-reduce");
+}
+
+/* Parts [n, rows, width] to the rows of out [rows, n * width], on one rank. */
+static status lay_out_logits(const ranks *g, int32_t r, tensor out, int64_t rows) {
+    const cudev *c = cudev_self(g->rank[r]);
+    const int64_t width = out.cols / g->n;
+    const size_t bytes = sizeof(float) * (size_t)width;
+    for (int32_t i = 0; i < g->n; i++)
+        CUDA_TRY(cudaMemcpy2DAsync((float *)out.data + i * width, bytes * (size_t)g->n,
+                                   (float *)g->parts[r] + i * rows * width, bytes, bytes,
+                                   (size_t)rows, cudaMemcpyDeviceToDevice, c->stream),
+                 "logits");
+    return ST_OK;
+}
+
+static status ranks_logits(device *d, tensor out, tensor x, const weight *head) {
+    ranks *g = self(d);
+    const cudev *first = cudev_self(g->rank[0]);
+    if (head->n == out.cols) { /* tied */
+        EACH_RANK(g, device_cuda.logits(of, part(out, r), part(x, r), share(head, r)));
+        return ST_OK;
+    }
+    CHECK((int64_t)head->n * g->n == out.cols);
+    if (cudev_replayed(first)) return ST_OK;
+    const int64_t rows = cudev_rows(first, out.rows), width = head->n;
+    EACH_RANK(g, cudev_linear_to(cudev_self(of), (float *)g->parts[r] + r * rows * width,
+                                 part(x, r), share(head, r)));
+    TRY(nccl_check(&g->lib, g->lib.group_start(), "logits"));
+    int result = 0;
+    for (int32_t r = 0; r < g->n && result == 0; r++) {
+        TRY(use(g, r));
+        result = g->lib.all_gather((float *)g->parts[r] + r * rows * width, g->parts[r],
+                                   (size_t)(rows * width), nccl_type(DT_F32), g->comm[r],
+                                   cudev_self(g->rank[r])->stream);
+    }
+    const int ended = g->lib.group_end();
+    TRY(nccl_check(&g->lib, result ? result : ended, "logits"));
+    for (int32_t r = 0; r < g->n; r++) {
+        TRY(use(g, r));
+        TRY(lay_out_logits(g, r, part(out, r), rows));
+    }
+    return ST_OK;
+}
+
+/* --- A step -------------------------------------------------------------------------------------
+ */
+
+static status ranks_begin(device *d, const batch *b) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.begin(of, b));
+    return ST_OK;
+}
+
+static status ranks_launch(device *d) {
+    ranks *g = self(d);
+    EACH_RANK(g, cudev_end_capture(cudev_self(of)));
+    EACH_RANK(g, device_cuda.launch(of));
+    return ST_OK;
+}
+
+/* A rank that fails leaves the others waiting for it: look at all of them until all are over. */
+static status ranks_end(device *d, sampled *out, int64_t *cost_ns) {
+    ranks *g = self(d);
+    for (int32_t over = 0; over < g->n;) {
+        over = 0;
+        for (int32_t r = 0; r < g->n; r++) {
+            bool done;
+            TRY(cudev_poll(cudev_self(g->rank[r]), &done));
+            over += done;
+        }
+    }
+    for (int32_t r = g->n - 1; r >= 0; r--) TRY(device_cuda.end(g->rank[r], out, cost_ns));
+    return ST_OK;
+}
+
+static status ranks_embed(device *d, tensor out, const weight *table) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.embed(of, part(out, r), share(table, r)));
+    return ST_OK;
+}
+
+static status ranks_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                         float eps) {
+    ranks *g = self(d);
+    EACH_RANK(
+        g, device_cuda.norm(of, part(out, r), part(residual, r), part(add, r), share(w, r), eps));
+    return ST_OK;
+}
+
+static status ranks_linear(device *d, tensor out, tensor x, const weight *w) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.linear(of, part(out, r), part(x, r), share(w, r)));
+    return ST_OK;
+}
+
+static status ranks_linear_gated(device *d, tensor out, tensor x, const weight *gate_up,
+                                 activation_kind kind, float limit) {
+    ranks *g = self(d);
+    EACH_RANK(
+        g, device_cuda.linear_gated(of, part(out, r), part(x, r), share(gate_up, r), kind, limit));
+    return ST_OK;
+}
+
+static attention_layer of_rank(const attention_layer *a, int32_t r) {
+    attention_layer l = *a;
+    l.q_norm = share(a->q_norm, r);
+    l.k_norm = share(a->k_norm, r);
+    l.sinks = share(a->sinks, r);
+    return l;
+}
+
+static status ranks_rope_append(device *d, tensor qkv, const attention_layer *a) {
+    ranks *g = self(d);
+    for (int32_t r = 0; r < g->n; r++) {
+        const attention_layer l = of_rank(a, r);
+        TRY(use(g, r));
+        TRY(device_cuda.rope_append(g->rank[r], part(qkv, r), &l));
+    }
+    return ST_OK;
+}
+
+static status ranks_attention(device *d, tensor out, tensor qkv, const attention_layer *a) {
+    ranks *g = self(d);
+    for (int32_t r = 0; r < g->n; r++) {
+        const attention_layer l = of_rank(a, r);
+        TRY(use(g, r));
+        TRY(device_cuda.attention(g->rank[r], part(out, r), part(qkv, r), &l));
+    }
+    return ST_OK;
+}
+
+static status ranks_gated(device *d, tensor out, tensor gate_up, activation_kind kind,
+                          float limit) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.gated(of, part(out, r), part(gate_up, r), kind, limit));
+    return ST_OK;
+}
+
+static status ranks_moe_route(device *d, tensor logits, int32_t top_k, route_kind kind,
+                              bool normalise) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.moe_route(of, part(logits, r), top_k, kind, normalise));
+    return ST_OK;
+}
+
+static status ranks_moe_linear(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
+                               bool gather) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.moe_linear(of, part(out, r), part(x, r), share(w, r), top_k, gather));
+    return ST_OK;
+}
+
+static status ranks_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.moe_combine(of, part(out, r), part(y, r), top_k));
+    return ST_OK;
+}
+
+static status ranks_gather(device *d, tensor out, tensor x) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.gather(of, part(out, r), part(x, r)));
+    return ST_OK;
+}
+
+static status ranks_sample(device *d, tensor logits) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.sample(of, part(logits, r)));
+    return ST_OK;
+}
+
+/* --- Looking: at rank 0, which has what all have, or its part ------------------------------------
+ */
+
+static status ranks_read(device *d, tensor t, float *out) {
+    ranks *g = self(d);
+    TRY(use(g, 0));
+    return device_cuda.read(g->rank[0], part(t, 0), out);
+}
+
+static void ranks_explain(device *d, const char *what, const weight *w, int64_t n_rows, char *buf,
+                          size_t n) {
+    ranks *g = self(d);
+    if (strcmp(what, "all_reduce") == 0) {
+        snprintf(buf, n, "NCCL %d.%d.%d over %d GPUs, 16 bit", g->lib.version / 10000,
+                 g->lib.version / 100 % 100, g->lib.version % 100, g->n);
+        return;
+    }
+    device_cuda.explain(g->rank[0], what, w ? share(w, 0) : NULL, n_rows, buf, n);
+}
+
+static const device_ops device_ranks = {
+    .name = "cuda",
+    .virtual_time = false,
+    .has_logits = true,
+    .open = cudev_ranks_open,
+    .close = ranks_close,
+    .memory = ranks_memory,
+    .weight_load = ranks_weight_load,
+    .setup = ranks_setup,
+    .buffer = ranks_buffer,
+    .begin = ranks_begin,
+    .embed = ranks_embed,
+    .norm = ranks_norm,
+    .linear = ranks_linear,
+    .rope_append = ranks_rope_append,
+    .attention = ranks_attention,
+    .gated = ranks_gated,
+    .moe_route = ranks_moe_route,
+    .moe_linear = ranks_moe_linear,
+    .moe_combine = ranks_moe_combine,
+    .all_reduce = ranks_all_reduce,
+    .gather = ranks_gather,
+    .logits = ranks_logits,
+    .sample = ranks_sample,
+    .launch = ranks_launch,
+    .end = ranks_end,
+    .read = ranks_read,
+    .explain = ranks_explain,
+    .linear_gated = ranks_linear_gated,
+};
