@@ -45,6 +45,7 @@ OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
 GPU_TESTS := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/gpu_*.c)))
+REPLAYS := $(patsubst tests/fuzz/%.c,$(O)/tests/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -128,6 +129,12 @@ $(O)/tests/%: tests/%.c tests/test.h $(LIBRARY) Makefile
 	@echo "  test  $<"
 	$(Q)$(CC) $(CFLAGS) -iquote tests -MMD -MP $< $(LIBRARY) -o $@ $(LDLIBS) -lcmocka
 
+# The targets of the fuzzer without it: each runs over the files of its corpus.
+$(REPLAYS): $(O)/tests/%: tests/fuzz/%.c tests/fuzz/replay.c tests/fuzz/fuzz.h $(LIBRARY) Makefile
+	@mkdir -p $(@D)
+	@echo "  test  $<"
+	$(Q)$(CC) $(CFLAGS) -iquote tests/fuzz $(filter %.c %.a,$^) -o $@ $(LDLIBS)
+
 -include $(OBJECTS:.o=.d) $(TESTS:=.d) $(GPU_TESTS:=.d)
 
 ##@ Reproduce
@@ -166,14 +173,14 @@ dist: build ## a tarball for a GPU node: the program, its libraries and data, un
 
 ##@ Check
 test: build ## every check: style, layers, C and Lua tests (under 10 minutes)
-	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(TESTS)
+	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(REPLAYS)
 	$(Q)tests/run.sh $(O)
 
 asan: setup ## the C tests under the address and undefined-behaviour sanitizers
 	$(Q)$(MAKE) --no-print-directory -j$(JOBS) MODE=asan $(B)/asan/amalgam asan-tests
 	$(Q)tests/run.sh $(B)/asan
 
-asan-tests: $(TESTS)
+asan-tests: $(TESTS) $(REPLAYS)
 
 gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
 	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam $(GPU_TESTS)
@@ -187,11 +194,15 @@ gpu-test: gpu-tests ## run them; needs a GPU
 FUZZ_SECONDS ?= 60
 FUZZ_CC    := clang-14
 FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
-FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_% engine/device% engine/serv% engine/results.c,$(wildcard engine/*.c))
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_api.c engine/device% engine/serv%,\
+    $(wildcard engine/*.c)) kernels/ref_quant.c
 
 $(B)/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels $(PKG_CFLAGS) -MMD -MP -c $< -o $@
+	$(Q)$(FUZZ_CC) $(CSTD) $(FUZZ_FLAGS) -iquote engine -iquote kernels -iquote $(B)/generated \
+	    $(PKG_CFLAGS) -MMD -MP -c $< -o $@
+
+$(B)/fuzz/engine/results.o: $(B)/generated/version.h
 
 # An archive: each target takes the readers that it needs.
 $(B)/fuzz/library.a: $(FUZZED:%.c=$(B)/fuzz/%.o)

@@ -42,8 +42,8 @@ static status compare(engine *e, const engine_options *o, const char *against, c
     return ST_OK;
 }
 
-static status run(engine_options *o, const char *path, const char *against, int32_t window,
-                  int32_t stride, bool json) {
+static status run(engine_options *o, const char *path, const char *against, const char *logits,
+                  int32_t window, int32_t stride, bool json) {
     char dir[1024], *words = NULL;
     size_t n_words = 0;
     tokenizer *t = NULL;
@@ -57,6 +57,10 @@ static status run(engine_options *o, const char *path, const char *against, int3
         st = tokenizer_encode(t, words, n_words, TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL,
                               &tokens);
     if (st == ST_OK) st = engine_open(&e, o, NULL, NULL);
+    if (st == ST_OK && logits) {
+        st = evaluate_logits(e, tokens.data, (int32_t)i64_min(tokens.length, window - 1), logits);
+        goto done;
+    }
     if (st == ST_OK && against) {
         st = compare(e, o, against, &tokens, window, stride, json);
         goto done;
@@ -84,7 +88,7 @@ done:
 
 int cmd_evaluate(int argc, char **argv) {
     const char *model = NULL, *format = "auto", *device_name = "cpu", *path = NULL, *against = NULL;
-    const char *family = NULL;
+    const char *family = NULL, *logits = NULL;
     int64_t window = 512, stride = 256, threads = 0;
     bool json = false;
     const cli_option options[] = {
@@ -94,6 +98,8 @@ int cmd_evaluate(int argc, char **argv) {
         {"--text", CLI_TEXT, &path, "FILE", "what to score"},
         {"--against", CLI_TEXT, &against, "DIR",
          "16-bit checkpoint: print greedy agreement and KL divergence"},
+        {"--logits", CLI_TEXT, &logits, "FILE",
+         "write input_ids and logits of the first window there (safetensors)"},
         {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
         {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
         {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
@@ -119,5 +125,5 @@ int cmd_evaluate(int argc, char **argv) {
     o.policy.token_budget = (int32_t)i64_max(window, 64);
     o.policy.max_seqs = 1;
     o.max_samples = (int32_t)window;
-    return cli_exit(run(&o, path, against, (int32_t)window, (int32_t)stride, json));
+    return cli_exit(run(&o, path, against, logits, (int32_t)window, (int32_t)stride, json));
 }

@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 #include "output.h"
+#include "safetensors.h"
 
 #include <math.h>
 #include <string.h>
@@ -192,6 +193,35 @@ status evaluate_agreement(engine *e, engine *reference, const int32_t *token, in
     r.reference_perplexity = exp(r.reference_perplexity / (double)r.n);
     *out = r;
     return ST_OK;
+}
+
+status evaluate_logits(engine *e, const int32_t *token, int32_t n, const char *path) {
+    const int32_t vocab = engine_config(e)->vocab;
+    window_batch w = {0};
+    TRY(check_text(e, token, n, n + 1, n));
+    /* run_window predicts what follows all tokens but its last: any one more will do. */
+    status st = window_open(&w, n + 1, vocab);
+    int32_t *all = st == ST_OK ? arena_array(&w.memory, int32_t, (size_t)n + 1) : NULL;
+    if (st == ST_OK && !all) st = FAIL(ST_NOMEM, "window of %d tokens", n);
+    if (st == ST_OK) {
+        memcpy(all, token, (size_t)n * sizeof *all);
+        st = run_window(e, &w, all, n + 1, 0);
+    }
+    const tensor_view out[] = {{.name = "input_ids",
+                                .type = DT_I32,
+                                .n_dims = 1,
+                                .dim = {n},
+                                .data = token,
+                                .bytes = n * (int64_t)sizeof *token},
+                               {.name = "logits",
+                                .type = DT_F32,
+                                .n_dims = 2,
+                                .dim = {n, vocab},
+                                .data = w.logits,
+                                .bytes = n * (int64_t)vocab * (int64_t)sizeof(float)}};
+    if (st == ST_OK) st = safetensors_write(path, out, COUNT_OF(out));
+    arena_close(&w.memory);
+    return st;
 }
 
 /* --- Tasks -------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ typedef struct {
 status evaluate_agreement(engine *e, engine *reference, const int32_t *token, int64_t n,
                           int32_t window, int32_t stride, agreement_result *out);
 
+/* Write the logits after each token of one window to a safetensors file: input_ids I32 [n],
+ * logits F32 [n, V]. n is at most the window that the engine was opened for, less 1; otherwise as
+ * evaluate_perplexity. */
+status evaluate_logits(engine *e, const int32_t *token, int32_t n, const char *path);
+
 typedef struct {
     int64_t n, n_exact;
     double accuracy; /* n_exact / n */

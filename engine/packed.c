@@ -359,7 +359,7 @@ static status find_awq(finder *f) {
     if (f->n % 8) return FAIL(ST_SHAPE, "tensor '%s': %d outputs in words of 8", m->name, f->n);
     TRY(has_shape_2(code, f->k, f->n / 8));
     TRY(take_groups(f, scale));
-    TRY(has_shape_2(zero, f->k / m->group, f->n / 8));
+    TRY(has_shape_2(zero, div_up(f->k, m->group), f->n / 8));
     m->code = words(code, 4, true, true, 1, f->n / 8);
     m->zero = words(zero, 4, true, true, 1, f->n / 8);
     return agrees(f, 4, false);

@@ -64,6 +64,7 @@ struct service {
     const tokenizer *tok;
     pthread_t thread;
     bool started;
+    timeline clock; /* real, also where the engine's is virtual */
 
     pthread_mutex_t lock; /* of the inbox, the flags and the numbers */
     pthread_cond_t work, idle;
@@ -231,7 +232,7 @@ static void count_finished(service *s, const request_log *log) {
     m->generation_tokens += log->n_output;
     const bool ran = log->first_token_ns >= 0 && log->admit_ns >= 0;
     if (ran) {
-        const double start = (double)log->dispatch_ns, admit = (double)log->admit_ns,
+        const double start = (double)log->arrival_ns, admit = (double)log->admit_ns,
                      first = (double)log->first_token_ns, last = (double)log->finish_ns;
         const double seconds[] = {
             [H_TTFT] = first - start,     [H_E2E] = last - start,      [H_QUEUE] = admit - start,
@@ -349,8 +350,10 @@ static status submit_choice(service *s, job_choice *c) {
     const api_request *r = &c->job->request;
     if (s->n_free == 0) return FAIL(ST_OOM, "the queue is full");
     const int32_t slot = s->free_slot[s->n_free - 1], prompt = c->index / r->n;
+    /* It has waited in the inbox, for a step to end as a rule: that counts. */
+    const int64_t waited_ns = timeline_now_ns(&s->clock) - c->job->since_ns;
     request q = {.id = s->round++ * s->max_requests + slot,
-                 .arrival_ns = engine_now_ns(s->engine),
+                 .arrival_ns = engine_now_ns(s->engine) - waited_ns,
                  .prompt = r->prompt[prompt].data,
                  .n_prompt = c->n_prompt,
                  .max_new = r->max_new[prompt],
@@ -472,16 +475,14 @@ static void cancel_marked(service *s, bool all) {
 
 /* A virtual clock ran ahead by what a step would have cost: wait it out, so that clients see the
  * speed that was predicted. */
-static void keep_pace(const service *s, int64_t from_ns, const timeline *real, int64_t real_ns) {
+static void keep_pace(const service *s, int64_t from_ns, int64_t real_ns) {
     if (!engine_device(s->engine)->ops->virtual_time) return;
-    timeline t = *real;
+    timeline t = s->clock;
     timeline_wait_until_ns(&t, real_ns + engine_now_ns(s->engine) - from_ns);
 }
 
 static void *engine_thread(void *arg) {
     service *s = arg;
-    timeline real;
-    timeline_start_real(&real);
     bool busy = false;
     for (;;) {
         pthread_mutex_lock(&s->lock);
@@ -508,7 +509,7 @@ static void *engine_thread(void *arg) {
         if (cancels || quit) cancel_marked(s, quit);
         if (quit) break;
         const int64_t fed = engine_statistics(s->engine)->tokens_fed;
-        const int64_t from = engine_now_ns(s->engine), real_from = timeline_now_ns(&real);
+        const int64_t from = engine_now_ns(s->engine), real_from = timeline_now_ns(&s->clock);
         const status st = engine_step(s->engine, &busy);
         if (st != ST_OK) {
             fprintf(stderr, "amalgam: the engine failed: %s\n", fail_message());
@@ -520,7 +521,7 @@ static void *engine_thread(void *arg) {
             busy = false;
             continue;
         }
-        if (busy) keep_pace(s, from, &real, real_from);
+        if (busy) keep_pace(s, from, real_from);
         take_finished(s);
         count_step(s, busy, engine_statistics(s->engine)->tokens_fed - fed);
         publish(s);
@@ -554,6 +555,7 @@ status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_
     }
     for (int32_t i = 0; i < max_requests; i++) s->free_slot[s->n_free++] = max_requests - 1 - i;
     s->round = 1;
+    timeline_start_real(&s->clock);
     engine_set_hooks(e, &(engine_hooks){.user = s, .token = on_token});
     count_step(s, false, 0);
     if (pthread_create(&s->thread, NULL, engine_thread, s) != 0) {
@@ -567,6 +569,7 @@ status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_
 
 void service_submit(service *s, job *j) {
     atomic_fetch_add(&j->refs, 1);
+    j->since_ns = timeline_now_ns(&s->clock);
     pthread_mutex_lock(&s->lock);
     const bool draining = s->draining;
     s->n_alive++;

@@ -41,9 +41,10 @@ typedef struct job_choice {
 } job_choice;
 
 typedef struct job {
-    pthread_mutex_t lock; /* of everything below but `next` and `refs` */
+    pthread_mutex_t lock; /* of everything below but refs, next and since_ns */
     atomic_int refs;
     struct job *next; /* inbox */
+    int64_t since_ns; /* handed over, by the service's clock */
     api_request request;
     int32_t n_choices, n_finished;
     job_choice *choice;

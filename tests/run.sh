@@ -28,6 +28,10 @@ for source in tests/test_*.c; do
     name=$(basename "$source" .c)
     one "$name" "$out/tests/$name"
 done
+for source in tests/fuzz/fuzz_*.c; do
+    name=$(basename "$source" .c)
+    one "$name" "$out/tests/$name" "tests/fuzz/corpus/${name#fuzz_}"
+done
 for script in tests/check_*.lua tests/test_*.lua; do
     [ -e "$script" ] && one "$(basename "$script" .lua)" "$out/amalgam" lua "$script"
 done

@@ -617,8 +617,8 @@ static void test_refusals_others(void **state) {
     round_trip(&(layout_case){SAVE_AWQ, "W4", false, false});
     refuse(&(change){.old = "\"gemm\"", .now = "\"gemv\""}, ST_UNSUPPORTED, "'gemv'");
     refuse(&(change){.old = "\"awq\"", .now = "\"fp8\""}, ST_FORMAT, "quant_method is 'fp8'");
-    refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {3, 384}}, ST_FORMAT,
-           "groups of 86");
+    refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {3, 384}}, ST_SHAPE,
+           "its layout makes it [3, 48]"); /* the last of 3 groups would have no zero points */
     static uint16_t bad[2 * 384];
     for (int32_t i = 0; i < 2 * 384; i++) bad[i] = 0x3c00;
     bad[385] = 0x7e00;
@@ -944,6 +944,44 @@ static void test_agreement(void **state) {
     engine_close(reference);
 }
 
+/* What is written scores the text as the evaluation does. */
+static void test_logits_file(void **state) {
+    (void)state;
+    enum { N = 40 };
+    int32_t token[N + 1];
+    for (int32_t i = 0; i <= N; i++) token[i] = (i * 29 + i / 3) % 64;
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    engine *e;
+    safetensors *s;
+    perplexity_result want;
+    char path[128];
+    o.model = plain;
+    o.precision = "W4";
+    o.device_options.threads = 1;
+    o.ctx_max = o.policy.token_budget = o.max_samples = 64;
+    o.policy.max_seqs = 1;
+    snprintf(path, sizeof path, "%s/model.safetensors", packed);
+    assert_ok(engine_open(&e, &o, NULL, NULL));
+    assert_ok(evaluate_perplexity(e, token, N + 1, N + 1, N, &want));
+    assert_ok(evaluate_logits(e, token, N, path));
+    assert_status(evaluate_logits(e, token, 200, path), ST_RANGE);
+    engine_close(e);
+    assert_ok(safetensors_open(&s, path));
+    const tensor_view *fed = safetensors_find(s, "input_ids"), *x = safetensors_find(s, "logits");
+    assert_true(fed && x && x->type == DT_F32 && x->dim[0] == N && x->dim[1] == 64);
+    assert_memory_equal(fed->data, token, N * sizeof *token);
+    double nll[2] = {0, 0}; /* the text's, and as a twin that of a text one token ahead */
+    for (int32_t i = 0; i < N; i++) {
+        const float *row = (const float *)x->data + (int64_t)i * 64;
+        double sum = 0;
+        for (int32_t v = 0; v < 64; v++) sum += exp((double)row[v]);
+        for (int32_t k = 0; k < 2; k++) nll[k] += log(sum) - (double)row[token[i + 1 - k]];
+    }
+    assert_close(nll[0] / N, want.nll, 1e-12 * want.nll);
+    assert_more(fabs(nll[1] / N - want.nll), 1e-3 * want.nll);
+    safetensors_close(s);
+}
+
 static int make_folders(void **state) {
     (void)state;
     strcpy(plain, "/tmp/amalgam_plain_XXXXXX");
@@ -987,6 +1025,7 @@ int main(void) {
         cmocka_unit_test(test_awq),
         cmocka_unit_test(test_quantise_checkpoint),
         cmocka_unit_test(test_agreement),
+        cmocka_unit_test(test_logits_file),
     };
     return cmocka_run_group_tests(tests, make_folders, remove_folders);
 }

@@ -622,6 +622,35 @@ static void a_slow_reader_delays_nobody(void **state) {
     text_free(&body);
 }
 
+/* Latency counts from the hand-over, also for a request that comes in the middle of a long step. */
+static void waiting_for_a_step_is_counted(void **state) {
+    const fixture *f = *state;
+    static const char sum[] = "vllm:e2e_request_latency_seconds_sum";
+    const double before = metric(f->url, sum);
+    text body = {0}, head = {0};
+    text_add(&body, "{\"max_tokens\":1,\"prompt\":[5");
+    for (int32_t i = 1; i < 8000; i++) text_add(&body, ",%d", i % 1000);
+    text_add(&body, "]}");
+    text_add(&head, "POST /v1/completions HTTP/1.0\r\nContent-Length: %zu\r\n\r\n%s", body.length,
+             body.data);
+    const int s = connect_raw(f, 0);
+    send_text(s, head.data);
+    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL); /* its one step runs */
+    timeline t;
+    timeline_start_real(&t);
+    json_decref(call_json(f->url, "/v1/completions", "{\"prompt\":\"b\",\"max_tokens\":1}", 200));
+    const double second_s = (double)timeline_now_ns(&t) * 1e-9;
+    char buf[4096];
+    while (recv(s, buf, sizeof buf, 0) > 0) {
+    }
+    close(s);
+    assert_more(second_s, 0.2); /* else it did not wait, and nothing is shown */
+    /* Both took about as long; without the wait in the sum it would be that of the first alone. */
+    assert_more(metric(f->url, sum) - before, 1.5 * second_s);
+    text_free(&head);
+    text_free(&body);
+}
+
 /* A request that does not arrive is cut off; one that is no HTTP is answered or closed. */
 static void broken_senders_are_cut_off(void **state) {
     const fixture *f = *state;
@@ -934,6 +963,7 @@ int main(void) {
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
         cmocka_unit_test(a_slow_reader_delays_nobody),
+        cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
         cmocka_unit_test(commands_and_lua_measure_a_server),

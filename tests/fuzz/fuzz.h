@@ -12,25 +12,32 @@
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
 
-/* The bytes as a file in memory; its path is valid until the next call. */
+/* The bytes as a file in memory, made once and then filled again. */
+static inline void fuzz_fill(int *fd, const uint8_t *data, size_t n) {
+    if (*fd < 0) *fd = memfd_create("fuzz", 0);
+    if (*fd < 0 || ftruncate(*fd, 0) != 0) abort();
+    if (pwrite(*fd, data, n, 0) != (ssize_t)n) abort();
+}
+
+/* Its path, valid until the next call. */
 static inline const char *fuzz_file(const uint8_t *data, size_t n) {
     static int fd = -1;
     static char path[64];
-    if (fd < 0) fd = memfd_create("fuzz", 0);
-    if (fd < 0 || ftruncate(fd, 0) != 0) abort();
-    if (pwrite(fd, data, n, 0) != (ssize_t)n) abort();
+    fuzz_fill(&fd, data, n);
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     return path;
 }
 
-/* The same under a name in a folder, for readers that open folders. */
+/* Another one, under a name in a folder, for readers that open folders. */
 static inline const char *fuzz_folder(const char *name, const uint8_t *data, size_t n) {
     static char folder[64] = "/tmp/amalgam-fuzz-XXXXXX";
     static bool made;
-    const char *file = fuzz_file(data, n);
+    static int fd = -1;
+    fuzz_fill(&fd, data, n);
     if (!made) {
-        char link[128];
+        char file[64], link[128];
         if (!mkdtemp(folder)) abort();
+        snprintf(file, sizeof file, "/proc/self/fd/%d", fd);
         snprintf(link, sizeof link, "%s/%s", folder, name);
         if (symlink(file, link) != 0) abort();
         made = true;

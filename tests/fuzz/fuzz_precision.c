@@ -13,10 +13,14 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     char name[512];
-    precision p;
+    static precision p; /* large */
     if (n >= sizeof name) return 0;
     memcpy(name, data, n);
     name[n] = 0;
-    (void)precision_parse(&p, name);
+    if (precision_parse(&p, name) != ST_OK) return 0;
+    static char printed[PRECISION_NAME_MAX], again[PRECISION_NAME_MAX];
+    static precision q;
+    CHECK(precision_parse(&q, precision_name(&p, printed)) == ST_OK);
+    CHECK(strcmp(precision_name(&q, again), printed) == 0);
     return 0;
 }
