@@ -381,7 +381,7 @@ static status upload_step(cudev *c) {
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
         TRY(attention_plan_make(c->plan[i].host, &used, &a, m->n_heads, m->n_kv_heads, m->head_dim,
-                                c->plan[i].window));
+                                c->plan[i].window, c->n_sms));
         CUDA_TRY(cudaMemcpyAsync(c->plan[i].device, c->plan[i].host, (size_t)used,
                                  cudaMemcpyHostToDevice, c->stream),
                  "attention plan");
