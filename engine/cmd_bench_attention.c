@@ -126,7 +126,6 @@ static status fill_cache(bench_run *r, const bench_case *c, int32_t *device_page
 }
 
 static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
-    (void)g;
     memset(r, 0, sizeof *r);
     const int32_t rows = c->batch * c->n_new, S = c->batch;
     const int64_t row = (int64_t)(c->heads + 2 * c->kv_heads) * c->head_dim;
@@ -203,7 +202,8 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     void *plan = mem_alloc((size_t)plan_bytes, 1);
     if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)plan_bytes);
     int64_t used = 0;
-    st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window);
+    st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
+                             g->n_sms);
     if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
     mem_free(plan);
     TRY(st);

@@ -407,7 +407,7 @@ static status upload_step(cudev *c) {
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
         TRY(attention_plan_make(c->at->plan[i], &used, &a, c->n_heads, c->n_kv_heads, m->head_dim,
-                                c->plan[i].window));
+                                c->plan[i].window, c->n_sms));
         copy[1 + i] = (rows_copy){
             .to = c->plan[i].device, .from = c->at->plan[i], .bytes = div_up(used, 16) * 16};
     }

@@ -76,9 +76,9 @@ int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n
 /* Fill `host`; *used bytes of it are what the caller copies to the device. kv_len, seq_start and
  * page_start of `b` are host pointers here, the others are not read. A graph that was captured with
  * a plan runs with any later plan written to the same place, as long as n_decodes and
- * n_seqs - n_decodes are zero or not as they were. */
+ * n_seqs - n_decodes are zero or not as they were. n_sms as for kernel_attention. */
 status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window);
+                           int32_t n_kv_heads, int32_t head_dim, int32_t window, int32_t n_sms);
 
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
  * once. q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a

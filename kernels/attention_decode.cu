@@ -17,20 +17,30 @@
 // or 4 neighbouring codes; which dims those are is undone by permuting q once, and the result at
 // the end.
 //
-// A block is four consumer warps, a producer warp that keeps a ring of units (UT tokens of K, V and
-// parameters) full, running ahead over all the block's work items, and a warp that joins. Each unit
-// is consumed by one warp; at the end of an item the four leave their results in shared memory and
-// go on to the next, while the joining warp adds them up. Of a sequence in several parts the block
-// that finishes last adds the parts, in order. What a consumer needs of an item (q, the part) comes
-// through shared memory as well: an item of 256 tokens takes 1.5 us, so no latency of global memory
-// may lie in its way.
+// A block is four warps, two blocks an SM. Each warp decodes pages of its own through its own ring
+// in shared memory: an entry is K and parameters, or V, of a unit of UT tokens, and whoever has
+// read an entry fills it again with what comes `stages` entries later, across leaves, runs and
+// sequences (attention_plan.h). The four meet at the end of a leaf, add up their results, a quarter
+// of the dims each, and join the sum to the run's so far. A tile whose leaves are all of one run
+// goes to `out` from registers. Otherwise the run that has leaf 0 leaves its sum, and the others
+// leave every leaf, as records; the block that completes the count joins them in order. So a result
+// is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves fell to blocks.
 #include "attention_device.cuh"
 
 namespace {
 
-constexpr int kConsumers = 4;
-constexpr int kThreads = 32 * (kConsumers + 2);
-constexpr int kItems = 2; // items whose q, or whose results, are in shared memory at a time
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
+
+// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is >= 16.
+enum kv_class { ONLY_4, CODES, ANY };
+constexpr int clamp_unit(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
+template <int D, kv_class C>
+constexpr int unit_tokens = clamp_unit((C == ONLY_4  ? 8192
+                                        : C == CODES ? 4096
+                                                     : 2048) /
+                                       D);
 
 struct decode_arguments {
     void *out;       // [T, H D]
@@ -38,19 +48,27 @@ struct decode_arguments {
     const void *sinks;
     const uint8_t *base;
     int64_t page_bytes;
-    attention_layout layout;
+    int head_bytes, param_base, param_bytes, v_code, v_param; // attention_layout
     kv_format k, v;
-    const attention_plan *plan;
-    float *partial; // see attention_partial
+    const attention_run *runs;
+    float *partial; // see attention_plan.h
     const int32_t *page;
-    int n_heads, n_kv_heads, ratio, n_tiles; // n_tiles: tiles of 8 * NT heads of a group
-    bool bf16;                               // q, out and sinks; fp16 otherwise
-    float scale;                             // times log2(e)
-    int stages, stage_bytes;
-    int v_at, k_param_at, v_param_at; // within a stage
-    int rows;                         // heads of a tile that exist: min(8 NT, ratio)
-    int q_at, joint_at, barriers_at;  // in block memory, after the ring
+    int n_heads, n_kv_heads, ratio, n_tiles;      // n_tiles: of a group
+    bool bf16;                                    // q, out and sinks; fp16 otherwise
+    float scale;                                  // times log2(e)
+    int k_bytes, v_bytes, k_param, v_param_bytes; // of a unit
+    int stages, slot_bytes, q_slots;
+    int quarters;                             // of the lanes of four whose columns are heads
+    int q_at, joint_at, sums_at, barriers_at; // in block memory, after the rings
 };
+
+// Formats of an instance, constant where they are.
+template <kv_class C> __device__ __forceinline__ kv_format k_format(const decode_arguments &a) {
+    return C == ONLY_4 ? KF_4 : a.k;
+}
+template <kv_class C> __device__ __forceinline__ kv_format v_format(const decode_arguments &a) {
+    return C == ONLY_4 ? KF_4 : a.v;
+}
 
 __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
     return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[at])
@@ -292,13 +310,28 @@ __device__ __forceinline__ void rows_of(kv_format f, int i, int r, int *d0, int 
 // --- Softmax
 // ----------------------------------------------------------------------------------------
 
-// A warp's running result of an item. Columns (heads) 2 * (lane % 4) and the next one of each tile.
+// A warp's running result of a leaf. Columns (heads) 2 * (lane % 4) and the next one of each tile.
 template <int D, int NT> struct state {
     float acc[D / 16][NT][4];
     float middle[NT][4];
     float m[NT][2], l[NT][2], z[NT][2]; // l, z: this lane's tokens only
     float unit;                         // power of two that the scales of V are divided by
 };
+
+template <int D, int NT> __device__ __forceinline__ void clear(state<D, NT> &st) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) st.acc[i][n][e] = 0.f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) st.middle[n][e] = 0.f;
+#pragma unroll
+        for (int j = 0; j < 2; j++) st.m[n][j] = -INFINITY, st.l[n][j] = st.z[n][j] = 0.f;
+    }
+    st.unit = 0x1p-24f;
+}
 
 __device__ __forceinline__ float column_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
@@ -323,62 +356,71 @@ __device__ __forceinline__ float2 params_of(uint32_t at, kv_format f, int token)
     return __half22float2(*reinterpret_cast<const __half2 *>(&x));
 }
 
-// Scores of a unit to weights p of the format that multiply_v wants; moves the state to the new
-// maximum. Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
-template <int D, int NT, int UT, typename T>
-__device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
-                                      state<D, NT> &st, const query<D, NT> &q,
-                                      const decode_arguments &a, uint32_t stage, int token0, int lo,
-                                      int end, int lane) {
-    const int row = lane / 4;
-    const bool edge = token0 < lo || token0 + UT > end; // uniform
-    const float s_scale = a.k == KF_16 ? a.scale : a.scale * code_unit(a.k) / q.factor;
-    const bool k_codes = a.k != KF_16, v_codes = a.v != KF_16;
-    float top[NT][2];
+// Which tokens of a unit count.
+struct extent {
+    int token0, lo, end;
+    bool edge; // some do not
+    __device__ bool out(int token) const {
+        return edge && (token0 + token < lo || token0 + token >= end);
+    }
+};
+
+// Products to scores in base 2, -inf outside; top: the largest of this lane.
+template <int D, int NT, int UT, kv_class C>
+__device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], float (&top)[NT][2],
+                                             const query<D, NT> &q, const decode_arguments &a,
+                                             uint32_t params, const extent &x, int row) {
+    const kv_format k = k_format<C>(a);
+    const bool codes = C != ANY || k != KF_16;
+    const float s_scale = codes ? a.scale * code_unit(k) / q.factor : a.scale;
+    float z_scale[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++) top[n][0] = top[n][1] = -INFINITY;
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) top[n][j] = -INFINITY, z_scale[n][j] = a.scale * q.sum[n][j];
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int token = m * 16 + half * 8 + row;
-            float2 kp = make_float2(1.f, 0.f);
-            if (k_codes) kp = params_of(stage + a.k_param_at, a.k, token);
-            const float f = kp.x * s_scale, z = kp.y * a.scale;
-            const bool out = edge && (token0 + token < lo || token0 + token >= end);
+            float2 p = make_float2(1.f, 0.f);
+            if (codes) p = params_of(params, k, token);
+            const float f = p.x * s_scale;
+            const bool out = x.out(token);
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    float &x = s[m][n][half * 2 + j];
-                    x = k_codes ? x * f + z * q.sum[n][j] : x * f;
-                    if (out) x = -INFINITY;
-                    top[n][j] = fmaxf(top[n][j], x);
+                    float &y = s[m][n][half * 2 + j];
+                    y = codes ? y * f + p.y * z_scale[n][j] : y * f;
+                    if (out) y = -INFINITY;
+                    top[n][j] = fmaxf(top[n][j], y);
                 }
         }
+}
 
-    // V's scales, divided by a power of two near the largest so far: p * scale stays in fp16's
-    // range.
-    float2 vp[UT / 16][2];
-    float unit = st.unit;
-    if (v_codes) {
-        float largest = unit;
+// Parameters of V of this lane's tokens, and the power of two that their scales are divided by from
+// here on: near the largest so far, so that p * scale stays in fp16's range.
+template <int UT>
+__device__ __forceinline__ float v_params(float2 (&vp)[UT / 16][2], float unit, kv_format v,
+                                          uint32_t params, const extent &x, int row) {
 #pragma unroll
-        for (int m = 0; m < UT / 16; m++)
+    for (int m = 0; m < UT / 16; m++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int token = m * 16 + half * 8 + row;
-                vp[m][half] = params_of(stage + a.v_param_at, a.v, token);
-                if (edge && (token0 + token < lo || token0 + token >= end))
-                    vp[m][half] = make_float2(0.f, 0.f);
-                largest = fmaxf(largest, vp[m][half].x);
-            }
-        unit = __uint_as_float(__float_as_uint(column_max(largest)) & 0x7f800000u);
-    }
-    const float per_unit = __uint_as_float(0x7f000000u - __float_as_uint(unit));
-    const float middle = a.v == KF_8 ? 128.f : a.v == KF_4 ? 8.f : 0.f;
+        for (int half = 0; half < 2; half++) {
+            const int token = m * 16 + half * 8 + row;
+            vp[m][half] = params_of(params, v, token);
+            if (x.out(token)) vp[m][half] = make_float2(0.f, 0.f);
+            unit = fmaxf(unit, vp[m][half].x);
+        }
+    return __uint_as_float(__float_as_uint(column_max(unit)) & 0x7f800000u);
+}
 
-    float shrink[NT][2], from[NT][2];
+// The state to new maxima and another unit of V's scales.
+template <int D, int NT>
+__device__ __forceinline__ void move_state(state<D, NT> &st, const float (&top)[NT][2],
+                                           float (&from)[NT][2], float unit, float per_unit) {
+    float shrink[NT][2];
     bool moved = false;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -394,18 +436,35 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
             st.m[n][j] = next;
         }
     st.unit = unit;
-    if (__any_sync(~0u, moved)) {
+    if (!__any_sync(~0u, moved)) return;
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
+    for (int n = 0; n < NT; n++) {
 #pragma unroll
-            for (int i = 0; i < D / 16; i++)
+        for (int i = 0; i < D / 16; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) st.acc[i][n][e] *= shrink[n][e % 2];
+            for (int e = 0; e < 4; e++) st.acc[i][n][e] *= shrink[n][e % 2];
 #pragma unroll
-            for (int e = 0; e < 4; e++) st.middle[n][e] *= shrink[n][e % 2];
-        }
+        for (int e = 0; e < 4; e++) st.middle[n][e] *= shrink[n][e % 2];
     }
+}
 
+// Products of a unit to weights p as multiply_v wants them; moves the state to the new maximum.
+// Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
+template <int D, int NT, int UT, kv_class C, typename T>
+__device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
+                                      state<D, NT> &st, const query<D, NT> &q,
+                                      const decode_arguments &a, uint32_t params, const extent &x,
+                                      int lane) {
+    const kv_format v = v_format<C>(a);
+    const bool codes = C != ANY || v != KF_16;
+    float top[NT][2], from[NT][2];
+    scale_scores<D, NT, UT, C>(s, top, q, a, params, x, lane / 4);
+    float2 vp[UT / 16][2];
+    float unit = st.unit;
+    if (codes) unit = v_params<UT>(vp, unit, v, params + a.k_param, x, lane / 4);
+    const float per_unit = __uint_as_float(0x7f000000u - __float_as_uint(unit));
+    move_state(st, top, from, unit, per_unit);
+    const float middle = v == KF_8 ? 128.f : v == KF_4 ? 8.f : 0.f;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
@@ -418,12 +477,12 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
                 for (int j = 0; j < 2; j++) {
                     w[j] = exp2_approx(s[m][n][half * 2 + j] - from[n][j]);
                     st.l[n][j] += w[j];
-                    if (v_codes) {
+                    if (codes) {
                         st.z[n][j] += w[j] * vz;
                         w[j] *= vs;
                     }
                 }
-                const uint32_t packed = v_codes ? pack2<__half>(w[0], w[1]) : pack2<T>(w[0], w[1]);
+                const uint32_t packed = codes ? pack2<__half>(w[0], w[1]) : pack2<T>(w[0], w[1]);
                 p[m][n][half] = turn_matrix(packed);
             }
         }
@@ -447,422 +506,556 @@ __device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo,
 // --- Joining
 // ------------------------------------------------------------------------------------------
 
-// Results of the four warps: acc [4, rows, D + 4] (+ 4: the columns of a quarter fall into other
-// banks), then (m, l) [4, rows].
-template <int D> __host__ __device__ constexpr int joint_floats(int rows) {
-    return kConsumers * rows * (D + 4 + 2);
+// A sum over tokens: this warp's dims (tiles of 16 from D / 64 * warp on) in mma's order, and for
+// this lane's columns the largest score and the sum of weights.
+template <int D, int NT> struct sum {
+    float x[D / 64][NT][4];
+    float m[NT][2], l[NT][2];
+};
+
+// A score's factor when the largest is m; both may be -inf.
+__device__ __forceinline__ float factor_of(float score, float m) {
+    return m == -INFINITY ? 0.f : exp2_approx(score - m);
+}
+// a f + b g, rounded the same wherever two sums are joined.
+__device__ __forceinline__ float join2(float a, float f, float b, float g) {
+    return __fmaf_rn(a, f, __fmul_rn(b, g));
 }
 
 template <int D, int NT>
-__device__ __forceinline__ void put_joint(float *to, state<D, NT> &st, const decode_arguments &a,
-                                          int n_heads, int share, int lane) {
+__device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float f[2], g[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float m = fmaxf(to.m[n][j], leaf.m[n][j]);
+            f[j] = factor_of(to.m[n][j], m), g[j] = factor_of(leaf.m[n][j], m);
+            to.m[n][j] = m;
+            to.l[n][j] = join2(to.l[n][j], f[j], leaf.l[n][j], g[j]);
+        }
+#pragma unroll
+        for (int k = 0; k < D / 64; k++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                to.x[k][n][e] = join2(to.x[k][n][e], f[e % 2], leaf.x[k][n][e], g[e % 2]);
+    }
+}
+
+// Block memory of the warps' results: acc [4 warps, D / 16, NT, 8 rows, quarters] float4, and
+// (m, l) [4 warps, NT, 4 quarters] float4.
+template <int D, int NT> __host__ __device__ constexpr int joint_bytes(int quarters) {
+    return kWarps * (D / 16) * NT * 8 * quarters * 16;
+}
+template <int D, int NT>
+__device__ __forceinline__ int joint_tile(const decode_arguments &a, int warp, int i, int n) {
+    return ((warp * (D / 16) + i) * NT + n) * 8 * a.quarters;
+}
+
+template <int D, int NT, kv_class C>
+__device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &st,
+                                          const decode_arguments &a, int warp, int lane) {
+    const kv_format v = v_format<C>(a);
+    const bool codes = C != ANY || v != KF_16;
     const int row = lane / 4, quarter = lane % 4;
-    const float unit = st.unit * code_unit(a.v), odd = a.v == KF_4 ? unit / 16 : unit;
-    float2 *ml = (float2 *)(to + kConsumers * a.rows * (D + 4)) + share * a.rows;
+    const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
+    float4 *acc = (float4 *)(memory + a.joint_at) + row * a.quarters + quarter;
+    float4 *ml = (float4 *)(memory + a.sums_at) + warp * NT * 4;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const float l0 = column_sum(st.l[n][0]), l1 = column_sum(st.l[n][1]);
+        float z[2] = {0.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            if (codes) z[j] = column_sum(st.z[n][j]) + st.middle[n][j] * unit;
+        if (row == 0) ml[n * 4 + quarter] = make_float4(st.m[n][0], l0, st.m[n][1], l1);
+        if (quarter >= a.quarters) continue;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            const float *x = st.acc[i][n];
+            acc[joint_tile<D, NT>(a, warp, i, n)] =
+                codes ? make_float4(x[0] * unit + z[0], x[1] * unit + z[1], x[2] * odd + z[0],
+                                    x[3] * odd + z[1])
+                      : make_float4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+// The first n_warps warps' results, in order.
+template <int D, int NT>
+__device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
+                                           const decode_arguments &a, int n_warps, int warp,
+                                           int lane) {
+    const int row = lane / 4, quarter = lane % 4;
+    const float4 *acc =
+        (const float4 *)(memory + a.joint_at) + row * a.quarters + min(quarter, a.quarters - 1);
+    const float4 *ml = (const float4 *)(memory + a.sums_at) + quarter;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float4 w[kWarps];
+        float m[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int k = 0; k < kWarps; k++) {
+            w[k] = ml[(k * NT + n) * 4];
+            if (k >= n_warps) w[k] = make_float4(-INFINITY, 0.f, -INFINITY, 0.f);
+            m[0] = fmaxf(m[0], w[k].x), m[1] = fmaxf(m[1], w[k].z);
+        }
+        s.l[n][0] = s.l[n][1] = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 64; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s.x[i][n][e] = 0.f;
+#pragma unroll
+        for (int k = 0; k < kWarps; k++) {
+            if (k >= n_warps) continue;
+            const float f = factor_of(w[k].x, m[0]), g = factor_of(w[k].z, m[1]);
+            s.l[n][0] += w[k].y * f, s.l[n][1] += w[k].w * g;
+#pragma unroll
+            for (int i = 0; i < D / 64; i++) {
+                const float4 y = acc[joint_tile<D, NT>(a, k, warp * (D / 64) + i, n)];
+                float *x = s.x[i][n];
+                x[0] += y.x * f, x[1] += y.y * g, x[2] += y.z * f, x[3] += y.w * g;
+            }
+        }
+        s.m[n][0] = m[0], s.m[n][1] = m[1];
+    }
+}
+
+// --- Results
+// ------------------------------------------------------------------------------------------
+
+// The heads of a tile, and where they are.
+struct tile_place {
+    int head0, n_heads;
+};
+template <int NT>
+__device__ __forceinline__ tile_place place_of(const decode_arguments &a, int tile) {
+    const int g = tile / a.n_tiles, first = tile % a.n_tiles * 8 * NT;
+    return {g * a.ratio + first, min(8 * NT, a.ratio - first)};
+}
+
+// 1 / (l + sink)
+__device__ __forceinline__ float normal_of(const decode_arguments &a, int head, float m, float l) {
+    if (a.sinks) l += exp2_approx(load16(a.sinks, head, a.bf16) * kLog2E - m);
+    return 1.f / l;
+}
+__device__ __forceinline__ uint32_t pack_out(const decode_arguments &a, float x, float y) {
+    return a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y);
+}
+
+template <int D, int NT, kv_class C>
+__device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_arguments &a, int row,
+                                        const tile_place &p, int warp, int lane) {
+    const kv_format v = v_format<C>(a);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int h = n * 8 + quarter * 2 + j;
-            const float l = column_sum(st.l[n][j]);
-            const float z = a.v == KF_16 ? 0.f : column_sum(st.z[n][j]) + st.middle[n][j] * unit;
-            if (h >= n_heads) continue;
-            if (row == 0) ml[h] = make_float2(st.m[n][j], l);
-            float *acc = to + (share * a.rows + h) * (D + 4);
+            const int h = n * 8 + lane % 4 * 2 + j, head = p.head0 + h;
+            if (h >= p.n_heads) continue;
+            const float f = normal_of(a, head, s.m[n][j], s.l[n][j]);
+            uint16_t *to = (uint16_t *)a.out + ((int64_t)row * a.n_heads + head) * D;
 #pragma unroll
-            for (int i = 0; i < D / 16; i++) {
+            for (int k = 0; k < D / 64; k++) {
                 int d0, d1;
-                rows_of(a.v, i, row, &d0, &d1);
-                acc[d0] = a.v == KF_16 ? st.acc[i][n][j] : st.acc[i][n][j] * unit + z;
-                acc[d1] = a.v == KF_16 ? st.acc[i][n][j + 2] : st.acc[i][n][j + 2] * odd + z;
+                rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
+                const uint32_t pair = pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f);
+                if (C != ANY || v != KF_16) {
+                    *(uint32_t *)(to + d0) = pair;
+                } else {
+                    to[d0] = (uint16_t)pair;
+                    to[d1] = (uint16_t)(pair >> 16);
+                }
             }
         }
 }
 
-// out = acc / (l + sink), four dims of a head.
-__device__ __forceinline__ void put_out(const decode_arguments &a, int64_t at, int head, float4 x,
-                                        float m, float l) {
-    if (a.sinks) l += exp2_approx(load16(a.sinks, head, a.bf16) * kLog2E - m);
-    const float f = 1.f / l;
-    uint2 packed;
-    if (a.bf16)
-        packed = make_uint2(pack2<__nv_bfloat16>(x.x * f, x.y * f),
-                            pack2<__nv_bfloat16>(x.z * f, x.w * f));
-    else
-        packed = make_uint2(pack2<__half>(x.x * f, x.y * f), pack2<__half>(x.z * f, x.w * f));
-    *(uint2 *)((uint16_t *)a.out + at) = packed;
+template <int D>
+__device__ __forceinline__ float *record_of(const decode_arguments &a, int slot, int head) {
+    return a.partial + ((int64_t)slot * a.n_heads + head) * (D + ATTENTION_PARTIAL_EXTRA);
 }
 
-// Four warps' results of an item to one: out, or a partial result. By `threads` threads.
+template <int D, int NT, kv_class C>
+__device__ __forceinline__ void put_record(const sum<D, NT> &s, const decode_arguments &a, int slot,
+                                           const tile_place &p, int warp, int lane) {
+    const kv_format v = v_format<C>(a);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int h = n * 8 + lane % 4 * 2 + j;
+            if (h >= p.n_heads) continue;
+            float *to = record_of<D>(a, slot, p.head0 + h);
+            if (warp == 0 && lane < 4) *(float2 *)(to + D) = make_float2(s.m[n][j], s.l[n][j]);
+#pragma unroll
+            for (int k = 0; k < D / 64; k++) {
+                int d0, d1;
+                rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
+                to[d0] = s.x[k][n][j];
+                to[d1] = s.x[k][n][j + 2];
+            }
+        }
+}
+
+// The whole block, after its records of a tile are written: has it completed the count?
 template <int D>
-__device__ __forceinline__ void join(const float *from, const decode_arguments &a,
-                                     const attention_part &part, int head0, int n_heads,
-                                     int n_warps, int thread, int threads) {
-    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
-    const int H = a.n_heads;
-    const bool whole = part.n_parts == 1;
-    const float2 *ml = (const float2 *)(from + kConsumers * a.rows * (D + 4));
-#pragma unroll 2
-    for (int i = thread; i < n_heads * (D / 4); i += threads) {
-        const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
-        float2 w[kConsumers];
-        float m = -INFINITY, l = 0.f;
-#pragma unroll
-        for (int k = 0; k < kConsumers; k++) {
-            w[k] = k < n_warps ? ml[k * a.rows + h] : make_float2(-INFINITY, 0.f);
-            m = fmaxf(m, w[k].x);
-        }
-        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int k = 0; k < kConsumers; k++) {
-            if (k >= n_warps) continue;
-            const float f = exp2_approx(w[k].x - m);
-            const float4 y = *(const float4 *)(from + (k * a.rows + h) * (D + 4) + d);
-            l += w[k].y * f;
-            x.x += y.x * f, x.y += y.y * f, x.z += y.z * f, x.w += y.w * f;
-        }
-        if (whole) {
-            put_out(a, ((int64_t)part.row * H + head) * D + d, head, x, m, l);
-        } else {
-            float *to = a.partial + ((int64_t)(part.slot + part.part) * H + head) * STRIDE;
-            *(float4 *)(to + d) = x;
-            if (d == 0) *(float2 *)(to + D) = make_float2(m, l);
-        }
+__device__ __forceinline__ bool count_leaves(const decode_arguments &a, const attention_run &run,
+                                             int head0, int n_leaves, int *flag) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2);
+        __threadfence();
+        const bool last = atomicAdd(counter, n_leaves) + n_leaves == run.n;
+        if (last) *counter = 0;
+        __threadfence();
+        *flag = last;
     }
+    __syncthreads();
+    return *flag;
 }
 
-// One thread, after the partial result is in memory for all to see: is it the last of its sequence?
+// Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf.
 template <int D>
-__device__ __forceinline__ bool count_part(const decode_arguments &a, const attention_part &part,
-                                           int head0) {
-    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA;
-    int32_t *counter =
-        (int32_t *)(a.partial + ((int64_t)part.slot * a.n_heads + head0) * STRIDE + D + 2);
-    if (atomicAdd(counter, 1) != part.n_parts - 1) return false;
-    *counter = 0;
-    __threadfence();
-    return true;
-}
-
-// All parts of a sequence, in order. By `threads` threads, of which one has counted.
-template <int D>
-__device__ __forceinline__ void sum_parts(const decode_arguments &a, const attention_part &part,
-                                          int head0, int n_heads, int thread, int threads) {
-    constexpr int STRIDE = D + ATTENTION_PARTIAL_EXTRA, BATCH = 8;
-    const int H = a.n_heads;
-    __threadfence();
-    for (int i = thread; i < n_heads * (D / 4); i += threads) {
-        const int h = i / (D / 4), d = i % (D / 4) * 4, head = head0 + h;
-        const float *first = a.partial + ((int64_t)part.slot * H + head) * STRIDE;
-        const int64_t step = (int64_t)H * STRIDE; // from part to part
+__device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
+                                             const tile_place &p, int prefix) {
+    constexpr int BATCH = 16;
+    const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
+    const int n = run.n - prefix + 1;                                        // records
+    for (int i = threadIdx.x; i < p.n_heads * (D / 4); i += kThreads) {
+        const int head = p.head0 + i / (D / 4), d = i % (D / 4) * 4;
+        const float *first = record_of<D>(a, run.slot, head);
         float m = -INFINITY, l = 0.f;
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int k0 = 0; k0 < part.n_parts; k0 += BATCH) {
+        for (int k0 = 0; k0 < n; k0 += BATCH) {
             float2 w[BATCH];
             float4 y[BATCH];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
-                const float *at = first + min(k0 + k, part.n_parts - 1) * step;
-                w[k] = __ldcg((const float2 *)(at + D));
-                y[k] = __ldcg((const float4 *)(at + d));
+                const int at = min(k0 + k, n - 1);
+                const float *from = first + (at ? at + prefix - 1 : 0) * step;
+                w[k] = __ldcg((const float2 *)(from + D));
+                y[k] = __ldcg((const float4 *)(from + d));
             }
-            float next = m;
-#pragma unroll
-            for (int k = 0; k < BATCH; k++) next = fmaxf(next, w[k].x);
-            const float shrink = exp2_approx(m - next);
-            m = next;
-            l *= shrink;
-            x.x *= shrink, x.y *= shrink, x.z *= shrink, x.w *= shrink;
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
-                const float f = k0 + k < part.n_parts ? exp2_approx(w[k].x - m) : 0.f;
-                l += w[k].y * f;
-                x.x += y[k].x * f, x.y += y[k].y * f, x.z += y[k].z * f, x.w += y[k].w * f;
+                if (k0 + k >= n) continue;
+                if (k0 + k == 0) {
+                    m = w[k].x, l = w[k].y, x = y[k];
+                    continue;
+                }
+                const float next = fmaxf(m, w[k].x);
+                const float f = factor_of(m, next), g = factor_of(w[k].x, next);
+                m = next;
+                l = join2(l, f, w[k].y, g);
+                x.x = join2(x.x, f, y[k].x, g), x.y = join2(x.y, f, y[k].y, g);
+                x.z = join2(x.z, f, y[k].z, g), x.w = join2(x.w, f, y[k].w, g);
             }
         }
-        put_out(a, ((int64_t)part.row * H + head) * D + d, head, x, m, l);
+        const float f = normal_of(a, head, m, l);
+        *(uint2 *)((uint16_t *)a.out + ((int64_t)run.row * a.n_heads + head) * D + d) =
+            make_uint2(pack_out(a, x.x * f, x.y * f), pack_out(a, x.z * f, x.w * f));
     }
 }
+
+// --- A warp's ring
+// ------------------------------------------------------------------------------------------
+
+template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
+template <int D, int NT> __host__ __device__ constexpr int q_slot_bytes() {
+    return 8 * NT * q_row_bytes<D>();
+}
+
+// The next entry to fetch, and where: the warp's cursor over its block's work.
+template <int D, int NT, int UT, bool BULK> struct feeder {
+    const decode_arguments &a;
+    uint32_t ring, full; // this warp's entries and their barriers
+    uint32_t q_ring, q_full;
+    int warp, lane;
+    attention_run run;
+    int leaf, tile, part;
+    int token, stop; // of the unit; the leaf's end
+    int page;
+    int n_q;     // tiles whose q is on its way or here
+    bool second; // V of the unit comes next
+    bool fresh;  // a new tile: its q is wanted
+    bool done;
+
+    __device__ __forceinline__ void enter(int at) {
+        run = a.runs[at];
+        leaf = run.from;
+        tile = leaf / run.n;
+        part = leaf - tile * run.n;
+        fresh = true;
+    }
+    __device__ __forceinline__ void load_page() { page = a.page[run.page_at + token / kPage]; }
+    // From the leaf at hand on, the first in which this warp has a page.
+    __device__ __forceinline__ void seek() {
+        for (;;) {
+            if (leaf == run.to) {
+                done = run.next < 0;
+                if (done) return;
+                enter(run.next);
+            }
+            token = run.begin + part * run.leaf + warp * kPage;
+            stop = min(run.begin + (part + 1) * run.leaf, run.end);
+            if (token < stop) break;
+            next_leaf();
+        }
+        load_page();
+    }
+    __device__ __forceinline__ void next_leaf() {
+        leaf++;
+        if (++part == run.n) part = 0, tile++, fresh = true;
+    }
+    __device__ __forceinline__ void next_unit() {
+        token += UT;
+        if (UT < kPage && token % kPage != 0 && token < stop) return;
+        token += kStride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
+        if (token < stop) {
+            load_page();
+        } else {
+            next_leaf();
+            seek();
+        }
+    }
+    // q of a tile, a row a head.
+    __device__ __forceinline__ void fetch_q(int row, int of) {
+        const int at = n_q++ % a.q_slots;
+        const uint32_t to = q_ring + at * q_slot_bytes<D, NT>(), bar = q_full + 8 * at;
+        const tile_place p = place_of<NT>(a, of);
+        const uint16_t *from =
+            (const uint16_t *)a.qkv + ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * D;
+        if (BULK) {
+            if (lane == 0) barrier_expect(bar, p.n_heads * 2 * D);
+            __syncwarp();
+            if (lane < p.n_heads)
+                copy_bulk(to + lane * q_row_bytes<D>(), from + lane * D, 2 * D, bar);
+        } else {
+            for (int k = lane; k < p.n_heads * (D / 8); k += 32)
+                copy_async(to + k / (D / 8) * q_row_bytes<D>() + k % (D / 8) * 16, from + k * 8);
+            copy_async_arrive(bar);
+        }
+    }
+    __device__ __forceinline__ void copy(uint32_t to, const uint8_t *from, int bytes,
+                                         uint32_t bar) {
+        if (BULK) {
+            if (bytes) copy_bulk(to, from, bytes, bar);
+        } else {
+            for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
+        }
+    }
+    // Fill a slot, which every lane has done with, with the next entry.
+    __device__ __forceinline__ void fetch(int slot) {
+        if (done) return;
+        if (fresh && warp == 0) fetch_q(run.row, tile);
+        fresh = false;
+        const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
+        const int g = a.n_tiles == 1 ? tile : tile / a.n_tiles, unit = token % kPage / UT;
+        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
+        const uint8_t *code = base + g * a.head_bytes;
+        if (!BULK || lane == 0) {
+            if (second) {
+                if (BULK) barrier_expect(bar, a.v_bytes);
+                copy(to, code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
+            } else {
+                const uint8_t *param = base + a.param_base + g * a.param_bytes;
+                const int k_param = a.k_param, v_param = a.v_param_bytes;
+                if (BULK) barrier_expect(bar, a.k_bytes + k_param + v_param);
+                copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
+                if (UT == kPage) { // both kinds of parameters lie together
+                    copy(to + a.k_bytes, param, k_param + v_param, bar);
+                } else {
+                    copy(to + a.k_bytes, param + unit * k_param, k_param, bar);
+                    copy(to + a.k_bytes + k_param, param + a.v_param + unit * v_param, v_param,
+                         bar);
+                }
+            }
+            if (!BULK) copy_async_arrive(bar);
+        }
+        if (second) next_unit();
+        second = !second;
+    }
+    // Is the unit free of the newest token, which the kernel before this one may be writing?
+    __device__ __forceinline__ bool old() const { return token + UT < run.end; }
+};
 
 // --- The kernel
 // -----------------------------------------------------------------------------------------
 
-// Barriers in block memory.
-struct barriers {
-    uint32_t at;
-    int stages;
-    __device__ uint32_t full(int i) const { return at + 8 * i; }
-    __device__ uint32_t empty(int i) const { return at + 8 * (stages + i); }
-    __device__ uint32_t q_full(int i) const { return at + 8 * (2 * stages + i); }
-    __device__ uint32_t q_empty(int i) const { return at + 8 * (2 * stages + kItems + i); }
-    __device__ uint32_t joint_full(int i) const { return at + 8 * (2 * stages + 2 * kItems + i); }
-    __device__ uint32_t joint_empty(int i) const { return at + 8 * (2 * stages + 3 * kItems + i); }
-};
-
-// An item: a part, a KV head, a tile of its heads.
-struct item_place {
-    int part, g, head0; // head0 within the group
-};
-__device__ __forceinline__ item_place place_of(const decode_arguments &a, int item,
-                                               int tile_heads) {
-    item_place p;
-    p.part = item / a.n_tiles / a.n_kv_heads;
-    p.g = item / a.n_tiles % a.n_kv_heads;
-    p.head0 = item % a.n_tiles * tile_heads;
-    return p;
-}
-template <int D, int NT> __host__ __device__ constexpr int q_slot_bytes() {
-    return 8 * NT * (2 * D + 16) + (int)sizeof(attention_part);
+template <int D, int NT, int UT, kv_class C, typename T>
+__device__ __forceinline__ void multiply_k_of(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
+                                              kv_format k, uint32_t at, int lane) {
+    if (C == ANY && k == KF_16)
+        multiply_k<D, NT, UT, KF_16, T>(s, q, at, lane);
+    else if (C == ONLY_4 || k == KF_4)
+        multiply_k<D, NT, UT, KF_4, __half>(s, q, at, lane);
+    else if (k == KF_8)
+        multiply_k<D, NT, UT, KF_8, __half>(s, q, at, lane);
+    else
+        multiply_k<D, NT, UT, KF_FP8, __half>(s, q, at, lane);
 }
 
-// One warp: keep the ring filled with the units of all this block's items, in order.
-template <int D, int NT, int UT, bool BULK>
-__device__ __forceinline__ void produce(const decode_arguments &a, uint8_t *memory,
-                                        const barriers &bar, const attention_part *parts,
-                                        int n_items, int lane) {
-    const uint32_t ring = shared_at(memory);
-    const uint32_t k_bytes = a.v_at, v_bytes = a.k_param_at - a.v_at;
-    const uint32_t k_param = UT * (a.k == KF_16 ? 0 : a.k == KF_FP8 ? 2 : 4);
-    const uint32_t v_param = UT * (a.v == KF_16 ? 0 : a.v == KF_FP8 ? 2 : 4);
-    uint32_t slot = 0, parity = 1, n = 0; // the first round finds every slot empty
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
-        const item_place at_item = place_of(a, item, 8 * NT);
-        const attention_part part = parts[at_item.part];
-        const int g = at_item.g, n_units = (part.end - part.begin + UT - 1) / UT;
-        const int32_t *page = a.page + part.page_at;
-        int mine = lane < n_units ? page[(part.begin + lane * UT) / kPage] : 0;
-
-        { // q of the item, a row a head, and the part
-            const uint32_t i = n % kItems, q_bar = bar.q_full(i);
-            uint8_t *q = memory + a.q_at + i * q_slot_bytes<D, NT>();
-            const int n_heads = min(8 * NT, a.ratio - at_item.head0);
-            const uint16_t *from =
-                (const uint16_t *)a.qkv +
-                ((int64_t)part.row * (a.n_heads + 2 * a.n_kv_heads) + g * a.ratio + at_item.head0) *
-                    D;
-            barrier_wait(bar.q_empty(i), n / kItems & 1 ^ 1);
-            if (lane == 0) *(attention_part *)(q + 8 * NT * (2 * D + 16)) = part;
-            if (BULK) {
-                if (lane == 0) barrier_expect(q_bar, n_heads * 2 * D);
-                __syncwarp();
-                if (lane < n_heads)
-                    copy_bulk(shared_at(q) + lane * (2 * D + 16), from + lane * D, 2 * D, q_bar);
-            } else {
-                for (int k = lane; k < n_heads * (D / 8); k += 32)
-                    copy_async(shared_at(q) + k / (D / 8) * (2 * D + 16) + k % (D / 8) * 16,
-                               from + k * 8);
-                copy_async_arrive(q_bar);
-                if (lane == 0) barrier_arrive(q_bar);
-            }
-        }
-        for (int u = 0; u < n_units; u++) {
-            if (u && u % 32 == 0)
-                mine = u + lane < n_units ? page[(part.begin + (u + lane) * UT) / kPage] : 0;
-            const int in_page = (part.begin + u * UT) % kPage / UT;
-            const uint8_t *base = a.base + __shfl_sync(~0u, mine, u % 32) * a.page_bytes;
-            const uint8_t *code = base + g * a.layout.head_bytes;
-            const uint8_t *param = base + a.layout.param_base + (int64_t)g * a.layout.param_bytes;
-            const uint32_t to = ring + slot * a.stage_bytes, full = bar.full(slot);
-            barrier_wait(bar.empty(slot), parity);
-            if (BULK) {
-                if (lane == 0) {
-                    barrier_expect(full, k_bytes + v_bytes + k_param + v_param);
-                    copy_bulk(to, code + in_page * k_bytes, k_bytes, full);
-                    copy_bulk(to + a.v_at, code + a.layout.v_code + in_page * v_bytes, v_bytes,
-                              full);
-                    if (k_param)
-                        copy_bulk(to + a.k_param_at, param + in_page * k_param, k_param, full);
-                    if (v_param)
-                        copy_bulk(to + a.v_param_at, param + a.layout.v_param + in_page * v_param,
-                                  v_param, full);
-                }
-            } else {
-                for (uint32_t b = lane * 16; b < k_bytes; b += 512)
-                    copy_async(to + b, code + in_page * k_bytes + b);
-                for (uint32_t b = lane * 16; b < v_bytes; b += 512)
-                    copy_async(to + a.v_at + b, code + a.layout.v_code + in_page * v_bytes + b);
-                if (lane * 16 < k_param)
-                    copy_async(to + a.k_param_at + lane * 16,
-                               param + in_page * k_param + lane * 16);
-                if (lane * 16 < v_param)
-                    copy_async(to + a.v_param_at + lane * 16,
-                               param + a.layout.v_param + in_page * v_param + lane * 16);
-                copy_async_arrive(full);
-            }
-            if (++slot == (uint32_t)a.stages) slot = 0, parity ^= 1;
-        }
+template <int D, int NT, int UT, kv_class C, typename T>
+__device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (&p)[UT / 16][NT][2],
+                                              kv_format v, const extent &x, uint32_t at, int lane) {
+    if (C == ANY && v == KF_16) {
+        if (x.edge) clear_outside<D, UT>(at, x.token0, x.lo, x.end, lane);
+        multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, at, lane);
+    } else if (C == ONLY_4 || v == KF_4) {
+        multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, at, lane);
+    } else if (v == KF_8) {
+        multiply_v<D, NT, UT, KF_8, __half>(st.acc, st.middle, p, at, lane);
+    } else {
+        multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
     }
 }
 
-template <int D, int NT, int UT, typename T, bool LIGHT>
-__device__ __forceinline__ void consume(const decode_arguments &a, uint8_t *memory,
-                                        const barriers &bar, int n_items, int warp, int lane) {
-    const uint32_t ring = shared_at(memory);
-    uint32_t base = 0, n = 0; // units, items before this one
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x, n++) {
-        const uint32_t at = n % kItems, turn = n / kItems & 1;
-        const uint8_t *q_from = memory + a.q_at + at * q_slot_bytes<D, NT>();
-        const int head0 = item % a.n_tiles * 8 * NT, n_heads = min(8 * NT, a.ratio - head0);
-        barrier_wait(bar.q_full(at), turn);
-        const attention_part *part = (const attention_part *)(q_from + 8 * NT * (2 * D + 16));
-        const int begin = part->begin, end = part->end, lo = part->lo;
-        const int n_units = (end - begin + UT - 1) / UT;
-        query<D, NT> q;
-        if (!LIGHT && a.k == KF_16)
-            load_query<D, NT, KF_16, T>(q, a, q_from, n_heads, lane);
-        else if (a.k == KF_4)
-            load_query<D, NT, KF_4, T>(q, a, q_from, n_heads, lane);
-        else
-            load_query<D, NT, KF_8, T>(q, a, q_from, n_heads, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(bar.q_empty(at));
+template <int D, int NT, kv_class C, typename T>
+__device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_arguments &a,
+                                              const uint8_t *from, int n_heads, int lane) {
+    if (C == ANY && a.k == KF_16)
+        load_query<D, NT, KF_16, T>(q, a, from, n_heads, lane);
+    else if (C == ONLY_4 || a.k == KF_4)
+        load_query<D, NT, KF_4, T>(q, a, from, n_heads, lane);
+    else
+        load_query<D, NT, KF_8, T>(q, a, from, n_heads, lane);
+}
 
+template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
+    static constexpr int UT = unit_tokens<D, C>;
+    const decode_arguments &a;
+    uint8_t *memory;
+    feeder<D, NT, UT, BULK> feed;
+    int slot;
+    uint32_t parity;
+
+    // The entry at hand has landed; its address.
+    __device__ __forceinline__ uint32_t wait() {
+        barrier_wait(feed.full + 8 * slot, parity);
+        return feed.ring + slot * a.slot_bytes;
+    }
+    // The entry at hand has been read.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        feed.fetch(slot);
+        if (++slot == a.stages) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void attend(state<D, NT> &st, const query<D, NT> &q,
+                                           const attention_run &run, int token0, int stop) {
+        const extent x = {token0, run.lo, stop, token0 < run.lo || token0 + UT > stop};
+        const int lane = feed.lane;
+        float s[UT / 16][NT][4];
+        uint32_t p[UT / 16][NT][2];
+        uint32_t at = wait();
+        multiply_k_of<D, NT, UT, C, T>(s, q, k_format<C>(a), at, lane);
+        weigh<D, NT, UT, C, T>(p, s, st, q, a, at + a.k_bytes, x, lane);
+        release();
+        at = wait();
+        multiply_v_of<D, NT, UT, C, T>(st, p, v_format<C>(a), x, at, lane);
+        release();
+    }
+    // This warp's pages of a leaf, then all warps' together.
+    __device__ __forceinline__ void attend_leaf(sum<D, NT> &leaf, const query<D, NT> &q,
+                                                const attention_run &run, int part) {
+        const int begin = run.begin + part * run.leaf, stop = min(begin + run.leaf, run.end);
         state<D, NT> st;
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < D / 16; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) st.acc[i][n][e] = 0.f;
-#pragma unroll
-            for (int e = 0; e < 4; e++) st.middle[n][e] = 0.f;
-#pragma unroll
-            for (int j = 0; j < 2; j++) st.m[n][j] = -INFINITY, st.l[n][j] = st.z[n][j] = 0.f;
-        }
-        st.unit = 0x1p-24f;
-
-        // Stages are a multiple of the consumers, so that a slot is always the same warp's: a
-        // parity wait cannot tell a phase from the one before the last. Which share of the item
-        // that is turns with base.
-        const int share = (warp - base) % kConsumers;
-        for (int u = share; u < n_units; u += kConsumers) {
-            const uint32_t count = base + u, slot = count % a.stages;
-            const uint32_t stage = ring + slot * a.stage_bytes;
-            const int token0 = begin + u * UT;
-            barrier_wait(bar.full(slot), count / a.stages & 1);
-            float s[UT / 16][NT][4];
-            if (!LIGHT && a.k == KF_16)
-                multiply_k<D, NT, UT, KF_16, T>(s, q, stage, lane);
-            else if (a.k == KF_4)
-                multiply_k<D, NT, UT, KF_4, __half>(s, q, stage, lane);
-            else if (a.k == KF_8)
-                multiply_k<D, NT, UT, KF_8, __half>(s, q, stage, lane);
-            else
-                multiply_k<D, NT, UT, KF_FP8, __half>(s, q, stage, lane);
-
-            uint32_t p[UT / 16][NT][2];
-            weigh<D, NT, UT, T>(p, s, st, q, a, stage, token0, lo, end, lane);
-
-            const uint32_t v_at = stage + a.v_at;
-            if (!LIGHT && a.v == KF_16) {
-                if (token0 < lo || token0 + UT > end)
-                    clear_outside<D, UT>(v_at, token0, lo, end, lane);
-                multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, v_at, lane);
-            } else if (a.v == KF_4) {
-                multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, v_at, lane);
-            } else if (a.v == KF_8) {
-                multiply_v<D, NT, UT, KF_8, __half>(st.acc, st.middle, p, v_at, lane);
-            } else {
-                multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, v_at, lane);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(bar.empty(slot));
-        }
-        base += n_units;
-        barrier_wait(bar.joint_empty(at), turn ^ 1);
-        if (share < n_units)
-            put_joint<D, NT>((float *)(memory + a.joint_at) + at * joint_floats<D>(a.rows), st, a,
-                             n_heads, share, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(bar.joint_full(at));
+        clear(st);
+        for (int page = begin + feed.warp * kPage; page < stop; page += kStride)
+            for (int u = 0; u < kPage && page + u < stop; u += UT)
+                attend(st, q, run, page + u, stop);
+        const int n_warps = min(kWarps, (stop - begin + kPage - 1) / kPage);
+        __syncthreads(); // the leaf before has been taken
+        if (feed.warp < n_warps) put_joint<D, NT, C>(memory, st, a, feed.warp, feed.lane);
+        __syncthreads();
+        take_joint<D, NT>(leaf, memory, a, n_warps, feed.warp, feed.lane);
     }
-}
+    // Leaves from .. to of one tile.
+    __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
+                                                int to, int n_q) {
+        const tile_place place = place_of<NT>(a, tile);
+        const bool head = from == 0, whole = head && to == run.n;
+        const int at = n_q % a.q_slots;
+        query<D, NT> q;
+        barrier_wait(feed.q_full + 8 * at, n_q / a.q_slots & 1);
+        load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * q_slot_bytes<D, NT>(),
+                                   place.n_heads, feed.lane);
+        sum<D, NT> all;
+        for (int part = from; part < to; part++) {
+            sum<D, NT> leaf;
+            attend_leaf(leaf, q, run, part);
+            if (!head)
+                put_record<D, NT, C>(leaf, a, run.slot + part, place, feed.warp, feed.lane);
+            else if (part == 0)
+                all = leaf;
+            else
+                add_leaf(all, leaf);
+        }
+        if (whole) {
+            put_out<D, NT, C>(all, a, run.row, place, feed.warp, feed.lane);
+            return;
+        }
+        if (head) put_record<D, NT, C>(all, a, run.slot, place, feed.warp, feed.lane);
+        int *flag = (int *)(memory + a.barriers_at - 16);
+        if (count_leaves<D>(a, run, place.head0, to - from, flag))
+            join_records<D>(a, run, place, head ? to : run.prefix);
+    }
+};
 
-__device__ __forceinline__ void finish_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * (kConsumers + 1)) : "memory");
-}
-
-// The block's last item: consumers have nothing else to do and help the joining warp.
-template <int D, int NT, int UT>
-__device__ __forceinline__ void finish(const decode_arguments &a, const uint8_t *memory, int *flag,
-                                       const attention_part *parts, int item, uint32_t n,
-                                       int thread) {
-    constexpr int THREADS = 32 * (kConsumers + 1);
-    const item_place p = place_of(a, item, 8 * NT);
-    const attention_part part = parts[p.part];
-    const int n_units = (part.end - part.begin + UT - 1) / UT;
-    const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
-    finish_sync();
-    join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a, part,
-            head0, n_heads, min(kConsumers, n_units), thread, THREADS);
-    if (part.n_parts == 1) return;
-    __threadfence();
-    finish_sync();
-    if (thread == 0) *flag = count_part<D>(a, part, head0);
-    finish_sync();
-    if (*flag) sum_parts<D>(a, part, head0, n_heads, thread, THREADS);
-}
-
-// LIGHT: neither K nor V is 16 bit, and T does not matter.
-template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
-__global__ void __launch_bounds__(kThreads, D == 256 || NT == 2 ? 1 : 2)
-    attend_decode(const decode_arguments a) {
+template <int D, int NT, kv_class C, typename T, bool BULK>
+__global__ void __launch_bounds__(kThreads, 2)
+    attend_decode(const __grid_constant__ decode_arguments a) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const barriers bar = {shared_at(memory) + a.barriers_at, a.stages};
+    constexpr int UT = unit_tokens<D, C>;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const uint32_t bars = shared_at(memory) + a.barriers_at;
+    worker<D, NT, C, T, BULK> w = {a,
+                                   memory,
+                                   {a, shared_at(memory) + warp * a.stages * a.slot_bytes,
+                                    bars + 8 * warp * a.stages, shared_at(memory) + a.q_at,
+                                    bars + 8 * kWarps * a.stages, warp, lane},
+                                   0,
+                                   0};
+    feeder<D, NT, UT, BULK> &feed = w.feed;
+    feed.n_q = 0;
+    feed.second = feed.done = false;
+    feed.enter(blockIdx.x);
+    feed.seek();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) {
-            barrier_init(bar.full(i), BULK ? 1 : 32);
-            barrier_init(bar.empty(i), 1);
-        }
-        for (int i = 0; i < kItems; i++) {
-            barrier_init(bar.q_full(i), BULK ? 1 : 33);
-            barrier_init(bar.q_empty(i), kConsumers);
-            barrier_init(bar.joint_full(i), kConsumers);
-            barrier_init(bar.joint_empty(i), 1);
-        }
+        for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
+            barrier_init(bars + 8 * i, BULK ? 1 : 32);
         fence_async_proxy();
     }
     __syncthreads();
-    const attention_part *parts =
-        (const attention_part *)((const uint8_t *)a.plan + a.plan->parts_at);
-    const int n_items = a.plan->n_parts * a.n_kv_heads * a.n_tiles;
-    const int mine =
-        n_items > (int)blockIdx.x ? (n_items - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
-    if (mine == 0) return;
-    if (warp < kConsumers) {
-        consume<D, NT, UT, T, LIGHT>(a, memory, bar, n_items, warp, lane);
-    } else if (warp == kConsumers + 1) {
-        produce<D, NT, UT, BULK>(a, memory, bar, parts, n_items, lane);
-        return;
-    } else {
-        for (int n = 0; n < mine - 1; n++) {
-            const int item = blockIdx.x + n * gridDim.x;
-            const item_place p = place_of(a, item, 8 * NT);
-            const attention_part part = parts[p.part];
-            const int n_units = (part.end - part.begin + UT - 1) / UT;
-            const int head0 = p.g * a.ratio + p.head0, n_heads = min(8 * NT, a.ratio - p.head0);
-            barrier_wait(bar.joint_full(n % kItems), n / kItems & 1);
-            join<D>((const float *)(memory + a.joint_at) + n % kItems * joint_floats<D>(a.rows), a,
-                    part, head0, n_heads, min(kConsumers, n_units), lane, 32);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(bar.joint_empty(n % kItems));
-            if (part.n_parts == 1) continue;
-            __threadfence();
-            __syncwarp();
-            const bool last = lane == 0 && count_part<D>(a, part, head0);
-            if (__any_sync(~0u, last)) sum_parts<D>(a, part, head0, n_heads, lane, 32);
+    // What this step has not written needs no waiting for the kernel before this one.
+    const bool any = !feed.done;
+    const int row = feed.run.row, tile = feed.tile;
+    int slot = 0;
+    feed.fresh = false;
+    if (BULK)
+        while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
+    wait_for_previous();
+    launch_dependents();
+    if (any && warp == 0) feed.fetch_q(row, tile);
+    while (slot < a.stages) feed.fetch(slot++);
+
+    int n_q = 0;
+    for (int at = blockIdx.x; at >= 0;) {
+        const attention_run run = a.runs[at];
+        for (int leaf = run.from; leaf < run.to;) {
+            const int t = leaf / run.n, first = t * run.n, to = min(run.n, run.to - first);
+            w.attend_tile(run, t, leaf - first, to, n_q++);
+            leaf = first + to;
         }
+        at = run.next;
     }
-    finish<D, NT, UT>(a, memory, (int *)(memory + a.barriers_at - 16), parts,
-                      blockIdx.x + (mine - 1) * gridDim.x, mine - 1, threadIdx.x);
 }
 
 // --- Launch
 // ---------------------------------------------------------------------------------------------
 
-template <int D, int NT, int UT, typename T, bool LIGHT, bool BULK>
+template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
+    constexpr int UT = unit_tokens<D, C>;
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -870,10 +1063,14 @@ status launch(const attention_problem *p) {
     a.sinks = l->sinks;
     a.base = (const uint8_t *)p->c.base;
     a.page_bytes = p->c.page_bytes;
-    a.layout = p->layout;
+    a.head_bytes = (int)p->layout.head_bytes;
+    a.param_base = (int)p->layout.param_base;
+    a.param_bytes = p->layout.param_bytes;
+    a.v_code = p->layout.v_code;
+    a.v_param = p->layout.v_param;
     a.k = p->c.k;
     a.v = p->c.v;
-    a.plan = p->plan;
+    a.runs = (const attention_run *)(p->plan + 1);
     a.partial = (float *)p->workspace;
     a.page = p->b.page;
     a.n_heads = l->n_heads;
@@ -882,43 +1079,56 @@ status launch(const attention_problem *p) {
     a.n_tiles = (a.ratio + 8 * NT - 1) / (8 * NT);
     a.bf16 = l->type == DT_BF16;
     a.scale = l->scale * kLog2E;
-    a.v_at = UT * attention_row_bytes(a.k, D);
-    a.k_param_at = a.v_at + UT * attention_row_bytes(a.v, D);
-    a.v_param_at = a.k_param_at + UT * attention_param_bytes(a.k);
-    a.stage_bytes = (int)div_up(a.v_param_at + UT * attention_param_bytes(a.v), 128) * 128;
+    a.k_bytes = UT * attention_row_bytes(a.k, D);
+    a.v_bytes = UT * attention_row_bytes(a.v, D);
+    a.k_param = UT * attention_param_bytes(a.k);
+    a.v_param_bytes = UT * attention_param_bytes(a.v);
+    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
+    a.slot_bytes = (int)div_up(k_entry > a.v_bytes ? k_entry : a.v_bytes, 128) * 128;
+    a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
-    a.rows = a.ratio < 8 * NT ? a.ratio : 8 * NT;
-
-    // Two blocks an SM where each then has a ring of a unit for each consumer; else one.
-    const int q_bytes = kItems * q_slot_bytes<D, NT>();
-    const int joint_bytes =
-        (int)div_up(kItems * joint_floats<D>(a.rows) * 4, 16) * 16 + 16; // + flag
-    const int fixed = q_bytes + joint_bytes + 4 * kItems * 8, per_sm = p->shared_bytes_sm;
-    const int unit = a.stage_bytes + 16; // and its two barriers
-    int blocks = 2, room = (per_sm / 2 - 1024 - fixed) / unit;
-    if (D == 256 || NT == 2 || room < kConsumers) blocks = 1, room = (per_sm - 1024 - fixed) / unit;
-    a.stages = (room < 24 ? room : 24) / kConsumers * kConsumers;
-    if (a.stages == 0) return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages", a.stages);
-    a.q_at = a.stages * a.stage_bytes;
-    a.joint_at = a.q_at + q_bytes;
-    a.barriers_at = a.joint_at + joint_bytes;
-    const int bytes = a.barriers_at + a.stages * 16 + 4 * kItems * 8;
-    const auto kernel = attend_decode<D, NT, UT, T, LIGHT, BULK>;
-    const cudaError_t e =
+    // As many stages as half an SM's memory holds. q of a tile is fetched up to (stages + 1) / 2
+    // units ahead, and read by the slowest warp.
+    const int joint = joint_bytes<D, NT>(a.quarters) + kWarps * NT * 64 + 16; // + flag
+    const int room = p->shared_bytes_sm / 2 - 1024;
+    int bytes = room + 1;
+    for (a.stages = 17; bytes > room && a.stages > 1;) {
+        a.stages--;
+        a.q_slots = (a.stages + 1) / 2 + 1;
+        a.q_at = kWarps * a.stages * a.slot_bytes;
+        a.joint_at = a.q_at + a.q_slots * q_slot_bytes<D, NT>();
+        a.sums_at = a.joint_at + joint_bytes<D, NT>(a.quarters);
+        a.barriers_at = a.joint_at + joint;
+        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots);
+    }
+    const auto kernel = attend_decode<D, NT, C, T, BULK>;
+    cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
-    kernel<<<p->n_sms * blocks, kThreads, bytes, p->stream>>>(a);
-    return launched("attention_decode");
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)attention_decode_blocks(p->n_sms));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = (cudaStream_t)p->stream;
+    config.attrs = &early;
+    config.numAttrs = BULK ? 1 : 0;
+    e = cudaLaunchKernelEx(&config, kernel, a);
+    return e == cudaSuccess ? ST_OK
+                            : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }
 
 template <int D, int NT, bool BULK> status launch_formats(const attention_problem *p) {
-    if (p->c.k != KF_16 && p->c.v != KF_16) return launch<D, NT, 64, __half, true, BULK>(p);
-    if (p->l.type == DT_F16) return launch<D, NT, 32, __half, false, BULK>(p);
-    return launch<D, NT, 32, __nv_bfloat16, false, BULK>(p);
+    if (p->c.k == KF_4 && p->c.v == KF_4) return launch<D, NT, ONLY_4, __half, BULK>(p);
+    if (p->c.k != KF_16 && p->c.v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
+    if (p->l.type == DT_F16) return launch<D, NT, ANY, __half, BULK>(p);
+    return launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
 }
 
 template <bool BULK> status launch_sizes(const attention_problem *p) {
-    const bool wide = p->l.n_heads / p->l.n_kv_heads > 8;
+    const bool wide = attention_tile_heads(p->l.n_heads / p->l.n_kv_heads, p->l.head_dim) > 8;
     switch (p->l.head_dim) {
     case 64: return wide ? launch_formats<64, 2, BULK>(p) : launch_formats<64, 1, BULK>(p);
     case 128: return wide ? launch_formats<128, 2, BULK>(p) : launch_formats<128, 1, BULK>(p);

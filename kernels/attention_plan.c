@@ -1,9 +1,8 @@
 /* attention_plan.c - attention's page layout and its split of the work: host arithmetic, no device.
  *
- * A decode is cut into parts of equal size that depend on its length alone: enough parts that a
- * single long sequence occupies a whole GPU (256 / G parts a KV head), none under 256 tokens, since
- * a part costs H D f32 written and read, and for lengths in between as long as sixteen parts
- * remain. */
+ * A decode is cut into leaves whose size depends on its length alone, so that a result has the same
+ * bits in any batch; leaves are joined in order. Blocks get runs of consecutive leaves: within a
+ * run nothing but the result leaves the block. */
 #include "attention_plan.h"
 #include "dtype.h"
 
@@ -62,69 +61,125 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
 /* --- Plan --------------------------------------------------------------------------------------
  */
 
-/* Tokens of a part of a decode that sees n tokens. */
-static int32_t chunk_of(int32_t n, int32_t n_kv_heads) {
-    const int32_t most = n_kv_heads < 2 ? 128 : 256 / n_kv_heads; /* parts */
-    const int64_t sixteenth = i64_min(ATTENTION_CHUNK_MID, div_up(n, 16));
-    const int64_t chunk =
-        i64_max(i64_max(ATTENTION_CHUNK_MIN, sixteenth), div_up(n, i64_max(most, 16)));
-    return (int32_t)(div_up(chunk, P) * P);
+/* Tokens of a leaf of a decode that sees n tokens: at most 64 leaves a tile (more where there are
+ * few tiles), which is how many records the last block may have to add up. */
+static int32_t leaf_of(int32_t n, int32_t n_tiles) {
+    const int64_t most = i64_max(64, 256 / n_tiles);
+    const int64_t least = n <= 8192 ? ATTENTION_LEAF_MIN : 2 * ATTENTION_LEAF_MIN;
+    return (int32_t)i64_max(least, div_up(n, most * ATTENTION_LEAF_MIN) * ATTENTION_LEAF_MIN);
 }
 
+enum { SPARE_RUNS = 3 * ATTENTION_BLOCKS_MAX };
+
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages) {
-    const int64_t parts = max_seqs + max_pages / (ATTENTION_CHUNK_MIN / P);
+    (void)max_pages;
     /* Rows are tokens * ratio, and ratio <= 64. */
     const int64_t tiles = max_seqs + div_up((int64_t)max_tokens * 64, ATTENTION_TILE_ROWS);
-    return (int64_t)sizeof(attention_plan) + parts * (int64_t)sizeof(attention_part) +
+    return (int64_t)sizeof(attention_plan) +
+           (max_seqs + SPARE_RUNS) * (int64_t)sizeof(attention_run) +
            tiles * (int64_t)sizeof(attention_tile);
 }
 
 int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n_heads,
                                   int32_t head_dim) {
-    const int64_t slots = max_seqs + max_pages / (ATTENTION_CHUNK_MIN / P);
+    const int64_t slots = max_seqs + max_pages / (ATTENTION_LEAF_MIN / P);
     return slots * n_heads * (head_dim + ATTENTION_PARTIAL_EXTRA) * (int64_t)sizeof(float);
 }
 
-/* Longest first, up to a factor of two: the order in which work is handed out. */
-static void sort_parts(attention_part *part, int32_t n) {
-    attention_part *end = part + n;
-    for (int32_t bit = 31; bit-- > 0;) { /* move lengths of 2^bit and more forward */
-        attention_part *to = part;
-        while (to < end && (to->end - to->begin) >> bit != 0) to++;
-        for (attention_part *p = to; p < end; p++)
-            if ((p->end - p->begin) >> bit != 0) {
-                const attention_part swap = *p;
-                *p = *to;
-                *to++ = swap;
-            }
-        part = to;
+/* Work is counted in pages; what a leaf costs beside them is about one. */
+static int32_t leaf_cost(const attention_run *r) {
+    return (int32_t)div_up(i64_min(r->leaf, r->end - r->begin), P) + 1;
+}
+
+/* The whole of decode s as one run. */
+static attention_run decode_run(const attention_batch *b, int32_t s, int32_t n_tiles,
+                                int32_t window) {
+    const int32_t len = b->kv_len[s], lo = window > 0 && len > window ? len - window : 0;
+    const int32_t begin = lo / P * P, leaf = leaf_of(len - begin, n_tiles);
+    const int32_t n = (int32_t)div_up(len - begin, leaf);
+    return (attention_run){.row = b->seq_start[s],
+                           .page_at = b->page_start[s],
+                           .begin = begin,
+                           .end = len,
+                           .lo = lo,
+                           .leaf = leaf,
+                           .n = n,
+                           .to = n * n_tiles,
+                           .next = -1};
+}
+
+typedef struct {
+    attention_run *run;
+    int32_t n, most; /* runs */
+    int32_t n_blocks, at, room,
+        n_full; /* block at hand, cost a block may have, full ones in a row */
+    int32_t last[ATTENTION_BLOCKS_MAX], cost[ATTENTION_BLOCKS_MAX]; /* last run, or -1 */
+} split;
+
+static void add_run(split *s, attention_run r) {
+    const int32_t i = s->last[s->at] < 0 ? s->at : s->n++;
+    if (i != s->at) s->run[s->last[s->at]].next = i;
+    s->run[i] = r;
+    s->last[s->at] = i;
+    s->cost[s->at] += (r.to - r.from) * leaf_cost(&r);
+}
+
+/* Leaves of `all` to blocks with room, from the one at hand on; room grows when all are full. */
+static void split_run(split *s, const attention_run *all, int32_t runs_to_come) {
+    const int32_t cost = leaf_cost(all);
+    for (attention_run r = *all; r.from < all->to;) {
+        const int32_t left = all->to - r.from;
+        int32_t fit = (s->room - s->cost[s->at]) / cost;
+        if (fit > left || s->n + runs_to_come >= s->most) fit = left;
+        if (fit > 0) {
+            r.to = r.from + fit;
+            add_run(s, r);
+            if (r.from <= r.to / r.n * r.n) r.prefix = r.to % r.n;
+            r.from = r.to;
+            s->n_full = 0;
+        }
+        if (fit == left) return;
+        s->at = (s->at + 1) % s->n_blocks;
+        if (++s->n_full > s->n_blocks) s->room += cost, s->n_full = 0;
     }
 }
 
-static int32_t plan_decodes(attention_part *part, int32_t *n_slots, const attention_batch *b,
-                            int32_t n_kv_heads, int32_t window) {
-    int32_t n = 0;
-    for (int32_t s = 0; s < b->n_decodes; s++) {
-        const int32_t len = b->kv_len[s];
-        const int32_t lo = window > 0 && len > window ? len - window : 0;
-        const int32_t begin = lo / P * P;
-        const int32_t chunk = chunk_of(len - begin, n_kv_heads);
-        const int32_t n_parts = (int32_t)div_up(len - begin, chunk);
-        for (int32_t i = 0; i < n_parts; i++) {
-            const int32_t at = begin + i * chunk;
-            part[n++] = (attention_part){.row = b->seq_start[s],
-                                         .page_at = b->page_start[s],
-                                         .begin = at,
-                                         .end = (int32_t)i64_min(at + (int64_t)chunk, len),
-                                         .lo = lo,
-                                         .slot = *n_slots,
-                                         .part = i,
-                                         .n_parts = n_parts};
-        }
-        if (n_parts > 1) *n_slots += n_parts;
+/* Room to begin with: the mean, up to whole leaves where that is little more. */
+static int32_t first_room(int64_t cost, int32_t largest, int32_t n_blocks) {
+    const int64_t mean = i64_max(largest, div_up(cost, n_blocks));
+    const int64_t whole = div_up(mean, i64_max(largest, 1)) * largest;
+    return (int32_t)(whole * 8 <= mean * 9 ? whole : mean);
+}
+
+/* Large leaves first, up to a factor of two, since small ones fill the gaps. */
+static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_t n_tiles,
+                            int32_t window, int32_t n_blocks) {
+    split s = {.run = run, .n = n_blocks, .most = b->n_decodes + SPARE_RUNS, .n_blocks = n_blocks};
+    int64_t cost = 0;
+    int32_t largest = 0, slot = 0, to_come = b->n_decodes;
+    for (int32_t i = 0; i < n_blocks; i++) {
+        run[i] = (attention_run){.n = 1, .next = -1};
+        s.last[i] = -1;
     }
-    sort_parts(part, n);
-    return n;
+    for (int32_t i = 0; i < b->n_decodes; i++) {
+        const attention_run r = decode_run(b, i, n_tiles, window);
+        cost += (int64_t)r.to * leaf_cost(&r);
+        largest = (int32_t)i64_max(largest, leaf_cost(&r));
+    }
+    s.room = first_room(cost, largest, n_blocks);
+    int32_t bit = 0;
+    while (largest >> bit > 1) bit++;
+    for (; bit >= 0; bit--) {
+        slot = 0;
+        s.at = s.n_full = 0;
+        for (int32_t i = 0; i < b->n_decodes; i++) {
+            attention_run r = decode_run(b, i, n_tiles, window);
+            r.slot = slot;
+            slot += r.n;
+            if (leaf_cost(&r) >> bit == 1) split_run(&s, &r, to_come--);
+        }
+    }
+    return s.n;
 }
 
 static int32_t plan_prefills(attention_tile *tile, const attention_batch *b, int32_t ratio) {
@@ -146,20 +201,22 @@ static int32_t plan_prefills(attention_tile *tile, const attention_batch *b, int
 }
 
 status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window) {
+                           int32_t n_kv_heads, int32_t head_dim, int32_t window, int32_t n_sms) {
     if (n_kv_heads <= 0 || n_heads % n_kv_heads || n_heads / n_kv_heads > 64)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", n_heads, n_kv_heads);
     if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256)
         return FAIL(ST_UNSUPPORTED, "attention with head_dim %d", head_dim);
+    const int32_t ratio = n_heads / n_kv_heads;
+    const int32_t n_tiles =
+        n_kv_heads * (int32_t)div_up(ratio, attention_tile_heads(ratio, head_dim));
     attention_plan *plan = host;
-    *plan = (attention_plan){.n_decodes = b->n_decodes, .parts_at = (int32_t)sizeof *plan};
-    attention_part *part = (attention_part *)(void *)((uint8_t *)host + plan->parts_at);
-    plan->n_parts = plan_decodes(part, &plan->n_slots, b, n_kv_heads, window);
-    const int64_t tiles_at = plan->parts_at + plan->n_parts * (int64_t)sizeof *part;
-    if (tiles_at > INT32_MAX) return FAIL(ST_RANGE, "attention plan of %d parts", plan->n_parts);
-    plan->tiles_at = (int32_t)tiles_at;
-    attention_tile *tile = (attention_tile *)(void *)((uint8_t *)host + tiles_at);
-    plan->n_tiles = plan_prefills(tile, b, n_heads / n_kv_heads);
-    *used = tiles_at + plan->n_tiles * (int64_t)sizeof *tile;
+    attention_run *run = (attention_run *)(void *)(plan + 1);
+    *plan = (attention_plan){.n_decodes = b->n_decodes};
+    if (b->n_decodes)
+        plan->n_runs = plan_decodes(run, b, n_tiles, window, attention_decode_blocks(n_sms));
+    plan->tiles_at = (int32_t)((int64_t)sizeof *plan + plan->n_runs * (int64_t)sizeof *run);
+    attention_tile *tile = (attention_tile *)(void *)((uint8_t *)host + plan->tiles_at);
+    plan->n_tiles = plan_prefills(tile, b, ratio);
+    *used = plan->tiles_at + plan->n_tiles * (int64_t)sizeof *tile;
     return ST_OK;
 }

@@ -9,20 +9,25 @@ extern "C" {
 #endif
 
 enum {
-    ATTENTION_CHUNK_MIN = 256, /* tokens of a part of a decode, at least; 64 KB of KV4, e08 */
-    ATTENTION_CHUNK_MID = 1024,
-    ATTENTION_TILE_ROWS = 128 /* query rows (tokens x heads of a group) of a prefill tile */
+    ATTENTION_LEAF_MIN = 256,   /* tokens of a leaf: a page for each of a block's warps */
+    ATTENTION_BLOCKS_MAX = 512, /* of a decode's launch */
+    ATTENTION_TILE_ROWS = 128   /* query rows (tokens x heads of a group) of a prefill tile */
 };
 
-/* A part of one decoding sequence; every KV head of it is one work item. */
+/* A decode is one work list a block. A sequence has `n` leaves of `leaf` tokens for every tile (up
+ * to attention_tile_heads of one group); leaf i of tile t is number t * n + i, and a run is the
+ * numbers from .. to of one sequence. Block b starts with run b. */
 typedef struct {
     int32_t row;        /* of T */
     int32_t page_at;    /* index into `page` of the sequence's page 0 */
     int32_t begin, end; /* tokens; begin is a multiple of 64 */
-    int32_t lo;         /* first visible token (window); >= begin in the first part only */
-    int32_t slot;       /* first partial result of the sequence */
-    int32_t part, n_parts;
-} attention_part;
+    int32_t lo;         /* first visible token (window), begin <= lo < begin + 64 */
+    int32_t leaf, n;
+    int32_t slot; /* the sequence's first record in the workspace */
+    int32_t from, to;
+    int32_t prefix; /* leaves that the run with leaf 0 of tile from / n has of that tile */
+    int32_t next;   /* the block's next run, -1 at the end */
+} attention_run;
 
 /* Rows row0 .. row0 + 127 of a prefill chunk; every KV head of it is one work item. Row r is head
  * r % ratio of the group at token r / ratio. */
@@ -37,10 +42,17 @@ typedef struct {
 } attention_tile;
 
 typedef struct {
-    int32_t n_parts, n_tiles, n_slots, n_decodes;
-    int32_t parts_at, tiles_at; /* bytes from the plan's base */
-    int32_t pad[2];
+    int32_t n_runs, n_tiles, n_decodes;
+    int32_t tiles_at; /* bytes from the plan's base; runs follow the plan itself */
 } attention_plan;
+
+static inline int32_t attention_decode_blocks(int32_t n_sms) {
+    return 2 * n_sms < ATTENTION_BLOCKS_MAX ? 2 * n_sms : ATTENTION_BLOCKS_MAX;
+}
+/* Heads of a group that one pass over its K and V serves: columns of the mma tile. */
+static inline int32_t attention_tile_heads(int32_t ratio, int32_t head_dim) {
+    return ratio > 8 && head_dim <= 128 ? 16 : 8;
+}
 
 /* Bytes of one token's codes and parameters; parameters are 0, 2 or 4 bytes. */
 static inline int32_t attention_row_bytes(kv_format f, int32_t head_dim) {
@@ -73,8 +85,8 @@ static inline attention_layout attention_layout_of(kv_format k, kv_format v, int
 }
 
 /* The workspace is [slots, H] records of D + 4 words: acc [D] f32 (not divided by l), the largest
- * score m (base 2), l = sum of 2^(score - m), and a counter, of which that of a sequence's first
- * slot and a tile's first head is used. */
+ * score m (base 2), l = sum of 2^(score - m), and a counter of leaves, of which that of a
+ * sequence's first slot and a tile's first head is used. A sequence has a slot a leaf. */
 enum { ATTENTION_PARTIAL_EXTRA = 4 };
 
 /* Everything a launch needs. */
