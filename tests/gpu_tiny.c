@@ -1,6 +1,7 @@
 /* gpu_tiny.c - the tiny checkpoint, which has been trained, on the cuda device against the cpu
- * device: logits of held-out text in every format, the greedy text of 200 prompts, the same again
- * for the same bits, and 10,000 requests that leave nothing behind.
+ * device: logits of held-out text in every format, from codes that are in the file too, the greedy
+ * text of 200 prompts, the same again for the same bits, and 10,000 requests that leave nothing
+ * behind.
  *
  * Logits: relative error in Frobenius norm below 3e-3, with fp16 activations and with bf16; of a
  * quantised format below twice the error that the format has on cpu. Where weights alone are
@@ -18,9 +19,12 @@
 
 #include "corpus.h"
 #include "engine.h"
+#include "quantise.h"
 #include "tokenizer.h"
 
 #include <cuda_runtime_api.h>
+#include <dirent.h>
+#include <unistd.h>
 
 #define TINY "workloads/tiny"
 
@@ -52,11 +56,12 @@ static int teardown(void **state) {
 
 /* Of TEXT_SEQS stretches of text: half of each in one chunk, a few decode steps of all, the rest.
  * [TEXT_SEQS * TEXT_TOKENS, V] in the order of steps; NULL when the device refuses the format. */
-static float *logits_of(const char *device_name, const char *format, device_options o, int64_t *n) {
+static float *logits_in(const char *dir, const char *device_name, const char *format,
+                        device_options o, int64_t *n) {
     static const int32_t chunk[] = {TEXT_TOKENS / 2, 1, 1, 1, TEXT_TOKENS / 2 - 3};
     run r;
     float *x = NULL;
-    if (run_open(&r, device_name, TINY, format, o) == ST_OK) {
+    if (run_open(&r, device_name, dir, format, o) == ST_OK) {
         const int32_t *token[TEXT_SEQS];
         int32_t m[TEXT_SEQS], at[TEXT_SEQS] = {0};
         int64_t rows = 0;
@@ -76,6 +81,10 @@ static float *logits_of(const char *device_name, const char *format, device_opti
     }
     run_close(&r);
     return x;
+}
+
+static float *logits_of(const char *device_name, const char *format, device_options o, int64_t *n) {
+    return logits_in(TINY, device_name, format, o, n);
 }
 
 static const device_options one_thread = {.threads = 1};
@@ -143,6 +152,59 @@ static void test_formats(void **state) {
     print_message("  kernel family ampere\n");
     formats_of(80, exact);
     free(exact);
+}
+
+/* --- Layouts ------------------------------------------------------------------------------- */
+
+/* The checkpoint written in a layout of other tools, then its codes as they stand on both devices.
+ */
+static double error_of_layout(save_layout layout, const char *format) {
+    char dir[] = "/tmp/gpu_tiny.XXXXXX", activations[64];
+    int64_t n;
+    quantise_options q = QUANTISE_OPTIONS_DEFAULT;
+    assert_non_null(mkdtemp(dir));
+    q.model = TINY;
+    q.out = dir;
+    q.layout = layout;
+    assert_ok(precision_parse(&q.precision, format));
+    assert_ok(quantise_checkpoint(&q));
+    snprintf(activations, sizeof activations, "%sA16KV16", format);
+    forced = DT_F16;
+    float *got = logits_in(dir, "cuda", activations, (device_options){0}, &n);
+    float *want = logits_in(dir, "cpu", activations, one_thread, &n);
+    assert_non_null(got);
+    const double e = relative_error(got, want, n);
+    free(want);
+    free(got);
+    DIR *list = opendir(dir);
+    assert_non_null(list);
+    for (struct dirent *f; (f = readdir(list)) != NULL;) {
+        char path[512];
+        if (f->d_name[0] != '.') (void)remove(path_join(path, sizeof path, dir, f->d_name));
+    }
+    closedir(list);
+    (void)remove(dir);
+    return e;
+}
+
+static void test_layouts(void **state) {
+    (void)state;
+    static const struct {
+        save_layout layout;
+        const char *format;
+    } cases[] = {
+        {SAVE_COMPRESSED, "W4"},   {SAVE_COMPRESSED, "W4g32sym"}, {SAVE_COMPRESSED, "W8"},
+        {SAVE_COMPRESSED, "WFP8"}, {SAVE_COMPRESSED, "WMXFP4"},   {SAVE_COMPRESSED, "WNVFP4"},
+        {SAVE_AWQ, "W4"},          {SAVE_GPTQ, "W4sym"},          {SAVE_GPTQ_V2, "W4g64"},
+        {SAVE_FP8, "WFP8b"},       {SAVE_MODELOPT, "WNVFP4"}};
+    int failures = 0;
+    for (int i = 0; i < COUNT_OF(cases); i++) {
+        const double e = error_of_layout(cases[i].layout, cases[i].format);
+        print_message("  %-20s %-8s %.2e%s\n", save_layout_text(cases[i].layout), cases[i].format,
+                      e, e <= bound ? "" : "  FAILED");
+        failures += !(e <= bound);
+    }
+    assert_int_equal(failures, 0);
 }
 
 /* --- Text ----------------------------------------------------------------------------------- */
@@ -355,9 +417,9 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits), cmocka_unit_test(test_formats),
-        cmocka_unit_test(test_text),   cmocka_unit_test(test_repeated),
-        cmocka_unit_test(test_soak),
+        cmocka_unit_test(test_logits),   cmocka_unit_test(test_formats),
+        cmocka_unit_test(test_layouts),  cmocka_unit_test(test_text),
+        cmocka_unit_test(test_repeated), cmocka_unit_test(test_soak),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
