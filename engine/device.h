@@ -42,6 +42,8 @@ typedef struct {
 
     int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
     bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
+    bool kv_noise; /* cuda: KV pages begin with finite noise instead of NaN, for steps on a context
+                      that nothing has written */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
