@@ -381,10 +381,10 @@ static void test_finite(void **state) {
     assert_int_equal(cudaMalloc(&p, N), cudaSuccess);
     assert_ok(kernel_fill_finite(p, N, 5, NULL));
     assert_int_equal(cudaMemcpy(byte, p, N, cudaMemcpyDeviceToHost), cudaSuccess);
-    static const dtype types[] = {DT_F16, DT_BF16, DT_E4M3};
-    for (int i = 0; i < COUNT_OF(types); i++) {
-        const int64_t n = N / dtype_bytes(types[i], 1);
-        dtype_to_f32(value, byte, n, 1, types[i]);
+    static const dtype readings[] = {DT_F16, DT_BF16, DT_E4M3};
+    for (int i = 0; i < COUNT_OF(readings); i++) {
+        const int64_t n = N / dtype_bytes(readings[i], 1);
+        dtype_to_f32(value, byte, n, 1, readings[i]);
         for (int64_t k = 0; k < n; k++) assert_true(fabsf(value[k]) <= 2);
     }
     bool used[256] = {false};
