@@ -26,7 +26,7 @@
 enum {
     STEPS_MAX = 200,
     STEPS_LEAST = 5,
-    LONG_NS = 1000 * 1000 * 1000, /* timed steps in all, once there are STEPS_LEAST */
+    LONG_NS = 400 * 1000 * 1000, /* timed steps in all, once there are STEPS_LEAST */
     SHAPES_MAX = 16,
     EXPERTS_MAX = 512
 };
