@@ -6,12 +6,13 @@
  *
  * A step is what serving runs: forward_step, with its copies, its launches (a graph for decodes)
  * and the wait for the tokens. On cuda times are the median of the wall clock over many steps on
- * the same batch, whose pages are spread over the pool, and KV codes are what setup left there (all
- * ones), apart from the step's own: kernels read them at the same cost, and no result is looked at.
- * On sim they are predicted.
+ * the same batch, whose pages are spread over the pool and hold noise apart from the step's own
+ * tokens. On sim they are predicted.
  *
  * roofline = max(bytes / read ceiling, operations / matrix rate), bytes being every weight that the
- * step uses once (of experts, as many as its tokens hit on average) and the KV of the context once.
+ * step uses once and the KV of the context once. Of experts those count that the step's tokens go
+ * to: on cuda a step before the timed ones sees which (random weights send tokens to fewer than
+ * chance would); on sim as many as independent choices hit on average.
  * Both ceilings are the device's own: measured in the same process on cuda, from the data sheet on
  * sim. With 8-bit activations operations of linears count half, such units being twice as fast. */
 #include "cli.h"
@@ -22,7 +23,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STEPS_MAX = 200, SHAPES_MAX = 16 };
+enum {
+    STEPS_MAX = 200,
+    STEPS_LEAST = 5,
+    LONG_NS = 400 * 1000 * 1000, /* timed steps in all, once there are STEPS_LEAST */
+    SHAPES_MAX = 16,
+    EXPERTS_MAX = 512
+};
 
 typedef struct {
     const char *model, *precision, *device, *gpu, *family, *batches;
@@ -105,26 +112,83 @@ static status time_steps(engine *e, const batch *b, sampled *drawn, int32_t step
     timeline clock;
     int64_t cost;
     timeline_start_real(&clock);
-    for (int i = 0; i < 4; i++) TRY(forward_step(f, b, drawn, &cost)); /* load, capture, warm */
+    /* Load, capture, warm: long steps have no graph and are warm after one. */
+    for (int64_t i = 0; i < 4 && (i < 1 || timeline_now_ns(&clock) < LONG_NS / 4); i++)
+        TRY(forward_step(f, b, drawn, &cost));
     if (engine_device(e)->ops->virtual_time) {
         us[0] = us[1] = us[2] = (double)cost * 1e-3;
         return ST_OK;
     }
-    for (int32_t i = 0; i < steps; i++) {
-        const int64_t before = timeline_now_ns(&clock);
+    const int64_t started = timeline_now_ns(&clock);
+    int32_t n = 0;
+    for (int64_t now = started; n < steps && (n < STEPS_LEAST || now < started + LONG_NS); n++) {
         TRY(forward_step(f, b, drawn, &cost));
-        t[i] = (double)(timeline_now_ns(&clock) - before) * 1e-3;
+        const int64_t after = timeline_now_ns(&clock);
+        t[n] = (double)(after - now) * 1e-3;
+        now = after;
     }
-    qsort(t, (size_t)steps, sizeof *t, ascending);
-    us[0] = t[steps / 2];
-    us[1] = t[steps / 4];
-    us[2] = t[steps * 3 / 4];
+    qsort(t, (size_t)n, sizeof *t, ascending);
+    us[0] = t[n / 2];
+    us[1] = t[n / 4];
+    us[2] = t[n * 3 / 4];
     return ST_OK;
+}
+
+/* Distinct experts that one step's tokens go to, over all layers. */
+static struct {
+    const device_ops *own;
+    float *logits; /* [max_tokens, X] */
+    int64_t distinct, n_layers;
+} routed;
+
+static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise) {
+    bool hit[EXPERTS_MAX] = {false};
+    CHECK(logits.cols <= EXPERTS_MAX);
+    TRY(routed.own->moe_route(d, logits, top_k, kind, normalise));
+    TRY(routed.own->read(d, logits, routed.logits));
+    for (int64_t t = 0; t < logits.rows; t++) {
+        float *x = routed.logits + t * logits.cols;
+        for (int32_t k = 0; k < top_k; k++) {
+            int32_t best = 0;
+            for (int32_t e = 1; e < logits.cols; e++)
+                if (x[e] > x[best]) best = e;
+            hit[best] = true;
+            x[best] = -INFINITY;
+        }
+    }
+    for (int32_t e = 0; e < logits.cols; e++) routed.distinct += hit[e];
+    routed.n_layers++;
+    return ST_OK;
+}
+
+/* Share of the experts that a step reads, in the mean over layers. */
+static status expert_share(engine *e, step_batch *s, double *share) {
+    const model_config *c = engine_config(e);
+    device *d = engine_device(e);
+    *share = 1;
+    if (c->n_experts == 0) return ST_OK;
+    *share = 1 - pow(1 - (double)c->top_k / c->n_experts, (double)s->b.n_tokens);
+    if (d->ops->virtual_time) return ST_OK;
+    device_ops watched = *d->ops;
+    routed.own = d->ops;
+    routed.distinct = routed.n_layers = 0;
+    routed.logits = mem_alloc((size_t)s->b.n_tokens * (size_t)c->n_experts, sizeof(float));
+    if (!routed.logits) return FAIL(ST_NOMEM, "router logits of %d tokens", s->b.n_tokens);
+    watched.moe_route = route_seen;
+    d->ops = &watched;
+    for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = NULL; /* hence no graph */
+    int64_t cost;
+    const status st = forward_step(engine_forward(e), &s->b, s->drawn, &cost);
+    for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = &greedy;
+    d->ops = routed.own;
+    mem_free(routed.logits);
+    if (st == ST_OK) *share = (double)routed.distinct / (double)(routed.n_layers * c->n_experts);
+    return st;
 }
 
 /* Bytes of weights that a step of n tokens reads on one rank, and operations of its products. */
 static void count_weights(const model_config *c, const model_weights *w, int64_t n, int64_t n_seqs,
-                          double *bytes, double *flops) {
+                          double share, double *bytes, double *flops) {
     *bytes = (double)w->head.bytes + (double)w->norm.bytes + (double)n * c->dim * 2;
     *flops = 2.0 * (double)n_seqs * (double)w->head.n * w->head.k;
     for (int32_t l = 0; l < c->n_layers; l++) {
@@ -133,8 +197,7 @@ static void count_weights(const model_config *c, const model_weights *w, int64_t
     {                                                                                              \
         const weight *x = &layer->field;                                                           \
         const bool experts = x->count > 1;                                                         \
-        const double hit = experts ? 1 - pow(1 - (double)c->top_k / c->n_experts, (double)n) : 1;  \
-        *bytes += hit * (double)x->bytes;                                                          \
+        *bytes += (experts ? share : 1) * (double)x->bytes;                                        \
         if (x->n > 1) *flops += 2.0 * (double)n * (experts ? c->top_k : 1) * (double)x->n * x->k;  \
     }
 #include "layer.def"
@@ -166,39 +229,44 @@ static int32_t pages_of(const step_shape *s) {
 }
 
 static void print_step(const arguments *a, const engine *e, const step_shape *s, const double us[3],
-                       double bytes, double flops) {
+                       double share, double bytes, double flops) {
     char name[PRECISION_NAME_MAX];
     nvml_state gpu; /* right after the last step; -1 where there is none */
     (void)nvml_read(&gpu);
     const double read_us = bytes / a->read_gbs * 1e-3;
     const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
-    printf(a->json ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,"
-                     "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
-                     "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,"
-                     "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f,\"sm_clock_mhz\":%d,"
-                     "\"power_w\":%.0f,\"throttle_bits\":%lld}\n"
-                   : "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
-                     "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, %.0f GB/s, %.0f "
-                     "TFLOP/s; SM clock %d MHz, %.0f W, throttle bits %lld)\n",
-           engine_config(e)->name, precision_name(engine_precision(e), name), s->n_seqs, s->ctx,
-           s->n_new, us[0], us[1], us[2], roof, us[0] / roof, bytes, flops, a->read_gbs,
-           a->matrix_tflops, gpu.sm_clock_mhz, gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
+    printf(
+        a->json
+            ? "{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,"
+              "\"ctx\":%d,\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,"
+              "\"roofline_us\":%.1f,\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,\"experts_share\":"
+              "%.3f,"
+              "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f,\"sm_clock_mhz\":%d,"
+              "\"power_w\":%.0f,\"throttle_bits\":%lld}\n"
+            : "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline "
+              "%9.1f us  ratio %.3f  (%.3g bytes, %.3g operations, experts %.2f, %.0f GB/s, %.0f "
+              "TFLOP/s; SM clock %d MHz, %.0f W, throttle bits %lld)\n",
+        engine_config(e)->name, precision_name(engine_precision(e), name), s->n_seqs, s->ctx,
+        s->n_new, us[0], us[1], us[2], roof, us[0] / roof, bytes, flops, share, a->read_gbs,
+        a->matrix_tflops, gpu.sm_clock_mhz, gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
     fflush(stdout);
 }
 
 static status one_step(const arguments *a, engine *e, const step_shape *s) {
     const model_config *c = engine_config(e);
     step_batch b = {0};
-    double us[3], bytes, flops, kv_bytes, kv_flops;
+    double us[3], share, bytes, flops, kv_bytes, kv_flops;
     status st =
         step_batch_open(&b, s->n_seqs, s->ctx, s->n_new, engine_capacity(e)->n_pages, c->vocab);
+    if (st == ST_OK) st = expert_share(e, &b, &share);
     if (st == ST_OK) st = time_steps(e, &b.b, b.drawn, (int32_t)a->steps, us);
     if (st == ST_OK) {
         const int32_t n = s->n_seqs * s->n_new;
-        count_weights(c, forward_weights(engine_forward(e)), n, s->n_seqs, &bytes, &flops);
+        count_weights(c, forward_weights(engine_forward(e)), n, s->n_seqs, share, &bytes, &flops);
         count_attention(c, engine_precision(e), s, &kv_bytes, &kv_flops);
         if (engine_precision(e)->act != AF_16) flops /= 2;
-        print_step(a, e, s, us, bytes + kv_bytes / (double)a->tp, flops + kv_flops / (double)a->tp);
+        print_step(a, e, s, us, share, bytes + kv_bytes / (double)a->tp,
+                   flops + kv_flops / (double)a->tp);
     }
     arena_close(&b.a);
     return st;
@@ -231,6 +299,7 @@ static status bench(arguments *a, const step_shape *shape, int32_t n) {
     o.device_options.gpu = a->gpu;
     o.device_options.tp = (int32_t)a->tp;
     o.device_options.no_graphs = a->no_graphs;
+    o.device_options.kv_noise = true;
     TRY(device_family(&o.device_options.kernel_family, a->family));
     o.policy.max_seqs = o.policy.token_budget = 1;
     for (int32_t i = 0; i < n; i++) {
@@ -293,7 +362,7 @@ int cmd_bench_step(int argc, char **argv) {
         {"--ctx", CLI_INT, &a.ctx, "N", "tokens of each after the step (4096)"},
         {"--new", CLI_INT, &a.n_new, "N", "tokens that the step feeds to each (1: decode)"},
         {"--prefill", CLI_INT, &a.prefill, "N", "then a step of one sequence of N tokens (none)"},
-        {"--steps", CLI_INT, &a.steps, "N", "timed steps (30)"},
+        {"--steps", CLI_INT, &a.steps, "N", "timed steps at most (30)"},
         {"--kernel-family", CLI_TEXT, &a.family, "F", "ampere or hopper"},
         {"--no-graphs", CLI_FLAG, &a.no_graphs, NULL, "launch decode steps kernel by kernel"},
         {"--read-gbs", CLI_NUMBER, &a.read_gbs, "X", "read ceiling, GB/s (the device's)"},

@@ -44,6 +44,8 @@ typedef struct {
     bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
     bool lockstep; /* read the tokens of a step before the next is launched, as devices without
                       `launch` must */
+    bool kv_noise; /* cuda: KV pages begin with finite noise instead of NaN, for steps on a context
+                      that nothing has written */
 } device_options;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */

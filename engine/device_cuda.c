@@ -187,6 +187,10 @@ static status setup_kv(cudev *c) {
     TRY(cudev_slab_reserve(&c->kv, (size_t)all, "KV pages"));
     for (int32_t i = 0; i < m->n_layers; i++) {
         TRY(cudev_slab_take(&c->kv, (size_t)bytes[i], "KV pages", &c->cache[i].base));
+        if (c->base.options.kv_noise) {
+            TRY(kernel_fill_finite(c->cache[i].base, bytes[i], (uint64_t)i, c->stream));
+            continue;
+        }
         /* All ones is NaN in every format: whoever reads past a sequence's end sees it. */
         CUDA_TRY(cudaMemsetAsync(c->cache[i].base, 0xff, (size_t)bytes[i], c->stream), "KV pages");
     }

@@ -34,6 +34,15 @@ __global__ void __launch_bounds__(kThreads)
         out[i] = from_f32<T>(__fmaf_rn(scale, noise(seed, at + (uint64_t)i), mean));
 }
 
+__global__ void __launch_bounds__(kThreads) fill_finite(uint4 *out, int64_t n, uint64_t seed) {
+    constexpr uint32_t mask = 0xbbbbbbbbu;
+    for (int64_t i = first(); i < n; i += step()) {
+        uint32_t word[4];
+        philox_block(seed, (uint64_t)i, word);
+        out[i] = make_uint4(word[0] & mask, word[1] & mask, word[2] & mask, word[3] & mask);
+    }
+}
+
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads)
     fill_convert(T *out, const S *in, int64_t n, int32_t cols, int64_t row_stride,
@@ -83,6 +92,15 @@ extern "C" status kernel_fill_noise(void *out, dtype type, int64_t n, uint64_t s
 #undef X
     default: return FAIL(ST_UNSUPPORTED, "fill_noise: elements of %s", dtype_text(type));
     }
+}
+
+extern "C" status kernel_fill_finite(void *out, int64_t bytes, uint64_t seed,
+                                     kernel_stream stream) {
+    if (bytes < 0 || bytes % 16) return FAIL(ST_SHAPE, "fill_finite: %lld bytes", (long long)bytes);
+    if (bytes == 0) return ST_OK;
+    fill_finite<<<blocks_for(bytes / 16), kThreads, 0, stream>>>(static_cast<uint4 *>(out),
+                                                                 bytes / 16, seed);
+    return launched("fill_finite");
 }
 
 extern "C" status kernel_fill_convert(void *out, dtype type, const void *in, dtype in_type,

@@ -17,6 +17,12 @@ extern "C" {
 status kernel_fill_noise(void *out, dtype type, int64_t n, uint64_t seed, uint64_t at, float scale,
                          float mean, kernel_stream stream);
 
+/* Random bytes that read as finite numbers whatever they are taken for, and of ordinary size: as
+ * fp16, bf16 and e4m3, and as codes of any width. No byte has more than 0x3b beside its sign.
+ *
+ *   out   [bytes], a multiple of 16, aligned to 16, device */
+status kernel_fill_finite(void *out, int64_t bytes, uint64_t seed, kernel_stream stream);
+
 /* out[r, c] = in[r * row_stride + c * col_stride], each through f32, rounded to nearest even.
  *
  *   out   [rows, cols] of `type`, row-major, device

@@ -8,8 +8,8 @@ local METRICS = { { "output_tokens_per_s", "tokens/s" }, { "tpot_p50_ms", "TPOT 
 return {
   experiment = "e10_serving_gpu",
   title = "200 conversations on one H200",
-  caption = "200 requests of the sharegpt workload, all at once, on one H200: measured, and "
-    .. "predicted in brackets. A word instead of numbers is the status of the point: what does "
+  caption = "200 short conversations, all at once, on one H200: measured, and predicted in "
+    .. "brackets. A word instead of numbers is the status of the point: what does "
     .. "not fit is \"oom\".",
   build = function(data, report)
     local columns, rows = { "model", "format", "requests done" }, {}

@@ -371,6 +371,30 @@ static void test_draw(void **state) {
 /* --- Fill
  * ----------------------------------------------------------------------------------------- */
 
+/* Finite as whatever it is taken for, and of every sign and size there is. */
+static void test_finite(void **state) {
+    (void)state;
+    enum { N = 1 << 16 };
+    static uint8_t byte[N];
+    static float value[N];
+    void *p;
+    assert_int_equal(cudaMalloc(&p, N), cudaSuccess);
+    assert_ok(kernel_fill_finite(p, N, 5, NULL));
+    assert_int_equal(cudaMemcpy(byte, p, N, cudaMemcpyDeviceToHost), cudaSuccess);
+    static const dtype readings[] = {DT_F16, DT_BF16, DT_E4M3};
+    for (int i = 0; i < COUNT_OF(readings); i++) {
+        const int64_t n = N / dtype_bytes(readings[i], 1);
+        dtype_to_f32(value, byte, n, 1, readings[i]);
+        for (int64_t k = 0; k < n; k++) assert_true(fabsf(value[k]) <= 2);
+    }
+    bool used[256] = {false};
+    int n_used = 0;
+    for (int i = 0; i < N; i++) n_used += !used[byte[i]], used[byte[i]] = true;
+    assert_int_equal(n_used, 1 << 6); /* six free bits */
+    assert_status(kernel_fill_finite(p, 8, 5, NULL), ST_SHAPE);
+    assert_int_equal(cudaFree(p), cudaSuccess);
+}
+
 static void test_noise(void **state) {
     (void)state;
     enum { N = 100003 };
@@ -533,11 +557,11 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),     cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_gated),    cmocka_unit_test(test_moe),
-        cmocka_unit_test(test_draw),     cmocka_unit_test(test_noise),
-        cmocka_unit_test(test_convert),  cmocka_unit_test(test_angles),
-        cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_rows),   cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_gated),  cmocka_unit_test(test_moe),
+        cmocka_unit_test(test_draw),   cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_finite), cmocka_unit_test(test_convert),
+        cmocka_unit_test(test_angles), cmocka_unit_test(test_quantise),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -87,8 +87,9 @@ static int32_t page_of(int32_t seq, int32_t i) { return (seq * SEQ_PAGES + i) * 
 
 /* One step: n[s] tokens of sequence s from position at[s] on; decodes come first in `n`. With
  * params the last token of each sequence is sampled; without, every row's logits go to `logits`. */
-static void step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
-                 const int32_t *const *token, const sampling *params, sampled *out, float *logits) {
+static status try_step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
+                       const int32_t *const *token, const sampling *params, sampled *out,
+                       float *logits) {
     int32_t id[TOKENS], position[TOKENS], seq_start[SEQS + 1] = {0}, kv_len[SEQS];
     int32_t page_start[SEQS + 1] = {0}, page[SEQS * SEQ_PAGES];
     int64_t ids[SEQS];
@@ -120,7 +121,12 @@ static void step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
         page_start[s + 1] = page_start[s] + pages;
     }
     int64_t cost;
-    assert_ok(forward_step(r->f, &b, out ? out : ignored, &cost));
-    if (logits) assert_ok(forward_logits(r->f, logits));
+    TRY(forward_step(r->f, &b, out ? out : ignored, &cost));
+    return logits ? forward_logits(r->f, logits) : ST_OK;
+}
+
+static void step(run *r, int32_t n_seqs, const int32_t *n, const int32_t *at,
+                 const int32_t *const *token, const sampling *params, sampled *out, float *logits) {
+    assert_ok(try_step(r, n_seqs, n, at, token, params, out, logits));
 }
 #endif

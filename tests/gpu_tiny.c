@@ -1,5 +1,7 @@
 /* gpu_tiny.c - the tiny checkpoint, which has been trained, on the cuda device against the cpu
- * device: logits of held-out text in every format, and the greedy text of 200 prompts.
+ * device: logits of held-out text in every format, from codes that are in the file too, the greedy
+ * text of 200 prompts, the same again for the same bits, and 10,000 requests that leave nothing
+ * behind.
  *
  * Logits: relative error in Frobenius norm below 3e-3, with fp16 activations and with bf16; of a
  * quantised format below twice the error that the format has on cpu. Where weights alone are
@@ -16,9 +18,13 @@
 #include "gpu_run.h"
 
 #include "corpus.h"
+#include "engine.h"
+#include "quantise.h"
 #include "tokenizer.h"
 
 #include <cuda_runtime_api.h>
+#include <dirent.h>
+#include <unistd.h>
 
 #define TINY "workloads/tiny"
 
@@ -50,11 +56,12 @@ static int teardown(void **state) {
 
 /* Of TEXT_SEQS stretches of text: half of each in one chunk, a few decode steps of all, the rest.
  * [TEXT_SEQS * TEXT_TOKENS, V] in the order of steps; NULL when the device refuses the format. */
-static float *logits_of(const char *device_name, const char *format, device_options o, int64_t *n) {
+static float *logits_in(const char *dir, const char *device_name, const char *format,
+                        device_options o, int64_t *n) {
     static const int32_t chunk[] = {TEXT_TOKENS / 2, 1, 1, 1, TEXT_TOKENS / 2 - 3};
     run r;
     float *x = NULL;
-    if (run_open(&r, device_name, TINY, format, o) == ST_OK) {
+    if (run_open(&r, device_name, dir, format, o) == ST_OK) {
         const int32_t *token[TEXT_SEQS];
         int32_t m[TEXT_SEQS], at[TEXT_SEQS] = {0};
         int64_t rows = 0;
@@ -74,6 +81,10 @@ static float *logits_of(const char *device_name, const char *format, device_opti
     }
     run_close(&r);
     return x;
+}
+
+static float *logits_of(const char *device_name, const char *format, device_options o, int64_t *n) {
+    return logits_in(TINY, device_name, format, o, n);
 }
 
 static const device_options one_thread = {.threads = 1};
@@ -141,6 +152,59 @@ static void test_formats(void **state) {
     print_message("  kernel family ampere\n");
     formats_of(80, exact);
     free(exact);
+}
+
+/* --- Layouts ------------------------------------------------------------------------------- */
+
+/* The checkpoint written in a layout of other tools, then its codes as they stand on both devices.
+ */
+static double error_of_layout(save_layout layout, const char *format) {
+    char dir[] = "/tmp/gpu_tiny.XXXXXX", activations[64];
+    int64_t n;
+    quantise_options q = QUANTISE_OPTIONS_DEFAULT;
+    assert_non_null(mkdtemp(dir));
+    q.model = TINY;
+    q.out = dir;
+    q.layout = layout;
+    assert_ok(precision_parse(&q.precision, format));
+    assert_ok(quantise_checkpoint(&q));
+    snprintf(activations, sizeof activations, "%sA16KV16", format);
+    forced = DT_F16;
+    float *got = logits_in(dir, "cuda", activations, (device_options){0}, &n);
+    float *want = logits_in(dir, "cpu", activations, one_thread, &n);
+    assert_non_null(got);
+    const double e = relative_error(got, want, n);
+    free(want);
+    free(got);
+    DIR *list = opendir(dir);
+    assert_non_null(list);
+    for (struct dirent *f; (f = readdir(list)) != NULL;) {
+        char path[512];
+        if (f->d_name[0] != '.') (void)remove(path_join(path, sizeof path, dir, f->d_name));
+    }
+    closedir(list);
+    (void)remove(dir);
+    return e;
+}
+
+static void test_layouts(void **state) {
+    (void)state;
+    static const struct {
+        save_layout layout;
+        const char *format;
+    } cases[] = {
+        {SAVE_COMPRESSED, "W4"},   {SAVE_COMPRESSED, "W4g32sym"}, {SAVE_COMPRESSED, "W8"},
+        {SAVE_COMPRESSED, "WFP8"}, {SAVE_COMPRESSED, "WMXFP4"},   {SAVE_COMPRESSED, "WNVFP4"},
+        {SAVE_AWQ, "W4"},          {SAVE_GPTQ, "W4sym"},          {SAVE_GPTQ_V2, "W4g64"},
+        {SAVE_FP8, "WFP8b"},       {SAVE_MODELOPT, "WNVFP4"}};
+    int failures = 0;
+    for (int i = 0; i < COUNT_OF(cases); i++) {
+        const double e = error_of_layout(cases[i].layout, cases[i].format);
+        print_message("  %-20s %-8s %.2e%s\n", save_layout_text(cases[i].layout), cases[i].format,
+                      e, e <= bound ? "" : "  FAILED");
+        failures += !(e <= bound);
+    }
+    assert_int_equal(failures, 0);
 }
 
 /* --- Text ----------------------------------------------------------------------------------- */
@@ -260,6 +324,92 @@ static void test_text(void **state) {
     assert_int_equal(unexplained, 1);
 }
 
+/* The same steps twice: every sum has an order that nothing but the shapes decides. */
+static void test_repeated(void **state) {
+    (void)state;
+    static const dtype types[] = {DT_F16, DT_BF16};
+    int failures = 0;
+    for (int i = 0; i < COUNT_OF(types); i++) {
+        for (int32_t family = 0; family <= 80; family += 80) {
+            const device_options o = {.kernel_family = family};
+            static int32_t text_a[PROMPTS][NEW], text_b[PROMPTS][NEW];
+            int64_t n;
+            forced = types[i];
+            float *a = logits_of("cuda", "W4A16KV8", o, &n);
+            float *b = logits_of("cuda", "W4A16KV8", o, &n);
+            const bool logits = memcmp(a, b, (size_t)n * sizeof *a) == 0;
+            write_text("cuda", o, text_a);
+            write_text("cuda", o, text_b);
+            const bool written = memcmp(text_a, text_b, sizeof text_a) == 0;
+            if (!logits || !written)
+                print_message("  %s, family %d: logits %s, text %s\n", dtype_text(types[i]), family,
+                              logits ? "alike" : "differ", written ? "alike" : "differs");
+            failures += !logits || !written;
+            free(a);
+            free(b);
+        }
+    }
+    assert_int_equal(failures, 0);
+}
+
+/* --- 10,000 requests ------------------------------------------------------------------------ */
+
+static int64_t free_bytes(engine *e) {
+    int64_t usable;
+    assert_ok(engine_device(e)->ops->memory(engine_device(e), &usable));
+    return usable;
+}
+
+/* Serves n short conversations that begin in one of four ways; no page is held afterwards. */
+static void serve(engine *e, int32_t n, uint64_t seed) {
+    arena a;
+    workload w;
+    workload_options o;
+    assert_ok(arena_open(&a, (size_t)1 << 30));
+    assert_ok(workload_preset(&o, "fixed"));
+    o.n_requests = n;
+    o.prompt = (length_law){.kind = LENGTH_UNIFORM, .a = 70, .b = 130, .min = 1, .max = 1 << 24};
+    o.output = (length_law){.kind = LENGTH_UNIFORM, .a = 1, .b = 24, .min = 1, .max = 1 << 24};
+    o.shared_prefix = 64;
+    o.n_prefixes = 4;
+    o.vocab = engine_config(e)->vocab;
+    o.seed = seed;
+    assert_ok(workload_make(&w, &a, &o));
+    request_log *log = arena_array(&a, request_log, (size_t)n);
+    assert_non_null(log);
+    assert_ok(engine_serve(e, &a, &w, log));
+    for (int32_t i = 0; i < n; i++) {
+        assert_int_equal(log[i].finish, FINISH_LENGTH);
+        assert_int_equal(log[i].n_output, w.request[i].max_new);
+    }
+    engine_reset(e); /* drops the prefix cache */
+    assert_int_equal(kvpool_held(sched_pool(engine_sched(e))), 0);
+    arena_close(&a);
+}
+
+static void test_soak(void **state) {
+    (void)state;
+    engine *e;
+    engine_options o = ENGINE_OPTIONS_DEFAULT;
+    o.model = TINY;
+    o.precision = "W4A16KV8";
+    o.device = "cuda";
+    o.ctx_max = 256;
+    o.pages = 400;
+    o.policy.max_seqs = 64;
+    o.policy.token_budget = 1024;
+    o.max_requests = 10000;
+    assert_ok(engine_open(&e, &o, NULL, NULL));
+    serve(e, 1000, 1); /* every graph is captured by then */
+    const int64_t before = free_bytes(e);
+    serve(e, 10000, 2);
+    const int64_t after = free_bytes(e);
+    print_message("  free device memory before and after: %lld, %lld bytes\n", (long long)before,
+                  (long long)after);
+    assert_int_equal(before, after);
+    engine_close(e);
+}
+
 int main(void) {
     int n = 0;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
@@ -267,9 +417,9 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),
-        cmocka_unit_test(test_formats),
-        cmocka_unit_test(test_text),
+        cmocka_unit_test(test_logits),   cmocka_unit_test(test_formats),
+        cmocka_unit_test(test_layouts),  cmocka_unit_test(test_text),
+        cmocka_unit_test(test_repeated), cmocka_unit_test(test_soak),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
