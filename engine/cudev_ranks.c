@@ -69,15 +69,16 @@ static void ranks_close(device *d) {
     bool dead = false;
     for (int32_t r = 0; r < g->n; r++) dead = dead || (g->rank[r] && cudev_self(g->rank[r])->dead);
     for (int32_t r = 0; r < g->n; r++) {
+        cudev *c = cudev_self(g->rank[r]);
         if (!g->comm[r] || use(g, r) != ST_OK) continue;
-        /* A rank that died leaves the others waiting for it. */
-        if (!dead) (void)cudaStreamSynchronize(cudev_self(g->rank[r])->stream);
+        if (!dead) (void)cudaStreamSynchronize(c->stream); /* else others wait for who died */
+        cudev_graphs_free(&c->graphs); /* NCCL waits for every graph that it is in */
     }
     for (int32_t r = 0; r < g->n; r++)
         if (g->comm[r]) (void)(dead ? g->lib.comm_abort : g->lib.comm_destroy)(g->comm[r]);
     for (int32_t r = 0; r < g->n; r++)
         if (g->rank[r] && use(g, r) == ST_OK) device_cuda.close(g->rank[r]);
-    nccl_unload(&g->lib);
+    /* The library stays: threads of its own may not have left it yet. */
     arena_close(&g->handles);
     (void)cudaSetDevice(0);
     (void)cudaGetLastError();
