@@ -95,7 +95,7 @@ static status open_all(ranks *g, const device_options *o) {
             return FAIL(ST_UNSUPPORTED, "tp %d over GPUs of different kinds: %s and %s", o->tp,
                         cudev_self(g->rank[0])->name, cudev_self(g->rank[r])->name);
     }
-    TRY(nccl_load(&g->lib));
+    if (nccl_load(&g->lib) != ST_OK) return fail_prefix(ST_UNSUPPORTED, "tp %d", o->tp);
     return nccl_check(&g->lib, g->lib.comm_init_all(g->comm, g->n, gpu), "opening");
 }
 
