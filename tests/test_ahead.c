@@ -1,6 +1,7 @@
 /* test_ahead.c - the engine that launches a step before the tokens of the one before are known,
  * against lockstep: over the cpu device, whose results depend on no company, every request comes to
- * the same tokens and the same end, with stops, penalties, late arrivals, cancels and too few pages.
+ * the same tokens and the same end, with stops, penalties, late arrivals, cancels and too few
+ * pages.
  *
  * The device here runs a step when it is launched and hands it out when it is asked, as a GPU's
  * stream would; ids that stand for drawn tokens it replaces from the step before. devices.c is not
