@@ -18,6 +18,7 @@
  * making one may wait for its GPU. */
 #include "cudev.h"
 #include "nccl.h"
+#include "rows.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -183,19 +184,6 @@ static status ranks_all_reduce(device *d, tensor inout) {
     return nccl_check(&g->lib, result ? result : ended, "all-reduce");
 }
 
-/* Parts [n, rows, width] to the rows of out [rows, n * width], on one rank. */
-static status lay_out_logits(const ranks *g, int32_t r, tensor out, int64_t rows) {
-    const cudev *c = cudev_self(g->rank[r]);
-    const int64_t width = out.cols / g->n;
-    const size_t bytes = sizeof(float) * (size_t)width;
-    for (int32_t i = 0; i < g->n; i++)
-        CUDA_TRY(cudaMemcpy2DAsync((float *)out.data + i * width, bytes * (size_t)g->n,
-                                   (float *)g->parts[r] + i * rows * width, bytes, bytes,
-                                   (size_t)rows, cudaMemcpyDeviceToDevice, c->stream),
-                 "logits");
-    return ST_OK;
-}
-
 static status ranks_logits(device *d, tensor out, tensor x, const weight *head) {
     ranks *g = self(d);
     const cudev *first = cudev_self(g->rank[0]);
@@ -218,10 +206,8 @@ static status ranks_logits(device *d, tensor out, tensor x, const weight *head) 
     }
     const int ended = g->lib.group_end();
     TRY(nccl_check(&g->lib, result ? result : ended, "logits"));
-    for (int32_t r = 0; r < g->n; r++) {
-        TRY(use(g, r));
-        TRY(lay_out_logits(g, r, part(out, r), rows));
-    }
+    EACH_RANK(g, kernel_rows_join(part(out, r).data, g->parts[r], g->n, rows, head->n,
+                                  cudev_self(of)->stream));
     return ST_OK;
 }
 
