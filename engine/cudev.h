@@ -203,7 +203,7 @@ status cudev_end_capture(cudev *c);
 /* Is the oldest step over? DEVICE when it failed. */
 status cudev_poll(cudev *c, bool *over);
 
-/* cudev_ranks.c: the device of tp > 1. UNSUPPORTED, DEVICE or NOTFOUND with the reason. */
+/* cudev_ranks.c: the device of tp > 1. UNSUPPORTED (no NCCL, too few GPUs) or DEVICE. */
 status cudev_ranks_open(device **out, const device_options *o);
 
 /* cudev_load.c */

@@ -18,6 +18,7 @@
  * making one may wait for its GPU. */
 #include "cudev.h"
 #include "nccl.h"
+#include "rows.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -69,15 +70,16 @@ static void ranks_close(device *d) {
     bool dead = false;
     for (int32_t r = 0; r < g->n; r++) dead = dead || (g->rank[r] && cudev_self(g->rank[r])->dead);
     for (int32_t r = 0; r < g->n; r++) {
+        cudev *c = cudev_self(g->rank[r]);
         if (!g->comm[r] || use(g, r) != ST_OK) continue;
-        /* A rank that died leaves the others waiting for it. */
-        if (!dead) (void)cudaStreamSynchronize(cudev_self(g->rank[r])->stream);
+        if (!dead) (void)cudaStreamSynchronize(c->stream); /* else others wait for who died */
+        cudev_graphs_free(&c->graphs); /* NCCL waits for every graph that it is in */
     }
     for (int32_t r = 0; r < g->n; r++)
         if (g->comm[r]) (void)(dead ? g->lib.comm_abort : g->lib.comm_destroy)(g->comm[r]);
     for (int32_t r = 0; r < g->n; r++)
         if (g->rank[r] && use(g, r) == ST_OK) device_cuda.close(g->rank[r]);
-    nccl_unload(&g->lib);
+    /* The library stays: threads of its own may not have left it yet. */
     arena_close(&g->handles);
     (void)cudaSetDevice(0);
     (void)cudaGetLastError();
@@ -94,7 +96,7 @@ static status open_all(ranks *g, const device_options *o) {
             return FAIL(ST_UNSUPPORTED, "tp %d over GPUs of different kinds: %s and %s", o->tp,
                         cudev_self(g->rank[0])->name, cudev_self(g->rank[r])->name);
     }
-    TRY(nccl_load(&g->lib));
+    if (nccl_load(&g->lib) != ST_OK) return fail_prefix(ST_UNSUPPORTED, "tp %d", o->tp);
     return nccl_check(&g->lib, g->lib.comm_init_all(g->comm, g->n, gpu), "opening");
 }
 
@@ -182,19 +184,6 @@ static status ranks_all_reduce(device *d, tensor inout) {
     return nccl_check(&g->lib, result ? result : ended, "all-reduce");
 }
 
-/* Parts [n, rows, width] to the rows of out [rows, n * width], on one rank. */
-static status lay_out_logits(const ranks *g, int32_t r, tensor out, int64_t rows) {
-    const cudev *c = cudev_self(g->rank[r]);
-    const int64_t width = out.cols / g->n;
-    const size_t bytes = sizeof(float) * (size_t)width;
-    for (int32_t i = 0; i < g->n; i++)
-        CUDA_TRY(cudaMemcpy2DAsync((float *)out.data + i * width, bytes * (size_t)g->n,
-                                   (float *)g->parts[r] + i * rows * width, bytes, bytes,
-                                   (size_t)rows, cudaMemcpyDeviceToDevice, c->stream),
-                 "logits");
-    return ST_OK;
-}
-
 static status ranks_logits(device *d, tensor out, tensor x, const weight *head) {
     ranks *g = self(d);
     const cudev *first = cudev_self(g->rank[0]);
@@ -217,10 +206,8 @@ static status ranks_logits(device *d, tensor out, tensor x, const weight *head) 
     }
     const int ended = g->lib.group_end();
     TRY(nccl_check(&g->lib, result ? result : ended, "logits"));
-    for (int32_t r = 0; r < g->n; r++) {
-        TRY(use(g, r));
-        TRY(lay_out_logits(g, r, part(out, r), rows));
-    }
+    EACH_RANK(g, kernel_rows_join(part(out, r).data, g->parts[r], g->n, rows, head->n,
+                                  cudev_self(of)->stream));
     return ST_OK;
 }
 

@@ -520,6 +520,7 @@ static status cuda_launch(device *d) {
 }
 
 status cudev_poll(cudev *c, bool *over) {
+    if (c->dead) return dead(c);
     CHECK(c->n_ended < c->n_begun);
     const cudev_slot *s = &c->slot[c->n_ended & 1];
     const cudaError_t e = cudaEventQuery(s->done);
@@ -529,6 +530,7 @@ status cudev_poll(cudev *c, bool *over) {
 
 static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
     cudev *c = self(d);
+    if (c->dead) return dead(c);
     CHECK(c->n_ended < c->n_begun);
     const cudev_slot *s = &c->slot[c->n_ended & 1];
     c->n_ended++;

@@ -214,9 +214,9 @@ static status launch_step(engine *e) {
     s->picked_ns = timeline_now_ns(&e->clock);
     if (!sched_pick(e->sched, s->picked_ns, &s->b)) return ST_OK;
     if (e->trace && e->ahead) trace_pick(e->trace, &s->b, s->picked_ns);
-    e->n_started++;
     const int64_t before = timeline_now_ns(&e->host);
     TRY(forward_launch(e->forward, &s->b));
+    e->n_started++;
     e->stats.forward_ns += timeline_now_ns(&e->host) - before;
     return ST_OK;
 }

@@ -38,6 +38,16 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// blockIdx.y: row, blockIdx.z: part.
+__global__ void __launch_bounds__(kThreads) join(float *out, const float *part, int32_t width) {
+    const int64_t rows = gridDim.y, r = blockIdx.y, p = blockIdx.z;
+    float *to = out + (r * gridDim.z + p) * width;
+    const float *from = part + (p * rows + r) * width;
+    for (int i = (int)(blockIdx.x * kThreads + threadIdx.x); i < width;
+         i += (int)(gridDim.x * kThreads))
+        to[i] = from[i];
+}
+
 } // namespace
 
 extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n,
@@ -67,5 +77,16 @@ extern "C" status kernel_rows_upload(const rows_copy *copy, int32_t n, int32_t n
     const int64_t blocks = div_up(most, 16 * kThreads); // enough of the bus is busy with 64
     const dim3 grid((unsigned)(blocks < 1 ? 1 : blocks < 64 ? blocks : 64), (unsigned)n);
     upload<<<grid, kThreads, 0, stream>>>(list, drawn, n_tokens);
+    return launched("rows");
+}
+
+extern "C" status kernel_rows_join(float *out, const float *part, int32_t n_parts, int64_t rows,
+                                   int32_t width, kernel_stream stream) {
+    if (rows < 0 || rows > 65535 || width < 1 || n_parts < 1)
+        return FAIL(ST_SHAPE, "rows: %d parts of %lld x %d", n_parts, (long long)rows, width);
+    if (rows == 0) return ST_OK;
+    const int64_t blocks = div_up(width, 8 * kThreads); // eight elements a thread
+    join<<<dim3((unsigned)blocks, (unsigned)rows, (unsigned)n_parts), kThreads, 0, stream>>>(
+        out, part, width);
     return launched("rows");
 }

@@ -39,6 +39,16 @@ typedef struct {
 status kernel_rows_upload(const rows_copy *copy, int32_t n, int32_t n_tokens,
                           const draw_result *drawn, kernel_stream stream);
 
+/* out[r, p * width + c] = part[p, r, c]: logits of parts of the vocabulary, side by side
+ *
+ *   out    [rows, n_parts * width] f32, device, not within `part`
+ *   part   [n_parts, rows, width] f32, device
+ *
+ * SHAPE for sizes below 0 or too large for a launch, DEVICE on launch failure; rows == 0 launches
+ * nothing. Asynchronous on `stream`, capturable in a graph. */
+status kernel_rows_join(float *out, const float *part, int32_t n_parts, int64_t rows, int32_t width,
+                        kernel_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -132,8 +132,8 @@ static void the_same_tokens(void **state) {
     assert_int_equal(differing(16), 1);
 }
 
-/* What goes beyond its stop is dropped. Up to the first stop the company is the same, so tokens are;
- * then a near-tie may fall otherwise. */
+/* What goes beyond its stop is dropped. Up to the first stop the company is the same, so tokens
+ * are; then a near-tie may fall otherwise. */
 static void stops_are_seen_late(void **state) {
     (void)state;
     enum { N = 16 };

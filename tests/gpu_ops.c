@@ -110,6 +110,71 @@ static void test_rows(void **state) {
     assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
 }
 
+/* Ids of a step before are put in; what lies behind them is copied, negative or not. */
+static void test_rows_upload(void **state) {
+    (void)state;
+    enum { IDS = 37, FIRST = 64, SECOND = 4096, DRAWN = 5 };
+    static draw_result drawn[DRAWN];
+    int32_t *first, *second, got[FIRST], rest[SECOND];
+    CUDA(cudaHostAlloc((void **)&first, sizeof got, cudaHostAllocDefault));
+    CUDA(cudaHostAlloc((void **)&second, sizeof rest, cudaHostAllocDefault));
+    for (int32_t i = 0; i < DRAWN; i++) drawn[i].token = 1000 + i;
+    for (int32_t i = 0; i < FIRST; i++) first[i] = i % 3 ? i : -1 - i % DRAWN;
+    for (int32_t i = 0; i < SECOND; i++) second[i] = -i;
+    void *d = dev_copy(drawn, sizeof drawn), *a = dev(sizeof got), *b = dev(sizeof rest);
+    const rows_copy copy[] = {{.to = a, .from = first, .bytes = sizeof got},
+                              {.to = b, .from = second, .bytes = sizeof rest}};
+    assert_ok(kernel_rows_upload(copy, 2, IDS, d, NULL));
+    fetch(got, a, sizeof got);
+    fetch(rest, b, sizeof rest);
+    int32_t wrong = 0;
+    for (int32_t i = 0; i < FIRST; i++) {
+        const int32_t want = i < IDS && first[i] < 0 ? 1000 + i % DRAWN : first[i];
+        wrong += got[i] != want;
+    }
+    assert_int_equal(wrong, 0);
+    assert_memory_equal(rest, second, sizeof rest);
+    got[3]++; /* twin */
+    assert_int_not_equal(got[3], 1000 + 3 % DRAWN);
+    const rows_copy odd = {.to = a, .from = first, .bytes = 8};
+    assert_status(kernel_rows_upload(&odd, 1, 0, d, NULL), ST_SHAPE);
+    assert_status(kernel_rows_upload(copy, ROWS_COPIES_MAX + 1, 0, d, NULL), ST_SHAPE);
+    CUDA(cudaFree(d));
+    CUDA(cudaFree(a));
+    CUDA(cudaFree(b));
+    CUDA(cudaFreeHost(first));
+    CUDA(cudaFreeHost(second));
+}
+
+static void test_rows_join(void **state) {
+    (void)state;
+    static const int32_t widths[] = {1, 100, 5000};
+    for (int w = 0; w < COUNT_OF(widths); w++)
+        for (int32_t parts = 1; parts <= 4; parts *= 2) {
+            const int32_t width = widths[w], rows = 3, n = parts * rows * width;
+            float *x = host((size_t)n, sizeof *x), *y = host((size_t)n, sizeof *y);
+            for (int32_t i = 0; i < n; i++) x[i] = (float)i;
+            void *dx = dev_copy(x, sizeof *x * (size_t)n), *dy = dev(sizeof *y * (size_t)n);
+            assert_ok(kernel_rows_join(dy, dx, parts, rows, width, NULL));
+            fetch(y, dy, sizeof *y * (size_t)n);
+            int32_t wrong = 0, moved = 0; /* moved: as if parts were rows, which the twin is */
+            for (int32_t r = 0; r < rows; r++)
+                for (int32_t p = 0; p < parts; p++)
+                    for (int32_t c = 0; c < width; c++) {
+                        const float got = y[(r * parts + p) * width + c];
+                        wrong += !(got == x[(p * rows + r) * width + c]);
+                        moved += !(got == x[(r * parts + p) * width + c]);
+                    }
+            assert_int_equal(wrong, 0);
+            assert_true((moved > 0) == (parts > 1));
+            CUDA(cudaFree(dx));
+            CUDA(cudaFree(dy));
+            free(x);
+            free(y);
+        }
+    assert_status(kernel_rows_join(NULL, NULL, 0, 1, 1, NULL), ST_SHAPE);
+}
+
 /* --- Norm ----------------------------------------------------------------------------------- */
 
 static void norm_case(int64_t rows, int32_t cols, dtype type, bool with_add) {
@@ -557,11 +622,12 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),   cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_gated),  cmocka_unit_test(test_moe),
-        cmocka_unit_test(test_draw),   cmocka_unit_test(test_noise),
-        cmocka_unit_test(test_finite), cmocka_unit_test(test_convert),
-        cmocka_unit_test(test_angles), cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_rows),      cmocka_unit_test(test_rows_upload),
+        cmocka_unit_test(test_rows_join), cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_gated),     cmocka_unit_test(test_moe),
+        cmocka_unit_test(test_draw),      cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_finite),    cmocka_unit_test(test_convert),
+        cmocka_unit_test(test_angles),    cmocka_unit_test(test_quantise),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
