@@ -2,8 +2,8 @@
 ---
 --- The tiny checkpoint is evaluated on text and tasks that it never saw, on the cpu device, which
 --- defines what each format means. Perplexity is over a sliding window; a task counts when the
---- greedy answer is exactly right. Greedy agreement with 16 bit and KL divergence from it are over the
---- beginning of the same text, every position given what the text has before it.
+--- greedy answer is exactly right. Greedy agreement with 16 bit and KL divergence from it are over
+--- the beginning of the same text, every position given what the text has before it.
 
 local PRECISION = { ["16"] = "W16", ["8"] = "W8", ["4g128"] = "W4", ["4g64"] = "W4g64",
   ["4g32"] = "W4g32", FP8 = "WFP8", MXFP4 = "WMXFP4" }

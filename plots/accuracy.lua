@@ -3,7 +3,7 @@ local labels = require("labels")
 
 local M = { title = "accuracy (Table 1)" }
 
-M.note = " Accuracy beside it is that of the same format on the tiny checkpoint: change of held-out "
+M.note = " Accuracy is that of the same format on the tiny checkpoint: change of held-out "
   .. "perplexity, greedy agreement with 16 bit."
 
 ---@param precision string canonical name
