@@ -356,7 +356,7 @@ static enum MHD_Result count_length(void *user, enum MHD_ValueKind kind, const c
     return MHD_YES;
 }
 
-/* Two lengths are two opinions on where the next request begins: with a proxy in front, an attack. */
+/* Two lengths are two opinions on where the next request begins: an attack behind a proxy. */
 static bool is_ambiguous(const exchange *x) {
     int32_t n = 0;
     (void)MHD_get_connection_values(x->connection, MHD_HEADER_KIND, count_length, &n);
