@@ -13,7 +13,7 @@ return {
   id = "e01_accuracy",
   title = "Accuracy of the tiny checkpoint by weight, activation and KV format",
   question = "What do weight, activation and KV formats cost in perplexity and exact answers?",
-  cost = "about 3 minutes on 2 cores; --quick 5 s",
+  cost = "about 4 minutes on 2 cores; --quick 6 s",
   origin = "reference",
   axes = {
     { name = "weight", values = { "16", "8", "FP8", "4g128", "4g64", "4g32", "MXFP4" } },

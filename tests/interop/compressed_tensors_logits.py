@@ -33,8 +33,8 @@ EXACT, F16, BF16 = 1e-5, 3e-3, 8 * 3e-3
 # device (llm-compressor's own W4A16_ASYM fails alike), and not with 4-bit floats in a float32 model.
 OURS = (
     ("W4", F16, False), ("W4g64", F16, False), ("W4g32", F16, False), ("W4gK", F16, False),
-    ("W4sym", F16, True), ("W8", EXACT, True), ("W8g64", EXACT, True), ("WFP8", EXACT, True), ("WFP8b", EXACT, True),
-    ("WMXFP4", EXACT, False), ("WNVFP4", BF16, False),
+    ("W4sym", F16, True), ("W8", EXACT, True), ("W8g64", EXACT, True), ("WFP8", EXACT, True),
+    ("WFP8b", EXACT, True), ("WMXFP4", EXACT, False), ("WNVFP4", BF16, False),
 )
 
 # llm-compressor's presets, or groups of its own; the precision to read them in.
