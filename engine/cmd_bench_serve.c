@@ -152,9 +152,9 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
                             .timeout_s = a->timeout_s};
     char model[128];
     int32_t vocab = 0;
-    if (!a->model || !a->vocab) TRY(load_ask_model(model, sizeof model, &vocab, &o));
-    if (a->vocab) vocab = (int32_t)a->vocab;
-    if (!vocab && *tok) vocab = tokenizer_vocab_size(*tok);
+    const int32_t known = a->vocab ? (int32_t)a->vocab : *tok ? tokenizer_vocab_size(*tok) : 0;
+    if (!a->model || !known) TRY(load_ask_model(model, sizeof model, &vocab, &o));
+    if (known) vocab = known;
     if (!vocab) return FAIL(ST_USAGE, "the server does not tell its vocabulary: give --vocab");
     workload_options wo;
     workload w;

@@ -158,8 +158,9 @@ static status run(const arguments *a) {
     if (st == ST_OK) {
         int signal;
         sigwait(&ends, &signal);
-        fprintf(stderr, "amalgam: shutting down, %d requests in flight\n",
+        fprintf(stderr, "amalgam: shutting down, %d requests in flight; once more to stop now\n",
                 service_alive(p.service));
+        pthread_sigmask(SIG_UNBLOCK, &ends, NULL); /* the next one does what signals do */
     }
     server_close(p.server, a->grace_s);
     service_close(p.service);

@@ -123,18 +123,20 @@ const format_linear *format_linear_find(const precision *p, int32_t arch) {
     arch_text(arch, name);
     const char *w = weight_format_text(p->weight), *a = act_format_text(p->act);
     const char *why = meaningless(p->weight, p->act);
-    int32_t step = 0;
+    int32_t step = -1;
     if (!why)
         for (int32_t i = 0; i < COUNT_OF(linear_rows); i++) {
             const format_linear *row = &linear_rows[i];
             if (row->weight != p->weight || row->act != p->act) continue;
             if (!covers(row->sm_min, row->sm_max, arch)) continue;
-            if (p->group % row->group_step == 0) return row;
+            if (row->group_step ? p->group % row->group_step == 0 : p->group == 0) return row;
             step = row->group_step;
         }
     if (why)
         FAIL(ST_UNSUPPORTED, "W%sA%s: %s", w, a, why);
-    else if (step)
+    else if (step == 0)
+        FAIL(ST_UNSUPPORTED, "W%sA%s on %s: one scale a row, no group of %d", w, a, name, p->group);
+    else if (step > 0)
         FAIL(ST_UNSUPPORTED, "W%sA%s on %s: the group of %d is no multiple of %d", w, a, name,
              p->group, step);
     else if (arch < SM_FIRST)

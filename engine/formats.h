@@ -25,7 +25,7 @@ typedef struct {
     weight_format weight;
     act_format act;
     int32_t sm_min, sm_max; /* inclusive; both 0: the cpu definition */
-    int32_t group_step;     /* the group along K must be a multiple of it */
+    int32_t group_step;     /* the group along K must be a multiple of it; 0: no groups */
     format_runs runs;
     const char *kernel, *instruction;
 } format_linear;

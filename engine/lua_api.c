@@ -18,6 +18,7 @@
 #include <fcntl.h>
 #include <lauxlib.h>
 #include <lualib.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -635,14 +636,17 @@ static void evaluate_text(lua_State *L, session *s, const engine_options *o, int
     agreement_result a = {0};
     text corpus = {0};
     ids tokens = {0};
-    perplexity_result r;
+    perplexity_result r = {0};
     status st = corpus_text(&corpus, NULL, CORPUS_SEED_HELD_OUT + (uint64_t)seed, (size_t)bytes);
     if (st == ST_OK)
         st = tokenizer_encode(s->tokenizer, corpus.data, corpus.length, TOKENIZER_PARSE_SPECIAL,
                               &tokens);
-    if (st == ST_OK)
+    if (st == ST_OK && against) { /* the same windows, and the engine's perplexity beside */
+        st = evaluate_against(s, o, against, &tokens, window, stride, &a);
+        r = (perplexity_result){a.n, log(a.perplexity), a.perplexity};
+    } else if (st == ST_OK) {
         st = evaluate_perplexity(s->engine, tokens.data, tokens.length, window, stride, &r);
-    if (st == ST_OK && against) st = evaluate_against(s, o, against, &tokens, window, stride, &a);
+    }
     text_free(&corpus);
     ids_free(&tokens);
     if (st != ST_OK) luaL_error(L, "%s", fail_message());

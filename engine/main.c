@@ -29,6 +29,7 @@ static const command commands[] = {
     {"serve", cmd_serve, NULL, "OpenAI-compatible HTTP server"},
     {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
     {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
+    {"servers", NULL, "lib_servers", "how to start a foreign server, and measure it"},
     {"bench", cmd_bench, NULL, "bench harness | serve: of ourselves, of a server"},
     {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
     {"models", cmd_models, NULL, "the models of the sweep and their sizes"},

@@ -573,12 +573,16 @@ static status find_bytes(finder *f, dtype type) {
 /* --- Finding -----------------------------------------------------------------------------------
  */
 
+static bool is_integer(const packed_matrix *m) {
+    return m->format == WF_INT4 || m->format == WF_INT8;
+}
+
 /* Codes that no precision name describes, only their values. */
 static void judge(packed_matrix *m) {
     if (m->only16) return;
-    if (m->format == WF_INT8 && (!m->sym || m->group != m->k))
-        m->only16 = "8-bit codes with groups or zero points have no precision name";
-    if (m->format == WF_INT4 && (m->group % 16 || m->k % m->group))
+    if (m->format == WF_INT8 && !m->sym)
+        m->only16 = "8-bit codes with zero points have no precision name";
+    if (is_integer(m) && (m->group % 16 || m->k % m->group))
         m->only16 = "the engine's groups are multiples of 16 that divide the inputs";
     if (!m->g_idx || m->only16) return;
     /* Canonical columns are sorted by group: all must be of one size. */
@@ -680,10 +684,6 @@ static float scale_at(const packed_matrix *m, int32_t row, int32_t g) {
     case DT_UE8M0: return f32_from_ue8m0(((const uint8_t *)m->scale)[i]);
     default: CHECK(m->scale_type == DT_F32); return ((const float *)m->scale)[i];
     }
-}
-
-static bool is_integer(const packed_matrix *m) {
-    return m->format == WF_INT4 || m->format == WF_INT8;
 }
 
 /* Unsigned, as stored; the middle of the range when there are none. */

@@ -136,9 +136,12 @@ static status take_weight(cursor *c, precision *p) {
             return REFUSE(c, ST_UNSUPPORTED, options, "the group is no multiple of 16 up to 65536");
         }
     }
+    if (c->at != options && f != WF_INT4 && f != WF_INT8)
+        return REFUSE(c, ST_UNSUPPORTED, options, "only W4 and W8 take a group");
+    options = c->at;
     p->sym = skip(c, "sym");
-    if (c->at != options && f != WF_INT4)
-        return REFUSE(c, ST_UNSUPPORTED, options, "only W4 takes a group or sym");
+    if (p->sym && f != WF_INT4)
+        return REFUSE(c, ST_UNSUPPORTED, options, "only W4 has zero points that sym could drop");
     return ST_OK;
 }
 
@@ -244,10 +247,12 @@ const char *precision_name(const precision *p, char *buf) {
     name_buf b = {buf, 0};
     put(&b, "W");
     put(&b, weight_format_text(p->weight));
-    if (p->weight == WF_INT4) {
-        if (p->group == 0)
+    if (p->weight == WF_INT4 || p->weight == WF_INT8) {
+        if (p->group == weight_rows[p->weight].group)
+            ; /* the default has no letters */
+        else if (p->group == 0)
             put(&b, "gK");
-        else if (p->group != weight_rows[WF_INT4].group)
+        else
             put_number(&b, "g", p->group);
         if (p->sym) put(&b, "sym");
     }

@@ -1,16 +1,18 @@
 /* precision.h - a precision is data: one struct, parsed once from a name such as W4A16KV8.
  *
  *     name   = "W" weight ["A" act] [kv]                    missing parts mean 16
- *     weight = "16" | "8" | "4" ["g" (group|"K")] ["sym"] | "FP8" | "FP8b" | "MXFP4" | "NVFP4"
+ *     weight = "16" | "8" ["g" group] | "4" ["g" group] ["sym"]
+ *              | "FP8" | "FP8b" | "MXFP4" | "NVFP4"
+ *     group  = multiple of 16 | "K"
  *     act    = "16" | "8" | "FP8"
  *     kv     = "KV" f | "K" f "V" f | "KV[" item { "," item } "]"      one item per layer or run
  *     item   = ( f | "K" f "V" f ) [ "x" count ]           "8x4" = four layers of KV8
  *     f      = "16" | "FP8" | "8" | "4"
  *
- * A group is a multiple of 16; "gK" is the whole row, one scale per output channel (group 0).
- * "FP8" alone is short for WFP8AFP8KVFP8. Names are case-sensitive; precision_name writes the one
- * canonical spelling (all three parts, "KV8" rather than "K8V8", runs merged), so equal precisions
- * have equal names and a name can be part of a natural key. */
+ * A group is a multiple of 16; "gK" is the whole row, one scale per output channel (group 0), which
+ * is what W8 means without one. "FP8" alone is short for WFP8AFP8KVFP8. Names are case-sensitive;
+ * precision_name writes the one canonical spelling (all three parts, "KV8" rather than "K8V8", runs
+ * merged), so equal precisions have equal names and a name can be part of a natural key. */
 #ifndef AMALGAM_PRECISION_H
 #define AMALGAM_PRECISION_H
 #include "dtype.h"

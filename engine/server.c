@@ -18,6 +18,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -220,7 +221,7 @@ static uint64_t next_number(server *s) {
     return n;
 }
 
-/* Sleep until the engine has something; false when it has already. Job's lock held. */
+/* Sleep until the engine has something. Job's lock held. */
 static void sleep_on(exchange *x) {
     x->job->waiting = true;
     MHD_suspend_connection(x->connection);
@@ -346,11 +347,28 @@ static void take_request_id(exchange *x) {
     memcpy(x->request_id, id, n + 1);
 }
 
+static enum MHD_Result count_length(void *user, enum MHD_ValueKind kind, const char *key,
+                                    const char *value) {
+    (void)kind;
+    (void)value;
+    *(int32_t *)user +=
+        strcasecmp(key, "Content-Length") == 0 || strcasecmp(key, "Transfer-Encoding") == 0;
+    return MHD_YES;
+}
+
+/* Two lengths are two opinions on where the next request begins: an attack behind a proxy. */
+static bool is_ambiguous(const exchange *x) {
+    int32_t n = 0;
+    (void)MHD_get_connection_values(x->connection, MHD_HEADER_KIND, count_length, &n);
+    return n > 1;
+}
+
 /* The headers are here: refuse before the body is read, or go on. */
 static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *method) {
     take_request_id(x);
     for (int32_t i = 0; i < COUNT_OF(routes); i++)
         if (strcmp(routes[i].path, url) == 0) x->route = &routes[i];
+    if (is_ambiguous(x)) return send_error(x, 400, "more than one length of the body");
     if (!authorised(x)) return send_error(x, 401, "wrong or missing API key");
     if (!x->route) return send_error(x, 404, "no such path");
     if (strcmp(method, x->route->method) != 0) return send_error(x, 405, "no such method here");

@@ -196,6 +196,7 @@ static status push_token(const service *s, job_choice *c, const sampled *t, bool
 static void touch(service *s, job_choice *c) {
     if (c->is_touched) return;
     c->is_touched = true;
+    c->job->n_touched++;
     c->touched = s->touched;
     s->touched = c;
 }
@@ -406,15 +407,13 @@ static void publish(service *s) {
         job *j = c->job;
         s->touched = c->touched;
         c->is_touched = false;
+        j->n_touched--;
         pthread_mutex_lock(&j->lock);
         c->n_ready = c->n_tokens;
         if (c->finish == FINISH_NONE && c->ending != FINISH_NONE) j->n_finished++;
         c->finish = c->ending;
-        /* A job has as many touched choices as it likes; only its last one in the list may end
-         * it. */
-        bool more = false;
-        for (int32_t i = 0; i < j->n_choices; i++) more = more || j->choice[i].is_touched;
-        const bool ends = j->accepted && j->n_finished == j->n_choices && !more;
+        /* Only the last of its choices in the list may end a job: the others point to it. */
+        const bool ends = j->accepted && j->n_finished == j->n_choices && j->n_touched == 0;
         if (!ends && j->request.stream) wake(j); /* others want only the end */
         pthread_mutex_unlock(&j->lock);
         if (!ends) continue;
@@ -432,6 +431,9 @@ static void accept_job(service *s, job *j) {
         end_job(s, j, ST_INTERRUPTED, "the client went away");
         return;
     }
+    if (j->n_choices > s->max_requests) /* no 429: to come again would be in vain */
+        st = FAIL(ST_RANGE, "%d answers in a request; this server holds %d", j->n_choices,
+                  s->max_requests);
     for (int32_t i = 0; st == ST_OK && i < j->n_choices; i++) st = submit_choice(s, &j->choice[i]);
     if (st != ST_OK) {
         char why[256];

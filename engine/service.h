@@ -47,6 +47,7 @@ typedef struct job {
     int64_t since_ns; /* handed over, by the service's clock */
     api_request request;
     int32_t n_choices, n_finished;
+    int32_t n_touched; /* engine thread: of its choices */
     job_choice *choice;
     bool accepted; /* by the scheduler: all choices are in */
     bool done;     /* nothing more will happen */

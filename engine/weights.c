@@ -628,8 +628,7 @@ static status set_stored(checkpoint *k, weight_source *s) {
     if (f->why || !s->shape.quantise) return ST_OK;
     const packed_matrix *m = s->part->packed;
     f->weight = m->format;
-    const bool by_row = m->format == WF_INT8 || m->format == WF_FP8;
-    f->group = by_row ? 0 : m->group;
+    f->group = m->format == WF_FP8 ? 0 : m->group;
     f->k = m->k;
     f->sym = m->format == WF_INT4 && m->sym;
     return set_order(k, s);
@@ -808,8 +807,11 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
 /* --- Quantised sources ---------------------------------------------------------------------------
  */
 
+/* Formats whose group may be the whole row, which precisions write as 0. */
+static bool takes_group(weight_format f) { return f == WF_INT4 || f == WF_INT8; }
+
 static const char *form_name(const stored_form *f, char *buf) {
-    const bool whole = f->weight == WF_INT4 && f->group == f->k;
+    const bool whole = takes_group(f->weight) && f->group == f->k;
     const precision p = {.weight = f->weight, .group = whole ? 0 : f->group, .sym = f->sym};
     precision_name(&p, buf);
     *strchr(buf, 'A') = 0;
@@ -825,7 +827,7 @@ static status refuse_codes(const stored_form *f) {
 
 /* A group that is the whole row has two names: W4g128 and W4gK at k = 128. */
 static bool same_form(const stored_form *f, const precision *p) {
-    const int32_t group = p->weight == WF_INT4 && p->group == 0 ? f->k : p->group;
+    const int32_t group = takes_group(p->weight) && p->group == 0 ? f->k : p->group;
     return f->weight == p->weight && f->group == group && f->sym == p->sym;
 }
 
@@ -882,7 +884,8 @@ status checkpoint_precision(const checkpoint *k, precision *p) {
         if (!is_stored_linear(&k->source[i])) continue;
         if (f->why) return refuse_codes(f);
         if (!first) first = f;
-        if (found.group == 0 && !(f->weight == WF_INT4 && f->group == f->k)) found.group = f->group;
+        if (found.group == 0 && !(takes_group(f->weight) && f->group == f->k))
+            found.group = f->group;
     }
     if (first) {
         found.weight = first->weight;

@@ -33,7 +33,7 @@ typedef struct {
 typedef struct {
     bool packed;          /* some part is; all below is zero otherwise */
     weight_format weight; /* WF_16: only its values can be used, because ... */
-    int32_t group, k;     /* as in a precision, but k where a group of W4 is the whole row */
+    int32_t group, k;     /* as in a precision, but k where a group of W4 or W8 is the whole row */
     bool sym;
     const char *why;           /* ... of this, */
     const char *first, *other; /* which these tensors show; `other` may be NULL */

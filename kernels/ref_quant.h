@@ -40,7 +40,7 @@ dtype qmatrix_scale_type(weight_format f);
 status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_t k);
 
 /* Round-to-nearest quantisation of w [n, k] row-major into an allocated q.
- *   INT8   s = amax / 127 per row
+ *   INT8   s = amax / 127 per row or group
  *   INT4   asymmetric: s = (max - min) / 15 with min <= 0 <= max, zero = round(-min / s), s rounded
  *          to f16 first so that codes are chosen for the scale that is stored;
  *          sym: s = amax / 7 (codes -7..7 offset by 8, and -8 allowed when it is nearer)

@@ -23,6 +23,7 @@ return {
     ["4g128"] = "W4g128", MXFP4 = "WMXFP4",
   },
   kvs = { "KV16", "KV8", "KVFP8", "K8V4", "KV4" },
+  kv_all = { "KV16", "KV8", "KVFP8", "K8V4", "KV[8x2,4x4]", "KV4" }, -- and one by layer
   baselines = { "none", "static_batching", "no_prefix_cache" },
   baseline_title = {
     none = "Amalgam", static_batching = "static batching", no_prefix_cache = "no prefix cache",

@@ -1,4 +1,5 @@
 --- Table 2: throughput of each format over 16 bits on one GPU, with the geometric mean.
+local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
 
@@ -9,7 +10,8 @@ return {
   predicted = true,
   title = "Speed-up by model and format",
   caption = "Predicted offline throughput on H100-SXM: output tokens/s per GPU of W16A16KV16, and "
-    .. "the other formats relative to it, with the tensor-parallel degree after \"@\".",
+    .. "the other formats relative to it, with the tensor-parallel degree after \"@\"."
+    .. accuracy.note,
   build = function(data)
     local columns, rows = { "model", labels.base .. " (tokens/s)" }, {}
     local ratios = {}
@@ -42,6 +44,7 @@ return {
         mean[i + 2] = ratios[i] and ("**%.2f**"):format(stats.geomean(ratios[i])) or "-"
       end
       rows[#rows + 1] = mean
+      rows[#rows + 1] = accuracy.row(data, { accuracy.title, accuracy.of(data, labels.base) })
     end
     return columns, rows
   end,

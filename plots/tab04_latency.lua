@@ -1,4 +1,5 @@
 --- Table 4: latency under load by format and GPU, relative to 16 bits.
+local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
 
@@ -16,10 +17,12 @@ return {
   title = "Latency by format and GPU",
   caption = "Predicted latency under load, relative to W16A16KV16 on the same GPUs at the same "
     .. "request rate (three quarters of what 16 bits sustain, or half where that was not run): "
-    .. "geometric mean over the models for which both have rows. Below 1 is faster.",
+    .. "geometric mean over the models for which both have rows. Below 1 is faster."
+    .. accuracy.note,
   build = function(data)
     local columns, rows = { "GPU", "format", "models" }, {}
     for _, m in ipairs(METRICS) do columns[#columns + 1] = m[2] end
+    columns[#columns + 1] = accuracy.title
     local at = #data:select("e02", { load = LOAD }) > 0 and LOAD or QUICK_LOAD
     for _, gpu in ipairs(data.ordered(labels.gpus, data:distinct("e02", "gpu"))) do
       for _, precision in ipairs(labels.formats) do
@@ -33,6 +36,7 @@ return {
           row[i + 3] = #ratios > 0 and ("%.2f"):format(stats.geomean(ratios)) or "-"
         end
         row[3] = n
+        row[#row + 1] = accuracy.of(data, precision)
         if n > 0 then rows[#rows + 1] = row end
       end
     end

@@ -1,4 +1,5 @@
 --- Table 6: what was measured on this machine.
+local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
 
@@ -13,10 +14,11 @@ return {
   experiment = "e05_real_serving",
   title = "Measured serving",
   caption = "Measured on cpu with the tiny checkpoint: median of the repetitions (95 % bootstrap "
-    .. "interval for the first column).",
+    .. "interval for the first column)." .. accuracy.note,
   build = function(data)
     local columns, rows = { "rate (1/s)", "format", "mode", "repetitions" }, {}
     for _, m in ipairs(METRICS) do columns[#columns + 1] = m[2] end
+    columns[#columns + 1] = accuracy.title
     for _, rate in ipairs(data:distinct("e05", "rate_per_s")) do
       for _, precision in ipairs(data:distinct("e05", "precision")) do
         for _, baseline in ipairs(data.ordered(labels.baselines, data:distinct("e05", "baseline")))
@@ -32,6 +34,7 @@ return {
               row[i + 4] = ("%.3g [%.3g, %.3g]"):format(x.estimate, x.lo, x.hi)
             end
           end
+          row[#row + 1] = accuracy.of(data, precision)
           if row[4] > 0 then rows[#rows + 1] = row end
         end
       end

@@ -1,4 +1,5 @@
 --- Table 7: gains over the baselines by GPU.
+local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
 
@@ -7,7 +8,7 @@ return {
   predicted = true,
   title = "Gains over the baselines",
   caption = "Predicted offline throughput over the same format under a baseline: geometric mean "
-    .. "over the models, and the largest gain with its model.",
+    .. "over the models, and the largest gain with its model." .. accuracy.note,
   build = function(data)
     local rows = {}
     for _, gpu in ipairs(data.ordered(labels.gpus, data:distinct("e03", "gpu"))) do
@@ -24,11 +25,13 @@ return {
           if #ratios > 0 then
             rows[#rows + 1] = { labels.gpu_title[gpu] or gpu, labels.baseline_title[baseline],
               precision, #ratios, ("%.2f"):format(stats.geomean(ratios)),
-              ("%.2f (%s)"):format(ratios[most], which[most]) }
+              ("%.2f (%s)"):format(ratios[most], which[most]),
+              accuracy.of(data, precision) }
           end
         end
       end
     end
-    return { "GPU", "baseline", "format", "models", "mean gain", "largest gain" }, rows
+    return { "GPU", "baseline", "format", "models", "mean gain", "largest gain",
+      accuracy.title }, rows
   end,
 }

@@ -110,6 +110,18 @@ static void the_best_kernel_of_an_architecture_comes_first(void **state) {
     assert_string_equal(format_kv_find(KF_4, 90)->kernel, "attention_hopper");
 }
 
+/* Groups of W8 are read on the host only: the kernels have one scale a row. */
+static void groups_of_8_bits_are_for_the_host(void **state) {
+    (void)state;
+    const precision grouped = parsed("W8g64A16"), by_row = parsed("W8A16");
+    assert_non_null(format_linear_find(&grouped, ARCH_CPU));
+    for (int32_t arch = 80; arch <= 90; arch += 10) {
+        assert_null(format_linear_find(&grouped, arch));
+        assert_non_null(strstr(fail_message(), "one scale a row"));
+        assert_non_null(format_linear_find(&by_row, arch));
+    }
+}
+
 /* What the table claims about itself: the cpu definition is on the host and nowhere else, and
  * nothing on a GPU claims more than it can show. */
 static void rows_are_honest_and_sane(void **state) {
@@ -120,7 +132,7 @@ static void rows_are_honest_and_sane(void **state) {
         assert_int_equal(linear[i].runs == RUNS_DEFINITION, linear[i].sm_max == ARCH_CPU);
         assert_true(linear[i].sm_min == ARCH_CPU || linear[i].sm_min >= SM_FIRST);
         assert_true(linear[i].sm_max >= linear[i].sm_min);
-        assert_true(linear[i].group_step >= 16);
+        assert_true(linear[i].group_step >= 16 || linear[i].runs != RUNS_DEFINITION);
         for (int32_t j = 0; j < i; j++) /* a row that an earlier one hides would never run */
             assert_false(linear[j].weight == linear[i].weight && linear[j].act == linear[i].act &&
                          linear[j].sm_min <= linear[i].sm_min &&
@@ -249,6 +261,7 @@ int main(void) {
         cmocka_unit_test(refusals_give_the_reason),
         cmocka_unit_test(keys_values_and_layers_choose_freely),
         cmocka_unit_test(the_best_kernel_of_an_architecture_comes_first),
+        cmocka_unit_test(groups_of_8_bits_are_for_the_host),
         cmocka_unit_test(rows_are_honest_and_sane),
         cmocka_unit_test(gpus_are_found_by_the_names_people_use),
         cmocka_unit_test(the_matrix_is_printed_with_its_worth),

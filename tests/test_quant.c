@@ -20,8 +20,8 @@ static int close_arena(void **state) {
     return 0;
 }
 
-static const char *const formats[] = {"W8",      "W4",   "W4sym", "W4g32",  "W4g64sym", "W4gK",
-                                      "W4gKsym", "WFP8", "WFP8b", "WMXFP4", "WNVFP4"};
+static const char *const formats[] = {"W8",   "W8g32",   "W4",   "W4sym", "W4g32",  "W4g64sym",
+                                      "W4gK", "W4gKsym", "WFP8", "WFP8b", "WMXFP4", "WNVFP4"};
 
 static precision parsed(const char *name) {
     precision p;

@@ -663,6 +663,21 @@ static void broken_senders_are_cut_off(void **state) {
     }
     close(s);
     assert_at_most((double)timeline_now_ns(&t) * 1e-9, 4); /* the limit is 2 */
+    s = connect_raw(f, 0); /* a body that comes byte by byte is no better */
+    send_text(s, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n");
+    timeline_start_real(&t);
+    for (ssize_t sent = 1; sent == 1 && timeline_now_ns(&t) < 4000000000;) {
+        nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+        sent = send(s, "{", 1, MSG_NOSIGNAL);
+    }
+    close(s);
+    assert_at_most((double)timeline_now_ns(&t) * 1e-9, 4);
+    s = connect_raw(f, 0);
+    send_text(s, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
+                 "Content-Length: 30\r\n\r\n{}");
+    assert_more((double)recv(s, buf, sizeof buf, 0), 20);
+    assert_memory_equal(buf, "HTTP/1.1 400", 12);
+    close(s);
     s = connect_raw(f, 0);
     send_text(s, "\x16\x03\x01 nonsense\r\n\r\n");
     while (recv(s, buf, sizeof buf, 0) > 0) {
@@ -695,6 +710,11 @@ static void a_full_queue_is_429(void **state) {
     assert_true(refused >= 1);
     close_crowd(c);
     json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2}", 200));
+    /* What can never be held is no matter of waiting. */
+    json_t *v =
+        call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2,\"n\":4}", 400);
+    assert_non_null(strstr(words(at(at(v, "error"), "message")), "this server holds 3"));
+    json_decref(v);
     close_fixture(&f, 5);
 }
 

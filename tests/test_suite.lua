@@ -389,4 +389,24 @@ test.case("experiments of the suite load, and their quick points are few", funct
   end
 end)
 
+test.case("foreign servers become command lines with nothing left to replace", function()
+  local servers = require("lib_servers")
+  test.equal(#servers.names() >= 5, true)
+  for _, name in ipairs(servers.names()) do
+    local server = servers.load(name)
+    test.equal(server.name, name)
+    for _, precision in ipairs(servers.precisions(server)) do
+      test.equal(amalgam.precision(precision), precision, name)
+      local start, measure = servers.commands(server, { model = "a model", precision = precision,
+        tp = 2, ctx = 4096, folder = dir })
+      test.equal(start:find("[{}]"), nil, start)
+      test.contains(start, "'a model'")
+      test.contains(measure, "--url " .. server.url)
+    end
+  end
+  local ok, err = pcall(servers.commands, servers.load("vllm"), { precision = "W4A8KV4" })
+  test.equal(ok, false)
+  test.contains(err.message, "not set up for W4A8KV4")
+end)
+
 test.finish()

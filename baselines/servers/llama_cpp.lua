@@ -3,9 +3,10 @@
 return {
   name = "llama_cpp",
   title = "llama.cpp",
-  version = "b5000 or later",
+  version = "b6400 or later",
   url = "http://127.0.0.1:8080",
   ready = "/health",
+  slots = 64, -- of --parallel, which share --ctx-size
   -- {model} is a GGUF file; {ctx} is replaced by slots * context.
   command = {
     base = {

@@ -1,0 +1,160 @@
+--- `amalgam servers`: the command that starts a foreign server, and the one that measures it.
+---
+--- baselines/servers/*.lua say how a server is started for a precision; here they become a line for
+--- a shell. Nothing is started: a foreign system lives in an environment of its own.
+
+local amalgam = require("amalgam")
+local experiment = require("lib_experiment")
+
+local M = {}
+
+local USAGE = [==[
+usage: amalgam servers [NAME --model DIR [options]]
+
+Without a name, the servers and the precisions that they are set up for. With one, two commands:
+that which starts it, and that which measures it.
+
+  --model DIR       checkpoint folder (llama_cpp: a GGUF file)
+  --precision NAME  default W16A16KV16
+  --tp N            default 1
+  --ctx N           prompt and output of a request at most (default 8192)
+  --folder DIR      where files that it needs are written (default: .)
+
+Exit status: 0 done, 2 usage.]==]
+
+local KEYS = { name = "string", title = "string", version = "string", url = "string",
+  ready = "string", reset = "string", env = "table", command = "table", files = "table",
+  request = "table", slots = "number" }
+local OPTIONAL = { reset = true, env = true, files = true, slots = true }
+
+---@return string for a shell
+local function quoted(word)
+  if word:find("^[%w%-_./:=@]+$") then return word end
+  return "'" .. word:gsub("'", "'\\''") .. "'"
+end
+
+---@class Server baselines/servers/NAME.lua
+---@return Server
+function M.load(name)
+  local path = ("%s/baselines/servers/%s.lua"):format(amalgam.identity().root, name)
+  local chunk = name:find("^[%w_]+$") and loadfile(path)
+  if not chunk then
+    experiment.refuse("servers: no server '%s' (`amalgam servers` lists them)", name)
+  end
+  local server = chunk()
+  for key in pairs(server) do
+    if not KEYS[key] then experiment.refuse("%s: unknown key '%s'", path, key) end
+  end
+  for key, kind in pairs(KEYS) do
+    local value = server[key]
+    if type(value) ~= kind and not (value == nil and OPTIONAL[key]) then
+      experiment.refuse("%s: '%s' is no %s", path, key, kind)
+    end
+  end
+  return server
+end
+
+---@return string[] names of baselines/servers
+function M.names()
+  local names = {}
+  for _, file in ipairs(amalgam.list(amalgam.identity().root .. "/baselines/servers")) do
+    names[#names + 1] = file:match("^([%w_]+)%.lua$")
+  end
+  table.sort(names)
+  return names
+end
+
+---@return string[] canonical names
+function M.precisions(server)
+  local out = {}
+  for _, key in ipairs(experiment.sorted_keys(server.command)) do
+    if key ~= "base" then out[#out + 1] = key end
+  end
+  return out
+end
+
+---@param o { model: string, precision: string, tp: integer, ctx: integer, folder: string }
+---@return string start, string measure, table<string, string> files by path
+function M.commands(server, o)
+  local extra = server.command[o.precision]
+  if not extra then
+    experiment.refuse("servers: %s is not set up for %s, only for %s", server.name, o.precision,
+      table.concat(M.precisions(server), " "))
+  end
+  local values = { model = o.model, tp = tostring(o.tp), folder = o.folder,
+    ctx = tostring(o.ctx * (server.slots or 1)) }
+  local words, files = {}, {}
+  for _, key in ipairs(experiment.sorted_keys(server.env or {})) do
+    words[#words + 1] = key .. "=" .. quoted(server.env[key])
+  end
+  for _, list in ipairs({ server.command.base, extra }) do
+    for _, word in ipairs(list) do
+      words[#words + 1] = quoted((word:gsub("{(%w+)}", function(name)
+        return values[name] or experiment.refuse("servers: %s: {%s}", server.name, name)
+      end)))
+    end
+  end
+  for name, body in pairs(server.files or {}) do files[o.folder .. "/" .. name] = body end
+  local measure = { "amalgam bench serve", "--url", server.url, "--path", server.request.path,
+    "--backend", server.name }
+  -- Ids are drawn below the vocabulary, which no foreign server tells; text needs its tokenizer.
+  measure[#measure + 1] = server.request.prompts == "text" and "--tokenizer " .. quoted(o.model)
+    or "--vocab VOCABULARY"
+  if server.request.model then measure[#measure + 1] = "--model " .. quoted(o.model) end
+  if server.request.natural_end then measure[#measure + 1] = "--natural-end" end
+  return table.concat(words, " "), table.concat(measure, " "), files
+end
+
+local function list()
+  for _, name in ipairs(M.names()) do
+    local server = M.load(name)
+    print(("%-10s %s, %s: %s"):format(name, server.title, server.version,
+      table.concat(M.precisions(server), " ")))
+  end
+end
+
+local function main(args)
+  local o = { precision = "W16A16KV16", tp = 1, ctx = 8192, folder = "." }
+  local name, at = nil, 1
+  while args[at] do
+    local word, value = args[at], args[at + 1]
+    local key = word:match("^%-%-(%a+)$")
+    if word == "--help" then
+      print(USAGE)
+      return 0
+    elseif key == "tp" or key == "ctx" then
+      o[key] = math.tointeger(tonumber(value))
+        or experiment.refuse("servers: --%s %s is no number", key, tostring(value))
+      at = at + 1
+    elseif key == "model" or key == "precision" or key == "folder" then
+      o[key] = value or experiment.refuse("servers: --%s what?", key)
+      at = at + 1
+    elseif not key and not name then
+      name = word
+    else
+      experiment.refuse("servers: unknown option '%s'\n%s", word, USAGE)
+    end
+    at = at + 1
+  end
+  if not name then
+    list()
+    return 0
+  end
+  if not o.model then experiment.refuse("servers: %s needs --model", name) end
+  o.precision = amalgam.precision(o.precision)
+  local start, measure, files = M.commands(M.load(name), o)
+  for _, path in ipairs(experiment.sorted_keys(files)) do amalgam.write_file(path, files[path]) end
+  print(start)
+  print(measure)
+  return 0
+end
+
+---@param args string[]
+---@return integer exit status
+function M.main(args)
+  local ok, result = pcall(main, args)
+  if ok then return result end
+  return require("lib_run").report_error(result)
+end
+
+return M
