@@ -33,14 +33,15 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
 
-// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is >= 16.
+// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is 16
+// or more, and half as many where two tiles of heads share the registers.
 enum kv_class { ONLY_4, CODES, ANY };
 constexpr int clamp_unit(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
-template <int D, kv_class C>
+template <int D, int NT, kv_class C>
 constexpr int unit_tokens = clamp_unit((C == ONLY_4  ? 8192
                                         : C == CODES ? 4096
                                                      : 2048) /
-                                       D);
+                                       (D * NT));
 
 struct decode_arguments {
     void *out;       // [T, H D]
@@ -58,8 +59,8 @@ struct decode_arguments {
     float scale;                                  // times log2(e)
     int k_bytes, v_bytes, k_param, v_param_bytes; // of a unit
     int stages, slot_bytes, q_slots, q_bytes;
-    int quarters;                             // of the lanes of four whose columns are heads
-    int q_at, joint_at, sums_at, barriers_at; // in block memory, after the rings
+    int quarters; // of the lanes of four whose columns are heads
+    int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
 };
 
 // Formats of an instance, constant where they are.
@@ -571,6 +572,10 @@ __device__ __forceinline__ float join2(float a, float f, float b, float g) {
     return __fmaf_rn(a, f, __fmul_rn(b, g));
 }
 
+// Two tiles of heads take the registers: a thread's sum is in block memory then, a word further on
+// than the one before needs, for the banks' sake.
+template <int D, int NT> constexpr int all_bytes = NT == 1 ? 0 : (int)sizeof(sum<D, NT>) + 4;
+
 template <int D, int NT>
 __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
 #pragma unroll
@@ -755,11 +760,13 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
                                              int head0, int n_leaves, int *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2);
-        __threadfence();
-        const bool last = atomicAdd(counter, n_leaves) + n_leaves == run.n;
+        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2), before;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(n_leaves)
+                     : "memory");
+        const bool last = before + n_leaves == run.n;
         if (last) *counter = 0;
-        __threadfence();
         *flag = last;
     }
     __syncthreads();
@@ -767,10 +774,10 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
 }
 
 // Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf.
-template <int D>
+template <int D, int NT>
 __device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
                                              const tile_place &p, int prefix) {
-    constexpr int BATCH = 16;
+    constexpr int BATCH = NT == 1 ? 16 : 8;
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
     for (int i = threadIdx.x; i < p.n_heads * (D / 4); i += kThreads) {
@@ -816,7 +823,8 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
-template <int D, int NT, int UT, bool BULK> struct feeder {
+// WHOLE: an entry is K and V of a unit, else one of them.
+template <int D, int NT, int UT, bool WHOLE, bool BULK> struct feeder {
     const decode_arguments &a;
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
@@ -899,35 +907,47 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
             for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
         }
     }
+    // K and the parameters of the unit, or V of it, or all: one copy where they lie together.
+    __device__ __forceinline__ void copy_unit(uint32_t to, uint32_t bar, bool k, bool v) {
+        const int unit = UT == kPage ? 0 : token % kPage / UT;
+        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
+        const uint8_t *code = base + code_at, *param = base + param_at;
+        const int params = a.k_param + a.v_param_bytes;
+        if (BULK) barrier_expect(bar, (k ? a.k_bytes + params : 0) + (v ? a.v_bytes : 0));
+        if (k && v && UT == kPage)
+            copy(to, code, a.k_bytes + a.v_bytes, bar);
+        else if (k)
+            copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
+        if (v && !(k && UT == kPage))
+            copy(to + (k ? a.k_bytes : 0), code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
+        if (k) {
+            const uint32_t at = to + a.k_bytes + (v ? a.v_bytes : 0);
+            if (UT == kPage) {
+                copy(at, param, params, bar);
+            } else {
+                copy(at, param + unit * a.k_param, a.k_param, bar);
+                copy(at + a.k_param, param + a.v_param + unit * a.v_param_bytes, a.v_param_bytes,
+                     bar);
+            }
+        }
+        if (!BULK) copy_async_arrive(bar);
+    }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
         if (fresh && warp == 0) fetch_q(run->row, tile());
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
-        const int unit = UT == kPage ? 0 : token % kPage / UT;
-        const uint8_t *base = a.base + (int64_t)page * a.page_bytes, *code = base + code_at;
         if (!BULK || lane == 0) {
-            if (second) {
-                if (BULK) barrier_expect(bar, a.v_bytes);
-                copy(to, code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
-            } else {
-                const uint8_t *param = base + param_at;
-                const int k_param = a.k_param, v_param = a.v_param_bytes;
-                if (BULK) barrier_expect(bar, a.k_bytes + k_param + v_param);
-                copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
-                if (UT == kPage) { // both kinds of parameters lie together
-                    copy(to + a.k_bytes, param, k_param + v_param, bar);
-                } else {
-                    copy(to + a.k_bytes, param + unit * k_param, k_param, bar);
-                    copy(to + a.k_bytes + k_param, param + a.v_param + unit * v_param, v_param,
-                         bar);
-                }
-            }
-            if (!BULK) copy_async_arrive(bar);
+            if (WHOLE)
+                copy_unit(to, bar, true, true);
+            else if (second)
+                copy_unit(to, bar, false, true);
+            else
+                copy_unit(to, bar, true, false);
         }
-        if (second) next_unit();
-        second = !second;
+        if (WHOLE || second) next_unit();
+        if (!WHOLE) second = !second;
     }
     // Is the unit free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const { return token + UT < run->end; }
@@ -979,10 +999,11 @@ __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_argu
 }
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
-    static constexpr int UT = unit_tokens<D, C>, JOINTS = joints<D, NT>;
+    static constexpr int UT = unit_tokens<D, NT, C>, JOINTS = joints<D, NT>;
+    static constexpr bool WHOLE = C == ONLY_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, NT, UT, BULK> feed;
+    feeder<D, NT, UT, C == ONLY_4, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1012,18 +1033,18 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {};
         uint32_t at = wait();
         multiply_k_of<D, NT, UT, C, T>(s, q, k_format<C>(a), at, lane);
-        const uint32_t param = at + a.k_bytes;
+        const uint32_t param = at + a.k_bytes + (WHOLE ? a.v_bytes : 0);
         if (C != ANY || a.k != KF_16) load_params<UT>(k_param, param, k_format<C>(a), lane / 4);
         if (C != ANY || a.v != KF_16)
             load_params<UT>(v_param, param + a.k_param, v_format<C>(a), lane / 4);
-        release();
+        if (!WHOLE) release();
         scale_scores<D, NT, UT, C>(s, q, a, k_param);
         if (x.edge) {
             clear_scores<NT, UT>(s, x, lane / 4);
             clear_params<UT>(v_param, x, lane / 4);
         }
         weigh<D, NT, UT, C, T>(p, s, st, a, v_param);
-        at = wait();
+        at = WHOLE ? at + a.k_bytes : wait();
         multiply_v_of<D, NT, UT, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
@@ -1071,7 +1092,9 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
         load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * a.q_bytes,
                                    place_of<NT>(a, tile).n_heads, feed.lane);
-        sum<D, NT> all;
+        sum<D, NT> here;
+        sum<D, NT> &all =
+            NT == 1 ? here : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT>);
         for (int part = from; part < to; part++) {
             state<D, NT> st;
             attend_leaf(st, q, run, part);
@@ -1091,7 +1114,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         if (head) put_record<D, NT, C>(all, a, run.slot, place, feed.warp, feed.lane);
         int *flag = (int *)(memory + a.barriers_at - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
-            join_records<D>(a, run, place, head ? to : run.prefix);
+            join_records<D, NT>(a, run, place, head ? to : run.prefix);
     }
 };
 
@@ -1099,11 +1122,11 @@ template <int D, int NT, kv_class C, typename T, bool BULK>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_decode(const __grid_constant__ decode_arguments a) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    constexpr int UT = unit_tokens<D, C>;
+    constexpr int UT = unit_tokens<D, NT, C>;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
     worker<D, NT, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
-    feeder<D, NT, UT, BULK> &feed = w.feed;
+    feeder<D, NT, UT, C == ONLY_4, BULK> &feed = w.feed;
     feed.warp = warp;
     feed.lane = lane;
     feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
@@ -1148,7 +1171,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
-    constexpr int UT = unit_tokens<D, C>;
+    constexpr int UT = unit_tokens<D, NT, C>;
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1177,7 +1200,8 @@ status launch(const attention_problem *p) {
     a.k_param = UT * attention_param_bytes(a.k);
     a.v_param_bytes = UT * attention_param_bytes(a.v);
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    a.slot_bytes = (int)div_up(k_entry > a.v_bytes ? k_entry : a.v_bytes, 128) * 128;
+    const int entry = C == ONLY_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
     a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched up to (stages + 1) / 2
@@ -1189,11 +1213,12 @@ status launch(const attention_problem *p) {
     int bytes = room + 1;
     for (a.stages = 17; bytes > room && a.stages > 1;) {
         a.stages--;
-        a.q_slots = (a.stages + 1) / 2 + 1;
+        a.q_slots = (C == ONLY_4 ? a.stages : (a.stages + 1) / 2) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
-        a.barriers_at = a.sums_at + sums + 16; // a flag before them
+        a.all_at = a.sums_at + sums;
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT> + 16; // a flag before them
         bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT>);
     }
     const auto kernel = attend_decode<D, NT, C, T, BULK>;
