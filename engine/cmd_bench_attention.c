@@ -32,6 +32,7 @@ typedef struct {
     dtype type;
     kv_format k, v;
     int32_t heads, kv_heads, head_dim, window, batch, ctx, n_new, family;
+    int32_t last;       /* tokens of the last sequence, where that is not ctx */
     const char *kernel; /* NULL: the best */
 } bench_case;
 
@@ -81,6 +82,16 @@ static status take_random(bench_memory *m, void **out, uint16_t **host, int64_t 
     return take_copy(m, out, *host, 2 * n);
 }
 
+static int32_t length_of(const bench_case *c, int32_t s) {
+    return c->last && s == c->batch - 1 ? c->last : c->ctx;
+}
+/* Pages before sequence s. */
+static int64_t pages_before(const bench_case *c, int32_t s) {
+    int64_t n = 0;
+    for (int32_t i = 0; i < s; i++) n += div_up(length_of(c, i), P);
+    return n;
+}
+
 /* --- One case
  * -------------------------------------------------------------------------------------- */
 
@@ -97,7 +108,7 @@ typedef struct {
 } bench_run;
 
 static int64_t kv_bytes(const bench_case *c, const bench_run *r) {
-    return (int64_t)c->batch * c->ctx * r->page_bytes / P;
+    return ((int64_t)(c->batch - 1) * c->ctx + length_of(c, c->batch - 1)) * r->page_bytes / P;
 }
 
 /* The cache of all sets, SLICE tokens at a time from one random input. */
@@ -130,7 +141,7 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     const int32_t rows = c->batch * c->n_new, S = c->batch;
     const int64_t row = (int64_t)(c->heads + 2 * c->kv_heads) * c->head_dim;
     r->page_bytes = attention_page_bytes(c->k, c->v, c->kv_heads, c->head_dim);
-    r->set_pages = (int64_t)c->batch * div_up(c->ctx, P);
+    r->set_pages = pages_before(c, c->batch);
     r->n_sets = (int32_t)i64_max(1, div_up(ROTATE_BYTES, r->set_pages * r->page_bytes));
     r->ints = mem_alloc((size_t)(2 * rows + 3 * S + 2), sizeof(int32_t));
     const int64_t n_pages = r->n_sets * r->set_pages;
@@ -147,13 +158,13 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     int32_t *page_start = seq_start + S + 1, *kv_len = page_start + S + 1;
     for (int32_t s = 0; s <= S; s++) {
         seq_start[s] = s * c->n_new;
-        page_start[s] = s * (int32_t)div_up(c->ctx, P);
+        page_start[s] = (int32_t)pages_before(c, s);
     }
     for (int32_t t = 0; t < rows; t++) {
         token_seq[t] = t / c->n_new;
-        position[t] = c->ctx - c->n_new + t % c->n_new;
+        position[t] = length_of(c, t / c->n_new) - c->n_new + t % c->n_new;
     }
-    for (int32_t s = 0; s < S; s++) kv_len[s] = c->ctx;
+    for (int32_t s = 0; s < S; s++) kv_len[s] = length_of(c, s);
     r->host = (attention_batch){.n_seqs = S,
                                 .n_tokens = rows,
                                 .n_decodes = c->prefill ? 0 : S,
@@ -328,11 +339,12 @@ static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *
 /* Multiply-adds of Q K^T and P V that the mask leaves, times two. */
 static double flops(const bench_case *c) {
     double seen = 0;
-    for (int32_t t = 0; t < c->n_new; t++) {
-        const int32_t n = c->ctx - c->n_new + t + 1;
-        seen += c->window > 0 && n > c->window ? c->window : n;
-    }
-    return 4.0 * seen * c->batch * c->heads * c->head_dim;
+    for (int32_t s = 0; s < c->batch; s++)
+        for (int32_t t = 0; t < c->n_new; t++) {
+            const int32_t n = length_of(c, s) - c->n_new + t + 1;
+            seen += c->window > 0 && n > c->window ? c->window : n;
+        }
+    return 4.0 * seen * c->heads * c->head_dim;
 }
 
 static status bench_one(const bench_case *c, const bench_gpu *g) {
@@ -350,13 +362,16 @@ static status bench_one(const bench_case *c, const bench_gpu *g) {
             c->json
                 ? "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%"
                   "d,"
-                  "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"new\":%d,\"us\":%.2f,\"gbs\":%.1f,"
+                  "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"last\":%d,\"new\":%d,\"us\":%.2f,"
+                  "\"gbs\":%.1f,"
                   "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n"
-                : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d new %-5d %10.2f us %8.1f GB/s %5.1f%% "
+                : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d last %-6d new %-5d %10.2f us %8.1f "
+                  "GB/s %5.1f%% "
                   "of "
                   "read %7.1f TFLOP/s  %s  rel_err %.3g\n",
             c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
-            c->head_dim, c->batch, c->ctx, c->n_new, us, gbs, gbs / g->read_gbs * 100, tflops,
+            c->head_dim, c->batch, c->ctx, length_of(c, c->batch - 1), c->n_new, us, gbs,
+            gbs / g->read_gbs * 100, tflops,
             c->kernel   ? c->kernel
             : c->family ? (c->family == 80 ? "family80" : "family90")
                         : "best",
@@ -421,8 +436,11 @@ static status bench_all(bench_case *c, char *kv, char *shapes, int64_t n_new, co
     const int32_t n_formats = split(kv, format), n_shapes = split(shapes, shape);
     for (int32_t i = 0; i < n_shapes; i++)
         for (int32_t f = 0; f < n_formats; f++) {
-            if (sscanf(shape[i], "%dx%d", &c->batch, &c->ctx) != 2 || c->batch < 1 || c->ctx < 1)
+            c->last = 0;
+            if (sscanf(shape[i], "%dx%d+%d", &c->batch, &c->ctx, &c->last) < 2 || c->batch < 1 ||
+                c->ctx < 1 || c->last < 0)
                 return FAIL(ST_USAGE, "'%s' is no BATCHxCTX", shape[i]);
+            if (c->last) c->batch++;
             TRY(parse_kv(format[f], &c->k, &c->v));
             c->n_new = c->prefill ? (int32_t)(n_new ? i64_min(n_new, c->ctx) : c->ctx) : 1;
             TRY(bench_one(c, g));
@@ -443,7 +461,7 @@ int bench_attention(int argc, char **argv) {
         {"--head-dim", CLI_INT, &head_dim, "D", "64, 128 or 256"},
         {"--batch", CLI_INT, &batch, "N", "sequences"},
         {"--ctx", CLI_INT, &ctx, "N", "tokens of each, the new ones included"},
-        {"--shapes", CLI_TEXT, &shapes, "BxC", "a list of BATCHxCTX instead"},
+        {"--shapes", CLI_TEXT, &shapes, "BxC", "a list instead; BxC+L: and one of L"},
         {"--new", CLI_INT, &n_new, "N", "prefill: new tokens (default: all)"},
         {"--window", CLI_INT, &window, "N", "sliding window"},
         {"--kernel", CLI_TEXT, &kernel, "NAME", "force a variant"},

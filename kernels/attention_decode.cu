@@ -33,14 +33,15 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
 
-// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is >= 16.
+// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is 16
+// or more, and half as many where two tiles of heads share the registers.
 enum kv_class { ONLY_4, CODES, ANY };
 constexpr int clamp_unit(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
-template <int D, kv_class C>
+template <int D, int NT, kv_class C>
 constexpr int unit_tokens = clamp_unit((C == ONLY_4  ? 8192
                                         : C == CODES ? 4096
                                                      : 2048) /
-                                       D);
+                                       (D * NT));
 
 struct decode_arguments {
     void *out;       // [T, H D]
@@ -57,9 +58,9 @@ struct decode_arguments {
     bool bf16;                                    // q, out and sinks; fp16 otherwise
     float scale;                                  // times log2(e)
     int k_bytes, v_bytes, k_param, v_param_bytes; // of a unit
-    int stages, slot_bytes, q_slots;
-    int quarters;                             // of the lanes of four whose columns are heads
-    int q_at, joint_at, sums_at, barriers_at; // in block memory, after the rings
+    int stages, slot_bytes, q_slots, q_bytes;
+    int quarters; // of the lanes of four whose columns are heads
+    int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
 };
 
 // Formats of an instance, constant where they are.
@@ -77,20 +78,58 @@ __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
 
 // --- Codes to fp16 pairs ------------------------------------------------------------------------
 
+#if __CUDA_ARCH__ >= 890
+// Two e4m3 in neighbouring bytes to fp16.
+__device__ __forceinline__ uint32_t e4m3_neighbours(uint32_t x) {
+    uint32_t y;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"((uint16_t)x));
+    return y;
+}
+#else
 // Two e4m3 in bytes 1 and 3 to fp16 * 2^-8.
 __device__ __forceinline__ uint32_t e4m3_pair(uint32_t x) {
     return (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
 }
-template <kv_format F> __device__ __forceinline__ uint32_t bytes_even(uint32_t x) {
-    return F == KF_FP8 ? e4m3_pair(x << 8) : x & 0x00ff00ffu;
+#endif
+// Bytes 0, 2 and 1, 3 of x to fp16 pairs.
+template <kv_format F>
+__device__ __forceinline__ void bytes_apart(uint32_t &even, uint32_t &odd, uint32_t x) {
+    if (F == KF_8) {
+        even = x & 0x00ff00ffu;
+        odd = __byte_perm(x, 0, 0x4341);
+    } else {
+#if __CUDA_ARCH__ >= 890
+        const uint32_t y = __byte_perm(x, 0, 0x3120);
+        even = e4m3_neighbours(y);
+        odd = e4m3_neighbours(y >> 16);
+#else
+        even = e4m3_pair(x << 8);
+        odd = e4m3_pair(x);
+#endif
+    }
 }
-template <kv_format F> __device__ __forceinline__ uint32_t bytes_odd(uint32_t x) {
-    return F == KF_FP8 ? e4m3_pair(x) : __byte_perm(x, 0, 0x4341);
+// The same where the order is free: for e4m3 bytes 0, 1 and 2, 3.
+template <kv_format F>
+__device__ __forceinline__ void bytes_to_pairs(uint32_t &first, uint32_t &second, uint32_t x) {
+#if __CUDA_ARCH__ >= 890
+    if (F == KF_FP8) {
+        first = e4m3_neighbours(x);
+        second = e4m3_neighbours(x >> 16);
+        return;
+    }
+#endif
+    bytes_apart<F>(first, second, x);
 }
+
+#if __CUDA_ARCH__ >= 890
+constexpr bool kNeighbours = true; // e4m3 is converted by neighbours, to its own value
+#else
+constexpr bool kNeighbours = false;
+#endif
 
 // What a pair in a register stands for, over its fp16 value.
 __device__ __forceinline__ float code_unit(kv_format f) {
-    return f == KF_16 ? 1.f : f == KF_FP8 ? 256.f : 16777216.f;
+    return f == KF_16 ? 1.f : f == KF_FP8 ? (kNeighbours ? 1.f : 256.f) : 16777216.f;
 }
 
 // --- Addresses ----------------------------------------------------------------------------------
@@ -114,11 +153,11 @@ template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane
 // --------------------------------------------------------------------------------------------
 
 // One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for
-// codes the factor that was applied and the sums of q of this lane's two columns.
+// codes what the sums over q of this lane's two columns are, and the scale.
 template <int D, int NT> struct query {
     uint32_t b[D / 16][NT][2];
-    float factor;
-    float sum[NT][2];
+    float scale;      // of a product of codes, to a score in base 2
+    float sum[NT][2]; // times the factor of scores
 };
 
 // Two 16-bit values of the model's type.
@@ -156,7 +195,6 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
         }
     }
     if (F == KF_16) {
-        q.factor = 1.f;
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -176,14 +214,15 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8);
-        q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4);
+        q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8) * a.scale;
+        q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4) * a.scale;
     }
     amax = warp_max(amax);
     // The power of two that brings the largest to [2^11, 2^12).
-    q.factor =
+    const float f =
         amax < 1e-18f ? 1.f : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
-    const float f = q.factor, odd = F == KF_4 ? f / 16 : f; // odd nibbles come times 16
+    const float odd = F == KF_4 ? f / 16 : f; // odd nibbles come times 16
+    q.scale = a.scale * code_unit(F) / f;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -193,11 +232,12 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
                 const float2 x = pair16(raw[n][w], a.bf16), y = pair16(raw[n][w + 2], a.bf16);
                 q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
                 q.b[i][n][1] = pack2<__half>(x.y * odd, y.y * odd);
-            } else { // dims 0, 2 | 1, 3 of four
+            } else { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
                 const float2 x = pair16(raw[n][2 * i], a.bf16),
                              y = pair16(raw[n][2 * i + 1], a.bf16);
-                q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
-                q.b[i][n][1] = pack2<__half>(x.y * f, y.y * f);
+                const bool near = F == KF_FP8 && kNeighbours;
+                q.b[i][n][0] = pack2<__half>(x.x * f, (near ? x.y : y.x) * f);
+                q.b[i][n][1] = pack2<__half>((near ? y.x : x.y) * f, y.y * f);
             }
         }
 }
@@ -237,8 +277,8 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
                     x[0] = lo & 0x000f000fu, x[1] = hi & 0x000f000fu;
                     x[2] = lo & 0x00f000f0u, x[3] = hi & 0x00f000f0u;
                 } else {
-                    x[0] = bytes_even<F>(r[m][i * 2]), x[1] = bytes_even<F>(r[m][i * 2 + 1]);
-                    x[2] = bytes_odd<F>(r[m][i * 2]), x[3] = bytes_odd<F>(r[m][i * 2 + 1]);
+                    bytes_to_pairs<F>(x[0], x[2], r[m][i * 2]);
+                    bytes_to_pairs<F>(x[1], x[3], r[m][i * 2 + 1]);
                 }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
@@ -286,10 +326,13 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
                                    p[m][n][1]);
                     }
                 } else {
+                    uint32_t x[4];
+                    bytes_apart<F>(x[0], x[1], lo);
+                    bytes_apart<F>(x[2], x[3], hi);
 #pragma unroll
                     for (int n = 0; n < NT; n++)
-                        mma<T>(acc[pair * 2 + piece][n], bytes_even<F>(lo), bytes_odd<F>(lo),
-                               bytes_even<F>(hi), bytes_odd<F>(hi), p[m][n][0], p[m][n][1]);
+                        mma<T>(acc[pair * 2 + piece][n], x[0], x[1], x[2], x[3], p[m][n][0],
+                               p[m][n][1]);
                 }
             }
         }
@@ -344,15 +387,25 @@ __device__ __forceinline__ float column_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// Scale and minimum of a token; codes of V count from their middle.
-__device__ __forceinline__ float2 params_of(uint32_t at, kv_format f, int token) {
-    if (f == KF_FP8) {
-        uint16_t s;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(s) : "r"(at + 2 * token));
-        return make_float2(__half2float(__ushort_as_half(s)), 0.f);
-    }
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at + 4 * token));
+// Parameters of this lane's tokens, as they lie in memory: f16 scale, and f16 minimum above it.
+template <int UT>
+__device__ __forceinline__ void load_params(uint32_t (&p)[UT / 16][2], uint32_t at, kv_format f,
+                                            int row) {
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = m * 16 + half * 8 + row;
+            if (f == KF_FP8) {
+                uint16_t scale;
+                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(at + 2 * token));
+                p[m][half] = scale;
+            } else {
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(p[m][half]) : "r"(at + 4 * token));
+            }
+        }
+}
+__device__ __forceinline__ float2 halves(uint32_t x) {
     return __half22float2(*reinterpret_cast<const __half2 *>(&x));
 }
 
@@ -360,60 +413,50 @@ __device__ __forceinline__ float2 params_of(uint32_t at, kv_format f, int token)
 struct extent {
     int token0, lo, end;
     bool edge; // some do not
-    __device__ bool out(int token) const {
-        return edge && (token0 + token < lo || token0 + token >= end);
-    }
+    __device__ bool out(int token) const { return token0 + token < lo || token0 + token >= end; }
 };
 
-// Products to scores in base 2, -inf outside; top: the largest of this lane.
+// Parameters of tokens that do not count may be anything: they become zero.
+template <int UT>
+__device__ __forceinline__ void clear_params(uint32_t (&p)[UT / 16][2], const extent &x, int row) {
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (x.out(m * 16 + half * 8 + row)) p[m][half] = 0;
+}
+// Nor do their scores.
+template <int NT, int UT>
+__device__ __forceinline__ void clear_scores(float (&s)[UT / 16][NT][4], const extent &x, int row) {
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (x.out(m * 16 + e / 2 * 8 + row))
+#pragma unroll
+                for (int n = 0; n < NT; n++) s[m][n][e] = -INFINITY;
+}
+
+// Products to scores in base 2.
 template <int D, int NT, int UT, kv_class C>
-__device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], float (&top)[NT][2],
-                                             const query<D, NT> &q, const decode_arguments &a,
-                                             uint32_t params, const extent &x, int row) {
-    const kv_format k = k_format<C>(a);
-    const bool codes = C != ANY || k != KF_16;
-    const float s_scale = codes ? a.scale * code_unit(k) / q.factor : a.scale;
-    float z_scale[NT][2];
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) top[n][j] = -INFINITY, z_scale[n][j] = a.scale * q.sum[n][j];
+__device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
+                                             const decode_arguments &a,
+                                             const uint32_t (&params)[UT / 16][2]) {
+    const bool codes = C != ANY || a.k != KF_16;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int token = m * 16 + half * 8 + row;
-            float2 p = make_float2(1.f, 0.f);
-            if (codes) p = params_of(params, k, token);
-            const float f = p.x * s_scale;
-            const bool out = x.out(token);
+            const float2 p = halves(params[m][half]);
+            const float f = codes ? p.x * q.scale : a.scale;
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float &y = s[m][n][half * 2 + j];
-                    y = codes ? y * f + p.y * z_scale[n][j] : y * f;
-                    if (out) y = -INFINITY;
-                    top[n][j] = fmaxf(top[n][j], y);
+                    y = codes ? y * f + p.y * q.sum[n][j] : y * f;
                 }
         }
-}
-
-// Parameters of V of this lane's tokens, and the power of two that their scales are divided by from
-// here on: near the largest so far, so that p * scale stays in fp16's range.
-template <int UT>
-__device__ __forceinline__ float v_params(float2 (&vp)[UT / 16][2], float unit, kv_format v,
-                                          uint32_t params, const extent &x, int row) {
-#pragma unroll
-    for (int m = 0; m < UT / 16; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int token = m * 16 + half * 8 + row;
-            vp[m][half] = params_of(params, v, token);
-            if (x.out(token)) vp[m][half] = make_float2(0.f, 0.f);
-            unit = fmaxf(unit, vp[m][half].x);
-        }
-    return __uint_as_float(__float_as_uint(column_max(unit)) & 0x7f800000u);
 }
 
 // The state to new maxima and another unit of V's scales.
@@ -448,20 +491,31 @@ __device__ __forceinline__ void move_state(state<D, NT> &st, const float (&top)[
     }
 }
 
-// Products of a unit to weights p as multiply_v wants them; moves the state to the new maximum.
-// Tokens outside [lo, end) get weight 0, and their parameters are not looked at.
+// Scores of a unit to weights p as multiply_v wants them; moves the state to the new maximum, and
+// to a power of two near the largest scale of V so far: scales are divided by it, so that p * scale
+// stays in fp16's range.
 template <int D, int NT, int UT, kv_class C, typename T>
 __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
-                                      state<D, NT> &st, const query<D, NT> &q,
-                                      const decode_arguments &a, uint32_t params, const extent &x,
-                                      int lane) {
+                                      state<D, NT> &st, const decode_arguments &a,
+                                      const uint32_t (&params)[UT / 16][2]) {
     const kv_format v = v_format<C>(a);
     const bool codes = C != ANY || v != KF_16;
-    float top[NT][2], from[NT][2];
-    scale_scores<D, NT, UT, C>(s, top, q, a, params, x, lane / 4);
-    float2 vp[UT / 16][2];
-    float unit = st.unit;
-    if (codes) unit = v_params<UT>(vp, unit, v, params + a.k_param, x, lane / 4);
+    float top[NT][2], from[NT][2], unit = st.unit;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            top[n][j] = s[0][n][j];
+#pragma unroll
+            for (int m = 0; m < UT / 16; m++)
+                top[n][j] = fmaxf(top[n][j], fmaxf(s[m][n][j], s[m][n][j + 2]));
+        }
+    if (codes) {
+#pragma unroll
+        for (int m = 0; m < UT / 16; m++)
+            unit = fmaxf(unit, fmaxf(halves(params[m][0]).x, halves(params[m][1]).x));
+        unit = __uint_as_float(__float_as_uint(column_max(unit)) & 0x7f800000u);
+    }
     const float per_unit = __uint_as_float(0x7f000000u - __float_as_uint(unit));
     move_state(st, top, from, unit, per_unit);
     const float middle = v == KF_8 ? 128.f : v == KF_4 ? 8.f : 0.f;
@@ -469,7 +523,8 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float vs = vp[m][half].x * per_unit, vz = vp[m][half].y + middle * vp[m][half].x;
+            const float2 vp = halves(params[m][half]);
+            const float vs = vp.x * per_unit, vz = vp.y + middle * vp.x;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 float w[2];
@@ -488,15 +543,14 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
         }
 }
 
-// 16-bit V of tokens that must not count: zero, since 0 * NaN is NaN.
-template <int D, int UT>
-__device__ __forceinline__ void clear_outside(uint32_t v_at, int token0, int lo, int end,
-                                              int lane) {
+// V of tokens that must not count: zero where it can be NaN, since 0 * NaN is NaN.
+template <int ROW, int UT>
+__device__ __forceinline__ void clear_v(uint32_t v_at, const extent &x, int lane) {
     for (int t = 0; t < UT; t++)
-        if (token0 + t < lo || token0 + t >= end)
-            for (int at = lane * 16; at < 2 * D; at += 512)
+        if (x.out(t))
+            for (int at = lane * 16; at < ROW; at += 512)
                 asm volatile(
-                    "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(2 * D, t, at)),
+                    "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(ROW, t, at)),
                     "r"(0)
                     : "memory");
     fence_async_proxy();
@@ -513,14 +567,14 @@ template <int D, int NT> struct sum {
     float m[NT][2], l[NT][2];
 };
 
-// A score's factor when the largest is m; both may be -inf.
-__device__ __forceinline__ float factor_of(float score, float m) {
-    return m == -INFINITY ? 0.f : exp2_approx(score - m);
-}
 // a f + b g, rounded the same wherever two sums are joined.
 __device__ __forceinline__ float join2(float a, float f, float b, float g) {
     return __fmaf_rn(a, f, __fmul_rn(b, g));
 }
+
+// Two tiles of heads take the registers: a thread's sum is in block memory then, a word further on
+// than the one before needs, for the banks' sake.
+template <int D, int NT> constexpr int all_bytes = NT == 1 ? 0 : (int)sizeof(sum<D, NT>) + 4;
 
 template <int D, int NT>
 __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
@@ -530,7 +584,7 @@ __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const float m = fmaxf(to.m[n][j], leaf.m[n][j]);
-            f[j] = factor_of(to.m[n][j], m), g[j] = factor_of(leaf.m[n][j], m);
+            f[j] = exp2_approx(to.m[n][j] - m), g[j] = exp2_approx(leaf.m[n][j] - m);
             to.m[n][j] = m;
             to.l[n][j] = join2(to.l[n][j], f[j], leaf.l[n][j], g[j]);
         }
@@ -542,7 +596,10 @@ __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf)
     }
 }
 
-// Block memory of the warps' results: acc [4 warps, D / 16, NT, 8 rows, quarters] float4, and
+// Results of two leaves at a time where that leaves enough memory for the rings.
+template <int D, int NT> constexpr int joints = D <= 128 && NT == 1 ? 2 : 1;
+
+// Block memory of the warps' results, [joints] of each: acc [4 warps, D / 16, NT, 8 rows, quarters] float4, and
 // (m, l) [4 warps, NT, 4 quarters] float4.
 template <int D, int NT> __host__ __device__ constexpr int joint_bytes(int quarters) {
     return kWarps * (D / 16) * NT * 8 * quarters * 16;
@@ -554,13 +611,14 @@ __device__ __forceinline__ int joint_tile(const decode_arguments &a, int warp, i
 
 template <int D, int NT, kv_class C>
 __device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &st,
-                                          const decode_arguments &a, int warp, int lane) {
+                                          const decode_arguments &a, int at, int warp, int lane) {
     const kv_format v = v_format<C>(a);
     const bool codes = C != ANY || v != KF_16;
     const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
-    float4 *acc = (float4 *)(memory + a.joint_at) + row * a.quarters + quarter;
-    float4 *ml = (float4 *)(memory + a.sums_at) + warp * NT * 4;
+    float4 *acc = (float4 *)(memory + a.joint_at) + joint_tile<D, NT>(a, at * kWarps, 0, 0) +
+                  row * a.quarters + quarter;
+    float4 *ml = (float4 *)(memory + a.sums_at) + (at * kWarps + warp) * NT * 4;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const float l0 = column_sum(st.l[n][0]), l1 = column_sum(st.l[n][1]);
@@ -581,15 +639,15 @@ __device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &s
     }
 }
 
-// The first n_warps warps' results, in order.
+// The warps' results, in order; those without a page have none, at a score of -inf.
 template <int D, int NT>
 __device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
-                                           const decode_arguments &a, int n_warps, int warp,
-                                           int lane) {
+                                           const decode_arguments &a, int at, int warp, int lane) {
     const int row = lane / 4, quarter = lane % 4;
-    const float4 *acc =
-        (const float4 *)(memory + a.joint_at) + row * a.quarters + min(quarter, a.quarters - 1);
-    const float4 *ml = (const float4 *)(memory + a.sums_at) + quarter;
+    const float4 *acc = (const float4 *)(memory + a.joint_at) +
+                        joint_tile<D, NT>(a, at * kWarps, 0, 0) + row * a.quarters +
+                        min(quarter, a.quarters - 1);
+    const float4 *ml = (const float4 *)(memory + a.sums_at) + at * kWarps * NT * 4 + quarter;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         float4 w[kWarps];
@@ -597,7 +655,6 @@ __device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
 #pragma unroll
         for (int k = 0; k < kWarps; k++) {
             w[k] = ml[(k * NT + n) * 4];
-            if (k >= n_warps) w[k] = make_float4(-INFINITY, 0.f, -INFINITY, 0.f);
             m[0] = fmaxf(m[0], w[k].x), m[1] = fmaxf(m[1], w[k].z);
         }
         s.l[n][0] = s.l[n][1] = 0.f;
@@ -607,8 +664,7 @@ __device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
             for (int e = 0; e < 4; e++) s.x[i][n][e] = 0.f;
 #pragma unroll
         for (int k = 0; k < kWarps; k++) {
-            if (k >= n_warps) continue;
-            const float f = factor_of(w[k].x, m[0]), g = factor_of(w[k].z, m[1]);
+            const float f = exp2_approx(w[k].x - m[0]), g = exp2_approx(w[k].z - m[1]);
             s.l[n][0] += w[k].y * f, s.l[n][1] += w[k].w * g;
 #pragma unroll
             for (int i = 0; i < D / 64; i++) {
@@ -630,7 +686,8 @@ struct tile_place {
 };
 template <int NT>
 __device__ __forceinline__ tile_place place_of(const decode_arguments &a, int tile) {
-    const int g = tile / a.n_tiles, first = tile % a.n_tiles * 8 * NT;
+    const int g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
+    const int first = (tile - g * a.n_tiles) * 8 * NT;
     return {g * a.ratio + first, min(8 * NT, a.ratio - first)};
 }
 
@@ -703,11 +760,13 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
                                              int head0, int n_leaves, int *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2);
-        __threadfence();
-        const bool last = atomicAdd(counter, n_leaves) + n_leaves == run.n;
+        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2), before;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(n_leaves)
+                     : "memory");
+        const bool last = before + n_leaves == run.n;
         if (last) *counter = 0;
-        __threadfence();
         *flag = last;
     }
     __syncthreads();
@@ -715,10 +774,10 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
 }
 
 // Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf.
-template <int D>
+template <int D, int NT>
 __device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
                                              const tile_place &p, int prefix) {
-    constexpr int BATCH = 16;
+    constexpr int BATCH = NT == 1 ? 16 : 8;
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
     for (int i = threadIdx.x; i < p.n_heads * (D / 4); i += kThreads) {
@@ -744,7 +803,7 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
                     continue;
                 }
                 const float next = fmaxf(m, w[k].x);
-                const float f = factor_of(m, next), g = factor_of(w[k].x, next);
+                const float f = exp2_approx(m - next), g = exp2_approx(w[k].x - next);
                 m = next;
                 l = join2(l, f, w[k].y, g);
                 x.x = join2(x.x, f, y[k].x, g), x.y = join2(x.y, f, y[k].y, g);
@@ -761,67 +820,71 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
 // ------------------------------------------------------------------------------------------
 
 template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
-template <int D, int NT> __host__ __device__ constexpr int q_slot_bytes() {
-    return 8 * NT * q_row_bytes<D>();
-}
 
-// The next entry to fetch, and where: the warp's cursor over its block's work.
-template <int D, int NT, int UT, bool BULK> struct feeder {
+// The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
+// of kStride, so that the warp's pages of a tile are kStride apart across them.
+// WHOLE: an entry is K and V of a unit, else one of them.
+template <int D, int NT, int UT, bool WHOLE, bool BULK> struct feeder {
     const decode_arguments &a;
+    uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
-    uint32_t q_ring, q_full;
     int warp, lane;
-    attention_run run;
-    int leaf, tile, part;
-    int token, stop; // of the unit; the leaf's end
+    const attention_run *run;
+    const int32_t *pages;
+    int leaf;        // the run's first after the tile at hand
+    int token, stop; // of the unit; the end of the run's part of the tile
     int page;
-    int n_q;     // tiles whose q is on its way or here
-    bool second; // V of the unit comes next
-    bool fresh;  // a new tile: its q is wanted
+    int code_at, param_at; // of the tile's head in a page
+    int n_q;               // tiles whose q is on its way or here
+    bool second;           // V of the unit comes next
+    bool fresh;            // a new tile: its q is wanted
     bool done;
 
-    __device__ __forceinline__ void enter(int at) {
-        run = a.runs[at];
-        leaf = run.from;
-        tile = leaf / run.n;
-        part = leaf - tile * run.n;
+    __device__ __forceinline__ uint32_t q_full(int at) const {
+        return memory + a.barriers_at + 8 * (kWarps * a.stages + at);
+    }
+    __device__ __forceinline__ void enter_run(int at) {
+        run = a.runs + at;
+        pages = a.page + run->page_at;
+        leaf = run->from;
+    }
+    __device__ __forceinline__ void enter_tile() {
+        const int n = run->n, tile = leaf / n, first = leaf - tile * n;
+        const int to = min(n, run->to - tile * n), g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
+        code_at = g * a.head_bytes;
+        param_at = a.param_base + g * a.param_bytes;
+        token = run->begin + first * run->leaf + warp * kPage;
+        stop = min(run->begin + to * run->leaf, run->end);
+        leaf = tile * n + to;
         fresh = true;
     }
-    __device__ __forceinline__ void load_page() { page = a.page[run.page_at + token / kPage]; }
-    // From the leaf at hand on, the first in which this warp has a page.
+    __device__ __forceinline__ int tile() const { return (leaf - 1) / run->n; }
+    __device__ __forceinline__ void load_page() { page = pages[token / kPage]; }
+    // To the next tile in which this warp has a page.
     __device__ __forceinline__ void seek() {
-        for (;;) {
-            if (leaf == run.to) {
-                done = run.next < 0;
+        do {
+            while (leaf == run->to) {
+                done = run->next < 0;
                 if (done) return;
-                enter(run.next);
+                enter_run(run->next);
             }
-            token = run.begin + part * run.leaf + warp * kPage;
-            stop = min(run.begin + (part + 1) * run.leaf, run.end);
-            if (token < stop) break;
-            next_leaf();
-        }
+            enter_tile();
+        } while (token >= stop);
         load_page();
-    }
-    __device__ __forceinline__ void next_leaf() {
-        leaf++;
-        if (++part == run.n) part = 0, tile++, fresh = true;
     }
     __device__ __forceinline__ void next_unit() {
         token += UT;
         if (UT < kPage && token % kPage != 0 && token < stop) return;
         token += kStride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
-        if (token < stop) {
+        if (token < stop)
             load_page();
-        } else {
-            next_leaf();
+        else
             seek();
-        }
     }
     // q of a tile, a row a head.
     __device__ __forceinline__ void fetch_q(int row, int of) {
         const int at = n_q++ % a.q_slots;
-        const uint32_t to = q_ring + at * q_slot_bytes<D, NT>(), bar = q_full + 8 * at;
+        const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
         const tile_place p = place_of<NT>(a, of);
         const uint16_t *from =
             (const uint16_t *)a.qkv + ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * D;
@@ -844,39 +907,50 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
             for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
         }
     }
+    // K and the parameters of the unit, or V of it, or all: one copy where they lie together.
+    __device__ __forceinline__ void copy_unit(uint32_t to, uint32_t bar, bool k, bool v) {
+        const int unit = UT == kPage ? 0 : token % kPage / UT;
+        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
+        const uint8_t *code = base + code_at, *param = base + param_at;
+        const int params = a.k_param + a.v_param_bytes;
+        if (BULK) barrier_expect(bar, (k ? a.k_bytes + params : 0) + (v ? a.v_bytes : 0));
+        if (k && v && UT == kPage)
+            copy(to, code, a.k_bytes + a.v_bytes, bar);
+        else if (k)
+            copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
+        if (v && !(k && UT == kPage))
+            copy(to + (k ? a.k_bytes : 0), code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
+        if (k) {
+            const uint32_t at = to + a.k_bytes + (v ? a.v_bytes : 0);
+            if (UT == kPage) {
+                copy(at, param, params, bar);
+            } else {
+                copy(at, param + unit * a.k_param, a.k_param, bar);
+                copy(at + a.k_param, param + a.v_param + unit * a.v_param_bytes, a.v_param_bytes,
+                     bar);
+            }
+        }
+        if (!BULK) copy_async_arrive(bar);
+    }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
-        if (fresh && warp == 0) fetch_q(run.row, tile);
+        if (fresh && warp == 0) fetch_q(run->row, tile());
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
-        const int g = a.n_tiles == 1 ? tile : tile / a.n_tiles, unit = token % kPage / UT;
-        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
-        const uint8_t *code = base + g * a.head_bytes;
         if (!BULK || lane == 0) {
-            if (second) {
-                if (BULK) barrier_expect(bar, a.v_bytes);
-                copy(to, code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
-            } else {
-                const uint8_t *param = base + a.param_base + g * a.param_bytes;
-                const int k_param = a.k_param, v_param = a.v_param_bytes;
-                if (BULK) barrier_expect(bar, a.k_bytes + k_param + v_param);
-                copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
-                if (UT == kPage) { // both kinds of parameters lie together
-                    copy(to + a.k_bytes, param, k_param + v_param, bar);
-                } else {
-                    copy(to + a.k_bytes, param + unit * k_param, k_param, bar);
-                    copy(to + a.k_bytes + k_param, param + a.v_param + unit * v_param, v_param,
-                         bar);
-                }
-            }
-            if (!BULK) copy_async_arrive(bar);
+            if (WHOLE)
+                copy_unit(to, bar, true, true);
+            else if (second)
+                copy_unit(to, bar, false, true);
+            else
+                copy_unit(to, bar, true, false);
         }
-        if (second) next_unit();
-        second = !second;
+        if (WHOLE || second) next_unit();
+        if (!WHOLE) second = !second;
     }
     // Is the unit free of the newest token, which the kernel before this one may be writing?
-    __device__ __forceinline__ bool old() const { return token + UT < run.end; }
+    __device__ __forceinline__ bool old() const { return token + UT < run->end; }
 };
 
 // --- The kernel
@@ -899,13 +973,14 @@ template <int D, int NT, int UT, kv_class C, typename T>
 __device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (&p)[UT / 16][NT][2],
                                               kv_format v, const extent &x, uint32_t at, int lane) {
     if (C == ANY && v == KF_16) {
-        if (x.edge) clear_outside<D, UT>(at, x.token0, x.lo, x.end, lane);
+        if (x.edge) clear_v<2 * D, UT>(at, x, lane);
         multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, at, lane);
     } else if (C == ONLY_4 || v == KF_4) {
         multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, at, lane);
     } else if (v == KF_8) {
         multiply_v<D, NT, UT, KF_8, __half>(st.acc, st.middle, p, at, lane);
     } else {
+        if (x.edge) clear_v<D, UT>(at, x, lane);
         multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
     }
 }
@@ -917,17 +992,27 @@ __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_argu
         load_query<D, NT, KF_16, T>(q, a, from, n_heads, lane);
     else if (C == ONLY_4 || a.k == KF_4)
         load_query<D, NT, KF_4, T>(q, a, from, n_heads, lane);
-    else
+    else if (a.k == KF_8)
         load_query<D, NT, KF_8, T>(q, a, from, n_heads, lane);
+    else
+        load_query<D, NT, KF_FP8, T>(q, a, from, n_heads, lane);
 }
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
-    static constexpr int UT = unit_tokens<D, C>;
+    static constexpr int UT = unit_tokens<D, NT, C>, JOINTS = joints<D, NT>;
+    static constexpr bool WHOLE = C == ONLY_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, NT, UT, BULK> feed;
-    int slot;
-    uint32_t parity;
+    feeder<D, NT, UT, C == ONLY_4, BULK> feed;
+    int slot = 0;
+    uint32_t parity = 0;
+    int n_put = 0;
+
+    // Barriers of a joint: all warps have put, all have taken.
+    __device__ __forceinline__ uint32_t put_bar(int at) const {
+        return feed.q_full(a.q_slots + at);
+    }
+    __device__ __forceinline__ uint32_t taken_bar(int at) const { return put_bar(JOINTS + at); }
 
     // The entry at hand has landed; its address.
     __device__ __forceinline__ uint32_t wait() {
@@ -945,51 +1030,83 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         const extent x = {token0, run.lo, stop, token0 < run.lo || token0 + UT > stop};
         const int lane = feed.lane;
         float s[UT / 16][NT][4];
-        uint32_t p[UT / 16][NT][2];
+        uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {};
         uint32_t at = wait();
         multiply_k_of<D, NT, UT, C, T>(s, q, k_format<C>(a), at, lane);
-        weigh<D, NT, UT, C, T>(p, s, st, q, a, at + a.k_bytes, x, lane);
-        release();
-        at = wait();
+        const uint32_t param = at + a.k_bytes + (WHOLE ? a.v_bytes : 0);
+        if (C != ANY || a.k != KF_16) load_params<UT>(k_param, param, k_format<C>(a), lane / 4);
+        if (C != ANY || a.v != KF_16)
+            load_params<UT>(v_param, param + a.k_param, v_format<C>(a), lane / 4);
+        if (!WHOLE) release();
+        scale_scores<D, NT, UT, C>(s, q, a, k_param);
+        if (x.edge) {
+            clear_scores<NT, UT>(s, x, lane / 4);
+            clear_params<UT>(v_param, x, lane / 4);
+        }
+        weigh<D, NT, UT, C, T>(p, s, st, a, v_param);
+        at = WHOLE ? at + a.k_bytes : wait();
         multiply_v_of<D, NT, UT, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
-    // This warp's pages of a leaf, then all warps' together.
-    __device__ __forceinline__ void attend_leaf(sum<D, NT> &leaf, const query<D, NT> &q,
+    // This warp's pages of a leaf.
+    __device__ __forceinline__ void attend_leaf(state<D, NT> &st, const query<D, NT> &q,
                                                 const attention_run &run, int part) {
         const int begin = run.begin + part * run.leaf, stop = min(begin + run.leaf, run.end);
-        state<D, NT> st;
         clear(st);
         for (int page = begin + feed.warp * kPage; page < stop; page += kStride)
             for (int u = 0; u < kPage && page + u < stop; u += UT)
                 attend(st, q, run, page + u, stop);
-        const int n_warps = min(kWarps, (stop - begin + kPage - 1) / kPage);
-        __syncthreads(); // the leaf before has been taken
-        if (feed.warp < n_warps) put_joint<D, NT, C>(memory, st, a, feed.warp, feed.lane);
-        __syncthreads();
-        take_joint<D, NT>(leaf, memory, a, n_warps, feed.warp, feed.lane);
+    }
+    // The result to the others, once they have taken what was in its place.
+    __device__ __forceinline__ void put(const state<D, NT> &st) {
+        const int at = n_put % JOINTS;
+        barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
+        put_joint<D, NT, C>(memory, st, a, at, feed.warp, feed.lane);
+        __syncwarp();
+        if (feed.lane == 0) barrier_arrive(put_bar(at));
+        n_put++;
+    }
+    // All warps' results of leaf `part`, which was `back` leaves ago, together; then where they go.
+    __device__ __forceinline__ void take(sum<D, NT> &all, const attention_run &run, int tile,
+                                         int part, int back, bool head) {
+        const int n = n_put - 1 - back, at = n % JOINTS;
+        sum<D, NT> leaf;
+        barrier_wait(put_bar(at), n / JOINTS & 1);
+        take_joint<D, NT>(leaf, memory, a, at, feed.warp, feed.lane);
+        __syncwarp();
+        if (feed.lane == 0) barrier_arrive(taken_bar(at));
+        if (!head)
+            put_record<D, NT, C>(leaf, a, run.slot + part, place_of<NT>(a, tile), feed.warp,
+                                 feed.lane);
+        else if (part == 0)
+            all = leaf;
+        else
+            add_leaf(all, leaf);
     }
     // Leaves from .. to of one tile.
     __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
                                                 int to, int n_q) {
-        const tile_place place = place_of<NT>(a, tile);
         const bool head = from == 0, whole = head && to == run.n;
         const int at = n_q % a.q_slots;
         query<D, NT> q;
-        barrier_wait(feed.q_full + 8 * at, n_q / a.q_slots & 1);
-        load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * q_slot_bytes<D, NT>(),
-                                   place.n_heads, feed.lane);
-        sum<D, NT> all;
+        barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
+        load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * a.q_bytes,
+                                   place_of<NT>(a, tile).n_heads, feed.lane);
+        sum<D, NT> here;
+        sum<D, NT> &all =
+            NT == 1 ? here : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT>);
         for (int part = from; part < to; part++) {
-            sum<D, NT> leaf;
-            attend_leaf(leaf, q, run, part);
-            if (!head)
-                put_record<D, NT, C>(leaf, a, run.slot + part, place, feed.warp, feed.lane);
-            else if (part == 0)
-                all = leaf;
-            else
-                add_leaf(all, leaf);
+            state<D, NT> st;
+            attend_leaf(st, q, run, part);
+            put(st);
+            // A leaf late, so that the slowest warp of the leaf is not waited for.
+            if (JOINTS == 1)
+                take(all, run, tile, part, 0, head);
+            else if (part > from)
+                take(all, run, tile, part - 1, 1, head);
         }
+        if (JOINTS > 1) take(all, run, tile, to - 1, 0, head);
+        const tile_place place = place_of<NT>(a, tile);
         if (whole) {
             put_out<D, NT, C>(all, a, run.row, place, feed.warp, feed.lane);
             return;
@@ -997,7 +1114,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         if (head) put_record<D, NT, C>(all, a, run.slot, place, feed.warp, feed.lane);
         int *flag = (int *)(memory + a.barriers_at - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
-            join_records<D>(a, run, place, head ? to : run.prefix);
+            join_records<D, NT>(a, run, place, head ? to : run.prefix);
     }
 };
 
@@ -1005,30 +1122,29 @@ template <int D, int NT, kv_class C, typename T, bool BULK>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_decode(const __grid_constant__ decode_arguments a) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    constexpr int UT = unit_tokens<D, C>;
+    constexpr int UT = unit_tokens<D, NT, C>;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
-    worker<D, NT, C, T, BULK> w = {a,
-                                   memory,
-                                   {a, shared_at(memory) + warp * a.stages * a.slot_bytes,
-                                    bars + 8 * warp * a.stages, shared_at(memory) + a.q_at,
-                                    bars + 8 * kWarps * a.stages, warp, lane},
-                                   0,
-                                   0};
-    feeder<D, NT, UT, BULK> &feed = w.feed;
+    worker<D, NT, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
+    feeder<D, NT, UT, C == ONLY_4, BULK> &feed = w.feed;
+    feed.warp = warp;
+    feed.lane = lane;
+    feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
+    feed.full = bars + 8 * warp * a.stages;
     feed.n_q = 0;
     feed.second = feed.done = false;
-    feed.enter(blockIdx.x);
+    feed.enter_run(blockIdx.x);
     feed.seek();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
+        for (int i = 0; i < 2 * joints<D, NT>; i++) barrier_init(w.put_bar(i), kWarps);
         fence_async_proxy();
     }
     __syncthreads();
     // What this step has not written needs no waiting for the kernel before this one.
     const bool any = !feed.done;
-    const int row = feed.run.row, tile = feed.tile;
+    const int row = feed.run->row, tile = any ? feed.tile() : 0;
     int slot = 0;
     feed.fresh = false;
     if (BULK)
@@ -1055,7 +1171,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
-    constexpr int UT = unit_tokens<D, C>;
+    constexpr int UT = unit_tokens<D, NT, C>;
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1084,22 +1200,26 @@ status launch(const attention_problem *p) {
     a.k_param = UT * attention_param_bytes(a.k);
     a.v_param_bytes = UT * attention_param_bytes(a.v);
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    a.slot_bytes = (int)div_up(k_entry > a.v_bytes ? k_entry : a.v_bytes, 128) * 128;
+    const int entry = C == ONLY_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
     a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched up to (stages + 1) / 2
     // units ahead, and read by the slowest warp.
-    const int joint = joint_bytes<D, NT>(a.quarters) + kWarps * NT * 64 + 16; // + flag
+    a.q_bytes = (a.ratio < 8 * NT ? a.ratio : 8 * NT) * q_row_bytes<D>();
+    const int joint = joints<D, NT> * joint_bytes<D, NT>(a.quarters),
+              sums = joints<D, NT> * kWarps * NT * 64;
     const int room = p->shared_bytes_sm / 2 - 1024;
     int bytes = room + 1;
     for (a.stages = 17; bytes > room && a.stages > 1;) {
         a.stages--;
-        a.q_slots = (a.stages + 1) / 2 + 1;
+        a.q_slots = (C == ONLY_4 ? a.stages : (a.stages + 1) / 2) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
-        a.joint_at = a.q_at + a.q_slots * q_slot_bytes<D, NT>();
-        a.sums_at = a.joint_at + joint_bytes<D, NT>(a.quarters);
-        a.barriers_at = a.joint_at + joint;
-        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots);
+        a.joint_at = a.q_at + a.q_slots * a.q_bytes;
+        a.sums_at = a.joint_at + joint;
+        a.all_at = a.sums_at + sums;
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT> + 16; // a flag before them
+        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT>);
     }
     const auto kernel = attend_decode<D, NT, C, T, BULK>;
     cudaError_t e =

@@ -46,12 +46,13 @@ typedef struct {
     int32_t tiles_at; /* bytes from the plan's base; runs follow the plan itself */
 } attention_plan;
 
-static inline int32_t attention_decode_blocks(int32_t n_sms) {
-    return 2 * n_sms < ATTENTION_BLOCKS_MAX ? 2 * n_sms : ATTENTION_BLOCKS_MAX;
-}
 /* Heads of a group that one pass over its K and V serves: columns of the mma tile. */
 static inline int32_t attention_tile_heads(int32_t ratio, int32_t head_dim) {
     return ratio > 8 && head_dim <= 128 ? 16 : 8;
+}
+/* Blocks of a decode's launch: two an SM. */
+static inline int32_t attention_decode_blocks(int32_t n_sms) {
+    return 2 * n_sms < ATTENTION_BLOCKS_MAX ? 2 * n_sms : ATTENTION_BLOCKS_MAX;
 }
 
 /* Bytes of one token's codes and parameters; parameters are 0, 2 or 4 bytes. */

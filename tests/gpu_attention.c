@@ -509,6 +509,10 @@ static void many(dtype type, kv_format k, kv_format v) {
     for (int32_t i = 0; i < 70; i++) add(&c, 300 + i * 13 % 900, 1); /* 280 items and more */
     add(&c, 150, 1);
     run_case(&c);
+    attention_case r = base_case("ragged", type, k, v);
+    for (int32_t i = 0; i < 40; i++) add(&r, 100 + i, 1);
+    add(&r, 20001, 1); /* alone it is split otherwise than beside the others */
+    run_case(&r);
     attention_case p = base_case("prefill", type, k, v);
     add(&p, 1100, 500);
     add(&p, 64, 64);

@@ -1,0 +1,146 @@
+/* test_attention_plan.c - the split of decodes among blocks: every leaf once, whoever does it, and
+ * none of a block's share far above the mean. */
+#include "attention_plan.h"
+#include "rng.h"
+#include "test.h"
+
+enum { SMS = 132, HEADS = 32, SEQS_MAX = 600 };
+
+typedef struct {
+    int32_t n_seqs, kv_heads, head_dim, window;
+    int32_t kv_len[SEQS_MAX];
+    attention_plan *plan;
+    attention_run *run;
+} planned;
+
+static planned plan_of(int32_t n_seqs, int32_t kv_heads, const int32_t *kv_len, int32_t window) {
+    planned p = {.n_seqs = n_seqs, .kv_heads = kv_heads, .head_dim = 128, .window = window};
+    int32_t start[SEQS_MAX + 1], page[SEQS_MAX + 1], pages = 0;
+    for (int32_t s = 0; s < n_seqs; s++) {
+        p.kv_len[s] = kv_len[s];
+        start[s] = s;
+        page[s] = pages;
+        pages += (int32_t)div_up(kv_len[s], KV_PAGE_TOKENS);
+    }
+    start[n_seqs] = n_seqs;
+    page[n_seqs] = pages;
+    const attention_batch b = {.n_seqs = n_seqs,
+                               .n_tokens = n_seqs,
+                               .n_decodes = n_seqs,
+                               .seq_start = start,
+                               .kv_len = p.kv_len,
+                               .page_start = page};
+    const int64_t bytes = attention_plan_bytes(n_seqs, n_seqs, pages);
+    int64_t used;
+    p.plan = mem_alloc((size_t)bytes, 1);
+    assert_ok(attention_plan_make(p.plan, &used, &b, HEADS, kv_heads, 128, window, SMS));
+    assert_true(used <= bytes);
+    p.run = (attention_run *)(void *)(p.plan + 1);
+    return p;
+}
+
+static int32_t tiles_of(const planned *p) {
+    const int32_t ratio = HEADS / p->kv_heads;
+    return p->kv_heads * (int32_t)div_up(ratio, attention_tile_heads(ratio, p->head_dim));
+}
+
+/* Runs in the lists of all blocks that hold leaf i of sequence s; what the run says of its tile. */
+static int32_t holders(const planned *p, int32_t s, int32_t leaf, int32_t *prefix_wrong) {
+    int32_t n = 0;
+    for (int32_t b = 0; b < attention_decode_blocks(SMS); b++)
+        for (int32_t i = b; i >= 0; i = p->run[i].next) {
+            const attention_run *r = &p->run[i];
+            if (r->from == r->to || r->row != s || leaf < r->from || leaf >= r->to) continue;
+            n++;
+            /* A run that begins within a tile knows where the run before it ended. */
+            const int32_t tile = r->from / r->n * r->n;
+            if (leaf != r->from || r->from == tile) continue;
+            int32_t first = -1;
+            for (int32_t k = 0; k < p->plan->n_runs; k++)
+                if (p->run[k].row == s && p->run[k].from <= tile && p->run[k].to > tile)
+                    first = p->run[k].to;
+            *prefix_wrong += first - tile != r->prefix;
+        }
+    return n;
+}
+
+/* Leaves that are in no list, in two, or whose run has a wrong prefix. */
+static int32_t mistakes(const planned *p) {
+    int32_t wrong = 0;
+    for (int32_t s = 0; s < p->n_seqs; s++) {
+        const attention_run *any = NULL;
+        for (int32_t i = 0; i < p->plan->n_runs; i++)
+            if (p->run[i].row == s && p->run[i].to > p->run[i].from) any = &p->run[i];
+        if (!any) return -1;
+        const int32_t seen = any->end - any->begin;
+        wrong += any->end != p->kv_len[s] || any->leaf % ATTENTION_LEAF_MIN != 0 ||
+                 any->n != (int32_t)div_up(seen, any->leaf) || any->lo < any->begin ||
+                 any->lo >= any->begin + KV_PAGE_TOKENS;
+        for (int32_t i = 0; i < any->n * tiles_of(p); i++) wrong += holders(p, s, i, &wrong) != 1;
+    }
+    return wrong;
+}
+
+/* Largest number of tokens of a block over the mean. */
+static double unevenness(const planned *p) {
+    int64_t most = 0, all = 0;
+    const int32_t n_blocks = attention_decode_blocks(SMS);
+    for (int32_t b = 0; b < n_blocks; b++) {
+        int64_t n = 0;
+        for (int32_t i = b; i >= 0; i = p->run[i].next) {
+            const attention_run *r = &p->run[i];
+            n += (int64_t)(r->to - r->from) * i64_min(r->leaf, r->end - r->begin);
+        }
+        most = i64_max(most, n);
+        all += n;
+    }
+    return (double)most * n_blocks / (double)all;
+}
+
+static void test_every_leaf_once(void **state) {
+    (void)state;
+    rng random = {0};
+    rng_seed(&random, 5, 0);
+    for (int32_t round = 0; round < 12; round++) {
+        static const int32_t groups[] = {8, 4, 1};
+        int32_t kv_len[SEQS_MAX];
+        const int32_t n = round == 0 ? 1 : 1 + (int32_t)rng_below(&random, 40);
+        for (int32_t s = 0; s < n; s++)
+            kv_len[s] = 1 + (int32_t)rng_below(&random, s % 7 == 3 ? 40000 : 900);
+        planned p = plan_of(n, groups[round % 3], kv_len, round % 4 == 2 ? 1000 : 0);
+        assert_int_equal(mistakes(&p), 0);
+        if (round == 1) { /* the twin: a leaf lost, a prefix off by one */
+            attention_run *r = p.run;
+            while (r->to == r->from) r++;
+            r->to--;
+            assert_true(mistakes(&p) != 0);
+        }
+        mem_free(p.plan);
+    }
+}
+
+static void test_shares_are_even(void **state) {
+    (void)state;
+    static const struct {
+        int32_t n, len, last;
+        double most; /* quantised to leaves: 4 where 3.88 would be the mean is 1.03 */
+    } row[] = {{8, 4096, 4096, 1.04},   {64, 1024, 1024, 1.04},    {64, 4096, 4096, 1.04},
+               {256, 4096, 4096, 1.02}, {256, 16384, 16384, 1.01}, {1, 131072, 131072, 1.04},
+               {64, 128, 131072, 1.04}};
+    for (int32_t i = 0; i < COUNT_OF(row); i++) {
+        int32_t kv_len[SEQS_MAX];
+        for (int32_t s = 0; s < row[i].n; s++) kv_len[s] = row[i].len;
+        kv_len[row[i].n - 1] = row[i].last;
+        planned p = plan_of(row[i].n, 8, kv_len, 0);
+        assert_at_most(unevenness(&p), row[i].most);
+        mem_free(p.plan);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_leaf_once),
+        cmocka_unit_test(test_shares_are_even),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
