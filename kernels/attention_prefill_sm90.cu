@@ -1,20 +1,29 @@
 // attention_prefill_sm90.cu - prefill chunks straight from the paged cache, on Hopper.
 //
-// A block is a producer warpgroup and two consumer warpgroups of 64 query rows each. Rows are heads
-// of a group times tokens, so that one reading (and one conversion) of K and V serves all heads of
-// the group. The producer fills two stages of K [BN, D] and V [BN, D] in the 128-byte swizzle:
-// 16-bit pages are in that order already and are copied as they lie; codes are copied to a raw
-// buffer, converted by one fused multiply-add in fp16 (one rounding), and written in that order.
-// With codes q is made fp16 as well, times a power of two of its row, which is exact. Consumers run
+// A block is four warpgroups: one brings K, one V, both q, and two consume 64 query rows each. Rows
+// are heads of a group times tokens, so that one reading (and one conversion) of K and V serves all
+// heads of the group. Stages of K [BN, D] and V [BN, D] are in the 128-byte swizzle: 16-bit pages
+// are in that order already and are copied as they lie; codes are read into registers a block ahead
+// and written in that order as fp16. Consumers run
 //
 //     S = Q K_j^T  |  O += P_{j-1} V_{j-1}      both in flight, then the softmax of S
 //
 // and take turns, so that one warpgroup's softmax runs under the other's products.
+//
+// Codes become fp16 in one of two ways. Values: code * scale + minimum, rounded once; q of a bf16
+// model is made fp16 as well, times a power of two of its row, which is exact. FOLD, for fp16
+// models, whose bound leaves no room for those two roundings: the tiles hold the codes themselves,
+// counted from their middle, which are exact, and the parameters enter the softmax. With
+// k = s (c - mid) + z and v = s' (c' - mid + r), s' r = z' + mid s':
+//
+//     y_j = s_j (q.c_j) + z_j sum(q) + log2 s'_j      (times scale and log2 e where due)
+//     p_j = 2^(y_j - m)     l = sum p_j / s'_j     out = (sum p_j c'_j + sum p_j r_j) / l
 #include "attention_wgmma.cuh"
 
 namespace {
 
-constexpr int kRows = ATTENTION_TILE_ROWS, kThreads = 384, kStages = 2;
+constexpr int kRows = ATTENTION_TILE_ROWS, kThreads = 512, kStages = 2;
+constexpr int kColumnStages = 4; // of a block's parameters: read until its softmax is done
 
 struct prefill_arguments {
     void *out;       // [T, H D]
@@ -28,36 +37,216 @@ struct prefill_arguments {
     const int32_t *page;
     int n_heads, n_kv_heads, ratio, window;
     bool bf16;
-    float scale;                                                     // times log2(e)
-    int raw_at, raw_bytes, raw_v_at, raw_k_param_at, raw_v_param_at; // raw stages in block memory
+    float scale; // times log2(e)
 };
-
-// Block memory: q, K stages, V stages, raw stages (from raw_at), then this.
-struct control {
-    float row_factor[kRows]; // of q
-    uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
-    uint64_t raw_full[2][kStages], landed, pad; // raw: of K, of V
-};
-
-template <int ID, int N> __device__ __forceinline__ void named_sync() {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory");
-}
-__device__ __forceinline__ void turn_wait(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(4 + group) : "memory");
-}
-__device__ __forceinline__ void turn_give(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(4 + (group ^ 1)) : "memory");
-}
 
 // One work item: which rows, and the blocks of tokens they see.
 struct tile_work {
     attention_tile t;
-    int g, first, last; // blocks of BN tokens
+    int g, first, last; // blocks of BN tokens; last < first: no more items
 };
+
+// FOLD: what a block's tokens bring to the softmax, two neighbours a record.
+struct columns {
+    float4 score[64];  // s, s, z, z of K, times scale
+    float2 log2_v[64]; // log2 s'
+    float4 weight[64]; // 1 / s', 1 / s', r, r
+};
+
+// Block memory: q [kQ], K stages, V stages, then this.
+struct control {
+    columns column[kColumnStages];
+    float factor[2][kRows]; // of q, by item
+    float sum[2][kRows];    // of a row of q
+    int position[2][kRows];
+    tile_work work[2];
+    uint64_t q_full[2], q_empty[2];
+    uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
+    uint64_t landed;
+};
+
+// Tokens of a block, and items whose q is in memory.
+template <int D> constexpr int kBlock = D == 256 ? 64 : 128;
+template <int D> constexpr int kQ = D == 256 ? 1 : 2;
+
+template <int D> __device__ __forceinline__ control *control_of(uint8_t *memory) {
+    return (control *)(memory + kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D);
+}
+template <int N> __device__ __forceinline__ void group_sync(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
+}
+__device__ __forceinline__ void turn_wait(int group) {
+    asm volatile("bar.sync %0, 256;" ::"r"(5 + group) : "memory");
+}
+__device__ __forceinline__ void turn_give(int group) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
+// threadIdx.x % 128, read anew: what follows from it is not kept in registers from item to item.
+__device__ __forceinline__ int thread_anew() {
+    uint32_t t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return (int)(t % 128);
+}
+// A load that stays where it stands: 32 registers of codes must not be under way any earlier.
+__device__ __forceinline__ uint4 load_now(const void *p) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(p)
+                 : "memory");
+    return x;
+}
+
+// --- Codes to fp16 ------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t bits_of(__half2 x) {
+    return *reinterpret_cast<const uint32_t *>(&x);
+}
+
+// How a code's value comes about: its middle (FOLD), or one fused multiply-add.
+template <bool FOLD> struct code_scale {
+    __half2 s, m;
+    // 1024 + code in both halves to the code less MID, or to code * s + m.
+    template <int MID> __device__ __forceinline__ uint32_t of_magic(uint32_t magic) const {
+        const __half2 c = __hsub2(*reinterpret_cast<const __half2 *>(&magic),
+                                  __float2half2_rn(1024.f + (FOLD ? MID : 0)));
+        return bits_of(FOLD ? c : __hfma2(c, s, m));
+    }
+    __device__ __forceinline__ uint32_t of_e4m3(uint16_t pair) const {
+        uint32_t h;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
+        return FOLD ? h : bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), s));
+    }
+};
+
+// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
+template <kv_format F, bool FOLD>
+__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, const code_scale<FOLD> &c) {
+    if (F == KF_FP8)
+        return make_uint4(c.of_e4m3((uint16_t)lo), c.of_e4m3((uint16_t)(lo >> 16)),
+                          c.of_e4m3((uint16_t)hi), c.of_e4m3((uint16_t)(hi >> 16)));
+    constexpr int MID = F == KF_8 ? 128 : 8;
+    if (F == KF_4) {
+        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
+        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
+    }
+    const uint32_t top = 0x64646464u;
+    return make_uint4(c.template of_magic<MID>(__byte_perm(lo, top, 0x4140)),
+                      c.template of_magic<MID>(__byte_perm(lo, top, 0x4342)),
+                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4140)),
+                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4342)));
+}
+
+// A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
+// row and goes down the tokens, STEP at a time; eight neighbours take the eight tokens of a group,
+// whose pieces lie in different banks.
+template <int D, kv_format F> struct share {
+    static constexpr int BN = kBlock<D>, ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16;
+    static constexpr int DIMS = F == KF_4 ? 32 : 16; // of a piece
+    static constexpr int STEP = 128 / PIECES, STEPS = BN / STEP;
+    // Tokens of a warp: 8 of each step, of one group or two.
+    static constexpr int GROUPS = PIECES < 4 ? 4 / PIECES : 1, PARAMS = GROUPS * STEPS / 4;
+    int first, piece, lane;
+    __device__ __forceinline__ explicit share(int thread)
+        : first(thread / (8 * PIECES) * 8 + thread % 8), piece(thread / 8 % PIECES),
+          lane(thread % 32) {}
+    // Of parameters, lane l of the warp brings numbers l and l + 32; step k needs `number(k)`.
+    __device__ __forceinline__ int number(int k) const {
+        return lane / (32 / GROUPS) * (8 * STEPS) + 8 * k + lane % 8;
+    }
+    __device__ __forceinline__ int token_of(int i) const {
+        return (first - first % (8 * GROUPS) + i / (8 * STEPS) * 8) + i / 8 % STEPS * STEP + i % 8;
+    }
+};
+template <int D> constexpr int kPieces = D == 256 ? 4 : 8; // under way to a thread at a time
+
+// What is on its way to this thread: its pieces of a block and its share of the parameters.
+template <int D> struct in_flight {
+    uint4 raw[kPieces<D>];
+    uint32_t param[2];
+};
+
+// code, param: of the head in a block's first page and, `second` further on, in its second.
+template <int D, kv_format F>
+__device__ __forceinline__ void read_codes(uint4 (&raw)[kPieces<D>], const uint8_t *code,
+                                           int64_t second, int part) {
+    using S = share<D, F>;
+    constexpr int A_PAGE = kPage / S::STEP < S::STEPS ? kPage / S::STEP : S::STEPS;
+    const S at(thread_anew());
+    code += code_at(S::ROW, at.first, at.piece * 16);
+#pragma unroll
+    for (int i = 0; i < S::STEPS && i < kPieces<D>; i++) {
+        const int k = part * kPieces<D> + i;
+        raw[i] = load_now(code + (k < A_PAGE ? 0 : second) + k % A_PAGE * S::STEP * S::ROW);
+    }
+}
+template <int D, kv_format F>
+__device__ __forceinline__ void read_params(uint32_t (&param)[2], const uint8_t *from,
+                                            int64_t second) {
+    using S = share<D, F>;
+    const S at(thread_anew());
+#pragma unroll
+    for (int i = 0; i < S::PARAMS; i++) {
+        const int token = at.token_of(i * 32 + at.lane);
+        const uint8_t *p = from + (token < kPage ? 0 : second);
+        param[i] = F == KF_FP8 ? __ldg((const uint16_t *)p + token % kPage)
+                               : __ldg((const uint32_t *)p + token % kPage);
+    }
+}
+
+// To the swizzle at `to`. Rows from n_valid on, which may be NaN, become zero.
+template <int D, kv_format F, bool FOLD>
+__device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part) {
+    using S = share<D, F>;
+    const S at(thread_anew());
+    const uint32_t put = to + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
+    uint32_t both = 0, both_next = 0; // of step k, and asked for a step ahead
+    constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
+    if (!FOLD) both_next = __shfl_sync(~0u, x.param[part * N / 4], at.number(part * N) % 32);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int k = part * N + i;
+        code_scale<FOLD> c;
+        if (!FOLD) {
+            both = both_next;
+            if (i + 1 < N)
+                both_next = __shfl_sync(~0u, x.param[S::PARAMS > 1 ? (k + 1) / 4 : 0],
+                                        at.number(k + 1) % 32);
+            c.s = __low2half2(*reinterpret_cast<const __half2 *>(&both));
+            c.m = __high2half2(*reinterpret_cast<const __half2 *>(&both));
+        }
+        const uint32_t w[4] = {x.raw[i].x, x.raw[i].y, x.raw[i].z, x.raw[i].w};
+#pragma unroll
+        for (int j = 0; j < S::DIMS / 8; j++)
+            store_shared((put ^ j * 16) + k * S::STEP * 2 * D,
+                         F == KF_4 ? eight_of<F>(w[j], 0, c)
+                                   : eight_of<F>(w[2 * j % 4], w[(2 * j + 1) % 4], c));
+    }
+    if (n_valid >= S::BN) return;
+#pragma unroll 1
+    for (int k = part * N; k < part * N + N; k++)
+        for (int j = 0; j < S::DIMS / 8 && at.first + k * S::STEP >= n_valid; j++)
+            store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
+}
+
+// --- Work ---------------------------------------------------------------------------------------
+
+// Items in order, there and back: they come longest first, so that sums of neighbours are alike.
+__device__ __forceinline__ int item_of(int round) {
+    const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
+    return round * (int)gridDim.x + i;
+}
 
 template <int BN>
 __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
     tile_work w;
+    w.first = 0, w.last = -1;
+    if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
     w.t =
         ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
     w.g = item % a.n_kv_heads;
@@ -68,346 +257,269 @@ __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int ite
     return w;
 }
 
-// --- Producer
-// --------------------------------------------------------------------------------------------
+// --- Producers ----------------------------------------------------------------------------------
 
-// 1024 + code in both halves to code * s + m, rounded once.
-__device__ __forceinline__ uint32_t scaled(uint32_t magic, __half2 s, __half2 m) {
-    const __half2 base = __half2half2(__ushort_as_half(0x6400)); // 1024
-    const __half2 c = __hsub2(*reinterpret_cast<const __half2 *>(&magic), base);
-    const __half2 v = __hfma2(c, s, m);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-__device__ __forceinline__ void bytes_to_half(uint32_t (&out)[2], uint32_t w, __half2 s,
-                                              __half2 m) {
-    out[0] = scaled(__byte_perm(w, 0x64646464u, 0x4140), s, m);
-    out[1] = scaled(__byte_perm(w, 0x64646464u, 0x4342), s, m);
-}
-__device__ __forceinline__ void e4m3_to_half(uint32_t (&out)[2], uint32_t w, __half2 s) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint16_t pair = (uint16_t)(w >> 16 * i);
-        uint32_t h;
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
-        const __half2 v = __hmul2(*reinterpret_cast<const __half2 *>(&h), s);
-        out[i] = *reinterpret_cast<const uint32_t *>(&v);
-    }
-}
-// Neighbours (0, 1), (2, 3), (4, 5), (6, 7) of a word of nibbles.
-__device__ __forceinline__ void nibbles_to_half(uint32_t (&out)[4], uint32_t w, __half2 s,
-                                                __half2 m) {
-    const uint32_t even = w & 0x0f0f0f0fu, odd = w >> 4 & 0x0f0f0f0fu;
-    const uint32_t lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
-    uint32_t o[2];
-    bytes_to_half(o, lo, s, m);
-    out[0] = o[0], out[1] = o[1];
-    bytes_to_half(o, hi, s, m);
-    out[2] = o[0], out[3] = o[1];
-}
-
-// Rows [BN, D] of codes (as they lie in pages) to fp16 in the swizzle; rows from n_valid on become
-// zero. A thread keeps its piece and goes down the tokens; eight neighbours take the eight tokens
-// of a group, whose pieces lie in different banks. BATCH loads are under way before the first is
-// used.
-template <int D, int BN, kv_format F>
-__device__ __forceinline__ void convert(uint32_t to, const uint8_t *code, const uint8_t *param,
-                                        int n_valid, int thread) {
-    constexpr int ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16, DIMS = F == KF_4 ? 32 : 16;
-    constexpr int STEP = 128 / PIECES, STEPS = BN / STEP, BATCH = STEPS < 4 ? STEPS : 4;
-    const int first = thread / (8 * PIECES) * 8 + thread % 8, piece = thread / 8 % PIECES;
-    const uint8_t *from = code + code_at(ROW, first, piece * 16);
-    uint32_t put[DIMS / 8];
-#pragma unroll
-    for (int j = 0; j < DIMS / 8; j++)
-        put[j] = to + code_at(2 * D, first, piece * DIMS * 2 + j * 16);
-#pragma unroll 1
-    for (int k0 = 0; k0 < STEPS; k0 += BATCH) {
-        uint4 w[BATCH];
-        __half2 s[BATCH], m[BATCH];
-#pragma unroll
-        for (int k = 0; k < BATCH; k++) {
-            const int token = first + (k0 + k) * STEP;
-            w[k] = *(const uint4 *)(from + (k0 + k) * STEP * ROW);
-            const __half2 zero = __float2half2_rn(0.f);
-            if (F == KF_FP8) {
-                s[k] = __half2half2(((const __half *)param)[token]);
-                m[k] = zero;
-            } else {
-                const __half2 both = ((const __half2 *)param)[token];
-                s[k] = __low2half2(both), m[k] = __high2half2(both);
-            }
-            if (token >= n_valid) {
-                s[k] = m[k] = zero;
-                if (F == KF_FP8) w[k] = make_uint4(0, 0, 0, 0); // e4m3 has NaN, integers have not
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < BATCH; k++) {
-            const uint32_t word[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
-#pragma unroll
-            for (int j = 0; j < DIMS / 8; j++) { // eight dims, 16 bytes
-                uint32_t o[4];
-                if (F == KF_4) {
-                    nibbles_to_half(o, word[j], s[k], m[k]);
-                } else {
-                    uint32_t x[2], y[2];
-                    if (F == KF_8) {
-                        bytes_to_half(x, word[2 * j], s[k], m[k]);
-                        bytes_to_half(y, word[2 * j + 1], s[k], m[k]);
-                    } else {
-                        e4m3_to_half(x, word[2 * j], s[k]);
-                        e4m3_to_half(y, word[2 * j + 1], s[k]);
-                    }
-                    o[0] = x[0], o[1] = x[1], o[2] = y[0], o[3] = y[1];
-                }
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
-                                 put[j] + (k0 + k) * STEP * 2 * D),
-                             "r"(o[0]), "r"(o[1]), "r"(o[2]), "r"(o[3])
-                             : "memory");
-            }
-        }
-    }
-}
-
-template <int D, int BN>
-__device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *code, const uint8_t *param,
-                                            kv_format f, int n_valid, int thread) {
-    if (f == KF_8)
-        convert<D, BN, KF_8>(to, code, param, n_valid, thread);
-    else if (f == KF_4)
-        convert<D, BN, KF_4>(to, code, param, n_valid, thread);
-    else
-        convert<D, BN, KF_FP8>(to, code, param, n_valid, thread);
-}
-
-// A cursor over the blocks of tokens of all this thread block's items.
-struct walk {
-    int item, block, last, page_at, kv_len, g;
-};
+// Physical page of a block, the first in even lanes and the second in odd ones; past the end of the
+// sequence the last one again. One load a lane, and not one value a warp: that would be waited for.
 template <int BN>
-__device__ __forceinline__ void open_item(walk &w, const prefill_arguments &a, int n_items) {
-    if (w.item >= n_items) return;
-    const tile_work t = work_of<BN>(a, w.item);
-    w.block = t.first, w.last = t.last, w.page_at = t.t.page_at, w.kv_len = t.t.kv_len, w.g = t.g;
-}
-template <int BN>
-__device__ __forceinline__ void advance(walk &w, const prefill_arguments &a, int n_items) {
-    if (++w.block <= w.last) return;
-    w.item += gridDim.x;
-    open_item<BN>(w, a, n_items);
-}
-
-// Physical pages of a block; past the end of the sequence the last one again.
-template <int BN>
-__device__ __forceinline__ void look_up(int (&id)[BN / kPage], const prefill_arguments &a,
-                                        const walk &w) {
-    const int last = (w.kv_len - 1) / kPage;
-#pragma unroll
-    for (int i = 0; i < BN / kPage; i++)
-        id[i] = a.page[w.page_at + min(w.block * (BN / kPage) + i, last)];
-}
-
-// One thread: start the copies of a block's K or V, parameters to `param_to`.
-template <int D, int BN>
-__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const walk &w,
-                                           const int (&id)[BN / kPage], bool value, uint32_t to,
-                                           uint32_t param_to, uint32_t barrier) {
+__device__ __forceinline__ int look_up(const prefill_arguments &a, const attention_tile &t,
+                                       int block) {
     constexpr int PAGES = BN / kPage;
-    const kv_format f = value ? a.v : a.k;
-    const uint32_t bytes = kPage * row_bytes_of(f, D);
-    const uint32_t params = f == KF_16 ? 0 : f == KF_FP8 ? 2 * kPage : 4 * kPage;
-    const int n_pages = min(PAGES, (w.kv_len + kPage - 1) / kPage - w.block * PAGES);
-    barrier_expect(barrier, n_pages * (bytes + params));
+    const int page = block * PAGES + thread_anew() % PAGES;
+    return a.page[t.page_at + min(page, (t.kv_len - 1) / kPage)];
+}
+
+// Copies of a 16-bit block as it lies, by one thread.
+template <int D>
+__device__ __forceinline__ void copy_pages(const prefill_arguments &a, const tile_work &w,
+                                           int block, const int (&id)[2], bool value, uint32_t to,
+                                           uint32_t barrier) {
+    constexpr int PAGES = kBlock<D> / kPage, BYTES = kPage * 2 * D;
+    const int n_pages = min(PAGES, (w.t.kv_len + kPage - 1) / kPage - block * PAGES);
+    barrier_expect(barrier, n_pages * BYTES);
 #pragma unroll
-    for (int i = 0; i < PAGES; i++) {
-        if (i >= n_pages) break;
-        const uint8_t *page = a.base + id[i] * a.page_bytes;
-        copy_bulk(to + i * bytes, page + w.g * a.layout.head_bytes + (value ? a.layout.v_code : 0),
-                  bytes, barrier);
-        if (params)
-            copy_bulk(param_to + i * params,
-                      page + a.layout.param_base + (int64_t)w.g * a.layout.param_bytes +
-                          (value ? a.layout.v_param : 0),
-                      params, barrier);
+    for (int i = 0; i < PAGES; i++)
+        if (i < n_pages)
+            copy_bulk(to + i * BYTES,
+                      a.base + id[i] * a.page_bytes + w.g * a.layout.head_bytes +
+                          (value ? a.layout.v_code : 0),
+                      BYTES, barrier);
+}
+
+// FOLD: one token's record for the softmax; zeros where there is no token.
+__device__ __forceinline__ void write_column(columns *c, const prefill_arguments &a, int token,
+                                             uint32_t k_param, uint32_t v_param, bool exists) {
+    const float2 k = __half22float2(*reinterpret_cast<const __half2 *>(&k_param));
+    const float2 v = __half22float2(*reinterpret_cast<const __half2 *>(&v_param));
+    const float k_mid = a.k == KF_8 ? 128.f : a.k == KF_4 ? 8.f : 0.f;
+    const float v_mid = a.v == KF_8 ? 128.f : a.v == KF_4 ? 8.f : 0.f;
+    float s = v.x; // a vector of one value has scale 0 and codes 0: any scale will do
+    if (s == 0.f) s = v.y == 0.f ? 0x1p-24f : fabsf(v.y) * 0x1p-8f;
+    float log2_s;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(log2_s) : "f"(s));
+    const float inverse = __fdividef(1.f, s);
+    const int i = token / 2, j = token % 2;
+    float *score = (float *)&c->score[i], *weight = (float *)&c->weight[i];
+    score[j] = exists ? k.x * a.scale : 0.f;
+    score[2 + j] = exists ? (k.y + k_mid * k.x) * a.scale : 0.f;
+    ((float *)&c->log2_v[i])[j] = exists ? log2_s : 0.f;
+    weight[j] = exists ? inverse : 0.f;
+    weight[2 + j] = exists ? v.y * inverse + v_mid : 0.f;
+}
+
+// 64 rows of q of an item to its slot, in the swizzle; rows past the chunk's end are zero. to_half:
+// of a bf16 model whose K is codes. A row is D / 8 lanes.
+template <int D, bool FOLD>
+__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
+                                          uint32_t q_at, control *c, int slot, int half,
+                                          int thread) {
+    constexpr int LANES = D / 8, AT_ONCE = 4; // loads under way
+    const bool to_half = a.bf16 && a.k != KF_16;
+    const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
+    const int own = w.t.row0 + r0 + lane % 16; // the row whose place in qkv this lane computes
+    const int own_at = own < w.t.n_rows
+                           ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
+                                 w.g * a.ratio + own % a.ratio
+                           : -1;
+    if (lane < 16) c->position[slot][r0 + lane] = w.t.position + min(own, w.t.n_rows - 1) / a.ratio;
+#pragma unroll 1
+    for (int i0 = 0; i0 < LANES / 2; i0 += AT_ONCE) {
+        uint4 x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int at = __shfl_sync(~0u, own_at, (i0 + i) * (32 / LANES) + lane / LANES);
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (at >= 0) x[i] = __ldg((const uint4 *)a.qkv + (int64_t)at * LANES + lane % LANES);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int r = r0 + (i0 + i) * (32 / LANES) + lane / LANES;
+            float f = 1.f, total = 0.f;
+            uint32_t *word = (uint32_t *)&x[i];
+            if (to_half) {
+                float amax = 0.f;
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                    amax = fmaxf(amax, fmaxf(fabsf(y.x), fabsf(y.y)));
+                }
+#pragma unroll
+                for (int d = LANES / 2; d > 0; d /= 2)
+                    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+                // The power of two that brings the largest to [2, 4): products stay far inside f32
+                // and fp16.
+                if (amax > 1e-18f)
+                    f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                    word[e] = pack2<__half>(y.x * f, y.y * f);
+                }
+            }
+            if (FOLD) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 y = __half22float2(*(const __half2 *)&word[e]);
+                    total += y.x + y.y;
+                }
+#pragma unroll
+                for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+            }
+            if (lane % LANES == 0) c->factor[slot][r] = f, c->sum[slot][r] = total;
+            store_shared(q_at + code_at(2 * D, r, lane % LANES * 16), x[i]);
+        }
     }
 }
 
-// The stream of K, or of V: blocks in order through kStages stages, codes through RAW raw stages
-// before. Thread 0 keeps the raw copies ahead; the pages of the block at that cursor were looked up
-// a block earlier.
-template <int D, int BN, int RAW, bool VALUE> struct stream {
-    walk at, ahead;
-    uint32_t count, started;
-    int id[BN / kPage];
+// This producer's half of an item's q to its slot, and the item itself.
+template <int D, bool FOLD>
+__device__ __forceinline__ void fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
+                                          int round, int half) {
+    constexpr int Q = kQ<D>;
+    const int slot = round % Q, thread = thread_anew();
+    barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
+    const tile_work w = work_of<kBlock<D>>(a, item_of(round));
+    if (half == 0 && thread == 0) c->work[slot] = w;
+    if (w.last >= w.first)
+        load_rows<D, FOLD>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
+    fence_async_proxy();
+    barrier_arrive(shared_at(&c->q_full[slot]));
+}
 
-    __device__ __forceinline__ void start(const prefill_arguments &a, uint32_t memory, control *c,
-                                          int n_items) {
-        if (ahead.item >= n_items) return;
-        const uint32_t raw = memory + a.raw_at + started % RAW * a.raw_bytes;
-        copy_pages<D, BN>(a, ahead, id, VALUE, raw + (VALUE ? a.raw_v_at : 0),
-                          raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at),
-                          shared_at(&c->raw_full[VALUE][started % RAW]));
-        started++;
-        advance<BN>(ahead, a, n_items);
-        if (ahead.item < n_items) look_up<BN>(id, a, ahead);
+// FOLD: scale and minimum of K and of V of a block's token (0 for fp8; 1 and 0 at 16 bit).
+__device__ __forceinline__ void read_token(uint32_t (&param)[2], const prefill_arguments &a, int g,
+                                           const int (&id)[2], int token) {
+#pragma unroll
+    for (int value = 0; value < 2; value++) {
+        const kv_format f = value ? a.v : a.k;
+        const uint8_t *p = a.base + (token < kPage ? id[0] : id[1]) * a.page_bytes +
+                           a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                           (value ? a.layout.v_param : 0);
+        param[value] = 0x3c00u;
+        if (f == KF_FP8)
+            param[value] = __ldg((const uint16_t *)p + token % kPage);
+        else if (f != KF_16)
+            param[value] = __ldg((const uint32_t *)p + token % kPage);
     }
+}
 
-    __device__ __forceinline__ void open(const prefill_arguments &a, uint8_t *memory, control *c,
-                                         int n_items, int thread) {
-        at.item = blockIdx.x;
-        open_item<BN>(at, a, n_items);
-        ahead = at;
-        count = started = 0;
-        if (thread != 0 || at.item >= n_items) return;
-        look_up<BN>(id, a, ahead);
-        if ((VALUE ? a.v : a.k) != KF_16)
-            for (int i = 0; i < RAW; i++) start(a, shared_at(memory), c, n_items);
+template <int D, kv_format F, bool VALUE, bool FOLD>
+__device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_arguments &a, int g,
+                                           const int (&id)[2], int part, int thread) {
+    const uint8_t *page = a.base + id[0] * a.page_bytes;
+    const int64_t second = (id[1] - id[0]) * a.page_bytes;
+    if (F != KF_16) {
+        read_codes<D, F>(x.raw, page + g * a.layout.head_bytes + (VALUE ? a.layout.v_code : 0),
+                         second, part);
+        if (!FOLD && part == 0)
+            read_params<D, F>(x.param,
+                              page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                                  (VALUE ? a.layout.v_param : 0),
+                              second);
     }
+    if (FOLD && !VALUE && part == 0 && thread < kBlock<D>) read_token(x.param, a, g, id, thread);
+}
 
-    // The block at the cursor into its stage.
-    __device__ __forceinline__ void fill(const prefill_arguments &a, uint8_t *memory, control *c,
-                                         uint32_t *n_landed, int n_items, int thread) {
-        constexpr int TILE = BN * 2 * D;
-        const kv_format f = VALUE ? a.v : a.k;
-        const uint32_t s = count % kStages,
-                       empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
-        const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
-        const uint32_t to =
-            shared_at(memory) + kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
-        const int n_valid = min(BN, at.kv_len - at.block * BN);
-        if (f != KF_16) {
-            const uint8_t *raw = memory + a.raw_at + count % RAW * a.raw_bytes;
-            barrier_wait(shared_at(&c->raw_full[VALUE][count % RAW]), count / RAW & 1);
-            barrier_wait(empty, count / kStages & 1 ^ 1);
-            convert_any<D, BN>(to, raw + (VALUE ? a.raw_v_at : 0),
-                               raw + (VALUE ? a.raw_v_param_at : a.raw_k_param_at), f, n_valid,
-                               thread);
-            fence_async_proxy();
-            barrier_arrive(full);
-            named_sync<1, 128>(); // the raw stage has been read by all
-            if (thread == 0) start(a, shared_at(memory), c, n_items);
-        } else {
-            barrier_wait(empty, count / kStages & 1 ^ 1);
-            const bool tail = VALUE && n_valid < BN;
-            if (thread == 0)
-                copy_pages<D, BN>(a, at, id, VALUE, to, 0, tail ? shared_at(&c->landed) : full);
-            if (tail) { // the end of the sequence: what lies behind it must become zero
-                barrier_wait(shared_at(&c->landed), (*n_landed)++ & 1);
-                for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
-                                     to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16)),
-                                 "r"(0)
-                                 : "memory");
-                fence_async_proxy();
-                named_sync<1, 128>();
-                if (thread == 0) barrier_arrive(full);
-            }
-        }
-        count++;
-        advance<BN>(at, a, n_items);
-        if (f == KF_16 && thread == 0 && at.item < n_items) look_up<BN>(id, a, at);
-    }
-};
-
-// K runs a block ahead of V: K_{j+1} is wanted before V_j, and its stage is free earlier.
-template <int D, int BN, int RAW>
+// The stream of K or of V, each with half of q before an item's first block: blocks in order through
+// kStages stages. Pages are looked up two blocks ahead, codes and parameters read one ahead.
+template <int D, kv_format F, bool VALUE, bool FOLD>
 __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int thread) {
-    const int n_items = a.plan->n_tiles * a.n_kv_heads;
-    uint32_t n_landed = 0;
-    stream<D, BN, RAW, false> k;
-    stream<D, BN, RAW, true> v;
-    k.open(a, memory, c, n_items, thread);
-    v.open(a, memory, c, n_items, thread);
-    if (k.at.item >= n_items) return;
-    k.fill(a, memory, c, &n_landed, n_items, thread);
-    while (v.at.item < n_items) {
-        if (k.at.item < n_items) k.fill(a, memory, c, &n_landed, n_items, thread);
-        v.fill(a, memory, c, &n_landed, n_items, thread);
+    constexpr int BN = kBlock<D>, TILE = BN * 2 * D;
+    uint32_t count = 0, n_landed = 0;
+    for (int round = 0;; round++) {
+        fill_rows<D, FOLD>(a, memory, c, round, VALUE);
+        const tile_work w = work_of<BN>(a, item_of(round));
+        if (w.last < w.first) break;
+        const int page = look_up<BN>(a, w.t, w.first);
+        int ahead = look_up<BN>(a, w.t, w.first + 1);
+        int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 1)};
+        in_flight<D> x;
+        read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 0, thread);
+        for (int block = w.first; block <= w.last; block++, count++) {
+            const uint32_t s = count % kStages;
+            const uint32_t empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
+            const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
+            const uint32_t to =
+                shared_at(memory) + kQ<D> * kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
+            const int n_valid = min(BN, w.t.kv_len - block * BN);
+            barrier_wait(empty, count / kStages & 1 ^ 1);
+            if (FOLD && !VALUE && thread < BN)
+                write_column(&c->column[count % kColumnStages], a, thread, x.param[0], x.param[1],
+                             thread < n_valid);
+            if (F != KF_16) {
+                convert<D, F, FOLD>(to, x, n_valid, 0);
+                if (share<D, F>::STEPS > kPieces<D>) {
+                    read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 1, thread);
+                    convert<D, F, FOLD>(to, x, n_valid, 1);
+                }
+                fence_async_proxy();
+                barrier_arrive(full);
+            } else if (!VALUE) {
+                if (thread == 0)
+                    copy_pages<D>(a, w, block, id, VALUE, to, full);
+                else if (FOLD)
+                    barrier_arrive(full);
+            } else {
+                const bool tail = n_valid < BN;
+                if (thread == 0)
+                    copy_pages<D>(a, w, block, id, VALUE, to, tail ? shared_at(&c->landed) : full);
+                if (tail) { // the end of the sequence: what lies behind it must become zero
+                    barrier_wait(shared_at(&c->landed), n_landed++ & 1);
+                    for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
+                        store_shared(to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16),
+                                     make_uint4(0, 0, 0, 0));
+                    fence_async_proxy();
+                    group_sync<128>(1 + VALUE);
+                    if (thread == 0) barrier_arrive(full);
+                }
+            }
+            id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
+            if (block < w.last) read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 0, thread);
+            ahead = look_up<BN>(a, w.t, block + 2);
+        }
     }
 }
 
-// --- Consumers
-// --------------------------------------------------------------------------------------------
+template <int D, bool VALUE, bool FOLD>
+__device__ __forceinline__ void produce_any(const prefill_arguments &a, uint8_t *memory, control *c,
+                                            int thread) {
+    switch (VALUE ? a.v : a.k) {
+    case KF_16: return produce<D, KF_16, VALUE, FOLD>(a, memory, c, thread);
+    case KF_8: return produce<D, KF_8, VALUE, FOLD>(a, memory, c, thread);
+    case KF_4: return produce<D, KF_4, VALUE, FOLD>(a, memory, c, thread);
+    default: return produce<D, KF_FP8, VALUE, FOLD>(a, memory, c, thread);
+    }
+}
 
-// This warpgroup's 64 rows of q to shared memory, in TK; rows past the chunk's end are zero.
-template <int D, typename TK>
-__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
-                                          uint32_t q_at, float *factor, bool to_half, int group,
-                                          int thread) {
-    const int r = group * 64 + thread / 2, row = w.t.row0 + r, half = thread % 2;
-    constexpr int PIECES = D / 16; // 16-byte pieces of half a row
-    uint4 x[PIECES];
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) x[i] = make_uint4(0, 0, 0, 0);
-    if (row < w.t.n_rows) {
-        const int64_t at = (int64_t)(w.t.token0 + row / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
-                           w.g * a.ratio + row % a.ratio;
-        const uint4 *from = (const uint4 *)((const uint16_t *)a.qkv + at * D) + half * PIECES;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) x[i] = from[i];
-    }
-    float f = 1.f;
-    if (to_half) { // bf16 q, K of codes
-        float amax = 0.f;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const __nv_bfloat162 *v = (const __nv_bfloat162 *)&x[i];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 y = __bfloat1622float2(v[e]);
-                amax = fmaxf(amax, fmaxf(fabsf(y.x), fabsf(y.y)));
-            }
-        }
-        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
-        // The power of two that brings the largest to [2, 4): products stay far inside f32 and
-        // fp16.
-        if (amax > 1e-18f)
-            f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const __nv_bfloat162 *v = (const __nv_bfloat162 *)&x[i];
-            uint32_t y[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 z = __bfloat1622float2(v[e]);
-                y[e] = pack2<__half>(z.x * f, z.y * f);
-            }
-            x[i] = make_uint4(y[0], y[1], y[2], y[3]);
-        }
-    }
-    if (half == 0) factor[r] = f;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
-                         q_at + code_at(2 * D, r, (half * PIECES + i) * 16)),
-                     "r"(x[i].x), "r"(x[i].y), "r"(x[i].z), "r"(x[i].w)
-                     : "memory");
-    fence_async_proxy();
+// --- Consumers ----------------------------------------------------------------------------------
+
+// The half of a matrix descriptor that moves with the address: 16-byte units.
+__device__ __forceinline__ uint32_t place_of(uint32_t at) { return (at & 0x3ffff) >> 4; }
+template <int D, int PANEL> __device__ __forceinline__ uint64_t matrix_at(uint32_t place) {
+    return (uint64_t)(1u << 30 | (uint32_t)(16 * D >> 4)) << 32 |
+           (place + ((uint32_t)(PANEL >> 4) << 16));
 }
 
 // s[64, BN] = q[64, D] K^T
 template <int D, int BN, typename TK>
-__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q_at, uint32_t k_at) {
-    constexpr int GROUP = 16 * D;
+__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q, uint32_t k) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
-        const int at = i / 4 * 1024 + i % 4 * 32;
-        wgmma_rows<TK>(s, matrix_of(q_at + at, GROUP, 16), matrix_of(k_at + at, GROUP, 16), i > 0);
+        const int at = (i / 4 * 1024 + i % 4 * 32) / 16;
+        wgmma_rows<TK>(s, matrix_at<D, 16>(q + at), matrix_at<D, 16>(k + at), i > 0);
     }
 }
 
 // o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims.
 template <int D, int BN, typename TV, int R, int N>
 __device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)[BN / 4],
-                                           uint32_t v_at) {
-    constexpr int GROUP = 16 * D;
+                                           uint32_t v) {
 #pragma unroll
     for (int i = 0; i < BN / 16; i++)
 #pragma unroll
         for (int n = 0; n < N; n++)
-            wgmma_columns<TV>(o[n], p + 4 * i,
-                              matrix_of(v_at + i * 2 * GROUP + n * 2048, GROUP, 1024), 1);
+            wgmma_columns<TV>(o[n], p + 4 * i, matrix_at<D, 1024>(v + i * 2 * D + n * 128), 1);
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -419,57 +531,186 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-template <int D, typename TK, typename TV>
+// This lane's two rows, r and r + 8 of its warp's 16.
+struct row_state {
+    float scale[2]; // of the scores; not FOLD
+    float m[2];     // largest score
+    float l[2], z[2];
+};
+
+// Scores to weights, in place; true when rows' results so far must shrink. sum (of q) and position
+// are those of the lane's first row.
+template <int BN, bool FOLD>
+__device__ __forceinline__ bool weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2],
+                                      const columns *c, const float *sum, const int *position,
+                                      int token, int window, bool edge, int lane) {
+    const int quarter = lane % 4;
+    if (FOLD) {
+        const float q_sum[2] = {sum[0], sum[8]};
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            const float4 k = c->score[4 * i + quarter];
+            const float2 v = c->log2_v[4 * i + quarter];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                s[4 * i + 2 * h] = s[4 * i + 2 * h] * k.x + (k.z * q_sum[h] + v.x);
+                s[4 * i + 2 * h + 1] = s[4 * i + 2 * h + 1] * k.y + (k.w * q_sum[h] + v.y);
+            }
+        }
+    }
+    if (edge) {
+        const int p[2] = {position[0], position[8]};
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++) {
+            const int j = token + i / 4 * 8 + 2 * quarter + i % 2, pos = p[i / 2 % 2];
+            if (j > pos || (window > 0 && j <= pos - window)) s[i] = -INFINITY;
+        }
+    }
+    float top[2], from[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        top[h] = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+        for (int i = 1; i < BN / 8; i++)
+            top[h] = fmaxf(top[h], fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
+        if (!FOLD) top[h] *= r.scale[h];
+    }
+    // Seldom after a row's first blocks: only then are the row's four lanes asked.
+    const bool moved = __any_sync(~0u, top[0] > r.m[0] || top[1] > r.m[1]);
+    if (moved) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            top[h] = quad_max(top[h]);
+            shrink[h] = 1.f;
+            if (top[h] > r.m[h]) {
+                shrink[h] = exp2_approx(r.m[h] - top[h]);
+                r.m[h] = top[h];
+                r.l[h] *= shrink[h];
+                if (FOLD) r.z[h] *= shrink[h];
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) from[h] = r.m[h] == -INFINITY ? 0.f : r.m[h]; // nothing visible yet
+#pragma unroll
+    for (int i = 0; i < BN / 8; i++) {
+        float4 v;
+        if (FOLD) v = c->weight[4 * i + quarter];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
+            if (FOLD) {
+                x = exp2_approx(x - from[h]), y = exp2_approx(y - from[h]);
+                r.l[h] = r.l[h] + x * v.x + y * v.y;
+                r.z[h] = r.z[h] + x * v.z + y * v.w;
+            } else {
+                x = exp2_approx(x * r.scale[h] - from[h]);
+                y = exp2_approx(y * r.scale[h] - from[h]);
+                r.l[h] += x + y;
+            }
+        }
+    }
+    return moved;
+}
+
+// The warp's 16 rows of the result, divided by l, through its rows of q to 16-byte stores.
+template <int D, int R, int N, bool FOLD>
+__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
+                                           float (&o)[N][R], row_state &r, uint32_t q_rows, int r0,
+                                           int lane) {
+    constexpr int LANES = D / 8;
+    // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
+    const int own = w.t.row0 + r0 + lane % 16;
+    const int own_head = w.g * a.ratio + own % a.ratio;
+    const int own_at = own < w.t.n_rows ? (w.t.token0 + own / a.ratio) * a.n_heads + own_head : -1;
+    float sink = 0.f;
+    if (a.sinks)
+        sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[own_head])
+                       : to_f32(((const __half *)a.sinks)[own_head])) *
+               kLog2E;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
+        float l = quad_sum(r.l[h]);
+        const float z = FOLD ? quad_sum(r.z[h]) : 0.f;
+        if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
+        const float f = 1.f / l;
+        const int row = lane / 4 + 8 * h;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < R / 4; i++) {
+                const float x = (o[n][4 * i + 2 * h] + z) * f;
+                const float y = (o[n][4 * i + 2 * h + 1] + z) * f;
+                const uint32_t at = q_rows + code_at(2 * D, row, n * 256 + i * 16);
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + lane % 4 * 4),
+                             "r"(a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y))
+                             : "memory");
+            }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < LANES / 2; i++) {
+        const int row = i * (32 / LANES) + lane / LANES;
+        const int at = __shfl_sync(~0u, own_at, row);
+        uint4 x;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(q_rows + code_at(2 * D, row, lane % LANES * 16))
+                     : "memory");
+        if (at >= 0) *(uint4 *)((uint16_t *)a.out + (int64_t)at * D + lane % LANES * 8) = x;
+    }
+}
+
+template <int D, typename TK, typename TV, bool FOLD>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
-    constexpr int BN = D == 256 ? 64 : 128, TILE = BN * 2 * D, R = D < 128 ? 32 : 64,
-                  N = D == 256 ? 2 : 1;
-    const uint32_t q_all = shared_at(memory), q_at = q_all + group * 64 * 2 * D;
-    const uint32_t k_at = q_all + kRows * 2 * D, v_at = k_at + kStages * TILE;
-    const int n_items = a.plan->n_tiles * a.n_kv_heads;
-    const int lane = thread % 32,
-              r0 = group * 64 + thread / 32 * 16 + lane / 4; // rows r0 and r0 + 8
-    const int column = 2 * (lane % 4);
-    const bool to_half = a.bf16 && sizeof(TK) == 2 && a.k != KF_16;
+    constexpr int BN = kBlock<D>, TILE = BN * 2 * D, R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1;
+    constexpr int Q = kQ<D>;
+    const uint32_t q_at = shared_at(memory) + group * 64 * 2 * D;
+    const uint32_t k_place = place_of(shared_at(memory) + Q * kRows * 2 * D);
+    const uint32_t v_place = k_place + kStages * TILE / 16;
+    const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
     uint32_t count = 0;
     if (group == 1) turn_give(1); // group 0 begins
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
-        const tile_work w = work_of<BN>(a, item);
-        load_rows<D, TK>(a, w, q_all, c->row_factor, to_half, group, thread);
-        asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
-        int position[2];
-        float scale[2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
+    for (int round = 0;; round++) {
+        const int slot = round % Q;
+        barrier_wait(shared_at(&c->q_full[slot]), round / Q & 1);
+        // The same in all lanes, which the compiler cannot see.
+        const int first = __shfl_sync(~0u, c->work[slot].first, 0);
+        const int last = __shfl_sync(~0u, c->work[slot].last, 0);
+        if (last < first) break;
+        const uint32_t q_place = place_of(q_at + slot * kRows * 2 * D);
+        row_state r;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = min(w.t.row0 + r0 + 8 * i, w.t.n_rows - 1);
-            position[i] = w.t.position + row / a.ratio;
-            scale[i] = a.scale / c->row_factor[r0 + 8 * i];
+        for (int h = 0; h < 2; h++) {
+            r.scale[h] = a.scale / c->factor[slot][r0 + lane / 4 + 8 * h];
+            r.m[h] = -INFINITY, r.l[h] = r.z[h] = 0.f;
         }
-        const int row_first = min(w.t.row0 + group * 64, w.t.n_rows - 1);
-        const int row_last = min(w.t.row0 + group * 64 + 63, w.t.n_rows - 1);
-        const int p_first = w.t.position + row_first / a.ratio;
-        const int p_last = w.t.position + row_last / a.ratio;
-        float s[BN / 2], o[N][R];
+        // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
+        const int *position = c->position[slot] + group * 64;
+        const int p_first = __shfl_sync(~0u, position[0], 0);
+        const int p_last = __shfl_sync(~0u, position[63], 0);
+        float s[BN / 2], o[N][R], shrink[2];
         uint32_t p[BN / 4];
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < R; i++) o[n][i] = 0.f;
 
-        for (int block = w.first; block <= w.last; block++, count++) {
+        for (int block = first; block <= last; block++, count++) {
             const uint32_t st = count % kStages, parity = count / kStages & 1;
             const uint32_t before = (count - 1) % kStages,
                            parity_before = (count - 1) / kStages & 1;
-            const bool first = block == w.first;
             barrier_wait(shared_at(&c->k_full[st]), parity);
             turn_wait(group);
             settle(s);
             wgmma_fence();
-            multiply_k<D, BN, TK>(s, q_at, k_at + st * TILE);
+            multiply_k<D, BN, TK>(s, q_place, k_place + st * (TILE / 16));
             wgmma_commit();
-            if (!first) {
+            if (block != first) {
                 barrier_wait(shared_at(&c->v_full[before]), parity_before);
-                multiply_v<D, BN, TV, R, N>(o, p, v_at + before * TILE);
+                multiply_v<D, BN, TV, R, N>(o, p, v_place + before * (TILE / 16));
                 wgmma_commit();
                 turn_give(group);
                 wgmma_wait<1>();
@@ -479,43 +720,23 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
             }
             settle(s);
             if (thread == 0) barrier_arrive(shared_at(&c->k_empty[st]));
-
             const int token = block * BN;
-            if (token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window)) {
-#pragma unroll
-                for (int i = 0; i < BN / 2; i++) {
-                    const int j = token + i / 4 * 8 + column + i % 2, pos = position[i / 2 % 2];
-                    if (j > pos || (a.window > 0 && j <= pos - a.window)) s[i] = -INFINITY;
-                }
-            }
-            float shrink[2], from[2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float top = m[h];
-#pragma unroll
-                for (int i = 0; i < BN / 8; i++)
-                    top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-                top = quad_max(top);
-                const float base = top == -INFINITY ? 0.f : top; // nothing visible yet
-                shrink[h] = exp2_approx((m[h] - base) * scale[h]);
-                from[h] = base * scale[h];
-                m[h] = top;
-                l[h] *= shrink[h];
-            }
-#pragma unroll
-            for (int i = 0; i < BN / 2; i++) {
-                s[i] = exp2_approx(s[i] * scale[i / 2 % 2] - from[i / 2 % 2]);
-                l[i / 2 % 2] += s[i];
-            }
-            if (!first) {
+            const bool edge =
+                token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
+            const bool moved = weigh<BN, FOLD>(
+                s, r, shrink, &c->column[count % kColumnStages], c->sum[slot] + r0 + lane / 4,
+                c->position[slot] + r0 + lane / 4, token, a.window, edge, lane);
+            if (block != first) {
                 wgmma_wait<0>();
 #pragma unroll
                 for (int n = 0; n < N; n++) settle(o[n]);
                 if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
+                if (moved) {
 #pragma unroll
-                for (int n = 0; n < N; n++)
+                    for (int n = 0; n < N; n++)
 #pragma unroll
-                    for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
+                        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
+                }
             }
 #pragma unroll
             for (int i = 0; i < BN / 4; i++) p[i] = pack2<TV>(s[2 * i], s[2 * i + 1]);
@@ -525,74 +746,64 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
 #pragma unroll
         for (int n = 0; n < N; n++) settle(o[n]);
         wgmma_fence();
-        multiply_v<D, BN, TV, R, N>(o, p, v_at + before * TILE);
+        multiply_v<D, BN, TV, R, N>(o, p, v_place + before * (TILE / 16));
         wgmma_commit();
+        group_sync<128>(3 + group); // all warps' products with q are done
         wgmma_wait<0>();
 #pragma unroll
         for (int n = 0; n < N; n++) settle(o[n]);
         if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = w.t.row0 + r0 + 8 * h;
-            l[h] = quad_sum(l[h]);
-            if (row >= w.t.n_rows) continue;
-            const int head = w.g * a.ratio + row % a.ratio;
-            if (a.sinks) {
-                const float sink = a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[head])
-                                          : to_f32(((const __half *)a.sinks)[head]);
-                l[h] += exp2_approx(sink * kLog2E - m[h] * scale[h]);
-            }
-            const float f = 1.f / l[h];
-            const int64_t at =
-                ((int64_t)(w.t.token0 + row / a.ratio) * a.n_heads + head) * D + column;
-            uint16_t *out = (uint16_t *)a.out + at;
-#pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int i = 0; i < R / 4; i++) {
-                    const float x = o[n][4 * i + 2 * h] * f, y = o[n][4 * i + 2 * h + 1] * f;
-                    *(uint32_t *)(out + n * 128 + i * 8) =
-                        a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y);
-                }
-        }
-        asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); // q may be overwritten
+        store_rows<D, R, N, FOLD>(a, c->work[slot], o, r,
+                                  q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0, lane);
+        fence_async_proxy(); // q of a later item follows what was written and read here
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_at(&c->q_empty[slot]));
     }
     if (group == 0) turn_wait(0); // what group 1 gave last
 }
 
-template <int D, typename TK, typename TV>
+template <int D, typename TK, typename TV, bool FOLD>
 __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
-    constexpr int BN = D == 256 ? 64 : 128, RAW = D == 256 ? 1 : 2;
     extern __shared__ __align__(1024) uint8_t memory[];
-    control *c = (control *)(memory + a.raw_at + (a.raw_bytes ? RAW * a.raw_bytes : 0));
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    control *c = control_of<D>(memory);
+    const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            barrier_init(shared_at(&c->q_full[i]), 256);
+            barrier_init(shared_at(&c->q_empty[i]), 8); // consumer warps
+        }
         for (int i = 0; i < kStages; i++) {
-            barrier_init(shared_at(&c->k_full[i]), a.k == KF_16 ? 1 : 128);
+            barrier_init(shared_at(&c->k_full[i]), a.k == KF_16 && !FOLD ? 1 : 128);
             barrier_init(shared_at(&c->v_full[i]), a.v == KF_16 ? 1 : 128);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
-            barrier_init(shared_at(&c->raw_full[0][i]), 1);
-            barrier_init(shared_at(&c->raw_full[1][i]), 1);
         }
         barrier_init(shared_at(&c->landed), 1);
         fence_async_proxy();
     }
     __syncthreads();
-    if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-        produce<D, BN, RAW>(a, memory, c, thread);
+    if (group < 2) {
+        if (D == 256)
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+        else
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        if (group == 0)
+            produce_any<D, false, FOLD>(a, memory, c, thread);
+        else
+            produce_any<D, true, FOLD>(a, memory, c, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-        consume<D, TK, TV>(a, memory, c, group - 1, thread);
+        if (D == 256)
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+        else
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+        consume<D, TK, TV, FOLD>(a, memory, c, group - 2, thread);
     }
 #endif
 }
 
-template <int D, typename TK, typename TV> status launch(const attention_problem *p) {
-    constexpr int BN = D == 256 ? 64 : 128, RAW = D == 256 ? 1 : 2;
+template <int D, typename TK, typename TV, bool FOLD = false>
+status launch(const attention_problem *p) {
     const attention_layer_params *l = &p->l;
     prefill_arguments a = {};
     a.out = p->out;
@@ -611,14 +822,9 @@ template <int D, typename TK, typename TV> status launch(const attention_problem
     a.window = l->window;
     a.bf16 = l->type == DT_BF16;
     a.scale = l->scale * kLog2E;
-    const bool k = a.k != KF_16, v = a.v != KF_16;
-    a.raw_at = kRows * 2 * D + 2 * kStages * BN * 2 * D;
-    a.raw_v_at = k ? BN * attention_row_bytes(a.k, D) : 0;
-    a.raw_k_param_at = a.raw_v_at + (v ? BN * attention_row_bytes(a.v, D) : 0);
-    a.raw_v_param_at = a.raw_k_param_at + BN * attention_param_bytes(a.k);
-    a.raw_bytes = (int)div_up(a.raw_v_param_at + BN * attention_param_bytes(a.v), 128) * 128;
-    const int bytes = a.raw_at + RAW * a.raw_bytes + (int)sizeof(control);
-    const auto kernel = attend_prefill<D, TK, TV>;
+    const int bytes =
+        kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
+    const auto kernel = attend_prefill<D, TK, TV, FOLD>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
@@ -628,8 +834,9 @@ template <int D, typename TK, typename TV> status launch(const attention_problem
 }
 
 template <int D> status launch_types(const attention_problem *p) {
-    const bool bf16 = p->l.type == DT_BF16, k = bf16 && p->c.k == KF_16,
-               v = bf16 && p->c.v == KF_16;
+    const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
+    if (p->l.type == DT_F16)
+        return k && v ? launch<D, __half, __half>(p) : launch<D, __half, __half, true>(p);
     if (k)
         return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
     return v ? launch<D, __half, __nv_bfloat16>(p) : launch<D, __half, __half>(p);
@@ -639,8 +846,10 @@ template <int D> status launch_types(const attention_problem *p) {
 
 extern "C" status attention_prefill_sm90_launch(const attention_problem *p, bool, bool) {
     switch (p->l.head_dim) {
+#ifndef ATTENTION_ONLY_128
     case 64: return launch_types<64>(p);
-    case 128: return launch_types<128>(p);
-    default: return launch_types<256>(p);
+    case 256: return launch_types<256>(p);
+#endif
+    default: return launch_types<128>(p);
     }
 }
