@@ -3,12 +3,14 @@
 #include "cli.h"
 #include "linear_probe.h"
 
+#include <math.h>
 #include <string.h>
 
 typedef struct {
     const char *weights, *act, *dtype_name, *shapes, *rows, *kernel, *family;
-    bool json;
-    int64_t replays;
+    bool json, gather, gated;
+    int64_t replays, experts, top_k;
+    double tbs, tflops; /* ceilings of the bound */
 } bench_options;
 
 /* "w4g128", "a16" -> W4g128A16: names of precisions with a small first letter, as they are typed.
@@ -35,24 +37,33 @@ static status parse_weight(linear_weight *w, const bench_options *o) {
     return ST_OK;
 }
 
+/* Of a grouped problem m counts tokens, and only experts that are hit cost bytes. */
 static void print(const bench_options *o, const linear_weight *w, int32_t m,
                   const linear_outcome *r) {
-    const double gbs = (double)r->bytes / r->us * 1e-3;
-    const double tflops = 2.0 * w->n * w->k * m / r->us * 1e-6;
+    const int64_t rows = o->experts > 1 ? m * o->top_k : m;
+    const double flops = 2.0 * w->n * w->k * (double)rows, bytes = (double)r->bytes;
+    const double gbs = bytes / r->us * 1e-3, tflops = flops / r->us * 1e-6;
+    const double bound =
+        fmax((bytes + (double)r->bytes_io) / o->tbs * 1e-6, flops / o->tflops * 1e-6);
     const char *type = w->type == DT_BF16 ? "bf16" : "fp16";
-    if (o->json)
-        printf(
-            "{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
-            "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%.1f,"
-            "\"tflops\":%.2f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
-            o->weights, o->act, type, w->n, w->k, m, r->us, r->cublas_us, r->cublas_us / r->us, gbs,
-            tflops, r->kernel, r->rel_err);
-    else
-        printf(
-            "%-8s %-4s %5d x %-5d M %-5d %9.2f us  %5.2f x cuBLAS  %6.0f GB/s %6.1f TFLOP/s  %s  "
-            "error %.2g\n",
-            o->weights, type, w->n, w->k, m, r->us, r->cublas_us / r->us, gbs, tflops, r->kernel,
-            r->rel_err);
+    if (o->json) {
+        printf("{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
+               "\"k\":%d,\"m\":%d,\"us\":%.3f,",
+               o->weights, o->act, type, w->n, w->k, m, r->us);
+        if (o->experts > 1)
+            printf("\"experts\":%d,\"topk\":%d,\"gather\":%s,\"gated\":%s,", w->count,
+                   (int)o->top_k, o->gather ? "true" : "false", o->gated ? "true" : "false");
+        else
+            printf("\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,", r->cublas_us, r->cublas_us / r->us);
+        printf("\"gbs\":%.1f,\"tflops\":%.2f,\"roofline_us\":%.3f,\"ratio\":%.3f,"
+               "\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
+               gbs, tflops, bound, r->us / bound, r->kernel, r->rel_err);
+    } else {
+        printf("%-8s %-4s %5d x %-5d M %-5d %9.2f us  ", o->weights, type, w->n, w->k, m, r->us);
+        if (o->experts <= 1) printf("%5.2f x cuBLAS  ", r->cublas_us / r->us);
+        printf("%5.2f x bound  %6.0f GB/s %6.1f TFLOP/s  %s  error %.2g\n", r->us / bound, gbs,
+               tflops, r->kernel, r->rel_err);
+    }
     fflush(stdout);
 }
 
@@ -65,11 +76,17 @@ static status bench_shape(const bench_options *o, linear_weight w) {
         linear_outcome r = {.us = 0};
         int m = 0;
         if (sscanf(at, "%d", &m) != 1) m = 0;
-        const linear_trial t = {.m = m, .y_type = w.type, .kernel = o->kernel};
+        linear_trial t = {.m = m, .y_type = w.type, .kernel = o->kernel};
+        t.epilogue = o->gated ? LINEAR_GATED : LINEAR_STORE;
+        if (w.count > 1) {
+            t.top_k = (int32_t)o->top_k;
+            t.m *= t.top_k;
+            t.gather = o->gather;
+        }
         if (t.m <= 0) st = FAIL(ST_USAGE, "--m %s", o->rows);
         if (st == ST_OK) st = linear_probe_check(p, &t, 4096, &r);
         if (st == ST_OK) st = linear_probe_time(p, &t, (int32_t)o->replays, true, &r);
-        if (st == ST_OK) print(o, &w, t.m, &r);
+        if (st == ST_OK) print(o, &w, m, &r);
     }
     linear_probe_close(p);
     return st;
@@ -83,13 +100,24 @@ int bench_linear(int argc, char **argv) {
                        .dtype_name = "bf16",
                        .shapes = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672",
                        .rows = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096",
-                       .replays = 7};
+                       .replays = 7,
+                       .experts = 1,
+                       .top_k = 8,
+                       .tbs = 4.66,
+                       .tflops = 770};
     const cli_option options[] = {
         {"--weights", CLI_TEXT, &o.weights, "FORMAT", "w16, w8, w4g128, wFP8, wMXFP4, ..."},
         {"--act", CLI_TEXT, &o.act, "FORMAT", "a16"},
         {"--dtype", CLI_TEXT, &o.dtype_name, "TYPE", "bf16 or fp16: of x and y"},
         {"--shape", CLI_TEXT, &o.shapes, "NxK,..", "weights; default: six of Llama's"},
-        {"--m", CLI_TEXT, &o.rows, "M,..", "rows of x"},
+        {"--m", CLI_TEXT, &o.rows, "M,..", "rows of x; tokens, where there are experts"},
+        {"--experts", CLI_INT, &o.experts, "N", "so many matrices: a grouped problem"},
+        {"--topk", CLI_INT, &o.top_k, "N", "experts of a token (8)"},
+        {"--gather", CLI_FLAG, &o.gather, NULL, "grouped: rows of x through an index"},
+        {"--gated", CLI_FLAG, &o.gated, NULL, "gate and up with the gated activation"},
+        {"--tbs", CLI_NUMBER, &o.tbs, "TB/S",
+         "ceilings of the bound, as measured on an H200 (4.66"},
+        {"--tflops", CLI_NUMBER, &o.tflops, "N", "TB/s, 770 TFLOP/s)"},
         {"--kernel", CLI_TEXT, &o.kernel, "NAME",
          "this variant instead of the table's, or a step of kernels/ladder"},
         {"--kernel-family", CLI_TEXT, &o.family, "NAME", "ampere: what runs below sm_90"},
@@ -101,6 +129,9 @@ int bench_linear(int argc, char **argv) {
     linear_weight w;
     status st = cli_parse(argc - 1, argv + 1, "bench linear [options]", options, NULL, &n);
     if (st == ST_OK) st = parse_weight(&w, &o);
+    if (st == ST_OK && (o.experts < 1 || o.top_k < 1 || o.top_k > o.experts) && o.experts != 1)
+        st = FAIL(ST_USAGE, "--experts %lld --topk %lld", (long long)o.experts, (long long)o.top_k);
+    w.count = (int32_t)o.experts;
     for (const char *s = o.shapes; s && st == ST_OK;
          s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {
         if (sscanf(s, "%dx%d", &w.n, &w.k) != 2) st = FAIL(ST_USAGE, "--shape %s", o.shapes);

@@ -96,6 +96,12 @@ template <int NT> struct linear_walk {
         } else {
             return false;
         }
+        locate(t, s);
+        return true;
+    }
+
+    // Which rows and which part of W tile t is.
+    __device__ void locate(int32_t t, linear_segment &s) const {
         s.expert = 0;
         int32_t row0 = 0, row1 = p.m;
         if (tile_start) {
@@ -116,7 +122,6 @@ template <int NT> struct linear_walk {
         s.tile_n = t / m_tiles; // tiles that share weights are neighbours
         s.m0 = row0 + (t - s.tile_n * m_tiles) * NT;
         s.m_end = min(row1, s.m0 + NT);
-        return true;
     }
 };
 
@@ -332,25 +337,26 @@ __device__ __forceinline__ void linear_shared_init(linear_shared *shared) {
 }
 
 // Slot of a CTA's sums, and warp's counters: arrivals and departures of the tile that `owner`
-// begins.
-template <int NT, int R>
+// begins. W: warps of a CTA that compute.
+template <int NT, int R, int W = LINEAR_WARPS>
 __device__ __forceinline__ float4 *linear_slot(const linear_args &p, int32_t cta, bool tail) {
     constexpr int N4 = R * NT / 8;
     const int warp = threadIdx.x / 32;
     return reinterpret_cast<float4 *>(p.partial) +
-           ((int64_t)(cta * 2 + tail) * LINEAR_WARPS + warp) * N4 * 32 + threadIdx.x % 32;
+           ((int64_t)(cta * 2 + tail) * W + warp) * N4 * 32 + threadIdx.x % 32;
 }
+template <int W = LINEAR_WARPS>
 __device__ __forceinline__ int32_t *linear_counter(const linear_args &p, int32_t owner) {
-    return p.counters + (owner * LINEAR_WARPS + (int)threadIdx.x / 32) * 2;
+    return p.counters + (owner * W + (int)threadIdx.x / 32) * 2;
 }
 
 enum { LINEAR_OWNER_ADDS = 3 }; // CTAs of a tile up to which its first adds all
 
-template <int NT, int R>
+template <int NT, int R, int W = LINEAR_WARPS>
 __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
-                                               const linear_walk<NT> &walk,
+                                               int32_t cta, int32_t owner,
                                                const linear_segment &s) {
-    float4 *slot = linear_slot<NT, R>(p, walk.cta, s.step0 == 0);
+    float4 *slot = linear_slot<NT, R, W>(p, cta, s.step0 == 0);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -361,7 +367,7 @@ __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const li
                                    acc[r][4 * j + 3]));
     __threadfence();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter(p, walk.holder(s.line)), 1);
+    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter<W>(p, owner), 1);
 }
 
 // Wait until n CTAs have deposited.
@@ -370,22 +376,14 @@ __device__ __forceinline__ void linear_await(const int32_t *counter, int32_t n) 
     __syncwarp();
 }
 
-// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
-// tile.
-template <int NT, int R>
-__device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
-                                             const linear_walk<NT> &walk, const linear_segment &s,
-                                             linear_shared *later) {
-    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
-    if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
-        linear_deposit<NT, R>(acc, p, walk, s);
-        if (n > LINEAR_OWNER_ADDS && threadIdx.x % 32 == 0) later->tile[s.step0 == 0] = s;
-        return false;
-    }
-    int32_t *counter = linear_counter(p, owner);
+// The first of n CTAs of a tile adds the sums of the others to its own.
+template <int NT, int R, int W = LINEAR_WARPS>
+__device__ __forceinline__ void linear_collect(float (&acc)[R][NT / 2], const linear_args &p,
+                                               const linear_segment &s, int32_t owner, int32_t n) {
+    int32_t *counter = linear_counter<W>(p, owner);
     linear_await(counter, n - 1);
     for (int i = 1; i < n; i++) {
-        const float4 *slot = linear_slot<NT, R>(p, owner + i, false);
+        const float4 *slot = linear_slot<NT, R, W>(p, owner + i, false);
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
@@ -401,6 +399,21 @@ __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const line
     __syncwarp();
     if (threadIdx.x % 32 == 0)
         *counter = 0; // for the next launch, which writes after this one ended
+}
+
+// What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
+// tile.
+template <int NT, int R>
+__device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
+                                             const linear_walk<NT> &walk, const linear_segment &s,
+                                             linear_shared *later) {
+    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+    if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
+        linear_deposit<NT, R>(acc, p, walk.cta, owner, s);
+        if (n > LINEAR_OWNER_ADDS && threadIdx.x % 32 == 0) later->tile[s.step0 == 0] = s;
+        return false;
+    }
+    linear_collect<NT, R>(acc, p, s, owner, n);
     return true;
 }
 

@@ -26,15 +26,12 @@
     X(F, T, 16, 1, 4, G, 100, 2, 2)                                                                \
     X(F, T, 16, 2, 2, G, 100, 2, 2)                                                                \
     X(F, T, 32, 2, 2, G, 210, 1, 1)                                                                \
-    X(F, T, 64, 2, 2, G, 210, 1, 1)                                                                \
-    X(F, T, 128, 2, 1, G, 210, 1, 1)                                                               \
-    X(F, T, 256, 1, 2, G, 210, 1, 1)
+    X(F, T, 64, 2, 2, G, 210, 1, 1)
 #define HOPPER_TILES_8(X, F, T, G)                                                                 \
     X(F, T, 8, 2, 1, G, 100, 2, 2)                                                                 \
     X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
     X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
-    X(F, T, 64, 2, 1, G, 210, 1, 1)                                                                \
-    X(F, T, 128, 2, 1, G, 210, 1, 1)
+    X(F, T, 64, 2, 1, G, 210, 1, 1)
 #define HOPPER_TILES_16(X, F, T, G) HOPPER_TILES_8(X, F, T, G)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
@@ -433,36 +430,12 @@ using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, v
                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// x [m, k] in boxes of [NT, 64]; what lies outside reads as zero.
-status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows) {
-    static encode_fn encode = nullptr;
-    if (!encode) {
-        void *f = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t e =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
-        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
-            return FAIL(ST_DEVICE, "the driver has no tensor maps");
-        encode = reinterpret_cast<encode_fn>(f);
-    }
-    const cuuint64_t size[2] = {(cuuint64_t)a->k, (cuuint64_t)a->m};
-    const cuuint64_t stride[1] = {(cuuint64_t)a->ldx * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)rows}, step[2] = {1, 1};
-    const CUresult r =
-        encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-               const_cast<void *>(a->x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of x: error %d", (int)r);
-}
-
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_hopper<T, F, NT, R, KU, G, KB, kCtas>;
     CUtensorMap map = {};
     if (!args->x_row) {
-        const status st = encode_x(&map, args, half_pair<T>::bf16, NT);
-        if (st != ST_OK) return st;
+        TRY(linear_map_x(&map, args, half_pair<T>::bf16, NT));
     }
     constexpr int bytes = tile<F, NT, R, KU, G, KB>::bytes;
     cudaError_t e =
@@ -504,6 +477,29 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
 const linear_variant rows[] = {HOPPER_INSTANCES(ROW)};
 
 } // namespace
+
+extern "C" status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows) {
+    static encode_fn encode = nullptr;
+    if (!encode) {
+        void *f = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t e =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
+            return FAIL(ST_DEVICE, "the driver has no tensor maps");
+        encode = reinterpret_cast<encode_fn>(f);
+    }
+    const cuuint64_t size[2] = {(cuuint64_t)a->k, (cuuint64_t)a->m};
+    const cuuint64_t stride[1] = {(cuuint64_t)a->ldx * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)rows}, step[2] = {1, 1};
+    const CUresult r =
+        encode(static_cast<CUtensorMap *>(map),
+               bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+               const_cast<void *>(a->x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of x: error %d", (int)r);
+}
 
 extern "C" linear_table linear_hopper_table(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};

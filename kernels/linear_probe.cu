@@ -40,7 +40,8 @@ struct linear_probe {
 namespace {
 
 constexpr int64_t kPoolBytes = 260ll << 20;
-constexpr int kGuard = 64; // elements past y that must stay as they are
+constexpr int kGuard = 64;  // elements past y that must stay as they are
+constexpr int kRoutes = 32; // of experts, taken in turn when launches are timed
 
 __host__ __device__ uint32_t noise(uint64_t seed, uint64_t i) {
     uint64_t z = seed * 0x9E3779B97F4A7C15ull + i + 0x632BE59BD9B4E019ull;
@@ -297,9 +298,9 @@ status open(linear_probe *p, bool timed) {
 // Device memory of one trial.
 struct bench_data {
     void *x = nullptr, *y = nullptr, *y_before = nullptr;
-    int32_t *expert_start = nullptr, *x_row = nullptr;
+    int32_t *expert_start = nullptr, *x_row = nullptr; // [kRoutes][count + 1], [kRoutes][m]
     double *sums = nullptr;
-    int32_t n_out, x_rows;
+    int32_t n_out, x_rows, hit; // hit: experts with rows in the first route
     int64_t ldx, ldy, y_bytes;
     ~bench_data() {
         for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums})
@@ -331,14 +332,44 @@ status open_ladder(linear_probe *p, int32_t m) {
     return ST_OK;
 }
 
+// Rows of the experts, and the row of x of each permuted row. Route r > 0 is route 0 with the
+// experts renamed, so that launches in turn find nothing of each other's in a cache.
+void route(const linear_probe *p, const linear_trial *t, int32_t x_rows, int32_t r, int32_t *start,
+           int32_t *row) {
+    const int32_t count = p->w.count, used = t->experts_used ? t->experts_used : count;
+    std::vector<std::vector<int32_t>> of((size_t)count); // rows of x, by expert
+    std::vector<int32_t> order((size_t)count);
+    for (int32_t i = 0; i < t->m; i++) {
+        if (!t->top_k) {
+            const uint32_t e = noise(p->seed + 11, (uint64_t)i) % (uint32_t)used;
+            of[(size_t)(e * 7 + 3) % (size_t)count].push_back(
+                t->gather ? (int32_t)(noise(p->seed + 13, (uint64_t)i) % (uint32_t)x_rows) : i);
+            continue;
+        }
+        const int32_t in = i % t->top_k; // the next card of this token's shuffle
+        for (int32_t e = 0; in == 0 && e < count; e++) order[(size_t)e] = e;
+        std::swap(order[(size_t)in],
+                  order[(size_t)in + noise(p->seed + 11, (uint64_t)i) % (uint32_t)(count - in)]);
+        const int32_t shift = (int32_t)((int64_t)r * std::min(t->m, count) % count);
+        of[(size_t)((order[(size_t)in] + shift) % count)].push_back(i / t->top_k);
+    }
+    int32_t at = 0;
+    for (int32_t e = 0; e < count; e++) {
+        start[e] = at;
+        for (const int32_t x : of[(size_t)e]) row[at++] = x;
+    }
+    start[count] = at;
+}
+
 status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     const linear_weight *w = &p->w;
     const bool gated = t->epilogue == LINEAR_GATED || t->epilogue == LINEAR_GATED_OAI;
     d->n_out = gated ? w->n / 2 : w->n;
-    d->x_rows = t->gather ? t->m / 2 + 1 : t->m;
+    d->x_rows = !t->gather ? t->m : t->top_k ? t->m / t->top_k : t->m / 2 + 1;
     d->ldx = w->k + (t->gather ? 8 : 0);
     d->ldy = d->n_out + (t->bias ? 4 : 0);
     d->y_bytes = ((int64_t)t->m * d->ldy + kGuard) * (t->y_type == DT_F32 ? 4 : 2);
+    d->hit = 1;
     CUDA(cudaMalloc(&d->x, (size_t)(d->x_rows * d->ldx * 2)));
     CUDA(cudaMalloc(&d->y, (size_t)d->y_bytes));
     CUDA(cudaMalloc((void **)&d->sums, (size_t)(3 + d->n_out) * sizeof(double)));
@@ -347,21 +378,18 @@ status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
         CUDA(cudaMalloc(&d->y_before, (size_t)d->y_bytes));
         fill_values<<<512, 256, 0, p->stream>>>(d->y_before, t->m * d->ldy, p->seed + 9, t->y_type);
     }
+    const int32_t routes = t->top_k ? kRoutes : 1;
+    const size_t starts = (size_t)w->count + 1, m = (size_t)t->m;
+    std::vector<int32_t> start(starts * (size_t)routes), row(m * (size_t)routes);
+    for (int32_t r = 0; r < routes; r++)
+        route(p, t, d->x_rows, r, &start[(size_t)r * starts], &row[(size_t)r * m]);
     if (w->count > 1) {
-        std::vector<int32_t> start((size_t)w->count + 1, 0);
-        const int32_t used = t->experts_used ? t->experts_used : w->count;
-        for (int32_t i = 0; i < t->m; i++) {
-            const uint32_t e = noise(p->seed + 11, (uint64_t)i) % (uint32_t)used;
-            start[(size_t)(e * 7 + 3) % (size_t)w->count + 1]++;
-        }
-        for (int32_t e = 0; e < w->count; e++) start[(size_t)e + 1] += start[(size_t)e];
+        d->hit = 0;
+        for (int32_t e = 0; e < w->count; e++) d->hit += start[(size_t)e + 1] > start[(size_t)e];
         CUDA(cudaMalloc((void **)&d->expert_start, start.size() * 4));
         CUDA(cudaMemcpy(d->expert_start, start.data(), start.size() * 4, cudaMemcpyDefault));
     }
     if (t->gather) {
-        std::vector<int32_t> row((size_t)t->m);
-        for (int32_t i = 0; i < t->m; i++)
-            row[(size_t)i] = (int32_t)(noise(p->seed + 13, (uint64_t)i) % (uint32_t)d->x_rows);
         CUDA(cudaMalloc((void **)&d->x_row, row.size() * 4));
         CUDA(cudaMemcpy(d->x_row, row.data(), row.size() * 4, cudaMemcpyDefault));
     }
@@ -547,7 +575,8 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     }
     int64_t code_bytes, scale_bytes;
     TRY(linear_pack_bytes(&w, &code_bytes, &scale_bytes));
-    o->bytes = code_bytes + scale_bytes;
+    o->bytes = (code_bytes + scale_bytes) / w.count * d.hit;
+    o->bytes_io = ((int64_t)d.x_rows * w.k + (int64_t)t->m * d.n_out) * 2;
     return ST_OK;
 }
 
@@ -555,7 +584,7 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
                                     bool cublas, linear_outcome *o) {
     bench_data d;
     TRY(make_data(p, t, &d));
-    const double flops = 2.0 * t->m * p->w.n * p->w.k, bytes = (double)p->w.n * p->w.k;
+    const double flops = 2.0 * t->m * p->w.n * p->w.k, bytes = (double)p->w.n * p->w.k * d.hit;
     const double guess_us = std::max(flops / 6e8, bytes / 4e6) + 2;
     const auto launches = [&](size_t pool) {
         return std::max((int32_t)std::min((double)(pool > 1 ? 2 * pool : 20), 3000 / guess_us), 2);
@@ -569,11 +598,15 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
         CUDA(cudaStreamSynchronize(p->stream));
     }
     std::vector<linear_weight> w = p->pool;
-    int32_t n = launches(p->pool.size());
+    int32_t n = launches(t->top_k ? kRoutes : p->pool.size());
     CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
     for (int32_t i = 0; i < n; i++) {
         const int32_t copy = i % (int32_t)w.size();
-        const linear_problem problem = problem_of(p, t, &d, &w[(size_t)copy]);
+        linear_problem problem = problem_of(p, t, &d, &w[(size_t)copy]);
+        if (t->top_k) {
+            problem.expert_start += i % kRoutes * (p->w.count + 1);
+            if (problem.x_row) problem.x_row += (int64_t)(i % kRoutes) * t->m;
+        }
         const status st = run(p, &problem, copy);
         if (st != ST_OK) {
             cudaStreamEndCapture(p->stream, &graph);

@@ -20,6 +20,8 @@ typedef struct {
     dtype y_type;
     bool bias, gather;    /* gather: rows through x_row; with count > 1 the problem is grouped */
     int32_t experts_used; /* grouped: rows go to the first so many experts of a shuffle; 0 = all */
+    int32_t top_k; /* grouped, not 0: m / top_k tokens, each goes to so many different experts; the
+                      times are of launches that hit other experts each */
     const char *kernel;
     bool sabotage; /* the packed codes of one unit of every matrix (64 rows, 64 inputs) are spoilt
                       for the launch; the comparison must notice */
@@ -32,7 +34,8 @@ typedef struct {
     double worst;   /* root mean square error of the worst column of y, over that of all of ref */
     int64_t compared, unwritten, outside; /* outside: elements written past the problem's own */
     uint64_t hash;                        /* of all bits of y */
-    int64_t bytes;                        /* of weights, once */
+    int64_t bytes;    /* of weights, once; of the experts hit by the first launch */
+    int64_t bytes_io; /* of x and y */
 } linear_outcome;
 
 /* Random weights for `w` (format .. gated, family; pointers are filled in). `timed`: copies for
