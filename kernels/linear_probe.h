@@ -21,14 +21,16 @@ typedef struct {
     bool bias, gather;    /* gather: rows through x_row; with count > 1 the problem is grouped */
     int32_t experts_used; /* grouped: rows go to the first so many experts of a shuffle; 0 = all */
     const char *kernel;
-    int32_t sabotage; /* 1: an error planted in one weight, which comparison must notice */
+    int32_t
+        sabotage; /* 1: an error planted in one weight, which comparison must notice; 2: compared
+                         with the product of x as it is, not quantised */
 } linear_trial;
 
 typedef struct {
     char kernel[32];
     double us, cublas_us; /* medians; 0 when not timed */
-    double
-        rel_err; /* ||y - ref|| / ||ref|| over the outputs compared; NaN when one is not written */
+    double rel_err; /* ||y - ref|| / ||ref|| over the outputs compared; NaN when one is not written.
+                    ref: float64 sums over the operands as quantised */
     int64_t compared, unwritten, outside; /* outside: elements written past the problem's own */
     uint64_t hash;                        /* of all bits of y */
     int64_t bytes;                        /* of weights, once */
