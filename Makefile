@@ -33,7 +33,7 @@ NVCC      := $(CUDA)/bin/nvcc
 CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
 NVFLAGS   := -std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
-KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step))
+KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops step tune))
 CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
 CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 

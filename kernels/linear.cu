@@ -99,8 +99,8 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 
 // --- Choice ------------------------------------------------------------------------------------
 
-// Best first for problems of up to `rows` x rows (an expert's, on average); measured in e07. A
-// gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
+// Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
+// on average). A gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
 struct preference {
     int32_t family, rows;
     const char *name;
@@ -135,6 +135,11 @@ const linear_variant *named(const char *name, const linear_problem *p, const lin
 
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
+    const char *name;
+    for (int32_t i = 0; p->w->family == 90 && (name = linear_tuned(p, i)) != nullptr; i++) {
+        const linear_variant *v = named(name, p, l);
+        if (v) return v;
+    }
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
     for (const preference &c : preferences) {
         if (c.rows < rows || c.family > p->w->family) continue;

@@ -142,7 +142,7 @@ status launch_finish(const finish_args &a, dtype sums, dtype y, cudaStream_t str
 
 // --- Routes ------------------------------------------------------------------------------------
 
-// Products of 8-bit operands, for up to `rows` rows of x best first.
+// Products of 8-bit operands; where linear_tuned.def has nothing, best first for up to `rows` rows.
 struct variant {
     const char *name;
     int32_t rank; // of cuBLASLt's suggestions; -1: linear_codes
@@ -155,9 +155,18 @@ const variant variants[] = {{"codes_8", -1, 8},      {"codes_16", -1, 16},
                             {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny},
                             {"cublaslt_4", 4, kAny}, {"cublaslt_5", 5, kAny}};
 
-const variant *choose(const linear_problem *p) {
+const variant *named(const char *name) {
     for (const variant &v : variants)
-        if (p->kernel ? strcmp(v.name, p->kernel) == 0 : p->m <= v.rows) return &v;
+        if (strcmp(v.name, name) == 0) return &v;
+    return nullptr;
+}
+
+const variant *choose(const linear_problem *p) {
+    const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
+    const variant *found = name ? named(name) : nullptr;
+    if (found) return found;
+    for (const variant &v : variants)
+        if (!p->kernel && p->m <= v.rows) return &v;
     FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
     return nullptr;
 }
