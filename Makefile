@@ -38,9 +38,9 @@ CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) $(KERNEL_BENCHES)
 CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
-KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu)))
+KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu kernels/ladder/*.cu)))
 DEVICES := $(if $(CUDA_ARCH),cuda) cpu sim null
-BENCHES := $(if $(CUDA_ARCH),$(patsubst engine/cmd_bench_%.c,%,$(KERNEL_BENCHES)))
+BENCHES := $(patsubst engine/cmd_bench_%.c,%,$(KERNEL_BENCHES))
 OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
@@ -88,8 +88,8 @@ $(B)/generated/devices.def: FORCE
 
 $(B)/generated/bench.def: FORCE
 	@mkdir -p $(@D)
-	@{ echo "/* bench.def - BENCH(name): the benchmarks of the kernels in this build. */"; \
-	  for b in $(BENCHES); do echo "BENCH($$b)"; done; } > $@.new
+	@{ echo "/* bench.def - BENCH(name): the benchmarks of kernels; NO_BENCH(name) in a build without CUDA. */"; \
+	  for b in $(BENCHES); do echo "$(if $(CUDA_ARCH),,NO_)BENCH($$b)"; done; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(B)/generated/cuda_arch: FORCE
@@ -209,7 +209,7 @@ fuzz-%: $(B)/fuzz/%.run ## fuzz a reader: chat_template http_body config … (FU
 	    -artifact_prefix=$(B)/fuzz/$*- $(B)/fuzz/$* tests/fuzz/corpus/$*
 
 format: ## rewrite the C sources with clang-format 14
-	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] tests/*.[ch] tests/fuzz/*.[ch])
+	$(Q)clang-format-14 -i $(wildcard engine/*.[ch] kernels/*.[ch] kernels/ladder/*.h tests/*.[ch] tests/fuzz/*.[ch])
 
 clean: ## remove build/ (results stay)
 	rm -rf $(B)

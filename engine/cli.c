@@ -82,5 +82,14 @@ int cli_exit(status st) {
     if (st == ST_OK || st == ST_INTERRUPTED) return 0;
     fflush(stdout);
     fprintf(stderr, "amalgam: %s\n", fail_message()[0] ? fail_message() : status_text(st));
-    return st == ST_USAGE || st == ST_FORMAT || st == ST_RANGE || st == ST_NOTFOUND ? 2 : 1;
+    switch (st) {
+    case ST_USAGE:
+    case ST_FORMAT:
+    case ST_RANGE:
+    case ST_NOTFOUND: return 2;
+    case ST_OOM: return 3;
+    case ST_UNSUPPORTED:
+    case ST_SHAPE: return 4;
+    default: return 1;
+    }
 }

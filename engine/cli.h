@@ -27,7 +27,8 @@ status cli_parse(int argc, char **argv, const char *usage, const cli_option *opt
                  const char **args, int32_t *n_args);
 
 /* For a command's return: prints the recorded failure to standard error and gives the exit status:
- * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 1 for the rest. */
+ * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 3 for what does not fit
+ * the device's memory, 4 for what the device or the build cannot do, 1 for the rest. */
 int cli_exit(status st);
 
 /* The commands (main.c). argv[0] is the command's name. */

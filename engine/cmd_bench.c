@@ -152,27 +152,34 @@ static int bench_harness(int argc, char **argv) {
 }
 
 /* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that needs
- * CUDA, where CUDA is built. */
+ * CUDA, where CUDA is built; else NO_BENCH(name). */
 #define BENCH(name) int bench_##name(int argc, char **argv);
+#define NO_BENCH(name)
 #include "bench.def"
 #undef BENCH
+#undef NO_BENCH
 
 static const struct {
     const char *name;
-    int (*run)(int argc, char **argv); /* argv[0] is the name */
+    int (*run)(int argc, char **argv); /* argv[0] is the name; NULL: not in this build */
     const char *help;
 } benches[] = {
     {"harness", bench_harness, "our own cost: null, sim and cpu devices"},
     {"load", cmd_bench_load, "bytes a second out of a checkpoint's files, one core"},
     {"serve", cmd_bench_serve, "an OpenAI-compatible server, open loop"},
-#define BENCH(name) {#name, bench_##name, "on the GPU: see --help"},
+#define BENCH(name)    {#name, bench_##name, "on the GPU: see --help"},
+#define NO_BENCH(name) {#name, NULL, "on a GPU: not in this build (make CUDA_ARCH=...)"},
 #include "bench.def"
 #undef BENCH
+#undef NO_BENCH
 };
 
 int cmd_bench(int argc, char **argv) {
-    for (int32_t i = 0; argc > 1 && i < COUNT_OF(benches); i++)
-        if (strcmp(benches[i].name, argv[1]) == 0) return benches[i].run(argc - 1, argv + 1);
+    for (int32_t i = 0; argc > 1 && i < COUNT_OF(benches); i++) {
+        if (strcmp(benches[i].name, argv[1]) != 0) continue;
+        if (benches[i].run) return benches[i].run(argc - 1, argv + 1);
+        return cli_exit(FAIL(ST_UNSUPPORTED, "bench %s: this build has no CUDA", argv[1]));
+    }
     const bool asked = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0);
     fprintf(asked ? stdout : stderr, "usage: amalgam bench WHAT [options]\n");
     for (int32_t i = 0; i < COUNT_OF(benches); i++)

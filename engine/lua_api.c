@@ -21,6 +21,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* --- Options -----------------------------------------------------------------------------------
@@ -739,6 +740,116 @@ static int l_quantize(lua_State *L) {
     return st == ST_OK ? 0 : luaL_error(L, "%s", fail_message());
 }
 
+/* --- bench -------------------------------------------------------------------------------------
+ */
+
+enum { BENCH_ARGS_MAX = 64 };
+
+/* The words "--m", "1,16" of option key = value on the stack's top; lists join with commas, true is
+ * a flag. The words stay in the table at `words`. */
+static void bench_option(lua_State *L, int words, const char *key) {
+    lua_Integer n = luaL_len(L, words);
+    lua_pushfstring(L, "--%s", luaL_gsub(L, key, "_", "-"));
+    lua_rawseti(L, words, ++n);
+    lua_pop(L, 1); /* what luaL_gsub left */
+    if (lua_isboolean(L, -1)) {
+        if (!lua_toboolean(L, -1)) luaL_error(L, "bench: %s = false: leave it out", key);
+        return;
+    }
+    text joined = {0};
+    if (lua_istable(L, -1)) {
+        for (lua_Integer i = 1; i <= luaL_len(L, -1); i++) {
+            lua_rawgeti(L, -1, i);
+            text_add(&joined, i > 1 ? ",%s" : "%s", luaL_tolstring(L, -1, NULL));
+            lua_pop(L, 2);
+        }
+    } else {
+        text_add(&joined, "%s", luaL_tolstring(L, -1, NULL));
+        lua_pop(L, 1);
+    }
+    lua_pushlstring(L, joined.data ? joined.data : "", joined.length);
+    text_free(&joined);
+    lua_rawseti(L, words, ++n);
+}
+
+/* This program again with `argv`; all that it writes goes to `out`. The exit status, or -1. */
+static int run_self(char **argv, text *out) {
+    int ends[2];
+    if (pipe(ends) != 0) return -1;
+    fflush(NULL);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], STDOUT_FILENO);
+        dup2(ends[1], STDERR_FILENO);
+        close(ends[0]);
+        close(ends[1]);
+        execv("/proc/self/exe", argv);
+        _exit(127);
+    }
+    close(ends[1]);
+    char chunk[4096];
+    for (ssize_t n = 1; pid > 0 && n != 0;) {
+        n = read(ends[0], chunk, sizeof chunk);
+        if (n < 0 && errno == EINTR)
+            n = 1;
+        else if (n < 0)
+            break;
+        else
+            text_bytes(out, chunk, (size_t)n);
+    }
+    close(ends[0]);
+    int how = 0;
+    if (pid < 0 || waitpid(pid, &how, 0) != pid) return -1;
+    return WIFEXITED(how) ? WEXITSTATUS(how) : 128 + WTERMSIG(how);
+}
+
+/* bench(name, options): `amalgam bench name --json` with the options; its lines as a list. Nil, the
+ * status of a result and the reason when it does not fit or cannot be done here. */
+static int l_bench(lua_State *L) {
+    const char *name = luaL_checkstring(L, 1);
+    luaL_checktype(L, 2, LUA_TTABLE);
+    lua_settop(L, 2);
+    lua_newtable(L);
+    lua_pushnil(L);
+    while (lua_next(L, 2)) {
+        if (lua_type(L, -2) != LUA_TSTRING) return luaL_error(L, "bench: options have names");
+        bench_option(L, 3, lua_tostring(L, -2));
+        lua_pop(L, 1);
+    }
+    const int32_t n = (int32_t)luaL_len(L, 3);
+    char *argv[BENCH_ARGS_MAX] = {"amalgam", "bench", (char *)(uintptr_t)name, "--json"};
+    if (n > BENCH_ARGS_MAX - 5) return luaL_error(L, "bench: too many options");
+    for (int32_t i = 0; i < n; i++) {
+        lua_rawgeti(L, 3, i + 1);
+        argv[4 + i] = (char *)(uintptr_t)lua_tostring(L, -1); /* alive in the table */
+        lua_pop(L, 1);
+    }
+    text out = {0};
+    const int code = run_self(argv, &out);
+    char why[512] = "";
+    lua_newtable(L);
+    lua_Integer rows = 0;
+    for (char *line = out.data ? strtok(out.data, "\n") : NULL; line; line = strtok(NULL, "\n")) {
+        json_t *value = NULL;
+        if (line[0] == '{' && json_parse(&value, line, strlen(line), name) == ST_OK) {
+            lua_push_json(L, value);
+            lua_rawseti(L, -2, ++rows);
+            json_decref(value);
+        } else {
+            snprintf(why, sizeof why, "%s", strncmp(line, "amalgam: ", 9) ? line : line + 9);
+        }
+    }
+    text_free(&out);
+    if (code == 0) return 1;
+    if (code != 3 && code != 4)
+        return luaL_error(L, "bench %s: %s (exit status %d)", name, why[0] ? why : "no message",
+                          code);
+    lua_pushnil(L);
+    lua_pushstring(L, code == 3 ? "oom" : "skipped");
+    lua_pushstring(L, why);
+    return 3;
+}
+
 /* --- Registry ----------------------------------------------------------------------------------
  */
 
@@ -759,6 +870,15 @@ static int push_names(lua_State *L, status (*names)(arena *, const char ***, int
 
 static int l_models(lua_State *L) { return push_names(L, model_names); }
 static int l_gpus(lua_State *L) { return push_names(L, gpu_names); }
+
+static int l_devices(lua_State *L) {
+    lua_newtable(L);
+    for (int32_t i = 0; devices[i]; i++) {
+        lua_pushstring(L, devices[i]->name);
+        lua_rawseti(L, -2, i + 1);
+    }
+    return 1;
+}
 
 static int l_model(lua_State *L) {
     const engine_options o = {.model = luaL_checkstring(L, 1)};
@@ -1066,10 +1186,12 @@ static const luaL_Reg functions[] = {
     {"evaluate", l_evaluate},
     {"models", l_models},
     {"gpus", l_gpus},
+    {"devices", l_devices},
     {"model", l_model},
     {"gpu", l_gpu},
     {"precision", l_precision},
     {"quantize", l_quantize},
+    {"bench", l_bench},
     {"json_encode", l_json_encode},
     {"json_decode", l_json_decode},
     {"hash", l_hash},

@@ -63,6 +63,13 @@ void identity_get(identity *out) {
     char cpu[256], name[48], host[256] = "";
     cpuinfo("model name", cpu, sizeof cpu);
     slug(name, sizeof name, cpu[0] ? cpu : "cpu");
+    nvml_state gpu;
+    if (nvml_read(&gpu) == ST_OK) {
+        char kind[48];
+        slug(kind, sizeof kind, gpu.name);
+        snprintf(out->machine, sizeof out->machine, "%s-%s", kind, name);
+        return;
+    }
     gethostname(host, sizeof host - 1);
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     uint64_t h = hash_bytes(cpu, strlen(cpu), 1);

@@ -13,8 +13,9 @@ typedef struct {
     char commit[64];  /* 12 hex digits, or "unknown" outside git */
     char diff[24];    /* hash of the difference to it, "" when clean */
     char version[96]; /* commit, or commit-dirty-hash: the file name of its rows */
-    char
-        machine[96]; /* "amd-epyc-2c-7f3a91c2": cpu, cores, a hash over cpu, memory and host name */
+    /* "amd-epyc-2c-7f3a91c2": cpu, cores, a hash over cpu, memory and host name; with a GPU
+     * "nvidia-h200-amd-epyc": nodes of one kind are one machine, whose rows hold the GPU's UUID. */
+    char machine[96];
 } identity;
 
 void identity_get(identity *out);

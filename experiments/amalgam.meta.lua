@@ -136,6 +136,9 @@ function amalgam.models() end
 ---@return string[] names of the GPU data sheets
 function amalgam.gpus() end
 
+---@return string[] names of the devices of this build
+function amalgam.devices() end
+
 ---@class ModelFacts
 ---@field name string
 ---@field arch string
@@ -188,6 +191,15 @@ function amalgam.quantize(options) end
 ---@return string|nil canonical nil when it is no precision
 ---@return string|nil reason
 function amalgam.precision(name) end
+
+---`amalgam bench NAME --json` in a process of its own. Options are those of the command, without
+---dashes before and with underscores inside: a list is joined by commas, true is a flag.
+---@param name string "linear", "attention", "step", ...
+---@param options table<string, any>
+---@return table[]|nil lines one table for each; nil when it does not fit or cannot be done here
+---@return string|nil status "oom" or "skipped"
+---@return string|nil reason
+function amalgam.bench(name, options) end
 
 ---@param value any tables with string keys, or arrays; NaN is refused
 ---@return string # one line, keys sorted, 15 significant digits

@@ -25,6 +25,7 @@ local M = {}
 ---@field quick? table<string, any[]> values under --quick, by axis or fixed fact
 ---@field jobs "parallel"|"alone" alone: measured, one at a time under the device lock
 ---@field timeout_s? number of a point (600)
+---@field needs? "gpu" where there is none, or no CUDA in the build, nothing runs and no row is made
 ---@field run fun(amalgam: table, point: Point): Result
 
 ---@class Loaded
@@ -37,7 +38,7 @@ local M = {}
 local FIELDS = {
   id = "string", title = "string", question = "string", cost = "string", origin = "string",
   axes = "table", fixed = "table", where = "function", quick = "table", jobs = "string",
-  timeout_s = "number", run = "function",
+  timeout_s = "number", needs = "string", run = "function",
 }
 local REQUIRED = { "id", "title", "question", "cost", "axes", "jobs", "run" }
 local ORIGINS = { measured = true, predicted = true, reference = true }
@@ -140,6 +141,9 @@ local function check_fields(loaded)
   end
   if spec.jobs ~= "parallel" and spec.jobs ~= "alone" then
     M.refuse("%s: jobs = '%s' is neither 'parallel' nor 'alone'", place(loaded, "jobs"), spec.jobs)
+  end
+  if spec.needs and spec.needs ~= "gpu" then
+    M.refuse("%s: needs = '%s' is not 'gpu'", place(loaded, "needs"), spec.needs)
   end
   if spec.origin and not ORIGINS[spec.origin] then
     M.refuse("%s: origin = '%s' is none of measured, predicted, reference",

@@ -105,11 +105,13 @@ end
 function M.direction(name)
   if name == "lag_p99_ms" then return 0 end -- of the load generator, not of the engine
   if name:find("accuracy$") or name:find("per_s$") or name:find("per_s_per_gpu$")
+    or name:find("speedup$") or name:find("_gbs$") or name:find("tflops$")
     or name == "kv_tokens" or name == "batch_limit" then
     if name == "rate_per_s" or name == "reference_requests_per_s" then return 0 end
     return 1
   end
-  if name:find("perplexity$") or name:find("^nll") or name:find("_ms$") or name:find("_us$")
+  if name:find("perplexity$") or name:find("^nll") or name == "rel_err" or name:find("_ms$")
+    or name:find("_us$")
     or name:find("_ns$") or name:find("_s$") then
     return -1
   end
@@ -121,7 +123,7 @@ end
 ---@return boolean
 function M.is_quality(name)
   return name:find("accuracy$") ~= nil or name:find("perplexity$") ~= nil
-    or name:find("^nll") ~= nil
+    or name:find("^nll") ~= nil or name == "rel_err"
 end
 
 return M

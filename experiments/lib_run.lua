@@ -206,7 +206,7 @@ local function provenance(origin)
   return some
 end
 
----@param context table id, run, definition, identity, declared origin
+---@param context table id, run, definition, identity, declared origin, GPU where it is needed
 ---@param entry PointEntry
 ---@param result table
 ---@param wall_s number
@@ -217,6 +217,7 @@ local function make_row(context, entry, result, wall_s)
   if key.tp == nil then key.tp = result.tp end
   if key.checkpoint == nil then key.checkpoint = result.checkpoint end
   if key.precision == nil then key.precision = result.precision end
+  if context.gpu and key.gpu == nil then key.gpu = context.gpu end
   local origin = result.origin or context.origin
   local id = context.identity
   return {
@@ -263,6 +264,18 @@ end
 ---@param one string
 ---@return string
 local function count(n, one) return ("%d %s%s"):format(n, one, n == 1 and "" or "s") end
+
+--- Why nothing of an experiment can run here, or nil.
+---@param spec Experiment
+---@param identity table
+---@return string|nil
+local function missing(spec, identity)
+  if spec.needs ~= "gpu" then return nil end
+  local built = false
+  for _, name in ipairs(amalgam.devices()) do built = built or name == "cuda" end
+  if not built then return "this build has no CUDA (make CUDA_ARCH=...)" end
+  return not identity.provenance.gpu and "there is no NVIDIA GPU here" or nil
+end
 
 --- Run what is left of one experiment.
 ---@param loaded Loaded
@@ -341,6 +354,11 @@ local function run_one(name, o)
   end
 
   print(("%s: %s"):format(spec.id, spec.title))
+  local why = missing(spec, identity)
+  if why then
+    print(("  not run: %s"):format(why))
+    return true
+  end
   if n_broken > 0 then
     print(("  %s of %s cannot be read (a killed run leaves one) and is left out"):format(
       count(n_broken, "line"), shown))
@@ -363,6 +381,7 @@ local function run_one(name, o)
     local jobs = spec.jobs == "alone" and 1 or o.jobs or identity.provenance.cores
     local context = {
       id = spec.id, path = path, definition = loaded.definition, identity = identity,
+      gpu = spec.needs == "gpu" and identity.provenance.gpu.name or nil,
       origin = spec.origin, run = amalgam.hash(identity.time .. loaded.definition .. os.clock()),
     }
     tally = run_all(loaded, todo, context, math.min(jobs, 64))

@@ -1,6 +1,7 @@
 // linear_probe.cu - random problems, float64 answers, and times for linear layers. The reference
 // walks the canonical form, not the packed one, so it shares nothing with the kernels but the
 // definition.
+#include "ladder/ladder_linear.h"
 #include "linear_layout.h"
 #include "linear_probe.h"
 
@@ -25,10 +26,12 @@ struct linear_probe {
     linear_weight w;
     qmatrix *q; // [count], device pointers
     std::vector<linear_weight> pool;
+    std::vector<qmatrix> canonical; // of matrix 0, one for each of the pool: for the ladder
     std::vector<void *> owned;
     std::vector<void *> twin; // fp16 [n, k] matrices for cuBLAS
     cublasHandle_t blas;
-    void *workspace, *blas_workspace;
+    void *workspace, *blas_workspace, *ladder_space;
+    int64_t ladder_bytes;
     int32_t sm, n_sms;
     cudaStream_t stream;
     uint64_t seed;
@@ -285,6 +288,7 @@ status open(linear_probe *p, bool timed) {
         TRY(own(p, (void **)&w->global_scale, w->count * 4));
         CUDA(cudaMemcpy(w->global_scale, global.data(), global.size() * 4, cudaMemcpyDefault));
     }
+    p->canonical.push_back(q[0]);
     TRY(own(p, (void **)&p->q, (int64_t)(q.size() * sizeof(qmatrix))));
     CUDA(cudaMemcpy(p->q, q.data(), q.size() * sizeof(qmatrix), cudaMemcpyDefault));
     const int64_t workspace = linear_workspace_bytes(w, 1 << 20, p->n_sms);
@@ -331,6 +335,30 @@ struct bench_data {
             cudaFree(m);
     }
 };
+
+// The kernel by name, over copy i of the weights.
+status run(linear_probe *p, const linear_problem *problem, int32_t i) {
+    if (!ladder_linear_is(problem->kernel)) return kernel_linear(problem, p->stream);
+    return ladder_linear(problem->kernel, problem, &p->canonical[(size_t)i], p->ladder_space,
+                         p->stream);
+}
+
+// What the ladder needs beside the packed weights: its codes in every copy of the pool.
+status open_ladder(linear_probe *p, int32_t m) {
+    const linear_weight *w = &p->w;
+    const int64_t space = ladder_linear_space(m, w->n, w->k);
+    if (space > p->ladder_bytes) {
+        TRY(own(p, &p->ladder_space, space));
+        p->ladder_bytes = space;
+    }
+    while (p->canonical.size() < p->pool.size()) {
+        qmatrix q = p->canonical[0];
+        TRY(own(p, (void **)&q.code, (int64_t)w->n * w->k / 2));
+        CUDA(cudaMemcpy(q.code, p->canonical[0].code, (size_t)w->n * w->k / 2, cudaMemcpyDefault));
+        p->canonical.push_back(q);
+    }
+    return ST_OK;
+}
 
 status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     const linear_weight *w = &p->w;
@@ -461,7 +489,9 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     TRY(make_data(p, t, &d));
     linear_weight w = p->w;
     const linear_problem problem = problem_of(p, t, &d, &w);
-    const char *name = linear_choice(&problem);
+    const bool ladder = ladder_linear_is(t->kernel);
+    if (ladder) TRY(open_ladder(p, t->m));
+    const char *name = ladder ? t->kernel : linear_choice(&problem);
     if (!name) return ST_UNSUPPORTED;
     snprintf(o->kernel, sizeof o->kernel, "%s", name);
     CUDA(cudaMemset(d.y, 0xff, (size_t)d.y_bytes)); // NaN in every type
@@ -477,7 +507,7 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
         CUDA(cudaMemcpy(w.code, &other, 1, cudaMemcpyDefault));
     }
     CUDA(cudaMemset(d.sums, 0, 3 * sizeof(double)));
-    TRY(kernel_linear(&problem, p->stream));
+    TRY(run(p, &problem, 0));
     CUDA(cudaStreamSynchronize(p->stream));
     if (t->sabotage == 1) CUDA(cudaMemcpy(w.code, &spoilt, 1, cudaMemcpyDefault));
 
@@ -558,12 +588,20 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
         return std::max((int32_t)std::min((double)(pool > 1 ? 2 * pool : 20), 3000 / guess_us), 2);
     };
     cudaGraph_t graph;
+    if (ladder_linear_is(t->kernel)) {
+        TRY(open_ladder(p, t->m));
+        linear_weight w = p->w; // cuBLAS makes its handle outside the capture
+        const linear_problem first = problem_of(p, t, &d, &w);
+        TRY(run(p, &first, 0));
+        CUDA(cudaStreamSynchronize(p->stream));
+    }
     std::vector<linear_weight> w = p->pool;
     int32_t n = launches(p->pool.size());
     CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
     for (int32_t i = 0; i < n; i++) {
-        const linear_problem problem = problem_of(p, t, &d, &w[(size_t)i % w.size()]);
-        const status st = kernel_linear(&problem, p->stream);
+        const int32_t copy = i % (int32_t)w.size();
+        const linear_problem problem = problem_of(p, t, &d, &w[(size_t)copy]);
+        const status st = run(p, &problem, copy);
         if (st != ST_OK) {
             cudaStreamEndCapture(p->stream, &graph);
             return st;

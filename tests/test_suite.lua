@@ -57,6 +57,35 @@ test.case("points are expanded in order, the last axis first", function()
   test.equal(experiment.expand(loaded, { quick = true })[1].key.n, 2, "quick replaces a fact")
 end)
 
+test.case("an experiment that needs a GPU makes no rows without one", function()
+  local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
+  local code, text = run(path, "needs")
+  test.equal(code, 0)
+  if identity.provenance.gpu then return end
+  test.contains(text, "not run: ")
+  test.equal(#amalgam.rows(file_of("needs", "e90_gpu")), 0)
+  code, text = run(write(HEAD .. 'needs = "luck",\n' .. BODY .. RUN), "needs")
+  test.equal(code, 2)
+  test.contains(text, "needs = 'luck' is not 'gpu'")
+end)
+
+test.case("bench runs a benchmark of this program and says what cannot be done", function()
+  local ok, why = pcall(amalgam.bench, "nothing", {})
+  test.equal(ok, false)
+  test.contains(why, "exit status 2")
+  ok, why = pcall(amalgam.bench, "load", { model = dir .. "/none" })
+  test.equal(ok, false)
+  test.contains(why, "none")
+  local built = table.concat(amalgam.devices(), " "):find("cuda", 1, true) ~= nil
+  local good, lines, status, reason = pcall(amalgam.bench, "linear", { no_such_option = true })
+  test.equal(good, not built, "an unknown option is refused where the benchmark exists")
+  if not built then
+    test.equal(lines, nil)
+    test.equal(status, "skipped")
+    test.contains(reason, "no CUDA")
+  end
+end)
+
 test.case("a finished point is skipped and the reason is said", function()
   local path = write(HEAD .. BODY .. RUN)
   local status, text = run(path, "resume")
