@@ -234,9 +234,10 @@ static status setup_plans(cudev *c) {
 static status setup_spaces(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     int64_t linear = 0;
-    for (int32_t i = 0; i < c->n_all; i++)
-        linear =
-            i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)rows, c->n_sms));
+    for (int32_t i = 0; i < c->n_all; i++) { /* experts take their inputs from tokens, or slots */
+        const int64_t x = c->all[i]->field == WEIGHT_experts_down ? rows : c->max_tokens;
+        linear = i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)x, c->n_sms));
+    }
     const int64_t attention =
         attention_workspace_bytes(c->max_seqs, c->max_page_ids, c->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
@@ -688,6 +689,7 @@ static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, 
     p.y = out.data;
     p.expert_start = c->expert_start;
     p.x_row = gather ? c->row_token : NULL;
+    p.x_rows = (int32_t)rows_of(c, x);
     return kernel_linear(&p, c->stream);
 }
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 static int run_lua_file(int argc, char **argv);
+static int cmd_tune(int argc, char **argv);
 
 typedef struct {
     const char *name;
@@ -31,6 +32,7 @@ static const command commands[] = {
     {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
     {"servers", NULL, "lib_servers", "how to start a foreign server, and measure it"},
     {"bench", cmd_bench, NULL, "bench harness | serve: of ourselves, of a server"},
+    {"tune", cmd_tune, NULL, "times the linear kernels of the GPU at hand: the table to check in"},
     {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
     {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
     {"inspect", cmd_inspect, NULL, "inspect model | plan | trace"},
@@ -47,6 +49,13 @@ static int help(FILE *to) {
     fprintf(to,
             "\nEvery command takes --help. --root DIR before the command names the checkout.\n");
     return to == stdout ? 0 : 2;
+}
+
+/* One of the benchmarks, but what it writes is a source file. */
+static int cmd_tune(int argc, char **argv) {
+    char *with[16] = {"bench"};
+    for (int i = 0; i < argc && i < COUNT_OF(with) - 1; i++) with[i + 1] = argv[i];
+    return cmd_bench((argc < COUNT_OF(with) ? argc : COUNT_OF(with) - 1) + 1, with);
 }
 
 /* `amalgam lua SCRIPT …`: for tests and house checks; arguments in the global `arg`. */

@@ -80,10 +80,27 @@ __global__ void pack_scales(const pack_args a) {
     }
 }
 
+// Plain order: the canonical arrays, rows of block scales further apart.
+status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream) {
+    const linear_layout l = linear_layout_of(w);
+    const bool blocks = w->format == WF_FP8B;
+    const size_t rows = blocks ? (size_t)(w->n + 127) / 128 : 1;
+    const size_t cols = blocks ? (size_t)(w->k + 127) / 128 : (size_t)w->n;
+    const size_t stride = blocks ? (size_t)linear_plain_stride(w->k) : cols;
+    cudaError_t e =
+        cudaMemcpyAsync(w->code, q->code, (size_t)l.code_bytes, cudaMemcpyDeviceToDevice, stream);
+    if (e == cudaSuccess) e = cudaMemsetAsync(w->scale, 0, (size_t)l.scale_bytes, stream);
+    if (e == cudaSuccess)
+        e = cudaMemcpy2DAsync(w->scale, stride * 4, q->scale, cols * 4, cols * 4, rows,
+                              cudaMemcpyDeviceToDevice, stream);
+    if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_pack: %s", cudaGetErrorString(e));
+    return linear_lt_ready();
+}
+
 // --- Choice ------------------------------------------------------------------------------------
 
-// Best first for problems of up to `rows` x rows (an expert's, on average); measured in e07. A
-// gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
+// Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
+// on average). A gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
 struct preference {
     int32_t family, rows;
     const char *name;
@@ -119,6 +136,11 @@ const linear_variant *named(const char *name, const linear_problem *p, const lin
 
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
+    const char *name;
+    for (int32_t i = 0; p->w->family == 90 && (name = linear_tuned(p, i)) != nullptr; i++) {
+        const linear_variant *v = named(name, p, l);
+        if (v) return v;
+    }
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
     for (const preference &c : preferences) {
         if (c.rows < rows || c.family > p->w->family) continue;
@@ -136,8 +158,9 @@ status check(const linear_problem *p) {
     if (!f32 && p->y_type != w->type)
         return FAIL(ST_UNSUPPORTED, "linear of %s into %s", dtype_text(w->type),
                     dtype_text(p->y_type));
-    if (p->act != AF_16 || w->act != AF_16)
-        return FAIL(ST_UNSUPPORTED, "linear with A%s on a GPU", act_format_text(p->act));
+    if (p->act != w->act)
+        return FAIL(ST_UNSUPPORTED, "linear with A%s of a weight packed for A%s",
+                    act_format_text(p->act), act_format_text(w->act));
     if (p->ldx % 8 || p->ldy % 4)
         return FAIL(ST_SHAPE, "linear: row strides %lld, %lld must be multiples of 8 and 4",
                     (long long)p->ldx, (long long)p->ldy);
@@ -153,10 +176,9 @@ constexpr int64_t kFlagBytes = 64 * 1024, kTileBytes = 256 * 1024;
 
 } // namespace
 
-extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms) {
-    (void)w;
-    (void)max_m; // two tiles of the CTAs of an SM are at most kTileBytes
-    return kFlagBytes + n_sms * kTileBytes;
+// Two tiles of the CTAs of an SM are at most kTileBytes. What quantised x needs lies behind them.
+extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms) {
+    return kFlagBytes + n_sms * kTileBytes + linear_quantised_bytes(w, max_x);
 }
 
 extern "C" status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q,
@@ -164,6 +186,7 @@ extern "C" status linear_pack(const linear_weight *w, int32_t index, const qmatr
     int64_t code_bytes, scale_bytes;
     TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
     if (index < 0 || index >= w->count) return FAIL(ST_SHAPE, "matrix %d of %d", index, w->count);
+    if (linear_plain(w)) return pack_plain(w, q, (cudaStream_t)stream);
     pack_args a = {*w, *q, linear_layout_of(w), nullptr, nullptr};
     a.code = static_cast<uint8_t *>(w->code) + index * a.l.code_bytes;
     a.scale = static_cast<uint8_t *>(w->scale) + index * a.l.scale_bytes;
@@ -178,6 +201,10 @@ extern "C" status linear_pack(const linear_weight *w, int32_t index, const qmatr
 
 extern "C" const char *linear_choice(const linear_problem *p) {
     if (check(p) != ST_OK) return nullptr;
+    return p->act == AF_16 ? linear_choice_16(p) : linear_quantised_choice(p);
+}
+
+extern "C" const char *linear_choice_16(const linear_problem *p) {
     const linear_layout l = linear_layout_of(p->w);
     const linear_variant *v = choose(p, &l);
     if (!v)
@@ -198,14 +225,23 @@ extern "C" const char *const *linear_variants(int32_t family) {
             for (int k = 0; k < n; k++) seen = seen || strcmp(out[k], t.row[i].name) == 0;
             if (!seen) out[n++] = t.row[i].name;
         }
+    for (int32_t i = 0; family == 90 && linear_quantised_name(i) && n < 63; i++)
+        out[n++] = linear_quantised_name(i);
     out[n] = nullptr;
     return out;
 }
 
 extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
-    const linear_weight *w = p->w;
     if (p->m == 0) return ST_OK;
     TRY(check(p));
+    if (p->act == AF_16) return linear_launch_16(p, stream);
+    uint8_t *tiles = static_cast<uint8_t *>(p->workspace) + kFlagBytes;
+    const int64_t bytes = p->n_sms * kTileBytes;
+    return linear_quantised(p, tiles + bytes, tiles, bytes, stream);
+}
+
+extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream) {
+    const linear_weight *w = p->w;
     linear_layout l = linear_layout_of(w);
     const linear_variant *v = choose(p, &l);
     if (!v)

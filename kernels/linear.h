@@ -22,10 +22,10 @@ typedef struct {
     bool sym;
     bool gated; /* rows are gate | up, halves packed so that one tile holds both; must be set for a
                        gated epilogue when n / 2 is no multiple of 64 */
-    act_format act;     /* AF_16, or the format that x will be quantised to: another packed order */
-    int32_t family;     /* 80 or 90: which packed order; set by linear_family */
-    void *code, *scale; /* packed; zeros lie beside the scales */
-    void *bias;         /* [count, n] of `type`, or NULL */
+    act_format act;      /* AF_16, or the format that x is quantised to: another packed order */
+    int32_t family;      /* 80 or 90: which packed order; set by linear_family */
+    void *code, *scale;  /* packed; zeros lie beside the scales */
+    void *bias;          /* [count, n] of `type`, or NULL */
     float *global_scale; /* [count], NVFP4; else NULL */
 } linear_weight;
 
@@ -58,9 +58,9 @@ typedef struct {
     const void *x; /* [m, k] of w->type, row stride ldx elements */
     void *y;       /* [m, n] of y_type, row stride ldy */
     int64_t ldx, ldy;
-    dtype y_type; /* w->type, or F32 (logits) */
-    act_format
-        act; /* how x is multiplied: AF_16, or quantised here per token (and 128 inputs for FP8b) */
+    dtype y_type;   /* w->type, or F32 (logits) */
+    act_format act; /* that of w: x as it is, or quantised here per token (and 128 inputs beside
+                       FP8b), in the same stream */
     linear_epilogue epilogue;
     float limit; /* LINEAR_GATED_OAI */
 
@@ -70,13 +70,15 @@ typedef struct {
       */
     const int32_t *expert_start; /* [count + 1] */
     const int32_t *x_row;        /* [m] */
+    int32_t x_rows;              /* rows that x has, when x_row names them; 0 = m */
 
     void *workspace;    /* linear_workspace_bytes of device memory, zeroed once, left zeroed */
     const char *kernel; /* force a variant by name; NULL = the table's choice */
     int32_t sm, n_sms;
 } linear_problem;
 
-int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_sms);
+/* For problems whose x has up to max_x rows. */
+int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms);
 
 /* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.
  * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph.
@@ -84,7 +86,9 @@ int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_m, int32_t n_
  * them. */
 status kernel_linear(const linear_problem *p, kernel_stream stream);
 
-/* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. */
+/* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. Valid
+ * until the next call from this thread. "values, NAME": x is replaced by the values that its codes
+ * stand for, in 16 bits, and multiplied by kernel NAME. */
 const char *linear_choice(const linear_problem *p);
 /* All variants of a family, for benchmarks; NULL-terminated. */
 const char *const *linear_variants(int32_t family);

@@ -27,6 +27,20 @@ typedef struct {
     int32_t n;
 } linear_table;
 
+/* A product of 8-bit operands in plain order: out [m, n] = x [m, k] W [n, k]^T. */
+typedef struct {
+    weight_format format; /* INT8: out is int32, the sums of codes; FP8, FP8B: scaled values */
+    int32_t m, n, k;      /* FP8B: m is a multiple of 4 */
+    const void *w, *x;
+    const float *w_scale, *x_scale; /* FP8B: x_scale [ceil(k / 128), m] */
+    void *out;
+    dtype out_type; /* F16, BF16 or F32; I32 for INT8 */
+    int64_t ldo;
+    void *workspace;
+    int64_t workspace_bytes;
+    int32_t rank; /* which of the library's suggestions, 0 its first */
+} linear_product;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -35,6 +49,34 @@ linear_table linear_hopper_table(void); /* these run on sm_90, where compiled fo
 linear_table linear_tall_table(void);
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
+
+/* linear_tuned.c: names of kernels for p by measured times, best first; NULL past the last, or where
+ * nothing like it was measured. They may not accept p, and belong to w->family or not. */
+const char *linear_tuned(const linear_problem *p, int32_t rank);
+int32_t linear_size_class(int32_t n, int32_t k);
+
+/* linear.cu: a problem whose x is multiplied as it is. */
+const char *linear_choice_16(const linear_problem *p);
+status linear_launch_16(const linear_problem *p, kernel_stream stream);
+
+/* linear_quantised.cu: problems with A8 and AFP8. `space` is linear_quantised_bytes of the
+ * workspace, `scratch` any other part of it. */
+int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x);
+const char *linear_quantised_choice(const linear_problem *p);
+status linear_quantised(const linear_problem *p, void *space, void *scratch, int64_t scratch_bytes,
+                        kernel_stream stream);
+const char *linear_quantised_name(int32_t i); /* variant i, or NULL past the last */
+
+/* linear_codes.cu: rows [row, row + m) of p by variant `name`, x being quantised already (m_pad as
+ * in quantize.h). Only where compiled for 90a. */
+status linear_codes_launch(const char *name, const linear_problem *p, int32_t row, int32_t m,
+                           const void *code, const float *x_scale, int32_t m_pad,
+                           kernel_stream stream);
+
+/* linear_lt.cu: cuBLASLt. Its choice of an algorithm depends on the arguments and on nothing else,
+ * and is kept. UNSUPPORTED when it has none. */
+status linear_lt_ready(void); /* make what must not be made within a graph */
+status linear_lt(const linear_product *p, kernel_stream stream);
 #ifdef __cplusplus
 }
 #endif

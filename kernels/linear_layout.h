@@ -18,6 +18,9 @@
  *          that a lane's two rows are neighbours. Per-channel formats keep f32 [count][rows]
  *          instead and are scaled in the epilogue.
  *
+ * Weights whose products take 8-bit operands (linear_plain) keep the canonical order instead: code
+ * [n, k], scale f32 [n], or f32 [ceil(n / 128)][ceil(k / 128) rounded up to 4].
+ *
  * A gated weight packs its gate and its up half each into whole blocks, so that one tile holds
  * block b of both. Rows past N and inputs past K hold the code that means zero, or any finite value
  * that meets a zero of x. */
@@ -42,6 +45,19 @@ typedef struct {
     int32_t granule_bytes;           /* of one block and granule */
     int64_t code_bytes, scale_bytes; /* of one matrix */
 } linear_layout;
+
+/* Are x and W multiplied as 8-bit codes? Then the weight lies in plain order. Other pairs with A8
+ * or AFP8 multiply the values that codes stand for, by the kernels of 16-bit x: W4, since no
+ * product takes 4 bits beside 8, experts, whose counts only the device knows, and the ampere
+ * family. */
+LAYOUT_FN bool linear_plain(const linear_weight *w) {
+    const bool int8 = w->format == WF_INT8 && w->act == AF_INT8;
+    const bool fp8 = (w->format == WF_FP8 || w->format == WF_FP8B) && w->act == AF_FP8;
+    return (int8 || fp8) && w->family == 90 && w->count == 1;
+}
+
+/* f32 between the scales of two rows of 128 x 128 blocks, plain order: cuBLASLt wants 16 bytes. */
+LAYOUT_FN int32_t linear_plain_stride(int32_t k) { return ((k + 127) / 128 + 3) / 4 * 4; }
 
 LAYOUT_FN linear_layout linear_layout_of(const linear_weight *w) {
     linear_layout l;
@@ -71,6 +87,12 @@ LAYOUT_FN linear_layout linear_layout_of(const linear_weight *w) {
     l.scale_bytes = (int64_t)l.blocks * l.granules * l.granule_bytes;
     if (w->format == WF_INT8 || w->format == WF_FP8)
         l.scale_bytes = (int64_t)l.blocks * LINEAR_BLOCK * 4;
+    if (linear_plain(w)) {
+        l.code_bytes = (int64_t)w->n * w->k;
+        l.scale_bytes = w->format == WF_FP8B
+                            ? (int64_t)((w->n + 127) / 128) * linear_plain_stride(w->k) * 4
+                            : (int64_t)w->n * 4;
+    }
     return l;
 }
 

@@ -136,8 +136,36 @@ __device__ double weight_value(const qmatrix &q, dtype type, int32_t n, int32_t 
     }
 }
 
+// to [rows, k]: x quantised as ref_quant.h defines, by arithmetic of its own. One warp a span.
+__device__ float e4m3_nearest(float v) {
+    const float a = fabsf(v);
+    if (a == 0) return v;
+    int e;
+    frexpf(a, &e);
+    const float step = ldexpf(1.f, max(e - 1, -6) - 3);
+    return copysignf(fminf(rintf(a / step) * step, 448.f), v);
+}
+__global__ void quantise_x(double *to, const void *x, int64_t ldx, int32_t rows, int32_t k,
+                           int32_t span, act_format act, dtype type) {
+    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    const int32_t spans = (k + span - 1) / span, row = (int32_t)(i / spans);
+    if (row >= rows) return;
+    const int32_t from = (int32_t)(i % spans) * span, end = min(from + span, k);
+    float amax = 0;
+    for (int32_t c = from + (int32_t)threadIdx.x % 32; c < end; c += 32)
+        amax = fmaxf(amax, fabsf((float)value_of(x, row * ldx + c, type)));
+    for (int d = 16; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    const float s = amax == 0 ? 1.f : amax / (act == AF_FP8 ? 448.f : 127.f);
+    for (int32_t c = from + (int32_t)threadIdx.x % 32; c < end; c += 32) {
+        const float q = (float)value_of(x, row * ldx + c, type) / s;
+        const float code = act == AF_FP8 ? e4m3_nearest(q) : rintf(fminf(fmaxf(q, -127), 127));
+        to[(int64_t)row * k + c] = (double)code * s;
+    }
+}
+
 struct reference_args {
-    const qmatrix *q; // device copy
+    const qmatrix *q;          // device copy
+    const double *x_quantised; // [rows of x, k], or NULL: x itself
     const void *x, *bias, *y_before, *y;
     const int32_t *expert_start, *x_row;
     dtype type, y_type;
@@ -151,7 +179,9 @@ struct reference_args {
 __device__ double dot(const reference_args &a, int32_t expert, int64_t row_x, int32_t n) {
     double sum = 0;
     for (int32_t k = threadIdx.x % 32; k < a.k; k += 32)
-        sum += value_of(a.x, row_x * a.ldx + k, a.type) * weight_value(a.q[expert], a.type, n, k);
+        sum += (a.x_quantised ? a.x_quantised[row_x * a.k + k]
+                              : value_of(a.x, row_x * a.ldx + k, a.type)) *
+               weight_value(a.q[expert], a.type, n, k);
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     return a.bias ? sum + value_of(a.bias, (int64_t)expert * a.n + n, a.type) : sum;
 }
@@ -299,11 +329,12 @@ status open(linear_probe *p, bool timed) {
 struct bench_data {
     void *x = nullptr, *y = nullptr, *y_before = nullptr;
     int32_t *expert_start = nullptr, *x_row = nullptr; // [kRoutes][count + 1], [kRoutes][m]
-    double *sums = nullptr;
+    double *sums = nullptr, *x_quantised = nullptr;
     int32_t n_out, x_rows, hit; // hit: experts with rows in the first route
     int64_t ldx, ldy, y_bytes;
     ~bench_data() {
-        for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums})
+        for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums,
+                        (void *)x_quantised})
             cudaFree(m);
     }
 };
@@ -410,8 +441,10 @@ linear_problem problem_of(const linear_probe *p, const linear_trial *t, const be
     r.y_type = t->y_type;
     r.epilogue = t->epilogue;
     r.limit = 0.5f;
+    r.act = w->act;
     r.expert_start = d->expert_start;
     r.x_row = d->x_row;
+    r.x_rows = d->x_rows;
     r.workspace = p->workspace;
     r.kernel = t->kernel;
     r.sm = p->sm;
@@ -509,13 +542,21 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
         CUDA(cudaMemcpy(d.y, d.y_before, (size_t)(t->m * d.ldy * element), cudaMemcpyDefault));
     CUDA(cudaDeviceSynchronize());
     CUDA(cudaMemset(d.sums, 0, (size_t)(3 + d.n_out) * sizeof(double)));
-    if (t->sabotage) TRY(spoil(p));
+    if (t->sabotage == 1) TRY(spoil(p));
     TRY(run(p, &problem, 0));
     CUDA(cudaStreamSynchronize(p->stream));
-    if (t->sabotage) TRY(spoil(p)); // undoes it
+    if (t->sabotage == 1) TRY(spoil(p)); // undoes it
 
+    if (w.act != AF_16 && t->sabotage != 2) {
+        const int32_t span = w.act == AF_FP8 && w.format == WF_FP8B ? 128 : w.k;
+        const int64_t spans = (int64_t)d.x_rows * ((w.k + span - 1) / span);
+        CUDA(cudaMalloc((void **)&d.x_quantised, (size_t)d.x_rows * (size_t)w.k * sizeof(double)));
+        quantise_x<<<(unsigned)((spans + 7) / 8), 256, 0, p->stream>>>(
+            d.x_quantised, d.x, d.ldx, d.x_rows, w.k, span, w.act, w.type);
+    }
     reference_args a = {};
     a.q = p->q;
+    a.x_quantised = d.x_quantised;
     a.x = d.x;
     a.bias = t->bias ? w.bias : nullptr;
     a.y_before = d.y_before;

@@ -23,15 +23,18 @@ typedef struct {
     int32_t top_k; /* grouped, not 0: m / top_k tokens, each goes to so many different experts; the
                       times are of launches that hit other experts each */
     const char *kernel;
-    bool sabotage; /* the packed codes of one unit of every matrix (64 rows, 64 inputs) are spoilt
-                      for the launch; the comparison must notice */
+    int32_t sabotage; /* 1: the packed codes of one unit of every matrix (64 rows, 64 inputs) are
+                         spoilt for the launch, which the comparison must notice; 2: compared with
+                         the product of x as it is, not quantised */
 } linear_trial;
 
 typedef struct {
     char kernel[32];
     double us, cublas_us; /* medians; 0 when not timed */
-    double rel_err; /* ||y - ref|| / ||ref|| over what is compared; NaN when one is not written */
-    double worst;   /* root mean square error of the worst column of y, over that of all of ref */
+    double
+        rel_err;  /* ||y - ref|| / ||ref|| over what is compared; NaN when one is not written. ref:
+                       float64 sums over the operands as quantised */
+    double worst; /* root mean square error of the worst column of y, over that of all of ref */
     int64_t compared, unwritten, outside; /* outside: elements written past the problem's own */
     uint64_t hash;                        /* of all bits of y */
     int64_t bytes;    /* of weights, once; of the experts hit by the first launch */

@@ -1,7 +1,10 @@
-// quantize.cu - weights to codes and scales. Values that share a scale are a tile of block_n rows
+// quantize.cu - weights and activations to codes and scales.
+//
+// Weights: Values that share a scale are a tile of block_n rows
 // and `group` columns: a warp has a tile of up to 128 values, a block of 256 threads a larger one.
 // It is read twice, for its extent and for its codes; arithmetic is f32 with one rounding an
 // operation in the order of ref_quant.c, so codes and scales are the same bits.
+#include "ptx_sm90.cuh"
 #include "quantize.h"
 #include "traits.cuh"
 #include <cfloat>
@@ -174,6 +177,170 @@ status launch(const qmatrix &q, const tiling &t, const float *w, cudaStream_t s)
     return launched("quantize_weight");
 }
 
+// --- Activations: read once, into registers -----------------------------------------------------
+
+constexpr int kSpan = 128; // inputs that share a scale beside FP8b
+
+// x / s correctly rounded, with r = 1 / s: the quotient x r is off by little, and its remainder is
+// exact (Markstein), as long as it does not underflow.
+__device__ __forceinline__ float quotient(float x, float s, float r) {
+    const float q = x * r;
+    return fmaf(fmaf(-q, s, x), r, q);
+}
+
+// The scale s of a span, and what divides by it: x / s = (x shift) / t, r = 1 / t. The shift keeps x
+// and s clear of the ends of f32.
+struct divisor {
+    float s, shift, t, r;
+};
+
+// Eight elements of one span; amax: the largest magnitude of the span as bits of T.
+template <typename T, act_format A> struct eight {
+    pack<T> x;
+    __device__ __forceinline__ uint32_t magnitudes() const { // two 16-bit maxima
+        const uint4 w = *reinterpret_cast<const uint4 *>(&x);
+        const uint32_t a = __vmaxu2(w.x & 0x7fff7fffu, w.y & 0x7fff7fffu);
+        return __vmaxu2(a, __vmaxu2(w.z & 0x7fff7fffu, w.w & 0x7fff7fffu));
+    }
+    __device__ __forceinline__ uint2 codes(const divisor &d) const {
+        uint32_t word[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const float a = quotient(to_f32(x.v[i]) * d.shift, d.t, d.r);
+            const float b = quotient(to_f32(x.v[i + 1]) * d.shift, d.t, d.r);
+            uint32_t pair;
+            if constexpr (A == AF_FP8)
+                pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+            else
+                pair = (uint32_t)(__float2int_rn(clamp_to(a, -127, 127)) & 255) |
+                       (uint32_t)(__float2int_rn(clamp_to(b, -127, 127)) & 255) << 8;
+            word[i / 4] |= pair << (i % 4 * 8);
+        }
+        return make_uint2(word[0], word[1]);
+    }
+    __device__ __forceinline__ pack<T> values(const divisor &d) const {
+        const uint2 c = codes(d);
+        pack<T> y;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t code = (i < 4 ? c.x : c.y) >> (i % 4 * 8) & 255;
+            const float v = A == AF_FP8 ? f32_of_e4m3((uint8_t)code) : (float)(int8_t)code;
+            y.v[i] = from_f32<T>(v * d.s); // NaN where something was not finite
+        }
+        return y;
+    }
+};
+
+template <typename T, act_format A> __device__ __forceinline__ divisor divisor_of(uint32_t amax) {
+    T top;
+    *reinterpret_cast<uint16_t *>(&top) = (uint16_t)amax;
+    const float a = to_f32(top);
+    divisor d;
+    d.s = a <= FLT_MAX ? f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f) : NAN;
+    d.shift = d.s < 0x1p-90f ? 0x1p120f : d.s > 0x1p100f ? 0x1p-100f : 1.f;
+    d.t = d.s * d.shift;
+    d.r = __frcp_rn(d.t);
+    return d;
+}
+
+template <typename T, act_format A>
+__device__ __forceinline__ void store_eight(const activation_quantiser &a, int row, int col,
+                                            const eight<T, A> &e, const divisor &d) {
+    const int64_t at = int64_t{row} * a.k + col;
+    if (a.value)
+        store_pack(static_cast<T *>(a.value) + at, e.values(d));
+    else
+        *reinterpret_cast<uint2 *>(static_cast<uint8_t *>(a.code) + at) = e.codes(d);
+}
+
+__device__ __forceinline__ void begin_early() {
+#if __CUDA_ARCH__ >= 900
+    launch_dependents();
+    wait_for_previous();
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ const T *row_of(const activation_quantiser &a, int row) {
+    const int64_t from = a.x_row && row < a.m ? a.x_row[row] : row;
+    return static_cast<const T *>(a.x) + from * a.ldx;
+}
+
+// A block a row. PER: vectors of eight that a thread holds.
+template <typename T, act_format A, int PER>
+__global__ void __launch_bounds__(1024, PER <= 4 ? 2 : 1)
+    quantize_rows(const activation_quantiser a) {
+    __shared__ uint32_t shared[32];
+    const int row = (int)blockIdx.x, n = a.k / 8, warps = (int)blockDim.x / 32;
+    eight<T, A> e[PER];
+    begin_early();
+    const T *x = row_of<T>(a, row); // [k]
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = (int)(threadIdx.x + i * blockDim.x);
+        e[i].x = {};
+        if (v < n && row < a.m) e[i].x = load_pack(x + v * 8);
+        most = __vmaxu2(most, e[i].magnitudes());
+    }
+    most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
+    __syncthreads();
+    most = __reduce_max_sync(~0u, (int)threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0u);
+    const divisor d = divisor_of<T, A>(most);
+    if (threadIdx.x == 0 && !a.value) a.scale[row] = d.s;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = (int)(threadIdx.x + i * blockDim.x);
+        if (v < n) store_eight(a, row, v * 8, e[i], d);
+    }
+}
+
+// Sixteen lanes a span of 128 inputs.
+template <typename T, act_format A>
+__global__ void __launch_bounds__(kThreads) quantize_spans(const activation_quantiser a) {
+    const int spans = (a.k + kSpan - 1) / kSpan;
+    const int64_t span = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 16;
+    const int row = (int)(span / spans), g = (int)(span % spans);
+    const int col = g * kSpan + (int)threadIdx.x % 16 * 8, rows = a.value ? a.m : a.m_pad;
+    begin_early();
+    eight<T, A> e;
+    e.x = {};
+    if (row < a.m && col < a.k) e.x = load_pack(row_of<T>(a, row) + col);
+    uint32_t most = e.magnitudes();
+#pragma unroll
+    for (int lane = 8; lane > 0; lane >>= 1)
+        most = __vmaxu2(most, __shfl_xor_sync(~0u, most, lane));
+    const divisor d = divisor_of<T, A>(max(most >> 16, most & 0xffffu));
+    if (row >= rows) return;
+    if (threadIdx.x % 16 == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = d.s;
+    if (col < a.k) store_eight(a, row, col, e, d);
+}
+
+template <typename T, act_format A>
+status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
+    const int vectors = a.k / 8, rows = a.value ? a.m : a.m_pad;
+    const bool spans = A == AF_FP8 && a.group == kSpan;
+    // One vector a thread has the answer soonest; more let more rows run at once.
+    const bool few = rows <= 256 && vectors <= 1024;
+    const int per = spans || few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t c = {};
+    c.gridDim = dim3((unsigned)(spans ? div_up(rows * div_up(a.k, kSpan), kThreads / 16) : rows));
+    c.blockDim = dim3((unsigned)(spans ? kThreads : div_up(div_up(vectors, per), 32) * 32));
+    c.stream = stream;
+    c.attrs = &early;
+    c.numAttrs = a.sm >= 90 ? 1 : 0;
+    auto *const kernel = spans      ? quantize_spans<T, A>
+                         : per == 1 ? quantize_rows<T, A, 1>
+                         : per == 4 ? quantize_rows<T, A, 4>
+                                    : quantize_rows<T, A, 8>;
+    (void)cudaLaunchKernelEx(&c, kernel, a);
+    return launched("quantize_activation");
+}
+
 } // namespace
 
 extern "C" status kernel_quantize_weight(const qmatrix *q, const float *w, int32_t row0,
@@ -209,4 +376,21 @@ extern "C" float quantize_global_scale(weight_format f, float amax) {
     if (f != WF_NVFP4) return 1;
     const float s = f32_scale(amax, kE4m3Max * kE2m1Max);
     return s < FLT_MIN ? FLT_MIN : s; // not subnormal: group scales times it must not vanish
+}
+
+extern "C" status kernel_quantize_activation(const activation_quantiser *a, kernel_stream stream) {
+    if (a->m < 0 || a->k <= 0 || a->k % 16 || a->k > 65536 || a->ldx % 8 ||
+        (!a->value && a->m_pad < a->m))
+        return FAIL(ST_SHAPE, "quantize: activations [%d, %d], rows %lld apart", a->m, a->k,
+                    (long long)a->ldx);
+    if (a->m == 0) return ST_OK;
+    const bool fp8 = a->act == AF_FP8;
+    if (a->type == DT_F16 && a->act != AF_16)
+        return fp8 ? launch_activation<__half, AF_FP8>(*a, stream)
+                   : launch_activation<__half, AF_INT8>(*a, stream);
+    if (a->type == DT_BF16 && a->act != AF_16)
+        return fp8 ? launch_activation<__nv_bfloat16, AF_FP8>(*a, stream)
+                   : launch_activation<__nv_bfloat16, AF_INT8>(*a, stream);
+    return FAIL(ST_UNSUPPORTED, "quantize: %s to A%s", dtype_text(a->type),
+                act_format_text(a->act));
 }

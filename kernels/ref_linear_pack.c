@@ -25,6 +25,8 @@ status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *s
         return FAIL(ST_SHAPE, "MXFP4 linear: K=%d is no multiple of its group, 32", w->k);
     if (w->gated && w->n % 32)
         return FAIL(ST_SHAPE, "gated linear: N=%d, half of it must be a multiple of 16", w->n);
+    if (w->act != AF_16 && w->k > 65536)
+        return FAIL(ST_SHAPE, "linear with A%s: K=%d is over 65536", act_format_text(w->act), w->k);
     const linear_layout l = linear_layout_of(w);
     *code_bytes = w->count * l.code_bytes;
     *scale_bytes = w->count * l.scale_bytes;
@@ -192,10 +194,28 @@ static void each_scale(const linear_weight *w, uint8_t *scale, qmatrix *q, bool 
             }
 }
 
+/* Plain order: the canonical arrays, rows of block scales further apart. */
+static void each_plain(const linear_weight *w, uint8_t *code, float *scale, qmatrix *q, bool pack) {
+    const bool blocks = w->format == WF_FP8B;
+    const int32_t rows = blocks ? (w->n + 127) / 128 : 1, stride = linear_plain_stride(w->k);
+    const int32_t cols = blocks ? (w->k + 127) / 128 : w->n;
+    const size_t codes = (size_t)w->n * (size_t)w->k;
+    memcpy(pack ? code : q->code, pack ? q->code : code, codes);
+    for (int32_t r = 0; r < rows; r++) {
+        float *own = (float *)q->scale + (int64_t)r * cols, *at = scale + (int64_t)r * stride;
+        memcpy(pack ? at : own, pack ? own : at, sizeof(float) * (size_t)cols);
+        for (int32_t c = cols; pack && blocks && c < stride; c++) at[c] = 0;
+    }
+}
+
 status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qmatrix *q) {
     int64_t code_bytes, scale_bytes;
     TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
     qmatrix source = *q; /* the walk is shared with unpacking; packing only reads */
+    if (linear_plain(w)) {
+        each_plain(w, code, scale, &source, true);
+        return ST_OK;
+    }
     each_word(w, code, &source, pack_word);
     each_scale(w, scale, &source, true);
     return ST_OK;
@@ -204,6 +224,10 @@ status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qm
 status ref_linear_unpack(const linear_weight *w, const void *code, const void *scale, qmatrix *q) {
     int64_t code_bytes, scale_bytes;
     TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
+    if (linear_plain(w)) {
+        each_plain(w, (uint8_t *)(uintptr_t)code, (float *)(uintptr_t)scale, q, false);
+        return ST_OK;
+    }
     each_word(w, (void *)(uintptr_t)code, q, unpack_word);
     each_scale(w, (uint8_t *)(uintptr_t)scale, q, false);
     return ST_OK;

@@ -1,9 +1,9 @@
 /* gpu_linear.c - the linear kernels against float64 on a GPU: every variant that a format has,
- * edge shapes, epilogues, grouped problems; outputs start as NaN, a repetition must give the same
- * bits, and a planted error must be noticed. Not a cmocka test: it runs where there may be
- * nothing but the CUDA runtime.
+ * edge shapes, epilogues, grouped problems, activations of 8 bits; outputs start as NaN, a
+ * repetition must give the same bits, and a planted error must be noticed. Not a cmocka test: it
+ * runs where there may be nothing but the CUDA runtime.
  *
- *   gpu_linear [check [quick]]   exit status 1 when anything differs
+ *   gpu_linear [check [quick|all [FORMAT]]]   exit status 1 when anything differs
  *   gpu_linear bench WEIGHTS DTYPE M,M,... [KERNEL] [SHAPES]   one JSON object a line */
 #include "linear_layout.h"
 #include "linear_probe.h"
@@ -32,11 +32,12 @@ static void fail(const linear_weight *w, const linear_trial *t, const char *what
                  const linear_outcome *o) {
     failures++;
     if (shown++ > 30) return; /* of a format: enough to read */
-    printf("FAIL W%s g%d %s%s n=%d k=%d x%d m=%d epilogue %d %s: %s (%s, rel_err %.3g, worst %.3g, "
-           "unwritten %lld, outside %lld)\n",
-           weight_format_text(w->format), w->group, dtype_text(w->type), w->sym ? " sym" : "", w->n,
-           w->k, w->count, t->m, (int)t->epilogue, what, wrong, o->kernel, o->rel_err, o->worst,
-           (long long)o->unwritten, (long long)o->outside);
+    printf(
+        "FAIL W%sA%s g%d %s%s n=%d k=%d x%d m=%d epilogue %d %s: %s (%s, rel_err %.3g, worst %.3g, "
+        "unwritten %lld, outside %lld)\n",
+        weight_format_text(w->format), act_format_text(w->act), w->group, dtype_text(w->type),
+        w->sym ? " sym" : "", w->n, w->k, w->count, t->m, (int)t->epilogue, what, wrong, o->kernel,
+        o->rel_err, o->worst, (long long)o->unwritten, (long long)o->outside);
 }
 
 static void one(linear_probe *p, const linear_weight *w, linear_trial t, const char *what) {
@@ -51,10 +52,15 @@ static void one(linear_probe *p, const linear_weight *w, linear_trial t, const c
     }
     st = linear_probe_check(p, &t, 64, &again);
     if (st != ST_OK || again.hash != o.hash) fail(w, &t, what, "not the same bits again", &o);
-    t.sabotage = true; /* the twin: the comparison itself must fail */
+    t.sabotage = 1; /* the twin: the comparison itself must fail */
     st = linear_probe_check(p, &t, 20000, &again);
     if (st != ST_OK || !verdict(w, &t, &again))
         fail(w, &t, what, "a planted error went unnoticed", &again);
+    /* 8 bits of activation are an error of at least 0.4 %: more than fp16 may have. */
+    if (w->act == AF_16 || w->type != DT_F16) return;
+    t.sabotage = 2;
+    st = linear_probe_check(p, &t, 20000, &again);
+    if (st != ST_OK || !verdict(w, &t, &again)) fail(w, &t, what, "x was not quantised", &again);
 }
 
 static const struct {
@@ -62,11 +68,16 @@ static const struct {
     weight_format format;
     int32_t group;
     bool sym;
+    act_format act;
 } formats[] = {
-    {"16", WF_16, 0, false},        {"8", WF_INT8, 0, false},       {"4", WF_INT4, 128, false},
-    {"4g64", WF_INT4, 64, false},   {"4g32", WF_INT4, 32, false},   {"4sym", WF_INT4, 128, true},
-    {"4g32sym", WF_INT4, 32, true}, {"4g16", WF_INT4, 16, false},   {"FP8", WF_FP8, 0, false},
-    {"FP8b", WF_FP8B, 128, false},  {"MXFP4", WF_MXFP4, 32, false}, {"NVFP4", WF_NVFP4, 16, false},
+    {"16", WF_16, 0, false, AF_16},        {"8", WF_INT8, 0, false, AF_16},
+    {"4", WF_INT4, 128, false, AF_16},     {"4g64", WF_INT4, 64, false, AF_16},
+    {"4g32", WF_INT4, 32, false, AF_16},   {"4sym", WF_INT4, 128, true, AF_16},
+    {"4g32sym", WF_INT4, 32, true, AF_16}, {"4g16", WF_INT4, 16, false, AF_16},
+    {"FP8", WF_FP8, 0, false, AF_16},      {"FP8b", WF_FP8B, 128, false, AF_16},
+    {"MXFP4", WF_MXFP4, 32, false, AF_16}, {"NVFP4", WF_NVFP4, 16, false, AF_16},
+    {"8a8", WF_INT8, 0, false, AF_INT8},   {"4a8", WF_INT4, 128, false, AF_INT8},
+    {"FP8aFP8", WF_FP8, 0, false, AF_FP8}, {"FP8baFP8", WF_FP8B, 128, false, AF_FP8},
 };
 enum { N_FORMATS = sizeof formats / sizeof formats[0] };
 
@@ -74,6 +85,7 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
     return (linear_weight){.format = formats[f].format,
                            .group = formats[f].group,
                            .sym = formats[f].sym,
+                           .act = formats[f].act,
                            .type = type,
                            .n = n,
                            .k = k,
@@ -141,9 +153,10 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-static int check(bool quick) {
+static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
+            if (only && !strstr(formats[f].name, only)) continue;
             const int32_t before = failures;
             shown = 0;
             variants(f, b ? DT_BF16 : DT_F16, quick);
@@ -203,9 +216,12 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     const char *six = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672";
-    if (argc == 1 || strcmp(argv[1], "check") == 0) return check(argc > 2);
+    if (argc == 1 || strcmp(argv[1], "check") == 0)
+        return check(argc > 2 && strcmp(argv[2], "quick") == 0, argc > 3 ? argv[3] : NULL);
     if (argc >= 5 && strcmp(argv[1], "bench") == 0)
         return bench(argv[2], argv[3], argv[4], argc > 5 ? argv[5] : "-", argc > 6 ? argv[6] : six);
-    fprintf(stderr, "gpu_linear check [quick] | bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
+    fprintf(
+        stderr,
+        "gpu_linear check [quick|all [FORMAT]] | bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
     return 2;
 }

@@ -615,6 +615,64 @@ static void test_quantise(void **state) {
     }
 }
 
+/* Activations of rows of every magnitude, one of them with an infinity: codes times scales and values
+ * are the definition's bits. */
+static void activations_case(act_format f, int32_t group, dtype type, int32_t m, int32_t k) {
+    const int32_t spans = f == AF_FP8 && group == 128 ? (k + 127) / 128 : 1, m_pad = m + 3;
+    const int64_t n = (int64_t)m * k, padded = (int64_t)m_pad * k;
+    static const float factor[] = {1, 0, 1e-3f, 300, 1e-7f, 1e30f, 1e-36f, 1e-41f};
+    float *x = normals(n, 1, (uint64_t)n), *want = host((size_t)n, sizeof *want);
+    for (int64_t i = 0; i < n; i++) x[i] *= factor[i / k % (type == DT_BF16 ? 8 : 5)];
+    if (m > 9) x[9 * (int64_t)k + k / 2] = INFINITY;
+    void *dx = dev_rounded(x, n, type);
+    memcpy(want, x, (size_t)n * sizeof *x);
+    ref_quantize_activation(want, m, k, f, group);
+    activation_quantiser q = {.x = dx, .ldx = k, .m = m, .k = k, .group = group, .type = type};
+    q.act = f;
+    q.sm = 90;
+    q.m_pad = m_pad;
+    q.code = dev((size_t)padded);
+    q.scale = dev((size_t)(spans * m_pad) * 4);
+    assert_ok(kernel_quantize_activation(&q, NULL));
+    uint8_t *code = host((size_t)padded, 1);
+    float *scale = host((size_t)(spans * m_pad), 4), *value = host((size_t)n, 4);
+    fetch(code, q.code, (size_t)padded);
+    fetch(scale, q.scale, (size_t)(spans * m_pad) * 4);
+    for (int64_t i = 0; i < padded; i++) {
+        const int64_t row = i / k, span = spans > 1 ? i % k / 128 : 0;
+        const float c = f == AF_FP8 ? f32_from_e4m3(code[i]) : (float)(int8_t)code[i];
+        if (row >= m)
+            assert_true(c == 0);
+        else if (isnan(want[i]))
+            assert_true(isnan(scale[span * m_pad + row]));
+        else
+            assert_true(c * scale[span * m_pad + row] == want[i]);
+    }
+    q.value = dev((size_t)n * 2);
+    assert_ok(kernel_quantize_activation(&q, NULL));
+    fetch_f32(value, q.value, n, type);
+    uint16_t *narrow = host((size_t)n, 2);
+    dtype_from_f32(narrow, want, n, type);
+    dtype_to_f32(want, narrow, n, 1, type);
+    for (int64_t i = 0; i < n; i++)
+        assert_true(isnan(want[i]) ? isnan(value[i]) : value[i] == want[i]);
+    void *all[] = {dx, q.code, q.scale, q.value};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(x), free(want), free(code), free(scale), free(value), free(narrow);
+}
+
+static void test_activations(void **state) {
+    (void)state;
+    static const int32_t shapes[][2] = {{1, 16},     {3, 144},   {17, 2880}, {300, 4096},
+                                        {20, 14336}, {5, 53248}, {270, 1040}};
+    for (int i = 0; i < COUNT_OF(shapes); i++)
+        for (int t = 0; t < 2; t++) {
+            activations_case(AF_INT8, 0, types[t], shapes[i][0], shapes[i][1]);
+            activations_case(AF_FP8, 0, types[t], shapes[i][0], shapes[i][1]);
+            activations_case(AF_FP8, 128, types[t], shapes[i][0], shapes[i][1]);
+        }
+}
+
 int main(void) {
     int n = 0;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
@@ -622,12 +680,13 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),      cmocka_unit_test(test_rows_upload),
-        cmocka_unit_test(test_rows_join), cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_gated),     cmocka_unit_test(test_moe),
-        cmocka_unit_test(test_draw),      cmocka_unit_test(test_noise),
-        cmocka_unit_test(test_finite),    cmocka_unit_test(test_convert),
-        cmocka_unit_test(test_angles),    cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_rows_upload),
+        cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_gated),       cmocka_unit_test(test_moe),
+        cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
+        cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_activations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,13 +9,29 @@ typedef struct {
     weight_format format;
     int32_t group;
     bool sym;
+    act_format act;
 } form;
 
 static const form forms[] = {
-    {WF_16, 0, false},     {WF_INT8, 0, false},   {WF_INT4, 16, false},  {WF_INT4, 32, false},
-    {WF_INT4, 32, true},   {WF_INT4, 48, false},  {WF_INT4, 64, false},  {WF_INT4, 128, false},
-    {WF_INT4, 128, true},  {WF_INT4, 192, false}, {WF_INT4, 0, false},   {WF_FP8, 0, false},
-    {WF_FP8B, 128, false}, {WF_MXFP4, 32, false}, {WF_NVFP4, 16, false},
+    {.format = WF_16},
+    {.format = WF_INT8},
+    {.format = WF_INT4, .group = 16},
+    {.format = WF_INT4, .group = 32},
+    {.format = WF_INT4, .group = 32, .sym = true},
+    {.format = WF_INT4, .group = 48},
+    {.format = WF_INT4, .group = 64},
+    {.format = WF_INT4, .group = 128},
+    {.format = WF_INT4, .group = 128, .sym = true},
+    {.format = WF_INT4, .group = 192},
+    {.format = WF_INT4},
+    {.format = WF_FP8},
+    {.format = WF_FP8B, .group = 128},
+    {.format = WF_MXFP4, .group = 32},
+    {.format = WF_NVFP4, .group = 16},
+    {.format = WF_INT8, .act = AF_INT8},
+    {.format = WF_INT4, .group = 32, .act = AF_INT8},
+    {.format = WF_FP8, .act = AF_FP8},
+    {.format = WF_FP8B, .group = 128, .act = AF_FP8},
 };
 
 /* A matrix in canonical form in arena `a`, every byte random where the format allows. */
@@ -91,6 +107,7 @@ static void unpack_undoes_pack(void **state) {
                 const linear_weight w = {.format = forms[f].format,
                                          .group = forms[f].group,
                                          .sym = forms[f].sym,
+                                         .act = forms[f].act,
                                          .type = i & 1 ? DT_BF16 : DT_F16,
                                          .gated = i & 2,
                                          .family = i & 4 ? 90 : 80,
@@ -125,6 +142,42 @@ static void refusals(void **state) {
     assert_status(linear_pack_bytes(&w, &a, &b), ST_UNSUPPORTED);
 }
 
+/* Operands of 8-bit products lie in the canonical order, on Hopper and not grouped. */
+static void plain_order(void **state) {
+    (void)state;
+    linear_weight w = {.format = WF_FP8B,
+                       .group = 128,
+                       .act = AF_FP8,
+                       .type = DT_F16,
+                       .n = 144,
+                       .k = 272,
+                       .count = 1,
+                       .family = 90};
+    arena a;
+    qmatrix q;
+    int64_t code_bytes, scale_bytes;
+    assert_ok(arena_open(&a, (size_t)1 << 20));
+    make(&q, &a, &w, 7);
+    assert_ok(linear_pack_bytes(&w, &code_bytes, &scale_bytes));
+    assert_int_equal(code_bytes, 144 * 272);
+    assert_int_equal(scale_bytes, 2 * 4 * 4); /* 3 blocks of inputs in rows of 4 */
+    uint8_t *code = arena_array(&a, uint8_t, (size_t)code_bytes);
+    float scale[8];
+    assert_ok(ref_linear_pack(&w, code, scale, &q));
+    assert_memory_equal(code, q.code, (size_t)code_bytes);
+    assert_memory_equal(scale, q.scale, 12);
+    assert_memory_equal(scale + 4, (float *)q.scale + 3, 12);
+    assert_true(scale[3] == 0 && scale[7] == 0);
+    w.family = 80; /* fragments */
+    assert_ok(linear_pack_bytes(&w, &code_bytes, &scale_bytes));
+    assert_int_equal(code_bytes, 192 * 320);
+    w.family = 90;
+    w.count = 8;
+    assert_ok(linear_pack_bytes(&w, &code_bytes, &scale_bytes));
+    assert_int_equal(code_bytes, 8 * 192 * 320);
+    arena_close(&a);
+}
+
 /* The words of a unit hold every code once: atoms of lanes tile 16 x 16, places of rows are a
  * permutation. */
 static void order_is_a_permutation(void **state) {
@@ -155,6 +208,7 @@ int main(void) {
         cmocka_unit_test(unpack_undoes_pack),
         cmocka_unit_test(refusals),
         cmocka_unit_test(order_is_a_permutation),
+        cmocka_unit_test(plain_order),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,514 @@
+// linear_codes.cu - linears of 8-bit operands on Hopper: y^T = W x^T by wgmma, W and x as codes in
+// plain order, both fed to the tensor cores through shared memory by the copy engine.
+//
+//   tile     128 rows of W x NT rows of x: a block of 64 rows a warpgroup, two neighbours, or a
+//            block of gate and the same of up
+//   step     128 inputs: a row of 128 bytes, and what one scale of FP8b covers
+//   cluster  S CTAs cut the inputs of a tile; each then adds S partial sums of its share of the x
+//            rows, read from the others' shared memory in rank order: the same bits in every run
+//
+// FP8 products are summed in the tensor core over one step only, whose sums keep fewer bits than
+// f32 has, and added to f32 registers after it. int8 sums are exact.
+//
+// Two copy warps fill a ring of W and a ring of x. W does not depend on the kernel before, so its
+// ring is asked for before that has ended.
+#include "linear_launch.h"
+#include "traits.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+#include "ptx_sm90_codes.cuh"
+#endif
+#include <cstring>
+#include <cuda.h>
+
+namespace {
+
+constexpr int kRows = 128, kStep = 128, kBlock = 64;
+constexpr int kConsumers = 256, kThreads = kConsumers + 64; // two warps copy
+constexpr int kPitch = kRows + 4; // of sums in shared memory: no bank conflicts
+constexpr int kClusterMost = 4;   // larger ones wait longer for their places than they save
+
+struct codes_args {
+    const float *w_scale, *x_scale;
+    const void *bias;
+    void *y;
+    int64_t ldy;
+    int32_t m, m_pad, n, k;
+    int32_t half;   // first row of up; n where not gated
+    int32_t w_step; // f32 between scales of two block rows, FP8b
+    linear_epilogue epilogue;
+    float limit;
+    bool gated, bf16, y_f32;
+};
+
+// Registers of two CTAs an SM, where they suffice.
+template <weight_format F, int NT> constexpr int ctas_per_sm = F == WF_FP8B &&NT == 64 ? 1 : 2;
+
+// Stages of W and of x; shared memory of two CTAs an SM.
+constexpr int kWBytes = kRows * kStep;
+template <int NT> constexpr int kXBytes = NT *kStep;
+template <int NT> constexpr int kWStages = NT <= 16 ? 6 : NT <= 32 ? 5 : 4;
+template <int NT> constexpr int kXStages = NT <= 8 ? 8 : NT <= 16 ? 6 : NT <= 32 ? 7 : 5;
+template <int NT> constexpr int ring_bytes = kWStages<NT> *kWBytes + kXStages<NT> *kXBytes<NT>;
+template <int NT> constexpr int sums_bytes = kPitch *NT * 4;
+template <int NT>
+constexpr int shared_bytes = 1024 +
+                             (ring_bytes<NT> > sums_bytes<NT> ? ring_bytes<NT> : sums_bytes<NT>);
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+
+__device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
+    if (!oai) return g / (1.f + expf(-g)) * u;
+    g = g > limit ? limit : g; // not fminf: NaN must stay
+    u = u > limit ? limit : u < -limit ? -limit : u;
+    return g / (1.f + expf(-1.702f * g)) * (u + 1.f);
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ uint4 peer_load(uint32_t at, uint32_t rank) {
+    uint32_t there;
+    uint4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(there)
+                 : "memory");
+    return v;
+}
+
+template <bool INT8> struct sum_of { using type = float; };
+template <> struct sum_of<true> { using type = int32_t; };
+
+// int8 sums stay in the tensor core's hands throughout.
+template <bool INT8, typename A, typename B>
+__device__ __forceinline__ auto &pick(A &acc, B &sums) {
+    if constexpr (INT8)
+        return acc;
+    else
+        return sums;
+}
+
+// As group_pin.
+template <int N> __device__ __forceinline__ void pin(float (&v)[N]) { group_pin(v); }
+template <int N> __device__ __forceinline__ void pin(int32_t (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(v[i])::"memory");
+}
+
+__device__ __forceinline__ float element_of(const void *p, int64_t i, bool bf16, bool f32) {
+    if (f32) return static_cast<const float *>(p)[i];
+    return bf16 ? to_f32(static_cast<const __nv_bfloat16 *>(p)[i])
+                : to_f32(static_cast<const __half *>(p)[i]);
+}
+
+__device__ __forceinline__ void store_four(const codes_args &a, int64_t at, const float *v) {
+    if (a.y_f32) {
+        *reinterpret_cast<float4 *>(static_cast<float *>(a.y) + at) =
+            make_float4(v[0], v[1], v[2], v[3]);
+        return;
+    }
+    alignas(8) uint16_t e[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        e[i] = a.bf16 ? __bfloat16_as_ushort(from_f32<__nv_bfloat16>(v[i]))
+                      : __half_as_ushort(from_f32<__half>(v[i]));
+    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(a.y) + at) =
+        *reinterpret_cast<const uint2 *>(e);
+}
+
+// A ring of stages: where the next one is, and how often the ring went round.
+template <int STAGES> struct ring_at {
+    uint32_t full, empty; // barriers, one a stage
+    int stage = 0, turn = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, turn ^= 1;
+    }
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full + stage * 8, turn); }
+    __device__ __forceinline__ void wait_empty() const { // passes the first time round
+        barrier_wait(empty + stage * 8, turn ^ 1);
+    }
+    __device__ __forceinline__ void release() const { barrier_arrive(empty + stage * 8); }
+};
+
+struct part { // of the inputs, and of the rows
+    int from, steps, row0, row1, m0;
+};
+
+template <int NT>
+__device__ __forceinline__ void copy_weights(const CUtensorMap *map, ring_at<kWStages<NT>> at,
+                                             uint32_t ring, const part &p) {
+    for (int i = 0; i < p.steps; i++, at.next()) {
+        const uint32_t to = ring + at.stage * kWBytes, bar = at.full + at.stage * 8;
+        at.wait_empty();
+        barrier_arrive_expect(bar, kWBytes);
+        copy_tile(to, map, (p.from + i) * kStep, p.row0, bar);
+        copy_tile(to + kBlock * kStep, map, (p.from + i) * kStep, p.row1, bar);
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void copy_inputs(const CUtensorMap *map, ring_at<kXStages<NT>> at,
+                                            uint32_t ring, const part &p) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+    wait_for_previous();
+    for (int i = 0; i < p.steps; i++, at.next()) {
+        const uint32_t bar = at.full + at.stage * 8;
+        at.wait_empty();
+        barrier_arrive_expect(bar, kXBytes<NT>);
+        copy_tile(ring + at.stage * kXBytes<NT>, map, (p.from + i) * kStep, p.m0, bar);
+    }
+}
+
+// x rows of one group of wgmma: all, but where their sums, those of the steps before and the scales
+// of FP8b do not fit the registers of two CTAs an SM.
+template <weight_format F, int NT> constexpr int kGroup = F == WF_FP8B &&NT == 64 ? 32 : NT;
+
+// acc += the sums of one step: x rows of a group, from c on.
+template <weight_format F, int NT, typename S, int N>
+__device__ __forceinline__ void add_step(S (&acc)[NT / 2], const S (&sums)[N], int c, float w_scale,
+                                         const float *x_scale, int m_left) {
+#pragma unroll
+    for (int i = 0; i < N && F == WF_FP8; i++) acc[c + i] += sums[i];
+#pragma unroll
+    for (int i = 0; i < N && F == WF_FP8B; i += 4) { // m_pad is a multiple of 4
+        const int m = (c + i) * 2;
+        float2 x = make_float2(0, 0);
+        if (m < m_left) x = *reinterpret_cast<const float2 *>(x_scale + m);
+        acc[c + i] = fmaf(sums[i], w_scale * x.x, acc[c + i]);
+        acc[c + i + 1] = fmaf(sums[i + 1], w_scale * x.y, acc[c + i + 1]);
+        acc[c + i + 2] = fmaf(sums[i + 2], w_scale * x.x, acc[c + i + 2]);
+        acc[c + i + 3] = fmaf(sums[i + 3], w_scale * x.y, acc[c + i + 3]);
+    }
+}
+
+// Sums of this CTA's steps for the warpgroup's block, whose first row is row0: acc holds rows
+// 16 (warp % 4) + g and + 8, columns 8 j + 2 t, + 1.
+template <weight_format F, int NT>
+__device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::type (&acc)[NT / 2],
+                                               const codes_args &a, ring_at<kWStages<NT>> w_at,
+                                               uint32_t w_ring, ring_at<kXStages<NT>> x_at,
+                                               uint32_t x_ring, const part &p, int row0) {
+    constexpr bool kInt8 = F == WF_INT8;
+    constexpr int kX = kGroup<F, NT>;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int strip = row0 + 16 * (warp % 4); // never in two rows of 128 x 128 blocks
+    const int m = p.m0 + lane % 4 * 2;
+    const float *w_scale = a.w_scale + (int64_t)(strip / 128) * a.w_step + p.from;
+    const float *x_scale = a.x_scale + (int64_t)p.from * a.m_pad + m;
+    if (F == WF_FP8B) wait_for_previous(); // scales of x
+    for (int i = 0; i < p.steps; i++, w_at.next(), x_at.next()) {
+        const uint32_t w = w_ring + w_at.stage * kWBytes + warp / 4 * kBlock * kStep;
+        const uint32_t x = x_ring + x_at.stage * kXBytes<NT>;
+        const float w_now = F == WF_FP8B && strip < a.n ? w_scale[i] : 0.f;
+        w_at.wait_full();
+        x_at.wait_full();
+#pragma unroll
+        for (int c = 0; c < NT; c += kX) {
+            typename sum_of<kInt8>::type sums[kX / 2];
+            auto &d = pick<kInt8>(acc, sums);
+            pin(d);
+            group_fence();
+#pragma unroll
+            for (int q = 0; q < kStep / 32; q++)
+                multiply_codes<kInt8, kX>::run(d, group_descriptor(w + q * 32),
+                                               group_descriptor(x + c * kStep + q * 32),
+                                               kInt8 || q > 0);
+            group_commit();
+            group_wait<0>();
+            pin(d);
+            if (c + kX == NT && lane == 0) {
+                w_at.release();
+                x_at.release();
+            }
+            add_step<F, NT>(acc, sums, c / 2, w_now, x_scale, a.m_pad - m);
+        }
+        x_scale += a.m_pad;
+    }
+}
+
+constexpr int kEach = 8; // rows of W of a thread in what follows
+
+// What sums of kEach rows of W from n on are multiplied with, and what is added.
+struct channels {
+    float scale[kEach], bias[kEach];
+};
+template <weight_format F>
+__device__ __forceinline__ channels channels_of(const codes_args &a, int n) {
+    channels c;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        c.scale[i] = F != WF_FP8B && n < a.n ? a.w_scale[n + i] : 1.f;
+        c.bias[i] = a.bias && n < a.n ? element_of(a.bias, n + i, a.bf16, false) : 0.f;
+    }
+    return c;
+}
+
+// The sums of all CTAs of the cluster for one x row, scaled, with bias. All are asked for before
+// the first is added.
+template <weight_format F>
+__device__ __forceinline__ void add_up(float (&v)[kEach], const channels &c, uint32_t at, int ranks,
+                                       float x_scale) {
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+        uint4 u[kClusterMost];
+#pragma unroll
+        for (int r = 0; r < kClusterMost; r++)
+            u[r] =
+                r < ranks ? peer_load(at + (uint32_t)i * 4, (uint32_t)r) : make_uint4(0, 0, 0, 0);
+        if constexpr (F == WF_INT8) {
+            int s[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int r = 0; r < kClusterMost; r++)
+                s[0] += (int)u[r].x, s[1] += (int)u[r].y, s[2] += (int)u[r].z, s[3] += (int)u[r].w;
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[i + e] = (float)s[e];
+        } else {
+            float s[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int r = 0; r < kClusterMost; r++) {
+                s[0] += __uint_as_float(u[r].x), s[1] += __uint_as_float(u[r].y);
+                s[2] += __uint_as_float(u[r].z), s[3] += __uint_as_float(u[r].w);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[i + e] = s[e];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) v[i] = v[i] * (x_scale * c.scale[i]) + c.bias[i];
+}
+
+// From the sums of the cluster to y: this CTA's share of the `rows` x rows of the tile.
+template <weight_format F>
+__device__ __forceinline__ void finish(const codes_args &a, uint32_t sums, const part &p, int ranks,
+                                       int rank, int rows) {
+    const int wide = (a.gated ? kBlock : kRows) / kEach; // threads of an output row
+    const int i = (int)threadIdx.x % wide * kEach;       // row of W in the tile
+    const int n = i < kBlock ? p.row0 + i : p.row1 + i - kBlock;
+    const bool inside = n < (a.gated ? a.half : a.n);
+    const channels own = channels_of<F>(a, n);
+    const channels up = a.gated ? channels_of<F>(a, a.half + n) : own;
+    wait_for_previous(); // scales of x, and y
+    cluster_sync();
+    for (int m = rank + (int)threadIdx.x / wide * ranks; m < rows && inside;
+         m += kThreads / wide * ranks) {
+        const float x_scale = F == WF_FP8B ? 1.f : a.x_scale[p.m0 + m];
+        const uint32_t from = sums + (uint32_t)(m * kPitch + i) * 4;
+        const int64_t at = (int64_t)(p.m0 + m) * a.ldy + n;
+        float v[kEach];
+        add_up<F>(v, own, from, ranks, x_scale);
+        if (a.gated) {
+            float u[kEach];
+            add_up<F>(u, up, from + kBlock * 4, ranks, x_scale);
+#pragma unroll
+            for (int e = 0; e < kEach; e++)
+                v[e] = gate(v[e], u[e], a.epilogue == LINEAR_GATED_OAI, a.limit);
+        } else if (a.epilogue == LINEAR_RESIDUAL) {
+#pragma unroll
+            for (int e = 0; e < kEach; e++) v[e] += element_of(a.y, at + e, a.bf16, a.y_f32);
+        }
+        store_four(a, at, v);
+        store_four(a, at + 4, v + 4);
+    }
+}
+
+#endif
+
+// Grid: (S in a cluster, tiles of W, tiles of x).
+template <weight_format F, int NT>
+__global__ void __launch_bounds__(kThreads, 2)
+    linear_codes(const codes_args a, const __grid_constant__ CUtensorMap w_map,
+                 const __grid_constant__ CUtensorMap x_map) {
+#if __CUDA_ARCH__ == 900
+    extern __shared__ uint8_t shared[];
+    __shared__ uint64_t barriers[2 * (kWStages<NT> + kXStages<NT>)];
+    using S = typename sum_of<F == WF_INT8>::type;
+    const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
+    const uint32_t x_ring = ring + kWStages<NT> * kWBytes, bars = shared_address(barriers);
+    ring_at<kWStages<NT>> w_at;
+    ring_at<kXStages<NT>> x_at;
+    w_at.full = bars;
+    w_at.empty = bars + kWStages<NT> * 8;
+    x_at.full = bars + kWStages<NT> * 16;
+    x_at.empty = bars + (2 * kWStages<NT> + kXStages<NT>)*8;
+    const int ranks = (int)cluster_size(), rank = (int)cluster_rank();
+    const int all = (a.k + kStep - 1) / kStep, warp = (int)threadIdx.x / 32;
+    part p;
+    p.from = all * rank / ranks;
+    p.steps = all * (rank + 1) / ranks - p.from;
+    p.row0 = (int)blockIdx.y * (a.gated ? kBlock : kRows);
+    p.row1 = p.row0 + (a.gated ? a.half : kBlock);
+    p.m0 = (int)blockIdx.z * NT;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kWStages<NT>; i++) {
+            barrier_init(w_at.full + i * 8, 1);
+            barrier_init(w_at.empty + i * 8, kConsumers / 32);
+        }
+        for (int i = 0; i < kXStages<NT>; i++) {
+            barrier_init(x_at.full + i * 8, 1);
+            barrier_init(x_at.empty + i * 8, kConsumers / 32);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    launch_dependents();
+    if (warp >= kConsumers / 32) {
+        if (threadIdx.x == kConsumers) copy_weights<NT>(&w_map, w_at, ring, p);
+        if (threadIdx.x == kConsumers + 32) copy_inputs<NT>(&x_map, x_at, x_ring, p);
+        __syncwarp();
+    } else {
+        S acc[NT / 2];
+#pragma unroll
+        for (int i = 0; i < NT / 2; i++) acc[i] = 0;
+        multiply_steps<F, NT>(acc, a, w_at, ring, x_at, x_ring, p, warp < 4 ? p.row0 : p.row1);
+        // All stages have been read: their place takes the sums, [NT][kPitch].
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+        const int lane = (int)threadIdx.x % 32;
+        S *sums = reinterpret_cast<S *>(shared + (ring - shared_address(shared)));
+#pragma unroll
+        for (int c = 0; c < NT / 2; c++)
+            sums[(c / 4 * 8 + lane % 4 * 2 + c % 2) * kPitch + warp * 16 + lane / 4 +
+                 c / 2 % 2 * 8] = acc[c];
+    }
+    finish<F>(a, ring, p, ranks, rank, min(NT, a.m - p.m0));
+    cluster_sync(); // the others have read
+#endif
+}
+
+// --- Launch -------------------------------------------------------------------------------------
+
+using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// codes [rows, k] in boxes of [box_rows, 128]; what lies outside reads as zero.
+status encode(CUtensorMap *map, const void *codes, int32_t rows, int32_t k, int box_rows) {
+    static encode_fn function = nullptr;
+    if (!function) {
+        void *f = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t e =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
+            return FAIL(ST_DEVICE, "the driver has no tensor maps");
+        function = reinterpret_cast<encode_fn>(f);
+    }
+    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)k};
+    const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult r =
+        function(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(codes), size, stride,
+                 box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of codes: error %d", (int)r);
+}
+
+// CTAs that share the inputs of one of `tiles`: the most for which all clusters run at once, which
+// the GPU's division into groups of SMs decides, with at least two steps each.
+template <typename K>
+status cluster_for(int32_t *size, int (&at_once)[kClusterMost + 1], K kernel,
+                   cudaLaunchConfig_t config, int32_t tiles, int32_t steps) {
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    *size = 1;
+    for (int32_t s = 2; s <= kClusterMost && s <= steps / 2; s++) {
+        cluster.val.clusterDim.x = (unsigned)s;
+        config.gridDim = dim3((unsigned)s);
+        int n = at_once[s];
+        if (n == 0) {
+            const cudaError_t e = cudaOccupancyMaxActiveClusters(&n, kernel, &config);
+            if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
+            at_once[s] = n;
+        }
+        if (tiles <= n) *size = s;
+    }
+    return ST_OK;
+}
+
+template <weight_format F, int NT>
+status launch(const codes_args &a, const void *w, const void *x, cudaStream_t stream) {
+    const auto kernel = linear_codes<F, NT>;
+    CUtensorMap w_map, x_map;
+    TRY(encode(&w_map, w, a.n, a.k, kBlock));
+    TRY(encode(&x_map, x, a.m_pad, a.k, NT));
+    const int32_t rows = a.gated ? a.half : a.n, tile = a.gated ? kBlock : kRows;
+    const int32_t tiles = (rows + tile - 1) / tile, m_tiles = (a.m + NT - 1) / NT;
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<NT>);
+    if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
+    cudaLaunchConfig_t config = {};
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes<NT>;
+    config.stream = stream;
+    static int at_once[kClusterMost + 1]; // clusters of a size that run; 0: not asked yet
+    int32_t s;
+    TRY(cluster_for(&s, at_once, kernel, config, tiles * m_tiles, (a.k + kStep - 1) / kStep));
+    cudaLaunchAttribute attrs[2];
+    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attrs[0].val.programmaticStreamSerializationAllowed = 1;
+    attrs[1].id = cudaLaunchAttributeClusterDimension;
+    attrs[1].val.clusterDim.x = (unsigned)s;
+    attrs[1].val.clusterDim.y = attrs[1].val.clusterDim.z = 1;
+    config.gridDim = dim3((unsigned)s, (unsigned)tiles, (unsigned)m_tiles);
+    config.attrs = attrs;
+    config.numAttrs = 2;
+    e = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
+}
+
+struct instance {
+    const char *name;
+    weight_format format;
+    int32_t rows_x;
+    status (*launch)(const codes_args &, const void *, const void *, cudaStream_t);
+};
+
+#define CODES_INSTANCES(X) X(8) X(16) X(32) X(64)
+#define ROWS(NT)                                                                                   \
+    {"codes_" #NT, WF_INT8, NT, launch<WF_INT8, NT>},                                              \
+        {"codes_" #NT, WF_FP8, NT, launch<WF_FP8, NT>},                                            \
+        {"codes_" #NT, WF_FP8B, NT, launch<WF_FP8B, NT>},
+const instance instances[] = {CODES_INSTANCES(ROWS)};
+
+} // namespace
+
+extern "C" status linear_codes_launch(const char *name, const linear_problem *p, int32_t row,
+                                      int32_t m, const void *code, const float *x_scale,
+                                      int32_t m_pad, kernel_stream stream) {
+    const linear_weight *w = p->w;
+    codes_args a = {};
+    a.w_scale = static_cast<const float *>(w->scale);
+    a.x_scale = x_scale;
+    a.bias = w->bias;
+    a.y = static_cast<uint8_t *>(p->y) + row * p->ldy * (p->y_type == DT_F32 ? 4 : 2);
+    a.ldy = p->ldy;
+    a.m = m;
+    a.m_pad = m_pad;
+    a.n = w->n;
+    a.k = w->k;
+    a.gated = p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
+    a.half = a.gated ? w->n / 2 : w->n;
+    a.w_step = linear_plain_stride(w->k);
+    a.epilogue = p->epilogue;
+    a.limit = p->limit;
+    a.bf16 = w->type == DT_BF16;
+    a.y_f32 = p->y_type == DT_F32;
+    for (const instance &i : instances)
+        if (i.format == w->format && strcmp(i.name, name) == 0)
+            return i.launch(a, w->code, code, stream);
+    return FAIL(ST_UNSUPPORTED, "no kernel %s of W%s", name, weight_format_text(w->format));
+}

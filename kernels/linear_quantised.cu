@@ -1,0 +1,306 @@
+// linear_quantised.cu - linears whose x is quantised to 8 bits. Two routes:
+//
+//   plain    x becomes codes and scales; a product of 8-bit operands. After cuBLASLt's, a pass over
+//            the sums where they are not y yet: scales of int32 sums, bias, gate, residual
+//   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16
+//
+// Space of the plain route holds a part of the rows of x at a time: codes, scales, sums.
+#include "linear_launch.h"
+#include "quantize.h"
+#include "traits.cuh"
+
+#include <cstring>
+
+namespace {
+
+constexpr int32_t kRowsMost = 4096;
+constexpr int64_t kSumsBytes = 128 << 20;
+constexpr int kThreads = 256, kEach = 4; // columns of a thread
+
+bool gated(const linear_problem *p) {
+    return p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Rows of x at a time for a problem of m rows: equal parts, sums of each within kSumsBytes.
+int32_t rows_at_once(const linear_weight *w, int32_t m) {
+    int64_t most = kSumsBytes / (4ll * w->n) / 16 * 16;
+    most = most > kRowsMost ? kRowsMost : most < 16 ? 16 : most;
+    const int64_t parts = (m + most - 1) / most;
+    return (int32_t)(((m + parts - 1) / parts + 15) / 16 * 16);
+}
+
+struct plain_space {
+    uint8_t *code;
+    float *scale;
+    void *sums;
+    int64_t bytes;
+};
+
+plain_space lay(const linear_weight *w, int32_t rows, void *base) {
+    const int64_t scales = w->format == WF_FP8B ? (w->k + 127) / 128 : 1;
+    plain_space s;
+    s.code = static_cast<uint8_t *>(base);
+    s.scale = reinterpret_cast<float *>(s.code + aligned((int64_t)rows * w->k));
+    s.sums = reinterpret_cast<uint8_t *>(s.scale) + aligned(rows * scales * 4);
+    s.bytes = static_cast<uint8_t *>(s.sums) - s.code + aligned((int64_t)rows * w->n * 4);
+    return s;
+}
+
+// --- From sums to y ----------------------------------------------------------------------------
+
+struct finish_args {
+    const void *sums; // [m, n]: int32, or already scaled in the type of y
+    void *y;
+    const void *bias;
+    const float *x_scale, *w_scale; // of int32 sums
+    int64_t ldy;
+    int32_t m, n, n_out;
+    linear_epilogue epilogue;
+    float limit;
+};
+
+template <typename S> __device__ __forceinline__ void four(float (&v)[kEach], const S *p);
+template <> __device__ __forceinline__ void four<int32_t>(float (&v)[kEach], const int32_t *p) {
+    const int4 w = *reinterpret_cast<const int4 *>(p);
+    v[0] = (float)w.x, v[1] = (float)w.y, v[2] = (float)w.z, v[3] = (float)w.w;
+}
+template <> __device__ __forceinline__ void four<float>(float (&v)[kEach], const float *p) {
+    const float4 w = *reinterpret_cast<const float4 *>(p);
+    v[0] = w.x, v[1] = w.y, v[2] = w.z, v[3] = w.w;
+}
+template <typename S> __device__ __forceinline__ void four(float (&v)[kEach], const S *p) {
+    const uint2 w = *reinterpret_cast<const uint2 *>(p);
+    const S *e = reinterpret_cast<const S *>(&w);
+    for (int i = 0; i < kEach; i++) v[i] = to_f32(e[i]);
+}
+
+template <typename Y> __device__ __forceinline__ void put(Y *p, const float (&v)[kEach]) {
+    alignas(8) Y e[kEach];
+    for (int i = 0; i < kEach; i++) e[i] = from_f32<Y>(v[i]);
+    *reinterpret_cast<uint2 *>(p) = *reinterpret_cast<const uint2 *>(e);
+}
+template <> __device__ __forceinline__ void put<float>(float *p, const float (&v)[kEach]) {
+    *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+// Row r, columns c .. c + 4 of x W^T + bias. T: of the weight, hence of bias.
+template <typename S, typename T>
+__device__ __forceinline__ void linear_part(float (&v)[kEach], const finish_args &a, int r, int c) {
+    four<S>(v, static_cast<const S *>(a.sums) + int64_t{r} * a.n + c);
+    if (a.x_scale) {
+        float w[kEach];
+        four<float>(w, a.w_scale + c);
+        for (int i = 0; i < kEach; i++) v[i] *= a.x_scale[r] * w[i];
+    }
+    if (a.bias) {
+        float b[kEach];
+        four<T>(b, static_cast<const T *>(a.bias) + c);
+        for (int i = 0; i < kEach; i++) v[i] += b[i];
+    }
+}
+
+// Not fminf and fmaxf: they would turn NaN into the limit and hide it.
+__device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
+    if (!oai) return g / (1.f + expf(-g)) * u;
+    g = g > limit ? limit : g;
+    u = u > limit ? limit : u < -limit ? -limit : u;
+    return g / (1.f + expf(-1.702f * g)) * (u + 1.f);
+}
+
+template <typename S, typename T, typename Y>
+__global__ void __launch_bounds__(kThreads) finish(const finish_args a) {
+    const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    const int units = a.n_out / kEach, r = (int)(i / units), c = (int)(i % units) * kEach;
+    if (r >= a.m) return;
+    float v[kEach];
+    linear_part<S, T>(v, a, r, c);
+    Y *y = static_cast<Y *>(a.y) + r * a.ldy + c;
+    if (a.epilogue == LINEAR_GATED || a.epilogue == LINEAR_GATED_OAI) {
+        float u[kEach];
+        linear_part<S, T>(u, a, r, c + a.n_out);
+        for (int j = 0; j < kEach; j++)
+            v[j] = gate(v[j], u[j], a.epilogue == LINEAR_GATED_OAI, a.limit);
+    } else if (a.epilogue == LINEAR_RESIDUAL) {
+        float before[kEach];
+        four<Y>(before, y);
+        for (int j = 0; j < kEach; j++) v[j] += before[j];
+    }
+    put<Y>(y, v);
+}
+
+template <typename T>
+status launch_finish(const finish_args &a, dtype sums, dtype y, cudaStream_t stream) {
+    const unsigned blocks = (unsigned)div_up((int64_t)a.m * (a.n_out / kEach), kThreads);
+    auto *const kernel = sums == DT_I32
+                             ? (y == DT_F32 ? finish<int32_t, T, float> : finish<int32_t, T, T>)
+                             : (y == DT_F32 ? finish<float, T, float> : finish<T, T, T>);
+    kernel<<<blocks, kThreads, 0, stream>>>(a);
+    return launched("linear: sums to y");
+}
+
+// --- Routes ------------------------------------------------------------------------------------
+
+// Products of 8-bit operands; where linear_tuned.def has nothing, best first for up to `rows` rows.
+struct variant {
+    const char *name;
+    int32_t rank; // of cuBLASLt's suggestions; -1: linear_codes
+    int32_t rows;
+};
+constexpr int32_t kAny = 1 << 30;
+const variant variants[] = {{"codes_8", -1, 8},      {"codes_16", -1, 16},
+                            {"codes_32", -1, 32},    {"codes_64", -1, 64},
+                            {"cublaslt", 0, kAny},   {"cublaslt_1", 1, kAny},
+                            {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny},
+                            {"cublaslt_4", 4, kAny}, {"cublaslt_5", 5, kAny}};
+
+const variant *named(const char *name) {
+    for (const variant &v : variants)
+        if (strcmp(v.name, name) == 0) return &v;
+    return nullptr;
+}
+
+const variant *choose(const linear_problem *p) {
+    const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
+    const variant *found = name ? named(name) : nullptr;
+    if (found) return found;
+    for (const variant &v : variants)
+        if (!p->kernel && p->m <= v.rows) return &v;
+    FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
+    return nullptr;
+}
+
+// Rows [row, row + m) of p, quantised into s; m_pad of them are multiplied.
+status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m,
+                  void *scratch, int64_t scratch_bytes, const variant *v, cudaStream_t stream) {
+    const linear_weight *w = p->w;
+    const bool int8 = w->format == WF_INT8;
+    const int32_t m_pad = w->format == WF_FP8B ? (m + 3) / 4 * 4 : m;
+    const int64_t x_size = 2, y_size = p->y_type == DT_F32 ? 4 : 2;
+    void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * y_size;
+    activation_quantiser q = {};
+    q.x = p->x_row ? p->x : static_cast<const uint8_t *>(p->x) + row * p->ldx * x_size;
+    q.ldx = p->ldx;
+    q.x_row = p->x_row ? p->x_row + row : nullptr;
+    q.m = m;
+    q.k = w->k;
+    q.group = w->format == WF_FP8B ? 128 : 0;
+    q.type = w->type;
+    q.act = p->act;
+    q.sm = p->sm;
+    q.code = s.code;
+    q.scale = s.scale;
+    q.m_pad = m_pad;
+    TRY(kernel_quantize_activation(&q, stream));
+    if (v->rank < 0) return linear_codes_launch(v->name, p, row, m, s.code, s.scale, m_pad, stream);
+    linear_product product = {};
+    product.format = w->format;
+    product.m = m_pad;
+    product.n = w->n;
+    product.k = w->k;
+    product.w = w->code;
+    product.x = s.code;
+    product.w_scale = static_cast<const float *>(w->scale);
+    product.x_scale = s.scale;
+    product.out = y;
+    product.out_type = p->y_type;
+    product.ldo = p->ldy;
+    product.workspace = scratch;
+    product.workspace_bytes = scratch_bytes;
+    product.rank = v->rank;
+    const bool whole = !int8 && p->epilogue == LINEAR_STORE && !w->bias && m_pad == m;
+    const bool addressable = ((uintptr_t)y | (uintptr_t)(p->ldy * y_size)) % 16 == 0;
+    if (whole && addressable) return linear_lt(&product, stream);
+    product.out = s.sums;
+    product.out_type = int8 ? DT_I32 : gated(p) ? w->type : p->y_type;
+    product.ldo = w->n;
+    TRY(linear_lt(&product, stream));
+    finish_args a = {};
+    a.sums = s.sums;
+    a.y = y;
+    a.bias = w->bias;
+    a.x_scale = int8 ? s.scale : nullptr;
+    a.w_scale = product.w_scale;
+    a.ldy = p->ldy;
+    a.m = m;
+    a.n = w->n;
+    a.n_out = gated(p) ? w->n / 2 : w->n;
+    a.epilogue = p->epilogue;
+    a.limit = p->limit;
+    return w->type == DT_BF16 ? launch_finish<__nv_bfloat16>(a, product.out_type, p->y_type, stream)
+                              : launch_finish<__half>(a, product.out_type, p->y_type, stream);
+}
+
+status plain(const linear_problem *p, void *space, void *scratch, int64_t scratch_bytes,
+             cudaStream_t stream) {
+    const variant *v = choose(p);
+    if (!v) return ST_UNSUPPORTED;
+    const int32_t rows = rows_at_once(p->w, p->m);
+    const plain_space s = lay(p->w, rows, space);
+    for (int32_t row = 0; row < p->m; row += rows) {
+        const int32_t m = p->m - row < rows ? p->m - row : rows;
+        TRY(plain_part(p, s, row, m, scratch, scratch_bytes, v, stream));
+    }
+    return ST_OK;
+}
+
+// The problem whose x is `space`, the weight being `w`.
+linear_problem of_values(const linear_problem *p, linear_weight *w, void *space) {
+    *w = *p->w;
+    w->act = AF_16;
+    linear_problem q = *p;
+    q.w = w;
+    q.act = AF_16;
+    q.x = space;
+    q.ldx = w->k;
+    return q;
+}
+
+status values(const linear_problem *p, void *space, cudaStream_t stream) {
+    activation_quantiser q = {};
+    q.x = p->x;
+    q.ldx = p->ldx;
+    q.m = p->x_row && p->x_rows ? p->x_rows : p->m;
+    q.k = p->w->k;
+    q.group = p->w->format == WF_FP8B ? 128 : 0;
+    q.type = p->w->type;
+    q.act = p->act;
+    q.sm = p->sm;
+    q.value = space;
+    TRY(kernel_quantize_activation(&q, stream));
+    linear_weight w;
+    const linear_problem r = of_values(p, &w, space);
+    return linear_launch_16(&r, stream);
+}
+
+} // namespace
+
+extern "C" const char *linear_quantised_name(int32_t i) {
+    return i < (int32_t)COUNT_OF(variants) ? variants[i].name : nullptr;
+}
+
+extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x) {
+    if (w->act == AF_16) return 0;
+    if (linear_plain(w)) return lay(w, rows_at_once(w, max_x), nullptr).bytes;
+    return aligned((int64_t)max_x * w->k * 2);
+}
+
+extern "C" const char *linear_quantised_choice(const linear_problem *p) {
+    if (linear_plain(p->w)) {
+        const variant *v = choose(p);
+        return v ? v->name : nullptr;
+    }
+    static thread_local char name[64];
+    linear_weight w;
+    const linear_problem r = of_values(p, &w, nullptr);
+    const char *kernel = linear_choice_16(&r);
+    if (kernel) snprintf(name, sizeof name, "values, %s", kernel);
+    return kernel ? name : nullptr;
+}
+
+extern "C" status linear_quantised(const linear_problem *p, void *space, void *scratch,
+                                   int64_t scratch_bytes, kernel_stream stream) {
+    return linear_plain(p->w) ? plain(p, space, scratch, scratch_bytes, stream)
+                              : values(p, space, stream);
+}
