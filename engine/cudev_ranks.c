@@ -357,6 +357,12 @@ static void ranks_explain(device *d, const char *what, const weight *w, int64_t 
     device_cuda.explain(g->rank[0], what, w ? share(w, 0) : NULL, n_rows, buf, n);
 }
 
+static status ranks_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops) {
+    ranks *g = self(d);
+    TRY(use(g, 0));
+    return cudev_ceilings(g->rank[0], read_bytes_per_s, matrix_flops);
+}
+
 static const device_ops device_ranks = {
     .name = "cuda",
     .virtual_time = false,
@@ -385,5 +391,6 @@ static const device_ops device_ranks = {
     .end = ranks_end,
     .read = ranks_read,
     .explain = ranks_explain,
+    .ceilings = ranks_ceilings,
     .linear_gated = ranks_linear_gated,
 };
