@@ -8,6 +8,7 @@
 
 #include <cuda_runtime_api.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { KERNELS_MAX = 64, SHAPES = 2, NAMES = 4 };

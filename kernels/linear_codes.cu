@@ -113,7 +113,7 @@ __device__ __forceinline__ float element_of(const void *p, int64_t i, bool bf16,
                 : to_f32(static_cast<const __half *>(p)[i]);
 }
 
-__device__ __forceinline__ void store_four(const codes_args &a, int64_t at, const float *v) {
+__device__ __forceinline__ void store_four(const codes_args &a, int64_t at, const float (&v)[4]) {
     if (a.y_f32) {
         *reinterpret_cast<float4 *>(static_cast<float *>(a.y) + at) =
             make_float4(v[0], v[1], v[2], v[3]);
@@ -238,88 +238,65 @@ __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::ty
     }
 }
 
-constexpr int kEach = 8; // rows of W of a thread in what follows
-
-// What sums of kEach rows of W from n on are multiplied with, and what is added.
-struct channels {
-    float scale[kEach], bias[kEach];
-};
+// Four rows of W of one x row: the sums of all CTAs of the cluster, scaled, with bias. All are
+// asked for before the first is added.
 template <weight_format F>
-__device__ __forceinline__ channels channels_of(const codes_args &a, int n) {
-    channels c;
+__device__ __forceinline__ void add_up(float (&v)[4], const codes_args &a, uint32_t at, int ranks,
+                                       int m, int n) {
+    uint4 part[kClusterMost];
 #pragma unroll
-    for (int i = 0; i < kEach; i++) {
-        c.scale[i] = F != WF_FP8B && n < a.n ? a.w_scale[n + i] : 1.f;
-        c.bias[i] = a.bias && n < a.n ? element_of(a.bias, n + i, a.bf16, false) : 0.f;
-    }
-    return c;
-}
-
-// The sums of all CTAs of the cluster for one x row, scaled, with bias. All are asked for before
-// the first is added.
-template <weight_format F>
-__device__ __forceinline__ void add_up(float (&v)[kEach], const channels &c, uint32_t at, int ranks,
-                                       float x_scale) {
-#pragma unroll
-    for (int i = 0; i < kEach; i += 4) {
-        uint4 u[kClusterMost];
+    for (int r = 0; r < kClusterMost; r++)
+        part[r] = r < ranks ? peer_load(at, (uint32_t)r) : make_uint4(0, 0, 0, 0);
+    if constexpr (F == WF_INT8) {
+        int4 s = make_int4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < kClusterMost; r++)
-            u[r] =
-                r < ranks ? peer_load(at + (uint32_t)i * 4, (uint32_t)r) : make_uint4(0, 0, 0, 0);
-        if constexpr (F == WF_INT8) {
-            int s[4] = {0, 0, 0, 0};
+            s.x += (int)part[r].x, s.y += (int)part[r].y, s.z += (int)part[r].z,
+                s.w += (int)part[r].w;
+        v[0] = (float)s.x, v[1] = (float)s.y, v[2] = (float)s.z, v[3] = (float)s.w;
+    } else {
+        v[0] = v[1] = v[2] = v[3] = 0;
 #pragma unroll
-            for (int r = 0; r < kClusterMost; r++)
-                s[0] += (int)u[r].x, s[1] += (int)u[r].y, s[2] += (int)u[r].z, s[3] += (int)u[r].w;
-#pragma unroll
-            for (int e = 0; e < 4; e++) v[i + e] = (float)s[e];
-        } else {
-            float s[4] = {0, 0, 0, 0};
-#pragma unroll
-            for (int r = 0; r < kClusterMost; r++) {
-                s[0] += __uint_as_float(u[r].x), s[1] += __uint_as_float(u[r].y);
-                s[2] += __uint_as_float(u[r].z), s[3] += __uint_as_float(u[r].w);
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++) v[i + e] = s[e];
+        for (int r = 0; r < kClusterMost; r++) {
+            v[0] += __uint_as_float(part[r].x), v[1] += __uint_as_float(part[r].y);
+            v[2] += __uint_as_float(part[r].z), v[3] += __uint_as_float(part[r].w);
         }
     }
+    if (F != WF_FP8B) {
+        const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
+        const float x = a.x_scale[m];
+        v[0] *= x * w.x, v[1] *= x * w.y, v[2] *= x * w.z, v[3] *= x * w.w;
+    }
+    if (!a.bias) return;
 #pragma unroll
-    for (int i = 0; i < kEach; i++) v[i] = v[i] * (x_scale * c.scale[i]) + c.bias[i];
+    for (int i = 0; i < 4; i++) v[i] += element_of(a.bias, n + i, a.bf16, false);
 }
 
-// From the sums of the cluster to y: this CTA's share of the `rows` x rows of the tile.
 template <weight_format F>
 __device__ __forceinline__ void finish(const codes_args &a, uint32_t sums, const part &p, int ranks,
                                        int rank, int rows) {
-    const int wide = (a.gated ? kBlock : kRows) / kEach; // threads of an output row
-    const int i = (int)threadIdx.x % wide * kEach;       // row of W in the tile
+    const int wide = a.gated ? kBlock / 4 : kRows / 4; // fours of an output row
+    const int per = kThreads / wide;                   // x rows at a time
+    const int i = (int)threadIdx.x % wide * 4;         // row of W in the tile
+    const int end = a.gated ? a.half : a.n;
     const int n = i < kBlock ? p.row0 + i : p.row1 + i - kBlock;
-    const bool inside = n < (a.gated ? a.half : a.n);
-    const channels own = channels_of<F>(a, n);
-    const channels up = a.gated ? channels_of<F>(a, a.half + n) : own;
-    wait_for_previous(); // scales of x, and y
-    cluster_sync();
-    for (int m = rank + (int)threadIdx.x / wide * ranks; m < rows && inside;
-         m += kThreads / wide * ranks) {
-        const float x_scale = F == WF_FP8B ? 1.f : a.x_scale[p.m0 + m];
-        const uint32_t from = sums + (uint32_t)(m * kPitch + i) * 4;
+    for (int m = rank + (int)threadIdx.x / wide * ranks; m < rows; m += per * ranks) {
+        if (n >= end) continue;
+        float v[4];
+        add_up<F>(v, a, sums + (uint32_t)(m * kPitch + i) * 4, ranks, p.m0 + m, n);
         const int64_t at = (int64_t)(p.m0 + m) * a.ldy + n;
-        float v[kEach];
-        add_up<F>(v, own, from, ranks, x_scale);
         if (a.gated) {
-            float u[kEach];
-            add_up<F>(u, up, from + kBlock * 4, ranks, x_scale);
+            float u[4];
+            add_up<F>(u, a, sums + (uint32_t)(m * kPitch + kBlock + i) * 4, ranks, p.m0 + m,
+                      a.half + n);
 #pragma unroll
-            for (int e = 0; e < kEach; e++)
+            for (int e = 0; e < 4; e++)
                 v[e] = gate(v[e], u[e], a.epilogue == LINEAR_GATED_OAI, a.limit);
         } else if (a.epilogue == LINEAR_RESIDUAL) {
 #pragma unroll
-            for (int e = 0; e < kEach; e++) v[e] += element_of(a.y, at + e, a.bf16, a.y_f32);
+            for (int e = 0; e < 4; e++) v[e] += element_of(a.y, at + e, a.bf16, a.y_f32);
         }
         store_four(a, at, v);
-        store_four(a, at + 4, v + 4);
     }
 }
 
@@ -381,6 +358,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             sums[(c / 4 * 8 + lane % 4 * 2 + c % 2) * kPitch + warp * 16 + lane / 4 +
                  c / 2 % 2 * 8] = acc[c];
     }
+    wait_for_previous(); // every thread that reads scales of x, or y
+    cluster_sync();
     finish<F>(a, ring, p, ranks, rank, min(NT, a.m - p.m0));
     cluster_sync(); // the others have read
 #endif

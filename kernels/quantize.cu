@@ -188,11 +188,10 @@ __device__ __forceinline__ float quotient(float x, float s, float r) {
     return fmaf(fmaf(-q, s, x), r, q);
 }
 
-// The scale s of a span, and what divides by it: x / s = (x shift) / t, r = 1 / t. The shift keeps x
-// and s clear of the ends of f32.
-struct divisor {
-    float s, shift, t, r;
-};
+// Power of two that x and s are multiplied by, to keep clear of the ends of f32.
+__device__ __forceinline__ float to_middle(float s) {
+    return s < 0x1p-90f ? 0x1p120f : s > 0x1p100f ? 0x1p-100f : 1.f;
+}
 
 // Eight elements of one span; amax: the largest magnitude of the span as bits of T.
 template <typename T, act_format A> struct eight {
@@ -202,12 +201,13 @@ template <typename T, act_format A> struct eight {
         const uint32_t a = __vmaxu2(w.x & 0x7fff7fffu, w.y & 0x7fff7fffu);
         return __vmaxu2(a, __vmaxu2(w.z & 0x7fff7fffu, w.w & 0x7fff7fffu));
     }
-    __device__ __forceinline__ uint2 codes(const divisor &d) const {
+    __device__ __forceinline__ uint2 codes(float s) const {
+        const float shift = to_middle(s), t = s * shift, r = __frcp_rn(t);
         uint32_t word[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
-            const float a = quotient(to_f32(x.v[i]) * d.shift, d.t, d.r);
-            const float b = quotient(to_f32(x.v[i + 1]) * d.shift, d.t, d.r);
+            const float a = quotient(to_f32(x.v[i]) * shift, t, r);
+            const float b = quotient(to_f32(x.v[i + 1]) * shift, t, r);
             uint32_t pair;
             if constexpr (A == AF_FP8)
                 pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
@@ -218,39 +218,35 @@ template <typename T, act_format A> struct eight {
         }
         return make_uint2(word[0], word[1]);
     }
-    __device__ __forceinline__ pack<T> values(const divisor &d) const {
-        const uint2 c = codes(d);
+    __device__ __forceinline__ pack<T> values(float s) const {
+        const uint2 c = codes(s);
         pack<T> y;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const uint32_t code = (i < 4 ? c.x : c.y) >> (i % 4 * 8) & 255;
             const float v = A == AF_FP8 ? f32_of_e4m3((uint8_t)code) : (float)(int8_t)code;
-            y.v[i] = from_f32<T>(v * d.s); // NaN where something was not finite
+            y.v[i] = from_f32<T>(v * s); // s is NaN where something was not finite
         }
         return y;
     }
 };
 
-template <typename T, act_format A> __device__ __forceinline__ divisor divisor_of(uint32_t amax) {
+template <typename T, act_format A> __device__ __forceinline__ float span_scale(uint32_t amax) {
     T top;
     *reinterpret_cast<uint16_t *>(&top) = (uint16_t)amax;
     const float a = to_f32(top);
-    divisor d;
-    d.s = a <= FLT_MAX ? f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f) : NAN;
-    d.shift = d.s < 0x1p-90f ? 0x1p120f : d.s > 0x1p100f ? 0x1p-100f : 1.f;
-    d.t = d.s * d.shift;
-    d.r = __frcp_rn(d.t);
-    return d;
+    if (!(a <= FLT_MAX)) return NAN;
+    return f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f);
 }
 
 template <typename T, act_format A>
 __device__ __forceinline__ void store_eight(const activation_quantiser &a, int row, int col,
-                                            const eight<T, A> &e, const divisor &d) {
+                                            const eight<T, A> &e, float s) {
     const int64_t at = int64_t{row} * a.k + col;
     if (a.value)
-        store_pack(static_cast<T *>(a.value) + at, e.values(d));
+        store_pack(static_cast<T *>(a.value) + at, e.values(s));
     else
-        *reinterpret_cast<uint2 *>(static_cast<uint8_t *>(a.code) + at) = e.codes(d);
+        *reinterpret_cast<uint2 *>(static_cast<uint8_t *>(a.code) + at) = e.codes(s);
 }
 
 __device__ __forceinline__ void begin_early() {
@@ -268,8 +264,7 @@ __device__ __forceinline__ const T *row_of(const activation_quantiser &a, int ro
 
 // A block a row. PER: vectors of eight that a thread holds.
 template <typename T, act_format A, int PER>
-__global__ void __launch_bounds__(1024, PER <= 4 ? 2 : 1)
-    quantize_rows(const activation_quantiser a) {
+__global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser a) {
     __shared__ uint32_t shared[32];
     const int row = (int)blockIdx.x, n = a.k / 8, warps = (int)blockDim.x / 32;
     eight<T, A> e[PER];
@@ -287,12 +282,12 @@ __global__ void __launch_bounds__(1024, PER <= 4 ? 2 : 1)
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
     __syncthreads();
     most = __reduce_max_sync(~0u, (int)threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0u);
-    const divisor d = divisor_of<T, A>(most);
-    if (threadIdx.x == 0 && !a.value) a.scale[row] = d.s;
+    const float s = span_scale<T, A>(most);
+    if (threadIdx.x == 0 && !a.value) a.scale[row] = s;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int v = (int)(threadIdx.x + i * blockDim.x);
-        if (v < n) store_eight(a, row, v * 8, e[i], d);
+        if (v < n) store_eight(a, row, v * 8, e[i], s);
     }
 }
 
@@ -309,12 +304,11 @@ __global__ void __launch_bounds__(kThreads) quantize_spans(const activation_quan
     if (row < a.m && col < a.k) e.x = load_pack(row_of<T>(a, row) + col);
     uint32_t most = e.magnitudes();
 #pragma unroll
-    for (int lane = 8; lane > 0; lane >>= 1)
-        most = __vmaxu2(most, __shfl_xor_sync(~0u, most, lane));
-    const divisor d = divisor_of<T, A>(max(most >> 16, most & 0xffffu));
+    for (int d = 8; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
+    const float s = span_scale<T, A>(max(most >> 16, most & 0xffffu));
     if (row >= rows) return;
-    if (threadIdx.x % 16 == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = d.s;
-    if (col < a.k) store_eight(a, row, col, e, d);
+    if (threadIdx.x % 16 == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = s;
+    if (col < a.k) store_eight(a, row, col, e, s);
 }
 
 template <typename T, act_format A>
