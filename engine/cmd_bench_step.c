@@ -139,6 +139,7 @@ static struct {
     const device_ops *own;
     float *logits; /* [max_tokens, X] */
     int64_t distinct, n_layers;
+    bool unclear; /* a NaN: the context of a device that has no noise for it */
 } routed;
 
 static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise) {
@@ -150,8 +151,10 @@ static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kin
         float *x = routed.logits + t * logits.cols;
         for (int32_t k = 0; k < top_k; k++) {
             int32_t best = 0;
-            for (int32_t e = 1; e < logits.cols; e++)
+            for (int32_t e = 0; e < logits.cols; e++) {
                 if (x[e] > x[best]) best = e;
+                routed.unclear |= isnan(x[e]);
+            }
             hit[best] = true;
             x[best] = -INFINITY;
         }
@@ -172,6 +175,7 @@ static status expert_share(engine *e, step_batch *s, double *share) {
     device_ops watched = *d->ops;
     routed.own = d->ops;
     routed.distinct = routed.n_layers = 0;
+    routed.unclear = false;
     routed.logits = mem_alloc((size_t)s->b.n_tokens * (size_t)c->n_experts, sizeof(float));
     if (!routed.logits) return FAIL(ST_NOMEM, "router logits of %d tokens", s->b.n_tokens);
     watched.moe_route = route_seen;
@@ -182,7 +186,8 @@ static status expert_share(engine *e, step_batch *s, double *share) {
     for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = &greedy;
     d->ops = routed.own;
     mem_free(routed.logits);
-    if (st == ST_OK) *share = (double)routed.distinct / (double)(routed.n_layers * c->n_experts);
+    if (st == ST_OK && !routed.unclear)
+        *share = (double)routed.distinct / (double)(routed.n_layers * c->n_experts);
     return st;
 }
 
