@@ -10,8 +10,8 @@ local DEVICE = { device = true }
 return {
   experiment = "e02 to e04 with --device cuda",
   title = "Predictions that were measured",
-  caption = "Points of sections 5 to 7 that were measured on the GPU at hand, beside the prediction "
-    .. "of the same point.",
+  caption = "Points of sections 5 to 7 that were measured on the GPU at hand, beside the "
+    .. "prediction of the same point.",
   build = function(data)
     local predicted, rows = {}, {}
     for _, row in ipairs(data.rows) do
