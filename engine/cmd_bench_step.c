@@ -4,8 +4,8 @@
  *   chunk     with --new N: the same with N tokens each
  *   prefill   with --prefill N besides: one sequence of N tokens, all in one step
  *
- * A step is what serving runs: forward_step, with its copies, its launches (a graph for decodes)
- * and the wait for the tokens. On cuda times are the median of the wall clock over many steps on
+ * A step is what serving runs, with its copies, its launches (a graph for decodes), and the tokens
+ * of each read while the next one runs. On cuda times are the median of the wall clock over many steps on
  * the same batch, whose pages are spread over the pool and hold noise apart from the step's own
  * tokens. On sim they are predicted.
  *
@@ -119,14 +119,21 @@ static status time_steps(engine *e, const batch *b, sampled *drawn, int32_t step
         us[0] = us[1] = us[2] = (double)cost * 1e-3;
         return ST_OK;
     }
+    /* Serving launches a step before it reads the tokens of the one before. */
+    const bool ahead = engine_device(e)->ops->launch != NULL;
+    if (ahead) TRY(forward_launch(f, b));
+    if (ahead) TRY(forward_launch(f, b));
+    if (ahead) TRY(forward_collect(f, drawn, &cost));
     const int64_t started = timeline_now_ns(&clock);
     int32_t n = 0;
     for (int64_t now = started; n < steps && (n < STEPS_LEAST || now < started + LONG_NS); n++) {
-        TRY(forward_step(f, b, drawn, &cost));
+        TRY(forward_launch(f, b));
+        TRY(forward_collect(f, drawn, &cost));
         const int64_t after = timeline_now_ns(&clock);
         t[n] = (double)(after - now) * 1e-3;
         now = after;
     }
+    if (ahead) TRY(forward_collect(f, drawn, &cost));
     qsort(t, (size_t)n, sizeof *t, ascending);
     us[0] = t[n / 2];
     us[1] = t[n / 4];
@@ -139,6 +146,7 @@ static struct {
     const device_ops *own;
     float *logits; /* [max_tokens, X] */
     int64_t distinct, n_layers;
+    bool unclear; /* a NaN: the context of a device that has no noise for it */
 } routed;
 
 static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise) {
@@ -150,8 +158,10 @@ static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kin
         float *x = routed.logits + t * logits.cols;
         for (int32_t k = 0; k < top_k; k++) {
             int32_t best = 0;
-            for (int32_t e = 1; e < logits.cols; e++)
+            for (int32_t e = 0; e < logits.cols; e++) {
                 if (x[e] > x[best]) best = e;
+                routed.unclear |= isnan(x[e]);
+            }
             hit[best] = true;
             x[best] = -INFINITY;
         }
@@ -172,6 +182,7 @@ static status expert_share(engine *e, step_batch *s, double *share) {
     device_ops watched = *d->ops;
     routed.own = d->ops;
     routed.distinct = routed.n_layers = 0;
+    routed.unclear = false;
     routed.logits = mem_alloc((size_t)s->b.n_tokens * (size_t)c->n_experts, sizeof(float));
     if (!routed.logits) return FAIL(ST_NOMEM, "router logits of %d tokens", s->b.n_tokens);
     watched.moe_route = route_seen;
@@ -182,7 +193,8 @@ static status expert_share(engine *e, step_batch *s, double *share) {
     for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = &greedy;
     d->ops = routed.own;
     mem_free(routed.logits);
-    if (st == ST_OK) *share = (double)routed.distinct / (double)(routed.n_layers * c->n_experts);
+    if (st == ST_OK && !routed.unclear)
+        *share = (double)routed.distinct / (double)(routed.n_layers * c->n_experts);
     return st;
 }
 

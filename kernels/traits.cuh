@@ -92,7 +92,10 @@ static inline status launched(const char *what) {
 
 // Dependent launch, on sm_90 and later: a kernel of launch_early may start while the one before it
 // in the stream still runs, hence reads and writes nothing of others, constants apart, before
-// follow_previous. That also lets the next one start, once every block has come here.
+// follow_previous. That also lets the next one start, once every block has come here. Some thread
+// of every such kernel must wait, so that the end of a kernel is the end of all before it.
+// Constants are what no kernel of the step writes: weights, and not the step's tables, which one
+// uploads.
 __device__ __forceinline__ void follow_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
