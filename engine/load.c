@@ -39,6 +39,7 @@ typedef struct loader {
     CURLM *multi;
     struct curl_slist *headers;
     char url[1024];
+    bool chat; /* the path's interface takes messages */
     int epoll, timer;
     timeline clock;
     int64_t curl_due_ns; /* -1 = nothing */
@@ -238,8 +239,10 @@ static status write_prompt(const loader *l, const request *r, text *out) {
 static status write_body(const loader *l, const request *r, text *out) {
     const sampling *s = &r->sampling;
     text_clear(out);
-    text_add(out, "{\"model\":\"%s\",\"prompt\":", l->report->model);
+    text_add(out, "{\"model\":\"%s\",\"%s\":", l->report->model,
+             l->chat ? "messages\":[{\"role\":\"user\",\"content" : "prompt");
     TRY(write_prompt(l, r, out));
+    if (l->chat) text_add(out, "}]");
     text_add(out,
              ",\"max_tokens\":%d,\"temperature\":%g,\"top_p\":%g,\"seed\":%lld,\"stream\":true,"
              "\"stream_options\":{\"include_usage\":true}",
@@ -483,6 +486,9 @@ static status run_loop(loader *l) {
 }
 
 static status open_loader(loader *l) {
+    l->chat = l->o->path && strstr(l->o->path, "/chat/");
+    if (l->chat && !l->o->tok)
+        return FAIL(ST_USAGE, "%s takes text: a tokenizer is needed", l->o->path);
     l->multi = curl_multi_init();
     l->headers = make_headers(l->o);
     l->epoll = epoll_create1(EPOLL_CLOEXEC);

@@ -963,6 +963,16 @@ static void the_load_generator_counts_right(void **state) {
     assert_ok(metrics_compute(&m, log, 50, NULL));
     assert_int_equal(m.n_completed, 50);
     assert_true(m.max_concurrency <= 2);
+    /* The same as messages: the template adds tokens to every prompt. */
+    const load_options chat = {.url = f->url, .path = "/v1/chat/completions", .tok = f->tok};
+    const int64_t plain = m.prompt_tokens;
+    assert_ok(load_run(&r, &a, &chat, &w, log));
+    if (r.n_failed) fail_msg("%s", r.failure);
+    assert_ok(metrics_compute(&m, log, 50, NULL));
+    assert_int_equal(m.output_tokens, w.output_tokens);
+    assert_more((double)m.prompt_tokens, (double)plain);
+    const load_options silent = {.url = f->url, .path = "/v1/chat/completions"};
+    assert_status(load_run(&r, &a, &silent, &w, log), ST_USAGE);
     const load_options nobody = {.url = "http://127.0.0.1:1"};
     assert_status(load_run(&r, &a, &nobody, &w, log), ST_IO);
     arena_close(&a);
