@@ -184,7 +184,8 @@ int cmd_bench_serve(int argc, char **argv) {
                    .timeout_s = 0};
     const cli_option options[] = {
         {"--url", CLI_TEXT, &a.url, "URL", "http://127.0.0.1:8000"},
-        {"--path", CLI_TEXT, &a.path, "PATH", "/v1/completions"},
+        {"--path", CLI_TEXT, &a.path, "PATH",
+         "/v1/completions; /v1/chat/completions sends messages"},
         {"--model", CLI_TEXT, &a.model, "NAME", "the first of /v1/models"},
         {"--api-key", CLI_TEXT, &a.api_key, "KEY", "sent as a bearer token"},
         {"--workload", CLI_TEXT, &a.workload, "W",

@@ -39,6 +39,7 @@ typedef struct loader {
     CURLM *multi;
     struct curl_slist *headers;
     char url[1024];
+    bool chat; /* the path's interface takes messages */
     int epoll, timer;
     timeline clock;
     int64_t curl_due_ns; /* -1 = nothing */
@@ -238,8 +239,10 @@ static status write_prompt(const loader *l, const request *r, text *out) {
 static status write_body(const loader *l, const request *r, text *out) {
     const sampling *s = &r->sampling;
     text_clear(out);
-    text_add(out, "{\"model\":\"%s\",\"prompt\":", l->report->model);
+    text_add(out, "{\"model\":\"%s\",\"%s\":", l->report->model,
+             l->chat ? "messages\":[{\"role\":\"user\",\"content" : "prompt");
     TRY(write_prompt(l, r, out));
+    if (l->chat) text_add(out, "}]");
     text_add(out,
              ",\"max_tokens\":%d,\"temperature\":%g,\"top_p\":%g,\"seed\":%lld,\"stream\":true,"
              "\"stream_options\":{\"include_usage\":true}",
@@ -333,6 +336,22 @@ static status spread_tokens(loader *l, const transfer *t, request_log *log) {
     return ST_OK;
 }
 
+/* What usage tells, else what was counted. */
+static status take_result(loader *l, const transfer *t, request_log *log) {
+    log->n_output = t->usage_tokens > 0 ? (int32_t)t->usage_tokens : t->n_events;
+    if (t->usage_prompt > 0) log->n_prompt = (int32_t)t->usage_prompt;
+    if (t->usage_cached > 0) log->n_cached = (int32_t)t->usage_cached;
+    log->first_token_ns = t->event_ns[0];
+    log->finish_ns = t->event_ns[t->n_events - 1];
+    log->finish = t->stopped ? FINISH_STOP : FINISH_LENGTH;
+    return spread_tokens(l, t, log);
+}
+
+/* Numbers that the request cannot have had. */
+static bool usage_is_wrong(const transfer *t, int32_t max_new) {
+    return t->usage_tokens > max_new || t->usage_prompt > INT32_MAX || t->usage_cached > INT32_MAX;
+}
+
 static status finish(loader *l, transfer *t, CURLcode code) {
     request_log *log = &l->log[t->at];
     long http = 0;
@@ -346,6 +365,8 @@ static status finish(loader *l, transfer *t, CURLcode code) {
     }
     if (t->n_events == 0) fail_transfer(t, "a stream without a token");
     if (t->no_memory) fail_transfer(t, "out of memory");
+    if (usage_is_wrong(t, l->w->request[t->at].max_new))
+        fail_transfer(t, "usage tells of more tokens than were asked for");
     l->report->n_events += t->n_events;
     if (t->failed) {
         log->finish = FINISH_REFUSED;
@@ -355,14 +376,7 @@ static status finish(loader *l, transfer *t, CURLcode code) {
             snprintf(l->report->failure, sizeof l->report->failure, "%s", t->why);
         return ST_OK;
     }
-    log->n_output =
-        t->usage_tokens > 0 && t->usage_tokens < 1 << 28 ? (int32_t)t->usage_tokens : t->n_events;
-    if (t->usage_prompt > 0) log->n_prompt = (int32_t)t->usage_prompt;
-    if (t->usage_cached > 0) log->n_cached = (int32_t)t->usage_cached;
-    log->first_token_ns = t->event_ns[0];
-    log->finish_ns = t->event_ns[t->n_events - 1];
-    log->finish = t->stopped ? FINISH_STOP : FINISH_LENGTH;
-    return spread_tokens(l, t, log);
+    return take_result(l, t, log);
 }
 
 /* --- The loop
@@ -483,6 +497,9 @@ static status run_loop(loader *l) {
 }
 
 static status open_loader(loader *l) {
+    l->chat = l->o->path && strstr(l->o->path, "/chat/");
+    if (l->chat && !l->o->tok)
+        return FAIL(ST_USAGE, "%s takes text: a tokenizer is needed", l->o->path);
     l->multi = curl_multi_init();
     l->headers = make_headers(l->o);
     l->epoll = epoll_create1(EPOLL_CLOEXEC);

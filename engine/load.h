@@ -16,7 +16,8 @@
 
 typedef struct {
     const char *url;         /* "http://127.0.0.1:8000", without a path */
-    const char *path;        /* NULL = "/v1/completions" */
+    const char *path;        /* NULL = "/v1/completions"; with "/chat/" prompts go as a user's
+                                message, which needs tok */
     const char *model;       /* NULL = the first of /v1/models */
     const char *api_key;     /* NULL = none */
     const tokenizer *tok;    /* prompts are sent as text of this tokenizer; NULL: as token ids */

@@ -78,7 +78,8 @@ struct service {
     int32_t *free_slot, n_free, max_requests;
     int64_t round; /* so that an id does not come back */
     job_choice *touched;
-    bool quitting; /* what is cancelled now is cancelled by us */
+    int64_t prompt_tokens, generation_tokens; /* of requests that have begun to answer; all */
+    bool quitting;                            /* what is cancelled now is cancelled by us */
 };
 
 /* --- Jobs
@@ -206,6 +207,8 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     service *s = user;
     job_choice *c = s->slot[id % s->max_requests];
     bool stopped = false;
+    if (c->n_tokens == 0) s->prompt_tokens += c->n_prompt;
+    s->generation_tokens++;
     pthread_mutex_lock(&c->job->lock);
     if (push_token(s, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
     pthread_mutex_unlock(&c->job->lock);
@@ -230,7 +233,6 @@ static void count_finished(service *s, const request_log *log) {
     numbers *m = &s->numbers;
     pthread_mutex_lock(&s->lock);
     m->finished[log->finish]++;
-    m->generation_tokens += log->n_output;
     const bool ran = log->first_token_ns >= 0 && log->admit_ns >= 0;
     if (ran) {
         const double start = (double)log->arrival_ns, admit = (double)log->admit_ns,
@@ -242,7 +244,6 @@ static void count_finished(service *s, const request_log *log) {
             if (i != H_ITL) observe(&m->h[i], true, seconds[i] * 1e-9);
         for (int32_t i = 1; i < log->n_output; i++)
             observe(&m->h[H_ITL], true, (double)(log->token_ns[i] - log->token_ns[i - 1]) * 1e-9);
-        m->prompt_tokens += log->n_prompt;
         observe(&m->h[H_PROMPT], false, log->n_prompt);
         observe(&m->h[H_GENERATION], false, log->n_output);
     }
@@ -262,6 +263,8 @@ static void count_step(service *s, bool ran, int64_t fed) {
     m->cache_queries = kvpool_queries(p);
     m->cache_hits = kvpool_hits(p);
     m->preemptions = sched_preemptions(c);
+    m->prompt_tokens = s->prompt_tokens;
+    m->generation_tokens = s->generation_tokens;
     if (ran) {
         m->steps++;
         observe(&m->h[H_ITERATION], false, (double)fed);
@@ -320,10 +323,9 @@ void service_metrics(service *s, const char *name, text *out) {
          (double)m.cache_queries},
         {"vllm:prefix_cache_hits_total", "counter", "Prompt tokens found.", (double)m.cache_hits},
         {"vllm:num_preemptions_total", "counter", "Sequences put back.", (double)m.preemptions},
-        {"vllm:prompt_tokens_total", "counter", "Prompt tokens of ended requests.",
+        {"vllm:prompt_tokens_total", "counter", "Prompt tokens, counted at the first output.",
          (double)m.prompt_tokens},
-        {"vllm:generation_tokens_total", "counter", "Output tokens of ended requests.",
-         (double)m.generation_tokens},
+        {"vllm:generation_tokens_total", "counter", "Output tokens.", (double)m.generation_tokens},
         {"amalgam:kv_pages", "gauge", "Pages of the KV pool.", m.pages},
         {"amalgam:kv_pages_held", "gauge", "Pages that sequences hold.", m.pages_held},
         {"amalgam:jobs", "gauge", "HTTP requests in the engine's hands.", inbox},

@@ -4,17 +4,17 @@ local labels = require("labels")
 local M = { title = "accuracy (Table 1)" }
 
 M.note = " Accuracy is that of the same format on the tiny checkpoint: change of held-out "
-  .. "perplexity, greedy agreement with 16 bit."
+  .. "perplexity, KL divergence from 16 bit in millinats."
 
 ---@param precision string canonical name
----@return string "+0.39 %, 86.0 %", or "-" when e01 has no such row
+---@return string "+0.39 %, 2.84", or "-" when e01 has no such row
 function M.of(data, precision)
   local base = data:row("e01", { precision = labels.base })
   local row = data:row("e01", { precision = precision })
   local m = row and row.metrics
-  if not base or not m or not m.greedy_agreement then return "-" end
-  return ("%+.2f %%, %.1f %%"):format(100 * (m.perplexity / base.metrics.perplexity - 1),
-    100 * m.greedy_agreement)
+  if not base or not m or not m.kl_nats then return "-" end
+  return ("%+.2f %%, %.2f"):format(100 * (m.perplexity / base.metrics.perplexity - 1),
+    1000 * m.kl_nats)
 end
 
 --- A row for tables whose columns are formats.

@@ -538,15 +538,15 @@ static const char long_stream[] = "{\"prompt\":\"long %d\",\"max_tokens\":%d,\"s
 
 static void clients_that_leave_free_their_pages(void **state) {
     const fixture *f = *state;
-    const double before = metric(f->url, "vllm:request_success_total");
-    (void)before;
     char body[160];
     crowd *c = open_crowd();
     for (int32_t i = 0; i < 20; i++) {
         snprintf(body, sizeof body, long_stream, i, i < 10 ? 8000 : 400);
         join_crowd(c, f->url, "/v1/completions", body);
     }
-    run_crowd(c, 400); /* in mid-stream, all of them */
+    const double made = metric(f->url, "vllm:generation_tokens_total");
+    run_crowd(c, 400); /* in mid-stream, all of them: their tokens count already */
+    assert_more(metric(f->url, "vllm:generation_tokens_total"), made);
     assert_true(metric(f->url, "amalgam:kv_pages_held") > 0);
     for (int32_t i = 0; i < 10; i++) leave_crowd(c, i);
     run_crowd(c, 0);
@@ -942,7 +942,12 @@ static void the_load_generator_counts_right(void **state) {
     assert_ok(workload_make(&w, &a, &wo));
     request_log *log = arena_array(&a, request_log, 50);
     const load_options o = {.url = f->url};
+    static const char prompts[] = "vllm:prompt_tokens_total",
+                      outputs[] = "vllm:generation_tokens_total";
+    const double read = metric(f->url, prompts), made = metric(f->url, outputs);
     assert_ok(load_run(&r, &a, &o, &w, log));
+    assert_true(metric(f->url, prompts) - read == (double)w.prompt_tokens);
+    assert_true(metric(f->url, outputs) - made == (double)w.output_tokens);
     if (r.n_failed) fail_msg("%s", r.failure);
     assert_string_equal(r.model, "tiny");
     assert_ok(metrics_compute(&m, log, 50, NULL));
@@ -963,6 +968,16 @@ static void the_load_generator_counts_right(void **state) {
     assert_ok(metrics_compute(&m, log, 50, NULL));
     assert_int_equal(m.n_completed, 50);
     assert_true(m.max_concurrency <= 2);
+    /* The same as messages: the template adds tokens to every prompt. */
+    const load_options chat = {.url = f->url, .path = "/v1/chat/completions", .tok = f->tok};
+    const int64_t plain = m.prompt_tokens;
+    assert_ok(load_run(&r, &a, &chat, &w, log));
+    if (r.n_failed) fail_msg("%s", r.failure);
+    assert_ok(metrics_compute(&m, log, 50, NULL));
+    assert_int_equal(m.output_tokens, w.output_tokens);
+    assert_more((double)m.prompt_tokens, (double)plain);
+    const load_options silent = {.url = f->url, .path = "/v1/chat/completions"};
+    assert_status(load_run(&r, &a, &silent, &w, log), ST_USAGE);
     const load_options nobody = {.url = "http://127.0.0.1:1"};
     assert_status(load_run(&r, &a, &nobody, &w, log), ST_IO);
     arena_close(&a);
