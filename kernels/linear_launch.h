@@ -20,6 +20,7 @@ typedef struct {
     int32_t ctas_per_sm;
     /* On n_sms SMs, up to per_sm CTAs each. */
     status (*launch)(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream);
+    int32_t rows_max; /* dense problems of up to so many rows, not gathered; 0 = any problem */
 } linear_variant;
 
 typedef struct {
@@ -31,6 +32,7 @@ typedef struct {
 extern "C" {
 #endif
 linear_table linear_ampere_table(void);
+linear_table linear_short_table(void);  /* runs on sm_90, where compiled for 90a */
 linear_table linear_hopper_table(void); /* runs on sm_90, where compiled for 90a */
 #ifdef __cplusplus
 }
