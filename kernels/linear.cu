@@ -122,11 +122,12 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) &&
         l->granule)
         return false;
+    if (v->rows_max && (p->m > v->rows_max || p->expert_start || p->x_row)) return false;
     return !gated(p) || v->blocks % 4 == 0;
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_tall_table(), linear_hopper_table(),
+    const linear_table tables[] = {linear_short_table(), linear_tall_table(), linear_hopper_table(),
                                    linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
@@ -216,10 +217,11 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table tables[2] = {family == 80 ? linear_ampere_table() : linear_hopper_table(),
-                                    family == 80 ? linear_table{} : linear_tall_table()};
+    const linear_table hopper[] = {linear_short_table(), linear_hopper_table(),
+                                   linear_tall_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}};
     int n = 0;
-    for (const linear_table &t : tables)
+    for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {
             bool seen = false;
             for (int k = 0; k < n; k++) seen = seen || strcmp(out[k], t.row[i].name) == 0;

@@ -245,7 +245,8 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
      16,                                                                                           \
      128,                                                                                          \
      CTAS,                                                                                         \
-     launch<T_##T, WF_##F, NT, R, stages_of<WF_##F, NT, R, STAGES>(), CTAS>},
+     launch<T_##T, WF_##F, NT, R, stages_of<WF_##F, NT, R, STAGES>(), CTAS>,                       \
+     0},
 enum { SM_ANY = 999 };
 const linear_variant rows[] = {AMPERE_INSTANCES(ROW)};
 

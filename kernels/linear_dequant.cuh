@@ -86,6 +86,17 @@ struct dequant_scales {
     uint32_t scale[2], zero[2];
 };
 
+// `z`: zeros of rows g and g + 8.
+template <typename T> __device__ __forceinline__ void dequant_zeros(dequant_scales &s, uint32_t z) {
+    if (half_pair<T>::bf16) {
+        s.zero[0] = __byte_perm(z, 0x43u, 0x4040); // 128 + z
+        s.zero[1] = __byte_perm(z, 0x43u, 0x4141);
+    } else {
+        s.zero[0] = __byte_perm(z, 0x64u, 0x4040);               // 1024 + z
+        s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
+    }
+}
+
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
 template <typename T, int F>
 __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
@@ -97,14 +108,11 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
             const __half2 h = *reinterpret_cast<const __half2 *>(&both);
             s.scale[0] = half_pair<T>::from_f32(__low2float(h));
             s.scale[1] = half_pair<T>::from_f32(__high2float(h));
-            s.zero[0] = __byte_perm(z, 0x43u, 0x4040); // 128 + z
-            s.zero[1] = __byte_perm(z, 0x43u, 0x4141);
         } else {
             s.scale[0] = __byte_perm(both, 0, 0x1010);
             s.scale[1] = __byte_perm(both, 0, 0x3232);
-            s.zero[0] = __byte_perm(z, 0x64u, 0x4040);               // 1024 + z
-            s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
         }
+        dequant_zeros<T>(s, z);
     } else if (F == WF_MXFP4) {
         const uint32_t both = shared_u16(granule + place);
 #pragma unroll
@@ -122,8 +130,60 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
     }
 }
 
-// One word (1, 2 or 4 registers) to the four registers of an A fragment.
+// What a kernel that scales sums keeps of a granule until it needs it, and that as numbers: the
+// scales of a lane's two rows in f32.
+struct dequant_packed {
+    uint32_t scale, zero;
+};
+struct dequant_sums {
+    float scale[2];
+    dequant_scales codes; // only the zeros
+};
+
+template <int F>
+__device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t granule, int place,
+                                                    bool sym) {
+    s.zero = 0x0808u;
+    if (F == WF_INT4) {
+        s.scale = shared_u32(granule + 2 * place);
+        if (!sym) s.zero = shared_u16(granule + 128 + place);
+    } else if (F == WF_FP8B) {
+        s.scale = shared_u32(granule + place / 16 * 4);
+    } else {
+        s.scale = shared_u16(granule + place);
+    }
+}
+
 template <typename T, int F>
+__device__ __forceinline__ void dequant_unpack(dequant_sums &s, const dequant_packed &from) {
+    if (F == WF_INT4) {
+        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
+        s.scale[0] = __low2float(h);
+        s.scale[1] = __high2float(h);
+        dequant_zeros<T>(s.codes, from.zero);
+    } else if (F == WF_MXFP4) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t e = from.scale >> (8 * i) & 255u; // e = 0 is a subnormal f32
+            s.scale[i] = __uint_as_float(e ? e << 23 : 0x00400000u);
+        }
+    } else if (F == WF_NVFP4) {
+        const uint32_t pair = e4m3_pair_f16(from.scale);
+        const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
+        s.scale[0] = __low2float(h);
+        s.scale[1] = __high2float(h);
+    } else if (F == WF_FP8B) {
+        s.scale[0] = s.scale[1] = __uint_as_float(from.scale);
+    }
+}
+
+// Words without their scale are exact but for this factor: f16 keeps e2m1 as it lies.
+template <typename T, int F> __device__ __forceinline__ constexpr float dequant_factor() {
+    return (F == WF_MXFP4 || F == WF_NVFP4) && !half_pair<T>::bf16 ? 16384.f : 1.f;
+}
+
+// One word (1, 2 or 4 registers) to the four registers of an A fragment, with the scale or without.
+template <typename T, int F, bool kScaled = true>
 __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word,
                                              const dequant_scales &s) {
     constexpr bool bf16 = half_pair<T>::bf16;
@@ -143,8 +203,10 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
             a[3] = and_or<0x00f000f0u>(high, 0x54005400u);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            a[i] = pair_mul<T>(pair_sub<T>(a[i], s.zero[i % 2]), s.scale[i % 2]);
+        for (int i = 0; i < 4; i++) {
+            a[i] = pair_sub<T>(a[i], s.zero[i % 2]);
+            if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
+        }
     } else if (F == WF_MXFP4 || F == WF_NVFP4) {
         const uint32_t v = word[0];
         if (bf16) {
@@ -160,7 +222,10 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
         }
         const uint32_t mend = bf16 ? 0x7e807e80u : 0x74007400u; // 2^126, 2^14
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = pair_mul<T>(pair_mul<T>(a[i], mend), s.scale[i % 2]);
+        for (int i = 0; i < 4; i++) {
+            if (kScaled || bf16) a[i] = pair_mul<T>(a[i], mend);
+            if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
+        }
     } else if (F == WF_INT8) { // stored plus 128
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -187,7 +252,7 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
             } else {
                 a[i] = e4m3_pair_f16(two);
             }
-            if (F == WF_FP8B) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
+            if (F == WF_FP8B && kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }
     }
 }

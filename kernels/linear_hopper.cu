@@ -473,7 +473,8 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
      G,                                                                                            \
      G,                                                                                            \
      GRID,                                                                                         \
-     launch<T_##T, WF_##F, NT, R, KU, G, KB, CTAS>},
+     launch<T_##T, WF_##F, NT, R, KU, G, KB, CTAS>,                                                \
+     0},
 const linear_variant rows[] = {HOPPER_INSTANCES(ROW)};
 
 } // namespace

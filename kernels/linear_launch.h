@@ -20,6 +20,7 @@ typedef struct {
     int32_t ctas_per_sm;
     /* On n_sms SMs, up to per_sm CTAs each. */
     status (*launch)(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream);
+    int32_t rows_max; /* dense problems of up to so many rows, not gathered; 0 = any problem */
 } linear_variant;
 
 typedef struct {
@@ -47,6 +48,7 @@ extern "C" {
 linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* these run on sm_90, where compiled for 90a */
 linear_table linear_tall_table(void);
+linear_table linear_short_table(void);
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 

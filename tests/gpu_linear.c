@@ -92,6 +92,10 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
                            .count = count};
 }
 
+/* The table's choice, and what it may not come to. */
+static const char *const kernels[] = {NULL, "short_8", "short_16"};
+enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
+
 static void variants(int32_t f, dtype type, bool quick) {
     static const int32_t ms[] = {1,  2,  3,  7,  8,   9,   15,  16,  17, 31,
                                  33, 63, 64, 65, 100, 127, 128, 129, 333};
@@ -113,12 +117,14 @@ static void variants(int32_t f, dtype type, bool quick) {
                     one(p, &w,
                         (linear_trial){.m = ms[i], .y_type = type, .kernel = *v, .bias = i % 2},
                         *v);
-        for (int32_t m = 1; m <= 1000; m = m * 3 + 1) /* the table's choice, other epilogues */
-            for (int32_t e = 0; e < 2; e++) {
-                const linear_epilogue epilogue = e ? LINEAR_RESIDUAL : LINEAR_STORE;
+        for (int32_t m = 1; m <= 1000; m = m * 3 + 1) /* other epilogues */
+            for (int32_t e = 0; e < 2 * N_KERNELS; e++)
                 one(p, &w,
-                    (linear_trial){.m = m, .y_type = e ? type : DT_F32, .epilogue = epilogue}, "");
-            }
+                    (linear_trial){.m = m,
+                                   .y_type = e % 2 ? type : DT_F32,
+                                   .epilogue = e % 2 ? LINEAR_RESIDUAL : LINEAR_STORE,
+                                   .kernel = kernels[e / 2]},
+                    "");
         linear_probe_close(p);
     }
 }
@@ -136,14 +142,15 @@ static void gated_and_grouped(int32_t f, dtype type) {
             }
             for (int32_t m = 1; m <= 700; m = m * 4 + 1)
                 for (int32_t gather = 0; gather < 2; gather++)
-                    for (int32_t e = 0; e < 3; e++) {
+                    for (int32_t e = 0; e < 3 * N_KERNELS; e++) {
                         static const linear_epilogue kinds[] = {LINEAR_STORE, LINEAR_GATED,
                                                                 LINEAR_GATED_OAI};
-                        if (!gated && e) continue;
+                        if (!gated && e % 3) continue;
                         one(p, &w,
                             (linear_trial){.m = m,
                                            .y_type = type,
-                                           .epilogue = kinds[e],
+                                           .epilogue = kinds[e % 3],
+                                           .kernel = kernels[e / 3],
                                            .bias = true,
                                            .gather = gather,
                                            .experts_used = m < 100 ? 3 : 0},
