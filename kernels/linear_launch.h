@@ -47,8 +47,8 @@ extern "C" {
 linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* runs on sm_90, where compiled for 90a */
 
-/* linear_tuned.c: names of kernels for p by measured times, best first; NULL past the last, or where
- * nothing like it was measured. They may not accept p, and belong to w->family or not. */
+/* linear_tuned.c: names of kernels for p by measured times, best first; NULL past the last, or
+ * where nothing like it was measured. They may not accept p, and belong to w->family or not. */
 const char *linear_tuned(const linear_problem *p, int32_t rank);
 int32_t linear_size_class(int32_t n, int32_t k);
 
