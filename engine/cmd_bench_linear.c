@@ -107,7 +107,7 @@ int bench_linear(int argc, char **argv) {
                        .tflops = 770};
     const cli_option options[] = {
         {"--weights", CLI_TEXT, &o.weights, "FORMAT", "w16, w8, w4g128, wFP8, wMXFP4, ..."},
-        {"--act", CLI_TEXT, &o.act, "FORMAT", "a16"},
+        {"--act", CLI_TEXT, &o.act, "FORMAT", "a16, a8, aFP8; the time has the quantisation of x"},
         {"--dtype", CLI_TEXT, &o.dtype_name, "TYPE", "bf16 or fp16: of x and y"},
         {"--shape", CLI_TEXT, &o.shapes, "NxK,..", "weights; default: six of Llama's"},
         {"--m", CLI_TEXT, &o.rows, "M,..", "rows of x; tokens, where there are experts"},

@@ -100,7 +100,8 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 // --- Choice ------------------------------------------------------------------------------------
 
 // Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
-// on average). A gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
+// on average). A gated epilogue wants two blocks a warpgroup and goes on to the next name that has
+// them.
 struct preference {
     int32_t family, rows;
     const char *name;

@@ -52,8 +52,8 @@ linear_table linear_short_table(void);
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 
-/* linear_tuned.c: names of kernels for p by measured times, best first; NULL past the last, or where
- * nothing like it was measured. They may not accept p, and belong to w->family or not. */
+/* linear_tuned.c: names of kernels for p by measured times, best first; NULL past the last, or
+ * where nothing like it was measured. They may not accept p, and belong to w->family or not. */
 const char *linear_tuned(const linear_problem *p, int32_t rank);
 int32_t linear_size_class(int32_t n, int32_t k);
 

@@ -2,6 +2,10 @@
  * linear_tuned.def, never from times of this run, so that a run can be repeated. */
 #include "linear_launch.h"
 
+#ifndef LINEAR_TUNED_DEF /* a test has its own */
+#define LINEAR_TUNED_DEF "linear_tuned.def"
+#endif
+
 enum { NAMES = 4 };
 
 typedef struct {
@@ -14,15 +18,20 @@ typedef struct {
 } tuned_row;
 
 static const tuned_row table[] = {
-#define GPU(gpu, sm, n_sms) {.gpu = gpu, .sm = sm, .n_sms = n_sms},
-#define TUNED(format, act, granule, size_log2, rows, ...)                                          \
-    {NULL, 0, 0, WF_##format, AF_##act, granule, size_log2, rows, {__VA_ARGS__}},
-#include "linear_tuned.def"
+#define GPU(text, cc, sms) {.gpu = (text), .sm = (cc), .n_sms = (sms)},
+#define TUNED(f, a, inputs, size, m, ...)                                                          \
+    {.format = WF_##f,                                                                             \
+     .act = AF_##a,                                                                                \
+     .granule = (inputs),                                                                          \
+     .size_log2 = (size),                                                                          \
+     .rows = (m),                                                                                  \
+     .name = {__VA_ARGS__}},
+#include LINEAR_TUNED_DEF
     {.gpu = ""} /* end */
 };
 
-/* How far a GPU is from the one at hand; the architecture counts before the size. Kernels of a newer
- * one than ours are no use, so those come last. */
+/* How far a GPU is from the one at hand; the architecture counts before the size. Kernels of a
+ * newer one than ours are no use, so those come last. */
 static int64_t distance(const tuned_row *gpu, const linear_problem *p) {
     const int32_t sm = gpu->sm - p->sm, sms = gpu->n_sms - p->n_sms;
     return (int64_t)(sm < 0 ? -sm : 4 * sm) * 1000000 + (sms < 0 ? -sms : sms);

@@ -206,13 +206,13 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
                 continue;
             }
             printf(
-                "{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"16\",\"dtype\":\"%s\",\"n\":%d,"
+                "{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
                 "\"k\":%d,\"m\":%d,\"us\":%.3f,\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,\"gbs\":%."
                 "0f,"
                 "\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
-                weights, type_name, n, k, t.m, o.us, o.cublas_us, o.cublas_us / o.us,
-                (double)o.bytes / o.us * 1e-3, 2.0 * n * k * t.m / o.us * 1e-6, o.kernel,
-                o.rel_err);
+                weights, act_format_text(formats[f].act), type_name, n, k, t.m, o.us, o.cublas_us,
+                o.cublas_us / o.us, (double)o.bytes / o.us * 1e-3, 2.0 * n * k * t.m / o.us * 1e-6,
+                o.kernel, o.rel_err);
             fflush(stdout);
         }
         linear_probe_close(p);

@@ -615,8 +615,8 @@ static void test_quantise(void **state) {
     }
 }
 
-/* Activations of rows of every magnitude, one of them with an infinity: codes times scales and values
- * are the definition's bits. */
+/* Activations of rows of every magnitude, one of them with an infinity: codes times scales and
+ * values are the definition's bits. */
 static void activations_case(act_format f, int32_t group, dtype type, int32_t m, int32_t k) {
     const int32_t spans = f == AF_FP8 && group == 128 ? (k + 127) / 128 : 1, m_pad = m + 3;
     const int64_t n = (int64_t)m * k, padded = (int64_t)m_pad * k;
