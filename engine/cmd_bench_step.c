@@ -5,9 +5,9 @@
  *   prefill   with --prefill N besides: one sequence of N tokens, all in one step
  *
  * A step is what serving runs, with its copies, its launches (a graph for decodes), and the tokens
- * of each read while the next one runs. On cuda times are the median of the wall clock over many steps on
- * the same batch, whose pages are spread over the pool and hold noise apart from the step's own
- * tokens. On sim they are predicted.
+ * of each read while the next one runs. On cuda times are the median of the wall clock over many
+ * steps on the same batch, whose pages are spread over the pool and hold noise apart from the
+ * step's own tokens. On sim they are predicted.
  *
  * roofline = max(bytes / read ceiling, operations / matrix rate), bytes being every weight that the
  * step uses once and the KV of the context once. Of experts those count that the step's tokens go
