@@ -908,6 +908,7 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
         if (BULK) {
             if (bytes) copy_bulk(to, from, bytes, bar);
         } else {
+#pragma unroll 1 // registers
             for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
         }
     }
