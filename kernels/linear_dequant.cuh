@@ -245,12 +245,11 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
     } else { // e4m3, four codes a register in order
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint32_t two = i % 2 ? word[i / 2] >> 16 : word[i / 2];
             if (bf16) {
                 const uint32_t v = __byte_perm(word[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
                 a[i] = pair_mul<T>(and_or<0x80008000u>(v, v >> 4 & 0x07f007f0u), 0x7b807b80u);
             } else {
-                a[i] = e4m3_pair_f16(two);
+                a[i] = e4m3_pair_f16(i % 2 ? word[i / 2] >> 16 : word[i / 2]);
             }
             if (F == WF_FP8B && kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }

@@ -357,17 +357,106 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + slot * 8, lane));
 }
 
+// --- The warps that multiply
+// ------------------------------------------------------------------------------------------------
+
+template <typename T, int F, int NT, int G> struct multiplier {
+    using L = loader<T, F, NT, G>;
+    using unit = fragments<F, NT, G>;
+    static constexpr int N = L::kPart;
+    const L &load;
+    places at;
+    int ahead; // units of a step before those of this warpgroup
+    int stage, parity;
+
+    __device__ void begin() {
+        const linear_args &p = load.p;
+        const division &d = load.d;
+        const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int in = p.paired ? wg % 2 * 2 + wg / 2 : wg; // place among the parts of a stage
+        ahead = (p.paired ? wg / 2 : wg) * N;
+        at.code = load.base + in * N * L::unit + strip * (L::unit / 4) + lane * 16;
+        at.scale = load.base + d.at_scale + in * L::part_rows * p.granule_bytes;
+        at.place = strip * 16 + lane / 4 * 2;
+        // Rows past M give outputs that nobody stores.
+        const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
+        at.x = load.base + d.at_x + ahead * 128 + min(row, p.m - 1) * d.x_stride +
+               (NT == 8 ? lane / 8 : lane / 8 % 2) * 16;
+        asm volatile("" : "+r"(at.code), "+r"(at.scale), "+r"(at.place), "+r"(at.x));
+        stage = parity = 0;
+        if (!d.x_units) return;
+        load.rows(load.k.begin, load.k.end - load.k.begin, load.base + d.at_x, threadIdx.x,
+                  32 * kWarps);
+        asm volatile("cp.async.wait_all;\n"
+                     "bar.sync 1, %0;" ::"n"(32 * kWarps)
+                     : "memory");
+    }
+
+    __device__ void fetch(unit &to, int i, int step) const { // unit i of this step's
+        const division &d = load.d;
+        load_unit<F, NT, G>(to, at.code + stage * L::code_stage + i * L::unit,
+                            at.x + (d.x_units ? step * d.step * 128 : stage * d.x_stage) + i * 128,
+                            at.scale + stage * d.scale_stage +
+                                (i * 64 / L::kGranule) * load.p.granule_bytes,
+                            at, load.p);
+    }
+    __device__ void release() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(load.bar.empty + stage * 8);
+        if (++stage == load.d.stages) stage = 0, parity ^= 1;
+    }
+
+    // This warp's sums of a tile.
+    __device__ void tile(float (&acc)[NT / 8][4]) {
+        int left = load.k.end - load.k.begin - ahead; // units from this warpgroup's first
+        for (int step = 0; step < load.k.steps; step++, left -= load.d.step) {
+            barrier_wait(load.bar.full + stage * 8, parity);
+            if (left >= N) {
+                unit f[N];
+#pragma unroll
+                for (int i = 0; i < N; i++) fetch(f[i], i, step);
+                release();
+                multiply_units<T, F, NT, G, N>(acc, f);
+            } else {
+                if (left == 1) {
+                    unit f[1];
+                    fetch(f[0], 0, step);
+                    multiply_units<T, F, NT, G, 1>(acc, f);
+                }
+                release();
+            }
+        }
+        constexpr float mend = dequant_factor<T, F>();
+#pragma unroll
+        for (int t = 0; t < NT / 8; t++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[t][e] *= mend;
+    }
+};
+
+// By one thread.
+template <int NT> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
+    for (int i = 0; i < d.stages; i++) {
+        barrier_init(bar.full + i * 8, d.x_units ? 1 : 1 + 32);
+        barrier_init(bar.empty + i * 8, kWarps);
+    }
+    for (int i = 0; i < slots(NT); i++) {
+        barrier_init(bar.sums + i * 8, 1);
+        barrier_init(bar.read + i * 8, 4);
+        barrier_arrive_expect(bar.sums + i * 8, d.sums_bytes);
+    }
+    barrier_init_fence();
+}
+
 template <typename T, int F, int NT, int G>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
-    using L = loader<T, F, NT, G>;
     constexpr int kSlots = slots(NT);
     extern __shared__ uint8_t shared[];
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
-    const uint32_t base = shared_address(start);
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const uint32_t rank = cluster_rank();
+    const uint32_t base = shared_address(start), rank = cluster_rank();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int tile0 = blockIdx.x / d.cluster;
     barriers bar;
     bar.full = base + d.at_bars;
@@ -376,25 +465,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     bar.read = bar.sums + kSlots * 8;
 
     launch_dependents();
-    if (threadIdx.x == 32 * kLoader) {
-        for (int i = 0; i < d.stages; i++) {
-            barrier_init(bar.full + i * 8, d.x_units ? 1 : 1 + 32);
-            barrier_init(bar.empty + i * 8, kWarps);
-        }
-        for (int i = 0; i < kSlots; i++) {
-            barrier_init(bar.sums + i * 8, 1);
-            barrier_init(bar.read + i * 8, 4);
-            barrier_arrive_expect(bar.sums + i * 8, d.sums_bytes);
-        }
-        barrier_init_fence();
-    }
-    const part k = part_of(p, d, rank);
+    if (threadIdx.x == 32 * kLoader) init<NT>(bar, d);
+    const loader<T, F, NT, G> load = {p, d, bar, part_of(p, d, rank), base};
     __syncthreads();
     cluster_arrive();
 
     if (warp >= kLoader) {
-        const L load = {p, d, bar, k, base};
-        if (warp == kLoader && lane == 0)
+        if (threadIdx.x == 32 * kLoader)
             load.weights(tile0);
         else if (warp > kLoader && !d.x_units)
             load.inputs(tile0);
@@ -412,71 +489,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                           turn);
         return;
     }
-    const int wg = warp / 4, strip = warp % 4;
-    const bool paired = p.paired;
-    // Units of a step before those of this warpgroup; its place among the parts of a stage.
-    const int ahead = (paired ? wg / 2 : wg) * L::kPart, in = paired ? wg % 2 * 2 + wg / 2 : wg;
-    places at;
-    at.code = base + in * L::kPart * L::unit + strip * (L::unit / 4) + lane * 16;
-    at.scale = base + d.at_scale + in * L::part_rows * p.granule_bytes;
-    at.place = strip * 16 + lane / 4 * 2;
-    // Rows past M give outputs that nobody stores.
-    at.x = base + d.at_x + ahead * 128 +
-           (NT == 8 ? min(lane % 8, p.m - 1) * d.x_stride + lane / 8 * 16
-                    : min(lane / 16 * 8 + lane % 8, p.m - 1) * d.x_stride + lane / 8 % 2 * 16);
-    asm volatile("" : "+r"(at.code), "+r"(at.scale), "+r"(at.place), "+r"(at.x));
 
-    if (d.x_units) {
-        const L load = {p, d, bar, k, base};
-        load.rows(k.begin, k.end - k.begin, base + d.at_x, threadIdx.x, 32 * kWarps);
-        asm volatile("cp.async.wait_all;\n"
-                     "bar.sync 1, %0;" ::"n"(32 * kWarps)
-                     : "memory");
-    }
-    int stage = 0, parity = 0, count = 0;
-    constexpr int N = L::kPart;
+    multiplier<T, F, NT, G> work = {load, {}, 0, 0, 0};
+    work.begin();
+    int count = 0;
     for (int tile = tile0; tile < d.tiles; tile += d.clusters, count++) {
         float acc[NT / 8][4] = {};
-        const auto load = [&](fragments<F, NT, G> &to, int i, int step) { // unit i of its two
-            load_unit<F, NT, G>(
-                to, at.code + stage * L::code_stage + i * L::unit,
-                at.x + (d.x_units ? step * d.step * 128 : stage * d.x_stage) + i * 128,
-                at.scale + stage * d.scale_stage + (i * 64 / L::kGranule) * p.granule_bytes, at, p);
-        };
-        const auto release = [&] {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(bar.empty + stage * 8);
-            if (++stage == d.stages) stage = 0, parity ^= 1;
-        };
-        int left = k.end - k.begin - ahead; // units from this warpgroup's first
-        for (int step = 0; step < k.steps; step++, left -= d.step) {
-            barrier_wait(bar.full + stage * 8, parity);
-            if (left >= N) {
-                fragments<F, NT, G> f[N];
-#pragma unroll
-                for (int i = 0; i < N; i++) load(f[i], i, step);
-                release();
-                multiply_units<T, F, NT, G, N>(acc, f);
-            } else {
-                if (left == 1) {
-                    fragments<F, NT, G> f[1];
-                    load(f[0], 0, step);
-                    multiply_units<T, F, NT, G, 1>(acc, f);
-                }
-                release();
-            }
-        }
-        constexpr float mend = dequant_factor<T, F>();
-#pragma unroll
-        for (int t = 0; t < NT / 8; t++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[t][e] *= mend;
+        work.tile(acc);
         if (count == 0) cluster_wait(); // all barriers of the cluster are there
         const int slot = count % kSlots;
         if (count >= kSlots) barrier_wait(bar.read + slot * 8, count / kSlots % 2 ^ 1);
-        send<NT>(acc, d, bar, base, rank, slot, paired);
+        send<NT>(acc, d, bar, base, rank, slot, p.paired);
     }
-    if (count == 0) cluster_wait();
 #endif
 }
 
