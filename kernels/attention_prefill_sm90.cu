@@ -244,8 +244,8 @@ __device__ __forceinline__ int item_of(int round) {
 
 template <int BN>
 __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
-    tile_work w;
-    w.first = 0, w.last = -1;
+    tile_work w = {};
+    w.last = -1;
     if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
     w.t =
         ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
@@ -420,8 +420,9 @@ __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_argume
     if (FOLD && !VALUE && part == 0 && thread < kBlock<D>) read_token(x.param, a, g, id, thread);
 }
 
-// The stream of K or of V, each with half of q before an item's first block: blocks in order through
-// kStages stages. Pages are looked up two blocks ahead, codes and parameters read one ahead.
+// The stream of K or of V, each with half of q before an item's first block: blocks in order
+// through kStages stages. Pages are looked up two blocks ahead, codes and parameters read one
+// ahead.
 template <int D, kv_format F, bool VALUE, bool FOLD>
 __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int thread) {
