@@ -86,7 +86,7 @@ const char *format_runs_text(format_runs r) {
     switch (r) {
     case RUNS_DEFINITION: return "cpu, sim";
     case RUNS_PREDICTED: return "sim (predicted)";
-    default: CHECK(r == RUNS_CUDA); return "cuda (experimental), sim";
+    default: CHECK(r == RUNS_CUDA); return "cuda, sim";
     }
 }
 

@@ -61,8 +61,7 @@ int32_t arch_count(void);
 int32_t arch_at(int32_t i);
 const char *arch_gpus(int32_t i);
 
-/* "cpu, sim" | "sim (predicted)" | "cuda (experimental), sim": the devices that run a row today.
- * Experimental: the kernel is there, its tests have not all passed on a GPU at this commit. */
+/* "cpu, sim" | "sim (predicted)" | "cuda, sim": the devices that run a row today. */
 const char *format_runs_text(format_runs r);
 
 #ifdef __cplusplus
