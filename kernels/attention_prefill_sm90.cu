@@ -459,7 +459,7 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
             } else if (!VALUE) {
                 if (thread == 0)
                     copy_pages<D>(a, w, block, id, VALUE, to, full);
-                else if (FOLD)
+                else
                     barrier_arrive(full);
             } else {
                 const bool tail = n_valid < BN;
@@ -471,9 +471,8 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                         store_shared(to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16),
                                      make_uint4(0, 0, 0, 0));
                     fence_async_proxy();
-                    group_sync<128>(1 + VALUE);
-                    if (thread == 0) barrier_arrive(full);
                 }
+                if (tail || thread > 0) barrier_arrive(full);
             }
             id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
             if (block < w.last) read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 0, thread);
@@ -775,8 +774,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
             barrier_init(shared_at(&c->q_empty[i]), 8); // consumer warps
         }
         for (int i = 0; i < kStages; i++) {
-            barrier_init(shared_at(&c->k_full[i]), a.k == KF_16 && !FOLD ? 1 : 128);
-            barrier_init(shared_at(&c->v_full[i]), a.v == KF_16 ? 1 : 128);
+            // All of a producer, also where one thread copies: a warp that fell two uses of a stage
+            // behind would take the phase of `empty` for one it has seen, and wait for ever.
+            barrier_init(shared_at(&c->k_full[i]), 128);
+            barrier_init(shared_at(&c->v_full[i]), 128);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
         }
