@@ -26,6 +26,7 @@ return {
       end
       if any then rows[#rows + 1] = row end
     end
+    if #rows < 2 then rows = {} end -- the last step alone says nothing of the others
     return { "step", "m1", "m16", "m64", "m256", "m1024" }, rows
   end,
 }
