@@ -211,7 +211,7 @@ static void the_matrix_is_printed_with_its_worth(void **state) {
     assert_null(strstr(output, "sim alone runs them")); /* every row has a kernel */
     assert_int_equal(RUN("formats", "--gpu", "RTX 4090"), 0);
     assert_non_null(strstr(output, "sm_89 (RTX 4090, L40S)"));
-    assert_non_null(strstr(output, "cuda (experimental)"));
+    assert_non_null(strstr(output, "cuda, sim"));
     assert_null(strstr(output, "predicted"));
     assert_null(strstr(output, "hopper"));
     assert_null(strstr(output, "no FP8 matrix instruction"));
