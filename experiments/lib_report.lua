@@ -284,9 +284,9 @@ local function figures(data, root, out, o)
     local spec = specs[name]
     local columns, rows = spec.build(data, M)
     if #rows == 0 then
-      blocks[name] = ("*Figure %d is missing: there are no rows of %s.*"):format(ordinal(name),
+      blocks[name] = ("*Figure %d is missing: %s has no rows for it.*"):format(ordinal(name),
         spec.experiment)
-      print(("  %-26s no rows of %s"):format(name, spec.experiment))
+      print(("  %-26s no rows for it of %s"):format(name, spec.experiment))
     else
       local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
       amalgam.write_file(tsv, M.tsv(columns, rows))
@@ -320,7 +320,7 @@ local function tables(data, root, out)
     local spec = specs[name]
     local columns, rows = spec.build(data, M)
     if #rows == 0 then
-      blocks[name] = ("*Table %d is missing: there are no rows of %s.*"):format(ordinal(name),
+      blocks[name] = ("*Table %d is missing: %s has no rows for it.*"):format(ordinal(name),
         spec.experiment)
     else
       local body = M.markdown(columns, rows)
