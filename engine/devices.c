@@ -24,7 +24,8 @@ status device_find(const device_ops **out, const char *name) {
         used += (size_t)n;
         CHECK(used < sizeof names);
     }
-    return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s", name, names);
+    return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s%s", name, names,
+                strcmp(name, "cuda") ? "" : " (this build has no CUDA: make CUDA_ARCH=...)");
 }
 
 status device_family(int32_t *out, const char *name) {
