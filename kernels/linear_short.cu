@@ -20,6 +20,7 @@
 // same on every run.
 #include "linear_common.cuh"
 #include "linear_launch.h"
+#include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
 
 // The explicit list: format, type, x rows (NT), scale granule (0: none).
@@ -74,11 +75,6 @@ __host__ __device__ __forceinline__ int strips_of(const division &d) {
 // --- What only clusters have
 // ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -205,26 +201,6 @@ template <typename T, int F, int NT, int G> struct loader {
 // --- Multiplying
 // ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
-__device__ __forceinline__ void multiply(float *c, const uint32_t *a, const uint32_t *b, __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
-        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void multiply(float *c, const uint32_t *a, const uint32_t *b,
-                                         __nv_bfloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // One unit of one strip in registers: codes, x fragments by atom, raw scales.
 template <int F, int NT, int G> struct fragments {
     static constexpr int rows = G && G < 64 ? 64 / G : 1; // granules
@@ -276,7 +252,8 @@ __device__ __forceinline__ void multiply_units(float (&acc)[NT / 8][4],
                 dequant_word<T, F, false>(
                     a, reinterpret_cast<const uint32_t *>(f[u].code) + j * bits / 4, s[u].codes);
 #pragma unroll
-                for (int t = 0; t < NT / 8; t++) multiply(sum[u][t], a, f[u].x[j][t], T{});
+                for (int t = 0; t < NT / 8; t++)
+                    multiply(sum[u][t], a, f[u].x[j][t][0], f[u].x[j][t][1], T{});
             }
 #pragma unroll
         for (int u = 0; u < N; u++)

@@ -70,16 +70,6 @@ template <int F, int G> struct tile {
 
 // --- Clusters -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ int cluster_rank() {
-    int r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-__device__ __forceinline__ int cluster_size() {
-    int n;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-    return n;
-}
 __device__ __forceinline__ void cluster_sync() { // all threads of all its CTAs
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -4,6 +4,7 @@
 
 #include "linear_dequant.cuh"
 #include "linear_layout.h"
+#include "mma_sync.cuh"
 #include "traits.cuh"
 
 #include <cstring>
@@ -176,19 +177,10 @@ __global__ void __launch_bounds__(128) tensor(const ladder_args a) {
 #pragma unroll
             for (int i = 0; i < NT / 16; i++) {
                 const int row = i * 16 + lane / 16 * 8 + lane % 8, c = 2 * j + lane / 8 % 2;
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                             : "r"(x + row * 128 + ((c ^ row % 8) << 4))
-                             : "memory");
+                load_matrices(b, x + row * 128 + ((c ^ row % 8) << 4));
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float *c4 = acc[2 * i + h];
-                    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
-                                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                                 : "+f"(c4[0]), "+f"(c4[1]), "+f"(c4[2]), "+f"(c4[3])
-                                 : "r"(f[0]), "r"(f[1]), "r"(f[2]), "r"(f[3]), "r"(b[2 * h]),
-                                   "r"(b[2 * h + 1]));
-                }
+                for (int h = 0; h < 2; h++)
+                    multiply(acc[2 * i + h], f, b[2 * h], b[2 * h + 1], __half{});
             }
         }
     }
