@@ -5,7 +5,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l names row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l names row l % 8 of matrix
+// l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -1,5 +1,5 @@
-// wgmma_operands.cuh - the accumulators of a wgmma as text and as operands of an asm statement. An asm
-// statement names each register, so there is one statement for each N; these lists make it short.
+// wgmma_operands.cuh - the accumulators of a wgmma as text and as operands of an asm statement.
+// Such a statement names each register, so there is one for each N; these lists keep it short.
 //
 //   PLACES_R         "%0, %1, ..": the first R operands
 //   SUMS_R(kind, 0)  kind(d[0]), kind(d[1]), ..: R of them; kind is "+f" or "+r"
