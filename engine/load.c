@@ -26,7 +26,9 @@ typedef struct transfer {
     int64_t *event_ns;
     int32_t n_events, size;
     int64_t usage_tokens, usage_prompt, usage_cached; /* -1 = not told */
-    bool done, failed, stopped, no_memory;
+    bool done;                                        /* [DONE], or a finish_reason */
+    bool closing; /* the last event had a finish_reason and no text */
+    bool failed, stopped, no_memory;
     char why[200];
 } transfer;
 
@@ -95,7 +97,9 @@ static status take_model(const char *answer, size_t n, const char *url, char *na
     const json_t *first = json_array_get(json_object_get(v, "data"), 0);
     const char *id = json_string_value(json_object_get(first, "id"));
     if (id) snprintf(name, size, "%s", id);
-    const json_int_t told = json_integer_value(json_object_get(first, "vocab_size"));
+    const json_t *meta = json_object_get(first, "meta"); /* llama.cpp */
+    const json_t *said = json_object_get(first, "vocab_size");
+    const json_int_t told = json_integer_value(said ? said : json_object_get(meta, "n_vocab"));
     *vocab = told > 0 && told < INT32_MAX ? (int32_t)told : 0;
     json_decref(v);
     return id ? ST_OK : FAIL(ST_FORMAT, "%s/v1/models names no model", url);
@@ -160,6 +164,17 @@ static void take_usage(transfer *t, const json_t *usage) {
     t->usage_cached = json_integer_value(json_object_get(details, "cached_tokens"));
 }
 
+static void take_choice(transfer *t, const json_t *choice, int64_t now) {
+    const json_t *words = json_object_get(choice, "text");
+    if (!words) words = json_object_get(json_object_get(choice, "delta"), "content");
+    const char *reason = json_string_value(json_object_get(choice, "finish_reason"));
+    add_event(t, now);
+    t->closing = reason && json_string_length(words) == 0;
+    if (!reason) return;
+    t->done = true;
+    t->stopped = strcmp(reason, "length") != 0;
+}
+
 /* A line of the stream, n bytes without its end. */
 static void take_line(transfer *t, const char *s, size_t n, int64_t now) {
     if (n && s[n - 1] == '\r') n--;
@@ -180,17 +195,13 @@ static void take_line(transfer *t, const char *s, size_t n, int64_t now) {
         const char *message = json_string_value(json_object_get(error, "message"));
         fail_transfer(t, message ? message : "an error event");
     }
-    if (json_array_size(choices) > 0) {
-        add_event(t, now);
-        const char *reason =
-            json_string_value(json_object_get(json_array_get(choices, 0), "finish_reason"));
-        if (reason) t->stopped = strcmp(reason, "length") != 0;
-    }
+    if (json_array_size(choices) > 0) take_choice(t, json_array_get(choices, 0), now);
     take_usage(t, json_object_get(v, "usage"));
     json_decref(v);
 }
 
 static size_t on_data(char *data, size_t size, size_t n, void *user) {
+    enum { LINE_MOST = 1 << 22 };
     transfer *t = user;
     const size_t total = size * n;
     const int64_t now = timeline_now_ns(&t->loader->clock);
@@ -209,7 +220,7 @@ static size_t on_data(char *data, size_t size, size_t n, void *user) {
         }
         at = to + 1;
     }
-    return t->line.failed ? 0 : total;
+    return t->line.failed || t->line.length > LINE_MOST ? 0 : total;
 }
 
 /* --- Requests
@@ -277,7 +288,7 @@ static status prepare(loader *l, int32_t at, transfer **out) {
     *out = t;
     t->at = at;
     t->n_events = 0;
-    t->done = t->failed = t->stopped = t->no_memory = false;
+    t->done = t->closing = t->failed = t->stopped = t->no_memory = false;
     t->usage_tokens = t->usage_prompt = t->usage_cached = -1;
     t->why[0] = 0;
     text_clear(&t->line);
@@ -337,7 +348,8 @@ static status spread_tokens(loader *l, const transfer *t, request_log *log) {
 }
 
 /* What usage tells, else what was counted. */
-static status take_result(loader *l, const transfer *t, request_log *log) {
+static status take_result(loader *l, transfer *t, request_log *log) {
+    if (t->closing && t->n_events == t->usage_tokens + 1) t->n_events--; /* it brought no token */
     log->n_output = t->usage_tokens > 0 ? (int32_t)t->usage_tokens : t->n_events;
     if (t->usage_prompt > 0) log->n_prompt = (int32_t)t->usage_prompt;
     if (t->usage_cached > 0) log->n_cached = (int32_t)t->usage_cached;
@@ -364,6 +376,7 @@ static status finish(loader *l, transfer *t, CURLcode code) {
         fail_transfer(t, why);
     }
     if (t->n_events == 0) fail_transfer(t, "a stream without a token");
+    if (!t->done) fail_transfer(t, "the stream was cut off");
     if (t->no_memory) fail_transfer(t, "out of memory");
     if (usage_is_wrong(t, l->w->request[t->at].max_new))
         fail_transfer(t, "usage tells of more tokens than were asked for");
@@ -566,7 +579,9 @@ status load_run(load_report *out, arena *a, const load_options *o, const workloa
         snprintf(out->model, sizeof out->model, "%s", o->model);
     else
         TRY(load_ask_model(out->model, sizeof out->model, &vocab, o));
-    if (strpbrk(out->model, "\"\\\n")) return FAIL(ST_FORMAT, "a model's name with quotes");
+    for (const char *c = out->model; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\')
+            return FAIL(ST_FORMAT, "a model's name with quotes or control characters");
     loader l = {.o = o, .w = w, .a = a, .log = log, .report = out, .curl_due_ns = -1};
     status st = open_loader(&l);
     timeline_start_real(&l.clock);

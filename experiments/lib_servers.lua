@@ -97,9 +97,13 @@ function M.commands(server, o)
   for name, body in pairs(server.files or {}) do files[o.folder .. "/" .. name] = body end
   local measure = { "amalgam bench serve", "--url", server.url, "--path", server.request.path,
     "--backend", server.name }
-  -- Ids are drawn below the vocabulary, which no foreign server tells; text needs its tokenizer.
-  measure[#measure + 1] = server.request.prompts == "text" and "--tokenizer " .. quoted(o.model)
-    or "--vocab VOCABULARY"
+  -- Ids are drawn below the vocabulary, which most foreign servers do not tell; text needs its
+  -- tokenizer.
+  if server.request.prompts == "text" then
+    measure[#measure + 1] = "--tokenizer " .. quoted(o.model)
+  elseif not server.request.tells_vocab then
+    measure[#measure + 1] = "--vocab VOCABULARY"
+  end
   if server.request.model then measure[#measure + 1] = "--model " .. quoted(o.model) end
   if server.request.natural_end then measure[#measure + 1] = "--natural-end" end
   return table.concat(words, " "), table.concat(measure, " "), files

@@ -10,6 +10,7 @@
 
 #include <curl/curl.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -987,6 +988,86 @@ static void the_load_generator_counts_right(void **state) {
     assert_false(load_valid(NAN, 1.0));
 }
 
+/* A server of somebody else: each connection gets the next answer and is closed. */
+typedef struct {
+    int fd;
+    const char *const *answer;
+    int32_t n;
+} stranger;
+
+static void *serve_strangely(void *user) {
+    const stranger *s = user;
+    for (int32_t i = 0; i < s->n; i++) {
+        char asked[8192];
+        const int fd = accept(s->fd, NULL, NULL);
+        assert_true(fd >= 0 && recv(fd, asked, sizeof asked, 0) > 0);
+        static const char head[] = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+        assert_true(send(fd, head, sizeof head - 1, 0) > 0);
+        assert_true(send(fd, s->answer[i], strlen(s->answer[i]), 0) > 0);
+        shutdown(fd, SHUT_WR);
+        while (recv(fd, asked, sizeof asked, 0) > 0) {
+        }
+        close(fd);
+    }
+    return NULL;
+}
+
+#define EVENT(text, reason)                                                                        \
+    "data: {\"choices\":[{\"index\":0,\"text\":\"" text "\",\"finish_reason\":" reason "}]}\n\n"
+#define USAGE "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":2}}\n\n"
+
+/* llama.cpp tells its vocabulary under another name and ends with an event that has no token; a
+ * stream that ends before it is over is a failure. */
+static void strangers_are_read_carefully(void **state) {
+    (void)state;
+    static const char *const answers[] = {
+        "{\"data\":[{\"id\":\"tiny\",\"meta\":{\"n_vocab\":777}}]}",
+        EVENT("a", "null") EVENT("b", "null") EVENT("", "\"length\"") USAGE "data: [DONE]\n\n",
+        EVENT("a", "null") EVENT("b", "\"length\"") USAGE,
+        EVENT("a", "null") EVENT("b", "null"),
+    };
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof at;
+    stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = answers, .n = COUNT_OF(answers)};
+    pthread_t thread;
+    char url[64], name[128];
+    int32_t vocab;
+    arena a;
+    workload_options wo;
+    workload w;
+    load_report r;
+    assert_int_equal(bind(s.fd, (struct sockaddr *)&at, size), 0);
+    assert_int_equal(listen(s.fd, 8), 0);
+    assert_int_equal(getsockname(s.fd, (struct sockaddr *)&at, &size), 0);
+    snprintf(url, sizeof url, "http://127.0.0.1:%d", ntohs(at.sin_port));
+    assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
+    assert_ok(arena_open(&a, 1 << 24));
+    assert_ok(workload_preset(&wo, "fixed"));
+    wo.n_requests = 3;
+    wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
+    wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
+    wo.arrival = ARRIVE_CLOSED;
+    wo.users = 1;
+    wo.vocab = 100;
+    assert_ok(workload_make(&w, &a, &wo));
+    request_log *log = arena_array(&a, request_log, 3);
+    const load_options o = {.url = url, .model = "tiny"};
+    assert_ok(load_ask_model(name, sizeof name, &vocab, &o));
+    assert_int_equal(vocab, 777);
+    assert_ok(load_run(&r, &a, &o, &w, log));
+    assert_int_equal(r.n_failed, 1);
+    assert_string_equal(r.failure, "the stream was cut off");
+    assert_int_equal(log[2].finish, FINISH_REFUSED);
+    for (int32_t i = 0; i < 2; i++) {
+        assert_int_equal(log[i].n_output, 2);
+        assert_int_equal(log[i].finish, FINISH_LENGTH);
+        assert_true(log[i].token_ns[1] == log[i].finish_ns);
+    }
+    pthread_join(thread, NULL);
+    close(s.fd);
+    arena_close(&a);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
@@ -1001,6 +1082,7 @@ int main(void) {
         cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
+        cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(the_key_is_wanted),

@@ -1,5 +1,6 @@
---- Foreign server: llama.cpp's llama-server on a GGUF file. Prompts go as token ids. --ctx-size is shared
---- by all slots; unlike the others it has as many slots as the context can be divided into.
+--- Foreign server: llama.cpp's llama-server on a GGUF file. Prompts go as token ids, whose number it
+--- tells. --ctx-size is divided among the slots. (Run as built from llama-cpp-python 0.3.36 on a CPU, on the
+--- tiny checkpoint, by tests/interop/llama_cpp_server.py: all requests, usage counted, in all four.)
 return {
   name = "llama_cpp",
   title = "llama.cpp",
@@ -12,12 +13,12 @@ return {
     base = {
       "llama-server", "--model", "{model}", "--host", "127.0.0.1", "--port", "8080",
       "--ctx-size", "{ctx}", "--parallel", "64", "--cont-batching", "--flash-attn", "on",
-      "--n-gpu-layers", "999", "--batch-size", "2048", "--no-webui",
+      "--n-gpu-layers", "999", "--batch-size", "2048",
     },
     W16A16KV16 = {},
     W4A16KV16 = {},
     W16A16KV8 = { "--cache-type-k", "q8_0", "--cache-type-v", "q8_0" },
     W16A16KV4 = { "--cache-type-k", "q4_0", "--cache-type-v", "q4_0" },
   },
-  request = { path = "/v1/completions", prompts = "ids" },
+  request = { path = "/v1/completions", prompts = "ids", tells_vocab = true },
 }
