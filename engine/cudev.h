@@ -46,6 +46,8 @@ typedef struct {
     uint8_t *buffer[2];
     cudev_event done[2];
     int32_t next;
+    bool timed; /* each step waits for the one before */
+    load_times times;
 } cudev_staging;
 status cudev_staging_open(cudev_staging *s);
 void cudev_staging_close(cudev_staging *s);
@@ -208,6 +210,7 @@ status cudev_ranks_open(device **out, const device_options *o);
 
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
+void cudev_load_times(device *d, load_times *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */
 
 /* cudev_ceiling.c */

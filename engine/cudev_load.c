@@ -2,7 +2,8 @@
  * made there. The host touches a checkpoint's bytes once, to hand them over (once a rank).
  *
  *     file --upload--> raw --convert--> f32 rows --quantise--> canonical --pack--> weight
- *     seed ------------noise----------^                                 16 bit: values --pack-->
+ *     seed ------------noise----------^        codes of others: raw --unpack--^
+ *                                                               16 bit: values --pack-->
  *
  * A rank takes its rows or columns of the values before they are quantised, so that a scale of a
  * whole row (WFP8, W8, the global one of NVFP4) is that of the rank's part of it; codes that a
@@ -15,6 +16,7 @@
 #include "fill.h"
 #include "formats.h"
 #include "quantize.h"
+#include "unpack.h"
 
 #include <cuda_runtime_api.h>
 #include <math.h>
@@ -43,6 +45,13 @@ void cudev_load_done(cudev *c) {
     cudev_staging_close(&c->staging);
     if (c->amax) (void)cudaFree(c->amax);
     c->amax = NULL;
+}
+
+/* All of it is over when this returns. */
+void cudev_load_times(device *d, load_times *out) {
+    cudev *c = cudev_self(d);
+    (void)cudaStreamSynchronize(c->stream);
+    *out = c->staging.times;
 }
 
 /* --- Values --------------------------------------------------------------------------------- */
@@ -266,35 +275,111 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
-/* This rank's part of them, in the arena of handles. */
-static status stored_codes(cudev *c, const precision *p, int32_t j, int32_t n, int32_t k,
-                           qmatrix *host) {
-    const weight_source *w = c->whole;
-    TRY(qmatrix_alloc(host, &c->handles, p, n, k));
-    if (c->base.options.tp == 1) {
-        weight_source_qmatrix(w, j, host);
-        return ST_OK;
-    }
-    qmatrix whole;
-    TRY(qmatrix_alloc(&whole, &c->handles, p, w->shape.n, w->shape.k));
-    weight_source_qmatrix(w, j, &whole);
-    return weight_shard_qmatrix(w->config, w->field, c->base.options.tp, c->rank, &whole, host);
+/* Words of a field that a matrix of n x k takes. */
+static size_t field_bytes(const packed_field *f, int32_t n, int32_t k) {
+    const int64_t last = (n - 1) / f->n_per * f->n_stride + (k - 1) / f->k_per * f->k_stride;
+    return (size_t)(last + 1) * (size_t)f->word_bits / 8;
 }
 
-/* A matrix whose codes the checkpoint has: unpacked on the host, packed for the kernels here. */
+/* The bytes of a packed matrix, in scratch. */
+typedef struct {
+    uint8_t *code, *zero, *scale;
+} stored_bytes;
+
+static status upload_stored(cudev *c, const packed_matrix *m, stored_bytes *at) {
+    const int32_t groups = (int32_t)div_up(m->k, m->group);
+    const int64_t blocks = div_up(m->n, m->block_n);
+    const int64_t last = (blocks - 1) * m->scale_n_stride + (groups - 1) * m->scale_g_stride;
+    const size_t codes = field_bytes(&m->code, m->n, m->k);
+    const size_t zeros = m->zero.data ? field_bytes(&m->zero, m->n, groups) : 0;
+    const size_t scales = (size_t)dtype_bytes(m->scale_type, last + 1);
+    const size_t to_zero = aligned((int64_t)codes), to_scale = to_zero + aligned((int64_t)zeros);
+    TRY(cudev_scratch_grow(&c->raw, to_scale + scales, c->stream, "weights"));
+    uint8_t *base = c->raw.data;
+    *at = (stored_bytes){.code = base, .zero = base + to_zero, .scale = base + to_scale};
+    TRY(cudev_upload(&c->staging, at->code, m->code.data, codes, c->stream));
+    if (zeros) TRY(cudev_upload(&c->staging, at->zero, m->zero.data, zeros, c->stream));
+    return cudev_upload(&c->staging, at->scale, m->scale, scales, c->stream);
+}
+
+static unpack_fields fields_of(const packed_field *f, const void *word, const matrix_part *p) {
+    return (unpack_fields){.word = word,
+                           .word_bits = f->word_bits,
+                           .bits = f->bits,
+                           .n_per = f->n_per,
+                           .k_per = f->k_per,
+                           .awq_order = f->awq_order,
+                           .n_stride = f->n_stride,
+                           .k_stride = f->k_stride,
+                           .row = p->packed_row,
+                           .row_step = (int32_t)p->row_stride};
+}
+
+/* Rows of the canonical matrix that one part has. */
+static status unpack_part(cudev *c, const matrix_part *p, const stored_bytes *at,
+                          const qmatrix *q) {
+    const packed_matrix *m = p->packed;
+    const int64_t groups = div_up(q->k, q->group), row_bytes = (int64_t)q->k * m->code.bits / 8;
+    const unpack_fields code = fields_of(&m->code, at->code, p);
+    TRY(kernel_unpack_codes(q->code + p->row_at * row_bytes, &code, p->rows, q->k, m->code_flip,
+                            c->stream));
+    if (q->zero) {
+        const unpack_fields zero = fields_of(&m->zero, at->zero, p);
+        TRY(kernel_unpack_zeros(q->zero + p->row_at * groups, &zero, p->rows, (int32_t)groups,
+                                m->zero_add, c->stream));
+    }
+    const unpack_scales s = {.scale = at->scale,
+                             .type = m->scale_type,
+                             .n_stride = m->scale_n_stride,
+                             .g_stride = m->scale_g_stride,
+                             .block_n = m->block_n,
+                             .row = p->packed_row,
+                             .row_step = (int32_t)p->row_stride * q->block_n};
+    uint8_t *to = (uint8_t *)q->scale + dtype_bytes(q->scale_type, p->row_at / q->block_n * groups);
+    return kernel_unpack_scales(to, q->scale_type, &s, (int32_t)div_up(p->rows, q->block_n),
+                                (int32_t)groups, c->stream);
+}
+
+/* Matrix j as the checkpoint has it, made canonical here. Parts of one packed matrix follow each
+ * other: its bytes come over once. */
+static status unpack_matrix(cudev *c, int32_t j, qmatrix *q) {
+    const weight_source *s = c->whole;
+    const int32_t each = s->n_parts / s->shape.count;
+    const matrix_part *p = s->part + (int64_t)j * each;
+    stored_bytes at = {0};
+    q->global_scale = p->packed->global_scale;
+    for (int32_t i = 0; i < each; i++) {
+        if (i == 0 || p[i].packed != p[i - 1].packed) TRY(upload_stored(c, p[i].packed, &at));
+        TRY(unpack_part(c, &p[i], &at, q));
+    }
+    return ST_OK;
+}
+
+/* This rank's part of its codes: cut on the host. */
+static status rank_codes(cudev *c, const precision *p, int32_t j, qmatrix *q) {
+    const weight_source *w = c->whole;
+    qmatrix whole, mine;
+    TRY(qmatrix_alloc(&mine, &c->handles, p, q->n, q->k));
+    TRY(qmatrix_alloc(&whole, &c->handles, p, w->shape.n, w->shape.k));
+    weight_source_qmatrix(w, j, &whole);
+    TRY(weight_shard_qmatrix(w->config, w->field, c->base.options.tp, c->rank, &whole, &mine));
+    const size_t codes = (size_t)qmatrix_code_bytes(p, q->n, q->k);
+    const size_t scales = (size_t)dtype_bytes(q->scale_type, qmatrix_scale_count(p, q->n, q->k));
+    const size_t zeros = (size_t)qmatrix_zero_count(p, q->n, q->k);
+    TRY(cudev_upload(&c->staging, q->code, mine.code, codes, c->stream));
+    TRY(cudev_upload(&c->staging, q->scale, mine.scale, scales, c->stream));
+    if (zeros) TRY(cudev_upload(&c->staging, q->zero, mine.zero, zeros, c->stream));
+    q->global_scale = mine.global_scale;
+    return ST_OK;
+}
+
+/* A matrix whose codes the checkpoint has. */
 static status stored_matrix(cudev *c, const weight_source *s, const precision *p, int32_t j,
                             cudev_weight *w) {
-    const int32_t n = s->shape.n, k = s->shape.k;
-    qmatrix q, host;
-    TRY(canonical(c, p, n, k, &q));
-    const size_t codes = (size_t)qmatrix_code_bytes(p, n, k);
-    const size_t scales = (size_t)dtype_bytes(q.scale_type, qmatrix_scale_count(p, n, k));
-    const size_t zeros = (size_t)qmatrix_zero_count(p, n, k), mark = c->handles.used;
-    status st = stored_codes(c, p, j, n, k, &host);
-    if (st == ST_OK) st = cudev_upload(&c->staging, q.code, host.code, codes, c->stream);
-    if (st == ST_OK) st = cudev_upload(&c->staging, q.scale, host.scale, scales, c->stream);
-    if (st == ST_OK && zeros) st = cudev_upload(&c->staging, q.zero, host.zero, zeros, c->stream);
-    q.global_scale = host.global_scale;
+    qmatrix q;
+    TRY(canonical(c, p, s->shape.n, s->shape.k, &q));
+    const size_t mark = c->handles.used;
+    const status st = c->base.options.tp == 1 ? unpack_matrix(c, j, &q) : rank_codes(c, p, j, &q);
     arena_reset(&c->handles, mark);
     TRY(st);
     if (p->weight == WF_NVFP4)

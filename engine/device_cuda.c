@@ -92,6 +92,7 @@ status cudev_open(device **out, const device_options *o, int32_t rank) {
     c->base = (device){.ops = &device_cuda, .options = *o};
     c->gpu = c->rank = rank;
     c->family = o->kernel_family;
+    c->staging.timed = o->time_loading;
     *out = &c->base;
     const status st = probe(c);
     if (st != ST_OK) {
@@ -781,6 +782,7 @@ const device_ops device_cuda = {
     .close = cuda_close,
     .memory = cuda_memory,
     .weight_load = cudev_weight_load,
+    .load_times = cudev_load_times,
     .setup = cuda_setup,
     .buffer = cuda_buffer,
     .begin = cuda_begin,

@@ -698,25 +698,57 @@ static int32_t zero_at(const packed_matrix *m, int32_t row, int32_t g) {
 
 static int32_t groups_of(const packed_matrix *m) { return (int32_t)div_up(m->k, m->group); }
 
-status packed_check(const packed_matrix *m) {
+/* What is wrong with row r, to be said. */
+static status check_row(const packed_matrix *m, int32_t r) {
     const int32_t groups = groups_of(m), middle = m->format == WF_INT4 ? 8 : 128;
-    for (int32_t r = 0; r < m->n; r++) {
-        for (int32_t g = 0; g < groups; g++) {
-            if (r % m->block_n == 0) {
-                const float s = scale_at(m, r, g);
-                if (!(s >= 0 && isfinite(s)))
-                    return FAIL(ST_FORMAT, "tensor '%s': scale of row %d, group %d is %g", m->name,
-                                r, g, (double)s);
-            }
-            if (m->zero.data && m->sym && zero_at(m, r, g) != middle)
-                return FAIL(
-                    ST_FORMAT,
-                    "tensor '%s': zero point of row %d, group %d is %d; quantization_config "
-                    "says symmetric",
-                    m->name, r, g, zero_at(m, r, g));
+    for (int32_t g = 0; g < groups; g++) {
+        if (r % m->block_n == 0) {
+            const float s = scale_at(m, r, g);
+            if (!(s >= 0 && isfinite(s)))
+                return FAIL(ST_FORMAT, "tensor '%s': scale of row %d, group %d is %g", m->name, r,
+                            g, (double)s);
         }
+        if (m->zero.data && m->sym && zero_at(m, r, g) != middle)
+            return FAIL(ST_FORMAT,
+                        "tensor '%s': zero point of row %d, group %d is %d; quantization_config "
+                        "says symmetric",
+                        m->name, r, g, zero_at(m, r, g));
     }
     return ST_OK;
+}
+
+/* Scales [groups] of a row: finite, and negative only as -0, seen in their bits. */
+#define SCALES_FINE(type, most, sign)                                                              \
+    do {                                                                                           \
+        const type *v = (const type *)m->scale + at;                                               \
+        for (int32_t g = 0; g < groups; g++, v += m->scale_g_stride)                               \
+            fine &= (*v <= (most)) | (*v == (sign));                                               \
+    } while (0)
+
+static bool row_is_fine(const packed_matrix *m, int32_t r) {
+    const int32_t groups = groups_of(m), middle = m->format == WF_INT4 ? 8 : 128;
+    const int64_t at = r / m->block_n * m->scale_n_stride;
+    int fine = 1;
+    for (int32_t g = 0; g < groups && m->zero.data && m->sym; g++)
+        fine &= zero_at(m, r, g) == middle;
+    if (r % m->block_n) return fine;
+    switch (m->scale_type) {
+    case DT_F16: SCALES_FINE(uint16_t, 0x7bff, 0x8000); break;
+    case DT_BF16: SCALES_FINE(uint16_t, 0x7f7f, 0x8000); break;
+    case DT_E4M3: SCALES_FINE(uint8_t, 0x7e, 0x80); break;
+    case DT_UE8M0: SCALES_FINE(uint8_t, 0xfe, 0xfe); break;
+    default: SCALES_FINE(uint32_t, 0x7f7fffffu, 0x80000000u);
+    }
+    return fine;
+}
+
+/* Runs before every load, so on all cores. */
+status packed_check(const packed_matrix *m) {
+    int32_t first = m->n;
+#pragma omp parallel for schedule(static) reduction(min : first) if (m->n >= 256)
+    for (int32_t r = 0; r < m->n; r++)
+        if (!row_is_fine(m, r) && r < first) first = r;
+    return first < m->n ? check_row(m, first) : ST_OK;
 }
 
 void packed_row(const packed_matrix *m, int32_t row, float *out) {

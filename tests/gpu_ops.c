@@ -19,6 +19,7 @@
 #include "rng.h"
 #include "rows.h"
 #include "sampler.h"
+#include "unpack.h"
 #include "weights.h"
 
 #include <cuda_runtime_api.h>
@@ -673,6 +674,175 @@ static void test_activations(void **state) {
         }
 }
 
+/* --- Layouts of other tools ------------------------------------------------------------------ */
+
+enum { UNPACK_N = 304, UNPACK_K = 1040, UNPACK_GROUP = 16 }; /* no multiples of the tiles */
+
+typedef struct {
+    const char *name;
+    weight_format format;
+    int32_t word_bits, bits, n_per, k_per;
+    bool awq_order, zeros;
+    int32_t zero_add, block_n;
+    uint8_t flip;
+    dtype scale_type;
+    int32_t row, row_step; /* of the part that is unpacked */
+} layout;
+
+static const layout layouts[] = {
+    {"awq", WF_INT4, 32, 4, 8, 1, true, true, 0, 1, 0, DT_F16, 0, 1},
+    {"awq, every second row", WF_INT4, 32, 4, 8, 1, true, true, 0, 1, 0, DT_F16, 3, 2},
+    {"gptq", WF_INT4, 32, 4, 1, 8, false, true, 1, 1, 0, DT_BF16, 0, 1},
+    {"gptq of 8 bits", WF_INT8, 32, 8, 1, 4, false, false, 0, 1, 0x80, DT_F16, 5, 1},
+    {"words along inputs", WF_INT4, 32, 4, 1, 8, false, true, 0, 1, 0, DT_F32, 1, 2},
+    {"bytes", WF_FP8, 8, 8, 1, 1, false, false, 0, 1, 0, DT_F32, 0, 1},
+    {"bytes in blocks", WF_FP8B, 8, 8, 1, 1, false, false, 0, 128, 0, DT_F32, 128, 1},
+    {"nibbles", WF_MXFP4, 8, 4, 1, 2, false, false, 0, 1, 0, DT_UE8M0, 1, 2},
+};
+
+/* Words along inputs where rows of them lie together, else by input, as the tools have them. */
+static packed_field field_of(const layout *l, const void *data, bool zero, int32_t cols) {
+    const bool along_n = l->n_per > 1 || (zero && l->bits == 4);
+    const int32_t n_per = along_n ? 32 / l->bits : 1, k_per = along_n ? 1 : l->k_per;
+    const bool by_input = !strncmp(l->name, "gptq", 4) || !strncmp(l->name, "awq", 3);
+    return (packed_field){.data = data,
+                          .word_bits = l->word_bits,
+                          .bits = l->bits,
+                          .n_per = n_per,
+                          .k_per = k_per,
+                          .awq_order = l->awq_order,
+                          .n_stride = by_input ? 1 : cols / k_per,
+                          .k_stride = by_input ? UNPACK_N / n_per : 1};
+}
+
+static unpack_fields on_device(const packed_field *f, size_t bytes, const layout *l) {
+    return (unpack_fields){.word = dev_copy(f->data, bytes),
+                           .word_bits = f->word_bits,
+                           .bits = f->bits,
+                           .n_per = f->n_per,
+                           .k_per = f->k_per,
+                           .awq_order = f->awq_order,
+                           .n_stride = f->n_stride,
+                           .k_stride = f->k_stride,
+                           .row = l->row,
+                           .row_step = l->row_step};
+}
+
+/* A matrix of random codes, scales and zero points, and its canonical form. */
+typedef struct {
+    const layout *l;
+    int32_t k, group, groups, rows;
+    precision p;
+    uint32_t *code, *zero;
+    uint8_t *scale;
+    packed_matrix m;
+    qmatrix q;
+    arena a;
+} stored;
+
+enum { UNPACK_WORDS = UNPACK_N * UNPACK_K };
+
+static stored make_stored(const layout *l) {
+    const weight_format f = l->format;
+    const int32_t k = f == WF_MXFP4 ? 1024 : UNPACK_K;
+    const int32_t group = f == WF_FP8 || f == WF_INT8 ? k
+                          : f == WF_FP8B              ? 128
+                          : f == WF_MXFP4             ? 32
+                                                      : UNPACK_GROUP;
+    stored s = {.l = l, .k = k, .group = group, .groups = (int32_t)div_up(k, group)};
+    s.rows = (UNPACK_N - l->row) / l->row_step / 16 * 16;
+    s.p = (precision){.weight = f, .group = group == k ? 0 : group, .sym = !l->zeros};
+    s.code = host(UNPACK_WORDS, 4);
+    s.zero = host(UNPACK_WORDS, 4);
+    s.scale = host(UNPACK_WORDS / 8, 4);
+    float *scale = normals(UNPACK_WORDS / 8, 0.01, 5);
+    rng r;
+    rng_seed(&r, 3, 1);
+    for (int32_t i = 0; i < UNPACK_WORDS; i++) {
+        s.code[i] = (uint32_t)rng_u64(&r) & 0x7b7b7b7bu; /* no NaN among the floats */
+        s.zero[i] = (uint32_t)rng_u64(&r);
+    }
+    if (l->scale_type == DT_UE8M0)
+        for (int32_t i = 0; i < UNPACK_WORDS / 2; i++) s.scale[i] = (uint8_t)(100 + i % 50);
+    else
+        dtype_from_f32(s.scale, scale, UNPACK_WORDS / 8, l->scale_type);
+    free(scale);
+    s.m = (packed_matrix){.name = l->name,
+                          .format = f,
+                          .n = UNPACK_N,
+                          .k = k,
+                          .group = group,
+                          .block_n = l->block_n,
+                          .sym = !l->zeros,
+                          .code_flip = l->flip,
+                          .zero_add = l->zero_add,
+                          .scale = s.scale,
+                          .scale_type = l->scale_type,
+                          .scale_n_stride = s.groups,
+                          .scale_g_stride = 1,
+                          .global_scale = 1};
+    s.m.code = field_of(l, s.code, false, k);
+    if (l->zeros) s.m.zero = field_of(l, s.zero, true, s.groups);
+    assert_ok(arena_open(&s.a, (size_t)16 << 20));
+    assert_ok(qmatrix_alloc(&s.q, &s.a, &s.p, s.rows, k));
+    for (int32_t i = 0; i < s.rows; i++)
+        packed_canonical(&s.m, l->row + i * l->row_step, NULL, &s.q, i);
+    return s;
+}
+
+static void check_unpack(const stored *s, int32_t *failures) {
+    const layout *l = s->l;
+    const qmatrix *q = &s->q;
+    const size_t codes = (size_t)qmatrix_code_bytes(&s->p, s->rows, s->k);
+    const size_t zeros = (size_t)qmatrix_zero_count(&s->p, s->rows, s->k);
+    const size_t scales =
+        (size_t)dtype_bytes(q->scale_type, qmatrix_scale_count(&s->p, s->rows, s->k));
+    uint8_t *got = host(codes + scales, 1), *to = dev(codes + scales);
+    const unpack_fields fields = on_device(&s->m.code, UNPACK_WORDS * 4, l);
+    assert_ok(kernel_unpack_codes(to, &fields, s->rows, s->k, l->flip, NULL));
+    fetch(got, to, codes);
+    *failures += memcmp(got, q->code, codes) != 0;
+    got[codes / 2] ^= 1; /* twin */
+    *failures += memcmp(got, q->code, codes) == 0;
+    if (zeros) {
+        const unpack_fields z = on_device(&s->m.zero, UNPACK_WORDS * 4, l);
+        assert_ok(kernel_unpack_zeros(to, &z, s->rows, s->groups, l->zero_add, NULL));
+        fetch(got, to, zeros);
+        *failures += memcmp(got, q->zero, zeros) != 0;
+        CUDA(cudaFree((void *)(uintptr_t)z.word));
+    }
+    const unpack_scales us = {.scale = dev_copy(s->scale, UNPACK_WORDS / 2),
+                              .type = l->scale_type,
+                              .n_stride = s->groups,
+                              .g_stride = 1,
+                              .block_n = l->block_n,
+                              .row = l->row,
+                              .row_step = l->row_step * q->block_n};
+    assert_ok(kernel_unpack_scales(to, q->scale_type, &us, (int32_t)div_up(s->rows, q->block_n),
+                                   s->groups, NULL));
+    fetch(got, to, scales);
+    *failures += memcmp(got, q->scale, scales) != 0;
+    print_message("  %-24s %d failures so far\n", l->name, *failures);
+    CUDA(cudaFree((void *)(uintptr_t)fields.word));
+    CUDA(cudaFree((void *)(uintptr_t)us.scale));
+    CUDA(cudaFree(to));
+    free(got);
+}
+
+static void test_unpack(void **state) {
+    (void)state;
+    int32_t failures = 0;
+    for (int i = 0; i < COUNT_OF(layouts); i++) {
+        stored s = make_stored(&layouts[i]);
+        check_unpack(&s, &failures);
+        arena_close(&s.a);
+        free(s.code);
+        free(s.zero);
+        free(s.scale);
+    }
+    assert_int_equal(failures, 0);
+}
+
 int main(void) {
     int n = 0;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
@@ -686,7 +856,7 @@ int main(void) {
         cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
         cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
         cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
-        cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
