@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 
 typedef struct {
-    const char *model, *out, *method, *format, *layout, *text_path;
+    const char *model, *out, *method, *format, *layout, *text_path, *device;
     int64_t tokens, threads, seed;
     double damp;
     bool no_act_order;
@@ -59,6 +59,7 @@ static status run(const arguments *a) {
     progress_start(&bar, "quantize", 1);
     o.model = dir;
     o.out = a->out;
+    o.device = a->device;
     o.threads = (int32_t)a->threads;
     o.token = tokens.data;
     o.n_tokens = tokens.length;
@@ -80,6 +81,7 @@ int cmd_quantise(int argc, char **argv) {
     arguments a = {.method = "rtn",
                    .format = "W4",
                    .layout = "compressed-tensors",
+                   .device = "cpu",
                    .tokens = 16384,
                    .damp = 0.01};
     const cli_option options[] = {
@@ -94,6 +96,7 @@ int cmd_quantise(int argc, char **argv) {
         {"--seed", CLI_INT, &a.seed, "N", "of the corpus (0)"},
         {"--damp", CLI_NUMBER, &a.damp, "X", "gptq: of the mean diagonal (0.01)"},
         {"--no-act-order", CLI_FLAG, &a.no_act_order, NULL, "gptq: columns as they come"},
+        {"--device", CLI_TEXT, &a.device, "NAME", "of gptq and awq: cpu or cuda (cpu)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };

@@ -13,6 +13,7 @@
 #ifndef AMALGAM_DEVICE_H
 #define AMALGAM_DEVICE_H
 #include "batch.h"
+#include "calibrate.h"
 #include "gpu.h"
 #include "precision.h"
 #include "weights.h"
@@ -165,6 +166,11 @@ typedef struct device_ops {
     /* What the device reaches at most: bytes read per second, operations per second of a 16-bit
      * product. cuda measures, sim has them from the data sheet; NULL: nobody knows. */
     status (*ceilings)(device *d, double *read_bytes_per_s, double *matrix_flops);
+
+    /* --- quantisers; NULL where nothing has values, and on several ranks -------------------- */
+    const calibrate_ops *calibrate; /* their arithmetic; its sums belong to this device */
+    /* In the middle of a step: rows row[i] (NULL = i), i < n, of x join s. */
+    status (*observe)(device *d, calibrate_sums *s, tensor x, const int32_t *row, int64_t n);
 
     /* --- fused operations, NULL where a device lacks them; chosen by forward's plan ---------- */
     /* gated(linear(x, gate_up)) without storing the product of size [T, 2F]. */

@@ -549,6 +549,11 @@ static status cpu_read(device *d, tensor t, float *out) {
     return ST_OK;
 }
 
+static status cpu_observe(device *d, calibrate_sums *s, tensor x, const int32_t *row, int64_t n) {
+    (void)d;
+    return ref_calibrate.sums_add(s, x.data, DT_F32, row, n, NULL);
+}
+
 static void cpu_explain(device *d, const char *what, const weight *w, int64_t n_rows, char *buf,
                         size_t n) {
     const cpu *c = self(d);
@@ -588,4 +593,6 @@ const device_ops device_cpu = {
     .end = cpu_end,
     .read = cpu_read,
     .explain = cpu_explain,
+    .calibrate = &ref_calibrate,
+    .observe = cpu_observe,
 };

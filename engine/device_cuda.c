@@ -760,6 +760,16 @@ static status cuda_read(device *d, tensor t, float *out) {
     return ST_OK;
 }
 
+static status cuda_observe(device *d, calibrate_sums *s, tensor x, const int32_t *row, int64_t n) {
+    cudev *c = self(d);
+    CHECK(c->mode == STEP_EAGER); /* text runs in chunks, which no graph holds */
+    for (int32_t i = 0; i < c->n_buffers; i++)
+        if (c->buffer[i].data == x.data)
+            return cuda_calibrate.sums_add(s, x.data, c->buffer[i].type, row, n, c->stream);
+    CHECK(!"a buffer of this device");
+    return ST_OK;
+}
+
 static void cuda_explain(device *d, const char *what, const weight *w, int64_t n_rows, char *buf,
                          size_t n) {
     const cudev *c = self(d);
@@ -804,5 +814,7 @@ const device_ops device_cuda = {
     .read = cuda_read,
     .explain = cuda_explain,
     .ceilings = cudev_ceilings,
+    .calibrate = &cuda_calibrate,
+    .observe = cuda_observe,
     .linear_gated = cuda_linear_gated,
 };

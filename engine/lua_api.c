@@ -725,12 +725,12 @@ static int l_evaluate(lua_State *L) {
 /* --- quantize ----------------------------------------------------------------------------------
  */
 
-/* amalgam.quantize { model =, out =, method =, precision =, layout =, threads =,
+/* amalgam.quantize { model =, out =, method =, precision =, layout =, device =, threads =,
  * calibration = {seed =, bytes =} }: writes a checkpoint; the text is the seeded generator's under
  * a training seed. */
 static int l_quantize(lua_State *L) {
     static const char *const known[] = {"model",  "out",         "method",  "precision",
-                                        "layout", "calibration", "threads", NULL};
+                                        "layout", "calibration", "device", "threads", NULL};
     quantise_options o = QUANTISE_OPTIONS_DEFAULT;
     const char *model = NULL, *method = "rtn", *format = "W4", *layout = "compressed-tensors";
     int64_t seed = 0, bytes = 65536;
@@ -740,6 +740,7 @@ static int l_quantize(lua_State *L) {
     opt_str(L, 1, "method", &method);
     opt_str(L, 1, "precision", &format);
     opt_str(L, 1, "layout", &layout);
+    opt_str(L, 1, "device", &o.device);
     opt_i32(L, 1, "threads", 0, 1024, &o.threads);
     if (!model || !o.out) return luaL_error(L, "quantize needs 'model' and 'out'");
     if (opt_table(L, 1, "calibration")) {

@@ -2,13 +2,9 @@
  * operation finds its observer from the device it is called with. */
 #include "observe.h"
 
-#include "ref_linear.h"
 #include "ref_moe.h"
 
-#include <math.h>
 #include <string.h>
-
-enum { ROWS = 256 }; /* of x transposed at a time: k floats each stay in L2 */
 
 struct observer {
     device_ops ops; /* first: device.ops points here while we watch */
@@ -16,12 +12,10 @@ struct observer {
     engine *e;
     arena memory;
     int32_t first, n;
-    moments *of;       /* [n, 4 kinds, max(1, experts)] */
-    float *x, *turned; /* [rows of a step, k_max], [k_max, ROWS] */
-    float *product;    /* [k_max, k_max] */
+    moments *of;           /* [n, 4 kinds, max(1, experts)] */
+    calibrate_sums **sums; /* the same */
     float *logits, *route_weight;
-    int32_t *expert, *expert_start, *slot_row, *row_token;
-    int64_t n_rows; /* of the routed step */
+    int32_t *expert, *expert_start, *slot_row, *row_token, *in_order;
     int32_t max_rows;
 };
 
@@ -39,9 +33,13 @@ static int32_t inputs_of(const model_config *c, int32_t kind) {
     }
 }
 
-static moments *moments_at(const observer *o, int32_t layer, int32_t kind, int32_t index) {
+static int64_t place(const observer *o, int32_t layer, int32_t kind, int32_t index) {
     const int32_t x = experts_of(engine_config(o->e));
-    return &o->of[((int64_t)(layer - o->first) * KINDS + kind) * x + index];
+    return ((int64_t)(layer - o->first) * KINDS + kind) * x + index;
+}
+
+static int64_t places(const observer *o) {
+    return (int64_t)o->n * KINDS * experts_of(engine_config(o->e));
 }
 
 int64_t observer_layer_bytes(const model_config *c) {
@@ -56,13 +54,13 @@ int64_t observer_layer_bytes(const model_config *c) {
 const moments *observer_moments(const observer *o, weight_field f, int32_t layer, int32_t index) {
     CHECK(layer >= o->first && layer < o->first + o->n);
     switch (f) {
-    case WEIGHT_qkv: return moments_at(o, layer, KIND_QKV, 0);
-    case WEIGHT_o: return moments_at(o, layer, KIND_O, 0);
+    case WEIGHT_qkv: return &o->of[place(o, layer, KIND_QKV, 0)];
+    case WEIGHT_o: return &o->of[place(o, layer, KIND_O, 0)];
     case WEIGHT_gate_up:
-    case WEIGHT_experts_gate_up: return moments_at(o, layer, KIND_UP, index);
+    case WEIGHT_experts_gate_up: return &o->of[place(o, layer, KIND_UP, index)];
     default: CHECK(f == WEIGHT_down || f == WEIGHT_experts_down);
     }
-    return moments_at(o, layer, KIND_DOWN, index);
+    return &o->of[place(o, layer, KIND_DOWN, index)];
 }
 
 /* The layer and kind of a weight that is watched; false for all others. */
@@ -81,45 +79,11 @@ static bool which(const observer *o, const weight *w, int32_t *layer, int32_t *k
     return false;
 }
 
-/* 1 / root mean square of a row; 0 for a row of zeros. */
-static float weight_of_row(const float *x, int32_t k) {
-    double sum = 0;
-    for (int32_t i = 0; i < k; i++) sum += (double)x[i] * (double)x[i];
-    return sum > 0 ? (float)(1 / sqrt(sum / k)) : 0;
-}
-
-/* Add rows x[row[i]] (row NULL = i), i in [0, n). Products in f32 over ROWS, sums in f64. */
-static void add_rows(observer *o, moments *m, const float *x, const int32_t *row, int64_t n) {
-    const int32_t k = m->k;
-    for (int64_t at = 0; at < n; at += ROWS) {
-        const int32_t count = (int32_t)i64_min(ROWS, n - at);
-        for (int32_t r = 0; r < count; r++) {
-            const float *from = x + (row ? row[at + r] : at + r) * k;
-            const float factor = weight_of_row(from, k);
-            for (int32_t i = 0; i < k; i++) {
-                o->turned[(int64_t)i * count + r] = from[i] * factor;
-                m->magnitude[i] += fabs((double)from[i]) * (double)factor;
-            }
-        }
-#pragma omp parallel for schedule(static) if (k >= 128)
-        for (int32_t i = 0; i < k; i++) {
-            ref_linear_lanes(o->product + (int64_t)i * k, k, o->turned + (int64_t)i * count, count,
-                             o->turned, count, NULL, 1, k, count);
-            for (int32_t j = 0; j < k; j++)
-                m->gram[(int64_t)i * k + j] += (double)o->product[(int64_t)i * k + j];
-        }
-    }
-    m->rows += n;
-}
-
 static status watch(device *d, tensor x, const weight *w) {
     observer *o = of_device(d);
     int32_t layer, kind;
     if (!which(o, w, &layer, &kind)) return ST_OK;
-    CHECK(x.rows <= o->max_rows);
-    TRY(o->real->read(d, x, o->x));
-    add_rows(o, moments_at(o, layer, kind, 0), o->x, NULL, x.rows);
-    return ST_OK;
+    return o->real->observe(d, o->sums[place(o, layer, kind, 0)], x, NULL, x.rows);
 }
 
 static status observe_linear(device *d, tensor out, tensor x, const weight *w) {
@@ -149,11 +113,10 @@ static status observe_experts(device *d, tensor out, tensor x, const weight *w, 
     observer *o = of_device(d);
     int32_t layer, kind;
     if (which(o, w, &layer, &kind)) {
-        TRY(o->real->read(d, x, o->x));
+        const int32_t *row = gather ? o->row_token : o->in_order;
         for (int32_t e = 0; e < w->count; e++) {
             const int32_t from = o->expert_start[e], n = o->expert_start[e + 1] - from;
-            add_rows(o, moments_at(o, layer, kind, e), gather ? o->x : o->x + (int64_t)from * w->k,
-                     gather ? o->row_token + from : NULL, n);
+            TRY(o->real->observe(d, o->sums[place(o, layer, kind, e)], x, row + from, n));
         }
     }
     return o->real->moe_linear(d, out, x, w, top_k, gather);
@@ -162,42 +125,41 @@ static status observe_experts(device *d, tensor out, tensor x, const weight *w, 
 static status allocate(observer *o, int32_t max_tokens) {
     const model_config *c = engine_config(o->e);
     const int32_t x = experts_of(c), top_k = c->n_experts ? c->top_k : 1;
-    int32_t k_max = 0;
-    for (int32_t kind = 0; kind < KINDS; kind++)
-        k_max = (int32_t)i64_max(k_max, inputs_of(c, kind));
     o->max_rows = max_tokens * top_k;
-    const size_t rows = (size_t)o->max_rows, k = (size_t)k_max;
-    const size_t bytes = (size_t)(o->n * observer_layer_bytes(c)) + rows * k * 4 + k * ROWS * 4 +
-                         k * k * 4 + rows * (size_t)(x + 8) * 8 + ((size_t)1 << 20) +
-                         (size_t)o->n * KINDS * (size_t)x * (sizeof(moments) + 256);
+    const size_t rows = (size_t)o->max_rows, n = (size_t)places(o);
+    const size_t bytes = (size_t)(o->n * observer_layer_bytes(c)) + rows * (size_t)(x + 8) * 8 +
+                         ((size_t)1 << 20) + n * (sizeof(moments) + 512);
     TRY(arena_open(&o->memory, bytes));
     arena *a = &o->memory;
     bool ok = true;
-    ok &= (o->of = arena_array(a, moments, (size_t)o->n * KINDS * (size_t)x)) != NULL;
-    ok &= (o->x = arena_array(a, float, rows *k)) != NULL;
-    ok &= (o->turned = arena_array(a, float, k *ROWS)) != NULL;
-    ok &= (o->product = arena_array(a, float, k *k)) != NULL;
+    ok &= (o->of = arena_array(a, moments, n)) != NULL;
+    ok &= (o->sums = arena_array(a, calibrate_sums *, n)) != NULL;
     ok &= (o->logits = arena_array(a, float, rows *(size_t)x)) != NULL;
     ok &= (o->route_weight = arena_array(a, float, rows)) != NULL;
     ok &= (o->expert = arena_array(a, int32_t, rows)) != NULL;
     ok &= (o->slot_row = arena_array(a, int32_t, rows)) != NULL;
     ok &= (o->row_token = arena_array(a, int32_t, rows)) != NULL;
+    ok &= (o->in_order = arena_array(a, int32_t, rows)) != NULL;
     ok &= (o->expert_start = arena_array(a, int32_t, (size_t)x + 1)) != NULL;
-    for (int32_t i = 0; ok && i < o->n * KINDS * x; i++) {
-        const int32_t kind = i / x % KINDS;
+    if (!ok) return FAIL(ST_NOMEM, "moments of %d layers", o->n);
+    for (int32_t i = 0; i < o->max_rows; i++) o->in_order[i] = i;
+    for (int64_t i = 0; i < places(o); i++) {
+        const int32_t kind = (int32_t)(i / x % KINDS);
         if (kind < KIND_UP && i % x) continue;
         moments *m = &o->of[i];
         const size_t size = (size_t)(m->k = inputs_of(c, kind));
-        ok &= (m->gram = arena_array(a, double, size *size)) != NULL;
-        ok &= (m->magnitude = arena_array(a, double, size)) != NULL;
+        m->gram = arena_array(a, double, size *size);
+        m->magnitude = arena_array(a, double, size);
+        if (!m->gram || !m->magnitude) return FAIL(ST_NOMEM, "moments of %d layers", o->n);
+        TRY(engine_device(o->e)->ops->calibrate->sums_open(&o->sums[i], m));
     }
-    return ok ? ST_OK : FAIL(ST_NOMEM, "moments of %d layers", o->n);
+    return ST_OK;
 }
 
 status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
     *out = NULL;
     device *d = engine_device(e);
-    if (!d->ops->has_logits)
+    if (!d->ops->observe)
         return FAIL(ST_UNSUPPORTED, "the %s device has no values to observe", d->ops->name);
     CHECK(d->options.tp == 1);
     CHECK(first >= 0 && n >= 1 && first + n <= engine_config(e)->n_layers);
@@ -207,12 +169,11 @@ status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
     o->first = first;
     o->n = n;
     const status st = allocate(o, engine_token_budget(e));
+    o->real = d->ops;
     if (st != ST_OK) {
-        arena_close(&o->memory);
-        mem_free(o);
+        observer_close(o);
         return st;
     }
-    o->real = d->ops;
     o->ops = *d->ops;
     o->ops.linear = observe_linear;
     if (o->real->linear_gated) o->ops.linear_gated = observe_gated;
@@ -223,9 +184,20 @@ status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
     return ST_OK;
 }
 
+status observer_end(observer *o) {
+    status first = ST_OK;
+    engine_device(o->e)->ops = o->real;
+    for (int64_t i = 0; o->sums && i < places(o); i++) {
+        const status st = o->real->calibrate->sums_end(o->sums[i]);
+        o->sums[i] = NULL;
+        if (first == ST_OK) first = st;
+    }
+    return first;
+}
+
 void observer_close(observer *o) {
     if (!o) return;
-    engine_device(o->e)->ops = o->real;
+    (void)observer_end(o);
     arena_close(&o->memory);
     mem_free(o);
 }

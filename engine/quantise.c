@@ -7,7 +7,6 @@
 #include "quantise.h"
 
 #include "evaluate.h"
-#include "ref_linear.h"
 
 #include <float.h>
 #include <math.h>
@@ -33,118 +32,29 @@ status quantise_method_parse(quantise_method *out, const char *name) {
 /* --- GPTQ --------------------------------------------------------------------------------------
  */
 
-typedef struct {
-    arena memory;
-    int32_t k;
-    int32_t *column; /* [k] order of processing */
-    double *h, *u;   /* [k, k]: H, then R with H = R R^T; U = R^-1, both upper triangles */
-} solver;
-
 static int by_diagonal(const void *a, const void *b) {
     const double *const *x = a, *const *y = b;
     if (**x != **y) return **x > **y ? -1 : 1;
     return *x < *y ? -1 : *x > *y;
 }
 
-static status solver_open(solver *s, int32_t k) {
-    const size_t kk = (size_t)k * (size_t)k;
-    *s = (solver){.k = k};
-    TRY(arena_open(&s->memory, 2 * kk * sizeof(double) + (size_t)k * 16 + 4096));
-    s->column = arena_array(&s->memory, int32_t, (size_t)k);
-    s->h = arena_array(&s->memory, double, kk);
-    s->u = arena_array(&s->memory, double, kk);
-    if (s->column && s->h && s->u) return ST_OK;
-    arena_close(&s->memory);
-    return FAIL(ST_NOMEM, "moments of %d inputs", k);
-}
-
-static status order_columns(solver *s, const double *gram, bool act_order) {
-    const int32_t k = s->k;
-    const size_t mark = s->memory.used;
-    const double **at = arena_array(&s->memory, const double *, (size_t)k);
-    if (!at) return FAIL(ST_NOMEM, "order of %d inputs", k);
-    for (int32_t i = 0; i < k; i++) at[i] = &gram[(int64_t)i * k + i];
-    if (act_order) qsort(at, (size_t)k, sizeof *at, by_diagonal);
-    for (int32_t i = 0; i < k; i++) s->column[i] = (int32_t)((at[i] - gram) / (k + 1));
-    arena_reset(&s->memory, mark);
-    return ST_OK;
-}
-
-/* H = R R^T with R upper triangular, in place; false when H is not positive. */
-static bool factor(double *h, int32_t k) {
-    for (int32_t j = k - 1; j >= 0; j--) {
-        double *row = h + (int64_t)j * k;
-        double d = row[j];
-        for (int32_t p = j + 1; p < k; p++) d -= row[p] * row[p];
-        if (!(d > 0)) return false;
-        d = row[j] = sqrt(d);
-#pragma omp parallel for schedule(static) if (j > 256)
-        for (int32_t i = 0; i < j; i++) {
-            double *other = h + (int64_t)i * k, x = other[j];
-            for (int32_t p = j + 1; p < k; p++) x -= other[p] * row[p];
-            other[j] = x / d;
-        }
-    }
-    return true;
-}
-
-/* u = the transpose of U = R^-1, whose columns are made upwards: u[j][i] = U[i][j]. */
-static void invert(double *u, const double *r, int32_t k) {
-#pragma omp parallel for schedule(dynamic, 16) if (k > 256)
-    for (int32_t j = 0; j < k; j++) {
-        double *v = u + (int64_t)j * k; /* v[i] = U[i][j] */
-        v[j] = 1 / r[(int64_t)j * k + j];
-        for (int32_t i = j - 1; i >= 0; i--) {
-            const double *row = r + (int64_t)i * k;
-            double x = 0;
-            for (int32_t p = i + 1; p <= j; p++) x += row[p] * v[p];
-            v[i] = -x / row[i];
-        }
-    }
-}
-
-/* H = damped gram in processing order; then U, transposed: u[j][i] = U[i][j]. */
-static status solve(solver *s, const double *gram, double damp, bool act_order) {
-    const int32_t k = s->k;
-    TRY(order_columns(s, gram, act_order));
+status quantise_gptq(const calibrate_ops *by, qmatrix *q, float *w, const double *gram, double damp,
+                     bool act_order) {
+    const int32_t k = q->k;
+    const double **at = mem_alloc((size_t)k, sizeof *at);
+    int32_t *column = mem_alloc((size_t)k, sizeof *column);
     double mean = 0;
-    for (int32_t i = 0; i < k; i++) mean += gram[(int64_t)i * k + i] / k;
+    status st = at && column ? ST_OK : FAIL(ST_NOMEM, "order of %d inputs", k);
+    for (int32_t i = 0; i < k && st == ST_OK; i++) {
+        at[i] = &gram[(int64_t)i * k + i];
+        mean += *at[i] / k;
+    }
     if (!(mean > 0)) mean = 1; /* nothing was seen: every input counts the same */
-    for (int32_t i = 0; i < k; i++)
-        for (int32_t j = 0; j < k; j++)
-            s->h[(int64_t)i * k + j] = gram[(int64_t)s->column[i] * k + s->column[j]];
-    for (int32_t i = 0; i < k; i++) s->h[(int64_t)i * k + i] += damp * mean;
-    if (!factor(s->h, k))
-        return FAIL(ST_RANGE, "moments of %d inputs are singular: more text or more damping", k);
-    invert(s->u, s->h, k);
-    return ST_OK;
-}
-
-/* One row: w in the order of processing, in double; the error of each column moves to the later. */
-static void round_row(qmatrix *q, int32_t row, float *w, const solver *s) {
-    const int32_t k = s->k;
-    for (int32_t i = 0; i < k; i++) {
-        const int32_t c = s->column[i];
-        const float value = ref_quantize_element(q, row, c, w[c]);
-        const double error = ((double)w[c] - value) / s->u[(int64_t)i * k + i];
-        /* u is transposed: U[i][j] lies at [j][i]; h holds a contiguous copy in its row i. */
-        const double *next = s->h + (int64_t)i * k;
-        for (int32_t j = i + 1; j < k; j++)
-            w[s->column[j]] = (float)((double)w[s->column[j]] - error * next[j]);
-    }
-}
-
-status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool act_order) {
-    solver s;
-    TRY(solver_open(&s, q->k));
-    const status st = solve(&s, gram, damp, act_order);
-    if (st == ST_OK) {
-        for (int32_t i = 0; i < s.k; i++)
-            for (int32_t j = i; j < s.k; j++) s.h[(int64_t)i * s.k + j] = s.u[(int64_t)j * s.k + i];
-#pragma omp parallel for schedule(static)
-        for (int32_t r = 0; r < q->n; r++) round_row(q, r, w + (int64_t)r * q->k, &s);
-    }
-    arena_close(&s.memory);
+    if (act_order && st == ST_OK) qsort(at, (size_t)k, sizeof *at, by_diagonal);
+    for (int32_t i = 0; i < k && st == ST_OK; i++) column[i] = (int32_t)((at[i] - gram) / (k + 1));
+    if (st == ST_OK) st = by->gptq(q, w, gram, damp * mean, column);
+    mem_free(column);
+    mem_free(at);
     return st;
 }
 
@@ -154,60 +64,36 @@ status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool
 enum {
     SEARCH_STEPS = 20, /* as AutoAWQ: exponents by 0.05 */
     CLIP_STEPS = 10,   /* down to half */
-    END_STEPS = 4,     /* 20 % up and down */
-    ROWS = 32          /* of a product with the moments at a time */
+    END_STEPS = 4      /* 20 % up and down */
 };
 
 typedef struct {
-    arena memory;
+    const calibrate_ops *by;
+    calibrate_search *at;
     const precision *p;
     int32_t n, k;
-    float *scaled, *error, *product, *gram; /* [n, k], [n, k], [n, k], [k, k] */
-    qmatrix q;
+    float *gram; /* [k, k] */
 } search;
 
-static status search_open(search *s, int32_t n, int32_t k, const precision *p, const double *gram) {
-    const size_t nk = (size_t)n * (size_t)k, kk = (size_t)k * (size_t)k;
-    *s = (search){.p = p, .n = n, .k = k};
-    TRY(arena_open(&s->memory, nk * 24 + kk * 4 + ((size_t)n + (size_t)k) * 64 + 65536));
-    s->scaled = arena_array(&s->memory, float, nk);
-    s->error = arena_array(&s->memory, float, nk);
-    s->product = arena_array(&s->memory, float, nk);
-    s->gram = arena_array(&s->memory, float, kk);
-    status st =
-        s->scaled && s->error && s->product && s->gram ? ST_OK : FAIL(ST_NOMEM, "%d x %d", n, k);
-    if (st == ST_OK) st = qmatrix_alloc(&s->q, &s->memory, p, n, k);
-    if (st != ST_OK) {
-        arena_close(&s->memory);
-        return st;
-    }
-    double largest = 0; /* f32 from here on, so in units of the largest moment */
-    for (int32_t i = 0; i < k; i++) largest = fmax(largest, gram[(int64_t)i * k + i]);
-    for (size_t i = 0; i < kk; i++)
-        s->gram[i] = (float)(largest > 0 ? gram[i] / largest : i % (size_t)(k + 1) == 0);
-    return ST_OK;
+static void end_search(search *s) {
+    s->by->search_close(s->at);
+    mem_free(s->gram);
 }
 
-/* sum over rows of e H e^T, where e = Q(w s) / s - w. */
-static status scaled_loss(search *s, const float *w, const float *scale, double *loss) {
-    const int32_t n = s->n, k = s->k;
-    for (int32_t r = 0; r < n; r++)
-        for (int32_t i = 0; i < k; i++)
-            s->scaled[(int64_t)r * k + i] = w[(int64_t)r * k + i] * scale[i];
-    TRY(ref_quantize_weight(&s->q, s->scaled));
-    double sum = 0;
-#pragma omp parallel for schedule(static) reduction(+ : sum)
-    for (int32_t r0 = 0; r0 < n; r0 += ROWS) {
-        const int32_t rows = (int32_t)i64_min(ROWS, n - r0);
-        float *e = s->error + (int64_t)r0 * k, *y = s->product + (int64_t)r0 * k;
-        const float *was = w + (int64_t)r0 * k;
-        ref_dequantize_weight(e, &s->q, r0, rows);
-        for (int64_t i = 0; i < (int64_t)rows * k; i++) e[i] = e[i] / scale[i % k] - was[i];
-        ref_linear_lanes(y, k, e, k, s->gram, k, NULL, rows, k, k);
-        for (int64_t i = 0; i < (int64_t)rows * k; i++) sum += (double)y[i] * (double)e[i];
-    }
-    *loss = sum;
-    return ST_OK;
+/* Moments in f32 from here on, so in units of the largest. */
+static status begin_search(search *s, const calibrate_ops *by, const float *w, int32_t n, int32_t k,
+                           const precision *p, const double *gram) {
+    const size_t kk = (size_t)k * (size_t)k;
+    double largest = 0;
+    *s = (search){.by = by, .p = p, .n = n, .k = k, .gram = mem_alloc(kk, sizeof(float))};
+    if (!s->gram) return FAIL(ST_NOMEM, "moments of %d inputs", k);
+    for (int32_t i = 0; i < k; i++) largest = fmax(largest, gram[(int64_t)i * k + i]);
+#pragma omp parallel for schedule(static) if (k > 1024)
+    for (size_t i = 0; i < kk; i++)
+        s->gram[i] = (float)(largest > 0 ? gram[i] / largest : i % (size_t)(k + 1) == 0);
+    const status st = by->search_open(&s->at, w, n, k, p, s->gram);
+    if (st != ST_OK) end_search(s);
+    return st;
 }
 
 /* Mean over rows of |w| relative to the largest of its group. */
@@ -254,142 +140,105 @@ static void candidate(float *s, const double *x, const double *w, int32_t k, dou
 static status search_scales(search *s, float *best, const float *w, const moments *x,
                             const int32_t *tie) {
     const int32_t k = s->k;
-    float *try = arena_array(&s->memory, float, (size_t)k);
-    double *xm = arena_array(&s->memory, double, (size_t)k);
-    double *wm = arena_array(&s->memory, double, (size_t)k);
-    double *sum = arena_array(&s->memory, double, 2 * (size_t)k);
-    if (!try || !xm || !wm || !sum) return FAIL(ST_NOMEM, "scales of %d inputs", k);
+    arena a;
+    double least;
+    TRY(arena_open(&a, (size_t)k * 40 + 4096));
+    float *try = arena_array(&a, float, (size_t)k);
+    double *xm = arena_array(&a, double, (size_t)k), *wm = arena_array(&a, double, (size_t)k);
+    double *sum = arena_array(&a, double, 2 * (size_t)k);
+    CHECK(try && xm && wm && sum);
     for (int32_t i = 0; i < k; i++) xm[i] = x->rows ? x->magnitude[i] / (double)x->rows : 1;
     relative_magnitude(wm, w, s->n, k, s->p->group ? s->p->group : k);
     tie_values(xm, tie, k, sum);
     tie_values(wm, tie, k, sum);
-    double least;
     for (int32_t i = 0; i < k; i++) best[i] = 1;
-    TRY(scaled_loss(s, w, best, &least));
-    for (int32_t step = 1; step <= 2 * SEARCH_STEPS; step++) {
+    status st = s->by->search_scaled(s->at, best, &least);
+    for (int32_t step = 1; step <= 2 * SEARCH_STEPS && st == ST_OK; step++) {
         double loss;
         const int32_t r = (step - 1) % SEARCH_STEPS + (step <= SEARCH_STEPS);
         candidate(try, xm, wm, k, (double)r / SEARCH_STEPS, step > SEARCH_STEPS);
-        TRY(scaled_loss(s, w, try, &loss));
-        if (!(loss < least)) continue;
+        st = s->by->search_scaled(s->at, try, &loss);
+        if (st != ST_OK || !(loss < least)) continue;
         least = loss;
         memcpy(best, try, (size_t)k * sizeof *best);
     }
-    return ST_OK;
-}
-
-status quantise_awq_scales(float *s, const float *w, int32_t n, int32_t k, const precision *p,
-                           const moments *x, const int32_t *tie) {
-    search all;
-    TRY(search_open(&all, n, k, p, x->gram));
-    const status st = search_scales(&all, s, w, x, tie);
-    arena_close(&all.memory);
+    arena_close(&a);
     return st;
 }
 
-/* Where a group's range is cut: its lowest value times lo, its highest times hi. */
-typedef struct {
-    float lo, hi;
-} cut;
+status quantise_awq_scales(const calibrate_ops *by, float *s, const float *w, int32_t n, int32_t k,
+                           const precision *p, const moments *x, const int32_t *tie) {
+    search all;
+    TRY(begin_search(&all, by, w, n, k, p, x->gram));
+    const status st = search_scales(&all, s, w, x, tie);
+    end_search(&all);
+    return st;
+}
 
+/* Of every group, [n, groups]. */
 typedef struct {
-    double *least; /* [n, groups] loss with `best` */
-    cut *best, *base;
+    double *least, *loss; /* with `best`, with `now` */
+    calibrate_cut *best, *base, *now;
 } cuts;
 
-static void clip_group(float *to, const float *x, int32_t n, cut at) {
-    float lo = 0, hi = 0;
-    for (int32_t i = 0; i < n; i++) {
-        lo = x[i] < lo ? x[i] : lo;
-        hi = x[i] > hi ? x[i] : hi;
+/* All groups at their base cuts times `factor`; better ones are kept. */
+static status try_cut(search *s, cuts *c, int64_t count, calibrate_cut factor) {
+    for (int64_t i = 0; i < count; i++)
+        c->now[i] = (calibrate_cut){c->base[i].lo * factor.lo, c->base[i].hi * factor.hi};
+    TRY(s->by->search_cut(s->at, c->now, c->loss));
+    for (int64_t i = 0; i < count; i++) {
+        if (!(c->loss[i] < c->least[i])) continue;
+        c->least[i] = c->loss[i];
+        c->best[i] = c->now[i];
     }
-    lo *= at.lo;
-    hi *= at.hi;
-    for (int32_t i = 0; i < n; i++) to[i] = x[i] < lo ? lo : x[i] > hi ? hi : x[i];
-}
-
-/* Loss of every group of rows [r0, r0 + rows), e H e^T within the group; better cuts are kept. */
-static void judge_rows(search *s, const float *w, cuts *c, int32_t r0, int32_t rows, cut factor) {
-    const int32_t k = s->k, group = s->p->group ? s->p->group : k;
-    const int32_t groups = (int32_t)div_up(k, group);
-    float *e = s->error + (int64_t)r0 * k, *y = s->product + (int64_t)r0 * k;
-    ref_dequantize_weight(e, &s->q, r0, rows);
-    for (int64_t i = 0; i < (int64_t)rows * k; i++) e[i] -= w[(int64_t)r0 * k + i];
-    for (int32_t g = 0; g < groups; g++) {
-        const int32_t at = g * group, size = (int32_t)i64_min(group, k - at);
-        ref_linear_lanes(y, size, e + at, k, s->gram + (int64_t)at * k + at, k, NULL, rows, size,
-                         size);
-        for (int32_t r = 0; r < rows; r++) {
-            double loss = 0;
-            for (int32_t i = 0; i < size; i++)
-                loss += (double)y[(int64_t)r * size + i] * (double)e[(int64_t)r * k + at + i];
-            const int64_t which = (int64_t)(r0 + r) * groups + g;
-            if (!(loss < c->least[which])) continue;
-            c->least[which] = loss;
-            c->best[which] = (cut){c->base[which].lo * factor.lo, c->base[which].hi * factor.hi};
-        }
-    }
-}
-
-/* All groups at their base cuts times `factor`. */
-static status try_cut(search *s, const float *w, cuts *c, cut factor) {
-    const int32_t n = s->n, k = s->k, group = s->p->group ? s->p->group : k;
-    const int64_t groups = div_up(k, group);
-    for (int64_t i = 0; i < n * groups; i++) {
-        const int64_t at = i / groups * k + i % groups * group;
-        const int32_t size = (int32_t)i64_min(group, k - i % groups * group);
-        clip_group(s->scaled + at, w + at, size,
-                   (cut){c->base[i].lo * factor.lo, c->base[i].hi * factor.hi});
-    }
-    TRY(ref_quantize_weight(&s->q, s->scaled));
-#pragma omp parallel for schedule(static)
-    for (int32_t r = 0; r < n; r += ROWS)
-        judge_rows(s, w, c, r, (int32_t)i64_min(ROWS, n - r), factor);
     return ST_OK;
 }
 
 /* Both ends together by halves of a tenth, then each end alone around what that found. */
-static status search_cuts(search *s, const float *w, cuts *c) {
-    const int32_t groups = (int32_t)div_up(s->k, s->p->group ? s->p->group : s->k);
-    const size_t bytes = (size_t)s->n * (size_t)groups * sizeof(cut);
-    for (int32_t i = 0; i < s->n * groups; i++) {
+static status search_cuts(search *s, cuts *c, int64_t count) {
+    const size_t bytes = (size_t)count * sizeof(calibrate_cut);
+    for (int64_t i = 0; i < count; i++) {
         c->least[i] = DBL_MAX;
-        c->best[i] = (cut){1, 1};
+        c->best[i] = (calibrate_cut){1, 1};
     }
     memcpy(c->base, c->best, bytes);
     for (int32_t i = 0; i <= CLIP_STEPS; i++) {
         const float f = 1 - 0.5f * (float)i / CLIP_STEPS;
-        TRY(try_cut(s, w, c, (cut){f, f}));
+        TRY(try_cut(s, c, count, (calibrate_cut){f, f}));
     }
     for (int32_t end = 0; end < 2; end++) {
         memcpy(c->base, c->best, bytes);
         for (int32_t i = -END_STEPS; i <= END_STEPS; i++) {
             const float f = 1 + 0.05f * (float)i;
-            if (i) TRY(try_cut(s, w, c, end ? (cut){1, f} : (cut){f, 1}));
+            if (i) TRY(try_cut(s, c, count, end ? (calibrate_cut){1, f} : (calibrate_cut){f, 1}));
         }
     }
     return ST_OK;
 }
 
-status quantise_clip(float *out, const float *w, int32_t n, int32_t k, const precision *p,
-                     const double *gram) {
+status quantise_clip(const calibrate_ops *by, float *out, const float *w, int32_t n, int32_t k,
+                     const precision *p, const double *gram) {
     const int32_t group = p->group ? p->group : k;
     const int64_t groups = div_up(k, group), count = n * groups;
     search s;
-    TRY(search_open(&s, n, k, p, gram));
-    cuts c = {.least = mem_alloc((size_t)count, sizeof *c.least),
-              .best = mem_alloc((size_t)count, sizeof *c.best),
-              .base = mem_alloc((size_t)count, sizeof *c.base)};
-    status st =
-        c.least && c.best && c.base ? search_cuts(&s, w, &c) : FAIL(ST_NOMEM, "%d x %d", n, k);
-    for (int64_t i = 0; st == ST_OK && i < count; i++) {
-        const int64_t at = i / groups * k + i % groups * group;
-        clip_group(out + at, w + at, (int32_t)i64_min(group, k - i % groups * group), c.best[i]);
+    arena a;
+    TRY(arena_open(&a, (size_t)count * (2 * sizeof(double) + 3 * sizeof(calibrate_cut)) + 4096));
+    cuts c = {.least = arena_array(&a, double, (size_t)count),
+              .loss = arena_array(&a, double, (size_t)count),
+              .best = arena_array(&a, calibrate_cut, (size_t)count),
+              .base = arena_array(&a, calibrate_cut, (size_t)count),
+              .now = arena_array(&a, calibrate_cut, (size_t)count)};
+    CHECK(c.least && c.loss && c.best && c.base && c.now);
+    status st = begin_search(&s, by, w, n, k, p, gram);
+    if (st == ST_OK) {
+        st = search_cuts(&s, &c, count);
+        end_search(&s);
     }
-    mem_free(c.least);
-    mem_free(c.best);
-    mem_free(c.base);
-    arena_close(&s.memory);
+    for (int64_t i = 0; st == ST_OK && i < count; i++) {
+        const int64_t col = i % groups * group, at = i / groups * k + col;
+        ref_calibrate_cut(out + at, w + at, (int32_t)i64_min(group, k - col), c.best[i]);
+    }
+    arena_close(&a);
     return st;
 }
 
@@ -401,7 +250,8 @@ typedef struct {
     const checkpoint *k;
     const model_config *c;
     save *out;
-    observer *seen; /* NULL for rtn */
+    observer *seen; /* NULL for rtn, as is: */
+    const calibrate_ops *by;
     int32_t layer;
     arena layer_memory; /* values of one layer: [count, n, k] by field */
     float *values[WEIGHT_COUNT];
@@ -422,6 +272,7 @@ static status read_layer(job *j) {
         const size_t n = (size_t)s->shape.count * (size_t)s->shape.n * (size_t)s->shape.k;
         j->values[f] = arena_array(&j->layer_memory, float, n);
         if (!j->values[f]) return FAIL(ST_NOMEM, "%s", s->name);
+#pragma omp parallel for schedule(static) if (n > 1 << 20)
         for (int32_t i = 0; i < s->shape.count * s->shape.n; i++)
             weight_source_row(s, i / s->shape.n, i % s->shape.n,
                               j->values[f] + (int64_t)i * s->shape.k);
@@ -471,12 +322,12 @@ static status write_matrix(job *j, weight_field f, int32_t index) {
     float *clipped = w;
     if (st == ST_OK && x && integer) {
         clipped = arena_array(&a, float, (size_t)s->n *(size_t)s->k);
-        st = clipped ? quantise_clip(clipped, w, s->n, s->k, p, x->gram)
+        st = clipped ? quantise_clip(j->by, clipped, w, s->n, s->k, p, x->gram)
                      : FAIL(ST_NOMEM, "%d x %d", s->n, s->k);
     }
     if (st == ST_OK) st = ref_quantize_weight(&q, clipped);
     if (st == ST_OK && j->o->method == QUANTISE_GPTQ)
-        st = quantise_gptq(&q, w, x->gram, j->o->damp, j->o->act_order);
+        st = quantise_gptq(j->by, &q, w, x->gram, j->o->damp, j->o->act_order);
     if (st == ST_OK) st = write_parts(j, f, index, &q);
     arena_close(&a);
     return st == ST_OK ? st : fail_prefix(st, "%s", j->source[f].name);
@@ -494,6 +345,7 @@ static void scale_columns(job *j, weight_field f, const float *s) {
     if (!w->quantise) return;
     for (int32_t e = 0; e < w->count; e++) {
         const moments *m = observer_moments(j->seen, f, j->layer, e);
+#pragma omp parallel for schedule(static) if (w->k > 1024)
         for (int32_t a = 0; a < w->k; a++)
             for (int32_t b = 0; b < w->k; b++)
                 m->gram[(int64_t)a * w->k + b] /= (double)s[a] * (double)s[b];
@@ -521,7 +373,7 @@ static status divide_norm(job *j, weight_field f, float *s) {
 static status scale_after_norm(job *j, weight_field norm, weight_field f, float *s) {
     const weight_shape *w = &j->source[f].shape;
     const moments *x = observer_moments(j->seen, f, j->layer, 0);
-    TRY(quantise_awq_scales(s, j->values[f], w->n, w->k, &j->o->precision, x, NULL));
+    TRY(quantise_awq_scales(j->by, s, j->values[f], w->n, w->k, &j->o->precision, x, NULL));
     TRY(divide_norm(j, norm, s));
     scale_columns(j, f, s);
     return ST_OK;
@@ -543,7 +395,7 @@ static status scale_values(job *j, float *s, int32_t *tie) {
     for (int32_t i = 0; i < k; i++) tie[i] = i / d / ratio * d + i % d;
     const weight_shape *o = &j->source[WEIGHT_o].shape;
     const moments *x = observer_moments(j->seen, WEIGHT_o, j->layer, 0);
-    TRY(quantise_awq_scales(s, j->values[WEIGHT_o], o->n, k, &j->o->precision, x, tie));
+    TRY(quantise_awq_scales(j->by, s, j->values[WEIGHT_o], o->n, k, &j->o->precision, x, tie));
     scale_columns(j, WEIGHT_o, s);
     for (int32_t g = 0; g < c->n_kv_heads; g++)
         divide_rows(j, WEIGHT_qkv, (c->n_heads + c->n_kv_heads + g) * d, d,
@@ -564,7 +416,7 @@ static status awq_layer(job *j) {
     if (c->activation != ACT_SILU) return ST_OK;
     const weight_shape *down = &j->source[WEIGHT_down].shape;
     const moments *x = observer_moments(j->seen, WEIGHT_down, j->layer, 0);
-    TRY(quantise_awq_scales(s, j->values[WEIGHT_down], down->n, down->k, &j->o->precision, x,
+    TRY(quantise_awq_scales(j->by, s, j->values[WEIGHT_down], down->n, down->k, &j->o->precision, x,
                             NULL));
     scale_columns(j, WEIGHT_down, s);
     divide_rows(j, WEIGHT_gate_up, c->ffn_dim, c->ffn_dim, s);
@@ -609,6 +461,7 @@ static status calibrated_layers(job *j, engine *e) {
         TRY(observer_open(&j->seen, e, first, n));
         const int32_t window = (int32_t)i64_min(j->o->window, j->o->n_tokens);
         status st = evaluate_perplexity(e, j->o->token, j->o->n_tokens, window, window - 1, &r);
+        if (st == ST_OK) st = observer_end(j->seen);
         for (j->layer = first; st == ST_OK && j->layer < first + n; j->layer++) {
             st = do_layer(j);
             if (st == ST_OK) st = done(j);
@@ -628,12 +481,15 @@ static status calibrated(job *j) {
     eo.model = o->model;
     eo.device = o->device;
     eo.device_options.threads = o->threads;
+    eo.device_options.no_graphs = true; /* every linear is to be seen */
     eo.policy.token_budget = (int32_t)i64_max(o->window, 64);
     eo.policy.max_seqs = 1;
     eo.max_samples = o->window;
     eo.ctx_max = (int32_t)i64_max(o->window, 64);
+    eo.pages = (int32_t)div_up(eo.ctx_max, KV_PAGE_TOKENS) + 1; /* what is left is for moments */
     engine *e;
     TRY(engine_open(&e, &eo, NULL, NULL));
+    j->by = engine_device(e)->ops->calibrate;
     const status st = calibrated_layers(j, e);
     engine_close(e);
     return st;
@@ -650,6 +506,10 @@ static status all_layers(job *j) {
 
 static status check_source(const job *j) {
     precision stored = {0};
+    const device_ops *d;
+    TRY(device_find(&d, j->o->device));
+    if (!d->observe)
+        return FAIL(ST_UNSUPPORTED, "the %s device has no values to calibrate with", d->name);
     const status st = checkpoint_precision(j->k, &stored);
     if (st != ST_OK || stored.weight != WF_16)
         return FAIL(ST_UNSUPPORTED, "%s is quantised already", j->o->model);

@@ -26,7 +26,7 @@ typedef struct {
     quantise_method method;
     precision precision; /* its weight part */
     save_layout layout;
-    const char *device; /* that runs the calibration text: one with values */
+    const char *device; /* runs the calibration text and does the arithmetic: one with values */
     int32_t threads;
     const int32_t *token; /* calibration; not for rtn */
     int64_t n_tokens;
@@ -49,19 +49,21 @@ typedef struct {
  * awq in other than integer formats. */
 status quantise_checkpoint(const quantise_options *o);
 
-/* --- The methods, on one matrix -----------------------------------------------------------------
+/* --- The methods, on one matrix; `by` does the arithmetic ---------------------------------------
  */
 
 /* Codes of w [n, k] into q, which holds the scales already (ref_quantize_weight sets them). gram
- * [k, k] is symmetric: sum of x x^T over inputs. w is destroyed. NOMEM, FORMAT. */
-status quantise_gptq(qmatrix *q, float *w, const double *gram, double damp, bool act_order);
+ * [k, k] is symmetric: sum of x x^T over inputs; `damp` is a share of its mean diagonal. w is
+ * destroyed. NOMEM, FORMAT. */
+status quantise_gptq(const calibrate_ops *by, qmatrix *q, float *w, const double *gram, double damp,
+                     bool act_order);
 
 /* For each input i, s[i] > 0 such that rounding w[n,i] s[i] to format p loses least, w being [n,
  * k]; inputs with equal tie[i] (NULL = all differ; numbers below k) share theirs. */
-status quantise_awq_scales(float *s, const float *w, int32_t n, int32_t k, const precision *p,
-                           const moments *x, const int32_t *tie);
+status quantise_awq_scales(const calibrate_ops *by, float *s, const float *w, int32_t n, int32_t k,
+                           const precision *p, const moments *x, const int32_t *tie);
 
 /* out [n, k] = w with each group's range cut where that loses less. gram as above; out is not w. */
-status quantise_clip(float *out, const float *w, int32_t n, int32_t k, const precision *p,
-                     const double *gram);
+status quantise_clip(const calibrate_ops *by, float *out, const float *w, int32_t n, int32_t k,
+                     const precision *p, const double *gram);
 #endif

@@ -181,6 +181,7 @@ function amalgam.gpu(name) end
 ---@field precision? string
 ---@field layout? string
 ---@field calibration? { seed?: integer, bytes?: integer }
+---@field device? "cpu"|"cuda" of gptq and awq ("cpu")
 ---@field threads? integer
 
 --- Write a quantised checkpoint: method "rtn" (default), "gptq" or "awq"; layout

@@ -5,54 +5,21 @@
 // It is read twice, for its extent and for its codes; arithmetic is f32 with one rounding an
 // operation in the order of ref_quant.c, so codes and scales are the same bits.
 #include "ptx_sm90.cuh"
+#include "quantize.cuh"
 #include "quantize.h"
-#include "traits.cuh"
 #include <cfloat>
 #include <cmath>
-#include <cuda_fp8.h>
-
-#define QUANTIZE_INSTANCES(X) X(INT8) X(INT4) X(FP8) X(FP8B) X(MXFP4) X(NVFP4)
 
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarpTileMost = 128; // values of a tile that a warp takes
-constexpr float kE4m3Max = 448.f, kE2m1Max = 6.f, kF16Max = 65504.f;
 
 // Sizes of the problem. Tiles of a row lie side by side.
 struct tiling {
     int k, rows, group, groups, block_n, row0;
     int n_tiles; // of all rows
 };
-
-template <weight_format F>
-constexpr bool four_bits = F == WF_INT4 || F == WF_MXFP4 || F == WF_NVFP4;
-
-__device__ __forceinline__ float clamp_to(float x, float lo, float hi) {
-    x = x < lo ? lo : x;
-    return x > hi ? hi : x;
-}
-
-__device__ __forceinline__ uint8_t e4m3_of(float x) {
-    return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-}
-__device__ __forceinline__ float f32_of_e4m3(uint8_t code) {
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
-}
-
-// To nearest of 0 .5 1 1.5 2 3 4 6, ties to the even code; 6 beyond.
-__device__ __forceinline__ int e2m1_of(float x) {
-    const float a = fabsf(x);
-    const int code = a <= .25f    ? 0
-                     : a < .75f   ? 1
-                     : a <= 1.25f ? 2
-                     : a < 1.75f  ? 3
-                     : a <= 2.5f  ? 4
-                     : a < 3.5f   ? 5
-                     : a <= 5.f   ? 6
-                                  : 7;
-    return code | (signbit(x) ? 8 : 0);
-}
 
 // amax / top: 1 for amax == 0, never 0, and small enough that top * scale is finite.
 __host__ __device__ inline float f32_scale(float amax, float top) {
@@ -98,14 +65,6 @@ __device__ __forceinline__ float store_scale(const qmatrix &q, int64_t at, float
         if (writer) static_cast<float *>(q.scale)[at] = s;
         return s;
     }
-}
-
-// Code of one value. ORDER quantize: store_codes of ref_quant.c.
-template <weight_format F> __device__ __forceinline__ int code_of(float w, float s, float zero) {
-    if constexpr (F == WF_INT8) return (int)rintf(clamp_to(w / s, -127, 127)) & 255;
-    if constexpr (F == WF_INT4) return (int)clamp_to(rintf(clamp_to(w / s, -31, 31)) + zero, 0, 15);
-    if constexpr (F == WF_FP8 || F == WF_FP8B) return e4m3_of(w / s);
-    return e2m1_of(w / s);
 }
 
 // WIDTH threads share a tile: 32 or kThreads.

@@ -788,7 +788,7 @@ static void test_gptq(void **state) {
         const double rtn = output_error(&q, p->w, p->h);
         for (int32_t order = 0; order < 2; order++) {
             memcpy(p->copy, p->w, sizeof p->w);
-            assert_ok(quantise_gptq(&q, p->copy, p->h, 0.01, order));
+            assert_ok(quantise_gptq(&ref_calibrate, &q, p->copy, p->h, 0.01, order));
             const double gptq = output_error(&q, p->w, p->h);
             print_message("  %s order %d: %.3f of rounding's error\n", formats[f], order,
                           gptq / rtn);
@@ -800,10 +800,10 @@ static void test_gptq(void **state) {
         assert_ok(ref_quantize_weight(&q, p->w));
         const double plain_error = output_error(&q, p->w, p->h);
         memcpy(p->copy, p->w, sizeof p->w);
-        assert_ok(quantise_gptq(&q, p->copy, p->h, 0.01, true));
+        assert_ok(quantise_gptq(&ref_calibrate, &q, p->copy, p->h, 0.01, true));
         assert_close(output_error(&q, p->w, p->h), plain_error, 1e-12 * plain_error);
         p->h[5] = p->h[5 * QK] = 2; /* no matrix of moments */
-        assert_status(quantise_gptq(&q, p->copy, p->h, 0.0, true), ST_RANGE);
+        assert_status(quantise_gptq(&ref_calibrate, &q, p->copy, p->h, 0.0, true), ST_RANGE);
         arena_close(&p->a);
         mem_free(p);
     }
@@ -819,7 +819,7 @@ static void test_awq(void **state) {
     assert_ok(ref_quantize_weight(&q, p->w));
     const double rtn = output_error(&q, p->w, p->h);
     float s[QK];
-    assert_ok(quantise_awq_scales(s, p->w, QN, QK, &format, &p->x, NULL));
+    assert_ok(quantise_awq_scales(&ref_calibrate, s, p->w, QN, QK, &format, &p->x, NULL));
     assert_true(s[0] > s[1] && s[19] > s[20]); /* the large inputs are protected */
     static double scaled_h[QK * QK];
     for (int32_t i = 0; i < QN * QK; i++) p->copy[i] = p->w[i] * s[i % QK];
@@ -828,7 +828,7 @@ static void test_awq(void **state) {
     assert_ok(ref_quantize_weight(&q, p->copy));
     const double scales = output_error(&q, p->copy, scaled_h);
     static float clipped[QN * QK];
-    assert_ok(quantise_clip(clipped, p->copy, QN, QK, &format, scaled_h));
+    assert_ok(quantise_clip(&ref_calibrate, clipped, p->copy, QN, QK, &format, scaled_h));
     assert_ok(ref_quantize_weight(&q, clipped));
     const double both = output_error(&q, p->copy, scaled_h);
     print_message("  scales %.3f, with clipping %.3f of rounding's error\n", scales / rtn,
@@ -838,7 +838,7 @@ static void test_awq(void **state) {
     /* Tied inputs share a scale. */
     int32_t tie[QK];
     for (int32_t i = 0; i < QK; i++) tie[i] = i % 64;
-    assert_ok(quantise_awq_scales(s, p->w, QN, QK, &format, &p->x, tie));
+    assert_ok(quantise_awq_scales(&ref_calibrate, s, p->w, QN, QK, &format, &p->x, tie));
     for (int32_t i = 0; i < 64; i++) assert_true(s[i] == s[i + 64]);
     arena_close(&p->a);
     mem_free(p);
