@@ -150,9 +150,10 @@ static status time_once(const char *dir, const model_config *c, const device_ops
     return st;
 }
 
-/* t[0] overlapping, t[1] in parts. */
+/* t[0] overlapping, t[1] in parts: the fastest of some. */
 static status time_device(const char *dir, const char *name, const char *format, char *made,
                           device_times t[2]) {
+    enum { REPEATS = 3 };
     const device_ops *ops = NULL;
     model_config *c = mem_alloc(1, sizeof *c);
     safetensors *files = NULL;
@@ -166,8 +167,11 @@ static status time_device(const char *dir, const char *name, const char *format,
     if (st == ST_OK) st = safetensors_open(&files, dir);
     if (st == ST_OK) sink = sink + read_all(files, &bytes);
     safetensors_close(files);
-    for (int i = 0; i < 2 && st == ST_OK; i++)
-        st = time_once(dir, c, ops, format, i == 1, made, &t[i]);
+    for (int i = 0; i < 2 * REPEATS && st == ST_OK; i++) {
+        device_times now;
+        st = time_once(dir, c, ops, format, i % 2, made, &now);
+        if (i < 2 || now.all_s < t[i % 2].all_s) t[i % 2] = now;
+    }
     mem_free(c);
     return st;
 }

@@ -41,11 +41,13 @@ typedef struct {
 status cudev_scratch_grow(cudev_scratch *s, size_t bytes, kernel_stream stream, const char *what);
 void cudev_scratch_free(cudev_scratch *s);
 
-/* Host to device through two pinned buffers, so that reading a mapped file and the copy overlap. */
+/* Host to device through pinned buffers in turn, so that reading a mapped file and the copies
+ * overlap: several, since codes, zero points and scales take one each. */
+enum { CUDEV_STAGES = 8 };
 typedef struct {
-    uint8_t *buffer[2];
-    cudev_event done[2];
-    int32_t next;
+    uint8_t *buffer[CUDEV_STAGES];
+    cudev_event done[CUDEV_STAGES];
+    uint32_t next;
     bool timed; /* each step waits for the one before */
     load_times times;
 } cudev_staging;

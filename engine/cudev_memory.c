@@ -6,7 +6,7 @@
 #include <time.h>
 
 enum { ALIGN = 256 };
-static const size_t staging_bytes = (size_t)32 << 20, piece_least = (size_t)16 << 20;
+static const size_t staging_bytes = (size_t)8 << 20, piece_least = (size_t)16 << 20;
 
 status cudev_check(int cuda_error, const char *what) {
     const cudaError_t e = (cudaError_t)cuda_error;
@@ -61,7 +61,7 @@ void cudev_scratch_free(cudev_scratch *s) {
 }
 
 status cudev_staging_open(cudev_staging *s) {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < CUDEV_STAGES; i++) {
         CUDA_TRY(cudaHostAlloc((void **)&s->buffer[i], staging_bytes, cudaHostAllocDefault),
                  "pinned memory");
         CUDA_TRY(cudaEventCreateWithFlags(&s->done[i], cudaEventDisableTiming), "event");
@@ -70,7 +70,7 @@ status cudev_staging_open(cudev_staging *s) {
 }
 
 void cudev_staging_close(cudev_staging *s) {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < CUDEV_STAGES; i++) {
         if (s->buffer[i]) (void)cudaFreeHost(s->buffer[i]);
         if (s->done[i]) (void)cudaEventDestroy(s->done[i]);
     }
@@ -79,7 +79,7 @@ void cudev_staging_close(cudev_staging *s) {
 
 /* One thread copies at 10 GB/s or so, the bus takes several times that. */
 static void copy_in(uint8_t *to, const uint8_t *from, size_t n) {
-    enum { PIECE = 1 << 20 };
+    enum { PIECE = 1 << 19 };
 #pragma omp parallel for schedule(static) if (n > 4 * PIECE)
     for (size_t at = 0; at < n; at += PIECE)
         memcpy(to + at, from + at, n - at < PIECE ? n - at : PIECE);
@@ -105,7 +105,7 @@ status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
     if (!s->buffer[0]) TRY(cudev_staging_open(s));
     for (size_t at = 0; at < bytes; at += staging_bytes) {
         const size_t n = bytes - at < staging_bytes ? bytes - at : staging_bytes;
-        const int32_t i = s->next++ & 1;
+        const uint32_t i = s->next++ % CUDEV_STAGES;
         CUDA_TRY(cudaEventSynchronize(s->done[i]), "upload");
         TRY(mark(s, stream, &began));
         copy_in(s->buffer[i], (const uint8_t *)from + at, n);
