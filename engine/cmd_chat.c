@@ -230,6 +230,8 @@ int cmd_chat(int argc, char **argv) {
     if (st == ST_OK && (a.max_new < 1 || a.max_new > 1 << 24 || a.top_k < 0 || a.top_k > 1 << 24 ||
                         a.threads < 0 || a.threads > 1024))
         st = FAIL(ST_USAGE, "--max-tokens, --top-k or --threads is out of range");
+    if (st == ST_OK && !(a.temperature >= 0 && a.temperature <= 100 && a.top_p > 0 && a.top_p <= 1))
+        st = FAIL(ST_USAGE, "--temperature is outside 0 to 100, or --top-p outside 0 to 1");
     talk t = {.a = &a};
     if (st == ST_OK) st = start(&t);
     if (st == ST_OK) st = forget(&t);

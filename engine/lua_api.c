@@ -729,8 +729,8 @@ static int l_evaluate(lua_State *L) {
  * calibration = {seed =, bytes =} }: writes a checkpoint; the text is the seeded generator's under
  * a training seed. */
 static int l_quantize(lua_State *L) {
-    static const char *const known[] = {"model",  "out",         "method",  "precision",
-                                        "layout", "calibration", "device", "threads", NULL};
+    static const char *const known[] = {"model",       "out",    "method",  "precision", "layout",
+                                        "calibration", "device", "threads", NULL};
     quantise_options o = QUANTISE_OPTIONS_DEFAULT;
     const char *model = NULL, *method = "rtn", *format = "W4", *layout = "compressed-tensors";
     int64_t seed = 0, bytes = 65536;

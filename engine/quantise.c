@@ -533,6 +533,7 @@ status quantise_checkpoint(const quantise_options *o) {
         st = check_source(j);
     }
     if (st == ST_OK) st = save_open(&j->out, dir, o->layout, &o->precision);
+    if (st == ST_OK) st = file_make_dirs(o->out); /* or find out after hours that it cannot be */
     if (st == ST_OK) st = arena_open(&j->layer_memory, layer_bytes(c));
     if (st == ST_OK) st = all_layers(j);
     if (st == ST_OK) st = save_write(j->out, o->out);

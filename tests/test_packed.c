@@ -884,7 +884,10 @@ static void test_quantise_checkpoint(void **state) {
     o.layout = SAVE_AWQ;
     assert_status(quantise_checkpoint(&o), ST_UNSUPPORTED);
     o.layout = SAVE_COMPRESSED;
+    o.out = "/proc/none"; /* refused before the text is run, which n_tokens would be */
     o.n_tokens = 1;
+    assert_status(quantise_checkpoint(&o), ST_IO);
+    o.out = packed;
     assert_status(quantise_checkpoint(&o), ST_RANGE);
     /* A model of experts: each has moments of its own. */
     o.model = "tests/vectors/models/qwen3_moe";
