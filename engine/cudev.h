@@ -43,7 +43,7 @@ void cudev_scratch_free(cudev_scratch *s);
 
 /* Host to device through pinned buffers in turn, so that reading a mapped file and the copies
  * overlap: several, since codes, zero points and scales take one each. */
-enum { CUDEV_STAGES = 8 };
+enum { CUDEV_STAGES = 4 };
 typedef struct {
     uint8_t *buffer[CUDEV_STAGES];
     cudev_event done[CUDEV_STAGES];

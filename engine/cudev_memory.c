@@ -6,7 +6,7 @@
 #include <time.h>
 
 enum { ALIGN = 256 };
-static const size_t staging_bytes = (size_t)8 << 20, piece_least = (size_t)16 << 20;
+static const size_t staging_bytes = (size_t)32 << 20, piece_least = (size_t)16 << 20;
 
 status cudev_check(int cuda_error, const char *what) {
     const cudaError_t e = (cudaError_t)cuda_error;
@@ -77,9 +77,10 @@ void cudev_staging_close(cudev_staging *s) {
     *s = (cudev_staging){.timed = s->timed, .times = s->times};
 }
 
-/* One thread copies at 10 GB/s or so, the bus takes several times that. */
+/* One thread copies at 10 GB/s or so, the bus takes several times that; but to wake the others
+ * costs 0.1 ms and more where the host is a virtual machine. */
 static void copy_in(uint8_t *to, const uint8_t *from, size_t n) {
-    enum { PIECE = 1 << 19 };
+    enum { PIECE = 1 << 20 };
 #pragma omp parallel for schedule(static) if (n > 4 * PIECE)
     for (size_t at = 0; at < n; at += PIECE)
         memcpy(to + at, from + at, n - at < PIECE ? n - at : PIECE);
