@@ -2,7 +2,8 @@
  * made there. The host touches a checkpoint's bytes once, to hand them over (once a rank).
  *
  *     file --upload--> raw --convert--> f32 rows --quantise--> canonical --pack--> weight
- *     seed ------------noise----------^        codes of others: raw --unpack--^
+ *     seed ------------noise----------^
+ *     of other tools: raw --unpack----^ values, or codes ------^
  *                                                               16 bit: values --pack-->
  *
  * A rank takes its rows or columns of the values before they are quantised, so that a scale of a
@@ -68,28 +69,93 @@ static status part_values(cudev *c, const matrix_part *p, int32_t k, int32_t row
                                p->col_stride, c->stream);
 }
 
-/* The same of a matrix that other tools have quantised: its values are made on the host. */
-static status stored_values(cudev *c, const weight_source *s, int32_t j, int32_t row0, int32_t rows,
-                            void *out, dtype type) {
-    enum { ROWS_MOST = 1024 };
-    const int32_t k = s->shape.k, step = (int32_t)i64_min(rows, ROWS_MOST);
-    float *value = mem_alloc((size_t)step * (size_t)k, sizeof *value);
-    if (!value) return FAIL(ST_NOMEM, "%s: %d rows", s->name, step);
-    status st = ST_OK;
-    for (int32_t at = 0; at < rows && st == ST_OK; at += step) {
-        const int32_t n = (int32_t)i64_min(step, rows - at);
-        const size_t bytes = (size_t)n * (size_t)k * sizeof *value;
-#pragma omp parallel for
-        for (int32_t i = 0; i < n; i++)
-            weight_source_row(s, j, row0 + at + i, value + (int64_t)i * k);
-        st = cudev_scratch_grow(&c->raw, bytes, c->stream, "weights");
-        if (st == ST_OK) st = cudev_upload(&c->staging, c->raw.data, value, bytes, c->stream);
-        if (st == ST_OK)
-            st = kernel_fill_convert((uint8_t *)out + dtype_bytes(type, (int64_t)at * k), type,
-                                     c->raw.data, DT_F32, n, k, k, 1, c->stream);
+static size_t aligned(int64_t bytes) { return (size_t)div_up(bytes, 256) * 256; }
+
+/* Words of a field that a matrix of n x k takes. */
+static size_t field_bytes(const packed_field *f, int32_t n, int32_t k) {
+    const int64_t last = (n - 1) / f->n_per * f->n_stride + (k - 1) / f->k_per * f->k_stride;
+    return (size_t)(last + 1) * (size_t)f->word_bits / 8;
+}
+
+/* The bytes of a packed matrix, in scratch. */
+typedef struct {
+    uint8_t *code, *zero, *scale;
+    int32_t *group; /* [k], of desc_act; or NULL */
+} stored_bytes;
+
+static status upload_stored(cudev *c, const packed_matrix *m, stored_bytes *at) {
+    const int32_t groups = (int32_t)div_up(m->k, m->group);
+    const int64_t blocks = div_up(m->n, m->block_n);
+    const int64_t last = (blocks - 1) * m->scale_n_stride + (groups - 1) * m->scale_g_stride;
+    const size_t codes = field_bytes(&m->code, m->n, m->k);
+    const size_t zeros = m->zero.data ? field_bytes(&m->zero, m->n, groups) : 0;
+    const size_t scales = (size_t)dtype_bytes(m->scale_type, last + 1);
+    const size_t order = m->g_idx ? (size_t)m->k * sizeof *m->g_idx : 0;
+    const size_t to_zero = aligned((int64_t)codes), to_scale = to_zero + aligned((int64_t)zeros);
+    const size_t to_group = to_scale + aligned((int64_t)scales);
+    TRY(cudev_scratch_grow(&c->raw, to_group + order, c->stream, "weights"));
+    uint8_t *base = c->raw.data;
+    *at = (stored_bytes){.code = base,
+                         .zero = zeros ? base + to_zero : NULL,
+                         .scale = base + to_scale,
+                         .group = order ? (int32_t *)(void *)(base + to_group) : NULL};
+    TRY(cudev_upload(&c->staging, at->code, m->code.data, codes, c->stream));
+    if (zeros) TRY(cudev_upload(&c->staging, at->zero, m->zero.data, zeros, c->stream));
+    if (order) TRY(cudev_upload(&c->staging, at->group, m->g_idx, order, c->stream));
+    return cudev_upload(&c->staging, at->scale, m->scale, scales, c->stream);
+}
+
+/* From row `row` of a part on. */
+static unpack_fields fields_of(const packed_field *f, const void *word, const matrix_part *p,
+                               int32_t row) {
+    return (unpack_fields){.word = word,
+                           .word_bits = f->word_bits,
+                           .bits = f->bits,
+                           .n_per = f->n_per,
+                           .k_per = f->k_per,
+                           .awq_order = f->awq_order,
+                           .n_stride = f->n_stride,
+                           .k_stride = f->k_stride,
+                           .row = p->packed_row + row * (int32_t)p->row_stride,
+                           .row_step = (int32_t)p->row_stride};
+}
+
+static unpack_scales scales_of(const packed_matrix *m, const void *scale, const matrix_part *p,
+                               int32_t row, int32_t block_n) {
+    return (unpack_scales){.scale = scale,
+                           .type = m->scale_type,
+                           .n_stride = m->scale_n_stride,
+                           .g_stride = m->scale_g_stride,
+                           .block_n = m->block_n,
+                           .row = p->packed_row + row * (int32_t)p->row_stride,
+                           .row_step = (int32_t)p->row_stride * block_n};
+}
+
+static dtype code_type_of(const packed_matrix *m) {
+    switch (m->format) {
+    case WF_INT8: return m->code_flip ? DT_U8 : DT_I8;
+    case WF_INT4: return DT_U8;
+    case WF_FP8:
+    case WF_FP8B: return DT_E4M3;
+    default: return DT_E2M1;
     }
-    mem_free(value);
-    return st;
+}
+
+/* Rows [row, row + rows) of a part that other tools have quantised. */
+static status unpack_rows(cudev *c, const matrix_part *p, const stored_bytes *at, int32_t row,
+                          int32_t rows, void *out, dtype type) {
+    const packed_matrix *m = p->packed;
+    const dtype code = code_type_of(m);
+    const unpack_matrix u = {.code = fields_of(&m->code, at->code, p, row),
+                             .zero = fields_of(&m->zero, at->zero, p, row),
+                             .zero_add = m->zero_add,
+                             .middle = code == DT_U8 ? 1 << (m->code.bits - 1) : 0,
+                             .scale = scales_of(m, at->scale, p, row, 1),
+                             .group_of = at->group,
+                             .group = m->group,
+                             .code_type = code,
+                             .global_scale = m->global_scale};
+    return kernel_unpack_values(out, type, &u, rows, m->k, c->stream);
 }
 
 /* out [rows, k] of `type` = rows [row0, row0 + rows) of matrix j. */
@@ -100,14 +166,19 @@ static status matrix_values(cudev *c, const weight_source *s, int32_t j, int32_t
         return kernel_fill_noise(out, type, (int64_t)rows * k, s->seed,
                                  ((uint64_t)j * (uint64_t)n + (uint64_t)row0) * (uint64_t)k,
                                  s->synthetic_scale, s->synthetic_mean, c->stream);
-    if (s->stored.packed) return stored_values(c, s, j, row0, rows, out, type);
     const int32_t each = s->n_parts / s->shape.count;
     const matrix_part *p = s->part + (int64_t)j * each;
+    const packed_matrix *there = NULL; /* its bytes lie in scratch */
+    stored_bytes at = {0};
     for (int32_t i = 0; i < each; i++, p++) {
         const int64_t lo = i64_max(row0, p->row_at), hi = i64_min(row0 + rows, p->row_at + p->rows);
         if (lo >= hi) continue;
+        const int32_t row = (int32_t)(lo - p->row_at), count = (int32_t)(hi - lo);
         uint8_t *to = (uint8_t *)out + dtype_bytes(type, (lo - row0) * k);
-        TRY(part_values(c, p, k, (int32_t)(lo - p->row_at), (int32_t)(hi - lo), to, type));
+        if (p->packed && p->packed != there) TRY(upload_stored(c, p->packed, &at));
+        there = p->packed;
+        TRY(p->packed ? unpack_rows(c, p, &at, row, count, to, type)
+                      : part_values(c, p, k, row, count, to, type));
     }
     return ST_OK;
 }
@@ -201,8 +272,6 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
 
 /* --- Quantised linears ---------------------------------------------------------------------- */
 
-static size_t aligned(int64_t bytes) { return (size_t)div_up(bytes, 256) * 256; }
-
 /* A canonical matrix in scratch. */
 static status canonical(cudev *c, const precision *p, int32_t n, int32_t k, qmatrix *q) {
     const dtype type = qmatrix_scale_type(p->weight);
@@ -275,66 +344,20 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
     return linear_pack(&w->linear, j, &q, c->stream);
 }
 
-/* Words of a field that a matrix of n x k takes. */
-static size_t field_bytes(const packed_field *f, int32_t n, int32_t k) {
-    const int64_t last = (n - 1) / f->n_per * f->n_stride + (k - 1) / f->k_per * f->k_stride;
-    return (size_t)(last + 1) * (size_t)f->word_bits / 8;
-}
-
-/* The bytes of a packed matrix, in scratch. */
-typedef struct {
-    uint8_t *code, *zero, *scale;
-} stored_bytes;
-
-static status upload_stored(cudev *c, const packed_matrix *m, stored_bytes *at) {
-    const int32_t groups = (int32_t)div_up(m->k, m->group);
-    const int64_t blocks = div_up(m->n, m->block_n);
-    const int64_t last = (blocks - 1) * m->scale_n_stride + (groups - 1) * m->scale_g_stride;
-    const size_t codes = field_bytes(&m->code, m->n, m->k);
-    const size_t zeros = m->zero.data ? field_bytes(&m->zero, m->n, groups) : 0;
-    const size_t scales = (size_t)dtype_bytes(m->scale_type, last + 1);
-    const size_t to_zero = aligned((int64_t)codes), to_scale = to_zero + aligned((int64_t)zeros);
-    TRY(cudev_scratch_grow(&c->raw, to_scale + scales, c->stream, "weights"));
-    uint8_t *base = c->raw.data;
-    *at = (stored_bytes){.code = base, .zero = base + to_zero, .scale = base + to_scale};
-    TRY(cudev_upload(&c->staging, at->code, m->code.data, codes, c->stream));
-    if (zeros) TRY(cudev_upload(&c->staging, at->zero, m->zero.data, zeros, c->stream));
-    return cudev_upload(&c->staging, at->scale, m->scale, scales, c->stream);
-}
-
-static unpack_fields fields_of(const packed_field *f, const void *word, const matrix_part *p) {
-    return (unpack_fields){.word = word,
-                           .word_bits = f->word_bits,
-                           .bits = f->bits,
-                           .n_per = f->n_per,
-                           .k_per = f->k_per,
-                           .awq_order = f->awq_order,
-                           .n_stride = f->n_stride,
-                           .k_stride = f->k_stride,
-                           .row = p->packed_row,
-                           .row_step = (int32_t)p->row_stride};
-}
-
 /* Rows of the canonical matrix that one part has. */
 static status unpack_part(cudev *c, const matrix_part *p, const stored_bytes *at,
                           const qmatrix *q) {
     const packed_matrix *m = p->packed;
     const int64_t groups = div_up(q->k, q->group), row_bytes = (int64_t)q->k * m->code.bits / 8;
-    const unpack_fields code = fields_of(&m->code, at->code, p);
+    const unpack_fields code = fields_of(&m->code, at->code, p, 0);
     TRY(kernel_unpack_codes(q->code + p->row_at * row_bytes, &code, p->rows, q->k, m->code_flip,
                             c->stream));
     if (q->zero) {
-        const unpack_fields zero = fields_of(&m->zero, at->zero, p);
+        const unpack_fields zero = fields_of(&m->zero, at->zero, p, 0);
         TRY(kernel_unpack_zeros(q->zero + p->row_at * groups, &zero, p->rows, (int32_t)groups,
                                 m->zero_add, c->stream));
     }
-    const unpack_scales s = {.scale = at->scale,
-                             .type = m->scale_type,
-                             .n_stride = m->scale_n_stride,
-                             .g_stride = m->scale_g_stride,
-                             .block_n = m->block_n,
-                             .row = p->packed_row,
-                             .row_step = (int32_t)p->row_stride * q->block_n};
+    const unpack_scales s = scales_of(m, at->scale, p, 0, q->block_n);
     uint8_t *to = (uint8_t *)q->scale + dtype_bytes(q->scale_type, p->row_at / q->block_n * groups);
     return kernel_unpack_scales(to, q->scale_type, &s, (int32_t)div_up(p->rows, q->block_n),
                                 (int32_t)groups, c->stream);
@@ -342,7 +365,7 @@ static status unpack_part(cudev *c, const matrix_part *p, const stored_bytes *at
 
 /* Matrix j as the checkpoint has it, made canonical here. Parts of one packed matrix follow each
  * other: its bytes come over once. */
-static status unpack_matrix(cudev *c, int32_t j, qmatrix *q) {
+static status unpack_stored(cudev *c, int32_t j, qmatrix *q) {
     const weight_source *s = c->whole;
     const int32_t each = s->n_parts / s->shape.count;
     const matrix_part *p = s->part + (int64_t)j * each;
@@ -379,7 +402,7 @@ static status stored_matrix(cudev *c, const weight_source *s, const precision *p
     qmatrix q;
     TRY(canonical(c, p, s->shape.n, s->shape.k, &q));
     const size_t mark = c->handles.used;
-    const status st = c->base.options.tp == 1 ? unpack_matrix(c, j, &q) : rank_codes(c, p, j, &q);
+    const status st = c->base.options.tp == 1 ? unpack_stored(c, j, &q) : rank_codes(c, p, j, &q);
     arena_reset(&c->handles, mark);
     TRY(st);
     if (p->weight == WF_NVFP4)

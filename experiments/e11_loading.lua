@@ -17,11 +17,13 @@ return {
   axes = {
     { name = "layout", values = { "bf16", "awq", "gptq", "compressed_tensors", "fp8_block",
       "mxfp4" } },
-    { name = "format", values = { "stored", "W4", "WFP8" } },
+    { name = "format", values = { "stored", "W16", "W4", "WFP8" } },
   },
   fixed = { device = "cuda" },
   quick = { layout = { "awq" }, format = { "stored" } },
-  where = function(point) return point.format == "stored" or point.layout == "bf16" end,
+  where = function(point)
+    return point.format == "stored" or (point.layout == "bf16") == (point.format ~= "W16")
+  end,
   jobs = "alone",
   timeout_s = 120,
   run = function(amalgam, point)

@@ -3,7 +3,7 @@
 // A block makes 32 rows x 64 words of the result. Lanes go along n when they read, which is how
 // words lie that are packed along n (AWQ) or stored by k (GPTQ), and along k when they write; rows
 // that lie along k already are copied.
-#include "traits.cuh"
+#include "quantize.cuh"
 #include "unpack.h"
 
 namespace {
@@ -108,7 +108,61 @@ status launch_scales(T *out, const unpack_scales &s, int rows, int groups, cudaS
     return launched("unpack");
 }
 
+__device__ __forceinline__ float scale_at(const unpack_scales &s, int64_t i) {
+    switch (s.type) {
+    case DT_F16: return to_f32(static_cast<const __half *>(s.scale)[i]);
+    case DT_BF16: return to_f32(static_cast<const __nv_bfloat16 *>(s.scale)[i]);
+    case DT_E4M3: return f32_of_e4m3(static_cast<const uint8_t *>(s.scale)[i]);
+    case DT_UE8M0: return f32_of_ue8m0(static_cast<const uint8_t *>(s.scale)[i]);
+    default: return static_cast<const float *>(s.scale)[i];
+    }
+}
+
+__device__ __forceinline__ float code_value(dtype type, uint32_t code) {
+    switch (type) {
+    case DT_I8: return (float)(int8_t)code;
+    case DT_E4M3: return f32_of_e4m3((uint8_t)code);
+    case DT_E2M1: return f32_of_e2m1((int)code);
+    default: return (float)code;
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    unpack_values(T *out, unpack_matrix m, int64_t n, int k) {
+    const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    if (i >= n) return;
+    const int r = (int)(i / k), c = (int)(i % k), g = m.group_of ? m.group_of[c] : c / m.group;
+    const unpack_scales &s = m.scale;
+    const int64_t block = (s.row + int64_t{r} * s.row_step) / s.block_n;
+    const float scale = scale_at(s, block * s.n_stride + g * s.g_stride);
+    int zero = m.middle;
+    if (m.zero.word)
+        zero = (int)(field_at(m.zero, m.zero.row + r * m.zero.row_step, g) + m.zero_add) &
+               ((1 << m.zero.bits) - 1);
+    const float x = code_value(m.code_type, field_at(m.code, m.code.row + r * m.code.row_step, c));
+    out[i] = from_f32<T>(__fmul_rn(__fmul_rn(x - (float)zero, scale), m.global_scale));
+}
+
+template <typename T>
+status launch_values(T *out, const unpack_matrix &m, int rows, int k, cudaStream_t stream) {
+    const int64_t n = int64_t{rows} * k;
+    unpack_values<T><<<(unsigned)div_up(n, kThreads), kThreads, 0, stream>>>(out, m, n, k);
+    return launched("unpack");
+}
+
 } // namespace
+
+extern "C" status kernel_unpack_values(void *out, dtype type, const unpack_matrix *m, int32_t rows,
+                                       int32_t k, kernel_stream stream) {
+    if (rows == 0) return ST_OK;
+    switch (type) {
+    case DT_F32: return launch_values(static_cast<float *>(out), *m, rows, k, stream);
+    case DT_F16: return launch_values(static_cast<__half *>(out), *m, rows, k, stream);
+    case DT_BF16: return launch_values(static_cast<__nv_bfloat16 *>(out), *m, rows, k, stream);
+    default: return FAIL(ST_UNSUPPORTED, "unpack: values of %s", dtype_text(type));
+    }
+}
 
 extern "C" status kernel_unpack_codes(uint8_t *out, const unpack_fields *f, int32_t rows, int32_t k,
                                       uint8_t flip, kernel_stream stream) {

@@ -1,6 +1,7 @@
-/* unpack.h - a quantised matrix as another tool has stored it, to the canonical form (ref_quant.h),
- * on the device. engine/packed.h says which layouts there are; packed_canonical is the definition,
- * of which these give the same bits. All asynchronous on `stream`. */
+/* unpack.h - a quantised matrix as another tool has stored it, to the canonical form (ref_quant.h)
+ * or to values, on the device. engine/packed.h says which layouts there are; packed_canonical and
+ * packed_row are the definitions, of which these give the same bits. All asynchronous on `stream`.
+ */
 #ifndef KERNEL_UNPACK_H
 #define KERNEL_UNPACK_H
 #include "ref_quant.h"
@@ -38,6 +39,20 @@ typedef struct {
 } unpack_scales;
 status kernel_unpack_scales(void *out, dtype out_type, const unpack_scales *s, int32_t rows,
                             int32_t groups, kernel_stream stream);
+
+/* Values, as packed_row has them: out [rows, k] of `type` (F32, F16, BF16) =
+ * (code - zero) * scale * global_scale in f32, rounded once. */
+typedef struct {
+    unpack_fields code, zero; /* zero.word NULL: all are `middle` */
+    int32_t zero_add, middle;
+    unpack_scales scale;
+    const int32_t *group_of; /* [k] device; NULL: input i is in group i / group */
+    int32_t group;
+    dtype code_type; /* U8 of `bits`, I8, E4M3, E2M1 */
+    float global_scale;
+} unpack_matrix;
+status kernel_unpack_values(void *out, dtype type, const unpack_matrix *m, int32_t rows, int32_t k,
+                            kernel_stream stream);
 
 #ifdef __cplusplus
 }

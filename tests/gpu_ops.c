@@ -790,6 +790,51 @@ static stored make_stored(const layout *l) {
     return s;
 }
 
+/* Values of the same rows; with `order`, of inputs whose groups lie the other way round. */
+static void check_values(stored *s, bool order, int32_t *failures) {
+    const layout *l = s->l;
+    const int64_t n = (int64_t)s->rows * s->k;
+    float *want = host((size_t)n, 4), *got = host((size_t)n, 4), *to = dev((size_t)n * 4);
+    int32_t *g = host((size_t)s->k, 4);
+    for (int32_t i = 0; i < s->k; i++) g[i] = s->groups - 1 - i / s->group;
+    s->m.g_idx = order ? g : NULL;
+    for (int32_t i = 0; i < s->rows; i++)
+        packed_row(&s->m, l->row + i * l->row_step, want + (int64_t)i * s->k);
+    const bool four = l->bits == 4, integer = l->format == WF_INT4 || l->format == WF_INT8;
+    unpack_matrix u = {.code = on_device(&s->m.code, UNPACK_WORDS * 4, l),
+                       .zero_add = l->zero_add,
+                       .middle = !integer ? 0
+                                 : four   ? 8
+                                          : 128,
+                       .scale = {.scale = dev_copy(s->scale, UNPACK_WORDS / 2),
+                                 .type = l->scale_type,
+                                 .n_stride = s->groups,
+                                 .g_stride = 1,
+                                 .block_n = l->block_n,
+                                 .row = l->row,
+                                 .row_step = l->row_step},
+                       .group_of = order ? dev_copy(g, (size_t)s->k * 4) : NULL,
+                       .group = s->group,
+                       .code_type = integer ? DT_U8
+                                    : four  ? DT_E2M1
+                                            : DT_E4M3,
+                       .global_scale = s->m.global_scale};
+    if (l->zeros) u.zero = on_device(&s->m.zero, UNPACK_WORDS * 4, l);
+    assert_ok(kernel_unpack_values(to, DT_F32, &u, s->rows, s->k, NULL));
+    fetch(got, to, (size_t)n * 4);
+    *failures += memcmp(got, want, (size_t)n * 4) != 0;
+    got[n / 3] = nextafterf(got[n / 3], 9); /* twin */
+    *failures += memcmp(got, want, (size_t)n * 4) == 0;
+    CUDA(cudaFree((void *)(uintptr_t)u.code.word));
+    CUDA(cudaFree((void *)(uintptr_t)u.scale.scale));
+    CUDA(cudaFree(to));
+    if (l->zeros) CUDA(cudaFree((void *)(uintptr_t)u.zero.word));
+    if (order) CUDA(cudaFree((void *)(uintptr_t)u.group_of));
+    free(want);
+    free(got);
+    free(g);
+}
+
 static void check_unpack(const stored *s, int32_t *failures) {
     const layout *l = s->l;
     const qmatrix *q = &s->q;
@@ -822,7 +867,6 @@ static void check_unpack(const stored *s, int32_t *failures) {
                                    s->groups, NULL));
     fetch(got, to, scales);
     *failures += memcmp(got, q->scale, scales) != 0;
-    print_message("  %-24s %d failures so far\n", l->name, *failures);
     CUDA(cudaFree((void *)(uintptr_t)fields.word));
     CUDA(cudaFree((void *)(uintptr_t)us.scale));
     CUDA(cudaFree(to));
@@ -835,6 +879,9 @@ static void test_unpack(void **state) {
     for (int i = 0; i < COUNT_OF(layouts); i++) {
         stored s = make_stored(&layouts[i]);
         check_unpack(&s, &failures);
+        check_values(&s, false, &failures);
+        check_values(&s, true, &failures);
+        print_message("  %-24s %d failures so far\n", layouts[i].name, failures);
         arena_close(&s.a);
         free(s.code);
         free(s.zero);

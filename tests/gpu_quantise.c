@@ -421,7 +421,7 @@ static void test_checkpoint(void **state) {
     ids_free(&held_out);
 }
 
-/* Experts see rows of their own, and few: a token whose second expert is a near-tie goes elsewhere. */
+/* Experts see rows of their own, and few: a token whose last one is a near-tie goes elsewhere. */
 static void test_experts(void **state) {
     (void)state;
     int32_t token[512];
