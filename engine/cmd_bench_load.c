@@ -9,14 +9,14 @@
  * when `read` stays under 2 GB/s.
  *
  * With --device, all in bytes of the file per second, of every layer but the first (which brings
- * buffers with it):
+ * buffers with it); the parts overlap in time:
  *
- *   load    as a run does it: what follows, overlapping
+ *   load    all of it, as a run does it
  *   host    out of the page cache into pinned memory, by all cores
  *   copy    from there to the device
- *   pack    the rest: unpacking, conversion, rounding, the order of the kernels, checks
+ *   pack    kernels: unpacking, conversion, rounding, the order of those that multiply
  *
- * The last three one after the other. Exit status 1 when `pack` is slower than `copy`. */
+ * Exit status 1 when `pack` is slower than `copy`. */
 #include "cli.h"
 #include "device.h"
 #include "safetensors.h"
@@ -102,8 +102,8 @@ static status time_load(const char *dir, file_times *t) {
  */
 
 typedef struct {
-    int64_t bytes;
-    double all_s, host_s, copy_s;
+    load_times part;
+    double all_s;
 } device_times;
 
 static status load_layer(device *d, const checkpoint *k, const model_config *c, const precision *p,
@@ -120,23 +120,24 @@ static status load_layer(device *d, const checkpoint *k, const model_config *c, 
 
 static status load_layers(device *d, const checkpoint *k, const model_config *c, const precision *p,
                           device_times *t) {
-    load_times before, after;
+    load_times before, *after = &t->part;
     TRY(load_layer(d, k, c, p, 0));
-    d->ops->load_times(d, &before);
+    TRY(d->ops->load_times(d, &before));
     const double start = now_s();
     for (int32_t layer = 1; layer < c->n_layers; layer++) TRY(load_layer(d, k, c, p, layer));
-    d->ops->load_times(d, &after);
-    *t = (device_times){.bytes = after.bytes - before.bytes,
-                        .all_s = now_s() - start,
-                        .host_s = after.host_s - before.host_s,
-                        .copy_s = after.copy_s - before.copy_s};
+    TRY(d->ops->load_times(d, after));
+    t->all_s = now_s() - start;
+    after->bytes -= before.bytes;
+    after->host_s -= before.host_s;
+    after->copy_s -= before.copy_s;
+    after->pack_s -= before.pack_s;
     return ST_OK;
 }
 
 /* One load of its own mapping, so that its pages are new to it. */
 static status time_once(const char *dir, const model_config *c, const device_ops *ops,
-                        const char *format, bool parts, char *made, device_times *t) {
-    const device_options o = {.tp = 1, .time_loading = parts};
+                        const char *format, char *made, device_times *t) {
+    const device_options o = {.tp = 1, .time_loading = true};
     checkpoint *k = NULL;
     device *d = NULL;
     precision p;
@@ -150,9 +151,9 @@ static status time_once(const char *dir, const model_config *c, const device_ops
     return st;
 }
 
-/* t[0] overlapping, t[1] in parts: the fastest of some. */
+/* The fastest of some. */
 static status time_device(const char *dir, const char *name, const char *format, char *made,
-                          device_times t[2]) {
+                          device_times *t) {
     enum { REPEATS = 3 };
     const device_ops *ops = NULL;
     model_config *c = mem_alloc(1, sizeof *c);
@@ -167,10 +168,10 @@ static status time_device(const char *dir, const char *name, const char *format,
     if (st == ST_OK) st = safetensors_open(&files, dir);
     if (st == ST_OK) sink = sink + read_all(files, &bytes);
     safetensors_close(files);
-    for (int i = 0; i < 2 * REPEATS && st == ST_OK; i++) {
+    for (int i = 0; i < REPEATS && st == ST_OK; i++) {
         device_times now;
-        st = time_once(dir, c, ops, format, i % 2, made, &now);
-        if (i < 2 || now.all_s < t[i % 2].all_s) t[i % 2] = now;
+        st = time_once(dir, c, ops, format, made, &now);
+        if (i == 0 || now.all_s < t->all_s) *t = now;
     }
     mem_free(c);
     return st;
@@ -178,18 +179,19 @@ static status time_device(const char *dir, const char *name, const char *format,
 
 static int show_device(const char *dir, const char *name, const char *format, bool json) {
     char made[PRECISION_NAME_MAX];
-    device_times t[2];
-    const status st = time_device(dir, name, format, made, t);
+    device_times t;
+    const status st = time_device(dir, name, format, made, &t);
     if (st != ST_OK) return cli_exit(st);
-    const double gb = (double)t[1].bytes * 1e-9, pack_s = t[1].all_s - t[1].host_s - t[1].copy_s;
-    const bool ok = pack_s < t[1].copy_s;
+    const double gb = (double)t.part.bytes * 1e-9;
+    const bool ok = t.part.pack_s < t.part.copy_s;
     printf(
         json ? "{\"kind\":\"load_device\",\"model\":\"%s\",\"device\":\"%s\",\"precision\":\"%s\","
                "\"gb\":%.3f,\"load_gb_per_s\":%.2f,\"host_gb_per_s\":%.2f,"
                "\"copy_gb_per_s\":%.2f,\"pack_gb_per_s\":%.2f,\"ok\":%s}\n"
              : "%s to %s as %s, %.3f GB: load %.2f GB/s; host %.2f, copy %.2f, pack %.2f GB/s "
                "(faster than the copy: %s)\n",
-        dir, name, made, gb, gb / t[0].all_s, gb / t[1].host_s, gb / t[1].copy_s, gb / pack_s,
+        dir, name, made, gb, gb / t.all_s, gb / t.part.host_s, gb / t.part.copy_s,
+        gb / t.part.pack_s,
         json ? (ok ? "true" : "false")
         : ok ? "ok"
              : "NO");

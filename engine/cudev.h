@@ -43,12 +43,16 @@ void cudev_scratch_free(cudev_scratch *s);
 
 /* Host to device through pinned buffers in turn, so that reading a mapped file and the copies
  * overlap: several, since codes, zero points and scales take one each. */
-enum { CUDEV_STAGES = 4 };
+enum { CUDEV_STAGES = 4, CUDEV_MARKS_MAX = 1 << 14 };
+typedef enum { AT_COPY, AT_COPIED, AT_PACKED } cudev_instant;
 typedef struct {
     uint8_t *buffer[CUDEV_STAGES];
     cudev_event done[CUDEV_STAGES];
     uint32_t next;
-    bool timed; /* each step waits for the one before */
+    bool timed;
+    cudev_event *mark; /* [n_marks] instants on the stream, in its order */
+    uint8_t *what;     /* [n_marks] cudev_instant */
+    int32_t n_marks;
     load_times times;
 } cudev_staging;
 status cudev_staging_open(cudev_staging *s);
@@ -56,6 +60,10 @@ void cudev_staging_close(cudev_staging *s);
 /* Returns when `from` may be unmapped; the copies are ordered on `stream`. */
 status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
                     kernel_stream stream);
+/* Where `timed`: the instant of the last thing launched. Past CUDEV_MARKS_MAX nothing is timed. */
+status cudev_mark(cudev_staging *s, cudev_instant what, kernel_stream stream);
+/* Sums of what lay between instants, once all is over; marks begin again. */
+status cudev_marks_sum(cudev_staging *s);
 
 /* --- Graphs of decode steps (cudev_graph.c) ------------------------------------------------- */
 
@@ -212,7 +220,7 @@ status cudev_ranks_open(device **out, const device_options *o);
 
 /* cudev_load.c */
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
-void cudev_load_times(device *d, load_times *out);
+status cudev_load_times(device *d, load_times *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */
 
 /* cudev_ceiling.c */

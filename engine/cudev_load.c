@@ -48,11 +48,12 @@ void cudev_load_done(cudev *c) {
     c->amax = NULL;
 }
 
-/* All of it is over when this returns. */
-void cudev_load_times(device *d, load_times *out) {
+status cudev_load_times(device *d, load_times *out) {
     cudev *c = cudev_self(d);
-    (void)cudaStreamSynchronize(c->stream);
+    CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
+    TRY(cudev_marks_sum(&c->staging));
     *out = c->staging.times;
+    return ST_OK;
 }
 
 /* --- Values --------------------------------------------------------------------------------- */
@@ -524,5 +525,5 @@ status cudev_weight_load(device *d, const weight_source *s, const precision *p, 
     if (linear) TRY(load_linear(c, s, p, w));
     if (!linear || s->field == WEIGHT_embed) TRY(load_plain(c, s, w));
     out->data = w;
-    return ST_OK;
+    return cudev_mark(&c->staging, AT_PACKED, c->stream);
 }

@@ -74,6 +74,9 @@ void cudev_staging_close(cudev_staging *s) {
         if (s->buffer[i]) (void)cudaFreeHost(s->buffer[i]);
         if (s->done[i]) (void)cudaEventDestroy(s->done[i]);
     }
+    for (int32_t i = 0; i < s->n_marks; i++) (void)cudaEventDestroy(s->mark[i]);
+    mem_free(s->mark);
+    mem_free(s->what);
     *s = (cudev_staging){.timed = s->timed, .times = s->times};
 }
 
@@ -92,32 +95,50 @@ static double seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* Everything before is over; what follows is timed on its own. */
-static status mark(const cudev_staging *s, cudaStream_t stream, double *at) {
-    if (!s->timed) return ST_OK;
-    CUDA_TRY(cudaStreamSynchronize(stream), "upload");
-    *at = seconds();
+status cudev_mark(cudev_staging *s, cudev_instant what, cudaStream_t stream) {
+    if (!s->timed || s->n_marks == CUDEV_MARKS_MAX) return ST_OK;
+    if (!s->mark) s->mark = mem_alloc(CUDEV_MARKS_MAX, sizeof *s->mark);
+    if (!s->what) s->what = mem_alloc(CUDEV_MARKS_MAX, 1);
+    if (!s->mark || !s->what) return FAIL(ST_NOMEM, "instants of a load");
+    CUDA_TRY(cudaEventCreate(&s->mark[s->n_marks]), "event");
+    s->what[s->n_marks] = (uint8_t)what;
+    CUDA_TRY(cudaEventRecord(s->mark[s->n_marks++], stream), "event");
     return ST_OK;
+}
+
+status cudev_marks_sum(cudev_staging *s) {
+    status st = ST_OK;
+    for (int32_t i = 1; i < s->n_marks && st == ST_OK; i++) {
+        float ms = 0;
+        if (s->what[i - 1] == AT_PACKED) continue; /* the host was somewhere else */
+        st = cudev_check((int)cudaEventElapsedTime(&ms, s->mark[i - 1], s->mark[i]), "event");
+        if (s->what[i - 1] == AT_COPY)
+            s->times.copy_s += (double)ms * 1e-3;
+        else
+            s->times.pack_s += (double)ms * 1e-3;
+    }
+    for (int32_t i = 0; i < s->n_marks; i++) (void)cudaEventDestroy(s->mark[i]);
+    s->n_marks = 0;
+    return st;
 }
 
 status cudev_upload(cudev_staging *s, void *to, const void *from, size_t bytes,
                     cudaStream_t stream) {
-    double began = 0, copied = 0, ended = 0;
     if (!s->buffer[0]) TRY(cudev_staging_open(s));
     for (size_t at = 0; at < bytes; at += staging_bytes) {
         const size_t n = bytes - at < staging_bytes ? bytes - at : staging_bytes;
         const uint32_t i = s->next++ % CUDEV_STAGES;
+        TRY(cudev_mark(s, AT_PACKED, stream)); /* kernels behind the copy before, if any */
         CUDA_TRY(cudaEventSynchronize(s->done[i]), "upload");
-        TRY(mark(s, stream, &began));
+        const double began = seconds();
         copy_in(s->buffer[i], (const uint8_t *)from + at, n);
-        TRY(mark(s, stream, &copied));
+        s->times.host_s += seconds() - began;
+        TRY(cudev_mark(s, AT_COPY, stream));
         CUDA_TRY(
             cudaMemcpyAsync((uint8_t *)to + at, s->buffer[i], n, cudaMemcpyHostToDevice, stream),
             "upload");
+        TRY(cudev_mark(s, AT_COPIED, stream));
         CUDA_TRY(cudaEventRecord(s->done[i], stream), "upload");
-        TRY(mark(s, stream, &ended));
-        s->times.host_s += copied - began;
-        s->times.copy_s += ended - copied;
     }
     s->times.bytes += (int64_t)bytes;
     return ST_OK;

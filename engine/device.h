@@ -45,15 +45,17 @@ typedef struct {
     bool no_graphs;        /* cuda: launch decode steps one kernel at a time */
     bool lockstep;     /* read the tokens of a step before the next is launched, as devices without
                       `launch` must */
-    bool time_loading; /* cuda: nothing of a load overlaps, so that load_times has its parts */
+    bool time_loading; /* cuda: load_times has the parts of a load */
     bool kv_noise; /* cuda: KV pages begin with finite noise instead of NaN, for steps on a context
                       that nothing has written */
 } device_options;
 
-/* What went to the device while weights were loaded. Times are 0 without options.time_loading. */
+/* What went to the device while weights were loaded, and the time of each part, which overlap. */
 typedef struct {
     int64_t bytes;
-    double host_s, copy_s; /* out of the mapped file into pinned memory; from there to the device */
+    double host_s;         /* out of the mapped file into pinned memory */
+    double copy_s, pack_s; /* the device's, with options.time_loading: from there to the device;
+                              kernels between copies and behind them */
 } load_times;
 
 /* Everything that is allocated once per run. Set after the weights are loaded. */
@@ -97,8 +99,8 @@ typedef struct device_ops {
      * checkpoint may be closed afterwards. The bias of a weight whose columns are split
      * (SHARD_COLS) is added by one rank alone, since the partial sums are reduced. */
     status (*weight_load)(device *d, const weight_source *s, const precision *p, weight *out);
-    /* So far; NULL where nothing is copied. */
-    void (*load_times)(device *d, load_times *out);
+    /* So far, all of it being over; NULL where nothing is copied. */
+    status (*load_times)(device *d, load_times *out);
     status (*setup)(device *d, const device_setup *s);
     /* An activation buffer for the whole run. */
     status (*buffer)(device *d, int64_t rows, int32_t cols, tensor *out);

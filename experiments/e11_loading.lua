@@ -1,8 +1,8 @@
 --- E11: is a checkpoint loaded as fast as its bytes cross the bus?
 ---
 --- `amalgam bench load` on files of Llama-3.1-8B's layers in each layout, which lie in the page
---- cache: out of it into pinned memory, over the bus, and everything else (unpacking, conversion,
---- rounding, the order of the kernels, checks), each on its own, and all of it overlapping.
+--- cache: out of it into pinned memory, over the bus, and kernels that unpack, convert, round and
+--- put into order, each by its own clock; then all of it, where they overlap.
 --- `python3 tests/interop/large_checkpoints.py build/large 6` makes the files; build/large may be a
 --- link to a RAM disk.
 

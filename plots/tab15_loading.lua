@@ -3,8 +3,8 @@ return {
   experiment = "e11_loading",
   title = "Loading checkpoints onto a GPU",
   caption = "Measured GB of the file per second, layers of Llama-3.1-8B from the page cache: into "
-    .. "pinned memory by all cores, over the bus, and all other work, one after the other; then a "
-    .. "load as runs do it, where these overlap.",
+    .. "pinned memory by all cores, over the bus, and kernels that pack, each by its own clock; "
+    .. "then all of it, where these overlap.",
   build = function(data)
     local rows = {}
     for _, layout in ipairs(data:distinct("e11", "layout")) do
