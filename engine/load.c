@@ -349,7 +349,8 @@ static status spread_tokens(loader *l, const transfer *t, request_log *log) {
 
 /* What usage tells, else what was counted. */
 static status take_result(loader *l, transfer *t, request_log *log) {
-    if (t->closing && t->n_events == t->usage_tokens + 1) t->n_events--; /* it brought no token */
+    if (t->closing && t->usage_tokens > 0 && t->n_events == t->usage_tokens + 1)
+        t->n_events--; /* the last one brought no token */
     log->n_output = t->usage_tokens > 0 ? (int32_t)t->usage_tokens : t->n_events;
     if (t->usage_prompt > 0) log->n_prompt = (int32_t)t->usage_prompt;
     if (t->usage_cached > 0) log->n_cached = (int32_t)t->usage_cached;
