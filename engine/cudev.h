@@ -11,6 +11,7 @@
 
 /* CUDA's handles without its headers, so that this one stands alone. */
 typedef struct CUevent_st *cudev_event;
+typedef struct CUgraph_st *cudev_graph_recorded;
 typedef struct CUgraphExec_st *cudev_graph_exec;
 
 /* --- Memory (cudev_memory.c) ---------------------------------------------------------------- */
@@ -170,8 +171,9 @@ typedef struct {
     const batch *b; /* between begin and launch */
     cudev_slot *at;
     step_mode mode;
-    cudev_graph *graph; /* of a decode step */
-    int32_t rows;       /* T of the device: b->n_tokens, or padded */
+    cudev_graph *graph;            /* of a decode step */
+    cudev_graph_recorded captured; /* not yet graph->exec */
+    int32_t rows;                  /* T of the device: b->n_tokens, or padded */
     cudev_tables tables;
 } cudev;
 
@@ -198,8 +200,11 @@ static inline int64_t cudev_rows(const cudev *c, int64_t n) {
 status cudev_open(device **out, const device_options *o, int32_t rank);
 /* A linear into y [rows, w->n] wherever that lies. */
 status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w);
-/* The first half of `launch`: what was captured becomes a graph, and nothing runs yet. */
+/* The first half of `launch`: what was captured becomes a graph, and nothing runs yet. Two calls,
+ * because no graph can be made by a thread that still captures on another rank. */
 status cudev_end_capture(cudev *c);
+status cudev_make_graph(cudev *c);
+void cudev_abandon_capture(cudev *c); /* if there is one */
 /* Is the oldest step over? DEVICE when it failed. */
 status cudev_poll(cudev *c, bool *over);
 

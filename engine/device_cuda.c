@@ -117,6 +117,8 @@ static void close_slot(cudev_slot *s) {
 
 static void cuda_close(device *d) {
     cudev *c = self(d);
+    cudev_abandon_capture(c);
+    if (c->captured) (void)cudaGraphDestroy(c->captured);
     if (c->stream) (void)cudaStreamSynchronize(c->stream);
     cudev_graphs_free(&c->graphs);
     cudev_load_done(c);
@@ -449,19 +451,20 @@ static bool decodes_alone(const batch *b) {
     return true;
 }
 
-static status abandon_capture(cudev *c) {
+void cudev_abandon_capture(cudev *c) {
+    if (!c->b || c->mode != STEP_CAPTURE) return;
     cudaGraph_t graph = NULL;
     (void)cudaStreamEndCapture(c->stream, &graph);
     if (graph) (void)cudaGraphDestroy(graph);
     (void)cudaGetLastError();
-    return ST_OK;
+    c->mode = STEP_EAGER;
 }
 
 static status cuda_begin(device *d, const batch *b) {
     cudev *c = self(d);
     CHECK(c->ready);
     if (c->dead) return dead(c);
-    if (c->b && c->mode == STEP_CAPTURE) TRY(abandon_capture(c)); /* an operation refused midway */
+    cudev_abandon_capture(c); /* an operation refused midway */
     const char *problem = batch_problem(b, c->n_pages);
     if (problem) check_failed(__FILE__, __LINE__, problem);
     CHECK(b->n_tokens <= c->max_tokens);
@@ -494,20 +497,25 @@ static status cuda_begin(device *d, const batch *b) {
 
 status cudev_end_capture(cudev *c) {
     if (c->mode != STEP_CAPTURE) return ST_OK;
-    cudaGraph_t graph = NULL;
     c->mode = STEP_REPLAY;
-    cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
-    if (e == cudaSuccess) e = cudaGraphInstantiate(&c->graph->exec, graph, 0);
-    if (graph) (void)cudaGraphDestroy(graph);
-    return cudev_check((int)e, "capture");
+    return cudev_check((int)cudaStreamEndCapture(c->stream, &c->captured), "capture");
+}
+
+status cudev_make_graph(cudev *c) {
+    if (!c->captured) return ST_OK;
+    const cudaError_t e = cudaGraphInstantiate(&c->graph->exec, c->captured, 0);
+    (void)cudaGraphDestroy(c->captured);
+    c->captured = NULL;
+    return cudev_check((int)e, "graph");
 }
 
 static status cuda_launch(device *d) {
     cudev *c = self(d);
     CHECK(c->b != NULL);
     const size_t bytes = sizeof(draw_result) * (size_t)c->b->n_samples;
-    c->b = NULL;
     TRY(cudev_end_capture(c));
+    TRY(cudev_make_graph(c));
+    c->b = NULL;
     if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
     c->mode = STEP_EAGER;
     CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
