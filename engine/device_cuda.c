@@ -559,7 +559,7 @@ static status cuda_embed(device *d, tensor out, const weight *table) {
     CHECK(out.cols == table->k);
     if (cudev_replayed(c)) return ST_OK;
     return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
-                       out.cols, c->stream);
+                       out.cols, true, c->stream);
 }
 
 static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
@@ -722,7 +722,7 @@ static status cuda_gather(device *d, tensor out, tensor x) {
     CHECK(out.rows == c->b->n_samples);
     CHECK(out.cols == x.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols,
+    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols, false,
                        c->stream);
 }
 

@@ -95,7 +95,7 @@ static void test_rows(void **state) {
         for (int i = 0; i < N; i++) index[i] = (i * 23 + 36) % TABLE;
         void *t = dev_copy(table, TABLE * row), *o = dev(N * row),
              *x = dev_copy(index, sizeof index);
-        assert_ok(kernel_rows(o, t, x, N, cols[c], NULL));
+        assert_ok(kernel_rows(o, t, x, N, cols[c], c % 2, NULL));
         fetch(got, o, N * row);
         for (int i = 0; i < N; i++)
             assert_memory_equal((char *)got + (size_t)i * row,
@@ -106,8 +106,8 @@ static void test_rows(void **state) {
         free(table);
         free(got);
     }
-    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, NULL));
-    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
+    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, false, NULL));
+    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, false, NULL), ST_SHAPE);
 }
 
 /* Ids of a step before are put in; what lies behind them is copied, negative or not. */
