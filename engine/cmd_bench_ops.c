@@ -184,6 +184,7 @@ static status fill(bench *b) {
                              .n_logprobs = -1,
                              .seen = -1,
                              .active = 1,
+                             .to = (int32_t)i,
                              .seed = 1,
                              .counter = (uint64_t)i};
     CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));
@@ -208,6 +209,7 @@ static status set_top_p(const bench *b) {
                              .n_logprobs = -1,
                              .seen = -1,
                              .active = 1,
+                             .to = (int32_t)i,
                              .seed = 1,
                              .counter = (uint64_t)i};
     CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));

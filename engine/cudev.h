@@ -160,7 +160,7 @@ typedef struct {
     uint8_t *tables_device;
     uint32_t *seen_device; /* [seen_max, words] */
     int32_t seen_max;
-    draw_result *drawn; /* [max_samples] device: the next step may feed its tokens */
+    draw_result *drawn; /* [2, max_samples] device, by step: the next may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token;
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];

@@ -259,7 +259,7 @@ static status setup_tables(cudev *c, int64_t rows) {
     const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
     TRY(take(c, seen, "penalties", &c->seen_device));
     const size_t drawn = sizeof(draw_result) * (size_t)c->max_samples;
-    TRY(take(c, (int64_t)drawn, "tokens", &c->drawn));
+    TRY(take(c, COUNT_OF(c->slot) * (int64_t)drawn, "tokens", &c->drawn));
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) {
         cudev_slot *slot = &c->slot[i];
         TRY(pinned(x.bytes, &slot->tables));
@@ -361,6 +361,11 @@ static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
     return r;
 }
 
+/* What a step draws stays while the next one draws: the host has it before the one after begins. */
+static draw_result *drawn_by(const cudev *c, int64_t step) {
+    return c->drawn + (step & 1) * c->max_samples;
+}
+
 /* Fill the host's tables for `rows` tokens, sequences and samples as padded; *n_seen bit sets. */
 static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples, int32_t *n_seen) {
     const batch *b = c->b;
@@ -383,6 +388,8 @@ static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples,
         row[i] = b->sample[i].row;
         draw[i] = draw_of(c, &b->sample[i], n_seen);
     }
+    for (int32_t i = 0; i < samples; i++)
+        draw[i].to = (int32_t)(drawn_by(c, c->n_begun) - c->drawn) + i;
     return h;
 }
 
@@ -423,11 +430,8 @@ static status upload_step(cudev *c) {
                                  (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
                                  cudaMemcpyHostToDevice, c->stream),
                  "penalties");
-    TRY(kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, c->drawn, c->stream));
-    /* The tokens of the step before are read before this one overwrites them. */
-    if (c->n_begun > 0)
-        CUDA_TRY(cudaStreamWaitEvent(c->stream, c->slot[~c->n_begun & 1].done, 0), "tokens");
-    return ST_OK;
+    return kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, drawn_by(c, c->n_begun - 1),
+                              c->stream);
 }
 
 /* --- A step: beginning and end -------------------------------------------------------------- */
@@ -521,7 +525,8 @@ static status cuda_launch(device *d) {
     CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
     CUDA_TRY(cudaStreamWaitEvent(c->back, c->at->drawn, 0), "tokens");
     if (bytes)
-        CUDA_TRY(cudaMemcpyAsync(c->at->result, c->drawn, bytes, cudaMemcpyDeviceToHost, c->back),
+        CUDA_TRY(cudaMemcpyAsync(c->at->result, drawn_by(c, c->n_begun), bytes,
+                                 cudaMemcpyDeviceToHost, c->back),
                  "tokens");
     CUDA_TRY(cudaEventRecord(c->at->done, c->back), "tokens");
     c->n_begun++;
