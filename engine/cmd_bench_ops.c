@@ -58,7 +58,7 @@ static status norm_launch(const bench *b, void *in, void *out, void *other) {
 static double rows_bytes(const bench *b) { return 4.0 * (double)b->t * b->c->dim; }
 static status rows_launch(const bench *b, void *in, void *out, void *other) {
     (void)other;
-    return kernel_rows(out, in, b->index, b->t, b->c->dim, b->stream);
+    return kernel_rows(out, in, b->index, b->t, b->c->dim, false, b->stream);
 }
 
 static double gated_bytes(const bench *b) { return 6.0 * (double)(slots(b) * ffn(b)); }
@@ -184,6 +184,7 @@ static status fill(bench *b) {
                              .n_logprobs = -1,
                              .seen = -1,
                              .active = 1,
+                             .to = (int32_t)i,
                              .seed = 1,
                              .counter = (uint64_t)i};
     CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));
@@ -208,6 +209,7 @@ static status set_top_p(const bench *b) {
                              .n_logprobs = -1,
                              .seen = -1,
                              .active = 1,
+                             .to = (int32_t)i,
                              .seed = 1,
                              .counter = (uint64_t)i};
     CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));

@@ -11,18 +11,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KERNELS_MAX = 64, SHAPES = 2, NAMES = 4 };
+enum { KERNELS_MAX = 64, SHAPES = 3, NAMES = 4 };
 
 static const char *const formats[] = {
     "W16A16",   "W8A16",     "W4A16",     "W4g64A16", "W4g32A16", "W4g16A16",  "WFP8A16",
     "WFP8bA16", "WMXFP4A16", "WNVFP4A16", "W8A8",     "WFP8AFP8", "WFP8bAFP8",
 };
 
-/* Llama's: two matrices of each size class (linear_size_class). */
+/* Matrices of each size class (linear_size_class): of Llama-3.1, and one with a long inner width
+ * (down of Llama-3.1-8B on two GPUs, down and gate_up of Qwen3-32B). */
 static const int32_t shapes[][SHAPES][2] = {
-    {{6144, 4096}, {4096, 4096}},
-    {{28672, 4096}, {4096, 14336}},
-    {{57344, 8192}, {8192, 28672}},
+    {{6144, 4096}, {4096, 4096}, {4096, 7168}},
+    {{28672, 4096}, {4096, 14336}, {5120, 25600}},
+    {{57344, 8192}, {8192, 28672}, {51200, 5120}},
 };
 static const int32_t rows[] = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096};
 
@@ -75,7 +76,7 @@ static void rank(tuner *t) {
         const double before = c->ratio;
         c->ratio = 1;
         for (int32_t s = 0; s < SHAPES; s++)
-            c->ratio *= c->us[s] > 0 ? sqrt(c->us[s] / best[s]) : INFINITY;
+            c->ratio *= c->us[s] > 0 ? pow(c->us[s] / best[s], 1.0 / SHAPES) : INFINITY;
         if (c->ratio > 2.5 && c->ratio >= before && before > 1) c->out = true;
     }
 }

@@ -11,6 +11,7 @@
 
 /* CUDA's handles without its headers, so that this one stands alone. */
 typedef struct CUevent_st *cudev_event;
+typedef struct CUgraph_st *cudev_graph_recorded;
 typedef struct CUgraphExec_st *cudev_graph_exec;
 
 /* --- Memory (cudev_memory.c) ---------------------------------------------------------------- */
@@ -171,7 +172,7 @@ typedef struct {
     uint8_t *tables_device;
     uint32_t *seen_device; /* [seen_max, words] */
     int32_t seen_max;
-    draw_result *drawn; /* [max_samples] device: the next step may feed its tokens */
+    draw_result *drawn; /* [2, max_samples] device, by step: the next may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token;
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];
@@ -182,8 +183,9 @@ typedef struct {
     const batch *b; /* between begin and launch */
     cudev_slot *at;
     step_mode mode;
-    cudev_graph *graph; /* of a decode step */
-    int32_t rows;       /* T of the device: b->n_tokens, or padded */
+    cudev_graph *graph;            /* of a decode step */
+    cudev_graph_recorded captured; /* not yet graph->exec */
+    int32_t rows;                  /* T of the device: b->n_tokens, or padded */
     cudev_tables tables;
 } cudev;
 
@@ -210,8 +212,11 @@ static inline int64_t cudev_rows(const cudev *c, int64_t n) {
 status cudev_open(device **out, const device_options *o, int32_t rank);
 /* A linear into y [rows, w->n] wherever that lies. */
 status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w);
-/* The first half of `launch`: what was captured becomes a graph, and nothing runs yet. */
+/* The first half of `launch`: what was captured becomes a graph, and nothing runs yet. Two calls,
+ * because no graph can be made by a thread that still captures on another rank. */
 status cudev_end_capture(cudev *c);
+status cudev_make_graph(cudev *c);
+void cudev_abandon_capture(cudev *c); /* if there is one */
 /* Is the oldest step over? DEVICE when it failed. */
 status cudev_poll(cudev *c, bool *over);
 

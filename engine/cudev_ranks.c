@@ -14,8 +14,9 @@
  * 0's tokens are handed out.
  *
  * One thread serves all ranks. NCCL's calls stand in groups, one call a rank. A decode step is a
- * graph on each rank with its collectives inside; all graphs are made before any is launched, since
- * making one may wait for its GPU. */
+ * graph on each rank with its collectives inside; all captures end before a graph is made, which a
+ * thread may not do while it captures, and all graphs are made before any is launched, since making
+ * one may wait for its GPU. */
 #include "cudev.h"
 #include "nccl.h"
 #include "rows.h"
@@ -69,6 +70,8 @@ static void ranks_close(device *d) {
     ranks *g = self(d);
     bool dead = false;
     for (int32_t r = 0; r < g->n; r++) dead = dead || (g->rank[r] && cudev_self(g->rank[r])->dead);
+    for (int32_t r = 0; r < g->n; r++) /* while one is under way, NCCL can wait for nothing */
+        if (g->rank[r]) cudev_abandon_capture(cudev_self(g->rank[r]));
     for (int32_t r = 0; r < g->n; r++) {
         cudev *c = cudev_self(g->rank[r]);
         if (!g->comm[r] || use(g, r) != ST_OK) continue;
@@ -223,6 +226,7 @@ static status ranks_begin(device *d, const batch *b) {
 static status ranks_launch(device *d) {
     ranks *g = self(d);
     EACH_RANK(g, cudev_end_capture(cudev_self(of)));
+    EACH_RANK(g, cudev_make_graph(cudev_self(of)));
     EACH_RANK(g, device_cuda.launch(of));
     return ST_OK;
 }

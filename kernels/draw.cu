@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ block_memory m;
     follow_previous();
     const draw_row p = row[blockIdx.x];
-    draw_result *const result = out + blockIdx.x;
+    draw_result *const result = out + p.to;
     if (threadIdx.x == 0) {
         result->token = -1;
         result->logprob = 0.f;

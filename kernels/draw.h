@@ -16,6 +16,7 @@ typedef struct {
     int32_t n_logprobs; /* -1 = none; up to DRAW_TOP_MAX */
     int32_t seen;       /* row of the bit sets of tokens to penalise; -1 = none */
     int32_t active;     /* 0: nothing is drawn, the token is -1 */
+    int32_t to;         /* the result is out[to]; no two rows' are the same */
     uint64_t seed, counter;
 } draw_row;
 
@@ -31,9 +32,9 @@ typedef struct {
 /* 32-bit words of one row of `seen`: bit t % 32 of word t / 32 says that token t occurred. */
 static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 31) / 32; }
 
-/* out[i] = token of logits[i, :], and its log-probabilities if asked for
+/* out[row[i].to] = token of logits[i, :], and its log-probabilities if asked for
  *
- *   out      [n]; device memory or pinned host memory that the device can write
+ *   out      device memory or pinned host memory that the device can write
  *   logits   [n, vocab] f32, device
  *   row      [n], device
  *   seen     [., draw_seen_words(vocab)], device; read where row.seen >= 0

@@ -16,6 +16,18 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = (int)threadIdx.x; i < units; i += kThreads) to[i] = from[i];
 }
 
+template <typename V>
+status copy(void *out, const void *table, const int32_t *row, int64_t n, int32_t units, bool first,
+            cudaStream_t stream) {
+    V *to = static_cast<V *>(out);
+    const V *from = static_cast<const V *>(table);
+    if (!first)
+        return launch_early("rows", copy_rows<V>, (unsigned)n, kThreads, stream, to, from, row,
+                            units);
+    copy_rows<<<(unsigned)n, kThreads, 0, stream>>>(to, from, row, units);
+    return launched("rows");
+}
+
 struct copies {
     rows_copy of[ROWS_COPIES_MAX];
 };
@@ -51,17 +63,12 @@ __global__ void __launch_bounds__(kThreads) join(float *out, const float *part, 
 } // namespace
 
 extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n,
-                              int32_t cols, kernel_stream stream) {
+                              int32_t cols, bool first, kernel_stream stream) {
     if (n < 0 || n > INT32_MAX || cols <= 0)
         return FAIL(ST_SHAPE, "rows: %lld x %d", (long long)n, cols);
     if (n == 0) return ST_OK;
-    if (cols % 8 == 0)
-        return launch_early("rows", copy_rows<uint4>, (unsigned)n, kThreads, stream,
-                            static_cast<uint4 *>(out), static_cast<const uint4 *>(table), row,
-                            cols / 8);
-    return launch_early("rows", copy_rows<unsigned short>, (unsigned)n, kThreads, stream,
-                        static_cast<unsigned short *>(out),
-                        static_cast<const unsigned short *>(table), row, cols);
+    if (cols % 8 == 0) return copy<uint4>(out, table, row, n, cols / 8, first, stream);
+    return copy<unsigned short>(out, table, row, n, cols, first, stream);
 }
 
 extern "C" status kernel_rows_upload(const rows_copy *copy, int32_t n, int32_t n_tokens,

@@ -9,7 +9,8 @@
 extern "C" {
 #endif
 
-/* out[i] = table[row[i]] for i < n
+/* out[i] = table[row[i]] for i < n; the first kernel of a step starts when the upload of its tables
+ * is over, so that those are constants to all that follow
  *
  *   out      [n, cols] of 16-bit elements, device, not within `table`
  *   table    [n_rows, cols], device; both 16-byte aligned
@@ -18,7 +19,7 @@ extern "C" {
  * Copies. cols need not be a multiple of anything; multiples of 8 move 16 bytes a thread. n == 0
  * launches nothing. DEVICE on launch failure. Asynchronous on `stream`. */
 status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n, int32_t cols,
-                   kernel_stream stream);
+                   bool first, kernel_stream stream);
 
 /* to[0 .. bytes) = from[0 .. bytes) for each copy, in one launch: a copy engine takes microseconds
  * to start for each. The first one begins with n_tokens ids of int32; negative ones become

@@ -94,8 +94,8 @@ static inline status launched(const char *what) {
 // in the stream still runs, hence reads and writes nothing of others, constants apart, before
 // follow_previous. That also lets the next one start, once every block has come here. Some thread
 // of every such kernel must wait, so that the end of a kernel is the end of all before it.
-// Constants are what no kernel of the step writes: weights, and not the step's tables, which one
-// uploads.
+// Constants are weights and the tables of the step: what uploads those is no early launch, nor is
+// the first kernel behind it (rows.h), so they are there before any early one starts.
 __device__ __forceinline__ void follow_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -331,9 +331,11 @@ static status norm_nowhere(device *d, tensor out, tensor residual, tensor add, c
 }
 
 /* A kernel that writes where nothing is: the step says so, and so does every later one. The last
- * test, since CUDA does not run in this process any more. */
+ * test, since CUDA does not run in this process any more. Not with a name given, as under
+ * compute-sanitizer, which would find it. */
 static void test_error(void **state) {
     (void)state;
+    if (only) skip();
     run r;
     golden g;
     const int32_t n = 1, at = 0;

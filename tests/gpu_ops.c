@@ -96,7 +96,7 @@ static void test_rows(void **state) {
         for (int i = 0; i < N; i++) index[i] = (i * 23 + 36) % TABLE;
         void *t = dev_copy(table, TABLE * row), *o = dev(N * row),
              *x = dev_copy(index, sizeof index);
-        assert_ok(kernel_rows(o, t, x, N, cols[c], NULL));
+        assert_ok(kernel_rows(o, t, x, N, cols[c], c % 2, NULL));
         fetch(got, o, N * row);
         for (int i = 0; i < N; i++)
             assert_memory_equal((char *)got + (size_t)i * row,
@@ -107,8 +107,8 @@ static void test_rows(void **state) {
         free(table);
         free(got);
     }
-    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, NULL));
-    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
+    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, false, NULL));
+    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, false, NULL), ST_SHAPE);
 }
 
 /* Ids of a step before are put in; what lies behind them is copied, negative or not. */
@@ -367,7 +367,7 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
     uint32_t *seen = host((size_t)words * DRAWS, 4);
     draw_row row[DRAWS];
     sampled want[DRAWS];
-    draw_result got[DRAWS];
+    draw_result got[DRAWS], turned[DRAWS];
     void *scratch = host(1, sampler_bytes(vocab));
     for (int i = 0; i < DRAWS; i++) {
         float *x = logits + (int64_t)i * vocab;
@@ -387,6 +387,7 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
                             .n_logprobs = p.n_logprobs,
                             .seen = i,
                             .active = i != 13,
+                            .to = (i + 3) % DRAWS,
                             .seed = p.seed,
                             .counter = (uint64_t)i};
     }
@@ -394,7 +395,8 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
          *ds = dev_copy(seen, (size_t)words * DRAWS * 4);
     void *dr = dev_copy(row, sizeof row), *out = dev(sizeof got);
     assert_ok(kernel_draw(out, dl, dr, ds, DRAWS, vocab, NULL));
-    fetch(got, out, sizeof got);
+    fetch(turned, out, sizeof turned);
+    for (int i = 0; i < DRAWS; i++) got[i] = turned[row[i].to];
     int32_t differ = 0;
     for (int i = 0; i < DRAWS; i++) {
         if (i == 13) {

@@ -276,8 +276,8 @@ int main(void) {
     nccl_unload(&lib);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_logits),
         cmocka_unit_test(test_tokens),
+        cmocka_unit_test(test_logits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
