@@ -14,6 +14,8 @@ const attention_variant variants[] = {
     {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
     {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
     {"decode_async", 80, 80, 129, true, false, wide, attention_decode_async_launch},
+    {"prefill_mma", 80, 80, 129, false, true, attention_prefill_mma_accepts,
+     attention_prefill_mma_launch},
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);

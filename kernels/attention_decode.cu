@@ -579,9 +579,11 @@ __device__ __forceinline__ float join2(float a, float f, float b, float g) {
     return __fmaf_rn(a, f, __fmul_rn(b, g));
 }
 
-// Two tiles of heads take the registers: a thread's sum is in block memory then, a word further on
-// than the one before needs, for the banks' sake.
-template <int D, int NT> constexpr int all_bytes = NT == 1 ? 0 : (int)sizeof(sum<D, NT>) + 4;
+// Two tiles of heads take the registers, and so do 256 dims beside the addresses of copies: a
+// thread's sum is in block memory then, a word further on than the one before needs, for the banks'
+// sake.
+template <int D, int NT, bool BULK>
+constexpr int all_bytes = NT == 1 && (BULK || D <= 128) ? 0 : (int)sizeof(sum<D, NT>) + 4;
 
 template <int D, int NT>
 __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
@@ -1086,7 +1088,9 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
                                    place_of<NT>(a, tile).n_heads, feed.lane);
         sum<D, NT> here;
         sum<D, NT> &all =
-            NT == 1 ? here : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT>);
+            all_bytes<D, NT, BULK> == 0
+                ? here
+                : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT, BULK>);
         for (int part = from; part < to; part++) {
             state<D, NT> st;
             attend_leaf(st, q, run, part);
@@ -1209,7 +1213,7 @@ status launch(const attention_problem *p) {
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
         a.all_at = a.sums_at + sums;
-        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT> + 16; // a flag before them
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT, BULK> + 16; // a flag before them
         bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT>);
     }
     const auto kernel = attend_decode<D, NT, C, T, BULK>;

@@ -118,6 +118,8 @@ status attention_plain_launch(const attention_problem *p, bool decode, bool pref
 status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_prefill_sm90_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_decode_async_launch(const attention_problem *p, bool decode, bool prefill);
+status attention_prefill_mma_launch(const attention_problem *p, bool decode, bool prefill);
+bool attention_prefill_mma_accepts(const attention_problem *p);
 
 #ifdef __cplusplus
 }

@@ -9,56 +9,18 @@
 //     S = Q K_j^T  |  O += P_{j-1} V_{j-1}      both in flight, then the softmax of S
 //
 // and take turns, so that one warpgroup's softmax runs under the other's products.
-//
-// Codes become fp16 in one of two ways. Values: code * scale + minimum, rounded once; q of a bf16
-// model is made fp16 as well, times a power of two of its row, which is exact. FOLD, for fp16
-// models, whose bound leaves no room for those two roundings: the tiles hold the codes themselves,
-// counted from their middle, which are exact, and the parameters enter the softmax. With
-// k = s (c - mid) + z and v = s' (c' - mid + r), s' r = z' + mid s':
-//
-//     y_j = s_j (q.c_j) + z_j sum(q) + log2 s'_j      (times scale and log2 e where due)
-//     p_j = 2^(y_j - m)     l = sum p_j / s'_j     out = (sum p_j c'_j + sum p_j r_j) / l
+#include "attention_prefill.cuh"
 #include "attention_wgmma.cuh"
 
 namespace {
 
-constexpr int kRows = ATTENTION_TILE_ROWS, kThreads = 512, kStages = 2;
+constexpr int kThreads = 512, kStages = 2;
 constexpr int kColumnStages = 4; // of a block's parameters: read until its softmax is done
-
-struct prefill_arguments {
-    void *out;       // [T, H D]
-    const void *qkv; // [T, (H + 2G) D]
-    const void *sinks;
-    const uint8_t *base;
-    int64_t page_bytes;
-    attention_layout layout;
-    kv_format k, v;
-    const attention_plan *plan;
-    const int32_t *page;
-    int n_heads, n_kv_heads, ratio, window;
-    bool bf16;
-    float scale; // times log2(e)
-};
-
-// One work item: which rows, and the blocks of tokens they see.
-struct tile_work {
-    attention_tile t;
-    int g, first, last; // blocks of BN tokens; last < first: no more items
-};
-
-// FOLD: what a block's tokens bring to the softmax, two neighbours a record.
-struct columns {
-    float4 score[64];  // s, s, z, z of K, times scale
-    float2 log2_v[64]; // log2 s'
-    float4 weight[64]; // 1 / s', 1 / s', r, r
-};
 
 // Block memory: q [kQ], K stages, V stages, then this.
 struct control {
-    columns column[kColumnStages];
-    float factor[2][kRows]; // of q, by item
-    float sum[2][kRows];    // of a row of q
-    int position[2][kRows];
+    column_block column[kColumnStages];
+    row_facts facts[2]; // by item
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
     uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
@@ -81,17 +43,9 @@ __device__ __forceinline__ void turn_wait(int group) {
 __device__ __forceinline__ void turn_give(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
 }
-__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
-                 "r"(x.w)
-                 : "memory");
-}
-// threadIdx.x % 128, read anew: what follows from it is not kept in registers from item to item.
-__device__ __forceinline__ int thread_anew() {
-    uint32_t t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return (int)(t % 128);
-}
+// threadIdx.x % 128, read anew.
+__device__ __forceinline__ int group_thread() { return thread_anew() % 128; }
+
 // A load that stays where it stands: 32 registers of codes must not be under way any earlier.
 __device__ __forceinline__ uint4 load_now(const void *p) {
     uint4 x;
@@ -100,46 +54,6 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
                  : "l"(p)
                  : "memory");
     return x;
-}
-
-// --- Codes to fp16 ------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t bits_of(__half2 x) {
-    return *reinterpret_cast<const uint32_t *>(&x);
-}
-
-// How a code's value comes about: its middle (FOLD), or one fused multiply-add.
-template <bool FOLD> struct code_scale {
-    __half2 s, m;
-    // 1024 + code in both halves to the code less MID, or to code * s + m.
-    template <int MID> __device__ __forceinline__ uint32_t of_magic(uint32_t magic) const {
-        const __half2 c = __hsub2(*reinterpret_cast<const __half2 *>(&magic),
-                                  __float2half2_rn(1024.f + (FOLD ? MID : 0)));
-        return bits_of(FOLD ? c : __hfma2(c, s, m));
-    }
-    __device__ __forceinline__ uint32_t of_e4m3(uint16_t pair) const {
-        uint32_t h;
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
-        return FOLD ? h : bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), s));
-    }
-};
-
-// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
-template <kv_format F, bool FOLD>
-__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, const code_scale<FOLD> &c) {
-    if (F == KF_FP8)
-        return make_uint4(c.of_e4m3((uint16_t)lo), c.of_e4m3((uint16_t)(lo >> 16)),
-                          c.of_e4m3((uint16_t)hi), c.of_e4m3((uint16_t)(hi >> 16)));
-    constexpr int MID = F == KF_8 ? 128 : 8;
-    if (F == KF_4) {
-        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
-        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
-    }
-    const uint32_t top = 0x64646464u;
-    return make_uint4(c.template of_magic<MID>(__byte_perm(lo, top, 0x4140)),
-                      c.template of_magic<MID>(__byte_perm(lo, top, 0x4342)),
-                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4140)),
-                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4342)));
 }
 
 // A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
@@ -177,7 +91,7 @@ __device__ __forceinline__ void read_codes(uint4 (&raw)[kPieces<D>], const uint8
                                            int64_t second, int part) {
     using S = share<D, F>;
     constexpr int A_PAGE = kPage / S::STEP < S::STEPS ? kPage / S::STEP : S::STEPS;
-    const S at(thread_anew());
+    const S at(group_thread());
     code += code_at(S::ROW, at.first, at.piece * 16);
 #pragma unroll
     for (int i = 0; i < S::STEPS && i < kPieces<D>; i++) {
@@ -189,7 +103,7 @@ template <int D, kv_format F>
 __device__ __forceinline__ void read_params(uint32_t (&param)[2], const uint8_t *from,
                                             int64_t second) {
     using S = share<D, F>;
-    const S at(thread_anew());
+    const S at(group_thread());
 #pragma unroll
     for (int i = 0; i < S::PARAMS; i++) {
         const int token = at.token_of(i * 32 + at.lane);
@@ -203,7 +117,7 @@ __device__ __forceinline__ void read_params(uint32_t (&param)[2], const uint8_t 
 template <int D, kv_format F, bool FOLD>
 __device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part) {
     using S = share<D, F>;
-    const S at(thread_anew());
+    const S at(group_thread());
     const uint32_t put = to + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
     uint32_t both = 0, both_next = 0; // of step k, and asked for a step ahead
     constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
@@ -234,29 +148,6 @@ __device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int 
             store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
 }
 
-// --- Work ---------------------------------------------------------------------------------------
-
-// Items in order, there and back: they come longest first, so that sums of neighbours are alike.
-__device__ __forceinline__ int item_of(int round) {
-    const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
-    return round * (int)gridDim.x + i;
-}
-
-template <int BN>
-__device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
-    tile_work w = {};
-    w.last = -1;
-    if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
-    w.t =
-        ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
-    w.g = item % a.n_kv_heads;
-    const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
-    const int p_first = w.t.position + w.t.row0 / a.ratio;
-    w.last = (w.t.position + row_last / a.ratio) / BN;
-    w.first = a.window > 0 ? max(0, p_first - a.window + 1) / BN : 0;
-    return w;
-}
-
 // --- Producers ----------------------------------------------------------------------------------
 
 // Physical page of a block, the first in even lanes and the second in odd ones; past the end of the
@@ -265,7 +156,7 @@ template <int BN>
 __device__ __forceinline__ int look_up(const prefill_arguments &a, const attention_tile &t,
                                        int block) {
     constexpr int PAGES = BN / kPage;
-    const int page = block * PAGES + thread_anew() % PAGES;
+    const int page = block * PAGES + group_thread() % PAGES;
     return a.page[t.page_at + min(page, (t.kv_len - 1) / kPage)];
 }
 
@@ -286,102 +177,18 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
                       BYTES, barrier);
 }
 
-// FOLD: one token's record for the softmax; zeros where there is no token.
-__device__ __forceinline__ void write_column(columns *c, const prefill_arguments &a, int token,
-                                             uint32_t k_param, uint32_t v_param, bool exists) {
-    const float2 k = __half22float2(*reinterpret_cast<const __half2 *>(&k_param));
-    const float2 v = __half22float2(*reinterpret_cast<const __half2 *>(&v_param));
-    const float k_mid = a.k == KF_8 ? 128.f : a.k == KF_4 ? 8.f : 0.f;
-    const float v_mid = a.v == KF_8 ? 128.f : a.v == KF_4 ? 8.f : 0.f;
-    float s = v.x; // a vector of one value has scale 0 and codes 0: any scale will do
-    if (s == 0.f) s = v.y == 0.f ? 0x1p-24f : fabsf(v.y) * 0x1p-8f;
-    float log2_s;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(log2_s) : "f"(s));
-    const float inverse = __fdividef(1.f, s);
-    const int i = token / 2, j = token % 2;
-    float *score = (float *)&c->score[i], *weight = (float *)&c->weight[i];
-    score[j] = exists ? k.x * a.scale : 0.f;
-    score[2 + j] = exists ? (k.y + k_mid * k.x) * a.scale : 0.f;
-    ((float *)&c->log2_v[i])[j] = exists ? log2_s : 0.f;
-    weight[j] = exists ? inverse : 0.f;
-    weight[2 + j] = exists ? v.y * inverse + v_mid : 0.f;
-}
-
-// 64 rows of q of an item to its slot, in the swizzle; rows past the chunk's end are zero. to_half:
-// of a bf16 model whose K is codes. A row is D / 8 lanes.
-template <int D, bool FOLD>
-__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
-                                          uint32_t q_at, control *c, int slot, int half,
-                                          int thread) {
-    constexpr int LANES = D / 8, AT_ONCE = 4; // loads under way
-    const bool to_half = a.bf16 && a.k != KF_16;
-    const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
-    const int own = w.t.row0 + r0 + lane % 16; // the row whose place in qkv this lane computes
-    const int own_at = own < w.t.n_rows
-                           ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
-                                 w.g * a.ratio + own % a.ratio
-                           : -1;
-    if (lane < 16) c->position[slot][r0 + lane] = w.t.position + min(own, w.t.n_rows - 1) / a.ratio;
-#pragma unroll 1
-    for (int i0 = 0; i0 < LANES / 2; i0 += AT_ONCE) {
-        uint4 x[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int at = __shfl_sync(~0u, own_at, (i0 + i) * (32 / LANES) + lane / LANES);
-            x[i] = make_uint4(0, 0, 0, 0);
-            if (at >= 0) x[i] = __ldg((const uint4 *)a.qkv + (int64_t)at * LANES + lane % LANES);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int r = r0 + (i0 + i) * (32 / LANES) + lane / LANES;
-            float f = 1.f, total = 0.f;
-            uint32_t *word = (uint32_t *)&x[i];
-            if (to_half) {
-                float amax = 0.f;
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
-                    amax = fmaxf(amax, fmaxf(fabsf(y.x), fabsf(y.y)));
-                }
-#pragma unroll
-                for (int d = LANES / 2; d > 0; d /= 2)
-                    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-                // The power of two that brings the largest to [2, 4): products stay far inside f32
-                // and fp16.
-                if (amax > 1e-18f)
-                    f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
-                    word[e] = pack2<__half>(y.x * f, y.y * f);
-                }
-            }
-            if (FOLD) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 y = __half22float2(*(const __half2 *)&word[e]);
-                    total += y.x + y.y;
-                }
-#pragma unroll
-                for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-            }
-            if (lane % LANES == 0) c->factor[slot][r] = f, c->sum[slot][r] = total;
-            store_shared(q_at + code_at(2 * D, r, lane % LANES * 16), x[i]);
-        }
-    }
-}
-
 // This producer's half of an item's q to its slot, and the item itself.
 template <int D, bool FOLD>
 __device__ __forceinline__ void fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
                                           int round, int half) {
     constexpr int Q = kQ<D>;
-    const int slot = round % Q, thread = thread_anew();
+    const int slot = round % Q, thread = group_thread();
     barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
     const tile_work w = work_of<kBlock<D>>(a, item_of(round));
     if (half == 0 && thread == 0) c->work[slot] = w;
     if (w.last >= w.first)
-        load_rows<D, FOLD>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
+        load_rows<D, FOLD>(a, w, shared_at(memory) + slot * kRows * 2 * D, &c->facts[slot],
+                           half * 64 + thread / 32 * 16, thread % 32);
     fence_async_proxy();
     barrier_arrive(shared_at(&c->q_full[slot]));
 }
@@ -522,146 +329,6 @@ __device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)
             wgmma_columns<TV>(o[n], p + 4 * i, matrix_at<D, 1024>(v + i * 2 * D + n * 128), 1);
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// This lane's two rows, r and r + 8 of its warp's 16.
-struct row_state {
-    float scale[2]; // of the scores; not FOLD
-    float m[2];     // largest score
-    float l[2], z[2];
-};
-
-// Scores to weights, in place; true when rows' results so far must shrink. sum (of q) and position
-// are those of the lane's first row.
-template <int BN, bool FOLD>
-__device__ __forceinline__ bool weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2],
-                                      const columns *c, const float *sum, const int *position,
-                                      int token, int window, bool edge, int lane) {
-    const int quarter = lane % 4;
-    if (FOLD) {
-        const float q_sum[2] = {sum[0], sum[8]};
-#pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            const float4 k = c->score[4 * i + quarter];
-            const float2 v = c->log2_v[4 * i + quarter];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                s[4 * i + 2 * h] = s[4 * i + 2 * h] * k.x + (k.z * q_sum[h] + v.x);
-                s[4 * i + 2 * h + 1] = s[4 * i + 2 * h + 1] * k.y + (k.w * q_sum[h] + v.y);
-            }
-        }
-    }
-    if (edge) {
-        const int p[2] = {position[0], position[8]};
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) {
-            const int j = token + i / 4 * 8 + 2 * quarter + i % 2, pos = p[i / 2 % 2];
-            if (j > pos || (window > 0 && j <= pos - window)) s[i] = -INFINITY;
-        }
-    }
-    float top[2], from[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        top[h] = fmaxf(s[2 * h], s[2 * h + 1]);
-#pragma unroll
-        for (int i = 1; i < BN / 8; i++)
-            top[h] = fmaxf(top[h], fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-        if (!FOLD) top[h] *= r.scale[h];
-    }
-    // Seldom after a row's first blocks: only then are the row's four lanes asked.
-    const bool moved = __any_sync(~0u, top[0] > r.m[0] || top[1] > r.m[1]);
-    if (moved) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            top[h] = quad_max(top[h]);
-            shrink[h] = 1.f;
-            if (top[h] > r.m[h]) {
-                shrink[h] = exp2_approx(r.m[h] - top[h]);
-                r.m[h] = top[h];
-                r.l[h] *= shrink[h];
-                if (FOLD) r.z[h] *= shrink[h];
-            }
-        }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) from[h] = r.m[h] == -INFINITY ? 0.f : r.m[h]; // nothing visible yet
-#pragma unroll
-    for (int i = 0; i < BN / 8; i++) {
-        float4 v;
-        if (FOLD) v = c->weight[4 * i + quarter];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
-            if (FOLD) {
-                x = exp2_approx(x - from[h]), y = exp2_approx(y - from[h]);
-                r.l[h] = r.l[h] + x * v.x + y * v.y;
-                r.z[h] = r.z[h] + x * v.z + y * v.w;
-            } else {
-                x = exp2_approx(x * r.scale[h] - from[h]);
-                y = exp2_approx(y * r.scale[h] - from[h]);
-                r.l[h] += x + y;
-            }
-        }
-    }
-    return moved;
-}
-
-// The warp's 16 rows of the result, divided by l, through its rows of q to 16-byte stores.
-template <int D, int R, int N, bool FOLD>
-__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
-                                           float (&o)[N][R], row_state &r, uint32_t q_rows, int r0,
-                                           int lane) {
-    constexpr int LANES = D / 8;
-    // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
-    const int own = w.t.row0 + r0 + lane % 16;
-    const int own_head = w.g * a.ratio + own % a.ratio;
-    const int own_at = own < w.t.n_rows ? (w.t.token0 + own / a.ratio) * a.n_heads + own_head : -1;
-    float sink = 0.f;
-    if (a.sinks)
-        sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[own_head])
-                       : to_f32(((const __half *)a.sinks)[own_head])) *
-               kLog2E;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
-        float l = quad_sum(r.l[h]);
-        const float z = FOLD ? quad_sum(r.z[h]) : 0.f;
-        if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
-        const float f = 1.f / l;
-        const int row = lane / 4 + 8 * h;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < R / 4; i++) {
-                const float x = (o[n][4 * i + 2 * h] + z) * f;
-                const float y = (o[n][4 * i + 2 * h + 1] + z) * f;
-                const uint32_t at = q_rows + code_at(2 * D, row, n * 256 + i * 16);
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + lane % 4 * 4),
-                             "r"(a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y))
-                             : "memory");
-            }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < LANES / 2; i++) {
-        const int row = i * (32 / LANES) + lane / LANES;
-        const int at = __shfl_sync(~0u, own_at, row);
-        uint4 x;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(q_rows + code_at(2 * D, row, lane % LANES * 16))
-                     : "memory");
-        if (at >= 0) *(uint4 *)((uint16_t *)a.out + (int64_t)at * D + lane % LANES * 8) = x;
-    }
-}
-
 template <int D, typename TK, typename TV, bool FOLD>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
@@ -684,11 +351,10 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         row_state r;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            r.scale[h] = a.scale / c->factor[slot][r0 + lane / 4 + 8 * h];
             r.m[h] = -INFINITY, r.l[h] = r.z[h] = 0.f;
         }
         // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
-        const int *position = c->position[slot] + group * 64;
+        const int *position = c->facts[slot].position + group * 64;
         const int p_first = __shfl_sync(~0u, position[0], 0);
         const int p_last = __shfl_sync(~0u, position[63], 0);
         float s[BN / 2], o[N][R], shrink[2];
@@ -723,9 +389,9 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
             const int token = block * BN;
             const bool edge =
                 token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
-            const bool moved = weigh<BN, FOLD>(
-                s, r, shrink, &c->column[count % kColumnStages], c->sum[slot] + r0 + lane / 4,
-                c->position[slot] + r0 + lane / 4, token, a.window, edge, lane);
+            const bool moved =
+                weigh<BN, FOLD>(s, r, shrink, columns_from(&c->column[count % kColumnStages], 0),
+                                &c->facts[slot], r0 + lane / 4, token, a.window, edge, lane);
             if (block != first) {
                 wgmma_wait<0>();
 #pragma unroll
@@ -806,24 +472,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
 
 template <int D, typename TK, typename TV, bool FOLD = false>
 status launch(const attention_problem *p) {
-    const attention_layer_params *l = &p->l;
-    prefill_arguments a = {};
-    a.out = p->out;
-    a.qkv = p->qkv;
-    a.sinks = l->sinks;
-    a.base = (const uint8_t *)p->c.base;
-    a.page_bytes = p->c.page_bytes;
-    a.layout = p->layout;
-    a.k = p->c.k;
-    a.v = p->c.v;
-    a.plan = p->plan;
-    a.page = p->b.page;
-    a.n_heads = l->n_heads;
-    a.n_kv_heads = l->n_kv_heads;
-    a.ratio = l->n_heads / l->n_kv_heads;
-    a.window = l->window;
-    a.bf16 = l->type == DT_BF16;
-    a.scale = l->scale * kLog2E;
+    const prefill_arguments a = prefill_arguments_of(p);
     const int bytes =
         kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
     const auto kernel = attend_prefill<D, TK, TV, FOLD>;

@@ -264,9 +264,13 @@ __device__ threshold descend(const row_view &r, threshold within, weight_sum tar
 }
 
 // The best candidate of the row. One SM alone waits for each read, so a thread has kInFlight of 16
-// bytes under way. Block.
+// bytes under way, fewer where 64 registers do not hold more. Block.
 __device__ candidate best_of_row(const row_view &r, block_memory &m) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int kInFlight = 4;
+#else
     constexpr int kInFlight = 8;
+#endif
     candidate best = {-INFINITY, r.vocab};
     const int units = r.vocab % 4 == 0 ? r.vocab / 4 : 0; // rows are 16-byte aligned then
     const float4 *from = reinterpret_cast<const float4 *>(r.logits);
@@ -369,7 +373,7 @@ __global__ void __launch_bounds__(kThreads)
          int32_t vocab) {
     __shared__ block_memory m;
     follow_previous();
-    const draw_row p = row[blockIdx.x];
+    const draw_row &p = row[blockIdx.x]; // not a copy: registers
     draw_result *const result = out + p.to;
     if (threadIdx.x == 0) {
         result->token = -1;

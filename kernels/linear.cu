@@ -100,17 +100,22 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 // --- Choice ------------------------------------------------------------------------------------
 
 // Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
-// on average). A gated epilogue wants two blocks a warpgroup and goes on to the next name that has
-// them.
+// on average) and n k below two to the power `size`. A gated epilogue wants two blocks a warpgroup
+// and goes on to the next name that has them.
 struct preference {
-    int32_t family, rows;
+    int32_t family, rows, size;
     const char *name;
 };
 const preference preferences[] = {
-    {90, 8, "hopper_8x1"},     {90, 8, "hopper_8x2"},        {90, 16, "hopper_16x1"},
-    {90, 16, "hopper_16x2"},   {90, 32, "hopper_32x2"},      {90, 64, "hopper_64x2"},
-    {90, 1 << 30, "tall_128"}, {80, 8, "ampere_8x1"},        {80, 16, "ampere_16x1"},
-    {80, 32, "ampere_32x2"},   {80, 1 << 30, "ampere_64x2"},
+    {90, 8, 62, "hopper_8x1"},         {90, 8, 62, "hopper_8x2"},
+    {90, 16, 62, "hopper_16x1"},       {90, 16, 62, "hopper_16x2"},
+    {90, 32, 62, "hopper_32x2"},       {90, 64, 62, "hopper_64x2"},
+    {90, 1 << 30, 62, "tall_128"},     {80, 8, 62, "ampere_8x1"},
+    {80, 16, 62, "ampere_split_16x2"}, {80, 16, 26, "ampere_split_16x1"},
+    {80, 16, 62, "ampere_16x2"},       {80, 32, 26, "ampere_split_32x1"},
+    {80, 32, 62, "ampere_32x2"},       {80, 64, 26, "ampere_64x1"},
+    {80, 64, 62, "ampere_64x2"},       {80, 512, 26, "ampere_128x1"},
+    {80, 1 << 30, 62, "ampere_128x2"}, {80, 1 << 30, 62, "ampere_128x1"},
 };
 
 bool gated(const linear_problem *p) {
@@ -124,7 +129,7 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
         l->granule)
         return false;
     if (v->rows_max && (p->m > v->rows_max || p->expert_start || p->x_row)) return false;
-    return !gated(p) || v->blocks % 4 == 0;
+    return !gated(p) || v->blocks % (v->one_group ? 2 : 4) == 0;
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
@@ -144,8 +149,9 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
         if (v) return v;
     }
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
+    const int64_t size = (int64_t)p->w->n * p->w->k;
     for (const preference &c : preferences) {
-        if (c.rows < rows || c.family > p->w->family) continue;
+        if (c.rows < rows || c.family > p->w->family || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
         if (v) return v;
     }

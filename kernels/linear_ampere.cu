@@ -2,28 +2,51 @@
 // any GPU from sm_80. Eight warps load and compute; weights go from shared memory to registers as
 // they lie there (16 bytes a lane), x through ldmatrix from rows of 128 bytes whose 16-byte
 // chunks are swapped by row.
+//
+// What a thread copies of every step, and where a lane reads, is found once a tile: to find it anew
+// for every unit is more work than what is then done with it. Fragments of the next 16 inputs are
+// read before those at hand are multiplied, across steps too: the barrier that a step ends in comes
+// before its last products.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
 
-// The explicit list: format, type, x rows of a tile, blocks of a warp, stages, CTAs an SM.
-#define AMPERE_TILES(X, F, T)                                                                      \
-    X(F, T, 8, 1, 6, 2) X(F, T, 16, 1, 6, 2) X(F, T, 32, 2, 5, 1) X(F, T, 64, 2, 4, 1)
+// The explicit lists. Tiles: name, format, type, x rows, blocks of a warp, parts that the x rows
+// are split in among warps, units of a step (at 4 bits), stages and CTAs an SM at most, granules of
+// less than 64 inputs. A tile is 128 or 256 rows of W; the small ones are for small matrices.
+// Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last GPU.
+#define AMPERE_TILES(X, F, T, FINE)                                                                \
+    X("ampere_8x1", F, T, 8, 1, 1, 4, 4, 2, FINE)                                                  \
+    X("ampere_16x2", F, T, 16, 2, 1, 1, 6, 2, FINE)                                                \
+    X("ampere_32x2", F, T, 32, 2, 1, 1, 5, 2, FINE)                                                \
+    X("ampere_64x1", F, T, 64, 2, 2, 1, 6, 2, FINE)                                                \
+    X("ampere_64x2", F, T, 64, 2, 1, 1, 4, 1, FINE)                                                \
+    X("ampere_128x1", F, T, 128, 2, 2, 1, 5, 1, FINE)
+#define AMPERE_TALL(X, F, T, FINE)                                                                 \
+    AMPERE_TILES(X, F, T, FINE)                                                                    \
+    X("ampere_128x2", F, T, 128, 2, 1, 1, 4, 1, FINE)
+#define AMPERE_SPLIT(X, F, T, FINE)                                                                \
+    X("ampere_split_16x1", F, T, 16, 1, 6, 1, FINE, 80, SM_ANY)                                    \
+    X("ampere_split_16x2", F, T, 16, 2, 4, 1, FINE, 90, 103)                                       \
+    X("ampere_split_32x1", F, T, 32, 1, 4, 1, FINE, 80, 80)                                        \
+    X("ampere_split_32x1", F, T, 32, 1, 4, 1, FINE, 90, 103)
+#define AMPERE_TYPES(M, X, F, FINE) M(X, F, F16, FINE) M(X, F, BF16, FINE)
+#ifndef AMPERE_INSTANCES
 #define AMPERE_INSTANCES(X)                                                                        \
-    AMPERE_TILES(X, INT4, F16)                                                                     \
-    AMPERE_TILES(X, INT4, BF16)                                                                    \
-    AMPERE_TILES(X, INT8, F16)                                                                     \
-    AMPERE_TILES(X, INT8, BF16)                                                                    \
-    AMPERE_TILES(X, FP8, F16)                                                                      \
-    AMPERE_TILES(X, FP8, BF16)                                                                     \
-    AMPERE_TILES(X, FP8B, F16)                                                                     \
-    AMPERE_TILES(X, FP8B, BF16)                                                                    \
-    AMPERE_TILES(X, MXFP4, F16)                                                                    \
-    AMPERE_TILES(X, MXFP4, BF16)                                                                   \
-    AMPERE_TILES(X, NVFP4, F16)                                                                    \
-    AMPERE_TILES(X, NVFP4, BF16)                                                                   \
-    AMPERE_TILES(X, 16, F16)                                                                       \
-    AMPERE_TILES(X, 16, BF16)
+    AMPERE_TYPES(AMPERE_TALL, X, INT4, false)                                                      \
+    AMPERE_TYPES(AMPERE_TILES, X, INT4, true)                                                      \
+    AMPERE_TYPES(AMPERE_TALL, X, INT8, false)                                                      \
+    AMPERE_TYPES(AMPERE_TALL, X, FP8, false)                                                       \
+    AMPERE_TYPES(AMPERE_TALL, X, FP8B, false)                                                      \
+    AMPERE_TYPES(AMPERE_TALL, X, MXFP4, true)                                                      \
+    AMPERE_TYPES(AMPERE_TALL, X, NVFP4, true)                                                      \
+    AMPERE_TYPES(AMPERE_TILES, X, 16, false)
+#define AMPERE_SPLIT_INSTANCES(X)                                                                  \
+    AMPERE_TYPES(AMPERE_SPLIT, X, INT4, false)                                                     \
+    AMPERE_TYPES(AMPERE_SPLIT, X, INT4, true)                                                      \
+    AMPERE_TYPES(AMPERE_SPLIT, X, MXFP4, true)                                                     \
+    AMPERE_TYPES(AMPERE_SPLIT, X, NVFP4, true)
+#endif
 
 namespace {
 
@@ -33,13 +56,19 @@ __host__ __device__ constexpr int code_bits(int f) {
     return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
 }
 // Scales of one block and unit, at their finest granule.
-__host__ __device__ constexpr int unit_scale_bytes(int f) {
-    return f == WF_INT4 ? 768 : f == WF_MXFP4 ? 128 : f == WF_NVFP4 ? 256 : f == WF_FP8B ? 16 : 0;
+__host__ __device__ constexpr int unit_scale_bytes(int f, bool fine) {
+    return f == WF_INT4    ? (fine ? 768 : 192)
+           : f == WF_MXFP4 ? 128
+           : f == WF_NVFP4 ? 256
+           : f == WF_FP8B  ? 16
+                           : 0;
 }
 
-__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(there ? 16 : 0)
+// 16 bytes, zeros unless `there`, nothing unless `wanted`.
+__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool there, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; "
+                 "@p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(to),
+                 "l"(from), "r"(there ? 16 : 0), "r"((int)wanted)
                  : "memory");
 }
 __device__ __forceinline__ void copy_commit() {
@@ -49,114 +78,358 @@ template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-template <int F, int NT, int R> struct stage {
-    static constexpr int unit = 512 * code_bits(F); // bytes of a block
-    static constexpr int code = 2 * R * unit, x = NT * 128, scale = 2 * R * unit_scale_bytes(F);
+// One stage: code [blocks][KU units], x [KU units][NT][128 bytes], scale [blocks][granules].
+template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
+    static constexpr int groups = 2 / XS, blocks = R * groups, rows = NT / XS; // rows: of a warp
+    static constexpr int unit = 512 * code_bits(F);                            // bytes of a block
+    static constexpr int code = blocks * KU * unit, x = KU * NT * 128;
+    static constexpr int scale_block = KU * unit_scale_bytes(F, FINE);
+    static constexpr int scale = (blocks * scale_block + 127) / 128 * 128;
     static constexpr int bytes = code + x + scale;
 };
 
-template <typename T, int F, int NT, int R>
-__device__ __forceinline__ void load_stage(const linear_args &p, const linear_segment &s, int unit,
-                                           uint8_t *to) {
-    using S = stage<F, NT, R>;
-    const int tid = threadIdx.x;
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    const uint8_t *code = p.code + s.expert * p.code_bytes;
-#pragma unroll
-    for (int i = 0; i < S::code / 16 / kThreads; i++) { // [2 R, unit]
-        const int c = tid + i * kThreads, slot = c / (S::unit / 16), in = c % (S::unit / 16);
-        const int32_t b = linear_block<R>(p, s.tile_n, slot / R, slot % R);
-        if (b < p.blocks)
-            copy16(at + c * 16, code + ((int64_t)b * p.units + unit) * S::unit + in * 16, true);
+// What a thread copies of every step, N threads together: KU units out of STRIDE. Places are in 16
+// bytes from the matrix's start.
+template <typename T, int F, int NT, int R, int XS, int KU, bool FINE, int N = kThreads,
+          int STRIDE = KU>
+struct loader {
+    using S = tile<F, NT, R, XS, KU, FINE>;
+    static constexpr int kCode = S::code / 16 / N;
+    static constexpr int kX = (S::x / 16 + N - 1) / N;
+    static constexpr int kScale = (S::blocks * S::scale_block / 16 + N - 1) / N;
+    static constexpr uint32_t kNone = ~0u;
+    const linear_args &p;
+    uint32_t code_at[kCode], x_at[kX], x_to, scale_at[kScale + 1], scale_to[kScale + 1];
+    int unit, scale_row[kScale + 1]; // unit: the first of the step that comes next
+
+    __device__ __forceinline__ explicit loader(const linear_args &p) : p(p) {
+        const int chunk = threadIdx.x % 8, row = threadIdx.x % N / 8;
+        x_to = S::code + row * 128 + ((chunk ^ row % 8) << 4);
+        asm volatile("" : "+r"(x_to)); // opaque, lest it be computed anew for every step
     }
-    if (S::scale) { // [2 R, rows of granules]
-        const int rows = max(1, 64 >> p.granule_shift), chunks = rows * p.granule_bytes / 16;
-        if (tid < 2 * R * chunks) {
-            const int slot = tid / chunks, in = tid % chunks;
-            const int32_t b = linear_block<R>(p, s.tile_n, slot / R, slot % R);
-            if (b < p.blocks)
-                copy16(at + S::code + S::x + slot * unit_scale_bytes(F) + in * 16,
-                       p.scale + s.expert * p.scale_bytes +
-                           ((int64_t)b * p.granules + (unit * 64 >> p.granule_shift)) *
-                               p.granule_bytes +
-                           in * 16,
-                       true);
+
+    __device__ __forceinline__ int32_t block(const linear_segment &s, int slot) const {
+        return linear_block<R, S::groups>(p, s.tile_n, slot / R, slot % R);
+    }
+
+    __device__ __forceinline__ void begin(const linear_segment &s, int unit0) {
+        const int tid = threadIdx.x % N;
+        unit = unit0;
+#pragma unroll
+        for (int i = 0; i < kCode; i++) {
+            constexpr int kChunks = KU * S::unit / 16; // of a block
+            const int c = tid + i * N;
+            const int32_t b = block(s, c / kChunks);
+            code_at[i] = b < p.blocks ? (uint32_t)(s.expert * (p.code_bytes / 16)) +
+                                            (uint32_t)(b * p.units) * (S::unit / 16) + c % kChunks
+                                      : kNone;
+            asm volatile("" : "+r"(code_at[i]));
+        }
+#pragma unroll
+        for (int i = 0; i < kX; i++) {
+            const int c = tid + i * N;
+            const int32_t m = s.m0 + c / 8 % NT;
+            x_at[i] = kNone;
+            if (c < S::x / 16 && m < s.m_end)
+                x_at[i] =
+                    (uint32_t)((p.x_row ? p.x_row[m] : m) * (p.ldx / 8)) + c / 8 / NT * 8 + c % 8;
+            asm volatile("" : "+r"(x_at[i]));
+        }
+#pragma unroll
+        for (int i = 0; i < kScale; i++) { // the granules of a block lie together
+            const int chunks = p.granule_bytes / 16,
+                      n = max(1, KU * 64 >> p.granule_shift) * chunks;
+            const int c = tid + i * N, slot = c / n, in = c % n;
+            const int32_t b = slot < S::blocks ? block(s, slot) : p.blocks;
+            scale_at[i] = b < p.blocks ? (uint32_t)(s.expert * (p.scale_bytes / 16)) +
+                                             (uint32_t)(b * p.granules * chunks + in)
+                                       : kNone;
+            scale_to[i] = S::code + S::x + slot * S::scale_block + in * 16;
+            scale_row[i] = in / chunks;
+            asm volatile("" : "+r"(scale_at[i]), "+r"(scale_to[i]), "+r"(scale_row[i]));
         }
     }
-#pragma unroll
-    for (int i = 0; i < (NT * 8 + kThreads - 1) / kThreads; i++) { // [NT, 64]
-        const int c = tid + i * kThreads, row = c / 8, chunk = c % 8;
-        if (NT * 8 % kThreads && c >= NT * 8) break;
-        const int32_t m = s.m0 + row, k = unit * 64 + chunk * 8;
-        const bool there = m < s.m_end && k < p.k;
-        const int64_t from = !there ? 0 : p.x_row ? p.x_row[m] : m;
-        copy16(at + S::code + row * 128 + ((chunk ^ row % 8) << 4),
-               static_cast<const T *>(p.x) + (there ? from * p.ldx + k : 0), there);
-    }
-}
 
-template <typename T, int F, int NT, int R>
-__device__ __forceinline__ void multiply_stage(float (&acc)[R][NT / 2], const linear_args &p,
-                                               const uint8_t *from) {
-    using S = stage<F, NT, R>;
-    constexpr int bits = code_bits(F);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int strip = warp % 4, slot0 = warp / 4 * R;
-    const uint32_t x = (uint32_t)__cvta_generic_to_shared(from + S::code);
-    uint4 chunk[R];
-    dequant_scales scales[R];
-    uint32_t b[NT / 8][2], k32[4];
+    // The next step, if it is wanted. Units and inputs past the end become zero, so that they meet
+    // nothing that is not finite.
+    __device__ __forceinline__ void load(uint32_t to, bool wanted) {
+        const int tid = threadIdx.x % N;
+        if (STRIDE > KU) wanted = wanted && unit < p.units;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (NT == 8) { // one x4 covers 32 inputs
-            if (j % 2 == 0)
-                load_matrices(k32, x + lane % 8 * 128 + (((2 * j + lane / 8) ^ lane % 8) << 4));
-            b[0][0] = k32[j % 2 * 2];
-            b[0][1] = k32[j % 2 * 2 + 1];
+        for (int i = 0; i < kCode; i++) {
+            const int c = tid + i * N;
+            copy16(to + c * 16, p.code + (uint64_t)(code_at[i] + unit * (S::unit / 16)) * 16,
+                   KU == 1 || unit + c / (S::unit / 16) % KU < p.units,
+                   wanted && code_at[i] != kNone);
+        }
+#pragma unroll
+        for (int i = 0; i < kX; i++)
+            copy16((to + x_to + i * N * 16) ^ (N / 8 * i % 8 << 4),
+                   static_cast<const uint8_t *>(p.x) + (uint64_t)(x_at[i] + unit * 8) * 16,
+                   unit * 64 + (tid + i * N) / 8 / NT * 64 + tid % 8 * 8 < p.k,
+                   wanted && x_at[i] != kNone);
+        const int32_t row0 = unit * 64 >> p.granule_shift;
+#pragma unroll
+        for (int i = 0; i < kScale; i++)
+            copy16(to + scale_to[i],
+                   p.scale + (uint64_t)(scale_at[i] + row0 * (p.granule_bytes / 16)) * 16,
+                   KU == 1 || row0 + scale_row[i] < p.granules, wanted && scale_at[i] != kNone);
+        unit += STRIDE;
+    }
+};
+
+// --- Sums that are scaled ------------------------------------------------------------------------
+// With few rows of x, 4-bit integers are multiplied as they lie: in f16 their bits are subnormals,
+// q 2^-24 in the low nibble of a half and q 2^-20 in the next; in bf16 they follow 128. So
+//     y = s (sum_k q_k x_k - z sum_k x_k)
+// costs five (seven) instructions for 8 weights instead of 13 (15); sum_k x_k comes of one more
+// product, with a matrix of ones, for all rows of W.
+template <typename T> struct raw_codes {
+    static constexpr bool bf16 = half_pair<T>::bf16;
+    static constexpr uint32_t one = bf16 ? 0x3f803f80u : 0x3c003c00u;
+    static __device__ __forceinline__ void fragment(uint32_t (&a)[4], uint32_t word) {
+        if (bf16) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word >> 4 * i, 0x43004300u);
         } else {
+            a[0] = word & 0x000f000fu;
+            a[1] = word & 0x00f000f0u;
+            a[2] = word >> 8 & 0x000f000fu;
+            a[3] = word >> 8 & 0x00f000f0u;
+        }
+    }
+    // What half h of a lane's rows (g, g + 8) is to be multiplied with in the end.
+    static __device__ __forceinline__ float unit(int h) {
+        return bf16 ? 1.f : h ? 0x1p20f : 0x1p24f;
+    }
+    // acc += scale (q - zero x), in these units. `x`: the sums of x, in the order of a product.
+    static __device__ __forceinline__ void fold(float *acc, const float *q, const float *x,
+                                                const dequant_packed &from) {
+        const float2 scale = __half22float2(*reinterpret_cast<const __half2 *>(&from.scale));
+        float z[2]; // 2^23 + zero as its bits
+        z[0] = __uint_as_float(__byte_perm(from.zero, 0x4b000000u, 0x7440));
+        z[1] = __uint_as_float(__byte_perm(from.zero, 0x4b000000u, 0x7441));
 #pragma unroll
-            for (int i = 0; i < NT / 16; i++) {
-                const int row = i * 16 + lane / 16 * 8 + lane % 8, c = 2 * j + lane / 8 % 2;
-                uint32_t r[4];
-                load_matrices(r, x + row * 128 + ((c ^ row % 8) << 4));
-                b[2 * i][0] = r[0];
-                b[2 * i][1] = r[1];
-                b[2 * i + 1][0] = r[2];
-                b[2 * i + 1][1] = r[3];
+        for (int h = 0; h < 2; h++) {
+            const float f = 1.f / unit(h);
+            z[h] = fmaf(z[h], -f, (bf16 ? 8388480.f : 8388608.f) * f);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int i = 2 * h + e;
+                acc[i] = fmaf(h ? scale.y : scale.x, fmaf(z[h], x[e], q[i]), acc[i]);
             }
         }
+    }
+};
+
+template <typename T, int R, int N>
+__device__ __forceinline__ void finish_units(float (&acc)[R][N]) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < N; i++) acc[r][i] *= raw_codes<T>::unit(i / 2 % 2);
+}
+
+// c[16, 8] = a b, from zero.
+template <typename T>
+__device__ __forceinline__ void multiply_anew(float *c, const uint32_t *a, uint32_t b0,
+                                              uint32_t b1) {
+    c[0] = c[1] = c[2] = c[3] = 0.f;
+    multiply(c, a, b0, b1, T{});
+}
+
+// What this lane reads of a stage, 16 inputs (an atom, 0 .. 4 KU - 1) at a time.
+template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct reader {
+    using S = tile<F, NT, R, XS, KU, FINE>;
+    static constexpr int bits = code_bits(F);
+    static constexpr int atoms = S::rows == 8 ? 2 : 1; // of one ldmatrix
+    static constexpr int words = S::rows / 4 * atoms;
+    uint32_t code, x, scale;
+    int place, granule_bytes, granule_shift, granule;
+    bool sym;
+
+    __device__ __forceinline__ explicit reader(const linear_args &p) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip = warp % 4;
+        const int slot0 = S::groups == 1 ? 0 : warp / 4 * R;
+        const int row0 = XS == 1 ? 0 : warp / 4 * S::rows;
+        code = slot0 * KU * S::unit + strip * (S::unit / 4) + lane * 16;
+        const int row = atoms == 2 ? lane % 8 : lane / 16 * 8 + lane % 8;
+        const int c = atoms == 2 ? lane / 8 : lane / 8 % 2;
+        x = S::code + (row0 + row) * 128 + ((c ^ row % 8) << 4);
+        scale = S::code + S::x + slot0 * S::scale_block;
+        place = strip * 16 + lane / 4 * 2;
+        granule = p.granule;
+        granule_shift = p.granule_shift;
+        granule_bytes = p.granule_bytes;
+        sym = p.sym;
+        // Opaque, lest they be computed anew for every unit.
+        asm volatile("" : "+r"(code), "+r"(x), "+r"(scale), "+r"(place));
+    }
+    __device__ __forceinline__ void inputs(uint32_t (&b)[words], uint32_t stage, int atom) const {
+        const uint32_t at = (stage + x + atom / 4 * NT * 128) ^ (atom % 4 * 32);
+#pragma unroll
+        for (int i = 0; i < words / 4; i++) load_matrices(&b[4 * i], at + i * 2048);
+    }
+    // The 16 bytes of the warp's block r that atom begins, if one does.
+    __device__ __forceinline__ void codes(uint4 &chunk, uint32_t stage, int atom, int r) const {
+        if (atom * bits % 16 == 0)
+            chunk = shared_u128(stage + code + (r * KU + atom / 4) * S::unit +
+                                atom % 4 * bits / 16 * 512);
+    }
+    __device__ __forceinline__ uint32_t scales_at(uint32_t stage, int atom, int r) const {
+        return stage + scale + r * S::scale_block + (atom * 16 >> granule_shift) * granule_bytes;
+    }
+    // Its scales over a whole unit, which atom begins.
+    __device__ __forceinline__ void packed(dequant_packed &s, uint32_t stage, int atom,
+                                           int r) const {
+        dequant_load_packed<F>(s, scales_at(stage, atom, r), place, sym);
+    }
+    // Its scales, where a granule begins.
+    __device__ __forceinline__ void scales(dequant_scales &s, uint32_t stage, int atom,
+                                           int r) const {
+        if (!S::scale || (!FINE && atom % 4)) return;
+        if (FINE && F == WF_MXFP4 && atom % 2) return;
+        if (FINE && F == WF_INT4 && (atom % 4 * 16 & (granule - 1))) return;
+        dequant_load_scales<T, F>(s, scales_at(stage, atom, r), place, sym);
+    }
+};
+
+// A warp's operands: fragments in use and next, and what they come from.
+template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct operands {
+    using S = tile<F, NT, R, XS, KU, FINE>;
+    using source = reader<T, F, NT, R, XS, KU, FINE>;
+    static constexpr int bits = code_bits(F), atoms = 4 * KU, once = source::atoms;
+    static constexpr int n = S::rows / 2;                                // sums of a block
+    static constexpr bool sums = F == WF_INT4 && !FINE && S::rows <= 16; // see raw_codes
+    static constexpr bool late =
+        F == WF_INT4 && !FINE && !sums; // scales unpacked as late as can be
+    const source &in;
+    uint32_t a[2][4], b[2][source::words];
+    uint4 chunk[R];
+    dequant_scales scales[R];
+    dequant_packed packed[R];
+    float q[sums ? R : 1][sums ? n : 1], x_sum[sums ? n : 1]; // of the unit at hand
+
+    // Of product i: block i % R, atom i / R.
+    __device__ __forceinline__ void fragment(int i) {
+        const int r = i % R, j = i / R % atoms;
+        const uint32_t *word = &reinterpret_cast<const uint32_t *>(&chunk[r])[j * bits % 16 / 4];
+        if (sums)
+            raw_codes<T>::fragment(a[i % 2], word[0]);
+        else
+            dequant_word<T, F>(a[i % 2], word, scales[r]);
+    }
+    __device__ __forceinline__ void begin(uint32_t stage) {
+        in.inputs(b[0], stage, 0);
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            if (j * bits % 16 == 0)
-                chunk[r] = *reinterpret_cast<const uint4 *>(from + (slot0 + r) * S::unit +
-                                                            strip * (S::unit / 4) +
-                                                            j * bits / 16 * 512 + lane * 16);
-            if (S::scale && (j * 16 & (p.granule - 1)) == 0)
-                dequant_load_scales<T, F>(scales[r],
-                                          x + S::x + (slot0 + r) * unit_scale_bytes(F) +
-                                              (j * 16 >> p.granule_shift) * p.granule_bytes,
-                                          strip * 16 + lane / 4 * 2, p.sym);
-            uint32_t a[4];
-            dequant_word<T, F>(a, &reinterpret_cast<const uint32_t *>(&chunk[r])[j * bits % 16 / 4],
-                               scales[r]);
+            in.codes(chunk[r], stage, 0, r);
+            if (!sums) in.scales(scales[r], stage, 0, r);
+        }
+        fragment(0);
+    }
+    // Beside product i: what the next atom, of `stage`, needs, and the fragment of i + 1.
+    __device__ __forceinline__ void prepare(uint32_t stage, int i) {
+        const int r = i % R, next = (i / R + 1) % atoms;
+        if (r == 0 && next % once == 0) in.inputs(b[next / once % 2], stage, next);
+        in.codes(chunk[r], stage, next, r);
+        if (late) {
+            if (next % 4 == 0) in.packed(packed[r], stage, next, r);
+            if (next % 4 == 0 && r == R - 1) { // once the last ones have been used
 #pragma unroll
-            for (int i = 0; i < NT / 8; i++) multiply(&acc[r][4 * i], a, b[i][0], b[i][1], T{});
+                for (int k = 0; k < R; k++) dequant_expand<T>(scales[k], packed[k]);
+            }
+        } else if (!sums) {
+            in.scales(scales[r], stage, next, r);
+        }
+        fragment(i + 1);
+    }
+    __device__ __forceinline__ void multiply_all(float (&acc)[R][n], int i) {
+        const int r = i % R, j = i / R;
+        const uint32_t *x = &b[j / once % 2][j % once * 2];
+        const uint32_t one = raw_codes<T>::one, ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int k = 0; k < S::rows / 8; k++) {
+            const uint32_t b0 = x[2 * k], b1 = x[2 * k + 1];
+            if constexpr (sums) {
+                if (j % 4 == 0) {
+                    if (r == 0) multiply_anew<T>(&x_sum[4 * k], ones, b0, b1);
+                    multiply_anew<T>(&q[r][4 * k], a[i % 2], b0, b1);
+                } else {
+                    if (r == 0) multiply(&x_sum[4 * k], ones, b0, b1, T{});
+                    multiply(&q[r][4 * k], a[i % 2], b0, b1, T{});
+                }
+                if (j % 4 == 3)
+                    raw_codes<T>::fold(&acc[r][4 * k], &q[r][4 * k], &x_sum[4 * k], packed[r]);
+            } else {
+                multiply(&acc[r][4 * k], a[i % 2], b0, b1, T{});
+            }
         }
     }
+};
+
+template <typename T, int F, int NT, int R, int XS, int KU, bool FINE, int kStages>
+__device__ __forceinline__ void
+multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
+                 loader<T, F, NT, R, XS, KU, FINE> &from,
+                 const reader<T, F, NT, R, XS, KU, FINE> &in, uint32_t shared) {
+    using S = tile<F, NT, R, XS, KU, FINE>;
+    using O = operands<T, F, NT, R, XS, KU, FINE>;
+    uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
+    O o = {in};
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) {
+        from.load(shared + i * S::bytes, s.step0 + i < s.step1);
+        copy_commit();
+    }
+    copy_wait<kStages - 2>();
+    __syncthreads();
+    o.begin(read);
+#pragma unroll 1
+    for (int step = s.step0; step < s.step1; step++) {
+        from.load(write, step + kStages - 1 < s.step1);
+        copy_commit();
+        write = write == shared + (kStages - 1) * S::bytes ? shared : write + S::bytes;
+#pragma unroll
+        for (int i = 0; i < O::atoms * R; i++) {
+            const int r = i % R, j = i / R;
+            if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
+            if (r == 0 && j == O::atoms - 1) { // the next stage has come, and this one is read
+                copy_wait<kStages - 2>();
+                __syncthreads();
+                read = read == shared + (kStages - 1) * S::bytes ? shared : read + S::bytes;
+            }
+            o.prepare(read, i);
+            o.multiply_all(acc, i);
+        }
+    }
+    if constexpr (O::sums) finish_units<T>(acc);
+    copy_wait<0>();
+    __syncthreads();
 }
 
-// As many stages as asked for, within the shared memory of the smallest GPU (99 KB less what is
-// static).
-template <int F, int NT, int R, int kWanted> constexpr int stages_of() {
-    constexpr int fit = 88 * 1024 / stage<F, NT, R>::bytes;
-    static_assert(fit >= 2, "tile too large");
-    return fit < kWanted ? fit : kWanted;
+// Stages of so many bytes in the shared memory of an SM: as many as asked for, with `ctas` CTAs an
+// SM if three stages of each fit, else with one. Less than two: not on this GPU.
+__host__ __device__ constexpr int stages_of(int bytes, int wanted, int ctas, int sm_bytes) {
+    constexpr int others = 10 * 1024; // what is static, and what the system keeps
+    const int fit = (sm_bytes / ctas - others) / bytes;
+    return fit >= 3 || ctas == 1 ? (fit < wanted ? fit : wanted)
+                                 : stages_of(bytes, wanted, 1, sm_bytes);
 }
+// Shared memory of an SM (CUDA C++ Programming Guide, table of compute capabilities).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr int kSharedBytes = 228 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kSharedBytes = 164 * 1024;
+#else
+constexpr int kSharedBytes = 100 * 1024;
+#endif
 
-template <typename T, int F, int NT, int R, int kStages, int kCtas>
+template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
 __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere(const __grid_constant__ linear_args p) {
-    using S = stage<F, NT, R>;
+    using S = tile<F, NT, R, XS, KU, FINE>;
+    constexpr int stages = stages_of(S::bytes, kStages, kCtas, kSharedBytes);
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
@@ -165,70 +438,255 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     linear_shared *later = &later_of[threadIdx.x / 32];
     linear_shared_init(later);
 
-    linear_walk<NT> walk(p, p.expert_start ? tile_start : nullptr);
+    linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s;
+    loader<T, F, NT, R, XS, KU, FINE> from(p);
+    const reader<T, F, NT, R, XS, KU, FINE> in(p);
     while (walk.next(s)) {
-        float acc[R][NT / 2] = {};
-#pragma unroll
-        for (int i = 0; i < kStages - 1; i++) {
-            if (s.step0 + i < s.step1)
-                load_stage<T, F, NT, R>(p, s, s.step0 + i, shared + i * S::bytes);
-            copy_commit();
-        }
-        int read = 0, write = kStages - 1;
-        for (int step = s.step0; step < s.step1; step++) {
-            copy_wait<kStages - 2>();
-            __syncthreads();
-            if (step + kStages - 1 < s.step1)
-                load_stage<T, F, NT, R>(p, s, step + kStages - 1, shared + write * S::bytes);
-            copy_commit();
-            multiply_stage<T, F, NT, R>(acc, p, shared + read * S::bytes);
-            read = read + 1 == kStages ? 0 : read + 1;
-            write = write + 1 == kStages ? 0 : write + 1;
-        }
-        __syncthreads();
-        if (s.step1 - s.step0 == p.steps || linear_share<NT, R>(acc, p, walk, s, later))
-            linear_finish<T, NT, R>(acc, p, s, turn[threadIdx.x / 32]);
+        float acc[R][S::rows / 2] = {};
+        from.begin(s, s.step0 * KU);
+        multiply_segment<T, F, NT, R, XS, KU, FINE, stages>(
+            acc, s, from, in, (uint32_t)__cvta_generic_to_shared(shared));
+        if (XS > 1) s.m0 += threadIdx.x / 128 * S::rows; // what is this warp's
+        if (s.step1 - s.step0 == p.steps || linear_share<S::rows, R>(acc, p, walk, s, later))
+            linear_finish<T, S::rows, R, S::groups>(acc, p, s, turn[threadIdx.x / 32]);
     }
-    linear_finish_all<T, NT, R>(p, walk, later, turn[threadIdx.x / 32]);
+    linear_finish_all<T, S::rows, R, S::groups>(p, walk, later, turn[threadIdx.x / 32]);
 }
 
-template <typename T, int F, int NT, int R, int kStages, int kCtas>
-status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    const auto kernel = linear_ampere<T, F, NT, R, kStages, kCtas>;
-    constexpr int bytes = kStages * stage<F, NT, R>::bytes;
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int fit = 0;
+// `bytes` of a stage; `least`: of all.
+template <typename K>
+status launch_stages(K kernel, int bytes, int least, int wanted, int ctas, const linear_args *args,
+                     int32_t n_sms, int32_t per_sm, kernel_stream stream) {
+    int device = 0, sm_bytes = 0, fit = 0;
+    cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess)
-        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, bytes);
+        e = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    const int stages = stages_of(bytes, wanted, ctas, sm_bytes);
+    if (e == cudaSuccess && stages < 2)
+        return FAIL(ST_UNSUPPORTED, "linear_ampere: stages of %d bytes in %d", bytes, sm_bytes);
+    const int all = stages * bytes > least ? stages * bytes : least;
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, (size_t)all);
     if (e == cudaSuccess) {
-        const int ctas =
+        const int grid =
             n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
-        kernel<<<ctas, kThreads, bytes, (cudaStream_t)stream>>>(*args);
+        kernel<<<grid, kThreads, all, (cudaStream_t)stream>>>(*args);
         e = cudaGetLastError();
     }
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
 }
 
+template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
+status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
+    return launch_stages(linear_ampere<T, F, NT, R, XS, KU, kStages, kCtas, FINE>,
+                         tile<F, NT, R, XS, KU, FINE>::bytes, 0, kStages, kCtas, args, n_sms,
+                         per_sm, stream);
+}
+
+// --- Few rows: the warps of a CTA share out the inputs -----------------------------------------
+// A tile is R blocks, a step LINEAR_WARPS units, one a warp, through a ring of the warp's own: no
+// barrier but at a tile's end, where the warps' sums meet in shared memory. So a small matrix fills
+// the GPU with few CTAs a tile.
+
+// acc[block, strip] += one unit of R blocks.
+template <typename T, int F, int NT, int R, bool FINE>
+__device__ __forceinline__ void multiply_unit(float (&acc)[R * 4][NT / 2], const linear_args &p,
+                                              uint32_t stage) {
+    using S = tile<F, NT, R, 2, 1, FINE>;
+    constexpr int bits = code_bits(F);
+    constexpr bool kSums = F == WF_INT4 && !FINE;
+    const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
+    const uint32_t x = stage + S::code + row * 128 + ((lane / 8 % 2 ^ row % 8) << 4);
+    uint32_t b[4][NT / 4];
+    float x_sum[NT / 2];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int i = 0; i < NT / 16; i++) load_matrices(&b[j][4 * i], (x ^ j * 32) + i * 2048);
+        if (!kSums) continue;
+        const uint32_t ones[4] = {raw_codes<T>::one, raw_codes<T>::one, raw_codes<T>::one,
+                                  raw_codes<T>::one};
+#pragma unroll
+        for (int n = 0; n < NT / 8; n++) {
+            if (j == 0)
+                multiply_anew<T>(&x_sum[4 * n], ones, b[j][2 * n], b[j][2 * n + 1]);
+            else
+                multiply(&x_sum[4 * n], ones, b[j][2 * n], b[j][2 * n + 1], T{});
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < R * 4; i++) { // block i / 4, strip i % 4
+        uint4 chunk;
+        dequant_scales scales;
+        dequant_packed packed;
+        float q[NT / 2];
+        const int place = i % 4 * 16 + lane / 4 * 2;
+        const uint32_t scale = stage + S::code + S::x + i / 4 * S::scale_block;
+        if (kSums) dequant_load_packed<F>(packed, scale, place, p.sym);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j * bits % 16 == 0)
+                chunk = shared_u128(stage + i * (S::unit / 4) + j * bits / 16 * 512 + lane * 16);
+            const uint32_t *word = &reinterpret_cast<const uint32_t *>(&chunk)[j * bits % 16 / 4];
+            uint32_t a[4];
+            if (kSums) {
+                raw_codes<T>::fragment(a, word[0]);
+            } else {
+                if (S::scale && (j == 0 || (FINE && (j * 16 & (p.granule - 1)) == 0)))
+                    dequant_load_scales<T, F>(
+                        scales, scale + (FINE ? (j * 16 >> p.granule_shift) * p.granule_bytes : 0),
+                        place, p.sym);
+                dequant_word<T, F>(a, word, scales);
+            }
+#pragma unroll
+            for (int n = 0; n < NT / 8; n++) {
+                if (kSums && j == 0)
+                    multiply_anew<T>(&q[4 * n], a, b[j][2 * n], b[j][2 * n + 1]);
+                else
+                    multiply(kSums ? &q[4 * n] : &acc[i][4 * n], a, b[j][2 * n], b[j][2 * n + 1],
+                             T{});
+            }
+        }
+        if (kSums)
+#pragma unroll
+            for (int n = 0; n < NT / 8; n++)
+                raw_codes<T>::fold(&acc[i][4 * n], &q[4 * n], &x_sum[4 * n], packed);
+    }
+}
+
+// The sums of all warps, added in order: warp w gets strip w % 4 of every block, and the half w / 4
+// of the x rows.
+template <int NT, int R>
+__device__ __forceinline__ void add_warps(float (&sum)[R][NT / 4],
+                                          const float (&acc)[R * 4][NT / 2], float4 *shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < R * 4; i++)
+#pragma unroll
+        for (int n = 0; n < NT / 8; n++)
+            shared[((warp * R * 4 + i) * (NT / 8) + n) * 32 + lane] =
+                make_float4(acc[i][4 * n], acc[i][4 * n + 1], acc[i][4 * n + 2], acc[i][4 * n + 3]);
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int n = 0; n < NT / 16; n++) {
+            float *to = &sum[r][4 * n];
+            to[0] = to[1] = to[2] = to[3] = 0.f;
+#pragma unroll
+            for (int w = 0; w < LINEAR_WARPS; w++) {
+                const float4 v =
+                    shared[((w * R * 4 + r * 4 + warp % 4) * (NT / 8) + warp / 4 * (NT / 16) + n) *
+                               32 +
+                           lane];
+                to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+            }
+        }
+    __syncthreads();
+}
+
+template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>
+__global__ void __launch_bounds__(kThreads, kCtas)
+    linear_ampere_split(const __grid_constant__ linear_args p) {
+    using S = tile<F, NT, R, 2, 1, FINE>;
+    constexpr int fit = stages_of(LINEAR_WARPS * S::bytes, kStages, kCtas, kSharedBytes);
+    constexpr int stages = fit < 2 ? 2 : fit; // never launched where two do not fit
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
+    __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
+    __shared__ linear_shared later_of[LINEAR_WARPS];
+    if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+    const int warp = threadIdx.x / 32;
+    linear_shared *later = &later_of[warp];
+    linear_shared_init(later);
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * stages * S::bytes;
+
+    linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
+    linear_segment s;
+    loader<T, F, NT, R, 2, 1, FINE, 32, LINEAR_WARPS> from(p);
+    while (walk.next(s)) {
+        float acc[R * 4][NT / 2] = {}, sum[R][NT / 4];
+        from.begin(s, s.step0 * LINEAR_WARPS + warp);
+#pragma unroll
+        for (int i = 0; i < stages - 1; i++) {
+            from.load(ring + i * S::bytes, s.step0 + i < s.step1);
+            copy_commit();
+        }
+        uint32_t read = ring, write = ring + (stages - 1) * S::bytes;
+#pragma unroll 1
+        for (int step = s.step0; step < s.step1; step++) {
+            copy_wait<stages - 2>();
+            __syncwarp(); // this unit has come, and the last one has been read
+            from.load(write, step + stages - 1 < s.step1);
+            copy_commit();
+            write = write == ring + (stages - 1) * S::bytes ? ring : write + S::bytes;
+            if (step * LINEAR_WARPS + warp < p.units)
+                multiply_unit<T, F, NT, R, FINE>(acc, p, read);
+            read = read == ring + (stages - 1) * S::bytes ? ring : read + S::bytes;
+        }
+        copy_wait<0>();
+        add_warps<NT, R>(sum, acc, reinterpret_cast<float4 *>(shared));
+        if (F == WF_INT4 && !FINE) finish_units<T>(sum);
+        s.m0 += warp / 4 * (NT / 2); // what is this warp's
+        if (s.step1 - s.step0 == p.steps || linear_share<NT / 2, R>(sum, p, walk, s, later))
+            linear_finish<T, NT / 2, R, 1>(sum, p, s, turn[warp]);
+    }
+    linear_finish_all<T, NT / 2, R, 1>(p, walk, later, turn[warp]);
+}
+
+template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>
+status launch_split(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
+    return launch_stages(linear_ampere_split<T, F, NT, R, kStages, kCtas, FINE>,
+                         LINEAR_WARPS * tile<F, NT, R, 2, 1, FINE>::bytes,
+                         LINEAR_WARPS * R * 64 * NT * 4, kStages, kCtas, args, n_sms, per_sm,
+                         stream);
+}
+
+constexpr int units_of(int f, int at_4_bits) {
+    return at_4_bits * 4 > code_bits(f) ? at_4_bits * 4 / code_bits(f) : 1;
+}
+// What a granule may be; formats that have one granule take any row.
+constexpr int granule_least(int f, bool fine) { return f == WF_INT4 ? (fine ? 16 : 64) : 0; }
+constexpr int granule_most(int f, bool fine) { return f == WF_INT4 ? (fine ? 32 : 128) : 0; }
+
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, NT, R, STAGES, CTAS)                                                             \
-    {"ampere_" #NT "x" #R,                                                                         \
+#define ROW(NAME, F, T, NT, R, XS, KU4, STAGES, CTAS, FINE)                                        \
+    {NAME,                                                                                         \
      80,                                                                                           \
      SM_ANY,                                                                                       \
      WF_##F,                                                                                       \
      DT_##T,                                                                                       \
      NT,                                                                                           \
-     2 * R,                                                                                        \
-     1,                                                                                            \
-     16,                                                                                           \
-     128,                                                                                          \
+     R * 2 / XS,                                                                                   \
+     units_of(WF_##F, KU4),                                                                        \
+     granule_least(WF_##F, FINE),                                                                  \
+     granule_most(WF_##F, FINE),                                                                   \
      CTAS,                                                                                         \
-     launch<T_##T, WF_##F, NT, R, stages_of<WF_##F, NT, R, STAGES>(), CTAS>,                       \
-     0},
+     launch<T_##T, WF_##F, NT, R, XS, units_of(WF_##F, KU4), STAGES, CTAS, FINE>,                  \
+     0,                                                                                            \
+     XS > 1},
+#define SPLIT_ROW(NAME, F, T, NT, R, STAGES, CTAS, FINE, SM_MIN, SM_MAX)                           \
+    {NAME,                                                                                         \
+     SM_MIN,                                                                                       \
+     SM_MAX,                                                                                       \
+     WF_##F,                                                                                       \
+     DT_##T,                                                                                       \
+     NT,                                                                                           \
+     R,                                                                                            \
+     LINEAR_WARPS,                                                                                 \
+     granule_least(WF_##F, FINE),                                                                  \
+     granule_most(WF_##F, FINE),                                                                   \
+     CTAS,                                                                                         \
+     launch_split<T_##T, WF_##F, NT, R, STAGES, CTAS, FINE>,                                       \
+     0,                                                                                            \
+     true},
 enum { SM_ANY = 999 };
-const linear_variant rows[] = {AMPERE_INSTANCES(ROW)};
+const linear_variant rows[] = {AMPERE_SPLIT_INSTANCES(SPLIT_ROW) AMPERE_INSTANCES(ROW)};
 
 } // namespace
 

@@ -46,10 +46,13 @@ struct linear_segment {
     int32_t line;                      // place of the tile's first step in the line; -1: not cut
 };
 
-template <int NT> struct linear_walk {
+// kAligned: where the CTAs, or 7/8 of them, are a multiple of the tiles, so many CTAs take a tile
+// each, and none has parts of two: for kernels that begin a tile with nothing on its way.
+template <int NT, bool kAligned = false> struct linear_walk {
     const linear_args &p;
     const int32_t *tile_start; // [count + 1] in shared memory, grouped problems only
     int32_t tiles, cta, ctas, tile, share, rest, at, end;
+    int32_t per; // CTAs a tile; 0: the line is cut evenly
 
     __device__ linear_walk(const linear_args &p, const int32_t *tile_start)
         : p(p), tile_start(tile_start) {
@@ -67,14 +70,28 @@ template <int NT> struct linear_walk {
             sk_tiles = tiles % ctas + ctas;
         share = sk_tiles * p.steps / ctas;
         rest = sk_tiles * p.steps % ctas;
+        per = 0;
+        if (kAligned && sk_tiles == tiles && tiles > 0) {
+            per = min(ctas / tiles, p.steps);
+            if (tiles * per * 8 < ctas * 7) per = 0;
+        }
         at = cut(cta);
         end = cut(cta + 1);
+        if (kAligned) { // the CTAs past the last tile's have nothing
+            at = min(at, sk_tiles * p.steps);
+            end = min(end, sk_tiles * p.steps);
+        }
         tile = sk_tiles + cta;
     }
-    // First step of CTA i: all have `share` steps, the first `rest` one more.
-    __device__ int32_t cut(int32_t i) const { return i * share + min(i, rest); }
+    // First step of CTA i: all have `share` steps, the first `rest` one more, where not aligned.
+    __device__ int32_t cut(int32_t i) const {
+        if (kAligned && per) return i / per * p.steps + i % per * p.steps / per;
+        return i * share + min(i, rest);
+    }
     // The CTA that has a step of the line.
     __device__ int32_t holder(int32_t step) const {
+        if (kAligned && per)
+            return step / p.steps * per + ((step % p.steps + 1) * per - 1) / p.steps;
         const int32_t longer = rest * (share + 1);
         return step < longer ? step / (share + 1) : rest + (step - longer) / share;
     }
@@ -148,16 +165,16 @@ template <int NT> __device__ void linear_tile_starts(int32_t *tile_start, const 
     __syncthreads();
 }
 
-// Block r = 0..R-1 of warp group wg (0, 1) in tile_n; may be >= blocks (nothing there) when not
-// paired.
-template <int R>
+// Block r = 0..R-1 of warp group wg (0 .. GROUPS - 1) in tile_n; may be >= blocks (nothing there)
+// when not paired.
+template <int R, int GROUPS = 2>
 __device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t tile_n, int wg,
                                                 int r) {
     if (R % 2 == 0 && p.paired) {
-        const int32_t b = (tile_n * 2 + wg) * (R / 2) + r / 2;
+        const int32_t b = (tile_n * GROUPS + wg) * (R / 2) + r / 2;
         return b < p.half_blocks ? b + r % 2 * p.half_blocks : p.blocks;
     }
-    return (tile_n * 2 + wg) * R + r;
+    return (tile_n * GROUPS + wg) * R + r;
 }
 
 // --- Epilogue
@@ -258,12 +275,12 @@ struct linear_place {
     bool there;
 };
 
-template <int R>
+template <int R, int GROUPS>
 __device__ __forceinline__ linear_place linear_place_of(const linear_args &p,
                                                         const linear_segment &s, int r) {
     const int warp = threadIdx.x / 32, strip = warp % 4;
     linear_place at;
-    at.block = linear_block<R>(p, s.tile_n, warp / 4, r);
+    at.block = linear_block<R, GROUPS>(p, s.tile_n, warp / 4 % GROUPS, r);
     const int32_t half = at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
@@ -288,14 +305,14 @@ linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const 
 }
 
 // Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp.
-template <typename T, int NT, int R>
+template <typename T, int NT, int R, int GROUPS = 2>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
                                               const linear_segment &s, float *stage) {
     const bool gated = R > 1 && p.paired;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (gated && r % 2) continue;
-        const linear_place at = linear_place_of<R>(p, s, r);
+        const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
         if (!at.there) continue;
         const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
         if (r + 1 < R && gated) {
@@ -403,9 +420,9 @@ __device__ __forceinline__ void linear_collect(float (&acc)[R][NT / 2], const li
 
 // What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
 // tile.
-template <int NT, int R>
+template <int NT, int R, typename W>
 __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
-                                             const linear_walk<NT> &walk, const linear_segment &s,
+                                             const W &walk, const linear_segment &s,
                                              linear_shared *later) {
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
     if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
@@ -436,9 +453,8 @@ __device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, 
 }
 
 // This CTA's part of a shared tile: every n-th group of eight x rows of a block.
-template <typename T, int NT, int R>
-__device__ __forceinline__ void linear_finish_shared(const linear_args &p,
-                                                     const linear_walk<NT> &walk,
+template <typename T, int NT, int R, int GROUPS, typename W>
+__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const W &walk,
                                                      const linear_segment &s, float *stage) {
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
     const bool gated = R > 1 && p.paired;
@@ -448,7 +464,7 @@ __device__ __forceinline__ void linear_finish_shared(const linear_args &p,
     const int groups = (gated ? R / 2 : R) * groups_m;
     for (int g = walk.cta - owner; g < groups; g += n) {
         const int r = g / groups_m * (gated ? 2 : 1), j = g % groups_m;
-        const linear_place at = linear_place_of<R>(p, s, r);
+        const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
         if (!at.there) continue;
         const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
         const int32_t m0 = s.m0 + 8 * j;
@@ -471,13 +487,13 @@ __device__ __forceinline__ void linear_finish_shared(const linear_args &p,
     }
 }
 
-template <typename T, int NT, int R>
-__device__ __forceinline__ void linear_finish_all(const linear_args &p, const linear_walk<NT> &walk,
+template <typename T, int NT, int R, int GROUPS = 2, typename W>
+__device__ __forceinline__ void linear_finish_all(const linear_args &p, const W &walk,
                                                   const linear_shared *shared, float *stage) {
     __syncwarp();
     for (int i = 0; i < 2; i++) {
         const linear_segment s = shared->tile[i];
-        if (s.m_end) linear_finish_shared<T, NT, R>(p, walk, s, stage);
+        if (s.m_end) linear_finish_shared<T, NT, R, GROUPS>(p, walk, s, stage);
     }
 }
 #endif

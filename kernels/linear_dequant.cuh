@@ -97,22 +97,34 @@ template <typename T> __device__ __forceinline__ void dequant_zeros(dequant_scal
     }
 }
 
+// What a kernel keeps of a granule until it needs it.
+struct dequant_packed {
+    uint32_t scale, zero;
+};
+
+// Of u4.
+template <typename T>
+__device__ __forceinline__ void dequant_expand(dequant_scales &s, const dequant_packed &from) {
+    if (half_pair<T>::bf16) {
+        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
+        s.scale[0] = half_pair<T>::from_f32(__low2float(h));
+        s.scale[1] = half_pair<T>::from_f32(__high2float(h));
+    } else {
+        s.scale[0] = __byte_perm(from.scale, 0, 0x1010);
+        s.scale[1] = __byte_perm(from.scale, 0, 0x3232);
+    }
+    dequant_zeros<T>(s, from.zero);
+}
+
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
 template <typename T, int F>
 __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
                                                     bool sym) {
     if (F == WF_INT4) {
-        const uint32_t both = shared_u32(granule + 2 * place);
-        const uint32_t z = sym ? 0x0808u : shared_u16(granule + 128 + place);
-        if (half_pair<T>::bf16) {
-            const __half2 h = *reinterpret_cast<const __half2 *>(&both);
-            s.scale[0] = half_pair<T>::from_f32(__low2float(h));
-            s.scale[1] = half_pair<T>::from_f32(__high2float(h));
-        } else {
-            s.scale[0] = __byte_perm(both, 0, 0x1010);
-            s.scale[1] = __byte_perm(both, 0, 0x3232);
-        }
-        dequant_zeros<T>(s, z);
+        dequant_packed raw;
+        raw.scale = shared_u32(granule + 2 * place);
+        raw.zero = sym ? 0x0808u : shared_u16(granule + 128 + place);
+        dequant_expand<T>(s, raw);
     } else if (F == WF_MXFP4) {
         const uint32_t both = shared_u16(granule + place);
 #pragma unroll
@@ -130,11 +142,7 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
     }
 }
 
-// What a kernel that scales sums keeps of a granule until it needs it, and that as numbers: the
-// scales of a lane's two rows in f32.
-struct dequant_packed {
-    uint32_t scale, zero;
-};
+// What a kernel that scales sums needs: the scales of a lane's two rows in f32.
 struct dequant_sums {
     float scale[2];
     dequant_scales codes; // only the zeros
