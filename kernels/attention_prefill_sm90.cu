@@ -9,18 +9,63 @@
 //     S = Q K_j^T  |  O += P_{j-1} V_{j-1}      both in flight, then the softmax of S
 //
 // and take turns, so that one warpgroup's softmax runs under the other's products.
-#include "attention_prefill.cuh"
+//
+// Codes (CODES: of K, of V or of both) stay codes: the tiles hold them as fp16, exactly, and what
+// makes them values goes elsewhere. With k = s (c + r) and v = s' (c' + r'),
+//
+//     y_j = s_j (q.c_j + r_j sum(q) + log2 s'_j / s_j)      (times scale and log2 e where due)
+//     p_j = 2^(y_j - m)    l = sum p_j / s'_j    out = (sum p_j c'_j + sum p_j r'_j) / l
+//
+// The second and third part of y are one product more of S = Q K^T, each factor that is not a power
+// of two as the sum of two fp16 (`extra_q`, `k_extra`); l and sum p_j r'_j are columns of a narrow
+// product beside P V (`v_extra`), so that weights that were rounded to fp16 are what they add up.
+// Integer codes are subnormal numbers, code * 2^-24; those of V count from their middle, since sums
+// of wgmma are truncated and thousands of numbers of one sign would drift. q of a bf16 model
+// becomes fp16 where K is codes: exact for elements of 2^-14 to 65504, and to 2^-25 below.
 #include "attention_wgmma.cuh"
 
 namespace {
 
-constexpr int kThreads = 512, kStages = 2;
+constexpr int kRows = ATTENTION_TILE_ROWS, kThreads = 512, kStages = 2;
 constexpr int kColumnStages = 4; // of a block's parameters: read until its softmax is done
 
+struct prefill_arguments {
+    void *out;       // [T, H D]
+    const void *qkv; // [T, (H + 2G) D]
+    const void *sinks;
+    const uint8_t *base;
+    int64_t page_bytes;
+    attention_layout layout;
+    kv_format k, v;
+    const attention_plan *plan;
+    const int32_t *page;
+    int n_heads, n_kv_heads, ratio, window;
+    bool bf16;
+    float scale; // times log2(e)
+};
+
+// One work item: which rows, and the blocks of tokens they see.
+struct tile_work {
+    attention_tile t;
+    int g, first, last; // blocks of BN tokens; last < first: no more items
+};
+
+// CODES: what makes values of the codes of a block, by token.
+struct k_parts {    // eight of a token lie together, as rows of a product
+    uint16_t of[8]; // r hi, r lo, r hi, times 2^-12; log2 s' / s hi, lo, times 2^-12; zeros
+};
+struct v_parts {       // of eight tokens
+    uint16_t of[8][8]; // [column][token]: 1 / s' hi, lo, times 2^-9; r' hi, lo, times 2^-8; zeros
+};
+constexpr float kExtraUnit = 0x1p-12f, kWeightUnit = 0x1p-9f, kMinimumUnit = 0x1p-8f;
+
 // Block memory: q [kQ], K stages, V stages, then this.
-struct control {
-    column_block column[kColumnStages];
-    row_facts facts[2]; // by item
+struct alignas(16) control {
+    k_parts k_extra[kStages][128];
+    v_parts v_extra[kStages][16];
+    __half scale[kColumnStages][4][16][2]; // s of token 8 i + 2 t + j at [t][i][j]
+    float sum[2][kRows];                   // of a row of q, by item
+    int position[2][kRows];
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
     uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
@@ -43,9 +88,21 @@ __device__ __forceinline__ void turn_wait(int group) {
 __device__ __forceinline__ void turn_give(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
 }
-// threadIdx.x % 128, read anew.
-__device__ __forceinline__ int group_thread() { return thread_anew() % 128; }
-
+__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
+// threadIdx.x % 128, read anew: what follows from it is not kept in registers from item to item.
+__device__ __forceinline__ int thread_anew() {
+    uint32_t t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return (int)(t % 128);
+}
+// `thread` where there are registers to keep what follows from it from block to block.
+template <int D> __device__ __forceinline__ int thread_of(int thread) {
+    return D == 256 ? thread_anew() : thread;
+}
 // A load that stays where it stands: 32 registers of codes must not be under way any earlier.
 __device__ __forceinline__ uint4 load_now(const void *p) {
     uint4 x;
@@ -56,96 +113,124 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
     return x;
 }
 
+// --- Codes to fp16 ------------------------------------------------------------------------------
+
+__host__ __device__ constexpr int middle_of(kv_format f) {
+    return f == KF_8 ? 128 : f == KF_4 ? 8 : 0;
+}
+// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles. Bytes keep
+// their order; nibbles come in the order 0 4 1 5 2 6 3 7, which q's or the result's elements take.
+template <kv_format F, bool VALUE>
+__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t w = i < 2 ? lo : hi;
+        if (F == KF_FP8)
+            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x[i]) : "h"((uint16_t)(w >> i % 2 * 16)));
+        else if (F == KF_4)
+            x[i] = lo >> 4 * i & 0x000f000fu;
+        else
+            x[i] = __byte_perm(w, 0, i % 2 ? 0x4342 : 0x4140);
+        if (VALUE && F != KF_FP8) { // less the middle
+            const uint32_t m = 0x80008000u | middle_of(F) * 0x10001u;
+            const __half2 y = __hadd2(*reinterpret_cast<const __half2 *>(&x[i]),
+                                      *reinterpret_cast<const __half2 *>(&m));
+            x[i] = *reinterpret_cast<const uint32_t *>(&y);
+        }
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
+// 16 bytes to that order of nibbles, and back.
+__device__ __forceinline__ uint4 to_nibbles(uint4 x) {
+    return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
+                      __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
+}
+__device__ __forceinline__ uint4 from_nibbles(uint4 x) {
+    return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                      __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
+}
+
 // A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
-// row and goes down the tokens, STEP at a time; eight neighbours take the eight tokens of a group,
-// whose pieces lie in different banks.
+// row and goes down the tokens, STEP at a time. Eight neighbours write to different banks: they
+// have a piece of the eight tokens of a group, or, where a row is a line of 128 bytes, half the
+// pieces of two tokens, so that a warp reads whole lines.
 template <int D, kv_format F> struct share {
     static constexpr int BN = kBlock<D>, ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16;
     static constexpr int DIMS = F == KF_4 ? 32 : 16; // of a piece
     static constexpr int STEP = 128 / PIECES, STEPS = BN / STEP;
-    // Tokens of a warp: 8 of each step, of one group or two.
-    static constexpr int GROUPS = PIECES < 4 ? 4 / PIECES : 1, PARAMS = GROUPS * STEPS / 4;
-    int first, piece, lane;
+    int first, piece;
     __device__ __forceinline__ explicit share(int thread)
-        : first(thread / (8 * PIECES) * 8 + thread % 8), piece(thread / 8 % PIECES),
-          lane(thread % 32) {}
-    // Of parameters, lane l of the warp brings numbers l and l + 32; step k needs `number(k)`.
-    __device__ __forceinline__ int number(int k) const {
-        return lane / (32 / GROUPS) * (8 * STEPS) + 8 * k + lane % 8;
-    }
-    __device__ __forceinline__ int token_of(int i) const {
-        return (first - first % (8 * GROUPS) + i / (8 * STEPS) * 8) + i / 8 % STEPS * STEP + i % 8;
-    }
+        : first(PIECES == 8 ? thread % 2 + thread / 16 * 2
+                            : thread / (8 * PIECES) * 8 + thread % 8),
+          piece(PIECES == 8 ? thread / 2 % 8 : thread / 8 % PIECES) {}
 };
 template <int D> constexpr int kPieces = D == 256 ? 4 : 8; // under way to a thread at a time
 
-// What is on its way to this thread: its pieces of a block and its share of the parameters.
+// What is on its way to this thread: its pieces of a block, and parameters of a token's K and V.
 template <int D> struct in_flight {
     uint4 raw[kPieces<D>];
     uint32_t param[2];
 };
 
-// code, param: of the head in a block's first page and, `second` further on, in its second.
+// code: of the head in a block's first page and, `second` further on, in its second.
 template <int D, kv_format F>
 __device__ __forceinline__ void read_codes(uint4 (&raw)[kPieces<D>], const uint8_t *code,
                                            int64_t second, int part) {
     using S = share<D, F>;
     constexpr int A_PAGE = kPage / S::STEP < S::STEPS ? kPage / S::STEP : S::STEPS;
-    const S at(group_thread());
-    code += code_at(S::ROW, at.first, at.piece * 16);
 #pragma unroll
     for (int i = 0; i < S::STEPS && i < kPieces<D>; i++) {
         const int k = part * kPieces<D> + i;
         raw[i] = load_now(code + (k < A_PAGE ? 0 : second) + k % A_PAGE * S::STEP * S::ROW);
     }
 }
-template <int D, kv_format F>
-__device__ __forceinline__ void read_params(uint32_t (&param)[2], const uint8_t *from,
-                                            int64_t second) {
-    using S = share<D, F>;
-    const S at(group_thread());
-#pragma unroll
-    for (int i = 0; i < S::PARAMS; i++) {
-        const int token = at.token_of(i * 32 + at.lane);
-        const uint8_t *p = from + (token < kPage ? 0 : second);
-        param[i] = F == KF_FP8 ? __ldg((const uint16_t *)p + token % kPage)
-                               : __ldg((const uint32_t *)p + token % kPage);
-    }
-}
-
 // To the swizzle at `to`. Rows from n_valid on, which may be NaN, become zero.
-template <int D, kv_format F, bool FOLD>
-__device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part) {
+template <int D, kv_format F, bool VALUE>
+__device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part,
+                                        int thread) {
     using S = share<D, F>;
-    const S at(group_thread());
+    const S at(thread_of<D>(thread));
     const uint32_t put = to + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
-    uint32_t both = 0, both_next = 0; // of step k, and asked for a step ahead
     constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
-    if (!FOLD) both_next = __shfl_sync(~0u, x.param[part * N / 4], at.number(part * N) % 32);
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int k = part * N + i;
-        code_scale<FOLD> c;
-        if (!FOLD) {
-            both = both_next;
-            if (i + 1 < N)
-                both_next = __shfl_sync(~0u, x.param[S::PARAMS > 1 ? (k + 1) / 4 : 0],
-                                        at.number(k + 1) % 32);
-            c.s = __low2half2(*reinterpret_cast<const __half2 *>(&both));
-            c.m = __high2half2(*reinterpret_cast<const __half2 *>(&both));
-        }
         const uint32_t w[4] = {x.raw[i].x, x.raw[i].y, x.raw[i].z, x.raw[i].w};
 #pragma unroll
         for (int j = 0; j < S::DIMS / 8; j++)
             store_shared((put ^ j * 16) + k * S::STEP * 2 * D,
-                         F == KF_4 ? eight_of<F>(w[j], 0, c)
-                                   : eight_of<F>(w[2 * j % 4], w[(2 * j + 1) % 4], c));
+                         F == KF_4 ? eight_of<F, VALUE>(w[j], 0)
+                                   : eight_of<F, VALUE>(w[2 * j % 4], w[(2 * j + 1) % 4]));
     }
-    if (n_valid >= S::BN) return;
+    if (F == KF_FP8 && n_valid < S::BN) // integers are finite whatever they are
 #pragma unroll 1
-    for (int k = part * N; k < part * N + N; k++)
-        for (int j = 0; j < S::DIMS / 8 && at.first + k * S::STEP >= n_valid; j++)
-            store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
+        for (int k = part * N; k < part * N + N; k++)
+            for (int j = 0; j < S::DIMS / 8 && at.first + k * S::STEP >= n_valid; j++)
+                store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
+}
+
+// --- Work ---------------------------------------------------------------------------------------
+
+// Items in order, there and back: they come longest first, so that sums of neighbours are alike.
+__device__ __forceinline__ int item_of(int round) {
+    const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
+    return round * (int)gridDim.x + i;
+}
+
+template <int BN>
+__device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
+    tile_work w = {};
+    w.last = -1;
+    if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
+    w.t =
+        ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
+    w.g = item % a.n_kv_heads;
+    const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
+    const int p_first = w.t.position + w.t.row0 / a.ratio;
+    w.last = (w.t.position + row_last / a.ratio) / BN;
+    w.first = a.window > 0 ? max(0, p_first - a.window + 1) / BN : 0;
+    return w;
 }
 
 // --- Producers ----------------------------------------------------------------------------------
@@ -156,7 +241,7 @@ template <int BN>
 __device__ __forceinline__ int look_up(const prefill_arguments &a, const attention_tile &t,
                                        int block) {
     constexpr int PAGES = BN / kPage;
-    const int page = block * PAGES + group_thread() % PAGES;
+    const int page = block * PAGES + thread_anew() % PAGES;
     return a.page[t.page_at + min(page, (t.kv_len - 1) / kPage)];
 }
 
@@ -177,23 +262,123 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
                       BYTES, barrier);
 }
 
-// This producer's half of an item's q to its slot, and the item itself.
-template <int D, bool FOLD>
-__device__ __forceinline__ void fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
-                                          int round, int half) {
-    constexpr int Q = kQ<D>;
-    const int slot = round % Q, thread = group_thread();
-    barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
-    const tile_work w = work_of<kBlock<D>>(a, item_of(round));
-    if (half == 0 && thread == 0) c->work[slot] = w;
-    if (w.last >= w.first)
-        load_rows<D, FOLD>(a, w, shared_at(memory) + slot * kRows * 2 * D, &c->facts[slot],
-                           half * 64 + thread / 32 * 16, thread % 32);
-    fence_async_proxy();
-    barrier_arrive(shared_at(&c->q_full[slot]));
+// --- What makes values of codes -----------------------------------------------------------------
+
+// x as a sum of two of type T.
+template <typename T> __device__ __forceinline__ uint32_t two_of(float x) {
+    const uint32_t hi = pack2<T>(x, 0.f);
+    return pack2<T>(x, x - to_f32(*reinterpret_cast<const T *>(&hi)));
+}
+__host__ __device__ constexpr float unit_of(kv_format f) {
+    return f == KF_8 || f == KF_4 ? 0x1p24f : 1.f; // of a code in a tile
+}
+// What a token's parameters say. A vector of one value has scale 0 and codes 0: any scale will do.
+struct token_scale {
+    float s, inverse, r;
+};
+__device__ __forceinline__ token_scale scale_of(uint32_t param, float least) {
+    const float2 p = __half22float2(*reinterpret_cast<const __half2 *>(&param));
+    token_scale t;
+    t.s = p.x == 0.f ? 0x1p-8f : fmaxf(p.x, least);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t.inverse) : "f"(t.s));
+    t.r = p.y * t.inverse;
+    return t;
+}
+// One token's part of the scores; zeros where there is no token. A scale of K below 2^-19 becomes
+// that: what it multiplies is at most 255, and log2 s' / s must be a number of fp16.
+template <typename TK>
+__device__ __forceinline__ void put_k(control *c, uint32_t column, uint32_t stage, int token,
+                                      float scale, const uint32_t (&param)[2], bool exists) {
+    const token_scale k = scale_of(param[0], 0x1p-19f), v = scale_of(param[1], 0.f);
+    float log2_s;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2_s) : "f"(v.s));
+    const uint32_t r = two_of<TK>(k.r * kExtraUnit),
+                   y = two_of<TK>(log2_s * k.inverse * __fdividef(kExtraUnit, scale));
+    *(uint4 *)c->k_extra[stage][token].of =
+        exists ? make_uint4(r, __byte_perm(r, y, 0x5410), y >> 16, 0) : make_uint4(0, 0, 0, 0);
+    c->scale[column][token % 8 / 2][token / 8][token % 2] = __float2half_rn(exists ? k.s : 0.f);
+}
+// And of the sums over weights.
+template <typename TV>
+__device__ __forceinline__ void put_v(control *c, uint32_t stage, int token, uint32_t param,
+                                      int middle, bool exists) {
+    const token_scale v = scale_of(param, 0.f);
+    const uint32_t weight = exists ? two_of<TV>(v.inverse * kWeightUnit) : 0;
+    const uint32_t r = exists ? two_of<TV>((v.r + (float)middle) * kMinimumUnit) : 0;
+    uint16_t(&to)[8][8] = c->v_extra[stage][token / 8].of;
+    to[0][token % 8] = (uint16_t)weight, to[1][token % 8] = (uint16_t)(weight >> 16);
+    to[2][token % 8] = (uint16_t)r, to[3][token % 8] = (uint16_t)(r >> 16);
 }
 
-// FOLD: scale and minimum of K and of V of a block's token (0 for fp8; 1 and 0 at 16 bit).
+// 64 rows of q of an item to its slot, in the swizzle; rows past the chunk's end are zero.
+// A row is D / 8 lanes. CODES: with the row's sum, of fp16 also in a bf16 model, where K is codes.
+template <int D, bool CODES>
+__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
+                                          uint32_t q_at, control *c, int slot, int half,
+                                          int thread) {
+    constexpr int LANES = D / 8, AT_ONCE = D == 128 ? 8 : 4; // loads under way
+    const bool to_half = a.bf16 && a.k != KF_16;
+    const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
+    const int own = w.t.row0 + r0 + lane % 16; // the row whose place in qkv this lane computes
+    const int own_at = own < w.t.n_rows
+                           ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
+                                 w.g * a.ratio + own % a.ratio
+                           : -1;
+    if (lane < 16) c->position[slot][r0 + lane] = w.t.position + min(own, w.t.n_rows - 1) / a.ratio;
+#pragma unroll 1
+    for (int i0 = 0; i0 < LANES / 2; i0 += AT_ONCE) {
+        uint4 x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int at = __shfl_sync(~0u, own_at, (i0 + i) * (32 / LANES) + lane / LANES);
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (at >= 0) x[i] = __ldg((const uint4 *)a.qkv + (int64_t)at * LANES + lane % LANES);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int r = r0 + (i0 + i) * (32 / LANES) + lane / LANES;
+            if (CODES) {
+                uint32_t *word = (uint32_t *)&x[i];
+                float total = 0.f;
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    if (to_half) {
+                        const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                        word[e] = pack2<__half>(y.x, y.y);
+                    }
+                    const float2 y = __half22float2(*(const __half2 *)&word[e]);
+                    total += y.x + y.y;
+                }
+#pragma unroll
+                for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+                if (lane % LANES == 0) c->sum[slot][r] = a.k == KF_16 ? 0.f : total;
+                if (a.k == KF_4) x[i] = to_nibbles(x[i]);
+            }
+            store_shared(q_at + code_at(2 * D, r, lane % LANES * 16), x[i]);
+        }
+    }
+}
+
+// This producer's half of an item's q to its slot, and the item itself; false when there is none.
+// Pages of its first two blocks are looked up meanwhile.
+template <int D, bool CODES>
+__device__ __forceinline__ bool fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
+                                          int round, int half, int &page, int &ahead) {
+    constexpr int Q = kQ<D>, BN = kBlock<D>;
+    const int slot = round % Q, thread = thread_anew();
+    const tile_work w = work_of<BN>(a, item_of(round));
+    const bool any = w.last >= w.first;
+    if (any) page = look_up<BN>(a, w.t, w.first), ahead = look_up<BN>(a, w.t, w.first + 1);
+    barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
+    if (half == 0 && thread == 0) c->work[slot] = w;
+    if (any)
+        load_rows<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
+    fence_async_proxy();
+    barrier_arrive(shared_at(&c->q_full[slot]));
+    return any;
+}
+
+// CODES: scale and minimum of K and of V of a block's token (0 for fp8; 1 and 0 at 16 bit).
 __device__ __forceinline__ void read_token(uint32_t (&param)[2], const prefill_arguments &a, int g,
                                            const int (&id)[2], int token) {
 #pragma unroll
@@ -210,40 +395,36 @@ __device__ __forceinline__ void read_token(uint32_t (&param)[2], const prefill_a
     }
 }
 
-template <int D, kv_format F, bool VALUE, bool FOLD>
+template <int D, kv_format F, bool VALUE, bool CODES>
 __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_arguments &a, int g,
                                            const int (&id)[2], int part, int thread) {
-    const uint8_t *page = a.base + id[0] * a.page_bytes;
-    const int64_t second = (id[1] - id[0]) * a.page_bytes;
-    if (F != KF_16) {
-        read_codes<D, F>(x.raw, page + g * a.layout.head_bytes + (VALUE ? a.layout.v_code : 0),
-                         second, part);
-        if (!FOLD && part == 0)
-            read_params<D, F>(x.param,
-                              page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                                  (VALUE ? a.layout.v_param : 0),
-                              second);
-    }
-    if (FOLD && !VALUE && part == 0 && thread < kBlock<D>) read_token(x.param, a, g, id, thread);
+    using S = share<D, F>;
+    const S at(thread_anew());
+    if (F != KF_16)
+        read_codes<D, F>(x.raw,
+                         a.base + id[0] * a.page_bytes + g * a.layout.head_bytes +
+                             (VALUE ? a.layout.v_code : 0) +
+                             code_at(S::ROW, at.first, at.piece * 16),
+                         (id[1] - id[0]) * a.page_bytes, part);
+    if (CODES && part == 0 && thread < kBlock<D>) read_token(x.param, a, g, id, thread);
 }
 
 // The stream of K or of V, each with half of q before an item's first block: blocks in order
 // through kStages stages. Pages are looked up two blocks ahead, codes and parameters read one
 // ahead.
-template <int D, kv_format F, bool VALUE, bool FOLD>
+template <int D, kv_format F, bool VALUE, bool CODES, typename T>
 __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int thread) {
+    using S = share<D, F>;
     constexpr int BN = kBlock<D>, TILE = BN * 2 * D;
     uint32_t count = 0, n_landed = 0;
     for (int round = 0;; round++) {
-        fill_rows<D, FOLD>(a, memory, c, round, VALUE);
-        const tile_work w = work_of<BN>(a, item_of(round));
-        if (w.last < w.first) break;
-        const int page = look_up<BN>(a, w.t, w.first);
-        int ahead = look_up<BN>(a, w.t, w.first + 1);
+        int page = 0, ahead = 0; // on their way while q is brought
+        if (!fill_rows<D, CODES>(a, memory, c, round, VALUE, page, ahead)) break;
+        const tile_work w = work_of<BN>(a, item_of(round)); // anew: it takes many registers
         int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 1)};
         in_flight<D> x;
-        read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 0, thread);
+        read_block<D, F, VALUE, CODES>(x, a, w.g, id, 0, thread);
         for (int block = w.first; block <= w.last; block++, count++) {
             const uint32_t s = count % kStages;
             const uint32_t empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
@@ -252,16 +433,22 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                 shared_at(memory) + kQ<D> * kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
             const int n_valid = min(BN, w.t.kv_len - block * BN);
             barrier_wait(empty, count / kStages & 1 ^ 1);
-            if (FOLD && !VALUE && thread < BN)
-                write_column(&c->column[count % kColumnStages], a, thread, x.param[0], x.param[1],
-                             thread < n_valid);
             if (F != KF_16) {
-                convert<D, F, FOLD>(to, x, n_valid, 0);
-                if (share<D, F>::STEPS > kPieces<D>) {
-                    read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 1, thread);
-                    convert<D, F, FOLD>(to, x, n_valid, 1);
+                convert<D, F, VALUE>(to, x, n_valid, 0, thread);
+                if (S::STEPS > kPieces<D>) {
+                    read_block<D, F, VALUE, CODES>(x, a, w.g, id, 1, thread);
+                    convert<D, F, VALUE>(to, x, n_valid, 1, thread);
                 }
-                fence_async_proxy();
+            }
+            if (CODES && thread < BN) {
+                if (VALUE)
+                    put_v<T>(c, s, thread, x.param[1], middle_of(F), thread < n_valid);
+                else
+                    put_k<T>(c, count % kColumnStages, s, thread, a.scale, x.param,
+                             thread < n_valid);
+            }
+            if (CODES) fence_async_proxy();
+            if (F != KF_16) {
                 barrier_arrive(full);
             } else if (!VALUE) {
                 if (thread == 0)
@@ -282,20 +469,24 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                 if (tail || thread > 0) barrier_arrive(full);
             }
             id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
-            if (block < w.last) read_block<D, F, VALUE, FOLD>(x, a, w.g, id, 0, thread);
+            if (block < w.last)
+                read_block<D, F, VALUE, CODES>(x, a, w.g, id, 0, thread);
+            else
+                x = {}; // so that nothing of it is kept in registers from the conversion on
             ahead = look_up<BN>(a, w.t, block + 2);
         }
     }
 }
 
-template <int D, bool VALUE, bool FOLD>
+template <int D, bool VALUE, bool CODES, typename T>
 __device__ __forceinline__ void produce_any(const prefill_arguments &a, uint8_t *memory, control *c,
                                             int thread) {
+    if (!CODES) return produce<D, KF_16, VALUE, false, T>(a, memory, c, thread);
     switch (VALUE ? a.v : a.k) {
-    case KF_16: return produce<D, KF_16, VALUE, FOLD>(a, memory, c, thread);
-    case KF_8: return produce<D, KF_8, VALUE, FOLD>(a, memory, c, thread);
-    case KF_4: return produce<D, KF_4, VALUE, FOLD>(a, memory, c, thread);
-    default: return produce<D, KF_FP8, VALUE, FOLD>(a, memory, c, thread);
+    case KF_16: return produce<D, KF_16, VALUE, CODES, T>(a, memory, c, thread);
+    case KF_8: return produce<D, KF_8, VALUE, CODES, T>(a, memory, c, thread);
+    case KF_4: return produce<D, KF_4, VALUE, CODES, T>(a, memory, c, thread);
+    default: return produce<D, KF_FP8, VALUE, CODES, T>(a, memory, c, thread);
     }
 }
 
@@ -308,28 +499,214 @@ template <int D, int PANEL> __device__ __forceinline__ uint64_t matrix_at(uint32
            (place + ((uint32_t)(PANEL >> 4) << 16));
 }
 
-// s[64, BN] = q[64, D] K^T
-template <int D, int BN, typename TK>
-__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q, uint32_t k) {
+// A matrix of 16-byte rows in eights: bytes between eights along k and across it.
+__device__ __forceinline__ uint64_t extra_at(uint32_t place, int along, int across) {
+    return (uint64_t)(across >> 4) << 32 | (place + ((uint32_t)(along >> 4) << 16));
+}
+
+// s[64, BN] = q[64, D] K^T, and with CODES extra_q[64, 16] k_extra^T. The second half of extra_q is
+// zero, so that k_extra needs none.
+template <int D, int BN, typename TK, bool CODES>
+__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q, uint32_t k,
+                                           const uint32_t (&extra_q)[4], uint32_t k_extra) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int at = (i / 4 * 1024 + i % 4 * 32) / 16;
         wgmma_rows<TK>(s, matrix_at<D, 16>(q + at), matrix_at<D, 16>(k + at), i > 0);
     }
+    if (CODES) wgmma_rows<TK>(s, extra_q, extra_at(k_extra, 0, sizeof(k_parts) * 8), 1);
 }
 
-// o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims.
-template <int D, int BN, typename TV, int R, int N>
-__device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)[BN / 4],
-                                           uint32_t v) {
+// o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims; CODES: e[64, 8] += p v_extra.
+template <int D, int BN, typename TV, bool CODES, int R, int N>
+__device__ __forceinline__ void multiply_v(float (&o)[N][R], float (&e)[4],
+                                           const uint32_t (&p)[BN / 4], uint32_t v,
+                                           uint32_t v_extra) {
 #pragma unroll
-    for (int i = 0; i < BN / 16; i++)
+    for (int i = 0; i < BN / 16; i++) {
 #pragma unroll
         for (int n = 0; n < N; n++)
             wgmma_columns<TV>(o[n], p + 4 * i, matrix_at<D, 1024>(v + i * 2 * D + n * 128), 1);
+        if (CODES)
+            wgmma_rows<TV>(
+                e, p + 4 * i,
+                extra_at(v_extra + i * (int)(2 * sizeof(v_parts) / 16), sizeof(v_parts), 0), 1);
+    }
 }
 
-template <int D, typename TK, typename TV, bool FOLD>
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// This lane's two rows, r and r + 8 of its warp's 16: largest score, and the sum of weights.
+struct row_state {
+    float m[2], l[2]; // l: not CODES
+};
+
+// Scores to weights, in place; true when rows' results so far must shrink. position: of the lane's
+// first row.
+template <int BN, bool CODES>
+__device__ __forceinline__ bool
+weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column)[BN / 32],
+      float unit, const int *position, int token, int window, bool edge, int lane) {
+    const int quarter = lane % 4;
+    if (CODES) {
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            const uint4 &four = column[i / 4];
+            const uint32_t pair = i % 4 == 0   ? four.x
+                                  : i % 4 == 1 ? four.y
+                                  : i % 4 == 2 ? four.z
+                                               : four.w;
+            const float2 c = __half22float2(*reinterpret_cast<const __half2 *>(&pair));
+#pragma unroll
+            for (int h = 0; h < 2; h++) s[4 * i + 2 * h] *= c.x, s[4 * i + 2 * h + 1] *= c.y;
+        }
+    }
+    if (edge) {
+        const int p[2] = {position[0], position[8]};
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++) {
+            const int j = token + i / 4 * 8 + 2 * quarter + i % 2, pos = p[i / 2 % 2];
+            if (j > pos || (window > 0 && j <= pos - window)) s[i] = -INFINITY;
+        }
+    }
+    float top[2], from[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        top[h] = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+        for (int i = 1; i < BN / 8; i++)
+            top[h] = fmaxf(top[h], fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
+        top[h] *= unit;
+    }
+    // Seldom after a row's first blocks: only then are the row's four lanes asked.
+    const bool moved = __any_sync(~0u, top[0] > r.m[0] || top[1] > r.m[1]);
+    if (moved) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            top[h] = quad_max(top[h]);
+            shrink[h] = 1.f;
+            if (top[h] > r.m[h]) {
+                shrink[h] = exp2_approx(r.m[h] - top[h]);
+                r.m[h] = top[h];
+                if (!CODES) r.l[h] *= shrink[h];
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) from[h] = r.m[h] == -INFINITY ? 0.f : r.m[h]; // nothing visible yet
+#pragma unroll
+    for (int i = 0; i < BN / 8; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
+            x = exp2_approx(x * unit - from[h]), y = exp2_approx(y * unit - from[h]);
+            if (!CODES) r.l[h] += x + y;
+        }
+    return moved;
+}
+
+// The warp's 16 rows of the result, divided by l, through its rows of q to 16-byte stores.
+template <int D, int R, int N, bool CODES>
+__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
+                                           float (&o)[N][R], const float (&e)[4],
+                                           const row_state &r, uint32_t q_rows, int r0, int lane) {
+    constexpr int LANES = D / 8;
+    // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
+    const int own = w.t.row0 + r0 + lane % 16;
+    const int own_head = w.g * a.ratio + own % a.ratio;
+    const int own_at = own < w.t.n_rows ? (w.t.token0 + own / a.ratio) * a.n_heads + own_head : -1;
+    float sink = 0.f;
+    if (a.sinks)
+        sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[own_head])
+                       : to_f32(((const __half *)a.sinks)[own_head])) *
+               kLog2E;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
+        const float both = e[2 * h] + e[2 * h + 1]; // hi and lo: of l in lane 0 of four, of z in 1
+        float l = CODES ? __shfl_sync(~0u, both, lane & ~3) * (1 / kWeightUnit) : quad_sum(r.l[h]);
+        const float z = CODES ? __shfl_sync(~0u, both, (lane & ~3) + 1) * (1 / kMinimumUnit) : 0.f;
+        if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
+        const float unit = CODES ? unit_of(a.v) : 1.f, f = 1.f / l;
+        const int row = lane / 4 + 8 * h;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < R / 4; i++) {
+                const float x = (o[n][4 * i + 2 * h] * unit + z) * f;
+                const float y = (o[n][4 * i + 2 * h + 1] * unit + z) * f;
+                const uint32_t at = q_rows + code_at(2 * D, row, n * 256 + i * 16);
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + lane % 4 * 4),
+                             "r"(a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y))
+                             : "memory");
+            }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < LANES / 2; i++) {
+        const int row = i * (32 / LANES) + lane / LANES;
+        const int at = __shfl_sync(~0u, own_at, row);
+        uint4 x;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "r"(q_rows + code_at(2 * D, row, lane % LANES * 16))
+                     : "memory");
+        if (CODES && a.v == KF_4) x = from_nibbles(x);
+        if (at >= 0) *(uint4 *)((uint16_t *)a.out + (int64_t)at * D + lane % LANES * 8) = x;
+    }
+}
+
+template <int R, int N> __device__ __forceinline__ void clear_all(float (&o)[N][R], float (&e)[4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < R; i++) o[n][i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) e[i] = 0.f;
+}
+template <int R, int N>
+__device__ __forceinline__ void settle_all(float (&o)[N][R], float (&e)[4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) settle(o[n]);
+    settle(e);
+}
+// Results so far as the rows' new maxima want them.
+template <int R, int N>
+__device__ __forceinline__ void shrink_all(float (&o)[N][R], float (&e)[4],
+                                           const float (&shrink)[2]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) e[i] *= shrink[i / 2];
+}
+
+// The lane's part of extra_q [64, 16], beside the columns of k_parts: sum(q) hi, hi, lo, and twice
+// what brings them to the unit of S. sum: of the lane's first row.
+template <typename TK>
+__device__ __forceinline__ void extra_rows(uint32_t (&extra_q)[4], const float *sum, float unit,
+                                           int lane) {
+    const uint32_t one = pack2<TK>(1 / (kExtraUnit * unit), 0.f);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const uint32_t q = two_of<TK>(sum[8 * h] * kExtraUnit);
+        extra_q[h] = lane % 4 == 0   ? __byte_perm(q, 0, 0x1010)
+                     : lane % 4 == 1 ? __byte_perm(q, one, 0x5432)
+                     : lane % 4 == 2 ? one
+                                     : 0;
+        extra_q[h + 2] = 0;
+    }
+}
+
+template <int D, typename TK, typename TV, bool CODES>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
     constexpr int BN = kBlock<D>, TILE = BN * 2 * D, R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1;
@@ -337,7 +714,10 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
     const uint32_t q_at = shared_at(memory) + group * 64 * 2 * D;
     const uint32_t k_place = place_of(shared_at(memory) + Q * kRows * 2 * D);
     const uint32_t v_place = k_place + kStages * TILE / 16;
+    const uint32_t k_extra = place_of(shared_at(c->k_extra)),
+                   v_extra = place_of(shared_at(c->v_extra));
     const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
+    const float unit = a.scale * (CODES ? unit_of(a.k) : 1.f);
     uint32_t count = 0;
     if (group == 1) turn_give(1); // group 0 begins
     for (int round = 0;; round++) {
@@ -348,35 +728,36 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         const int last = __shfl_sync(~0u, c->work[slot].last, 0);
         if (last < first) break;
         const uint32_t q_place = place_of(q_at + slot * kRows * 2 * D);
-        row_state r;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            r.m[h] = -INFINITY, r.l[h] = r.z[h] = 0.f;
-        }
+        row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
         // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
-        const int *position = c->facts[slot].position + group * 64;
+        const int *position = c->position[slot] + group * 64;
         const int p_first = __shfl_sync(~0u, position[0], 0);
         const int p_last = __shfl_sync(~0u, position[63], 0);
-        float s[BN / 2], o[N][R], shrink[2];
-        uint32_t p[BN / 4];
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < R; i++) o[n][i] = 0.f;
-
+        float s[BN / 2], o[N][R], e[4], shrink[2];
+        uint32_t p[BN / 4], extra_q[4] = {0};
+        if (CODES) extra_rows<TK>(extra_q, c->sum[slot] + r0 + lane / 4, unit_of(a.k), lane);
+        clear_all(o, e);
         for (int block = first; block <= last; block++, count++) {
             const uint32_t st = count % kStages, parity = count / kStages & 1;
             const uint32_t before = (count - 1) % kStages,
                            parity_before = (count - 1) / kStages & 1;
             barrier_wait(shared_at(&c->k_full[st]), parity);
+            uint4 column[BN / 32];
+            if (CODES)
+#pragma unroll
+                for (int i = 0; i < BN / 32; i++)
+                    column[i] = ((const uint4 *)c->scale[count % kColumnStages][lane % 4])[i];
             turn_wait(group);
             settle(s);
             wgmma_fence();
-            multiply_k<D, BN, TK>(s, q_place, k_place + st * (TILE / 16));
+            multiply_k<D, BN, TK, CODES>(s, q_place, k_place + st * (TILE / 16), extra_q,
+                                         k_extra + st * (int)(sizeof c->k_extra[0] / 16));
             wgmma_commit();
             if (block != first) {
                 barrier_wait(shared_at(&c->v_full[before]), parity_before);
-                multiply_v<D, BN, TV, R, N>(o, p, v_place + before * (TILE / 16));
+                multiply_v<D, BN, TV, CODES, R, N>(o, e, p, v_place + before * (TILE / 16),
+                                                   v_extra +
+                                                       before * (int)(sizeof c->v_extra[0] / 16));
                 wgmma_commit();
                 turn_give(group);
                 wgmma_wait<1>();
@@ -390,37 +771,31 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
             const bool edge =
                 token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
             const bool moved =
-                weigh<BN, FOLD>(s, r, shrink, columns_from(&c->column[count % kColumnStages], 0),
-                                &c->facts[slot], r0 + lane / 4, token, a.window, edge, lane);
+                weigh<BN, CODES>(s, r, shrink, column, unit, c->position[slot] + r0 + lane / 4,
+                                 token, a.window, edge, lane);
             if (block != first) {
                 wgmma_wait<0>();
-#pragma unroll
-                for (int n = 0; n < N; n++) settle(o[n]);
+                settle_all(o, e);
                 if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-                if (moved) {
-#pragma unroll
-                    for (int n = 0; n < N; n++)
-#pragma unroll
-                        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
-                }
+                if (moved) shrink_all(o, e, shrink);
             }
 #pragma unroll
             for (int i = 0; i < BN / 4; i++) p[i] = pack2<TV>(s[2 * i], s[2 * i + 1]);
         }
         const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
         barrier_wait(shared_at(&c->v_full[before]), parity_before);
-#pragma unroll
-        for (int n = 0; n < N; n++) settle(o[n]);
+        settle_all(o, e);
         wgmma_fence();
-        multiply_v<D, BN, TV, R, N>(o, p, v_place + before * (TILE / 16));
+        multiply_v<D, BN, TV, CODES, R, N>(o, e, p, v_place + before * (TILE / 16),
+                                           v_extra + before * (int)(sizeof c->v_extra[0] / 16));
         wgmma_commit();
         group_sync<128>(3 + group); // all warps' products with q are done
         wgmma_wait<0>();
-#pragma unroll
-        for (int n = 0; n < N; n++) settle(o[n]);
+        settle_all(o, e);
         if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-        store_rows<D, R, N, FOLD>(a, c->work[slot], o, r,
-                                  q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0, lane);
+        store_rows<D, R, N, CODES>(a, c->work[slot], o, e, r,
+                                   q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0,
+                                   lane);
         fence_async_proxy(); // q of a later item follows what was written and read here
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_at(&c->q_empty[slot]));
@@ -428,12 +803,14 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
     if (group == 0) turn_wait(0); // what group 1 gave last
 }
 
-template <int D, typename TK, typename TV, bool FOLD>
+template <int D, typename TK, typename TV, bool CODES>
 __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
     extern __shared__ __align__(1024) uint8_t memory[];
     control *c = control_of<D>(memory);
     const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+    if (CODES && threadIdx.x < sizeof c->v_extra / 16) // columns that stay zero
+        ((uint4 *)c->v_extra)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             barrier_init(shared_at(&c->q_full[i]), 256);
@@ -448,34 +825,51 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
             barrier_init(shared_at(&c->v_empty[i]), 2);
         }
         barrier_init(shared_at(&c->landed), 1);
-        fence_async_proxy();
     }
+    fence_async_proxy();
     __syncthreads();
     if (group < 2) {
         if (D == 256)
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         else
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (group == 0)
-            produce_any<D, false, FOLD>(a, memory, c, thread);
+            produce_any<D, false, CODES, TK>(a, memory, c, thread);
         else
-            produce_any<D, true, FOLD>(a, memory, c, thread);
+            produce_any<D, true, CODES, TV>(a, memory, c, thread);
     } else {
         if (D == 256)
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         else
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
-        consume<D, TK, TV, FOLD>(a, memory, c, group - 2, thread);
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+        consume<D, TK, TV, CODES>(a, memory, c, group - 2, thread);
     }
 #endif
 }
 
-template <int D, typename TK, typename TV, bool FOLD = false>
+template <int D, typename TK, typename TV, bool CODES = true>
 status launch(const attention_problem *p) {
-    const prefill_arguments a = prefill_arguments_of(p);
+    const attention_layer_params *l = &p->l;
+    prefill_arguments a = {};
+    a.out = p->out;
+    a.qkv = p->qkv;
+    a.sinks = l->sinks;
+    a.base = (const uint8_t *)p->c.base;
+    a.page_bytes = p->c.page_bytes;
+    a.layout = p->layout;
+    a.k = p->c.k;
+    a.v = p->c.v;
+    a.plan = p->plan;
+    a.page = p->b.page;
+    a.n_heads = l->n_heads;
+    a.n_kv_heads = l->n_kv_heads;
+    a.ratio = l->n_heads / l->n_kv_heads;
+    a.window = l->window;
+    a.bf16 = l->type == DT_BF16;
+    a.scale = l->scale * kLog2E;
     const int bytes =
         kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
-    const auto kernel = attend_prefill<D, TK, TV, FOLD>;
+    const auto kernel = attend_prefill<D, TK, TV, CODES>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
@@ -486,11 +880,12 @@ status launch(const attention_problem *p) {
 
 template <int D> status launch_types(const attention_problem *p) {
     const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
-    if (p->l.type == DT_F16)
-        return k && v ? launch<D, __half, __half>(p) : launch<D, __half, __half, true>(p);
-    if (k)
-        return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
-    return v ? launch<D, __half, __nv_bfloat16>(p) : launch<D, __half, __half>(p);
+    const bool f16 = p->l.type == DT_F16;
+    if (k && v)
+        return f16 ? launch<D, __half, __half, false>(p)
+                   : launch<D, __nv_bfloat16, __nv_bfloat16, false>(p);
+    if (f16 || !(k || v)) return launch<D, __half, __half>(p);
+    return k ? launch<D, __nv_bfloat16, __half>(p) : launch<D, __half, __nv_bfloat16>(p);
 }
 
 } // namespace

@@ -27,15 +27,17 @@ template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// d[64, N] (+)= a[64, 16] b[16, N]; a and b in shared memory, rows of both along k.
+// d[64, N] (+)= a[64, 16] b[16, N]; a in shared memory or in registers, rows of both along k.
 template <typename T, int R>
 __device__ __forceinline__ void wgmma_rows(float (&d)[R], uint64_t a, uint64_t b, int add);
+template <typename T, int R>
+__device__ __forceinline__ void wgmma_rows(float (&d)[R], const uint32_t *a, uint64_t b, int add);
 // a in registers; b[16, N] with k going down its rows.
 template <typename T, int R>
 __device__ __forceinline__ void wgmma_columns(float (&d)[R], const uint32_t *a, uint64_t b,
                                               int add);
 
-#define WGMMA(T, TYPE, N, R, A0, A1, A2, A3, A4, A5)                                               \
+#define WGMMA_SHARED(T, TYPE, N, R, A0, A1, A2)                                                    \
     template <>                                                                                    \
     __device__ __forceinline__ void wgmma_rows<T, R>(float(&d)[R], uint64_t a, uint64_t b,         \
                                                      int add) {                                    \
@@ -44,22 +46,32 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[R], const uint32_t *a, 
                      " {" PLACES_##R "}, %" #A0 ", %" #A1 ", p, 1, 1, 0, 0; }"                     \
                      : SUMS_##R("+f", 0)                                                           \
                      : "l"(a), "l"(b), "r"(add));                                                  \
-    }                                                                                              \
+    }
+// TURNED: 1 where k goes down the rows of b.
+#define WGMMA_KEPT(NAME, TURNED, T, TYPE, N, R, A0, A1, A2, A3, A4, A5)                            \
     template <>                                                                                    \
-    __device__ __forceinline__ void wgmma_columns<T, R>(float(&d)[R], const uint32_t *a,           \
-                                                        uint64_t b, int add) {                     \
+    __device__ __forceinline__ void NAME<T, R>(float(&d)[R], const uint32_t *a, uint64_t b,        \
+                                               int add) {                                          \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #A5 ", 0; "                                \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
                      " {" PLACES_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #A4          \
-                                     ", p, 1, 1, 1; }"                                             \
+                                     ", p, 1, 1, " #TURNED "; }"                                   \
                      : SUMS_##R("+f", 0)                                                           \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
     }
-WGMMA(__half, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA(__half, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
-WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
+#define WGMMA(T, TYPE)                                                                             \
+    WGMMA_SHARED(T, TYPE, 64, 32, 32, 33, 34)                                                      \
+    WGMMA_SHARED(T, TYPE, 128, 64, 64, 65, 66)                                                     \
+    WGMMA_KEPT(wgmma_rows, 0, T, TYPE, 8, 4, 4, 5, 6, 7, 8, 9)                                     \
+    WGMMA_KEPT(wgmma_rows, 0, T, TYPE, 64, 32, 32, 33, 34, 35, 36, 37)                             \
+    WGMMA_KEPT(wgmma_rows, 0, T, TYPE, 128, 64, 64, 65, 66, 67, 68, 69)                            \
+    WGMMA_KEPT(wgmma_columns, 1, T, TYPE, 64, 32, 32, 33, 34, 35, 36, 37)                          \
+    WGMMA_KEPT(wgmma_columns, 1, T, TYPE, 128, 64, 64, 65, 66, 67, 68, 69)
+WGMMA(__half, "f16")
+WGMMA(__nv_bfloat16, "bf16")
 #undef WGMMA
+#undef WGMMA_KEPT
+#undef WGMMA_SHARED
 
 } // namespace
 #endif
