@@ -142,8 +142,8 @@ __device__ __forceinline__ part part_of(const linear_args &p, int i, int n) {
     return k;
 }
 
-// Sums complete, sums read, and for each part of the inputs whether a quarter of its x is there.
-enum { kQuarters = 4, kBarriers = 2 + kWarps * kQuarters };
+// Sums complete, sums read, and for each part of the inputs whether a half of its x is there.
+enum { kBarriers = 2 + kWarps * 2 };
 struct barriers {
     uint32_t sums, read, x;
 };
@@ -480,34 +480,39 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 // --- The kernel
 // ------------------------------------------------------------------------------------------------
 
-// x of part k, by one warp, a quarter of its batches of n units after the other. Rows in turn from
-// one that differs from CTA to CTA: they all want the same lines of L2 at once.
+// x of part k, by one warp, one half of its batches after the other. Rows in turn from one that
+// differs from CTA to CTA: they all want the same lines of L2 at once. All that can be known before
+// the wait is made before it.
 template <typename T>
-__device__ __forceinline__ void load_x(const linear_args &p, const division &d, part k, int n,
+__device__ __forceinline__ void load_x(const linear_args &p, const division &d, part k, int first,
                                        uint32_t to, uint32_t bar, int row0) {
-    const T *x = static_cast<const T *>(p.x);
-    const int batches = (k.end - k.begin + n - 1) / n;
-    for (int q = 0; q < kQuarters; q++, bar += 8) {
-        const int from = batches * q / kQuarters * n * 8;
-        const int end = min(batches * (q + 1) / kQuarters * n, k.end - k.begin) * 8;
-        for (int c = from + threadIdx.x % 32; c < end; c += 32) {
-            const int at = k.begin * 64 + c * 8;
-            const bool there = at < p.k; // else zeros, which codes past K meet
-            const T *piece = there ? x + at : x;
-#pragma unroll 4
-            for (int i = 0; i < p.m; i++) {
-                const int row = row0 + i < p.m ? row0 + i : row0 + i - p.m;
-                copy_16_or_zeros(to + row * d.x_stride + c * 16, piece + row * p.ldx, there);
+    const int64_t ld = p.ldx * 2;
+    const uint8_t *x = static_cast<const uint8_t *>(p.x);
+    const int left = p.k * 2 - k.begin * 128, end = (k.end - k.begin) * 128;
+    int at = threadIdx.x % 32 * 16;
+    const uint8_t *from = x + row0 * ld + k.begin * 128 + at;
+    to += row0 * d.x_stride + at;
+    asm volatile("" : "+l"(from), "+r"(to), "+r"(at));
+    wait_for_previous();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        for (; at < (h ? end : first); at += 512, from += 512, to += 512) {
+            const bool there = at < left; // else zeros, which codes past K meet
+            for (int row = row0, i = 0; i < p.m; i++) {
+                copy_16_or_zeros(to, there ? from : x, there);
+                from += ld;
+                to += d.x_stride;
+                if (++row == p.m) row = 0, from -= p.m * ld, to -= p.m * d.x_stride;
             }
         }
-        barrier_arrive_copies(bar);
+        barrier_arrive_copies(bar + h * 8);
     }
 }
 
 // By one thread.
 template <int NT> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
     barrier_init(bar.sums, 1);
-    for (int i = 0; i < kWarps * kQuarters; i++) barrier_init(bar.x + i * 8, 32);
+    for (int i = 0; i < kWarps * 2; i++) barrier_init(bar.x + i * 8, 32);
     barrier_init(bar.read, chunks<NT>::all);
     barrier_arrive_expect(bar.sums, d.sums_bytes);
     barrier_init_fence();
@@ -546,23 +551,23 @@ __global__ void __launch_bounds__(kThreads, ctas(F, NT))
     for (int i = 0; i < d.deep; i++) r.fetch();
     __syncthreads();
     cluster_arrive();
-    wait_for_previous();
     const uint32_t x_from = base + d.at_x + (k.begin - part_of(p, rank, d.cluster).begin) * 128;
-    const uint32_t x_there = bar.x + warp % groups * (kQuarters * 8);
+    const uint32_t x_there = bar.x + warp % groups * 16;
+    const int first = (r.batches + 1) / 2; // batches of the first half
     if (half == 0 && tile0 < d.tiles)
-        load_x<T>(p, d, k, R::N, x_from, x_there, (tile0 + warp) % p.m);
+        load_x<T>(p, d, k, first * R::N * 128, x_from, x_there, (tile0 + warp) % p.m);
     cluster_wait(); // all barriers of the cluster are there
     // Rows past M give outputs that nobody stores.
     const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
     uint32_t x = x_from + min(row, p.m - 1) * d.x_stride + (NT == 8 ? lane / 8 : lane / 8 % 2) * 16;
     int place = lane / 4 * 2;
     asm volatile("" : "+r"(place), "+r"(x));
-    int turn = 1, quarter = 0;
+    int turn = 1;
     for (int tile = tile0; tile < d.tiles; tile += d.clusters) {
         float acc[4][NT / 8][4] = {};
         for (int b = 1; b <= r.batches; b++, x += R::N * 128) {
-            while (quarter < kQuarters && r.batches * quarter / kQuarters < b)
-                barrier_wait(x_there + quarter++ * 8, 0);
+            if (tile == tile0 && (b == 1 || b == first + 1))
+                barrier_wait(x_there + (b > 1 ? 8 : 0), 0);
             multiply_batch<T, F, NT, G>(acc, r, R::N == 1 || !(b == r.batches && r.odd), x, place);
         }
         x -= r.batches * R::N * 128;
@@ -612,7 +617,8 @@ division divide(const linear_args *a, int c, int most, int *cycles) {
     // An SM's share of memory is 18 bytes a cycle, L2 gives it 24; batches are of 128 inputs.
     const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
     const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
-    *cycles = rounds * (tile / 18 + 100) + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000);
+    *cycles = rounds * (tile / 18 + 100) + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) +
+              (c > 2 ? 2000 : 0);
     if (d.deep < 2) d.bytes = 0;
     return d;
 }
