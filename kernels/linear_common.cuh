@@ -222,9 +222,10 @@ struct linear_outputs {
 
 template <typename T>
 __device__ __forceinline__ linear_outputs linear_outputs_of(const linear_args &p, int32_t expert,
-                                                            int32_t block, int32_t row) {
+                                                            int32_t block, int32_t row,
+                                                            int strip = threadIdx.x / 32 % 4) {
     linear_outputs o = {{1.f, 1.f, 1.f, 1.f}, {0.f, 0.f, 0.f, 0.f}};
-    const int strip = threadIdx.x / 32 % 4, quad = threadIdx.x % 4;
+    const int quad = threadIdx.x % 4;
     if (p.channel)
         o.scale = *reinterpret_cast<const float4 *>(
             p.channel + ((int64_t)expert * p.blocks + block) * 64 + strip * 16 + quad * 4);

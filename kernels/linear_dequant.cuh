@@ -142,12 +142,6 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
     }
 }
 
-// What a kernel that scales sums needs: the scales of a lane's two rows in f32.
-struct dequant_sums {
-    float scale[2];
-    dequant_scales codes; // only the zeros
-};
-
 template <int F>
 __device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t granule, int place,
                                                     bool sym) {
@@ -162,26 +156,26 @@ __device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t 
     }
 }
 
-template <typename T, int F>
-__device__ __forceinline__ void dequant_unpack(dequant_sums &s, const dequant_packed &from) {
+// The scales of a lane's two rows in f32.
+template <int F>
+__device__ __forceinline__ void dequant_unpack(float (&scale)[2], const dequant_packed &from) {
     if (F == WF_INT4) {
         const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
-        s.scale[0] = __low2float(h);
-        s.scale[1] = __high2float(h);
-        dequant_zeros<T>(s.codes, from.zero);
+        scale[0] = __low2float(h);
+        scale[1] = __high2float(h);
     } else if (F == WF_MXFP4) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t e = from.scale >> (8 * i) & 255u; // e = 0 is a subnormal f32
-            s.scale[i] = __uint_as_float(e ? e << 23 : 0x00400000u);
+        for (int i = 0; i < 2; i++) { // 2^(e - 127); e = 0 is a subnormal f32
+            const uint32_t e = __byte_perm(from.scale, 0, i ? 0x1444 : 0x0444) >> 1;
+            scale[i] = __uint_as_float(max(e, 0x00400000u));
         }
     } else if (F == WF_NVFP4) {
         const uint32_t pair = e4m3_pair_f16(from.scale);
         const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
-        s.scale[0] = __low2float(h);
-        s.scale[1] = __high2float(h);
+        scale[0] = __low2float(h);
+        scale[1] = __high2float(h);
     } else if (F == WF_FP8B) {
-        s.scale[0] = s.scale[1] = __uint_as_float(from.scale);
+        scale[0] = scale[1] = __uint_as_float(from.scale);
     }
 }
 

@@ -1,23 +1,27 @@
 // linear_short.cu - y^T = W x^T for few rows of x, on sm_90: as fast as the weights can be read.
 //
-// A cluster of C CTAs shares a tile (64 rows of W; with gate and up 64 of each) along K: CTA r has
-// the r-th part of the inputs. Cluster c takes tiles c, c + clusters, ... Each CTA keeps its part
-// of x in shared memory for all of its tiles, or has it brought with every step where it does not
-// fit. Of a CTA's warps
+// A cluster of C CTAs shares a tile (a block of 64 rows of W; with gate and up 64 of each) along K.
+// Cluster c takes tiles c, c + clusters, ... Each CTA keeps its part of x in shared memory for all
+// of its tiles. Of a CTA's warps
 //
-//   16 multiply: warp w has strip w % 4, and of every step the two units (128 inputs; one unit of
-//      wide formats) of its warpgroup: neighbours along K, or two of gate and the same two of up
-//    4 finish: each its strip, where this CTA is the one that finishes it
-//    1 loads codes and scales by bulk copies: as few and as large as can be, since each takes about
-//      100 cycles. Weights depend on no kernel before this one and are asked for before waiting for
-//      it (programmatic dependent launch)
-//    1 loads x where it comes with the steps
+//    8 multiply: each has a part of the CTA's inputs (with gate and up four share what eight have)
+//      and all 64 rows, and brings its codes and scales itself, through a ring of its own in shared
+//      memory (cp.async): warps wait for nothing of each other's
+//    2 finish the tiles: they add up what the others have found
 //
-// mma.sync multiplies codes turned into numbers exactly (integers less their zero, e2m1, e4m3);
-// the scale of 64 or fewer inputs meets the sums in f32. Sums of a tile go to the CTA that finishes
-// their strip (st.async into its shared memory, whose barrier counts the bytes) and are added there
-// in order of K. Clusters do not wait for each other, and there is no workspace: the bits are the
-// same on every run.
+// Up to 8 rows a CTA takes half of an SM's registers and, where x is not too large, of its shared
+// memory: the CTAs of the next launch (programmatic dependent launch) then find room beside those
+// that still work and fill their rings, since weights depend on no kernel. For that every launch
+// has a CTA for each SM, if some have nothing to do: they wait like all others for the launch
+// before to end, so that no SM comes to hold two of one launch.
+//
+// mma.sync multiplies codes as they lie, as far as that is exact: 4-bit integers are subnormals of
+// f16 (times 2^-24, or 2^-20 for rows that have the other half of a byte), or 128 + code in bf16;
+// bytes 1024 + code in f16. Sums over x alone, one product more for each 16 inputs, then take away
+// what is too much, zero points included; the scale meets the sums in f32. Sums of a tile go to the
+// CTA that finishes them (st.async into its shared memory, whose barrier counts the bytes) and are
+// added there in order of K. Clusters do not wait for each other, and there is no workspace: the
+// bits are the same on every run.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
@@ -41,36 +45,46 @@
 
 namespace {
 
-enum { kWarps = 16, kLoader = kWarps + 4, kThreads = 32 * (kLoader + 2) };
-// Sums of so many tiles can be on their way.
-__host__ __device__ constexpr int slots(int rows) { return rows == 8 ? 4 : 2; }
+enum { kWarps = 8, kFinishers = 2, kThreads = 32 * (kWarps + kFinishers) };
+enum { kHalf = 113 * 1024, kRoom = 227 * 1024 }; // shared memory of a CTA: two an SM, or one
 
 __host__ __device__ constexpr int code_bits(int f) {
     return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
 }
 
-// Units of a warpgroup in a step: what a warp multiplies at once. NVFP4's scales take registers.
-__host__ __device__ constexpr int part_units(int f) {
-    return code_bits(f) == 16 || f == WF_NVFP4 ? 1 : 2;
+// Units of a batch: registers.
+__host__ __device__ constexpr int batch_units(int f, int g) {
+    return code_bits(f) > 4 || (f == WF_INT4 && g < 128) || f == WF_NVFP4 ? 1 : 2;
 }
 
-// How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024).
+// On an SM, as far as registers go.
+__host__ __device__ constexpr int ctas(int f, int rows) {
+    return rows == 8 && f != WF_NVFP4 ? 2 : 1;
+}
+
+// How a problem is cut, and where things lie in shared memory (bytes from a multiple of 128).
 struct division {
-    int32_t cluster, clusters, tiles;
-    int32_t step;    // units of K: of four warpgroups, or of two with gate and up
-    int32_t x_units; // kept for all tiles; 0: brought with every step
-    int32_t stages;
-    int32_t senders;    // sums of a strip
-    int32_t sums_bytes; // of all strips (pairs of them, when gated) that a CTA finishes
-    int32_t scale_stage, x_stage, x_stride; // bytes of a stage; from a row of x to the next
-    int32_t at_x, at_scale, at_sums, at_turn, at_bars, bytes;
+    int32_t cluster, clusters;
+    int32_t tiles;                 // blocks; with gate and up pairs of them
+    int32_t deep, ring_bytes;      // batches of a warp's ring: 2 to 4
+    int32_t senders;               // sums of a chunk
+    int32_t sums_bytes;            // of all chunks (pairs of them, when gated) that a CTA finishes
+    int32_t x_stride;              // bytes from a row of x to the next
+    int64_t code_step, scale_step; // from a tile of a cluster to its next
+    int32_t at_x, at_sums, at_bars, bytes;
 };
 
-// A CTA finishes `strips_of` neighbouring strips of the four (with gate and up: pairs of them); in
-// a cluster of eight every other CTA finishes one.
-__host__ __device__ __forceinline__ int strips_of(const division &d) {
-    return d.cluster < 4 ? 4 / d.cluster : 1;
-}
+// The chunks of a tile, 16 rows by 8 rows of x, are finished by CTAs q C / Q: each has `per` of
+// them, or in large clusters some CTAs have one and others none.
+template <int NT> struct chunks {
+    static constexpr int all = 4 * (NT / 8);
+    static __host__ __device__ __forceinline__ int per(int cluster) {
+        return cluster < all ? all / cluster : 1;
+    }
+    static __device__ __forceinline__ bool some(int rank, int cluster) {
+        return rank * all % cluster == 0;
+    }
+};
 
 // --- What only clusters have
 // ------------------------------------------------------------------------------------------------
@@ -96,130 +110,145 @@ __device__ __forceinline__ void remote_store(uint32_t to, const float *v, uint32
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar)
                  : "memory");
 }
-// --- Loading
+
+// --- Copies of a thread
 // ------------------------------------------------------------------------------------------------
 
-// The part of K of a CTA, in units from `begin`, whole granules of 128 inputs.
+__device__ __forceinline__ void copy_16(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_16_or_zeros(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// All but the last `n` commits of this thread have landed.
+template <int n> __device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
+
+// Units of K from `begin`, whole granules of 128 inputs: the i-th of n parts.
 struct part {
-    int32_t begin, end, steps;
+    int32_t begin, end;
 };
-__device__ __forceinline__ part part_of(const linear_args &p, const division &d, uint32_t rank) {
+__device__ __forceinline__ part part_of(const linear_args &p, int i, int n) {
     const int32_t pairs = (p.units + 1) / 2;
     part k;
-    k.begin = pairs * (int32_t)rank / d.cluster * 2;
-    k.end = min(pairs * ((int32_t)rank + 1) / d.cluster * 2, p.units);
-    k.steps = (k.end - k.begin + d.step - 1) / d.step;
+    k.begin = pairs * i / n * 2;
+    k.end = min(pairs * (i + 1) / n * 2, p.units);
     return k;
 }
 
-// Barriers: full and empty of each stage, sums complete and sums read of each slot.
+// Sums complete, sums read, and for each part of the inputs whether a half of its x is there.
+enum { kBarriers = 2 + kWarps * 2 };
 struct barriers {
-    uint32_t full, empty, sums, read;
+    uint32_t sums, read, x;
 };
 
-template <typename T, int F, int NT, int G> struct loader {
-    static constexpr int kPart = part_units(F);
-    static constexpr int unit = 512 * code_bits(F), code_stage = 4 * kPart * unit;
-    static constexpr int kGranule = G ? G : 128, part_rows = kPart * 64 / kGranule;
+// --- A warp's ring of codes and scales
+// ------------------------------------------------------------------------------------------------
+
+template <int F, int G> struct ring {
+    static constexpr int N = batch_units(F, G), unit = 512 * code_bits(F);
+    static constexpr int granules = !G ? 0 : N * 64 > G ? N * 64 / G : 1; // of a batch
+    static constexpr int granule_max = F == WF_INT4 ? 192 : F == WF_FP8B ? 16 : 64;
+    static constexpr int code_bytes = N * unit;
+    static constexpr int slot_bytes = (code_bytes + granules * granule_max + 63) / 64 * 64;
+
     const linear_args &p;
     const division &d;
-    const barriers &bar;
-    part k;
-    uint32_t base;
+    int batches;       // of a tile
+    bool odd;          // the last has one unit only
+    uint32_t at, ends; // the slot to be read and then filled; behind the last
+    // What is asked for next: tiles to come, batch, this lane's place in codes and scales.
+    int tiles, batch;
+    const uint8_t *code, *scale;
+    int32_t in; // this lane's 16 bytes of 512
 
-    // Codes and scales of all steps, by one thread. What a step takes is known beforehand but for
-    // the last one of a tile.
-    __device__ void weights(int tile0) const {
-        const uint64_t policy = policy_evict_first();
-        const int64_t code_half = (int64_t)p.half_blocks * p.units * unit;
-        const int64_t scale_half = (int64_t)p.half_blocks * p.granules * p.granule_bytes;
-        const int halves = p.paired ? 2 : 1;
-        int stage = 0, parity = 1;
-        bool again = false;
-        for (int tile = tile0; tile < d.tiles; tile += d.clusters) {
-            const uint8_t *code = p.code + ((int64_t)tile * p.units + k.begin) * unit;
-            const uint8_t *scale =
-                p.scale + ((int64_t)tile * p.granules + k.begin * 64 / kGranule) * p.granule_bytes;
-            int n = d.step, code_bytes = n * unit;
-            int scale_bytes = G ? n * 64 / kGranule * p.granule_bytes : 0;
-            int all = halves * (code_bytes + scale_bytes);
-            for (int u = k.begin; u < k.end; u += d.step) {
-                if (u + d.step >= k.end) { // K may end within it
-                    n = k.end - u;
-                    code_bytes = n * unit;
-                    scale_bytes = G ? (n * 64 + kGranule - 1) / kGranule * p.granule_bytes : 0;
-                    all = halves * (code_bytes + scale_bytes);
-                }
-                const uint32_t full = bar.full + stage * 8, to = base + stage * code_stage;
-                const uint32_t scale_to = base + d.at_scale + stage * d.scale_stage;
-                if (again) barrier_wait(bar.empty + stage * 8, parity);
-                barrier_arrive_expect(full, all);
-                copy_bulk(to, code, code_bytes, full, policy);
-                if (G) copy_bulk(scale_to, scale, scale_bytes, full, policy);
-                if (p.paired) {
-                    copy_bulk(to + 2 * kPart * unit, code + code_half, code_bytes, full, policy);
-                    if (G)
-                        copy_bulk(scale_to + 2 * part_rows * p.granule_bytes, scale + scale_half,
-                                  scale_bytes, full, policy);
-                }
-                code += code_bytes;
-                scale += scale_bytes;
-                if (++stage == d.stages) stage = 0, parity ^= 1, again = true;
+    // Part k of the tiles from tile0. up: 1, of its blocks.
+    __device__ __forceinline__ ring(const linear_args &p, const division &d, part k, int up,
+                                    uint32_t begins, int tile0)
+        : p(p), d(d), at(begins), ends(begins + d.ring_bytes), batch(0) {
+        const int block = tile0 + up * p.half_blocks;
+        batches = (k.end - k.begin + N - 1) / N;
+        odd = (k.end - k.begin) % N;
+        tiles = batches && tile0 < d.tiles ? (d.tiles - tile0 + d.clusters - 1) / d.clusters : 0;
+        in = threadIdx.x % 32 * 16;
+        code = p.code + ((int64_t)block * p.units + k.begin) * unit + in;
+        if (G) {
+            scale = p.scale +
+                    ((int64_t)block * p.granules + k.begin * 64 / (G ? G : 1)) * p.granule_bytes +
+                    in;
+        }
+        asm volatile("" : "+r"(in));
+    }
+
+    // Asks for the next batch, if there is one, into the slot that was read.
+    __device__ __forceinline__ void fetch() {
+        if (tiles > 0) {
+            batch++;
+            const bool last = batch == batches, all = N == 1 || !(last && odd);
+#pragma unroll
+            for (int i = 0; i < N * unit; i += 512)
+                if (i < unit || all) copy_16(at + in + i, code + i);
+            if (G) {
+                const int bytes = (all ? granules : (granules + 1) / 2) * p.granule_bytes;
+#pragma unroll
+                for (int i = 0; i < (granules * granule_max + 511) / 512; i++)
+                    if (in + i * 512 < bytes)
+                        copy_16(at + code_bytes + in + i * 512, scale + i * 512);
+                if (G <= N * 64 || batch % 2 == 0) scale += granules * p.granule_bytes;
+            }
+            code += N * unit;
+            if (last) {
+                code += d.code_step - (int64_t)batches * (N * unit);
+                if (G)
+                    scale += d.scale_step -
+                             (G > N * 64 ? batches / 2 : batches) * granules * p.granule_bytes;
+                batch = 0;
+                tiles--;
             }
         }
+        copies_commit();
+        at += slot_bytes;
+        if (at == ends) at -= d.ring_bytes;
     }
-
-    // n units of all rows of x from u, by `threads` threads of which this is number i.
-    __device__ void rows(int u, int n, uint32_t to, int i, int threads) const {
-        const int warps = threads / 32;
-        const T *x = static_cast<const T *>(p.x) + u * 64;
-        for (int row = i / 32; row < p.m; row += warps)
-            for (int c = i % 32; c < n * 8; c += 32) {
-                const bool there = u * 64 + c * 8 < p.k; // else zeros, which codes past K meet
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 to + row * d.x_stride + c * 16),
-                             "l"(there ? x + row * p.ldx + c * 8 : x), "r"(there ? 16 : 0)
-                             : "memory");
-            }
-    }
-
-    // x of all steps, by one warp.
-    __device__ void inputs(int tile0) const {
-        wait_for_previous();
-        int stage = 0, parity = 1;
-        for (int tile = tile0; tile < d.tiles; tile += d.clusters)
-            for (int u = k.begin; u < k.end; u += d.step) {
-                barrier_wait(bar.empty + stage * 8, parity);
-                rows(u, min(d.step, k.end - u), base + d.at_x + stage * d.x_stage, threadIdx.x % 32,
-                     32);
-                barrier_arrive_copies(bar.full + stage * 8);
-                if (++stage == d.stages) stage = 0, parity ^= 1;
-            }
+    __device__ __forceinline__ void wait() const {
+        if (d.deep == 2)
+            copies_wait<1>();
+        else if (d.deep == 3)
+            copies_wait<2>();
+        else
+            copies_wait<3>();
+        __syncwarp();
     }
 };
 
 // --- Multiplying
 // ------------------------------------------------------------------------------------------------
 
-// One unit of one strip in registers: codes, x fragments by atom, raw scales.
-template <int F, int NT, int G> struct fragments {
-    static constexpr int rows = G && G < 64 ? 64 / G : 1; // granules
-    uint4 code[code_bits(F) / 4];
-    uint32_t x[4][NT / 8][2];
-    dequant_packed scale[rows];
-};
-
-// This lane's places: in the codes and scales of the first stage and in the first unit of x.
-struct places {
-    uint32_t code, scale, x;
-    int place;
-};
-
-template <int F, int NT, int G>
-__device__ __forceinline__ void load_unit(fragments<F, NT, G> &f, uint32_t code, uint32_t x,
-                                          uint32_t scale, const places &at, const linear_args &p) {
+// Codes of a unit and raw scales of a granule, of S strips from strip s0 of this warp's.
+template <int F, int S>
+__device__ __forceinline__ void load_codes(uint4 (&f)[S][code_bits(F) / 4], uint32_t code, int s0) {
 #pragma unroll
-    for (int c = 0; c < code_bits(F) / 4; c++) f.code[c] = shared_u128(code + c * 512);
+    for (int s = 0; s < S; s++)
+#pragma unroll
+        for (int c = 0; c < code_bits(F) / 4; c++)
+            f[s][c] = shared_u128(code + ((s0 + s) * code_bits(F) / 4 + c) * 512);
+}
+template <int F, int S, int C>
+__device__ __forceinline__ void load_scales(dequant_packed (&f)[S], uint32_t from, int place,
+                                            int s0, const linear_args &p) {
+#pragma unroll
+    for (int s = s0; s < s0 + C; s++) dequant_load_packed<F>(f[s], from, place + s * 16, p.sym);
+}
+
+// A unit of x: four atoms of NT rows.
+template <int NT> struct inputs { uint32_t x[4][NT / 8][2]; };
+template <int NT> __device__ __forceinline__ void load_inputs(inputs<NT> &f, uint32_t x) {
     if (NT == 8) {
 #pragma unroll
         for (int h = 0; h < 2; h++) load_matrices(&f.x[2 * h][0][0], x + h * 64);
@@ -227,299 +256,375 @@ __device__ __forceinline__ void load_unit(fragments<F, NT, G> &f, uint32_t code,
 #pragma unroll
         for (int j = 0; j < 4; j++) load_matrices(&f.x[j][0][0], x + j * 32);
     }
-    if (G)
-#pragma unroll
-        for (int i = 0; i < fragments<F, NT, G>::rows; i++)
-            dequant_load_packed<F>(f.scale[i], scale + i * p.granule_bytes, at.place, p.sym);
 }
 
-// n units at once: their chains of mma.sync are independent.
-template <typename T, int F, int NT, int G, int N>
-__device__ __forceinline__ void multiply_units(float (&acc)[NT / 8][4],
-                                               const fragments<F, NT, G> (&f)[N]) {
-    constexpr int rows = fragments<F, NT, G>::rows, bits = code_bits(F);
+// Codes as they are multiplied: something added to each, or all times a power of two, that no
+// instruction of their own takes away. Sums of x mend the one, `mend` the other.
+template <typename T, int F> struct raw {
+    static constexpr bool bf16 = half_pair<T>::bf16;
+    static constexpr bool zeros = F == WF_INT4 || (F == WF_INT8 && !bf16);
+    // Of rows g and g + 8: what the products' sums are to be multiplied with.
+    static constexpr float mend0 = F == WF_INT4 && !bf16 ? 16777216.f : dequant_factor<T, F>();
+    static constexpr float mend1 = F == WF_INT4 && !bf16 ? 1048576.f : dequant_factor<T, F>();
+    // An A fragment whose products are the sums of x, of rows g + 8 those times mend0 / mend1.
+    static constexpr uint32_t one0 = bf16 ? 0x3f803f80u : 0x3c003c00u;
+    static constexpr uint32_t one1 = F == WF_INT4 && !bf16 ? 0x4c004c00u : one0;
+
+    static __device__ __forceinline__ void word(uint32_t (&a)[4], const uint32_t *word) {
+        if (F == WF_INT4 && !bf16) { // subnormal: codes times 2^-24, of rows g + 8 times 2^-20
+            const uint32_t v = word[0], high = v >> 8;
+            a[0] = v & 0x000f000fu;
+            a[1] = v & 0x00f000f0u;
+            a[2] = high & 0x000f000fu;
+            a[3] = high & 0x00f000f0u;
+        } else if (F == WF_INT4) { // plus 128
 #pragma unroll
-    for (int i = 0; i < rows; i++) {
-        dequant_sums s[N];
-        float sum[N][NT / 8][4] = {};
+            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word[0] >> 4 * i, 0x43004300u);
+        } else if (F == WF_INT8 && !bf16) { // stored plus 128; plus 1024
 #pragma unroll
-        for (int u = 0; u < N; u++) dequant_unpack<T, F>(s[u], f[u].scale[i]);
+            for (int i = 0; i < 4; i++)
+                a[i] = __byte_perm(word[i / 2], 0x64646464u, i % 2 ? 0x4341 : 0x4240);
+        } else {
+            dequant_word<T, F, false>(a, word, dequant_scales{});
+        }
+    }
+    // Scales of rows g and g + 8, and what the sums of x are to be multiplied with and taken away.
+    static __device__ __forceinline__ void scales(float (&s)[2], float (&z)[2],
+                                                  const dequant_packed &from) {
+        dequant_unpack<F>(s, from);
+        if (F == WF_INT8) {
+            z[0] = z[1] = 1152.f;
+        } else if (bf16) { // 128 + z
+            z[0] = __uint_as_float(__byte_perm(from.zero, 0x43000000u, 0x7055));
+            z[1] = __uint_as_float(__byte_perm(from.zero, 0x43000000u, 0x7155));
+        } else { // subnormal too
+            const uint32_t pair = __byte_perm(from.zero, 0, 0x4140);
+            const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
+            z[0] = __low2float(h);
+            z[1] = __high2float(h);
+        }
+    }
+};
+
+// Sums of a granule, of S strips and of x itself: as many chains of mma.sync that are independent.
+template <typename T, int F, int NT, int S> struct granule_sums {
+    using W = raw<T, F>;
+    float strip[S][NT / 8][4], x[NT / 8][4];
+
+    // Strips s0 .. s0 + C - 1; x with the first of them.
+    template <int C> __device__ __forceinline__ void clear(int s0) {
 #pragma unroll
-        for (int j = i * 4 / rows; j < (i + 1) * 4 / rows; j++)
+        for (int t = 0; t < NT / 8; t++)
 #pragma unroll
-            for (int u = 0; u < N; u++) {
+            for (int e = 0; e < 4; e++) {
+                if (s0 == 0) x[t][e] = 0.f;
+#pragma unroll
+                for (int s = s0; s < s0 + C; s++) strip[s][t][e] = 0.f;
+            }
+    }
+    // Atoms j0 .. j1 - 1 of a unit of x, and of C strips from s0.
+    __device__ __forceinline__ void add_x(const inputs<NT> &in, int j0, int j1) {
+        const uint32_t one[4] = {W::one0, W::one1, W::one0, W::one1};
+#pragma unroll
+        for (int j = j0; W::zeros && j < j1; j++)
+#pragma unroll
+            for (int t = 0; t < NT / 8; t++) multiply(x[t], one, in.x[j][t][0], in.x[j][t][1], T{});
+    }
+    template <int C>
+    __device__ __forceinline__ void add(const uint4 (&code)[C][code_bits(F) / 4],
+                                        const inputs<NT> &in, int s0, int j0, int j1) {
+#pragma unroll
+        for (int j = j0; j < j1; j++)
+#pragma unroll
+            for (int s = 0; s < C; s++) {
                 uint32_t a[4];
-                dequant_word<T, F, false>(
-                    a, reinterpret_cast<const uint32_t *>(f[u].code) + j * bits / 4, s[u].codes);
+                W::word(a, reinterpret_cast<const uint32_t *>(code[s]) + j * code_bits(F) / 4);
 #pragma unroll
                 for (int t = 0; t < NT / 8; t++)
-                    multiply(sum[u][t], a, f[u].x[j][t][0], f[u].x[j][t][1], T{});
+                    multiply(strip[s0 + s][t], a, in.x[j][t][0], in.x[j][t][1], T{});
             }
+    }
+    template <int G, int C>
+    __device__ __forceinline__ void scaled_to(float (&acc)[S][NT / 8][4],
+                                              const dequant_packed (&packed)[S], int s0) const {
 #pragma unroll
-        for (int u = 0; u < N; u++)
+        for (int s = s0; s < s0 + C; s++) {
+            float scale[2], zero[2];
+            W::scales(scale, zero, packed[s]);
 #pragma unroll
             for (int t = 0; t < NT / 8; t++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[t][e] = G ? fmaf(s[u].scale[e / 2], sum[u][t][e], acc[t][e])
-                                  : acc[t][e] + sum[u][t][e];
+                for (int e = 0; e < 4; e++) {
+                    const float v =
+                        W::zeros ? fmaf(-zero[e / 2], x[t][e], strip[s][t][e]) : strip[s][t][e];
+                    acc[s][t][e] = G ? fmaf(scale[e / 2], v, acc[s][t][e]) : acc[s][t][e] + v;
+                }
+        }
     }
+};
+
+// A batch from the ring, times x; the ring is asked for another as soon as all is in registers.
+template <typename T, int F, int NT, int G>
+__device__ __forceinline__ void multiply_batch(float (&acc)[4][NT / 8][4], ring<F, G> &r, bool both,
+                                               uint32_t x, int place) {
+    using R = ring<F, G>;
+    constexpr int S = 4, N = R::N, rows = G && G < 64 ? 64 / G : 1; // granules of a unit
+    // Strips at once: registers.
+    constexpr int C = code_bits(F) == 16 ? 1 : code_bits(F) == 8 || G == 64 || G == 16 ? 2 : S;
+    granule_sums<T, F, NT, S> sum;
+    dequant_packed scale[S];
+    inputs<NT> in;
+    load_inputs(in, x);
+    r.wait();
+    const uint32_t from = r.at, scales = from + R::code_bytes;
+#pragma unroll
+    for (int u = 0; u < N; u++) {
+        uint4 code[C][code_bits(F) / 4];
+        if (u > 0 && both) load_inputs(in, x + u * 128);
+#pragma unroll
+        for (int s0 = 0; s0 < S; s0 += C) {
+            if (u == 0 || both) load_codes<F, C>(code, from + u * R::unit + r.in, s0);
+#pragma unroll
+            for (int i = 0; i < rows; i++) {
+                if (G && (u == 0 || (both && G <= 64)))
+                    load_scales<F, S, C>(scale, scales + (u * rows + i) * r.p.granule_bytes, place,
+                                         s0, r.p);
+                if (u == N - 1 && s0 == S - C && i == rows - 1) {
+                    __syncwarp();
+                    r.fetch();
+                }
+                if (u == 0 || both) {
+                    if (u == 0 || (G && G <= 64)) sum.template clear<C>(s0);
+                    if (s0 == 0) sum.add_x(in, i * 4 / rows, (i + 1) * 4 / rows);
+                    sum.template add<C>(code, in, s0, i * 4 / rows, (i + 1) * 4 / rows);
+                    if (G && G <= 64) sum.template scaled_to<G, C>(acc, scale, s0);
+                }
+            }
+        }
+    }
+    if (!G || G > 64) sum.template scaled_to<G, S>(acc, scale, 0);
 }
 
 // --- Sums of a tile
 // ------------------------------------------------------------------------------------------------
 
-// To the CTA that finishes this warp's strip. In a slot: [strip][sender][8 x rows][lane][4].
+// To the CTAs that finish them. In a slot: [chunk][gate, up][sender][lane][4].
 template <int NT>
-__device__ __forceinline__ void send(const float (&acc)[NT / 8][4], const division &d,
-                                     const barriers &bar, uint32_t base, uint32_t rank, int slot,
+__device__ __forceinline__ void send(const float (&acc)[4][NT / 8][4], const division &d,
+                                     const barriers &bar, uint32_t base, int sender, int half,
                                      bool paired) {
-    const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const uint32_t owner = strip * d.cluster / 4;
-    const int local = strip % strips_of(d) * (paired ? 2 : 1) + (paired ? wg % 2 : 0);
-    const int sender = paired ? rank * 2 + wg / 2 : rank * 4 + wg;
-    const uint32_t to = remote_address(base + d.at_sums + slot * d.sums_bytes, owner) +
-                        (local * d.senders + sender) * (NT * 64) + lane * 16;
-    const uint32_t sums = remote_address(bar.sums + slot * 8, owner);
+    using Q = chunks<NT>;
+    const int per = Q::per(d.cluster), halves = paired ? 2 : 1, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int t = 0; t < NT / 8; t++) remote_store(to + t * 512, acc[t], sums);
+    for (int q = 0; q < Q::all; q++) {
+        const uint32_t owner = q * d.cluster / Q::all;
+        const uint32_t to = remote_address(base + d.at_sums, owner);
+        remote_store(to + ((q % per * halves + half) * d.senders + sender) * 512 + lane * 16,
+                     acc[q / (NT / 8)][q % (NT / 8)], remote_address(bar.sums, owner));
+    }
 }
 
-template <int NT>
 __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int senders) {
     c[0] = c[1] = c[2] = c[3] = 0.f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < senders; i++) {
-        const uint4 v = shared_u128(from + i * (NT * 64));
+        const uint4 v = shared_u128(from + i * 512);
         c[0] += __uint_as_float(v.x), c[1] += __uint_as_float(v.y);
         c[2] += __uint_as_float(v.z), c[3] += __uint_as_float(v.w);
     }
 }
 
-// The strip of this warp, if this CTA finishes it.
+// Every second of this CTA's chunks of a tile, by finisher number `me`.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
-                                       uint32_t base, uint32_t rank, int tile, int turn, bool more,
-                                       float *stage) {
-    constexpr int kSlots = slots(NT);
-    const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, slot = turn % kSlots;
-    if (strip * d.cluster / 4 != (int)rank) return;
-    barrier_wait(bar.sums + slot * 8, turn / kSlots % 2);
-    const int per = strips_of(d), halves = p.paired ? 2 : 1;
-    if (strip % per == 0 && lane == 0 && more)
-        barrier_arrive_expect(bar.sums + slot * 8, d.sums_bytes);
-    const uint32_t from = base + d.at_sums + slot * d.sums_bytes +
-                          strip % per * halves * d.senders * (NT * 64) + lane * 16;
-    const int32_t half = !p.paired && tile >= p.half_blocks ? 1 : 0;
-    const int32_t in_half = (tile - half * p.half_blocks) * 64 + strip * 16;
-    if (in_half < p.half_rows) {
+                                       uint8_t *shared, int rank, int tile, int turn, bool more,
+                                       int me) {
+    using Q = chunks<NT>;
+    const int lane = threadIdx.x % 32, per = Q::per(d.cluster);
+    const int halves = p.paired ? 2 : 1;
+    if (!Q::some(rank, d.cluster)) return;
+    for (int local = me; local < per; local += kFinishers) {
+        const int q = rank * Q::all / d.cluster + local, t = q % (NT / 8);
+        const int block = tile, strip = q / (NT / 8);
+        const int half = !p.paired && block >= p.half_blocks ? 1 : 0;
+        const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
         const int32_t col = half * p.half_rows + in_half + lane % 4 * 4;
-        const linear_outputs o = linear_outputs_of<T>(p, 0, tile, col);
-        linear_outputs o_up = o;
-        if (p.paired) o_up = linear_outputs_of<T>(p, 0, tile + p.half_blocks, col + p.half_rows);
-#pragma unroll
-        for (int t = 0; t < NT / 8; t++) {
-            if (8 * t >= p.m) continue;
+        const bool there = block < p.blocks && in_half < p.half_rows && 8 * t < p.m;
+        linear_outputs o = {}, o_up = {};
+        if (there) {
+            o = linear_outputs_of<T>(p, 0, block, col, strip);
+            if (p.paired)
+                o_up = linear_outputs_of<T>(p, 0, block + p.half_blocks, col + p.half_rows, strip);
+        }
+        barrier_wait(bar.sums, turn % 2);
+        if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums, d.sums_bytes);
+        // Where the sums lay is free for what turns them.
+        uint8_t *at = shared + d.at_sums + local * halves * d.senders * 512;
+        float *stage = reinterpret_cast<float *>(at);
+        const uint32_t from = shared_address(at) + lane * 16;
+        if (there) {
             float c[4], up[4];
-            sum_senders<NT>(c, from + t * 512, d.senders);
+            sum_senders(c, from, d.senders);
             if (p.paired) {
-                sum_senders<NT>(up, from + d.senders * (NT * 64) + t * 512, d.senders);
+                sum_senders(up, from + d.senders * 512, d.senders);
                 linear_emit<T, true>(p, 8 * t, p.m, col, c, up, o, o_up, stage);
             } else {
                 linear_emit<T, false>(p, 8 * t, p.m, col, c, c, o, o, stage);
             }
         }
+        __syncwarp();
+        if (more && lane < d.cluster) remote_arrive(remote_address(bar.read, lane));
     }
-    __syncwarp();
-    if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + slot * 8, lane));
 }
 
-// --- The warps that multiply
+// --- The kernel
 // ------------------------------------------------------------------------------------------------
 
-template <typename T, int F, int NT, int G> struct multiplier {
-    using L = loader<T, F, NT, G>;
-    using unit = fragments<F, NT, G>;
-    static constexpr int N = L::kPart;
-    const L &load;
-    places at;
-    int ahead; // units of a step before those of this warpgroup
-    int stage, parity;
-
-    __device__ void begin() {
-        const linear_args &p = load.p;
-        const division &d = load.d;
-        const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int in = p.paired ? wg % 2 * 2 + wg / 2 : wg; // place among the parts of a stage
-        ahead = (p.paired ? wg / 2 : wg) * N;
-        at.code = load.base + in * N * L::unit + strip * (L::unit / 4) + lane * 16;
-        at.scale = load.base + d.at_scale + in * L::part_rows * p.granule_bytes;
-        at.place = strip * 16 + lane / 4 * 2;
-        // Rows past M give outputs that nobody stores.
-        const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
-        at.x = load.base + d.at_x + ahead * 128 + min(row, p.m - 1) * d.x_stride +
-               (NT == 8 ? lane / 8 : lane / 8 % 2) * 16;
-        asm volatile("" : "+r"(at.code), "+r"(at.scale), "+r"(at.place), "+r"(at.x));
-        stage = parity = 0;
-        if (!d.x_units) return;
-        load.rows(load.k.begin, load.k.end - load.k.begin, load.base + d.at_x, threadIdx.x,
-                  32 * kWarps);
-        asm volatile("cp.async.wait_all;\n"
-                     "bar.sync 1, %0;" ::"n"(32 * kWarps)
-                     : "memory");
-    }
-
-    __device__ void fetch(unit &to, int i, int step) const { // unit i of this step's
-        const division &d = load.d;
-        load_unit<F, NT, G>(to, at.code + stage * L::code_stage + i * L::unit,
-                            at.x + (d.x_units ? step * d.step * 128 : stage * d.x_stage) + i * 128,
-                            at.scale + stage * d.scale_stage +
-                                (i * 64 / L::kGranule) * load.p.granule_bytes,
-                            at, load.p);
-    }
-    __device__ void release() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(load.bar.empty + stage * 8);
-        if (++stage == load.d.stages) stage = 0, parity ^= 1;
-    }
-
-    // This warp's sums of a tile.
-    __device__ void tile(float (&acc)[NT / 8][4]) {
-        int left = load.k.end - load.k.begin - ahead; // units from this warpgroup's first
-        for (int step = 0; step < load.k.steps; step++, left -= load.d.step) {
-            barrier_wait(load.bar.full + stage * 8, parity);
-            if (left >= N) {
-                unit f[N];
+// x of part k, by one warp, one half of its batches after the other. Rows in turn from one that
+// differs from CTA to CTA: they all want the same lines of L2 at once. All that can be known before
+// the wait is made before it.
+template <typename T>
+__device__ __forceinline__ void load_x(const linear_args &p, const division &d, part k, int first,
+                                       uint32_t to, uint32_t bar, int row0) {
+    const int64_t ld = p.ldx * 2;
+    const uint8_t *x = static_cast<const uint8_t *>(p.x);
+    const int left = p.k * 2 - k.begin * 128, end = (k.end - k.begin) * 128;
+    int at = threadIdx.x % 32 * 16;
+    const uint8_t *from = x + row0 * ld + k.begin * 128 + at;
+    to += row0 * d.x_stride + at;
+    asm volatile("" : "+l"(from), "+r"(to), "+r"(at));
+    wait_for_previous();
 #pragma unroll
-                for (int i = 0; i < N; i++) fetch(f[i], i, step);
-                release();
-                multiply_units<T, F, NT, G, N>(acc, f);
-            } else {
-                if (left == 1) {
-                    unit f[1];
-                    fetch(f[0], 0, step);
-                    multiply_units<T, F, NT, G, 1>(acc, f);
-                }
-                release();
+    for (int h = 0; h < 2; h++) {
+        for (; at < (h ? end : first); at += 512, from += 512, to += 512) {
+            const bool there = at < left; // else zeros, which codes past K meet
+            for (int row = row0, i = 0; i < p.m; i++) {
+                copy_16_or_zeros(to, there ? from : x, there);
+                from += ld;
+                to += d.x_stride;
+                if (++row == p.m) row = 0, from -= p.m * ld, to -= p.m * d.x_stride;
             }
         }
-        constexpr float mend = dequant_factor<T, F>();
-#pragma unroll
-        for (int t = 0; t < NT / 8; t++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[t][e] *= mend;
+        barrier_arrive_copies(bar + h * 8);
     }
-};
+}
 
 // By one thread.
 template <int NT> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
-    for (int i = 0; i < d.stages; i++) {
-        barrier_init(bar.full + i * 8, d.x_units ? 1 : 1 + 32);
-        barrier_init(bar.empty + i * 8, kWarps);
-    }
-    for (int i = 0; i < slots(NT); i++) {
-        barrier_init(bar.sums + i * 8, 1);
-        barrier_init(bar.read + i * 8, 4);
-        barrier_arrive_expect(bar.sums + i * 8, d.sums_bytes);
-    }
+    barrier_init(bar.sums, 1);
+    for (int i = 0; i < kWarps * 2; i++) barrier_init(bar.x + i * 8, 32);
+    barrier_init(bar.read, chunks<NT>::all);
+    barrier_arrive_expect(bar.sums, d.sums_bytes);
     barrier_init_fence();
 }
 
 template <typename T, int F, int NT, int G>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, ctas(F, NT))
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
-    constexpr int kSlots = slots(NT);
-    extern __shared__ uint8_t shared[];
-    uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
-    const uint32_t base = shared_address(start), rank = cluster_rank();
+    extern __shared__ __align__(128) uint8_t shared[];
+    const uint32_t base = shared_address(shared);
+    const int rank = cluster_rank(), lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const int tile0 = blockIdx.x / d.cluster;
-    barriers bar;
-    bar.full = base + d.at_bars;
-    bar.empty = bar.full + d.stages * 8;
-    bar.sums = bar.empty + d.stages * 8;
-    bar.read = bar.sums + kSlots * 8;
+    const barriers bar = {base + d.at_bars, base + d.at_bars + 8, base + d.at_bars + 16};
 
     launch_dependents();
-    if (threadIdx.x == 32 * kLoader) init<NT>(bar, d);
-    const loader<T, F, NT, G> load = {p, d, bar, part_of(p, d, rank), base};
-    __syncthreads();
-    cluster_arrive();
+    if (threadIdx.x == 32 * kWarps) init<NT>(bar, d);
 
-    if (warp >= kLoader) {
-        if (threadIdx.x == 32 * kLoader)
-            load.weights(tile0);
-        else if (warp > kLoader && !d.x_units)
-            load.inputs(tile0);
-        __syncwarp();
-        cluster_wait();
-        return;
-    }
-
-    wait_for_previous();
     if (warp >= kWarps) {
-        float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp % 4 * LINEAR_STAGE_FLOATS;
+        __syncthreads();
+        cluster_arrive();
+        wait_for_previous();
         cluster_wait();
         for (int tile = tile0, count = 0; tile < d.tiles; tile += d.clusters, count++)
-            finish<T, NT>(p, d, bar, base, rank, tile, count, tile + kSlots * d.clusters < d.tiles,
-                          turn);
+            finish<T, NT>(p, d, bar, shared, rank, tile, count, tile + d.clusters < d.tiles,
+                          warp - kWarps);
         return;
     }
 
-    multiplier<T, F, NT, G> work = {load, {}, 0, 0, 0};
-    work.begin();
-    int count = 0;
-    for (int tile = tile0; tile < d.tiles; tile += d.clusters, count++) {
-        float acc[NT / 8][4] = {};
-        work.tile(acc);
-        if (count == 0) cluster_wait(); // all barriers of the cluster are there
-        const int slot = count % kSlots;
-        if (count >= kSlots) barrier_wait(bar.read + slot * 8, count / kSlots % 2 ^ 1);
-        send<NT>(acc, d, bar, base, rank, slot, p.paired);
+    using R = ring<F, G>;
+    const int groups = p.paired ? kWarps / 2 : kWarps, half = warp / groups;
+    const int sender = rank * groups + warp % groups;
+    const part k = part_of(p, sender, d.senders);
+    R r(p, d, k, half, base + warp * d.ring_bytes, tile0);
+    for (int i = 0; i < d.deep; i++) r.fetch();
+    __syncthreads();
+    cluster_arrive();
+    const uint32_t x_from = base + d.at_x + (k.begin - part_of(p, rank, d.cluster).begin) * 128;
+    const uint32_t x_there = bar.x + warp % groups * 16;
+    const int first = (r.batches + 1) / 2; // batches of the first half
+    if (half == 0 && tile0 < d.tiles)
+        load_x<T>(p, d, k, first * R::N * 128, x_from, x_there, (tile0 + warp) % p.m);
+    cluster_wait(); // all barriers of the cluster are there
+    // Rows past M give outputs that nobody stores.
+    const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
+    uint32_t x = x_from + min(row, p.m - 1) * d.x_stride + (NT == 8 ? lane / 8 : lane / 8 % 2) * 16;
+    int place = lane / 4 * 2;
+    asm volatile("" : "+r"(place), "+r"(x));
+    int turn = 1;
+    for (int tile = tile0; tile < d.tiles; tile += d.clusters) {
+        float acc[4][NT / 8][4] = {};
+        for (int b = 1; b <= r.batches; b++, x += R::N * 128) {
+            if (tile == tile0 && (b == 1 || b == first + 1))
+                barrier_wait(x_there + (b > 1 ? 8 : 0), 0);
+            multiply_batch<T, F, NT, G>(acc, r, R::N == 1 || !(b == r.batches && r.odd), x, place);
+        }
+        x -= r.batches * R::N * 128;
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int t = 0; t < NT / 8; t++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    acc[s][t][e] *= e < 2 ? raw<T, F>::mend0 : raw<T, F>::mend1;
+        if (tile != tile0) barrier_wait(bar.read, turn); // the sums of the tile before
+        turn ^= 1;
+        send<NT>(acc, d, bar, base, sender, half, p.paired);
     }
 #endif
 }
 
-enum { kRoom = 226 * 1024, kStages = 16 };
-
-// The division among at most `most` clusters of c CTAs; stages = 0 when x leaves no room.
-template <int F, int NT, int G> division divide(const linear_args *a, int c, int most) {
-    using L = loader<__half, F, NT, G>;
+// The division among at most `most` clusters of c CTAs, and about how many cycles it takes; bytes
+// = 0 when x leaves no room.
+template <int F, int NT, int G>
+division divide(const linear_args *a, int c, int most, int *cycles) {
+    using R = ring<F, G>;
     division d = {};
     d.cluster = c;
     d.tiles = a->paired ? a->half_blocks : a->blocks;
+    // Also where there are fewer tiles: each SM then has one CTA of every launch.
+    d.clusters = most;
     const int rounds = (d.tiles + most - 1) / most;
-    d.clusters = (d.tiles + rounds - 1) / rounds;
-    d.step = (a->paired ? 2 : 4) * L::kPart;
-    d.senders = c * (a->paired ? 2 : 4);
-    d.sums_bytes = strips_of(d) * (a->paired ? 2 : 1) * d.senders * NT * 64;
-    d.scale_stage = G ? (4 * L::part_rows * a->granule_bytes + 127) / 128 * 128 : 0;
-    const int sums = slots(NT) * d.sums_bytes, turn = 4 * LINEAR_STAGE_FLOATS * 4;
-    const int bars = kStages * 16 + slots(NT) * 16, stage = L::code_stage + d.scale_stage;
-    int room = kRoom - 1024 - sums - turn - bars;
+    d.code_step = (int64_t)most * a->units * R::unit;
+    d.scale_step = (int64_t)most * a->granules * a->granule_bytes;
+    d.senders = c * (a->paired ? kWarps / 2 : kWarps);
+    d.sums_bytes = chunks<NT>::per(c) * (a->paired ? 2 : 1) * d.senders * 512;
     // From a row of x to the next 16 bytes modulo 128, which ldmatrix reads without conflicts.
     const int units = ((a->units + 1) / 2 + c - 1) / c * 2;
-    const int x_all = (a->m * (units * 128 + 16) + 127) / 128 * 128;
-    if (room - x_all >= 3 * stage && room - x_all >= 40 * 1024) d.x_units = units;
-    d.x_stride = (d.x_units ? units : d.step) * 128 + 16;
-    d.x_stage = d.x_units ? 0 : (a->m * d.x_stride + 127) / 128 * 128;
-    if (d.x_units) room -= x_all;
-    const int steps = rounds * ((units + d.step - 1) / d.step), fit = room / (stage + d.x_stage);
-    d.stages = fit < kStages ? fit : kStages;
-    if (d.stages > steps) d.stages = steps;
-    d.at_x = d.stages * L::code_stage;
-    d.at_sums = d.at_x + (d.x_units ? x_all : d.stages * d.x_stage);
-    d.at_scale = d.at_sums + sums;
-    d.at_turn = d.at_scale + d.stages * d.scale_stage;
-    d.at_bars = d.at_turn + turn;
-    d.bytes = d.at_bars + bars + 1024;
+    d.x_stride = units * 128 + 16;
+    const int x = (a->m * d.x_stride + 127) / 128 * 128, rest = x + d.sums_bytes + kBarriers * 8,
+              ring = kWarps * R::slot_bytes;
+    // Clusters of more than two are not spread evenly over SMs with room for two CTAs.
+    const bool shared_sm = c <= 2 && ctas(F, NT) == 2 && rest + 2 * ring <= kHalf;
+    d.deep = ((shared_sm ? kHalf : kRoom) - rest) / ring;
+    if (d.deep > 4) d.deep = 4;
+    d.ring_bytes = d.deep * R::slot_bytes;
+    d.at_x = d.deep * ring;
+    d.at_sums = d.at_x + x;
+    d.at_bars = d.at_sums + d.sums_bytes;
+    d.bytes = shared_sm ? d.at_bars + kBarriers * 8 : kRoom;
+    // An SM's share of memory is 18 bytes a cycle, L2 gives it 24; batches are of 128 inputs.
+    const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
+    const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
+    *cycles = rounds * (tile / 18 + 100) + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) +
+              (c > 2 ? 2000 : 0);
+    if (d.deep < 2) d.bytes = 0;
     return d;
 }
 
-// Clusters of two fit every SM. Larger ones leave out the SMs of a GPC that make no whole cluster,
-// but with them x fits for longer K.
-constexpr int kClusters[] = {2, 4, 8};
+// Clusters of two fit every SM. Larger ones leave out the SMs of a GPC that make no whole cluster.
+constexpr int kClusters[] = {1, 2, 4, 8};
 
 template <typename T, int F, int NT, int G>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
@@ -536,19 +641,21 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     config.numAttrs = 1;
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
-    static int most[COUNT_OF(kClusters)]; // that the GPU holds at once
+    static int most[COUNT_OF(kClusters)]; // that the GPU holds at once, one CTA an SM
     division d = {};
-    for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess && !d.x_units; i++) {
+    int best = 0;
+    for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess; i++) {
         const int c = kClusters[i];
         with[0].val.clusterDim.x = (unsigned)c;
         config.gridDim = dim3((unsigned)(n_sms * per_sm / c * c));
         if (!most[i]) e = cudaOccupancyMaxActiveClusters(&most[i], kernel, &config);
         if (e != cudaSuccess || !most[i]) break;
-        const division other = divide<F, NT, G>(args, c, most[i]);
-        if (i == 0 || other.x_units) d = other;
+        int cycles;
+        const division other = divide<F, NT, G>(args, c, most[i], &cycles);
+        if (other.bytes && (!d.bytes || cycles < best)) d = other, best = cycles;
     }
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
-    if (d.stages < 1) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
+    if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
     with[0].val.clusterDim.x = (unsigned)d.cluster;
     config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
     config.dynamicSmemBytes = (size_t)d.bytes;
