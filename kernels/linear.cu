@@ -107,10 +107,11 @@ struct preference {
     const char *name;
 };
 const preference preferences[] = {
-    {90, 8, "hopper_8x1"},     {90, 8, "hopper_8x2"},        {90, 16, "hopper_16x1"},
-    {90, 16, "hopper_16x2"},   {90, 32, "hopper_32x2"},      {90, 64, "hopper_64x2"},
-    {90, 1 << 30, "tall_128"}, {80, 8, "ampere_8x1"},        {80, 16, "ampere_16x1"},
-    {80, 32, "ampere_32x2"},   {80, 1 << 30, "ampere_64x2"},
+    {90, 8, "hopper_8x1"},        {90, 8, "hopper_8x2"},   {90, 16, "hopper_16x1"},
+    {90, 16, "hopper_16x2"},      {90, 32, "mid_32"},      {90, 32, "hopper_32x2"},
+    {90, 64, "mid_64"},           {90, 64, "hopper_64x2"}, {90, 1 << 30, "tall_128"},
+    {80, 8, "ampere_8x1"},        {80, 16, "ampere_16x1"}, {80, 32, "ampere_32x2"},
+    {80, 1 << 30, "ampere_64x2"},
 };
 
 bool gated(const linear_problem *p) {
@@ -128,8 +129,8 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_short_table(), linear_tall_table(), linear_hopper_table(),
-                                   linear_ampere_table()};
+    const linear_table tables[] = {linear_short_table(), linear_mid_table(), linear_tall_table(),
+                                   linear_hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -218,9 +219,9 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {linear_short_table(), linear_hopper_table(),
+    const linear_table hopper[] = {linear_short_table(), linear_mid_table(), linear_hopper_table(),
                                    linear_tall_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {
