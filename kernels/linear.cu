@@ -107,15 +107,26 @@ struct preference {
     const char *name;
 };
 const preference preferences[] = {
-    {90, 8, 62, "hopper_8x1"},         {90, 8, 62, "hopper_8x2"},
-    {90, 16, 62, "hopper_16x1"},       {90, 16, 62, "hopper_16x2"},
-    {90, 32, 62, "hopper_32x2"},       {90, 64, 62, "hopper_64x2"},
-    {90, 1 << 30, 62, "tall_128"},     {80, 8, 62, "ampere_8x1"},
-    {80, 16, 62, "ampere_split_16x2"}, {80, 16, 26, "ampere_split_16x1"},
-    {80, 16, 62, "ampere_16x2"},       {80, 32, 26, "ampere_split_32x1"},
-    {80, 32, 62, "ampere_32x2"},       {80, 64, 26, "ampere_64x1"},
-    {80, 64, 62, "ampere_64x2"},       {80, 512, 26, "ampere_128x1"},
-    {80, 1 << 30, 62, "ampere_128x2"}, {80, 1 << 30, 62, "ampere_128x1"},
+    {90, 8, 62, "hopper_8x1"},
+    {90, 8, 62, "hopper_8x2"},
+    {90, 16, 62, "hopper_16x1"},
+    {90, 16, 62, "hopper_16x2"},
+    {90, 32, 62, "mid_32"},
+    {90, 32, 62, "hopper_32x2"},
+    {90, 64, 62, "mid_64"},
+    {90, 64, 62, "hopper_64x2"},
+    {90, 1 << 30, 62, "tall_128"},
+    {80, 8, 62, "ampere_8x1"},
+    {80, 16, 62, "ampere_split_16x2"},
+    {80, 16, 26, "ampere_split_16x1"},
+    {80, 16, 62, "ampere_16x2"},
+    {80, 32, 26, "ampere_split_32x1"},
+    {80, 32, 62, "ampere_32x2"},
+    {80, 64, 26, "ampere_64x1"},
+    {80, 64, 62, "ampere_64x2"},
+    {80, 512, 26, "ampere_128x1"},
+    {80, 1 << 30, 62, "ampere_128x2"},
+    {80, 1 << 30, 62, "ampere_128x1"},
 };
 
 bool gated(const linear_problem *p) {
@@ -133,8 +144,8 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_short_table(), linear_tall_table(), linear_hopper_table(),
-                                   linear_ampere_table()};
+    const linear_table tables[] = {linear_short_table(), linear_mid_table(), linear_tall_table(),
+                                   linear_hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -224,9 +235,9 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {linear_short_table(), linear_hopper_table(),
+    const linear_table hopper[] = {linear_short_table(), linear_mid_table(), linear_hopper_table(),
                                    linear_tall_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {

@@ -50,6 +50,7 @@ linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* these run on sm_90, where compiled for 90a */
 linear_table linear_tall_table(void);
 linear_table linear_short_table(void);
+linear_table linear_mid_table(void);
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 
