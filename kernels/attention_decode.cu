@@ -767,11 +767,13 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
                                              int head0, int n_leaves, int *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2);
-        __threadfence();
-        const bool last = atomicAdd(counter, n_leaves) + n_leaves == run.n;
+        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2), before;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(n_leaves)
+                     : "memory");
+        const bool last = before + n_leaves == run.n;
         if (last) *counter = 0;
-        __threadfence();
         *flag = last;
     }
     __syncthreads();
@@ -828,7 +830,8 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
-template <int D, int NT, int UT, bool BULK> struct feeder {
+// WHOLE: an entry is K and V of a unit, else one of them.
+template <int D, int NT, int UT, bool WHOLE, bool BULK> struct feeder {
     const decode_arguments &a;
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
@@ -912,35 +915,47 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
             for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
         }
     }
+    // K and the parameters of the unit, or V of it, or all: one copy where they lie together.
+    __device__ __forceinline__ void copy_unit(uint32_t to, uint32_t bar, bool k, bool v) {
+        const int unit = UT == kPage ? 0 : token % kPage / UT;
+        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
+        const uint8_t *code = base + code_at, *param = base + param_at;
+        const int params = a.k_param + a.v_param_bytes;
+        if (BULK) barrier_expect(bar, (k ? a.k_bytes + params : 0) + (v ? a.v_bytes : 0));
+        if (k && v && UT == kPage)
+            copy(to, code, a.k_bytes + a.v_bytes, bar);
+        else if (k)
+            copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
+        if (v && !(k && UT == kPage))
+            copy(to + (k ? a.k_bytes : 0), code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
+        if (k) {
+            const uint32_t at = to + a.k_bytes + (v ? a.v_bytes : 0);
+            if (UT == kPage) {
+                copy(at, param, params, bar);
+            } else {
+                copy(at, param + unit * a.k_param, a.k_param, bar);
+                copy(at + a.k_param, param + a.v_param + unit * a.v_param_bytes, a.v_param_bytes,
+                     bar);
+            }
+        }
+        if (!BULK) copy_async_arrive(bar);
+    }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
         if (fresh && warp == 0) fetch_q(run->row, tile());
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
-        const int unit = UT == kPage ? 0 : token % kPage / UT;
-        const uint8_t *base = a.base + (int64_t)page * a.page_bytes, *code = base + code_at;
         if (!BULK || lane == 0) {
-            if (second) {
-                if (BULK) barrier_expect(bar, a.v_bytes);
-                copy(to, code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
-            } else {
-                const uint8_t *param = base + param_at;
-                const int k_param = a.k_param, v_param = a.v_param_bytes;
-                if (BULK) barrier_expect(bar, a.k_bytes + k_param + v_param);
-                copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
-                if (UT == kPage) { // both kinds of parameters lie together
-                    copy(to + a.k_bytes, param, k_param + v_param, bar);
-                } else {
-                    copy(to + a.k_bytes, param + unit * k_param, k_param, bar);
-                    copy(to + a.k_bytes + k_param, param + a.v_param + unit * v_param, v_param,
-                         bar);
-                }
-            }
-            if (!BULK) copy_async_arrive(bar);
+            if (WHOLE)
+                copy_unit(to, bar, true, true);
+            else if (second)
+                copy_unit(to, bar, false, true);
+            else
+                copy_unit(to, bar, true, false);
         }
-        if (second) next_unit();
-        second = !second;
+        if (WHOLE || second) next_unit();
+        if (!WHOLE) second = !second;
     }
     // Is the unit free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const { return token + UT < run->end; }
@@ -993,9 +1008,10 @@ __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_argu
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
     static constexpr int UT = unit_tokens<D, NT, C>, JOINTS = joints<D, NT>;
+    static constexpr bool WHOLE = C == ONLY_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, NT, UT, BULK> feed;
+    feeder<D, NT, UT, C == ONLY_4, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1025,18 +1041,18 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {};
         uint32_t at = wait();
         multiply_k_of<D, NT, UT, C, T>(s, q, k_format<C>(a), at, lane);
-        const uint32_t param = at + a.k_bytes;
+        const uint32_t param = at + a.k_bytes + (WHOLE ? a.v_bytes : 0);
         if (C != ANY || a.k != KF_16) load_params<UT>(k_param, param, k_format<C>(a), lane / 4);
         if (C != ANY || a.v != KF_16)
             load_params<UT>(v_param, param + a.k_param, v_format<C>(a), lane / 4);
-        release();
+        if (!WHOLE) release();
         scale_scores<D, NT, UT, C>(s, q, a, k_param);
         if (x.edge) {
             clear_scores<NT, UT>(s, x, lane / 4);
             clear_params<UT>(v_param, x, lane / 4);
         }
         weigh<D, NT, UT, C, T>(p, s, st, a, v_param);
-        at = wait();
+        at = WHOLE ? at + a.k_bytes : wait();
         multiply_v_of<D, NT, UT, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
@@ -1118,7 +1134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
     worker<D, NT, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
-    feeder<D, NT, UT, BULK> &feed = w.feed;
+    feeder<D, NT, UT, C == ONLY_4, BULK> &feed = w.feed;
     feed.warp = warp;
     feed.lane = lane;
     feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
@@ -1192,7 +1208,8 @@ status launch(const attention_problem *p) {
     a.k_param = UT * attention_param_bytes(a.k);
     a.v_param_bytes = UT * attention_param_bytes(a.v);
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    a.slot_bytes = (int)div_up(k_entry > a.v_bytes ? k_entry : a.v_bytes, 128) * 128;
+    const int entry = C == ONLY_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
     a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched up to (stages + 1) / 2
@@ -1204,7 +1221,7 @@ status launch(const attention_problem *p) {
     int bytes = room + 1;
     for (a.stages = 17; bytes > room && a.stages > 1;) {
         a.stages--;
-        a.q_slots = (a.stages + 1) / 2 + 1;
+        a.q_slots = (C == ONLY_4 ? a.stages : (a.stages + 1) / 2) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
