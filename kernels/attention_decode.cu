@@ -35,12 +35,15 @@ constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
 
 // What K and V may be in an instance, and the tokens of a ring entry: 4 KB of codes where that is
 // 16 or more, and half as many where two tiles of heads share the registers.
-enum kv_class { ONLY_4, CODES, ANY };
+// The common pairs of formats are constants: what is not theirs costs time even where it is jumped
+// over.
+enum kv_class { KV_4, KV_8, KV_FP8, K8_V4, CODES, KV_16, ANY };
+__host__ __device__ constexpr bool has_16(kv_class c) { return c == KV_16 || c == ANY; }
 constexpr int clamp_tokens(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
 template <int D, int NT, kv_class C>
-constexpr int entry_tokens = clamp_tokens((C == ONLY_4  ? 8192
-                                           : C == CODES ? 4096
-                                                        : 2048) /
+constexpr int entry_tokens = clamp_tokens((C == KV_4   ? 8192
+                                           : has_16(C) ? 2048
+                                                       : 4096) /
                                           (D * NT));
 // Entries of K, and as many of V, that are attended at once, a unit: its chain of latencies is
 // nearly as long as that of one. Each is filled again as soon as it has been read.
@@ -69,12 +72,25 @@ struct decode_arguments {
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
 };
 
-// Formats of an instance, constant where they are.
+// Formats of an instance, constants where there is one; may they be f?
+constexpr int kOpen = -1;
+__host__ __device__ constexpr int only_k(kv_class c) {
+    return c == KV_4     ? KF_4
+           : c == KV_8   ? KF_8
+           : c == KV_FP8 ? KF_FP8
+           : c == K8_V4  ? KF_8
+           : c == KV_16  ? KF_16
+                         : kOpen;
+}
+__host__ __device__ constexpr int only_v(kv_class c) { return c == K8_V4 ? KF_4 : only_k(c); }
+__host__ __device__ constexpr bool may_be(kv_class c, int only, kv_format f) {
+    return only == kOpen ? c == ANY || f != KF_16 : only == f;
+}
 template <kv_class C> __device__ __forceinline__ kv_format k_format(const decode_arguments &a) {
-    return C == ONLY_4 ? KF_4 : a.k;
+    return only_k(C) == kOpen ? a.k : (kv_format)only_k(C);
 }
 template <kv_class C> __device__ __forceinline__ kv_format v_format(const decode_arguments &a) {
-    return C == ONLY_4 ? KF_4 : a.v;
+    return only_v(C) == kOpen ? a.v : (kv_format)only_v(C);
 }
 
 __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
@@ -465,7 +481,7 @@ template <int D, int NT, int UT, kv_class C>
 __device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
                                              const decode_arguments &a,
                                              const uint32_t (&params)[UT / 16][2]) {
-    const bool codes = C != ANY || a.k != KF_16;
+    const bool codes = !has_16(C) || k_format<C>(a) != KF_16;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
@@ -522,7 +538,7 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
                                       state<D, NT> &st, const decode_arguments &a,
                                       const uint32_t (&params)[UT / 16][2]) {
     const kv_format v = v_format<C>(a);
-    const bool codes = C != ANY || v != KF_16;
+    const bool codes = !has_16(C) || v != KF_16;
     float top[NT][2], from[NT][2], unit = st.unit;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -621,7 +637,8 @@ __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf)
 }
 
 // Results of two leaves at a time where that leaves enough memory for the rings.
-template <int D, int NT, kv_class C> constexpr int joints = D <= 128 && NT == 1 && C != ANY ? 2 : 1;
+template <int D, int NT, kv_class C>
+constexpr int joints = D <= 128 && NT == 1 && !has_16(C) ? 2 : 1;
 
 // Block memory of the warps' results, [joints] of each: acc [4 warps, D / 16, NT, 8 rows, quarters]
 // float4, and (m, l) [4 warps, NT, 4 quarters] float4.
@@ -637,7 +654,7 @@ template <int D, int NT, kv_class C>
 __device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &st,
                                           const decode_arguments &a, int at, int warp, int lane) {
     const kv_format v = v_format<C>(a);
-    const bool codes = C != ANY || v != KF_16;
+    const bool codes = !has_16(C) || v != KF_16;
     const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
     float4 *acc = (float4 *)(memory + a.joint_at) + joint_tile<D, NT>(a, at * kWarps, 0, 0) +
@@ -741,7 +758,7 @@ __device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_argume
                 int d0, d1;
                 rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
                 const uint32_t pair = pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f);
-                if (C != ANY || v != KF_16) {
+                if (!has_16(C) || v != KF_16) {
                     *(uint32_t *)(to + d0) = pair;
                 } else {
                     to[d0] = (uint16_t)pair;
@@ -985,13 +1002,13 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
 template <int D, int NT, int UT, int R, kv_class C, typename T>
 __device__ __forceinline__ void multiply_k_of(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
                                               kv_format k, const uint32_t (&at)[R], int lane) {
-    if (C == ANY && k == KF_16)
+    if (may_be(C, only_k(C), KF_16) && k == KF_16)
         multiply_k<D, NT, UT, R, KF_16, T>(s, q, at, lane);
-    else if (C == ONLY_4 || k == KF_4)
+    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
         multiply_k<D, NT, UT, R, KF_4, __half>(s, q, at, lane);
-    else if (k == KF_8)
+    else if (may_be(C, only_k(C), KF_8) && k == KF_8)
         multiply_k<D, NT, UT, R, KF_8, __half>(s, q, at, lane);
-    else
+    else if (may_be(C, only_k(C), KF_FP8))
         multiply_k<D, NT, UT, R, KF_FP8, __half>(s, q, at, lane);
 }
 
@@ -999,14 +1016,14 @@ template <int D, int NT, int UT, int R, kv_class C, typename T>
 __device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (&p)[UT / 16][NT][2],
                                               kv_format v, const extent &x, const uint32_t (&at)[R],
                                               int lane) {
-    if (C == ANY && v == KF_16) {
+    if (may_be(C, only_v(C), KF_16) && v == KF_16) {
         if (x.edge) clear_v<2 * D, UT, R>(at, x, lane);
         multiply_v<D, NT, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane);
-    } else if (C == ONLY_4 || v == KF_4) {
+    } else if (may_be(C, only_v(C), KF_4) && v == KF_4) {
         multiply_v<D, NT, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane);
-    } else if (v == KF_8) {
+    } else if (may_be(C, only_v(C), KF_8) && v == KF_8) {
         multiply_v<D, NT, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane);
-    } else {
+    } else if (may_be(C, only_v(C), KF_FP8)) {
         if (x.edge) clear_v<D, UT, R>(at, x, lane);
         multiply_v<D, NT, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
     }
@@ -1015,20 +1032,21 @@ __device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (
 template <int D, int NT, kv_class C, typename T>
 __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_arguments &a,
                                               const uint8_t *from, int n_heads, int lane) {
-    if (C == ANY && a.k == KF_16)
+    const kv_format k = k_format<C>(a);
+    if (may_be(C, only_k(C), KF_16) && k == KF_16)
         load_query<D, NT, KF_16, T>(q, a, from, n_heads, lane);
-    else if (C == ONLY_4 || a.k == KF_4)
+    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
         load_query<D, NT, KF_4, T>(q, a, from, n_heads, lane);
-    else if (a.k == KF_8)
+    else if (may_be(C, only_k(C), KF_8) && k == KF_8)
         load_query<D, NT, KF_8, T>(q, a, from, n_heads, lane);
-    else
+    else if (may_be(C, only_k(C), KF_FP8))
         load_query<D, NT, KF_FP8, T>(q, a, from, n_heads, lane);
 }
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
     static constexpr int UT = unit_tokens<D, NT, C>, R = unit_entries<D, NT, C>;
     static constexpr int JOINTS = joints<D, NT, C>;
-    static constexpr bool WHOLE = C == ONLY_4;
+    static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
     feeder<D, NT, UT, R, WHOLE, BULK> feed;
@@ -1070,9 +1088,9 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         wait(at);
         multiply_k_of<D, NT, UT, R, C, T>(s, q, k_format<C>(a), at, lane);
         const int param = a.k_bytes + (WHOLE ? a.v_bytes : 0);
-        if (C != ANY || a.k != KF_16)
+        if (!has_16(C) || k_format<C>(a) != KF_16)
             load_params<UT, R>(k_param, at, param, k_format<C>(a), lane / 4);
-        if (C != ANY || a.v != KF_16)
+        if (!has_16(C) || v_format<C>(a) != KF_16)
             load_params<UT, R>(v_param, at, param + a.k_param, v_format<C>(a), lane / 4);
         if (!WHOLE) release();
         scale_scores<D, NT, UT, C>(s, q, a, k_param);
@@ -1212,7 +1230,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
     constexpr int ET = entry_tokens<D, NT, C>;
-    constexpr int ENTRIES = C == ONLY_4 ? 1 : 2 * unit_entries<D, NT, C>; // of a unit
+    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, NT, C>; // of a unit
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1241,7 +1259,7 @@ status launch(const attention_problem *p) {
     a.k_param = ET * attention_param_bytes(a.k);
     a.v_param_bytes = ET * attention_param_bytes(a.v);
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    const int entry = C == ONLY_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
     a.slot_bytes = (int)div_up(entry, 128) * 128;
     a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
@@ -1282,10 +1300,17 @@ status launch(const attention_problem *p) {
 }
 
 template <int D, int NT, bool BULK> status launch_formats(const attention_problem *p) {
-    if (p->c.k == KF_4 && p->c.v == KF_4) return launch<D, NT, ONLY_4, __half, BULK>(p);
-    if (p->c.k != KF_16 && p->c.v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
-    if (p->l.type == DT_F16) return launch<D, NT, ANY, __half, BULK>(p);
-    return launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
+    const kv_format k = p->c.k, v = p->c.v;
+    const bool half = p->l.type == DT_F16;
+    if (k == KF_4 && v == KF_4) return launch<D, NT, KV_4, __half, BULK>(p);
+    if (k == KF_8 && v == KF_8) return launch<D, NT, KV_8, __half, BULK>(p);
+    if (k == KF_FP8 && v == KF_FP8) return launch<D, NT, KV_FP8, __half, BULK>(p);
+    if (k == KF_8 && v == KF_4) return launch<D, NT, K8_V4, __half, BULK>(p);
+    if (k != KF_16 && v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
+    if (k == KF_16 && v == KF_16)
+        return half ? launch<D, NT, KV_16, __half, BULK>(p)
+                    : launch<D, NT, KV_16, __nv_bfloat16, BULK>(p);
+    return half ? launch<D, NT, ANY, __half, BULK>(p) : launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
 }
 
 template <bool BULK> status launch_sizes(const attention_problem *p) {
