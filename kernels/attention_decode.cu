@@ -18,13 +18,14 @@
 // the end.
 //
 // A block is four warps, two blocks an SM. Each warp decodes pages of its own through its own ring
-// in shared memory: an entry is K and parameters, or V, of a unit of UT tokens, and whoever has
-// read an entry fills it again with what comes `stages` entries later, across leaves, runs and
-// sequences (attention_plan.h). The four meet at the end of a leaf, add up their results, a quarter
-// of the dims each, and join the sum to the run's so far. A tile whose leaves are all of one run
-// goes to `out` from registers. Otherwise the run that has leaf 0 leaves its sum, and the others
-// leave every leaf, as records; the block that completes the count joins them in order. So a result
-// is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves fell to blocks.
+// in shared memory. A unit of UT tokens lies there in R entries of K and parameters and R of V, or,
+// at 4 bit, in one of both; whoever has read an entry fills it again with what comes `stages`
+// entries later, across leaves, runs and sequences (attention_plan.h). The four meet at the end of
+// a leaf, add up their results, a quarter of the dims each, and join the sum to the run's so far. A
+// tile whose leaves are all of one run goes to `out` from registers. Otherwise the run that has
+// leaf 0 leaves its sum, and the others leave every leaf, as records; the block that completes the
+// count joins them in order. So a result is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves
+// fell to blocks.
 #include "attention_device.cuh"
 
 namespace {
@@ -33,12 +34,13 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
 
-// What K and V may be in an instance, and the tokens of a ring entry: 4 KB of codes where that is
-// 16 or more, and half as many where two tiles of heads share the registers.
-// The common pairs of formats are constants: what is not theirs costs time even where it is jumped
-// over.
+// What K and V may be in an instance. The common pairs of formats are constants there: the code of
+// the others costs time even where it is jumped over.
 enum kv_class { KV_4, KV_8, KV_FP8, K8_V4, CODES, KV_16, ANY };
 __host__ __device__ constexpr bool has_16(kv_class c) { return c == KV_16 || c == ANY; }
+
+// Tokens of a ring entry: 4 KB of codes where that is 16 or more, and half as many where two tiles
+// of heads share the registers.
 constexpr int clamp_tokens(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
 template <int D, int NT, kv_class C>
 constexpr int entry_tokens = clamp_tokens((C == KV_4   ? 8192
@@ -66,7 +68,7 @@ struct decode_arguments {
     int n_heads, n_kv_heads, ratio, n_tiles;      // n_tiles: of a group
     bool bf16;                                    // q, out and sinks; fp16 otherwise
     float scale;                                  // times log2(e)
-    int k_bytes, v_bytes, k_param, v_param_bytes; // of a unit
+    int k_bytes, v_bytes, k_param, v_param_bytes; // of an entry
     int stages, slot_bytes, q_slots, q_bytes;
     int quarters; // of the lanes of four whose columns are heads
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
@@ -192,12 +194,12 @@ __device__ __forceinline__ float2 pair16(uint32_t x, bool bf16) {
 // neighbours of two k-steps in words 4 (i / 2) .. + 3.
 template <int D, int NT, kv_format F>
 __device__ __forceinline__ void load_words(uint32_t (&raw)[NT][D / 8], const uint8_t *from,
-                                           int n_heads, int lane) {
+                                           int row_bytes, int n_heads, int lane) {
     const int column = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int h = n * 8 + column;
-        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * (2 * D + 16));
+        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * row_bytes);
         const uint32_t keep = h < n_heads ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
@@ -219,10 +221,11 @@ __device__ __forceinline__ void load_words(uint32_t (&raw)[NT][D / 8], const uin
 
 template <int D, int NT, kv_format F, typename T>
 __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a,
-                                           const uint8_t *from, int n_heads, int lane) {
+                                           const uint8_t *from, int row_bytes, int n_heads,
+                                           int lane) {
     const int quarter = lane % 4;
     uint32_t raw[NT][D / 8];
-    load_words<D, NT, F>(raw, from, n_heads, lane);
+    load_words<D, NT, F>(raw, from, row_bytes, n_heads, lane);
     if (F == KF_16) {
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -838,15 +841,15 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
             }
 #pragma unroll
             for (int k = 0; k < BATCH; k++) { // without branches: the factors do not wait for x
-                const bool first = k == 0 && k0 == 0, there = k0 + k < n;
+                const bool start = k0 + k == 0, there = k0 + k < n;
                 const float next = there ? fmaxf(m, w[k].x) : m;
                 const float f = exp2_approx(m - next), g = exp2_approx(w[k].x - next);
                 m = next;
-                l = first ? w[k].y : there ? join2(l, f, w[k].y, g) : l;
-                x.x = first ? y[k].x : there ? join2(x.x, f, y[k].x, g) : x.x;
-                x.y = first ? y[k].y : there ? join2(x.y, f, y[k].y, g) : x.y;
-                x.z = first ? y[k].z : there ? join2(x.z, f, y[k].z, g) : x.z;
-                x.w = first ? y[k].w : there ? join2(x.w, f, y[k].w, g) : x.w;
+                l = start ? w[k].y : there ? join2(l, f, w[k].y, g) : l;
+                x.x = start ? y[k].x : there ? join2(x.x, f, y[k].x, g) : x.x;
+                x.y = start ? y[k].y : there ? join2(x.y, f, y[k].y, g) : x.y;
+                x.z = start ? y[k].z : there ? join2(x.z, f, y[k].z, g) : x.z;
+                x.w = start ? y[k].w : there ? join2(x.w, f, y[k].w, g) : x.w;
             }
         }
         const float f = normal_of(a, head, m, l);
@@ -875,7 +878,7 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     int token, stop; // of the unit; the end of the run's part of the tile
     int page;
     int code_at, param_at; // of the tile's head in a page
-    int n_q;               // tiles whose q is on its way or here
+    int n_q;               // tiles after the first whose q is on its way or here
     int entry;             // of the unit, comes next
     bool fresh;            // a new tile: its q is wanted
     bool done;
@@ -921,21 +924,24 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         else
             seek();
     }
-    // q of a tile, a row a head.
+    // q of a tile, a row of 2 D bytes a head.
+    __device__ __forceinline__ const uint8_t *q_rows(int row, const tile_place &p) const {
+        return (const uint8_t *)a.qkv +
+               ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * 2 * D;
+    }
     __device__ __forceinline__ void fetch_q(int row, int of) {
         const int at = n_q++ % a.q_slots;
         const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
         const tile_place p = place_of<NT>(a, of);
-        const uint16_t *from =
-            (const uint16_t *)a.qkv + ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * D;
+        const uint8_t *from = q_rows(row, p);
         if (BULK) {
             if (lane == 0) barrier_expect(bar, p.n_heads * 2 * D);
             __syncwarp();
             if (lane < p.n_heads)
-                copy_bulk(to + lane * q_row_bytes<D>(), from + lane * D, 2 * D, bar);
+                copy_bulk(to + lane * q_row_bytes<D>(), from + lane * 2 * D, 2 * D, bar);
         } else {
             for (int k = lane; k < p.n_heads * (D / 8); k += 32)
-                copy_async(to + k / (D / 8) * q_row_bytes<D>() + k % (D / 8) * 16, from + k * 8);
+                copy_async(to + k / (D / 8) * q_row_bytes<D>() + k % (D / 8) * 16, from + k * 16);
             copy_async_arrive(bar);
         }
     }
@@ -1031,16 +1037,17 @@ __device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (
 
 template <int D, int NT, kv_class C, typename T>
 __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_arguments &a,
-                                              const uint8_t *from, int n_heads, int lane) {
+                                              const uint8_t *from, int row_bytes, int n_heads,
+                                              int lane) {
     const kv_format k = k_format<C>(a);
     if (may_be(C, only_k(C), KF_16) && k == KF_16)
-        load_query<D, NT, KF_16, T>(q, a, from, n_heads, lane);
+        load_query<D, NT, KF_16, T>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_4) && k == KF_4)
-        load_query<D, NT, KF_4, T>(q, a, from, n_heads, lane);
+        load_query<D, NT, KF_4, T>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_8) && k == KF_8)
-        load_query<D, NT, KF_8, T>(q, a, from, n_heads, lane);
+        load_query<D, NT, KF_8, T>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_FP8))
-        load_query<D, NT, KF_FP8, T>(q, a, from, n_heads, lane);
+        load_query<D, NT, KF_FP8, T>(q, a, from, row_bytes, n_heads, lane);
 }
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
@@ -1120,8 +1127,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         const int at = n_put % JOINTS;
         barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
         put_joint<D, NT, C>(memory, st, a, at, feed.warp, feed.lane);
-        __syncwarp();
-        if (feed.lane == 0) barrier_arrive(put_bar(at));
+        barrier_arrive(put_bar(at));
         n_put++;
     }
     // All warps' results of leaf `part`, which was `back` leaves ago, together; then where they go.
@@ -1131,8 +1137,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         sum<D, NT> leaf;
         barrier_wait(put_bar(at), n / JOINTS & 1);
         take_joint<D, NT>(leaf, memory, a, at, feed.warp, feed.lane);
-        __syncwarp();
-        if (feed.lane == 0) barrier_arrive(taken_bar(at));
+        barrier_arrive(taken_bar(at));
         if (!head)
             put_record<D, NT, C>(leaf, a, run.slot + part, place_of<NT>(a, tile), feed.warp,
                                  feed.lane);
@@ -1141,15 +1146,27 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         else
             add_leaf(all, leaf);
     }
+    // q of tile n_q of the block after the first. That is read where it is, which takes less time.
+    __device__ __forceinline__ void get_query(query<D, NT> &q, int row, const tile_place &p,
+                                              int n_q) {
+        const int at = n_q % a.q_slots;
+        const uint8_t *there = feed.q_rows(row, p), *copy = memory + a.q_at + at * a.q_bytes;
+        const bool first = n_q < 0;
+        if (!first) barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
+        if (D <= 128)
+            load_query_of<D, NT, C, T>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(),
+                                       p.n_heads, feed.lane);
+        else if (first) // an address that may be either would cost registers
+            load_query_of<D, NT, C, T>(q, a, there, 2 * D, p.n_heads, feed.lane);
+        else
+            load_query_of<D, NT, C, T>(q, a, copy, q_row_bytes<D>(), p.n_heads, feed.lane);
+    }
     // Leaves from .. to of one tile.
     __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
                                                 int to, int n_q) {
         const bool head = from == 0, whole = head && to == run.n;
-        const int at = n_q % a.q_slots;
         query<D, NT> q;
-        barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
-        load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * a.q_bytes,
-                                   place_of<NT>(a, tile).n_heads, feed.lane);
+        get_query(q, run.row, place_of<NT>(a, tile), n_q);
         sum<D, NT> here;
         sum<D, NT> &all =
             NT == 1 ? here : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT>);
@@ -1196,23 +1213,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
-        for (int i = 0; i < 2 * joints<D, NT, C>; i++) barrier_init(w.put_bar(i), kWarps);
+        for (int i = 0; i < 2 * joints<D, NT, C>; i++) barrier_init(w.put_bar(i), kThreads);
         fence_async_proxy();
     }
     __syncthreads();
     // What this step has not written needs no waiting for the kernel before this one.
-    const bool any = !feed.done;
-    const int row = feed.run->row, tile = any ? feed.tile() : 0;
     int slot = 0;
     feed.fresh = false;
     if (BULK)
         while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
     wait_for_previous();
     launch_dependents();
-    if (any && warp == 0) feed.fetch_q(row, tile);
     while (slot < a.stages) feed.fetch(slot++);
 
-    int n_q = 0;
+    int n_q = -1;
     for (int at = blockIdx.x; at >= 0;) {
         const attention_run run = a.runs[at];
         for (int leaf = run.from; leaf < run.to;) {
