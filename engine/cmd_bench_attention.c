@@ -214,7 +214,7 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)plan_bytes);
     int64_t used = 0;
     st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
-                             g->n_sms);
+                             c->k == KF_4 && c->v == KF_4, g->n_sms);
     if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
     mem_free(plan);
     TRY(st);

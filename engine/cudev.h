@@ -98,6 +98,7 @@ typedef struct {
 enum { CUDEV_PLANS_MAX = 4 };
 typedef struct {
     int32_t window;
+    bool kv4;     /* of all its layers */
     void *device; /* attention_plan_bytes */
 } cudev_plan;
 

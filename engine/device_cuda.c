@@ -221,13 +221,19 @@ static status setup_plans(cudev *c) {
     const int64_t bytes = attention_plan_bytes(c->max_seqs, c->max_tokens, c->max_page_ids);
     for (int32_t i = 0; i < m->n_layers; i++) {
         int32_t p = 0;
+        const kv_pair f = precision_kv(&c->precision, i);
+        const bool kv4 = f.k == KF_4 && f.v == KF_4;
         while (p < c->n_plans && c->plan[p].window != m->window[i]) p++;
-        if (p < c->n_plans) continue;
+        if (p < c->n_plans) {
+            c->plan[p].kv4 = c->plan[p].kv4 && kv4;
+            continue;
+        }
         if (p == CUDEV_PLANS_MAX)
             return FAIL(ST_UNSUPPORTED, "more than %d different windows", CUDEV_PLANS_MAX);
         for (int32_t j = 0; j < COUNT_OF(c->slot); j++)
             TRY(pinned((size_t)bytes + 16, &c->slot[j].plan[p]));
         c->plan[p].window = m->window[i];
+        c->plan[p].kv4 = kv4;
         c->n_plans++;
         TRY(take(c, bytes + 16, "attention plan", &c->plan[p].device));
     }
@@ -422,7 +428,7 @@ static status upload_step(cudev *c) {
     for (int32_t i = 0; i < c->n_plans; i++) {
         int64_t used;
         TRY(attention_plan_make(c->at->plan[i], &used, &a, c->n_heads, c->n_kv_heads, m->head_dim,
-                                c->plan[i].window, c->n_sms));
+                                c->plan[i].window, c->plan[i].kv4, c->n_sms));
         copy[1 + i] = (rows_copy){
             .to = c->plan[i].device, .from = c->at->plan[i], .bytes = div_up(used, 16) * 16};
     }

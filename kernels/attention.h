@@ -63,8 +63,8 @@ status kernel_rope_append(void *qkv, const attention_layer_params *l, const atte
 /* --- Plan: the split of the work, made once a step on the host, read by every layer of that window
  * ---
  *
- * How a sequence is split depends on its own length (and on H, G, D, window) alone, and the parts
- * are joined in a fixed order: a result has the same bits in any batch. */
+ * How a sequence is split depends on its own length (and on H, G, D, window, kv4) alone, and the
+ * parts are joined in a fixed order: a result has the same bits in any batch. */
 
 /* Most bytes of a plan. max_pages: entries of `page` of all sequences together. */
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
@@ -76,9 +76,11 @@ int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n
 /* Fill `host`; *used bytes of it are what the caller copies to the device. kv_len, seq_start and
  * page_start of `b` are host pointers here, the others are not read. A graph that was captured with
  * a plan runs with any later plan written to the same place, as long as n_decodes and
- * n_seqs - n_decodes are zero or not as they were. n_sms as for kernel_attention. */
+ * n_seqs - n_decodes are zero or not as they were. kv4: K and V of every layer that reads the plan
+ * have 4 bits; a hint. n_sms as for kernel_attention. */
 status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window, int32_t n_sms);
+                           int32_t n_kv_heads, int32_t head_dim, int32_t window, bool kv4,
+                           int32_t n_sms);
 
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
  * once. q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a

@@ -18,13 +18,14 @@
 // the end.
 //
 // A block is four warps, two blocks an SM. Each warp decodes pages of its own through its own ring
-// in shared memory: an entry is K and parameters, or V, of a unit of UT tokens, and whoever has
-// read an entry fills it again with what comes `stages` entries later, across leaves, runs and
-// sequences (attention_plan.h). The four meet at the end of a leaf, add up their results, a quarter
-// of the dims each, and join the sum to the run's so far. A tile whose leaves are all of one run
-// goes to `out` from registers. Otherwise the run that has leaf 0 leaves its sum, and the others
-// leave every leaf, as records; the block that completes the count joins them in order. So a result
-// is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves fell to blocks.
+// in shared memory. A unit of UT tokens lies there in R entries of K and parameters and R of V, or,
+// at 4 bit, in one of both; whoever has read an entry fills it again with what comes `stages`
+// entries later, across leaves, runs and sequences (attention_plan.h). The four meet at the end of
+// a leaf, add up their results, a quarter of the dims each, and join the sum to the run's so far. A
+// tile whose leaves are all of one run goes to `out` from registers. Otherwise the run that has
+// leaf 0 leaves its sum, and the others leave every leaf, as records; the block that completes the
+// count joins them in order. So a result is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves
+// fell to blocks.
 #include "attention_device.cuh"
 
 namespace {
@@ -33,15 +34,25 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
 
-// What K and V may be in an instance, and the tokens of a unit: 4 KB of codes where that is 16
-// or more, and half as many where two tiles of heads share the registers.
-enum kv_class { ONLY_4, CODES, ANY };
-constexpr int clamp_unit(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
+// What K and V may be in an instance. The common pairs of formats are constants there: the code of
+// the others costs time even where it is jumped over.
+enum kv_class { KV_4, KV_8, KV_FP8, K8_V4, CODES, KV_16, ANY };
+__host__ __device__ constexpr bool has_16(kv_class c) { return c == KV_16 || c == ANY; }
+
+// Tokens of a ring entry: 4 KB of codes where that is 16 or more, and half as many where two tiles
+// of heads share the registers.
+constexpr int clamp_tokens(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
 template <int D, int NT, kv_class C>
-constexpr int unit_tokens = clamp_unit((C == ONLY_4  ? 8192
-                                        : C == CODES ? 4096
-                                                     : 2048) /
-                                       (D * NT));
+constexpr int entry_tokens = clamp_tokens((C == KV_4   ? 8192
+                                           : has_16(C) ? 2048
+                                                       : 4096) /
+                                          (D * NT));
+// Entries of K, and as many of V, that are attended at once, a unit: its chain of latencies is
+// nearly as long as that of one. Each is filled again as soon as it has been read.
+template <int D, int NT, kv_class C>
+constexpr int unit_entries = D <= 128 && NT == 1 && entry_tokens<D, NT, C> < kPage ? 2 : 1;
+template <int D, int NT, kv_class C>
+constexpr int unit_tokens = entry_tokens<D, NT, C> *unit_entries<D, NT, C>;
 
 struct decode_arguments {
     void *out;       // [T, H D]
@@ -57,18 +68,31 @@ struct decode_arguments {
     int n_heads, n_kv_heads, ratio, n_tiles;      // n_tiles: of a group
     bool bf16;                                    // q, out and sinks; fp16 otherwise
     float scale;                                  // times log2(e)
-    int k_bytes, v_bytes, k_param, v_param_bytes; // of a unit
+    int k_bytes, v_bytes, k_param, v_param_bytes; // of an entry
     int stages, slot_bytes, q_slots, q_bytes;
     int quarters; // of the lanes of four whose columns are heads
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
 };
 
-// Formats of an instance, constant where they are.
+// Formats of an instance, constants where there is one; may they be f?
+constexpr int kOpen = -1;
+__host__ __device__ constexpr int only_k(kv_class c) {
+    return c == KV_4     ? KF_4
+           : c == KV_8   ? KF_8
+           : c == KV_FP8 ? KF_FP8
+           : c == K8_V4  ? KF_8
+           : c == KV_16  ? KF_16
+                         : kOpen;
+}
+__host__ __device__ constexpr int only_v(kv_class c) { return c == K8_V4 ? KF_4 : only_k(c); }
+__host__ __device__ constexpr bool may_be(kv_class c, int only, kv_format f) {
+    return only == kOpen ? c == ANY || f != KF_16 : only == f;
+}
 template <kv_class C> __device__ __forceinline__ kv_format k_format(const decode_arguments &a) {
-    return C == ONLY_4 ? KF_4 : a.k;
+    return only_k(C) == kOpen ? a.k : (kv_format)only_k(C);
 }
 template <kv_class C> __device__ __forceinline__ kv_format v_format(const decode_arguments &a) {
-    return C == ONLY_4 ? KF_4 : a.v;
+    return only_v(C) == kOpen ? a.v : (kv_format)only_v(C);
 }
 
 __device__ __forceinline__ float load16(const void *p, int64_t at, bool bf16) {
@@ -170,12 +194,12 @@ __device__ __forceinline__ float2 pair16(uint32_t x, bool bf16) {
 // neighbours of two k-steps in words 4 (i / 2) .. + 3.
 template <int D, int NT, kv_format F>
 __device__ __forceinline__ void load_words(uint32_t (&raw)[NT][D / 8], const uint8_t *from,
-                                           int n_heads, int lane) {
+                                           int row_bytes, int n_heads, int lane) {
     const int column = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int h = n * 8 + column;
-        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * (2 * D + 16));
+        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * row_bytes);
         const uint32_t keep = h < n_heads ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
@@ -197,10 +221,11 @@ __device__ __forceinline__ void load_words(uint32_t (&raw)[NT][D / 8], const uin
 
 template <int D, int NT, kv_format F, typename T>
 __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a,
-                                           const uint8_t *from, int n_heads, int lane) {
+                                           const uint8_t *from, int row_bytes, int n_heads,
+                                           int lane) {
     const int quarter = lane % 4;
     uint32_t raw[NT][D / 8];
-    load_words<D, NT, F>(raw, from, n_heads, lane);
+    load_words<D, NT, F>(raw, from, row_bytes, n_heads, lane);
     if (F == KF_16) {
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -252,10 +277,17 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
 // --- The two products
 // -------------------------------------------------------------------------------
 
+// Where tile m of 16 tokens of a unit begins; `at`: of the unit's R entries.
+template <int UT, int R, int ROW>
+__device__ __forceinline__ uint32_t tile_at(const uint32_t (&at)[R], int m) {
+    constexpr int TILES = UT / R / 16;
+    return at[m / TILES] + m % TILES * 16 * ROW;
+}
+
 // s[UT / 16][NT][4] = K [UT, D] q^T
-template <int D, int NT, int UT, kv_format F, typename T>
+template <int D, int NT, int UT, int R, kv_format F, typename T>
 __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
-                                           uint32_t k_at, int lane) {
+                                           const uint32_t (&k_at)[R], int lane) {
     constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
     constexpr int STEPS = F == KF_16 ? 1 : F == KF_4 ? 4 : 2; // k-steps of a pair of pieces
     const uint32_t lane_at = lane_offset<ROW, true>(lane);
@@ -270,7 +302,7 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
         uint32_t r[UT / 16][4]; // tiles side by side: their products do not wait for each other
 #pragma unroll
         for (int m = 0; m < UT / 16; m++)
-            load_matrices(r[m], k_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+            load_matrices(r[m], tile_at<UT, R, ROW>(k_at, m) + pair_offset<ROW>(lane_at, pair));
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
 #pragma unroll
@@ -297,10 +329,10 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
 }
 
 // acc[D / 16][NT][4] += V^T [D, UT] p^T; middle[NT][4] += -m * sum of p over tokens.
-template <int D, int NT, int UT, kv_format F, typename T>
+template <int D, int NT, int UT, int R, kv_format F, typename T>
 __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&middle)[NT][4],
-                                           const uint32_t (&p)[UT / 16][NT][2], uint32_t v_at,
-                                           int lane) {
+                                           const uint32_t (&p)[UT / 16][NT][2],
+                                           const uint32_t (&v_at)[R], int lane) {
     constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
     constexpr uint32_t MIDDLE = F == KF_8 ? 0x80808080u : 0x80088008u; // -128, -8 times 2^-24
     const uint32_t lane_at = lane_offset<ROW, false>(lane);
@@ -313,7 +345,7 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
 #pragma unroll
         for (int pair = 0; pair < ROW / 32; pair++) {
             uint32_t r[4]; // pieces 0, 1 of tokens 0..7, then of tokens 8..15
-            load_matrices_turned(r, v_at + m * 16 * ROW + pair_offset<ROW>(lane_at, pair));
+            load_matrices_turned(r, tile_at<UT, R, ROW>(v_at, m) + pair_offset<ROW>(lane_at, pair));
             if (F == KF_16) {
 #pragma unroll
                 for (int n = 0; n < NT; n++)
@@ -395,20 +427,23 @@ __device__ __forceinline__ float column_sum(float x) {
 }
 
 // Parameters of this lane's tokens, as they lie in memory: f16 scale, and f16 minimum above it.
-template <int UT>
-__device__ __forceinline__ void load_params(uint32_t (&p)[UT / 16][2], uint32_t at, kv_format f,
-                                            int row) {
+// They are `offset` bytes into each of the unit's entries.
+template <int UT, int R>
+__device__ __forceinline__ void load_params(uint32_t (&p)[UT / 16][2], const uint32_t (&at)[R],
+                                            int offset, kv_format f, int row) {
+    constexpr int TILES = UT / R / 16;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int token = m * 16 + half * 8 + row;
+            const int token = m % TILES * 16 + half * 8 + row;
+            const uint32_t from = at[m / TILES] + offset;
             if (f == KF_FP8) {
                 uint16_t scale;
-                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(at + 2 * token));
+                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(from + 2 * token));
                 p[m][half] = scale;
             } else {
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(p[m][half]) : "r"(at + 4 * token));
+                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(p[m][half]) : "r"(from + 4 * token));
             }
         }
 }
@@ -449,7 +484,7 @@ template <int D, int NT, int UT, kv_class C>
 __device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
                                              const decode_arguments &a,
                                              const uint32_t (&params)[UT / 16][2]) {
-    const bool codes = C != ANY || a.k != KF_16;
+    const bool codes = !has_16(C) || k_format<C>(a) != KF_16;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
@@ -506,7 +541,7 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
                                       state<D, NT> &st, const decode_arguments &a,
                                       const uint32_t (&params)[UT / 16][2]) {
     const kv_format v = v_format<C>(a);
-    const bool codes = C != ANY || v != KF_16;
+    const bool codes = !has_16(C) || v != KF_16;
     float top[NT][2], from[NT][2], unit = st.unit;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -551,15 +586,16 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
 }
 
 // V of tokens that must not count: zero where it can be NaN, since 0 * NaN is NaN.
-template <int ROW, int UT>
-__device__ __forceinline__ void clear_v(uint32_t v_at, const extent &x, int lane) {
+template <int ROW, int UT, int R>
+__device__ __forceinline__ void clear_v(const uint32_t (&v_at)[R], const extent &x, int lane) {
     for (int t = 0; t < UT; t++)
         if (x.out(t))
             for (int at = lane * 16; at < ROW; at += 512)
-                asm volatile(
-                    "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + code_at(ROW, t, at)),
-                    "r"(0)
-                    : "memory");
+                asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
+                                 (R > 1 && t >= UT / R ? v_at[R - 1] : v_at[0]) +
+                                 code_at(ROW, t % (UT / R), at)),
+                             "r"(0)
+                             : "memory");
     fence_async_proxy();
     __syncwarp();
 }
@@ -606,7 +642,8 @@ __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf)
 }
 
 // Results of two leaves at a time where that leaves enough memory for the rings.
-template <int D, int NT> constexpr int joints = D <= 128 && NT == 1 ? 2 : 1;
+template <int D, int NT, kv_class C>
+constexpr int joints = D <= 128 && NT == 1 && !has_16(C) ? 2 : 1;
 
 // Block memory of the warps' results, [joints] of each: acc [4 warps, D / 16, NT, 8 rows, quarters]
 // float4, and (m, l) [4 warps, NT, 4 quarters] float4.
@@ -622,7 +659,7 @@ template <int D, int NT, kv_class C>
 __device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &st,
                                           const decode_arguments &a, int at, int warp, int lane) {
     const kv_format v = v_format<C>(a);
-    const bool codes = C != ANY || v != KF_16;
+    const bool codes = !has_16(C) || v != KF_16;
     const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
     float4 *acc = (float4 *)(memory + a.joint_at) + joint_tile<D, NT>(a, at * kWarps, 0, 0) +
@@ -726,7 +763,7 @@ __device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_argume
                 int d0, d1;
                 rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
                 const uint32_t pair = pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f);
-                if (C != ANY || v != KF_16) {
+                if (!has_16(C) || v != KF_16) {
                     *(uint32_t *)(to + d0) = pair;
                 } else {
                     to[d0] = (uint16_t)pair;
@@ -769,11 +806,13 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
                                              int head0, int n_leaves, int *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2);
-        __threadfence();
-        const bool last = atomicAdd(counter, n_leaves) + n_leaves == run.n;
+        int32_t *counter = (int32_t *)(record_of<D>(a, run.slot, head0) + D + 2), before;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(n_leaves)
+                     : "memory");
+        const bool last = before + n_leaves == run.n;
         if (last) *counter = 0;
-        __threadfence();
         *flag = last;
     }
     __syncthreads();
@@ -803,18 +842,16 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
                 y[k] = __ldcg((const float4 *)(from + d));
             }
 #pragma unroll
-            for (int k = 0; k < BATCH; k++) {
-                if (k0 + k >= n) continue;
-                if (k0 + k == 0) {
-                    m = w[k].x, l = w[k].y, x = y[k];
-                    continue;
-                }
-                const float next = fmaxf(m, w[k].x);
+            for (int k = 0; k < BATCH; k++) { // without branches: the factors do not wait for x
+                const bool start = k0 + k == 0, there = k0 + k < n;
+                const float next = there ? fmaxf(m, w[k].x) : m;
                 const float f = exp2_approx(m - next), g = exp2_approx(w[k].x - next);
                 m = next;
-                l = join2(l, f, w[k].y, g);
-                x.x = join2(x.x, f, y[k].x, g), x.y = join2(x.y, f, y[k].y, g);
-                x.z = join2(x.z, f, y[k].z, g), x.w = join2(x.w, f, y[k].w, g);
+                l = start ? w[k].y : there ? join2(l, f, w[k].y, g) : l;
+                x.x = start ? y[k].x : there ? join2(x.x, f, y[k].x, g) : x.x;
+                x.y = start ? y[k].y : there ? join2(x.y, f, y[k].y, g) : x.y;
+                x.z = start ? y[k].z : there ? join2(x.z, f, y[k].z, g) : x.z;
+                x.w = start ? y[k].w : there ? join2(x.w, f, y[k].w, g) : x.w;
             }
         }
         const float f = normal_of(a, head, m, l);
@@ -830,7 +867,9 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
-template <int D, int NT, int UT, bool BULK> struct feeder {
+// WHOLE: an entry is K and V of a unit, else one of them.
+template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
+    static constexpr int ET = UT / R, ENTRIES = WHOLE ? 1 : 2 * R; // of an entry; of a unit
     const decode_arguments &a;
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
@@ -841,8 +880,8 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
     int token, stop; // of the unit; the end of the run's part of the tile
     int page;
     int code_at, param_at; // of the tile's head in a page
-    int n_q;               // tiles whose q is on its way or here
-    bool second;           // V of the unit comes next
+    int n_q;               // tiles after the first whose q is on its way or here
+    int entry;             // of the unit, comes next
     bool fresh;            // a new tile: its q is wanted
     bool done;
 
@@ -887,32 +926,61 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
         else
             seek();
     }
-    // q of a tile, a row a head.
+    // q of a tile, a row of 2 D bytes a head.
+    __device__ __forceinline__ const uint8_t *q_rows(int row, const tile_place &p) const {
+        return (const uint8_t *)a.qkv +
+               ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * 2 * D;
+    }
     __device__ __forceinline__ void fetch_q(int row, int of) {
         const int at = n_q++ % a.q_slots;
         const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
         const tile_place p = place_of<NT>(a, of);
-        const uint16_t *from =
-            (const uint16_t *)a.qkv + ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * D;
+        const uint8_t *from = q_rows(row, p);
         if (BULK) {
             if (lane == 0) barrier_expect(bar, p.n_heads * 2 * D);
             __syncwarp();
             if (lane < p.n_heads)
-                copy_bulk(to + lane * q_row_bytes<D>(), from + lane * D, 2 * D, bar);
+                copy_bulk(to + lane * q_row_bytes<D>(), from + lane * 2 * D, 2 * D, bar);
         } else {
             for (int k = lane; k < p.n_heads * (D / 8); k += 32)
-                copy_async(to + k / (D / 8) * q_row_bytes<D>() + k % (D / 8) * 16, from + k * 8);
+                copy_async(to + k / (D / 8) * q_row_bytes<D>() + k % (D / 8) * 16, from + k * 16);
             copy_async_arrive(bar);
         }
     }
     __device__ __forceinline__ void copy(uint32_t to, const uint8_t *from, int bytes,
                                          uint32_t bar) {
         if (BULK) {
-            if (bytes) copy_bulk(to, from, bytes, bar);
+            if (bytes) copy_bulk_once(to, from, bytes, bar);
         } else {
 #pragma unroll 1 // registers
             for (int b = lane * 16; b < bytes; b += 512) copy_async(to + b, from + b);
         }
+    }
+    // K and the parameters of part `part` of the unit, or V of it, or all: one copy where they lie
+    // together.
+    __device__ __forceinline__ void copy_part(uint32_t to, uint32_t bar, int part, bool k, bool v) {
+        const int at = ET == kPage ? 0 : (UT == kPage ? 0 : token % kPage / ET) + part;
+        const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
+        const uint8_t *code = base + code_at, *param = base + param_at;
+        const int params = a.k_param + a.v_param_bytes;
+        if (BULK) barrier_expect(bar, (k ? a.k_bytes + params : 0) + (v ? a.v_bytes : 0));
+        if (k && v && ET == kPage)
+            copy(to, code, a.k_bytes + a.v_bytes, bar);
+        else if (k)
+            copy(to, code + at * a.k_bytes, a.k_bytes, bar);
+        if (v && !(k && ET == kPage))
+            copy(to + (k ? a.k_bytes : 0), code + a.v_code + at * a.v_bytes, a.v_bytes, bar);
+        if (k) {
+            const uint32_t to_param = to + a.k_bytes + (v ? a.v_bytes : 0);
+            if (ET == kPage) {
+                copy(to_param, param, params, bar);
+            } else {
+                copy(to_param, param + at * a.k_param, a.k_param, bar);
+                copy(to_param + a.k_param, param + a.v_param + at * a.v_param_bytes,
+                     a.v_param_bytes, bar);
+            }
+        }
+        if (!BULK) copy_async_arrive(bar);
     }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
@@ -920,84 +988,77 @@ template <int D, int NT, int UT, bool BULK> struct feeder {
         if (fresh && warp == 0) fetch_q(run->row, tile());
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
-        const int unit = UT == kPage ? 0 : token % kPage / UT;
-        const uint8_t *base = a.base + (int64_t)page * a.page_bytes, *code = base + code_at;
         if (!BULK || lane == 0) {
-            if (second) {
-                if (BULK) barrier_expect(bar, a.v_bytes);
-                copy(to, code + a.v_code + unit * a.v_bytes, a.v_bytes, bar);
-            } else {
-                const uint8_t *param = base + param_at;
-                const int k_param = a.k_param, v_param = a.v_param_bytes;
-                if (BULK) barrier_expect(bar, a.k_bytes + k_param + v_param);
-                copy(to, code + unit * a.k_bytes, a.k_bytes, bar);
-                if (UT == kPage) { // both kinds of parameters lie together
-                    copy(to + a.k_bytes, param, k_param + v_param, bar);
-                } else {
-                    copy(to + a.k_bytes, param + unit * k_param, k_param, bar);
-                    copy(to + a.k_bytes + k_param, param + a.v_param + unit * v_param, v_param,
-                         bar);
-                }
-            }
-            if (!BULK) copy_async_arrive(bar);
+            if (WHOLE)
+                copy_part(to, bar, 0, true, true);
+            else if (entry < R)
+                copy_part(to, bar, entry, true, false);
+            else
+                copy_part(to, bar, entry - R, false, true);
         }
-        if (second) next_unit();
-        second = !second;
+        if (++entry == ENTRIES) entry = 0, next_unit();
     }
-    // Is the unit free of the newest token, which the kernel before this one may be writing?
-    __device__ __forceinline__ bool old() const { return token + UT < run->end; }
+    // Is the entry free of the newest token, which the kernel before this one may be writing?
+    __device__ __forceinline__ bool old() const {
+        return token + (WHOLE ? UT : (entry % R + 1) * ET) < run->end;
+    }
 };
 
 // --- The kernel
 // -----------------------------------------------------------------------------------------
 
-template <int D, int NT, int UT, kv_class C, typename T>
+template <int D, int NT, int UT, int R, kv_class C, typename T>
 __device__ __forceinline__ void multiply_k_of(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
-                                              kv_format k, uint32_t at, int lane) {
-    if (C == ANY && k == KF_16)
-        multiply_k<D, NT, UT, KF_16, T>(s, q, at, lane);
-    else if (C == ONLY_4 || k == KF_4)
-        multiply_k<D, NT, UT, KF_4, __half>(s, q, at, lane);
-    else if (k == KF_8)
-        multiply_k<D, NT, UT, KF_8, __half>(s, q, at, lane);
-    else
-        multiply_k<D, NT, UT, KF_FP8, __half>(s, q, at, lane);
+                                              kv_format k, const uint32_t (&at)[R], int lane) {
+    if (may_be(C, only_k(C), KF_16) && k == KF_16)
+        multiply_k<D, NT, UT, R, KF_16, T>(s, q, at, lane);
+    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
+        multiply_k<D, NT, UT, R, KF_4, __half>(s, q, at, lane);
+    else if (may_be(C, only_k(C), KF_8) && k == KF_8)
+        multiply_k<D, NT, UT, R, KF_8, __half>(s, q, at, lane);
+    else if (may_be(C, only_k(C), KF_FP8))
+        multiply_k<D, NT, UT, R, KF_FP8, __half>(s, q, at, lane);
 }
 
-template <int D, int NT, int UT, kv_class C, typename T>
+template <int D, int NT, int UT, int R, kv_class C, typename T>
 __device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (&p)[UT / 16][NT][2],
-                                              kv_format v, const extent &x, uint32_t at, int lane) {
-    if (C == ANY && v == KF_16) {
-        if (x.edge) clear_v<2 * D, UT>(at, x, lane);
-        multiply_v<D, NT, UT, KF_16, T>(st.acc, st.middle, p, at, lane);
-    } else if (C == ONLY_4 || v == KF_4) {
-        multiply_v<D, NT, UT, KF_4, __half>(st.acc, st.middle, p, at, lane);
-    } else if (v == KF_8) {
-        multiply_v<D, NT, UT, KF_8, __half>(st.acc, st.middle, p, at, lane);
-    } else {
-        if (x.edge) clear_v<D, UT>(at, x, lane);
-        multiply_v<D, NT, UT, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
+                                              kv_format v, const extent &x, const uint32_t (&at)[R],
+                                              int lane) {
+    if (may_be(C, only_v(C), KF_16) && v == KF_16) {
+        if (x.edge) clear_v<2 * D, UT, R>(at, x, lane);
+        multiply_v<D, NT, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane);
+    } else if (may_be(C, only_v(C), KF_4) && v == KF_4) {
+        multiply_v<D, NT, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane);
+    } else if (may_be(C, only_v(C), KF_8) && v == KF_8) {
+        multiply_v<D, NT, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane);
+    } else if (may_be(C, only_v(C), KF_FP8)) {
+        if (x.edge) clear_v<D, UT, R>(at, x, lane);
+        multiply_v<D, NT, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
     }
 }
 
 template <int D, int NT, kv_class C, typename T>
 __device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_arguments &a,
-                                              const uint8_t *from, int n_heads, int lane) {
-    if (C == ANY && a.k == KF_16)
-        load_query<D, NT, KF_16, T>(q, a, from, n_heads, lane);
-    else if (C == ONLY_4 || a.k == KF_4)
-        load_query<D, NT, KF_4, T>(q, a, from, n_heads, lane);
-    else if (a.k == KF_8)
-        load_query<D, NT, KF_8, T>(q, a, from, n_heads, lane);
-    else
-        load_query<D, NT, KF_FP8, T>(q, a, from, n_heads, lane);
+                                              const uint8_t *from, int row_bytes, int n_heads,
+                                              int lane) {
+    const kv_format k = k_format<C>(a);
+    if (may_be(C, only_k(C), KF_16) && k == KF_16)
+        load_query<D, NT, KF_16, T>(q, a, from, row_bytes, n_heads, lane);
+    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
+        load_query<D, NT, KF_4, T>(q, a, from, row_bytes, n_heads, lane);
+    else if (may_be(C, only_k(C), KF_8) && k == KF_8)
+        load_query<D, NT, KF_8, T>(q, a, from, row_bytes, n_heads, lane);
+    else if (may_be(C, only_k(C), KF_FP8))
+        load_query<D, NT, KF_FP8, T>(q, a, from, row_bytes, n_heads, lane);
 }
 
 template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
-    static constexpr int UT = unit_tokens<D, NT, C>, JOINTS = joints<D, NT>;
+    static constexpr int UT = unit_tokens<D, NT, C>, R = unit_entries<D, NT, C>;
+    static constexpr int JOINTS = joints<D, NT, C>;
+    static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, NT, UT, BULK> feed;
+    feeder<D, NT, UT, R, WHOLE, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1008,38 +1069,50 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
     }
     __device__ __forceinline__ uint32_t taken_bar(int at) const { return put_bar(JOINTS + at); }
 
-    // The entry at hand has landed; its address.
-    __device__ __forceinline__ uint32_t wait() {
-        barrier_wait(feed.full + 8 * slot, parity);
-        return feed.ring + slot * a.slot_bytes;
+    // The next R entries have landed; their addresses.
+    __device__ __forceinline__ void wait(uint32_t (&at)[R]) {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const bool around = slot + r >= a.stages;
+            const int i = around ? slot + r - a.stages : slot + r;
+            barrier_wait(feed.full + 8 * i, parity ^ around);
+            at[r] = feed.ring + i * a.slot_bytes;
+        }
     }
-    // The entry at hand has been read.
+    // They have been read.
     __device__ __forceinline__ void release() {
         __syncwarp();
-        feed.fetch(slot);
-        if (++slot == a.stages) slot = 0, parity ^= 1;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            feed.fetch(slot);
+            if (++slot == a.stages) slot = 0, parity ^= 1;
+        }
     }
     __device__ __forceinline__ void attend(state<D, NT> &st, const query<D, NT> &q,
                                            const attention_run &run, int token0, int stop) {
         const extent x = {token0, run.lo, stop, token0 < run.lo || token0 + UT > stop};
         const int lane = feed.lane;
         float s[UT / 16][NT][4];
-        uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {};
-        uint32_t at = wait();
-        multiply_k_of<D, NT, UT, C, T>(s, q, k_format<C>(a), at, lane);
-        const uint32_t param = at + a.k_bytes;
-        if (C != ANY || a.k != KF_16) load_params<UT>(k_param, param, k_format<C>(a), lane / 4);
-        if (C != ANY || a.v != KF_16)
-            load_params<UT>(v_param, param + a.k_param, v_format<C>(a), lane / 4);
-        release();
+        uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
+        wait(at);
+        multiply_k_of<D, NT, UT, R, C, T>(s, q, k_format<C>(a), at, lane);
+        const int param = a.k_bytes + (WHOLE ? a.v_bytes : 0);
+        if (!has_16(C) || k_format<C>(a) != KF_16)
+            load_params<UT, R>(k_param, at, param, k_format<C>(a), lane / 4);
+        if (!has_16(C) || v_format<C>(a) != KF_16)
+            load_params<UT, R>(v_param, at, param + a.k_param, v_format<C>(a), lane / 4);
+        if (!WHOLE) release();
         scale_scores<D, NT, UT, C>(s, q, a, k_param);
         if (x.edge) {
             clear_scores<NT, UT>(s, x, lane / 4);
             clear_params<UT>(v_param, x, lane / 4);
         }
         weigh<D, NT, UT, C, T>(p, s, st, a, v_param);
-        at = wait();
-        multiply_v_of<D, NT, UT, C, T>(st, p, v_format<C>(a), x, at, lane);
+        if (WHOLE)
+            at[0] += a.k_bytes;
+        else
+            wait(at);
+        multiply_v_of<D, NT, UT, R, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
     // This warp's pages of a leaf.
@@ -1056,8 +1129,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         const int at = n_put % JOINTS;
         barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
         put_joint<D, NT, C>(memory, st, a, at, feed.warp, feed.lane);
-        __syncwarp();
-        if (feed.lane == 0) barrier_arrive(put_bar(at));
+        barrier_arrive(put_bar(at));
         n_put++;
     }
     // All warps' results of leaf `part`, which was `back` leaves ago, together; then where they go.
@@ -1067,8 +1139,7 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         sum<D, NT> leaf;
         barrier_wait(put_bar(at), n / JOINTS & 1);
         take_joint<D, NT>(leaf, memory, a, at, feed.warp, feed.lane);
-        __syncwarp();
-        if (feed.lane == 0) barrier_arrive(taken_bar(at));
+        barrier_arrive(taken_bar(at));
         if (!head)
             put_record<D, NT, C>(leaf, a, run.slot + part, place_of<NT>(a, tile), feed.warp,
                                  feed.lane);
@@ -1077,15 +1148,27 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         else
             add_leaf(all, leaf);
     }
+    // q of tile n_q of the block after the first. That is read where it is, which takes less time.
+    __device__ __forceinline__ void get_query(query<D, NT> &q, int row, const tile_place &p,
+                                              int n_q) {
+        const int at = n_q % a.q_slots;
+        const uint8_t *there = feed.q_rows(row, p), *copy = memory + a.q_at + at * a.q_bytes;
+        const bool first = n_q < 0;
+        if (!first) barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
+        if (D <= 128)
+            load_query_of<D, NT, C, T>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(),
+                                       p.n_heads, feed.lane);
+        else if (first) // an address that may be either would cost registers
+            load_query_of<D, NT, C, T>(q, a, there, 2 * D, p.n_heads, feed.lane);
+        else
+            load_query_of<D, NT, C, T>(q, a, copy, q_row_bytes<D>(), p.n_heads, feed.lane);
+    }
     // Leaves from .. to of one tile.
     __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
                                                 int to, int n_q) {
         const bool head = from == 0, whole = head && to == run.n;
-        const int at = n_q % a.q_slots;
         query<D, NT> q;
-        barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
-        load_query_of<D, NT, C, T>(q, a, memory + a.q_at + at * a.q_bytes,
-                                   place_of<NT>(a, tile).n_heads, feed.lane);
+        get_query(q, run.row, place_of<NT>(a, tile), n_q);
         sum<D, NT> here;
         sum<D, NT> &all =
             all_bytes<D, NT, BULK> == 0
@@ -1118,39 +1201,36 @@ template <int D, int NT, kv_class C, typename T, bool BULK>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_decode(const __grid_constant__ decode_arguments a) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    constexpr int UT = unit_tokens<D, NT, C>;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
     worker<D, NT, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
-    feeder<D, NT, UT, BULK> &feed = w.feed;
+    auto &feed = w.feed;
     feed.warp = warp;
     feed.lane = lane;
     feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
     feed.full = bars + 8 * warp * a.stages;
     feed.n_q = 0;
-    feed.second = feed.done = false;
+    feed.entry = 0;
+    feed.done = false;
     feed.enter_run(blockIdx.x);
     feed.seek();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
-        for (int i = 0; i < 2 * joints<D, NT>; i++) barrier_init(w.put_bar(i), kWarps);
+        for (int i = 0; i < 2 * joints<D, NT, C>; i++) barrier_init(w.put_bar(i), kThreads);
         fence_async_proxy();
     }
     __syncthreads();
     // What this step has not written needs no waiting for the kernel before this one.
-    const bool any = !feed.done;
-    const int row = feed.run->row, tile = any ? feed.tile() : 0;
     int slot = 0;
     feed.fresh = false;
     if (BULK)
         while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
     wait_for_previous();
     launch_dependents();
-    if (any && warp == 0) feed.fetch_q(row, tile);
     while (slot < a.stages) feed.fetch(slot++);
 
-    int n_q = 0;
+    int n_q = -1;
     for (int at = blockIdx.x; at >= 0;) {
         const attention_run run = a.runs[at];
         for (int leaf = run.from; leaf < run.to;) {
@@ -1167,7 +1247,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
-    constexpr int UT = unit_tokens<D, NT, C>;
+    constexpr int ET = entry_tokens<D, NT, C>;
+    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, NT, C>; // of a unit
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1191,30 +1272,31 @@ status launch(const attention_problem *p) {
     a.n_tiles = (a.ratio + 8 * NT - 1) / (8 * NT);
     a.bf16 = l->type == DT_BF16;
     a.scale = l->scale * kLog2E;
-    a.k_bytes = UT * attention_row_bytes(a.k, D);
-    a.v_bytes = UT * attention_row_bytes(a.v, D);
-    a.k_param = UT * attention_param_bytes(a.k);
-    a.v_param_bytes = UT * attention_param_bytes(a.v);
+    a.k_bytes = ET * attention_row_bytes(a.k, D);
+    a.v_bytes = ET * attention_row_bytes(a.v, D);
+    a.k_param = ET * attention_param_bytes(a.k);
+    a.v_param_bytes = ET * attention_param_bytes(a.v);
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    a.slot_bytes = (int)div_up(k_entry > a.v_bytes ? k_entry : a.v_bytes, 128) * 128;
+    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
     a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
 
-    // As many stages as half an SM's memory holds. q of a tile is fetched up to (stages + 1) / 2
-    // units ahead, and read by the slowest warp.
+    // As many stages as half an SM's memory holds. q of a tile is fetched as many units ahead as
+    // they hold, and read by the slowest warp.
     a.q_bytes = (a.ratio < 8 * NT ? a.ratio : 8 * NT) * q_row_bytes<D>();
-    const int joint = joints<D, NT> * joint_bytes<D, NT>(a.quarters),
-              sums = joints<D, NT> * kWarps * NT * 64;
+    const int joint = joints<D, NT, C> * joint_bytes<D, NT>(a.quarters),
+              sums = joints<D, NT, C> * kWarps * NT * 64;
     const int room = p->shared_bytes_sm / 2 - 1024;
     int bytes = room + 1;
     for (a.stages = 17; bytes > room && a.stages > 1;) {
         a.stages--;
-        a.q_slots = (a.stages + 1) / 2 + 1;
+        a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
         a.all_at = a.sums_at + sums;
         a.barriers_at = a.all_at + kThreads * all_bytes<D, NT, BULK> + 16; // a flag before them
-        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT>);
+        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT, C>);
     }
     const auto kernel = attend_decode<D, NT, C, T, BULK>;
     cudaError_t e =
@@ -1236,10 +1318,17 @@ status launch(const attention_problem *p) {
 }
 
 template <int D, int NT, bool BULK> status launch_formats(const attention_problem *p) {
-    if (p->c.k == KF_4 && p->c.v == KF_4) return launch<D, NT, ONLY_4, __half, BULK>(p);
-    if (p->c.k != KF_16 && p->c.v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
-    if (p->l.type == DT_F16) return launch<D, NT, ANY, __half, BULK>(p);
-    return launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
+    const kv_format k = p->c.k, v = p->c.v;
+    const bool half = p->l.type == DT_F16;
+    if (k == KF_4 && v == KF_4) return launch<D, NT, KV_4, __half, BULK>(p);
+    if (k == KF_8 && v == KF_8) return launch<D, NT, KV_8, __half, BULK>(p);
+    if (k == KF_FP8 && v == KF_FP8) return launch<D, NT, KV_FP8, __half, BULK>(p);
+    if (k == KF_8 && v == KF_4) return launch<D, NT, K8_V4, __half, BULK>(p);
+    if (k != KF_16 && v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
+    if (k == KF_16 && v == KF_16)
+        return half ? launch<D, NT, KV_16, __half, BULK>(p)
+                    : launch<D, NT, KV_16, __nv_bfloat16, BULK>(p);
+    return half ? launch<D, NT, ANY, __half, BULK>(p) : launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
 }
 
 template <bool BULK> status launch_sizes(const attention_problem *p) {

@@ -133,6 +133,19 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_
         : "memory");
 #endif
 }
+// The same of what is read once: L2 lets go of it first, so that plans, page numbers and partial
+// results stay there.
+__device__ __forceinline__ void copy_bulk_once(uint32_t to, const void *from, uint32_t bytes,
+                                               uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+#endif
+}
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

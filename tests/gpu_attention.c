@@ -348,8 +348,8 @@ static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t t
         attention_plan_bytes(to - from, b.host.n_tokens, b.page_start[to - from]);
     void *plan = mem_alloc((size_t)plan_bytes, 1);
     int64_t used = 0;
-    status st =
-        attention_plan_make(plan, &used, &b.host, c->heads, c->kv_heads, d, c->window, n_sms);
+    status st = attention_plan_make(plan, &used, &b.host, c->heads, c->kv_heads, d, c->window,
+                                    c->k == KF_4 && c->v == KF_4, n_sms);
     CHECK(st == ST_OK && used <= plan_bytes);
     void *device_plan = device_copy(plan, used);
     st = kernel_attention(out, device_q, &f->l, &f->cache, &b.device, device_plan, f->workspace,
