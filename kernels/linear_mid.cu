@@ -40,8 +40,7 @@
     MID_TYPES(X, NVFP4, 16)                                                                        \
     MID_TYPES(X, INT8, 0)                                                                          \
     MID_TYPES(X, FP8, 0)                                                                           \
-    MID_TYPES(X, FP8B, 128)                                                                        \
-    MID_TYPES(X, 16, 0)
+    MID_TYPES(X, FP8B, 128)
 #endif
 
 namespace {
@@ -49,14 +48,14 @@ namespace {
 enum { kClusterMost = 6, kStagesMost = 16 }; // larger clusters find too few places
 
 __host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
+    return f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
 }
 // Units of K in a stage of W, at least what a scale covers, and in one of x.
 __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
-    return f == WF_16 ? parts : code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
+    return code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    return parts > 1 ? step_units(f, blocks, parts) : f != WF_16 && rows == 32 ? 2 : 1;
+    return parts > 1 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
 }
 // Granules of a step.
 __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
@@ -218,7 +217,7 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = code_bits(F), unit = 512 * bits;
-    static constexpr int chunks = bits / 4, half = chunks == 1 ? 1 : chunks / 2; // of 16 bytes
+    static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     const linear_args &p;
     const division &d;
     barriers &bar;
@@ -242,8 +241,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 
     // Inputs 32 h .. 32 h + 31 of unit u: A fragments, from the codes in `chunk`.
     __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales, int u,
-                                            int h, const uint4 (&chunk)[half],
-                                            uint32_t scale_at) const {
+                                            int h, const uint4 &chunk, uint32_t scale_at) const {
         constexpr int kRows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -253,10 +251,9 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                                           scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
                                                          p.granule_bytes,
                                           place, p.sym);
-            dequant_word<T, F>(a[i],
-                               reinterpret_cast<const uint32_t *>(chunk) +
-                                   (chunks == 1 ? j : i) * (bits / 4),
-                               scales);
+            dequant_word<T, F>(
+                a[i], reinterpret_cast<const uint32_t *>(&chunk) + (wide ? i : j) * (bits / 4),
+                scales);
         }
     }
 
@@ -264,9 +261,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     __device__ __forceinline__ void tile(float (&acc)[NT / 2], const part &k) {
         constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
         constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
-        // 16-bit codes are fragments as they are: loaded ahead, they would fall on registers that a
-        // wgmma in flight still reads. The others are loaded ahead where registers suffice.
-        constexpr bool kAhead = F != WF_16 && NT * P < 128;
+        constexpr bool kAhead = NT * P < 128; // codes are loaded ahead, where registers suffice
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][2][4];
         int last = -1; // stage of x that a wgmma in flight may read
@@ -276,21 +271,19 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
             uint32_t x_at = 0;
             dequant_scales scales;
-            uint4 chunk[half];
+            uint4 chunk;
             const auto load = [&](int u, int h) {
-#pragma unroll
-                for (int c = 0; c < half; c++)
-                    chunk[c] = shared_u128(code_at + u * unit + (h * half + c) * 512);
+                chunk = shared_u128(code_at + u * unit + (wide ? h * 512 : 0));
             };
             load(0, 0);
 #pragma unroll
             for (int u = 0; u < N; u++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    if (!kAhead && u + h > 0 && (h == 0 || chunks > 1)) load(u, h);
+                    if (!kAhead && u + h > 0 && (h == 0 || wide)) load(u, h);
                     convert(a[h], scales, u, h, chunk, scale_at);
                     if (kAhead && h == 1 && u + 1 < N) load(u + 1, 0);
-                    if (kAhead && h == 0 && chunks > 1) load(u, 1);
+                    if (kAhead && h == 0 && wide) load(u, 1);
                     if (u == N - 1 && h == 1) { // the stage has been read
                         __syncwarp();
                         if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
