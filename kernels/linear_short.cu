@@ -9,11 +9,11 @@
 //      memory (cp.async): warps wait for nothing of each other's
 //    2 finish the tiles: they add up what the others have found
 //
-// Up to 8 rows a CTA takes half of an SM's registers and, where x is not too large, of its shared
-// memory: the CTAs of the next launch (programmatic dependent launch) then find room beside those
-// that still work and fill their rings, since weights depend on no kernel. For that every launch
-// has a CTA for each SM, if some have nothing to do: they wait like all others for the launch
-// before to end, so that no SM comes to hold two of one launch.
+// Up to 8 rows a CTA takes half of an SM's registers and, where x is not too large and the launch
+// not too long, of its shared memory: the CTAs of the next launch (programmatic dependent launch)
+// then find room beside those that still work and fill their rings, since weights depend on no
+// kernel. For that every launch has a CTA for each SM, if some have nothing to do: they wait like
+// all others for the launch before to end, so that no SM comes to hold two of one launch.
 //
 // mma.sync multiplies codes as they lie, as far as that is exact: 4-bit integers are subnormals of
 // f16 (times 2^-24, or 2^-20 for rows that have the other half of a byte), or 128 + code in bf16;
@@ -605,8 +605,14 @@ division divide(const linear_args *a, int c, int most, int *cycles) {
     d.x_stride = units * 128 + 16;
     const int x = (a->m * d.x_stride + 127) / 128 * 128, rest = x + d.sums_bytes + kBarriers * 8,
               ring = kWarps * R::slot_bytes;
-    // Clusters of more than two are not spread evenly over SMs with room for two CTAs.
-    const bool shared_sm = c <= 2 && ctas(F, NT) == 2 && rest + 2 * ring <= kHalf;
+    const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
+    const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
+    // An SM's share of memory is 18 bytes a cycle.
+    const int read = rounds * (tile / 18 + 100);
+    // The next launch's CTA beside this one, where that counts: long launches are better off with
+    // more batches on their way. Clusters of more than two are not spread evenly over SMs with room
+    // for two CTAs.
+    const bool shared_sm = c <= 2 && ctas(F, NT) == 2 && rest + 2 * ring <= kHalf && read < 40000;
     d.deep = ((shared_sm ? kHalf : kRoom) - rest) / ring;
     if (d.deep > 4) d.deep = 4;
     d.ring_bytes = d.deep * R::slot_bytes;
@@ -614,11 +620,8 @@ division divide(const linear_args *a, int c, int most, int *cycles) {
     d.at_sums = d.at_x + x;
     d.at_bars = d.at_sums + d.sums_bytes;
     d.bytes = shared_sm ? d.at_bars + kBarriers * 8 : kRoom;
-    // An SM's share of memory is 18 bytes a cycle, L2 gives it 24; batches are of 128 inputs.
-    const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
-    const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
-    *cycles = rounds * (tile / 18 + 100) + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) +
-              (c > 2 ? 2000 : 0);
+    // L2 gives an SM 24 bytes of x a cycle.
+    *cycles = read + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) + (c > 2 ? 2000 : 0);
     if (d.deep < 2) d.bytes = 0;
     return d;
 }
