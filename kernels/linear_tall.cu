@@ -460,6 +460,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 group_commit();
                 group_wait<0>();
             }
+            __syncwarp(); // all lanes have read
             if (lane == 0) barrier_arrive(empty + stage * 8);
             if (++stage == L::stages) stage = 0, parity ^= 1;
         }
@@ -483,20 +484,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// CTAs of a cluster for so many tiles: as many as fit at once, 1 where the tiles fill the GPU.
+// How many CTAs share a tile's K. In steps of about 1.2 us, as timed for every size on an H200
+// (kernels/LADDER.md): sharing costs 6 and one more a sharer through L2, 1 within a cluster. A
+// cluster must lie in one GPC, so fewer fit than its CTAs suggest (H200: 39 of three, 30 of four,
+// 17 of six, 15 of eight); a second wave would cost more than is won.
 int32_t cluster_of(const void *kernel, const linear_args *a, cudaLaunchConfig_t *config,
                    int32_t n_sms) {
     if (a->expert_start) return 1; // the number of tiles is known on the device only
     const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
-    for (int32_t size = kClusterMax; size > 1; size /= 2) {
+    const int32_t waves = (tiles + n_sms - 1) / n_sms;
+    int32_t best = 1, cost = tiles * a->steps / n_sms + 6 + (n_sms + tiles - 1) / tiles;
+    cost = cost < waves * a->steps ? cost : waves * a->steps;
+    for (int32_t size = 2; size <= kClusterMax && tiles * size <= n_sms; size++) {
         int fit = 0;
-        if (tiles * size > n_sms || a->steps < 2 * size) continue;
+        const int32_t with = (a->steps + size - 1) / size + 1;
+        if (with >= cost) continue;
         config->attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
         config->gridDim = dim3((unsigned)(tiles * size));
-        if (cudaOccupancyMaxActiveClusters(&fit, kernel, config) == cudaSuccess && fit >= tiles)
-            return size;
+        if (cudaOccupancyMaxActiveClusters(&fit, kernel, config) != cudaSuccess || fit < tiles)
+            continue;
+        best = size;
+        cost = with;
     }
-    return 1;
+    return best;
 }
 
 template <typename T, int F, int G>
@@ -519,10 +529,10 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const int32_t size =
         cluster_of(reinterpret_cast<const void *>(kernel), args, &config, n_sms * per_sm);
-    if (size == 1) { // all at once: they wait for each other
-        attrs[1].val.clusterDim = {1, 1, 1};
-        config.gridDim = dim3((unsigned)(n_sms * per_sm));
-    }
+    const int32_t tiles = args->n_tiles * ((args->m + kRows - 1) / kRows);
+    attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
+    // Without clusters all at once: they wait for each other.
+    config.gridDim = dim3((unsigned)(size > 1 ? tiles * size : n_sms * per_sm));
     if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_tall: %s", cudaGetErrorString(e));
 }
