@@ -7,8 +7,8 @@
 // multiplied by the power of two that mends the exponent, which is exact too, subnormals
 // included. Only the product with the scale rounds.
 //
-// Instructions for 8 weights, scale included:   u4 f16 13, bf16 15;  e2m1 19;  s8 f16 8, bf16 14;
-// e4m3 f16 4, bf16 20.
+// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 19, folded 15; s8 f16 8,
+// bf16 14; e4m3 f16 4, bf16 20.
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
 #include "linear_layout.h"
@@ -116,8 +116,16 @@ __device__ __forceinline__ void dequant_expand(dequant_scales &s, const dequant_
     dequant_zeros<T>(s, from.zero);
 }
 
+// Folded: the scale of e2m1 takes in the power of two that mends the words' exponents, which saves
+// a multiplication. So that it stays a number of the type for scales up to 2^41 (bf16) or 2^3
+// (f16), weights come out 2^-40 or 2^-2 of themselves, and the sums are to be multiplied by this;
+// in f16 scales below 2^-26 become zero.
+template <typename T, int F> __device__ __forceinline__ constexpr float dequant_unfold() {
+    return F != WF_MXFP4 ? 1.f : half_pair<T>::bf16 ? 0x1p40f : 0x1p2f;
+}
+
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
-template <typename T, int F>
+template <typename T, int F, bool kFolded = false>
 __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
                                                     bool sym) {
     if (F == WF_INT4) {
@@ -125,6 +133,16 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
         raw.scale = shared_u32(granule + 2 * place);
         raw.zero = sym ? 0x0808u : shared_u16(granule + 128 + place);
         dequant_expand<T>(s, raw);
+    } else if (F == WF_MXFP4 && kFolded) {
+        const uint32_t both = __byte_perm(shared_u16(granule + place), 0, 0x4140); // a half each
+        // Exponents of the type: e - 127 + its bias, + 126 or 14 to mend, less 40 or 2.
+        const uint32_t e =
+            half_pair<T>::bf16
+                ? (both << 7) + ((86u << 7) * 0x10001u)
+                : __viaddmin_s16x2(__viaddmax_s16x2_relu(both, 0xff9cff9cu, 0), 0, 0x001f001fu)
+                      << 10;
+        s.scale[0] = __byte_perm(e, 0, 0x1010);
+        s.scale[1] = __byte_perm(e, 0, 0x3232);
     } else if (F == WF_MXFP4) {
         const uint32_t both = shared_u16(granule + place);
 #pragma unroll
@@ -185,7 +203,7 @@ template <typename T, int F> __device__ __forceinline__ constexpr float dequant_
 }
 
 // One word (1, 2 or 4 registers) to the four registers of an A fragment, with the scale or without.
-template <typename T, int F, bool kScaled = true>
+template <typename T, int F, bool kScaled = true, bool kFolded = false>
 __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word,
                                              const dequant_scales &s) {
     constexpr bool bf16 = half_pair<T>::bf16;
@@ -225,7 +243,7 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
         const uint32_t mend = bf16 ? 0x7e807e80u : 0x74007400u; // 2^126, 2^14
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (kScaled || bf16) a[i] = pair_mul<T>(a[i], mend);
+            if (kFolded ? F == WF_NVFP4 : kScaled || bf16) a[i] = pair_mul<T>(a[i], mend);
             if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }
     } else if (F == WF_INT8) { // stored plus 128

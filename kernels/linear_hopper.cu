@@ -268,15 +268,9 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
         if (kCtas == 1) registers_down<72>();
         const int thread = threadIdx.x - 32 * LINEAR_WARPS;
         if (thread >= 64 && !p.x_row) return;
-        producer<T, F, NT, R, KU, G, KB, loaders(kCtas)> load = {p,
-                                                                 &map,
-                                                                 base + L::at_rows,
-                                                                 base_at,
-                                                                 full,
-                                                                 empty,
-                                                                 NT <= 64 ? policy_evict_first()
-                                                                          : policy_evict_normal(),
-                                                                 thread};
+        const uint64_t policy = NT <= 64 ? policy_evict_first() : policy_evict_normal();
+        producer<T, F, NT, R, KU, G, KB, loaders(kCtas)> load = {
+            p, &map, base + L::at_rows, base_at, full, empty, policy, thread};
         load.run(tile_start);
         return;
     }

@@ -359,12 +359,110 @@ __device__ __forceinline__ void finish_cluster(float (&acc)[1][kRows / 2], const
 
 // --- The kernel ---------------------------------------------------------------------------------
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // empty on other architectures
+// A step of this warp's strip: `code` and `scale_at` are its own places in the stage, x_at is the
+// low half of the descriptor of x.
+template <typename T, int F, int G>
+__device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const linear_args &p,
+                                              int units, uint32_t code, uint32_t scale_at,
+                                              int place, uint32_t x_at) {
+    using L = tile<F, G>;
+    constexpr int bits = code_bits(F);
+    uint4 chunk;
+    dequant_scales scales;
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+        if (u >= units) break;
+        uint32_t f[4][4]; // of the four atoms of 16 inputs
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            constexpr int kPerLoad = 16 / bits; // atoms in one load of 16 bytes
+            if (j % kPerLoad == 0) chunk = shared_u128(code + u * L::unit + j / kPerLoad * 512);
+            if (G && (u * 64 + j * 16) % (G ? G : 64) == 0)
+                dequant_load_scales<T, F, true>(
+                    scales, scale_at + (u * 64 + j * 16) / (G ? G : 64) * p.granule_bytes, place,
+                    p.sym);
+            dequant_word<T, F, true, true>(
+                f[j], reinterpret_cast<const uint32_t *>(&chunk) + j % kPerLoad * (bits / 4),
+                scales);
+        }
+        group_fence();
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            multiply_group<T, kRows>::run(
+                acc[0], f[j], group_descriptor_low(x_at + (u * kRows * 128 + j * 32) / 16));
+        group_commit();
+        group_wait<0>();
+    }
+}
+
+// All that a warp which multiplies does.
+template <typename T, int F, int G>
+__device__ __forceinline__ void compute(const linear_args &p, const int32_t *tile_start,
+                                        uint8_t *base, tall_work &work) {
+    using L = tile<F, G>;
+    const uint32_t base_at = shared_address(base);
+    const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int wg = warp / 4, strip = warp % 4;
+    // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
+    uint32_t code_in = wg * kUnits * L::unit + strip * (L::unit / 4) + lane * 16;
+    int place = strip * 16 + lane / 4 * 2;
+    uint32_t scale_in = base_at + L::at_scale + wg * L::scale_block;
+    asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
+    int stage = 0, parity = 0;
+    for (bool first = true;; first = false) {
+        int step, step_end;
+        {
+            tall_work w = work;
+            if (!next_work(p, tile_start, first, w)) break;
+            __syncwarp();
+            if (lane == 0) work = w;
+            step = w.s.step0;
+            step_end = w.s.step1;
+        }
+        float acc[1][kRows / 2] = {};
+        for (; step < step_end; step++) {
+            const int units = min(kUnits, p.units - step * kUnits);
+            const uint32_t at = base_at + stage * (L::code + L::x), code = at + code_in;
+            const uint32_t scale_at = scale_in + stage * L::scale;
+            const uint32_t x_at = (at + L::code) >> 4 | 1u << 16; // low half of a descriptor
+            barrier_wait(full + stage * 8, parity);
+            if (p.x_row) proxy_fence();
+            multiply_step<T, F, G>(acc, p, units, code, scale_at, place, x_at);
+            __syncwarp(); // all lanes have read
+            if (lane == 0) barrier_arrive(empty + stage * 8);
+            if (++stage == L::stages) stage = 0, parity ^= 1;
+        }
+        group_pin(acc[0]);
+        if (constexpr float unfold = dequant_unfold<T, F>(); unfold != 1.f)
+#pragma unroll
+            for (float &sum : acc[0]) sum *= unfold;
+        __syncwarp();
+        const linear_segment s = work.s;
+        float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
+        if (cluster_size() > 1) {
+            finish_cluster<T>(acc, p, s, turn, base_at, cluster_rank(), cluster_size());
+            continue;
+        }
+        if (s.step0 > 0) {
+            linear_deposit<kRows, 1, kWarps>(acc, p, (int32_t)(gridDim.x - 1 - blockIdx.x),
+                                             work.owner, s);
+            continue;
+        }
+        if (work.sharers > 1) linear_collect<kRows, 1, kWarps>(acc, p, s, work.owner, work.sharers);
+        finish<T>(acc, p, s, turn, base_at + L::at_pair);
+    }
+    if (cluster_size() > 1) cluster_sync(); // others may still read what lies here
+}
+
+#endif
+
 template <typename T, int F, int G>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_tall(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     using L = tile<F, G>;
-    constexpr int bits = code_bits(F);
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
     uint8_t *base = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
@@ -406,97 +504,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<kMathRegisters>();
     wait_for_previous();
     __shared__ tall_work work_of[kWarps];
-    tall_work &work = work_of[warp];
-    const int wg = warp / 4, strip = warp % 4;
-    // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
-    uint32_t code_in = wg * kUnits * L::unit + strip * (L::unit / 4) + lane * 16;
-    int place = strip * 16 + lane / 4 * 2;
-    uint32_t scale_in = base_at + L::at_scale + wg * L::scale_block;
-    asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
-    int stage = 0, parity = 0;
-    for (bool first = true;; first = false) {
-        int step, step_end;
-        {
-            tall_work w = work;
-            if (!next_work(p, tile_start, first, w)) break;
-            __syncwarp();
-            if (lane == 0) work = w;
-            step = w.s.step0;
-            step_end = w.s.step1;
-        }
-        float acc[1][kRows / 2] = {};
-        for (; step < step_end; step++) {
-            const int units = min(kUnits, p.units - step * kUnits);
-            const uint32_t at = base_at + stage * (L::code + L::x), code = at + code_in;
-            const uint32_t scale_at = scale_in + stage * L::scale;
-            const uint32_t x_at = (at + L::code) >> 4 | 1u << 16; // low half of a descriptor
-            barrier_wait(full + stage * 8, parity);
-            if (p.x_row) proxy_fence();
-            uint4 chunk;
-            dequant_scales scales;
-#pragma unroll
-            for (int u = 0; u < kUnits; u++) {
-                if (u >= units) break;
-                uint32_t f[4][4]; // of the four atoms of 16 inputs
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    constexpr int kPerLoad = 16 / bits; // atoms in one load of 16 bytes
-                    if (j % kPerLoad == 0)
-                        chunk = shared_u128(code + u * L::unit + j / kPerLoad * 512);
-                    if (G && (u * 64 + j * 16) % (G ? G : 64) == 0)
-                        dequant_load_scales<T, F>(
-                            scales, scale_at + (u * 64 + j * 16) / (G ? G : 64) * p.granule_bytes,
-                            place, p.sym);
-                    dequant_word<T, F>(f[j],
-                                       reinterpret_cast<const uint32_t *>(&chunk) +
-                                           j % kPerLoad * (bits / 4),
-                                       scales);
-                }
-                group_fence();
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    multiply_group<T, kRows>::run(
-                        acc[0], f[j], group_descriptor_low(x_at + (u * kRows * 128 + j * 32) / 16));
-                group_commit();
-                group_wait<0>();
-            }
-            if (lane == 0) barrier_arrive(empty + stage * 8);
-            if (++stage == L::stages) stage = 0, parity ^= 1;
-        }
-        group_pin(acc[0]);
-        __syncwarp();
-        const linear_segment s = work.s;
-        float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
-        if (cluster_size() > 1) {
-            finish_cluster<T>(acc, p, s, turn, base_at, cluster_rank(), cluster_size());
-            continue;
-        }
-        if (s.step0 > 0) {
-            linear_deposit<kRows, 1, kWarps>(acc, p, (int32_t)(gridDim.x - 1 - blockIdx.x),
-                                             work.owner, s);
-            continue;
-        }
-        if (work.sharers > 1) linear_collect<kRows, 1, kWarps>(acc, p, s, work.owner, work.sharers);
-        finish<T>(acc, p, s, turn, base_at + L::at_pair);
-    }
-    if (cluster_size() > 1) cluster_sync(); // others may still read what lies here
+    compute<T, F, G>(p, tile_start, base, work_of[warp]);
 #endif
 }
 
-// CTAs of a cluster for so many tiles: as many as fit at once, 1 where the tiles fill the GPU.
+// How many CTAs share a tile's K. In steps of about 1.2 us, as timed for every size on an H200
+// (kernels/LADDER.md): sharing costs 6 and one more a sharer through L2, 1 within a cluster. A
+// cluster must lie in one GPC, so fewer fit than its CTAs suggest (H200: 39 of three, 30 of four,
+// 17 of six, 15 of eight); a second wave would cost more than is won.
 int32_t cluster_of(const void *kernel, const linear_args *a, cudaLaunchConfig_t *config,
                    int32_t n_sms) {
     if (a->expert_start) return 1; // the number of tiles is known on the device only
     const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
-    for (int32_t size = kClusterMax; size > 1; size /= 2) {
+    const int32_t waves = (tiles + n_sms - 1) / n_sms;
+    int32_t best = 1, cost = tiles * a->steps / n_sms + 6 + (n_sms + tiles - 1) / tiles;
+    cost = cost < waves * a->steps ? cost : waves * a->steps;
+    for (int32_t size = 2; size <= kClusterMax && tiles * size <= n_sms; size++) {
         int fit = 0;
-        if (tiles * size > n_sms || a->steps < 2 * size) continue;
+        const int32_t with = (a->steps + size - 1) / size + 1;
+        if (with >= cost) continue;
         config->attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
         config->gridDim = dim3((unsigned)(tiles * size));
-        if (cudaOccupancyMaxActiveClusters(&fit, kernel, config) == cudaSuccess && fit >= tiles)
-            return size;
+        if (cudaOccupancyMaxActiveClusters(&fit, kernel, config) != cudaSuccess || fit < tiles)
+            continue;
+        best = size;
+        cost = with;
     }
-    return 1;
+    return best;
 }
 
 template <typename T, int F, int G>
@@ -519,10 +553,10 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const int32_t size =
         cluster_of(reinterpret_cast<const void *>(kernel), args, &config, n_sms * per_sm);
-    if (size == 1) { // all at once: they wait for each other
-        attrs[1].val.clusterDim = {1, 1, 1};
-        config.gridDim = dim3((unsigned)(n_sms * per_sm));
-    }
+    const int32_t tiles = args->n_tiles * ((args->m + kRows - 1) / kRows);
+    attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
+    // Without clusters all at once: they wait for each other.
+    config.gridDim = dim3((unsigned)(size > 1 ? tiles * size : n_sms * per_sm));
     if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_tall: %s", cudaGetErrorString(e));
 }

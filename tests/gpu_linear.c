@@ -3,10 +3,14 @@
  * repetition must give the same bits, and a planted error must be noticed. Not a cmocka test: it
  * runs where there may be nothing but the CUDA runtime.
  *
- *   gpu_linear [check [quick|all [FORMAT]]]   exit status 1 when anything differs
+ *   gpu_linear [check [quick|least|all [FORMAT]]]   exit status 1 when anything differs; least: for
+ *                                      sanitizers
+ *   gpu_linear shapes                  each matrix of the models in workloads/models at TP 1, 2, 4
  *   gpu_linear bench WEIGHTS DTYPE M,M,... [KERNEL] [SHAPES]   one JSON object a line */
 #include "linear_layout.h"
 #include "linear_probe.h"
+#include "model.h"
+#include "weights.h"
 
 #include <string.h>
 
@@ -178,6 +182,98 @@ static int check(bool quick, const char *only) {
     return failures > 0;
 }
 
+/* Every kernel that the table chooses, each way that it shares tiles, a few launches: what memory
+ * checkers can run through in seconds. */
+static int least(void) {
+    static const int32_t ms[] = {5, 14, 40, 70, 300};
+    for (int32_t f = 0; f < N_FORMATS; f++)
+        for (int32_t grouped = 0; grouped < 2; grouped++) {
+            const dtype type = (f + grouped) % 2 ? DT_BF16 : DT_F16;
+            linear_weight w = weight_of(f, type, 544, 640, grouped ? 3 : 1);
+            w.gated = grouped;
+            linear_probe *p;
+            if (linear_probe_open(&p, &w, false, 5) != ST_OK) return 1;
+            for (int32_t i = 0; i < (int32_t)COUNT_OF(ms); i++) {
+                const linear_trial t = {.m = ms[i],
+                                        .y_type = type,
+                                        .epilogue = grouped ? LINEAR_GATED : LINEAR_STORE,
+                                        .bias = true,
+                                        .gather = grouped};
+                linear_outcome o = {.us = 0};
+                checks++;
+                const status st = linear_probe_check(p, &t, 256, &o);
+                const char *wrong = st == ST_OK ? verdict(&w, &t, &o) : fail_message();
+                if (wrong) fail(&w, &t, "least", wrong, &o);
+            }
+            linear_probe_close(p);
+        }
+    printf("%d checks, %d failures\n", checks, failures);
+    return failures > 0;
+}
+
+typedef struct {
+    int32_t n, k;
+} matrix_shape;
+enum { SHAPES_MAX = 512 };
+
+static void add_shape(matrix_shape *list, int32_t *n_list, int32_t n, int32_t k) {
+    for (int32_t i = 0; i < *n_list; i++)
+        if (list[i].n == n && list[i].k == k) return;
+    if (*n_list < SHAPES_MAX) list[(*n_list)++] = (matrix_shape){n, k};
+}
+
+/* Of each shape one format, type and odd number of rows, all of them in turn. */
+static void try_shape(matrix_shape shape, int32_t i) {
+    static const int32_t ms[] = {3, 17, 100, 333, 1000};
+    const dtype type = i / N_FORMATS % 2 ? DT_BF16 : DT_F16;
+    const linear_weight w = weight_of(i % N_FORMATS, type, shape.n, shape.k, 1);
+    const linear_trial t = {.m = ms[i % (int32_t)COUNT_OF(ms)], .y_type = type};
+    int64_t code_bytes, scale_bytes;
+    linear_probe *p;
+    if (linear_pack_bytes(&w, &code_bytes, &scale_bytes) != ST_OK) {
+        printf("refused: W%s n=%d k=%d: %s\n", formats[i % N_FORMATS].name, w.n, w.k,
+               fail_message());
+    } else if (linear_probe_open(&p, &w, false, (uint64_t)i) != ST_OK) {
+        failures++;
+        printf("FAIL open: %s\n", fail_message());
+    } else {
+        one(p, &w, t, "shapes");
+        linear_probe_close(p);
+    }
+}
+
+static int shapes(void) {
+    static matrix_shape list[SHAPES_MAX];
+    int32_t n_list = 0, n_models;
+    const char **names;
+    char dir[512];
+    arena a;
+    if (arena_open(&a, (size_t)16 << 20) != ST_OK || model_names(&a, &names, &n_models) != ST_OK) {
+        printf("FAIL %s\n", fail_message());
+        return 1;
+    }
+    for (int32_t i = 0; i < n_models; i++)
+        for (int32_t tp = 1; tp <= 4; tp *= 2) {
+            model_config config;
+            const model_config *c = &config;
+            if (model_dir(dir, sizeof dir, names[i]) != ST_OK ||
+                model_config_load(&config, dir) != ST_OK) {
+                printf("FAIL %s: %s\n", names[i], fail_message());
+                return 1;
+            }
+#define X(field, n, k, count, quantise, shard, bias, present)                                      \
+    if ((quantise) && (present))                                                                   \
+        add_shape(list, &n_list, (n) / ((shard) == SHARD_ROWS ? tp : 1),                           \
+                  (k) / ((shard) == SHARD_COLS ? tp : 1));
+#include "layer.def"
+#undef X
+        }
+    for (int32_t i = 0; i < n_list; i++) try_shape(list[i], i);
+    printf("%d shapes of %d models, %d checks, %d failures\n", n_list, n_models, checks, failures);
+    arena_close(&a);
+    return failures > 0;
+}
+
 static int bench(const char *weights, const char *type_name, const char *ms, const char *kernel,
                  const char *shape_list) {
     int32_t f = 0;
@@ -226,12 +322,15 @@ static int bench(const char *weights, const char *type_name, const char *ms, con
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     const char *six = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672";
+    if (argc > 2 && strcmp(argv[2], "least") == 0) return least();
     if (argc == 1 || strcmp(argv[1], "check") == 0)
         return check(argc > 2 && strcmp(argv[2], "quick") == 0, argc > 3 ? argv[3] : NULL);
+    if (strcmp(argv[1], "shapes") == 0) return shapes();
     if (argc >= 5 && strcmp(argv[1], "bench") == 0)
         return bench(argv[2], argv[3], argv[4], argc > 5 ? argv[5] : "-", argc > 6 ? argv[6] : six);
     fprintf(
         stderr,
-        "gpu_linear check [quick|all [FORMAT]] | bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
+        "gpu_linear check [quick|least|all [FORMAT]] | shapes | bench WEIGHTS DTYPE M,... [KERNEL] "
+        "[SHAPES]\n");
     return 2;
 }
