@@ -64,7 +64,7 @@ struct alignas(16) control {
     k_parts k_extra[kStages][128];
     v_parts v_extra[kStages][16];
     __half scale[kColumnStages][4][16][2]; // s of token 8 i + 2 t + j at [t][i][j]
-    float sum[2][kRows];                   // of a row of q, by item
+    float sum[2][kRows]; // of a row of q, by item; of no meaning where K is 16 bit and r 0
     int position[2][kRows];
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
@@ -311,7 +311,7 @@ __device__ __forceinline__ void put_v(control *c, uint32_t stage, int token, uin
 }
 
 // 64 rows of q of an item to its slot, in the swizzle; rows past the chunk's end are zero.
-// A row is D / 8 lanes. CODES: with the row's sum, of fp16 also in a bf16 model, where K is codes.
+// A row is D / 8 lanes. CODES: with rows' sums; as fp16 where K is codes, also in a bf16 model.
 template <int D, bool CODES>
 __device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
                                           uint32_t q_at, control *c, int slot, int half,
@@ -351,7 +351,7 @@ __device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile
                 }
 #pragma unroll
                 for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-                if (lane % LANES == 0) c->sum[slot][r] = a.k == KF_16 ? 0.f : total;
+                if (lane % LANES == 0) c->sum[slot][r] = total;
                 if (a.k == KF_4) x[i] = to_nibbles(x[i]);
             }
             store_shared(q_at + code_at(2 * D, r, lane % LANES * 16), x[i]);
