@@ -6,7 +6,8 @@
 --- kernel that every other is compared with; `ampere` what GPUs before Hopper run.
 
 local SHAPES = {
-  decode = { "1x4096", "8x4096", "64x1024", "64x4096", "256x4096", "256x16384", "1x131072" },
+  decode = { "1x4096", "8x4096", "64x1024", "64x4096", "256x4096", "256x16384", "1x131072",
+    "63x128+131072" },
   prefill = { "1x1024", "1x2048", "1x4096", "1x8192", "1x16384" },
 }
 local PLAIN = { decode = { "1x4096", "64x1024" }, prefill = { "1x1024" } }
@@ -44,7 +45,8 @@ return {
       if line.kind == "ceiling" then
         metrics.read_gbs = line.read_gbs
       else
-        local shape = ("b%d_c%d"):format(line.batch, line.ctx)
+        local ragged = line.last ~= line.ctx
+        local shape = ragged and "ragged" or ("b%d_c%d"):format(line.batch, line.ctx)
         metrics[shape .. "_us"] = line.us
         metrics[shape .. "_gbs"] = line.gbs
         metrics[shape .. "_tflops"] = line.tflops

@@ -1,13 +1,16 @@
 --- Table 13: decode times by KV format, batch and context, beside the bytes and another system.
 local peers = require("peers")
 
-local SHAPES = { "1x4096", "8x4096", "64x1024", "64x4096", "256x4096", "256x16384", "1x131072" }
+local RAGGED = "63x128+131072"
+local SHAPES = { "1x4096", "8x4096", "64x1024", "64x4096", "256x4096", "256x16384", "1x131072",
+  RAGGED }
 
 return {
   experiment = "e08_attention",
   title = "Decode attention",
   caption = "Measured decode attention of one layer in microseconds (32 query and 8 KV heads, head "
-    .. "dim 128), by batch x context; error is ||out - ref|| / ||ref|| against float64 over the "
+    .. "dim 128), by batch x context, the last of 63 sequences of 128 tokens and one of 131072; "
+    .. "error is ||out - ref|| / ||ref|| against float64 over the "
     .. "dequantised cache. Rows in italics: TurboMind, measured once by the same method on another "
     .. "H200 (plots/peers.lua).",
   build = function(data)
@@ -23,7 +26,8 @@ return {
             local row = { kv, dtype, variant == "best" and "all" or "Ampere" }
             for _, shape in ipairs(SHAPES) do
               local batch, ctx = shape:match("(%d+)x(%d+)")
-              row[#row + 1] = found.metrics[("b%s_c%s_us"):format(batch, ctx)] or 0 / 0
+              local name = shape == RAGGED and "ragged_us" or ("b%s_c%s_us"):format(batch, ctx)
+              row[#row + 1] = found.metrics[name] or 0 / 0
             end
             row[#row + 1] = ("%.1e"):format(found.metrics.rel_err)
             rows[#rows + 1] = row
