@@ -10,6 +10,15 @@
 //     V_j starts | convert | S = Q K_j^T | K_{j+1} starts | softmax, O += P V_j
 //
 // Two blocks share an SM where its memory allows, and run under each other's waits.
+//
+// Codes become fp16 in one of two ways. Values: code * scale + minimum, rounded once; q of a bf16
+// model is made fp16 as well, times a power of two of its row, which is exact. FOLD, for fp16
+// models, whose bound leaves no room for those two roundings: the tiles hold the codes themselves,
+// counted from their middle, which are exact, and the parameters enter the softmax. With
+// k = s (c - mid) + z, v = s' (c' - mid' + r), s' r = minimum' + mid' s':
+//
+//     y_j = s_j (q.c_j) + z_j sum(q) + log2 s'_j      (times scale and log2 e where due)
+//     p_j = 2^(y_j - m)     l = sum p_j / s'_j     out = (sum p_j c'_j + sum p_j r_j) / l
 #include "attention_prefill.cuh"
 
 namespace {
@@ -27,6 +36,28 @@ struct mma_layout {
     int facts_at, columns_at, bytes;
     int turn_k, turn_v; // bytes from a page's tile to the next page's; 0: there is one tile
 };
+
+// Of an item's rows: the scale of their scores (over the power of two that q was multiplied by),
+// the sum of q (FOLD), the position.
+struct row_facts {
+    float scale[kRows], sum[kRows];
+    int position[kRows];
+};
+
+// FOLD: what a block's tokens bring to the softmax, two neighbours a record.
+struct column_block {
+    float4 score[64];  // s, s, z, z of K, times scale
+    float2 log2_v[64]; // log2 s'
+    float4 weight[64]; // 1 / s', 1 / s', r, r
+};
+struct columns { // from an even token on
+    const float4 *score;
+    const float2 *log2_v;
+    const float4 *weight;
+};
+__device__ __forceinline__ columns columns_from(const column_block *c, int token) {
+    return {c->score + token / 2, c->log2_v + token / 2, c->weight + token / 2};
+}
 
 // 16 bytes, or zeros.
 __device__ __forceinline__ void copy_or_zero(uint32_t to, const void *from, bool exists) {
@@ -69,6 +100,52 @@ __device__ __forceinline__ uint32_t param_of(const uint8_t *param, kv_format f, 
                          : ((const uint32_t *)param)[token];
 }
 
+// --- Codes to fp16 ------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t bits_of(__half2 x) {
+    return *reinterpret_cast<const uint32_t *>(&x);
+}
+
+// How a code's value comes about: its middle (FOLD), or one fused multiply-add.
+template <bool FOLD> struct code_scale {
+    __half2 s, m;
+    // 1024 + code in both halves to the code less MID, or to code * s + m.
+    template <int MID> __device__ __forceinline__ uint32_t of_magic(uint32_t magic) const {
+        const __half2 c = __hsub2(*reinterpret_cast<const __half2 *>(&magic),
+                                  __float2half2_rn(1024.f + (FOLD ? MID : 0)));
+        return bits_of(FOLD ? c : __hfma2(c, s, m));
+    }
+    __device__ __forceinline__ uint32_t of_e4m3(uint16_t pair) const {
+        uint32_t h;
+#if __CUDA_ARCH__ >= 890
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
+#else
+        const uint32_t x = __byte_perm(pair, 0, 0x1404); // e4m3_value, two at a time
+        h = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+        h = bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), __float2half2_rn(256.f)));
+#endif
+        return FOLD ? h : bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), s));
+    }
+};
+
+// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
+template <kv_format F, bool FOLD>
+__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, const code_scale<FOLD> &c) {
+    if (F == KF_FP8)
+        return make_uint4(c.of_e4m3((uint16_t)lo), c.of_e4m3((uint16_t)(lo >> 16)),
+                          c.of_e4m3((uint16_t)hi), c.of_e4m3((uint16_t)(hi >> 16)));
+    constexpr int MID = (int)middle_of(F);
+    if (F == KF_4) {
+        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
+        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
+    }
+    const uint32_t top = 0x64646464u;
+    return make_uint4(c.template of_magic<MID>(__byte_perm(lo, top, 0x4140)),
+                      c.template of_magic<MID>(__byte_perm(lo, top, 0x4342)),
+                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4140)),
+                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4342)));
+}
+
 // Raw codes of a page to the tile at `to`, 16 bytes a thread at a time; eight neighbours take the
 // eight tokens of a group. Rows from n_valid on become zero.
 template <int D, kv_format F, bool FOLD>
@@ -103,6 +180,119 @@ __device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *raw, con
         convert_page<D, KF_4, FOLD>(to, raw, param, n_valid);
     else if (f == KF_FP8)
         convert_page<D, KF_FP8, FOLD>(to, raw, param, n_valid);
+}
+
+// FOLD: one token's record for the softmax; zeros where there is no token.
+__device__ __forceinline__ void write_column(column_block *c, const prefill_arguments &a, int token,
+                                             uint32_t k_param, uint32_t v_param, bool exists) {
+    const float2 k = __half22float2(*reinterpret_cast<const __half2 *>(&k_param));
+    const float2 v = __half22float2(*reinterpret_cast<const __half2 *>(&v_param));
+    float s = v.x; // a vector of one value has scale 0 and codes 0: any scale will do
+    if (s == 0.f) s = v.y == 0.f ? 0x1p-24f : fabsf(v.y) * 0x1p-8f;
+    float log2_s;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(log2_s) : "f"(s));
+    const float inverse = __fdividef(1.f, s);
+    const int i = token / 2, j = token % 2;
+    float *score = (float *)&c->score[i], *weight = (float *)&c->weight[i];
+    score[j] = exists ? k.x * a.scale : 0.f;
+    score[2 + j] = exists ? (k.y + middle_of(a.k) * k.x) * a.scale : 0.f;
+    ((float *)&c->log2_v[i])[j] = exists ? log2_s : 0.f;
+    weight[j] = exists ? inverse : 0.f;
+    weight[2 + j] = exists ? v.y * inverse + middle_of(a.v) : 0.f;
+}
+
+// --- Rows and products ---------------------------------------------------------------------------
+
+// A warp's 16 rows of q, and what is kept of them.
+template <int D, bool FOLD>
+__device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
+                                       uint32_t q_at, row_facts *facts, int r0, int lane) {
+    constexpr int LANES = D / 8; // of a row
+    const bool to_half = a.bf16 && a.k != KF_16;
+    load_rows<D, 4>(a, w, q_at, facts->position + r0, r0, lane, [&](uint4 &x, int r) {
+        float f = 1.f, total = 0.f;
+        uint32_t *word = (uint32_t *)&x;
+        if (to_half) {
+            float amax = 0.f;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                amax = fmaxf(amax, fmaxf(fabsf(y.x), fabsf(y.y)));
+            }
+#pragma unroll
+            for (int d = LANES / 2; d > 0; d /= 2)
+                amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+            // The power of two that brings the largest to [2, 4): products stay far inside f32 and
+            // fp16.
+            if (amax > 1e-18f)
+                f = __uint_as_float((255u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                word[e] = pack2<__half>(y.x * f, y.y * f);
+            }
+        }
+        if (FOLD) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 y = __half22float2(*(const __half2 *)&word[e]);
+                total += y.x + y.y;
+            }
+#pragma unroll
+            for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+        }
+        if (lane % LANES == 0) facts->scale[r] = a.scale / f, facts->sum[r] = total;
+    });
+}
+
+// FOLD: scores of codes to y.
+template <int BN>
+__device__ __forceinline__ void fold_scores(float (&s)[BN / 2], const columns &c,
+                                            const row_facts *facts, int row, int quarter) {
+    const float q_sum[2] = {facts->sum[row], facts->sum[row + 8]};
+#pragma unroll
+    for (int i = 0; i < BN / 8; i++) {
+        const float4 k = c.score[4 * i + quarter];
+        const float2 v = c.log2_v[4 * i + quarter];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            s[4 * i + 2 * h] = s[4 * i + 2 * h] * k.x + (k.z * q_sum[h] + v.x);
+            s[4 * i + 2 * h + 1] = s[4 * i + 2 * h + 1] * k.y + (k.w * q_sum[h] + v.y);
+        }
+    }
+}
+
+// Scores of BN tokens to weights, in place; true when rows' results so far must shrink. `row`: the
+// lane's first, of the item's. c: from these tokens on.
+template <int BN, bool FOLD>
+__device__ __forceinline__ bool weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2],
+                                      const columns &c, const row_facts *facts, int row, int token,
+                                      int window, bool edge, int lane) {
+    const int quarter = lane % 4;
+    if (FOLD) fold_scores<BN>(s, c, facts, row, quarter);
+    if (edge) hide<BN>(s, facts->position + row, token, window, lane);
+    const float scale[2] = {FOLD ? 1.f : facts->scale[row], FOLD ? 1.f : facts->scale[row + 8]};
+    const bool moved = raise_max<BN>(s, r, shrink, scale);
+    const float from[2] = {reference_of(r.m[0]), reference_of(r.m[1])};
+#pragma unroll
+    for (int i = 0; i < BN / 8; i++) {
+        float4 v;
+        if (FOLD) v = c.weight[4 * i + quarter];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
+            if (FOLD) {
+                x = exp2_approx(x - from[h]), y = exp2_approx(y - from[h]);
+                r.l[h] = r.l[h] + x * v.x + y * v.y;
+                r.z[h] = r.z[h] + x * v.z + y * v.w;
+            } else {
+                x = exp2_approx(x * scale[h] - from[h]);
+                y = exp2_approx(y * scale[h] - from[h]);
+                r.l[h] += x + y;
+            }
+        }
+    }
+    return moved;
 }
 
 // Where lane's row of an ldmatrix of four 8 x 8 matrices starts in a tile [., D]: rows 8 * (matrix
@@ -295,7 +485,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
         row_state r[MT];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            load_rows<D, FOLD>(a, w, q_all, facts, r0 + m * 16, lane);
+            load_q<D, FOLD>(a, w, q_all, facts, r0 + m * 16, lane);
 #pragma unroll
             for (int h = 0; h < 2; h++) r[m].m[h] = -INFINITY, r[m].l[h] = r[m].z[h] = 0.f;
 #pragma unroll
@@ -312,8 +502,13 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
         }
 #pragma unroll
         for (int m = 0; m < MT; m++)
-            store_rows<D, D / 2, 1, FOLD>(a, *work, o[m], r[m], q_all + (r0 + m * 16) * 2 * D,
-                                          r0 + m * 16, lane);
+            store_rows<D>(
+                a, *work, o[m], r[m], q_all + (r0 + m * 16) * 2 * D, r0 + m * 16, lane, 1.f,
+                [&](int h) {
+                    const float l = quad_sum(r[m].l[h]);
+                    return row_sums{l, FOLD ? quad_sum(r[m].z[h]) : 0.f};
+                },
+                [](uint4 &) {});
         __syncthreads(); // K and V tiles have been read by all
     }
 }

@@ -1,10 +1,9 @@
 // attention_prefill_sm90.cu - prefill chunks straight from the paged cache, on Hopper.
 //
-// A block is four warpgroups: one brings K, one V, both q, and two consume 64 query rows each. Rows
-// are heads of a group times tokens, so that one reading (and one conversion) of K and V serves all
-// heads of the group. Stages of K [BN, D] and V [BN, D] are in the 128-byte swizzle: 16-bit pages
-// are in that order already and are copied as they lie; codes are read into registers a block ahead
-// and written in that order as fp16. Consumers run
+// A block is four warpgroups: one brings K, one V, both q, and two consume 64 query rows each.
+// Stages of K [BN, D] and V [BN, D] are in the 128-byte swizzle: 16-bit pages are in that order
+// already and are copied as they lie; codes are read into registers a block ahead and written in
+// that order as fp16. Consumers run
 //
 //     S = Q K_j^T  |  O += P_{j-1} V_{j-1}      both in flight, then the softmax of S
 //
@@ -22,33 +21,13 @@
 // Integer codes are subnormal numbers, code * 2^-24; those of V count from their middle, since sums
 // of wgmma are truncated and thousands of numbers of one sign would drift. q of a bf16 model
 // becomes fp16 where K is codes: exact for elements of 2^-14 to 65504, and to 2^-25 below.
+#include "attention_prefill.cuh"
 #include "attention_wgmma.cuh"
 
 namespace {
 
-constexpr int kRows = ATTENTION_TILE_ROWS, kThreads = 512, kStages = 2;
+constexpr int kThreads = 512, kStages = 2;
 constexpr int kColumnStages = 4; // of a block's parameters: read until its softmax is done
-
-struct prefill_arguments {
-    void *out;       // [T, H D]
-    const void *qkv; // [T, (H + 2G) D]
-    const void *sinks;
-    const uint8_t *base;
-    int64_t page_bytes;
-    attention_layout layout;
-    kv_format k, v;
-    const attention_plan *plan;
-    const int32_t *page;
-    int n_heads, n_kv_heads, ratio, window;
-    bool bf16;
-    float scale; // times log2(e)
-};
-
-// One work item: which rows, and the blocks of tokens they see.
-struct tile_work {
-    attention_tile t;
-    int g, first, last; // blocks of BN tokens; last < first: no more items
-};
 
 // CODES: what makes values of the codes of a block, by token.
 struct k_parts {    // eight of a token lie together, as rows of a product
@@ -88,20 +67,9 @@ __device__ __forceinline__ void turn_wait(int group) {
 __device__ __forceinline__ void turn_give(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
 }
-__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
-                 "r"(x.w)
-                 : "memory");
-}
-// threadIdx.x % 128, read anew: what follows from it is not kept in registers from item to item.
-__device__ __forceinline__ int thread_anew() {
-    uint32_t t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return (int)(t % 128);
-}
 // `thread` where there are registers to keep what follows from it from block to block.
 template <int D> __device__ __forceinline__ int thread_of(int thread) {
-    return D == 256 ? thread_anew() : thread;
+    return D == 256 ? thread_anew() % 128 : thread;
 }
 // A load that stays where it stands: 32 registers of codes must not be under way any earlier.
 __device__ __forceinline__ uint4 load_now(const void *p) {
@@ -115,9 +83,6 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
 
 // --- Codes to fp16 ------------------------------------------------------------------------------
 
-__host__ __device__ constexpr int middle_of(kv_format f) {
-    return f == KF_8 ? 128 : f == KF_4 ? 8 : 0;
-}
 // Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles. Bytes keep
 // their order; nibbles come in the order 0 4 1 5 2 6 3 7, which q's or the result's elements take.
 template <kv_format F, bool VALUE>
@@ -133,7 +98,7 @@ __device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi) {
         else
             x[i] = __byte_perm(w, 0, i % 2 ? 0x4342 : 0x4140);
         if (VALUE && F != KF_FP8) { // less the middle
-            const uint32_t m = 0x80008000u | middle_of(F) * 0x10001u;
+            const uint32_t m = 0x80008000u | (uint32_t)middle_of(F) * 0x10001u;
             const __half2 y = __hadd2(*reinterpret_cast<const __half2 *>(&x[i]),
                                       *reinterpret_cast<const __half2 *>(&m));
             x[i] = *reinterpret_cast<const uint32_t *>(&y);
@@ -210,29 +175,6 @@ __device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int 
                 store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
 }
 
-// --- Work ---------------------------------------------------------------------------------------
-
-// Items in order, there and back: they come longest first, so that sums of neighbours are alike.
-__device__ __forceinline__ int item_of(int round) {
-    const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
-    return round * (int)gridDim.x + i;
-}
-
-template <int BN>
-__device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
-    tile_work w = {};
-    w.last = -1;
-    if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
-    w.t =
-        ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
-    w.g = item % a.n_kv_heads;
-    const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
-    const int p_first = w.t.position + w.t.row0 / a.ratio;
-    w.last = (w.t.position + row_last / a.ratio) / BN;
-    w.first = a.window > 0 ? max(0, p_first - a.window + 1) / BN : 0;
-    return w;
-}
-
 // --- Producers ----------------------------------------------------------------------------------
 
 // Physical page of a block, the first in even lanes and the second in odd ones; past the end of the
@@ -301,62 +243,42 @@ __device__ __forceinline__ void put_k(control *c, uint32_t column, uint32_t stag
 // And of the sums over weights.
 template <typename TV>
 __device__ __forceinline__ void put_v(control *c, uint32_t stage, int token, uint32_t param,
-                                      int middle, bool exists) {
+                                      float middle, bool exists) {
     const token_scale v = scale_of(param, 0.f);
     const uint32_t weight = exists ? two_of<TV>(v.inverse * kWeightUnit) : 0;
-    const uint32_t r = exists ? two_of<TV>((v.r + (float)middle) * kMinimumUnit) : 0;
+    const uint32_t r = exists ? two_of<TV>((v.r + middle) * kMinimumUnit) : 0;
     uint16_t(&to)[8][8] = c->v_extra[stage][token / 8].of;
     to[0][token % 8] = (uint16_t)weight, to[1][token % 8] = (uint16_t)(weight >> 16);
     to[2][token % 8] = (uint16_t)r, to[3][token % 8] = (uint16_t)(r >> 16);
 }
 
-// 64 rows of q of an item to its slot, in the swizzle; rows past the chunk's end are zero.
-// A row is D / 8 lanes. CODES: with rows' sums; as fp16 where K is codes, also in a bf16 model.
+// 64 rows of q of an item to its slot. CODES: with rows' sums; as fp16 where K is codes, also in a
+// bf16 model.
 template <int D, bool CODES>
-__device__ __forceinline__ void load_rows(const prefill_arguments &a, const tile_work &w,
-                                          uint32_t q_at, control *c, int slot, int half,
-                                          int thread) {
-    constexpr int LANES = D / 8, AT_ONCE = D == 128 ? 8 : 4; // loads under way
+__device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
+                                       uint32_t q_at, control *c, int slot, int half, int thread) {
+    constexpr int LANES = D / 8; // of a row
     const bool to_half = a.bf16 && a.k != KF_16;
     const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
-    const int own = w.t.row0 + r0 + lane % 16; // the row whose place in qkv this lane computes
-    const int own_at = own < w.t.n_rows
-                           ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
-                                 w.g * a.ratio + own % a.ratio
-                           : -1;
-    if (lane < 16) c->position[slot][r0 + lane] = w.t.position + min(own, w.t.n_rows - 1) / a.ratio;
-#pragma unroll 1
-    for (int i0 = 0; i0 < LANES / 2; i0 += AT_ONCE) {
-        uint4 x[AT_ONCE];
+    const auto make = [&](uint4 &x, int r) {
+        if (!CODES) return;
+        uint32_t *word = (uint32_t *)&x;
+        float total = 0.f;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int at = __shfl_sync(~0u, own_at, (i0 + i) * (32 / LANES) + lane / LANES);
-            x[i] = make_uint4(0, 0, 0, 0);
-            if (at >= 0) x[i] = __ldg((const uint4 *)a.qkv + (int64_t)at * LANES + lane % LANES);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int r = r0 + (i0 + i) * (32 / LANES) + lane / LANES;
-            if (CODES) {
-                uint32_t *word = (uint32_t *)&x[i];
-                float total = 0.f;
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    if (to_half) {
-                        const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
-                        word[e] = pack2<__half>(y.x, y.y);
-                    }
-                    const float2 y = __half22float2(*(const __half2 *)&word[e]);
-                    total += y.x + y.y;
-                }
-#pragma unroll
-                for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-                if (lane % LANES == 0) c->sum[slot][r] = total;
-                if (a.k == KF_4) x[i] = to_nibbles(x[i]);
+        for (int e = 0; e < 4; e++) {
+            if (to_half) {
+                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                word[e] = pack2<__half>(y.x, y.y);
             }
-            store_shared(q_at + code_at(2 * D, r, lane % LANES * 16), x[i]);
+            const float2 y = __half22float2(*(const __half2 *)&word[e]);
+            total += y.x + y.y;
         }
-    }
+#pragma unroll
+        for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+        if (lane % LANES == 0) c->sum[slot][r] = total;
+        if (a.k == KF_4) x = to_nibbles(x);
+    };
+    load_rows<D, D == 128 ? 8 : 4>(a, w, q_at, c->position[slot] + r0, r0, lane, make);
 }
 
 // This producer's half of an item's q to its slot, and the item itself; false when there is none.
@@ -365,14 +287,14 @@ template <int D, bool CODES>
 __device__ __forceinline__ bool fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
                                           int round, int half, int &page, int &ahead) {
     constexpr int Q = kQ<D>, BN = kBlock<D>;
-    const int slot = round % Q, thread = thread_anew();
+    const int slot = round % Q, thread = thread_anew() % 128;
     const tile_work w = work_of<BN>(a, item_of(round));
     const bool any = w.last >= w.first;
     if (any) page = look_up<BN>(a, w.t, w.first), ahead = look_up<BN>(a, w.t, w.first + 1);
     barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
     if (half == 0 && thread == 0) c->work[slot] = w;
     if (any)
-        load_rows<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
+        load_q<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
     fence_async_proxy();
     barrier_arrive(shared_at(&c->q_full[slot]));
     return any;
@@ -399,7 +321,7 @@ template <int D, kv_format F, bool VALUE, bool CODES>
 __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_arguments &a, int g,
                                            const int (&id)[2], int part, int thread) {
     using S = share<D, F>;
-    const S at(thread_anew());
+    const S at(thread_anew() % 128);
     if (F != KF_16)
         read_codes<D, F>(x.raw,
                          a.base + id[0] * a.page_bytes + g * a.layout.head_bytes +
@@ -534,27 +456,12 @@ __device__ __forceinline__ void multiply_v(float (&o)[N][R], float (&e)[4],
     }
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// This lane's two rows, r and r + 8 of its warp's 16: largest score, and the sum of weights.
-struct row_state {
-    float m[2], l[2]; // l: not CODES
-};
-
 // Scores to weights, in place; true when rows' results so far must shrink. position: of the lane's
 // first row.
 template <int BN, bool CODES>
 __device__ __forceinline__ bool
 weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column)[BN / 32],
       float unit, const int *position, int token, int window, bool edge, int lane) {
-    const int quarter = lane % 4;
     if (CODES) {
 #pragma unroll
         for (int i = 0; i < BN / 8; i++) {
@@ -568,39 +475,9 @@ weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column
             for (int h = 0; h < 2; h++) s[4 * i + 2 * h] *= c.x, s[4 * i + 2 * h + 1] *= c.y;
         }
     }
-    if (edge) {
-        const int p[2] = {position[0], position[8]};
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) {
-            const int j = token + i / 4 * 8 + 2 * quarter + i % 2, pos = p[i / 2 % 2];
-            if (j > pos || (window > 0 && j <= pos - window)) s[i] = -INFINITY;
-        }
-    }
-    float top[2], from[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        top[h] = fmaxf(s[2 * h], s[2 * h + 1]);
-#pragma unroll
-        for (int i = 1; i < BN / 8; i++)
-            top[h] = fmaxf(top[h], fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-        top[h] *= unit;
-    }
-    // Seldom after a row's first blocks: only then are the row's four lanes asked.
-    const bool moved = __any_sync(~0u, top[0] > r.m[0] || top[1] > r.m[1]);
-    if (moved) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            top[h] = quad_max(top[h]);
-            shrink[h] = 1.f;
-            if (top[h] > r.m[h]) {
-                shrink[h] = exp2_approx(r.m[h] - top[h]);
-                r.m[h] = top[h];
-                if (!CODES) r.l[h] *= shrink[h];
-            }
-        }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) from[h] = r.m[h] == -INFINITY ? 0.f : r.m[h]; // nothing visible yet
+    if (edge) hide<BN>(s, position, token, window, lane);
+    const bool moved = raise_max<BN>(s, r, shrink, {unit, unit});
+    const float from[2] = {reference_of(r.m[0]), reference_of(r.m[1])};
 #pragma unroll
     for (int i = 0; i < BN / 8; i++)
 #pragma unroll
@@ -612,55 +489,22 @@ weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column
     return moved;
 }
 
-// The warp's 16 rows of the result, divided by l, through its rows of q to 16-byte stores.
+// The warp's 16 rows of the result. e: CODES: hi and lo of l in lane 0 of four, of z in lane 1.
 template <int D, int R, int N, bool CODES>
-__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
-                                           float (&o)[N][R], const float (&e)[4],
-                                           const row_state &r, uint32_t q_rows, int r0, int lane) {
-    constexpr int LANES = D / 8;
-    // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
-    const int own = w.t.row0 + r0 + lane % 16;
-    const int own_head = w.g * a.ratio + own % a.ratio;
-    const int own_at = own < w.t.n_rows ? (w.t.token0 + own / a.ratio) * a.n_heads + own_head : -1;
-    float sink = 0.f;
-    if (a.sinks)
-        sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[own_head])
-                       : to_f32(((const __half *)a.sinks)[own_head])) *
-               kLog2E;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
-        const float both = e[2 * h] + e[2 * h + 1]; // hi and lo: of l in lane 0 of four, of z in 1
-        float l = CODES ? __shfl_sync(~0u, both, lane & ~3) * (1 / kWeightUnit) : quad_sum(r.l[h]);
+__device__ __forceinline__ void
+store_results(const prefill_arguments &a, const tile_work &w, float (&o)[N][R], const float (&e)[4],
+              const row_state &r, uint32_t q_rows, int r0, int lane) {
+    const auto sums = [&](int h) {
+        const float both = e[2 * h] + e[2 * h + 1];
+        const float l =
+            CODES ? __shfl_sync(~0u, both, lane & ~3) * (1 / kWeightUnit) : quad_sum(r.l[h]);
         const float z = CODES ? __shfl_sync(~0u, both, (lane & ~3) + 1) * (1 / kMinimumUnit) : 0.f;
-        if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
-        const float unit = CODES ? unit_of(a.v) : 1.f, f = 1.f / l;
-        const int row = lane / 4 + 8 * h;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < R / 4; i++) {
-                const float x = (o[n][4 * i + 2 * h] * unit + z) * f;
-                const float y = (o[n][4 * i + 2 * h + 1] * unit + z) * f;
-                const uint32_t at = q_rows + code_at(2 * D, row, n * 256 + i * 16);
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + lane % 4 * 4),
-                             "r"(a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y))
-                             : "memory");
-            }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < LANES / 2; i++) {
-        const int row = i * (32 / LANES) + lane / LANES;
-        const int at = __shfl_sync(~0u, own_at, row);
-        uint4 x;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(q_rows + code_at(2 * D, row, lane % LANES * 16))
-                     : "memory");
+        return row_sums{l, z};
+    };
+    const auto turn = [&](uint4 &x) {
         if (CODES && a.v == KF_4) x = from_nibbles(x);
-        if (at >= 0) *(uint4 *)((uint16_t *)a.out + (int64_t)at * D + lane % LANES * 8) = x;
-    }
+    };
+    store_rows<D>(a, w, o, r, q_rows, r0, lane, CODES ? unit_of(a.v) : 1.f, sums, turn);
 }
 
 template <int R, int N> __device__ __forceinline__ void clear_all(float (&o)[N][R], float (&e)[4]) {
@@ -728,7 +572,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         const int last = __shfl_sync(~0u, c->work[slot].last, 0);
         if (last < first) break;
         const uint32_t q_place = place_of(q_at + slot * kRows * 2 * D);
-        row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
+        row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {0.f, 0.f}};
         // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
         const int *position = c->position[slot] + group * 64;
         const int p_first = __shfl_sync(~0u, position[0], 0);
@@ -793,9 +637,9 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         wgmma_wait<0>();
         settle_all(o, e);
         if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-        store_rows<D, R, N, CODES>(a, c->work[slot], o, e, r,
-                                   q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0,
-                                   lane);
+        store_results<D, R, N, CODES>(a, c->work[slot], o, e, r,
+                                      q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0,
+                                      lane);
         fence_async_proxy(); // q of a later item follows what was written and read here
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_at(&c->q_empty[slot]));
@@ -849,24 +693,6 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
 
 template <int D, typename TK, typename TV, bool CODES = true>
 status launch(const attention_problem *p) {
-    const attention_layer_params *l = &p->l;
-    prefill_arguments a = {};
-    a.out = p->out;
-    a.qkv = p->qkv;
-    a.sinks = l->sinks;
-    a.base = (const uint8_t *)p->c.base;
-    a.page_bytes = p->c.page_bytes;
-    a.layout = p->layout;
-    a.k = p->c.k;
-    a.v = p->c.v;
-    a.plan = p->plan;
-    a.page = p->b.page;
-    a.n_heads = l->n_heads;
-    a.n_kv_heads = l->n_kv_heads;
-    a.ratio = l->n_heads / l->n_kv_heads;
-    a.window = l->window;
-    a.bf16 = l->type == DT_BF16;
-    a.scale = l->scale * kLog2E;
     const int bytes =
         kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
     const auto kernel = attend_prefill<D, TK, TV, CODES>;
@@ -874,7 +700,7 @@ status launch(const attention_problem *p) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "attention_prefill, %d bytes: %s", bytes, cudaGetErrorString(e));
-    kernel<<<p->n_sms, kThreads, bytes, p->stream>>>(a);
+    kernel<<<p->n_sms, kThreads, bytes, p->stream>>>(prefill_arguments_of(p));
     return launched("attention_prefill");
 }
 
