@@ -257,23 +257,26 @@ struct both_outputs {
     linear_outputs gate, up;
 };
 
-template <typename T>
+// Formats that unfold have no other scale here.
+template <typename T, int F>
 __device__ __forceinline__ both_outputs outputs_of(const linear_args &p, const linear_segment &s,
                                                    const linear_place &at) {
     both_outputs o = {};
     if (at.there) o.gate = linear_outputs_of<T>(p, s.expert, at.block, at.col);
     if (at.there && p.paired)
         o.up = linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
+    constexpr float unfold = dequant_unfold<T, F>();
+    if (unfold != 1.f) o.gate.scale = o.up.scale = make_float4(unfold, unfold, unfold, unfold);
     return o;
 }
 
 // A whole tile in registers. Of a pair, the warp of the gate finishes the first half of the x rows
 // and that of up the second: one group each way at a time.
-template <typename T>
+template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
                                        const linear_segment &s, float *stage, uint32_t pair_at) {
     const linear_place at = place_of(p, s);
-    const both_outputs o = outputs_of<T>(p, s, at);
+    const both_outputs o = outputs_of<T, F>(p, s, at);
     if (!p.paired) {
         if (!at.there) return;
 #pragma unroll
@@ -327,7 +330,7 @@ __device__ __forceinline__ void cluster_sum(float (&c)[4], uint32_t sums, int wa
 }
 
 // A tile of which every CTA of the cluster has summed a part of K.
-template <typename T>
+template <typename T, int F>
 __device__ __forceinline__ void finish_cluster(float (&acc)[1][kRows / 2], const linear_args &p,
                                                const linear_segment &s, float *stage, uint32_t sums,
                                                int rank, int size) {
@@ -340,7 +343,7 @@ __device__ __forceinline__ void finish_cluster(float (&acc)[1][kRows / 2], const
             make_float4(acc[0][4 * j], acc[0][4 * j + 1], acc[0][4 * j + 2], acc[0][4 * j + 3]));
     cluster_sync();
     const linear_place at = place_of(p, s);
-    const both_outputs o = outputs_of<T>(p, s, at);
+    const both_outputs o = outputs_of<T, F>(p, s, at);
     const bool up = warp / 4 % 2;
     const int first = p.paired ? rank * 2 + up : rank, step = p.paired ? 2 * size : size;
     const int groups = at.there ? (s.m_end - s.m0 + 7) / 8 : 0;
@@ -435,14 +438,11 @@ __device__ __forceinline__ void compute(const linear_args &p, const int32_t *til
             if (++stage == L::stages) stage = 0, parity ^= 1;
         }
         group_pin(acc[0]);
-        if (constexpr float unfold = dequant_unfold<T, F>(); unfold != 1.f)
-#pragma unroll
-            for (float &sum : acc[0]) sum *= unfold;
         __syncwarp();
         const linear_segment s = work.s;
         float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
         if (cluster_size() > 1) {
-            finish_cluster<T>(acc, p, s, turn, base_at, cluster_rank(), cluster_size());
+            finish_cluster<T, F>(acc, p, s, turn, base_at, cluster_rank(), cluster_size());
             continue;
         }
         if (s.step0 > 0) {
@@ -451,7 +451,7 @@ __device__ __forceinline__ void compute(const linear_args &p, const int32_t *til
             continue;
         }
         if (work.sharers > 1) linear_collect<kRows, 1, kWarps>(acc, p, s, work.owner, work.sharers);
-        finish<T>(acc, p, s, turn, base_at + L::at_pair);
+        finish<T, F>(acc, p, s, turn, base_at + L::at_pair);
     }
     if (cluster_size() > 1) cluster_sync(); // others may still read what lies here
 }
