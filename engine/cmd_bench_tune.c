@@ -77,7 +77,8 @@ static void rank(tuner *t) {
         c->ratio = 1;
         for (int32_t s = 0; s < SHAPES; s++)
             c->ratio *= c->us[s] > 0 ? pow(c->us[s] / best[s], 1.0 / SHAPES) : INFINITY;
-        if (c->ratio > 2.5 && c->ratio >= before && before > 1) c->out = true;
+        /* Tall kernels stay as far behind while rows are few: they are to be tried with more. */
+        if (c->ratio > 2.5 && before > 0 && c->ratio > 1.2 * before) c->out = true;
     }
 }
 
