@@ -77,7 +77,7 @@ __device__ __forceinline__ uint64_t policy_evict_normal() {
     return p;
 }
 
-// --- Dependent launch ---------------------------------------------------------------------------
+// --- Clusters -----------------------------------------------------------------------------------
 
 // This CTA's place in its cluster, and how many there are.
 __device__ __forceinline__ int cluster_rank() {
@@ -90,6 +90,31 @@ __device__ __forceinline__ int cluster_size() {
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
     return n;
 }
+// Apart, so that work lies between; arriving makes nothing visible.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Where `at` of this CTA is in the shared memory of another.
+__device__ __forceinline__ uint32_t remote_address(uint32_t at, uint32_t rank) {
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
+    return r;
+}
+__device__ __forceinline__ void remote_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// Four floats into another CTA's shared memory, counted by a barrier there.
+__device__ __forceinline__ void remote_store(uint32_t to, const float *v, uint32_t bar) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
+                 "{%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar)
+                 : "memory");
+}
+
+// --- Dependent launch ---------------------------------------------------------------------------
 
 __device__ __forceinline__ void launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
