@@ -349,6 +349,7 @@ local function sources(data)
     entry.seconds = entry.seconds + (row.wall_s or 0)
     if row.origin then entry.origin = row.origin end
   end
+  table.sort(order) -- by experiment
   for _, id in ipairs(order) do
     local e = by[id]
     rows[#rows + 1] = { e.row.experiment, e.origin or "-", "`" .. e.row.version .. "`",

@@ -81,10 +81,17 @@ end
 --- The newest finished row of each point: of `version` if it has one, else the latest by time.
 ---@param rows Row[]
 ---@param version? string
----@return Row[] in the order in which points first appear
+---@return Row[] in the order in which points first appear in time: those of an older definition,
+---  whose keys have other parts, come before those that replace them, whatever files they are in
 function M.newest(rows, version)
-  local chosen, order = {}, {}
-  for _, row in ipairs(rows) do
+  local chosen, order, by_time = {}, {}, {}
+  for i, row in ipairs(rows) do by_time[i] = { row = row, time = row.time or "", place = i } end
+  table.sort(by_time, function(a, b)
+    if a.time ~= b.time then return a.time < b.time end
+    return a.place < b.place
+  end)
+  for _, entry in ipairs(by_time) do
+    local row = entry.row
     local id = row.experiment .. " " .. M.key_text(row, { checkpoint = true, tp = true })
     local old = chosen[id]
     if not old then order[#order + 1] = id end

@@ -378,6 +378,20 @@ test.case("report takes the newest row of the present version", function()
   test.equal(data:value("e03", {}, "x"), 1)
 end)
 
+test.case("report takes the newest definition of a point, however files are ordered", function()
+  local function row(time, x, more)
+    return { experiment = "e03", status = "ok", time = time, version = time,
+      key = { m = 1, more = more }, metrics = { x = x } }
+  end
+  local before, after = row("1", 1), row("2", 2, "part")
+  for _, rows in ipairs({ { before, after }, { after, before } }) do
+    test.equal(report.data(rows, { version = "3" }):value("e03", { m = 1 }, "x"), 2)
+  end
+  -- The twin: were the order that of the list, the second list would give the old one.
+  after.time = "0"
+  test.equal(report.data({ before, after }, { version = "3" }):value("e03", { m = 1 }, "x"), 1)
+end)
+
 test.case("experiments of the suite load, and their quick points are few", function()
   for _, file in ipairs(amalgam.list(identity.root .. "/experiments")) do
     if file:find("^e%d%d_") then
