@@ -13,13 +13,13 @@
 // Two copy warps fill a ring of W and a ring of x. W does not depend on the kernel before, so its
 // ring is asked for before that has ended.
 #include "linear_launch.h"
+#include "tensor_map.cuh"
 #include "traits.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 #include "ptx_sm90_codes.cuh"
 #endif
 #include <cstring>
-#include <cuda.h>
 
 namespace {
 
@@ -357,23 +357,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- Launch -------------------------------------------------------------------------------------
 
-using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 // codes [rows, k] in boxes of [box_rows, 128]; what lies outside reads as zero.
 status encode(CUtensorMap *map, const void *codes, int32_t rows, int32_t k, int box_rows) {
-    static encode_fn function = nullptr;
-    if (!function) {
-        void *f = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t e =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
-        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
-            return FAIL(ST_DEVICE, "the driver has no tensor maps");
-        function = reinterpret_cast<encode_fn>(f);
-    }
+    tensor_map_encode function;
+    TRY(tensor_map_encoder(&function));
     const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)k};
     const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows}, step[2] = {1, 1};
     const CUresult r =

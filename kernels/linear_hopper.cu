@@ -16,7 +16,7 @@
 #include "linear_launch.h"
 #include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
-#include <cuda.h>
+#include "tensor_map.cuh"
 
 // The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup,
 // units of a step, scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs
@@ -399,11 +399,6 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
 #endif
 }
 
-using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 template <typename T, int F, int NT, int R, int KU, int G, int KB, int kCtas>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_hopper<T, F, NT, R, KU, G, KB, kCtas>;
@@ -454,16 +449,8 @@ const linear_variant rows[] = {HOPPER_INSTANCES(ROW)};
 } // namespace
 
 extern "C" status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows) {
-    static encode_fn encode = nullptr;
-    if (!encode) {
-        void *f = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t e =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
-        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
-            return FAIL(ST_DEVICE, "the driver has no tensor maps");
-        encode = reinterpret_cast<encode_fn>(f);
-    }
+    tensor_map_encode encode;
+    TRY(tensor_map_encoder(&encode));
     const cuuint64_t size[2] = {(cuuint64_t)a->k, (cuuint64_t)a->m};
     const cuuint64_t stride[1] = {(cuuint64_t)a->ldx * 2};
     const cuuint32_t box[2] = {64, (cuuint32_t)rows}, step[2] = {1, 1};

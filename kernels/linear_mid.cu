@@ -22,7 +22,7 @@
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
-#include <cuda.h>
+#include "tensor_map.cuh"
 
 // With four warpgroups a CTA has an SM (B P = 4), with two half of one, so that the next launch's
 // can load its weights beside it: for small matrices.
@@ -524,11 +524,6 @@ division divide(const linear_args *a, int size, int most) {
     return d;
 }
 
-using encode_fn = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 // A tensor of `dims` dimensions, the innermost first; strides in bytes, of the second and on.
 struct tensor {
     const void *at;
@@ -540,16 +535,8 @@ struct tensor {
 };
 
 status encode(CUtensorMap *map, const tensor &t) {
-    static encode_fn function = nullptr;
-    if (!function) {
-        void *f = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        const cudaError_t e =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
-        if (e != cudaSuccess || found != cudaDriverEntryPointSuccess)
-            return FAIL(ST_DEVICE, "the driver has no tensor maps");
-        function = reinterpret_cast<encode_fn>(f);
-    }
+    tensor_map_encode function;
+    TRY(tensor_map_encoder(&function));
     const cuuint32_t every[4] = {1, 1, 1, 1};
     const CUresult r =
         function(map, t.type, (cuuint32_t)t.dims, const_cast<void *>(t.at), t.size, t.stride, t.box,
