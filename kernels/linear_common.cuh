@@ -55,9 +55,10 @@ template <int NT, bool kAligned = false> struct linear_walk {
     int32_t per; // CTAs a tile; 0: the line is cut evenly
 
     __device__ linear_walk(const linear_args &p, const int32_t *tile_start)
-        : p(p), tile_start(tile_start) {
-        ctas = gridDim.x;
-        cta = ctas - 1 - (int32_t)blockIdx.x;
+        : linear_walk(p, tile_start, (int32_t)(gridDim.x - 1 - blockIdx.x), (int32_t)gridDim.x) {}
+    __device__ linear_walk(const linear_args &p, const int32_t *tile_start, int32_t cta,
+                           int32_t ctas)
+        : p(p), tile_start(tile_start), cta(cta), ctas(ctas) {
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
         int32_t sk_tiles = tiles;
         // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many

@@ -1,4 +1,4 @@
-// tensor_map.cuh - the driver's function that makes tensor maps (CUtensorMap), found at run time: the
+// tensor_map.cuh - the driver function that makes tensor maps (CUtensorMap), found at run time: the
 // library links the CUDA runtime only.
 #ifndef TENSOR_MAP_CUH
 #define TENSOR_MAP_CUH
