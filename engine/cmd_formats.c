@@ -3,13 +3,11 @@
  * One architecture is printed row by row, all of them as a matrix with a cell per architecture.
  * Text ends in the refusals with their reasons; --json has one object per pair and architecture,
  * the refused ones included, then the KV formats. */
+#include "cli.h"
 #include "formats.h"
 #include "json.h"
 
 #include <string.h>
-
-int cmd_formats(int argc,
-                char **argv); /* declared for main.c in cli.h, which is above this layer */
 
 /* The standard form of a weight format: what its bare name means. */
 static precision pair(weight_format w, act_format a) {
@@ -122,16 +120,6 @@ static void print_legend(int32_t first, int32_t last) {
 /* --- JSON --------------------------------------------------------------------------------------
  */
 
-/* Print and release. */
-static status put_line(json_t *object) {
-    char *line = object ? json_line(object) : NULL;
-    json_decref(object);
-    if (!line) return FAIL(ST_NOMEM, "a line of JSON");
-    puts(line);
-    mem_free(line);
-    return ST_OK;
-}
-
 /* `key` (arch and formats, released here) and what is known of its row; kernel NULL: refused, with
  * the reason in fail_message. */
 static status put_row(json_t *key, const char *kernel, const char *instruction, format_runs runs) {
@@ -141,9 +129,9 @@ static status put_row(json_t *key, const char *kernel, const char *instruction, 
                           : json_pack("{s:b, s:s}", "supported", 0, "reason", fail_message());
     const bool whole = key && rest && json_object_update(key, rest) == 0;
     json_decref(rest);
-    if (whole) return put_line(key);
+    if (whole) return json_put(key);
     json_decref(key);
-    return put_line(NULL);
+    return json_put(NULL);
 }
 
 static status print_json(int32_t first, int32_t last) {
@@ -173,42 +161,25 @@ static status print_json(int32_t first, int32_t last) {
 /* --- The command -------------------------------------------------------------------------------
  */
 
-static const char usage_line[] = "usage: amalgam formats [--gpu NAME|cpu] [--json]\n";
-
-static int usage(const char *problem, const char *what) {
-    fprintf(stderr, "amalgam formats: %s%s\n%s", problem, what, usage_line);
-    return 2;
-}
-
 /* argv[0] is "formats". */
 int cmd_formats(int argc, char **argv) {
     bool json = false;
     const char *gpu = NULL;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0) {
-            fputs(usage_line, stdout);
-            return 0;
-        }
-        if (strcmp(argv[i], "--json") == 0) {
-            json = true;
-        } else if (strcmp(argv[i], "--gpu") == 0) {
-            if (++i == argc) return usage("--gpu needs a name", "");
-            gpu = argv[i];
-        } else {
-            return usage("what is ", argv[i]);
-        }
-    }
-    int32_t first = 0, last = arch_count() - 1, arch;
+    const cli_option options[] = {
+        {"--gpu", CLI_TEXT, &gpu, "NAME",
+         "one architecture, by it or a GPU of it (sm_90, h200), or cpu"},
+        {"--json", CLI_FLAG, &json, NULL, "one object a line"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n = 0, first = 0, last = arch_count() - 1, arch;
+    status st = cli_parse(argc - 1, argv + 1, "formats [options]", options, NULL, &n);
+    if (st == ST_OK && gpu) st = arch_parse(&arch, gpu);
+    if (st != ST_OK) return cli_exit(st);
     if (gpu) {
-        if (arch_parse(&arch, gpu) != ST_OK) return usage(fail_message(), "");
         while (arch_at(first) != arch) first++; /* arch_parse gives no other */
         last = first;
     }
-    if (json) {
-        if (print_json(first, last) == ST_OK) return 0;
-        fprintf(stderr, "amalgam formats: %s\n", fail_message());
-        return 1;
-    }
+    if (json) return cli_exit(print_json(first, last));
     if (gpu)
         print_arch(first);
     else

@@ -231,7 +231,12 @@ static status read_folder(tokenizer *t, const char *dir) {
     char path[4096];
     if (strlen(dir) > sizeof path - 64)
         return FAIL(ST_IO, "a folder name of %zu bytes", strlen(dir));
-    TRY(read_tokenizer(t, path_join(path, sizeof path, dir, "tokenizer.json")));
+    if (!file_exists(path_join(path, sizeof path, dir, "tokenizer.json")))
+        return FAIL(ST_NOTFOUND,
+                    "%s: no such file: a checkpoint has one, a folder of "
+                    "workloads/models is a configuration alone",
+                    path);
+    TRY(read_tokenizer(t, path));
     TRY(read_jinja(t, dir));
     TRY(read_beside(t, dir, "tokenizer_config.json", read_config));
     TRY(read_beside(t, dir, "special_tokens_map.json", read_map));

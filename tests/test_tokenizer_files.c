@@ -127,7 +127,7 @@ static void broken_files_are_refused_with_one_line(void **state) {
         assert_null(strchr(fail_message(), '\n'));
     }
     tokenizer *t;
-    assert_status(tokenizer_open(&t, "/no/such/folder"), ST_IO);
+    assert_status(tokenizer_open(&t, "/no/such/folder"), ST_NOTFOUND);
     assert_non_null(strstr(fail_message(), "/no/such/folder/tokenizer.json"));
 }
 
@@ -308,9 +308,9 @@ static void the_command_prints_ids_and_pieces(void **state) {
     assert_string_equal(out, "{\"tokens\":3,\"ids\":[2,1,0],\"pieces\":[\"ab\",\"b\",\"a\"]}\n");
     const char *const neither[] = {"tokenize", "--model", folder, NULL};
     assert_int_equal(run_command(2, neither, out, sizeof out), 2);
-    assert_non_null(strstr(out, "usage"));
+    assert_non_null(strstr(out, "--text or --file"));
     const char *const nowhere[] = {"tokenize", "--model", "/none", "--text", "a", NULL};
-    assert_int_equal(run_command(2, nowhere, out, sizeof out), 1);
+    assert_int_equal(run_command(2, nowhere, out, sizeof out), 2);
     assert_non_null(strstr(out, "/none/tokenizer.json"));
 }
 
