@@ -207,6 +207,15 @@ function M.tsv(columns, rows)
   return table.concat(out, "\n") .. "\n"
 end
 
+--- Raises one line of ours: a full disk is no fault of this file.
+---@param path string
+---@param text string
+local function write(path, text)
+  local ok, why = pcall(amalgam.write_file, path, text)
+  if ok then return end
+  error({ exit = 1, message = "report: " .. tostring(why):gsub("^%S+%.lua:%d+: ", "") }, 0)
+end
+
 -- --- Figures and tables --------------------------------------------------------------------------
 
 ---@param text string
@@ -289,7 +298,7 @@ local function figures(data, root, out, o)
       print(("  %-26s no rows for it of %s"):format(name, spec.experiment))
     else
       local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
-      amalgam.write_file(tsv, M.tsv(columns, rows))
+      write(tsv, M.tsv(columns, rows))
       local why = o.no_figures and "figures were switched off"
         or draw(plots, ("%s/%s.gp"):format(plots, name), tsv, ("%s/plots/out/%s"):format(out, name))
       if why then
@@ -325,7 +334,7 @@ local function tables(data, root, out)
     else
       local body = M.markdown(columns, rows)
       blocks[name] = ("**Table %d.** %s\n\n%s"):format(ordinal(name), marked(spec), body)
-      amalgam.write_file(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
+      write(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
     end
   end
   return blocks
@@ -489,10 +498,10 @@ local function run(args)
   for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
     template_environment(data, blocks))
-  amalgam.write_file(out .. "/PAPER.md", paper)
+  write(out .. "/PAPER.md", paper)
   if not o.out and not o.results then
     local readme = amalgam.read_file(root .. "/README.md")
-    amalgam.write_file(root .. "/README.md", M.refresh(readme, blocks))
+    write(root .. "/README.md", M.refresh(readme, blocks))
   end
   print(("  -> %s/PAPER.md, %s/plots/out/"):format(out, out))
   return n_bad > 0 and 1 or 0
