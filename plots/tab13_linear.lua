@@ -1,4 +1,4 @@
---- Table 12: speed-up of linear layers over cuBLAS by format, type and batch.
+--- Table 13: speed-up of linear layers over cuBLAS by format, type and batch.
 local peers = require("peers")
 local stats = require("lib_stats")
 
@@ -12,7 +12,7 @@ return {
   caption = "Measured speed-up of linear layers over cuBLAS fp16 in the same process, geometric "
     .. "mean over six matrices, by rows of x; error is the largest of ||y - ref|| / ||ref|| "
     .. "against float64. Rows in italics: kernels of other systems, measured once by the same "
-    .. "method on another H200 (plots/peers.lua).",
+    .. "method on another H200 (plots/peers.lua); \"-\": not measured.",
   build = function(data)
     local columns, rows = { "format", "type", "kernels" }, {}
     for _, m in ipairs(SHOWN) do columns[#columns + 1] = tostring(m) end

@@ -1,4 +1,4 @@
---- Table 2: throughput of each format over 16 bits on one GPU, with the geometric mean.
+--- Table 4: throughput of each format over 16 bits on one GPU, with the geometric mean.
 local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
@@ -10,7 +10,8 @@ return {
   predicted = true,
   title = "Speed-up by model and format",
   caption = "Predicted offline throughput on H100-SXM: output tokens/s per GPU of W16A16KV16, and "
-    .. "the other formats relative to it, with the tensor-parallel degree after \"@\"."
+    .. "the other formats relative to it, with the tensor-parallel degree after \"@\"; "
+    .. "\"-\": refused, since groups of 128 do not divide its widths."
     .. accuracy.note,
   build = function(data)
     local columns, rows = { "model", labels.base .. " (tokens/s)" }, {}

@@ -1,4 +1,4 @@
---- Figure 15: prefill rate by KV format and length, beside other systems.
+--- Figure 13: prefill rate by KV format and length, beside other systems.
 local peers = require("peers")
 
 local LENGTHS = { 1024, 2048, 4096, 8192, 16384 }
@@ -8,8 +8,9 @@ return {
   experiment = "e08_attention",
   title = "Prefill attention by KV format",
   caption = "Causal prefill attention of one sequence straight from the paged cache (32 query and "
-    .. "8 KV heads, head dim 128, bf16). Dotted: cuDNN and TurboMind on 16-bit caches, measured "
-    .. "once on another H200 (plots/peers.lua).",
+    .. "8 KV heads, head dim 128, bf16): arithmetic of the two products a second, measured. Dashed "
+    .. "and dotted: cuDNN and TurboMind on 16-bit caches, run once by the same method on another "
+    .. "H200 (plots/peers.lua).",
   build = function(data)
     local rows = {}
     for at, kv in ipairs(KVS) do

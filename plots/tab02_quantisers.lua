@@ -1,4 +1,4 @@
---- Table 9: what GPTQ and AWQ win back of the loss by rounding, on the tiny checkpoint.
+--- Table 2: what GPTQ and AWQ win back of the loss by rounding, on the tiny checkpoint.
 
 local METHODS = { "rtn", "gptq", "awq" }
 local TITLE = { rtn = "round to nearest", gptq = "GPTQ", awq = "AWQ" }
@@ -8,7 +8,8 @@ return {
   title = "Weight quantisers",
   caption = "Weight quantisers on the tiny checkpoint, cpu reference: held-out perplexity, the "
     .. "share of the loss in log-likelihood by rounding that a method wins back, and agreement "
-    .. "with the 16-bit model (greedy token of the same context; mean KL divergence).",
+    .. "with the 16-bit model (greedy token of the same context; mean KL divergence). gK: a "
+    .. "group is a whole row.",
   build = function(data)
     local columns = { "format", "method", "perplexity", "16 bit", "recovered", "greedy agreement",
       "KL (nats)" }
@@ -20,7 +21,7 @@ return {
         local row = of(method)
         if row then
           local m = row.metrics
-          local share = "-"
+          local share = "0 % (by definition)"
           if rounded and method ~= "rtn" then
             local base = math.log(m.reference_perplexity)
             local lost = math.log(rounded.metrics.perplexity) - base

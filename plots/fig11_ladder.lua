@@ -1,4 +1,4 @@
---- Figure 13: what each idea of the W4A16 kernels bought.
+--- Figure 11: what each idea of the W4A16 kernels bought.
 local stats = require("lib_stats")
 
 local STEPS = {

@@ -1,4 +1,4 @@
---- Figure 7: measured latency of the tiny checkpoint against rate.
+--- Figure 8: measured latency of the tiny checkpoint against rate.
 local labels = require("labels")
 local stats = require("lib_stats")
 
@@ -16,7 +16,7 @@ return {
   build = function(data)
     local rows = {}
     for at, s in ipairs(SERIES) do
-      local name = s[2] == "none" and s[1] or labels.baseline_title[s[2]]
+      local name = s[2] == "none" and s[1] or labels.baseline_title[s[2]] .. ", W16"
       local rates = data:distinct("e05", "rate_per_s")
       table.sort(rates)
       for _, rate in ipairs(rates) do

@@ -1,4 +1,4 @@
---- Figure 8: fused low-bit kernels and continuous batching against the baselines.
+--- Figure 6: fused low-bit kernels and continuous batching against the baselines.
 local labels = require("labels")
 local stats = require("lib_stats")
 

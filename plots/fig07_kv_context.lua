@@ -1,4 +1,4 @@
---- Figure 6: what the KV format does to batch and throughput as the context grows.
+--- Figure 7: what the KV format does to batch and throughput as the context grows.
 local labels = require("labels")
 
 local FIXED = { gpu = "h100-sxm", model = "Llama-3.1-8B", weight = "W4A16" }

@@ -1,4 +1,4 @@
---- Table 3: on how few GPUs does a model fit?
+--- Table 6: on how few GPUs does a model fit?
 local labels = require("labels")
 
 local FORMATS = { "W16A16KV16", "WFP8AFP8KVFP8", "WMXFP4A16KV8", "W4A16KV4" }

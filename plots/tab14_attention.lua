@@ -1,4 +1,4 @@
---- Table 13: decode times by KV format, batch and context, beside the bytes and another system.
+--- Table 14: decode times by KV format, batch and context, beside the bytes and another system.
 local peers = require("peers")
 
 local RAGGED = "63x128+131072"
@@ -12,7 +12,7 @@ return {
     .. "dim 128), by batch x context, the last of 63 sequences of 128 tokens and one of 131072; "
     .. "error is ||out - ref|| / ||ref|| against float64 over the "
     .. "dequantised cache. Rows in italics: TurboMind, measured once by the same method on another "
-    .. "H200 (plots/peers.lua).",
+    .. "H200 (plots/peers.lua); \"-\": not measured.",
   build = function(data)
     local columns, rows = { "cache", "type", "kernels" }, {}
     for _, shape in ipairs(SHAPES) do columns[#columns + 1] = shape end

@@ -1,4 +1,4 @@
-# Figure 6: requests held and throughput against context, by KV format.
+# Figure 7: requests held and throughput against context, by KV format.
 width = 900
 height = 360
 load plots."/common.gp"
@@ -17,9 +17,9 @@ set key bottom left
 set ylabel "requests held at a time (predicted)"
 plot for [n=1:words(series)] data \
     using (column("context")):(pick(word(series, n), column("requests_held"))) \
-    with linespoints lt n title word(series, n)
+    with linespoints lt format_lt(word(series, n)) title word(series, n)
 set ylabel "output tokens/s (predicted)"
 plot for [n=1:words(series)] data \
     using (column("context")):(pick(word(series, n), column("output_tokens_per_s"))) \
-    with linespoints lt n title word(series, n)
+    with linespoints lt format_lt(word(series, n)) title word(series, n)
 unset multiplot

@@ -1,4 +1,4 @@
---- Table 4: latency under load by format and GPU, relative to 16 bits.
+--- Table 3: latency under load by format and GPU, relative to 16 bits.
 local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")

@@ -1,4 +1,4 @@
---- Table 6: what was measured on this machine.
+--- Table 9: what was measured on this machine.
 local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")

@@ -1,4 +1,4 @@
---- Table 14: points of the predicted experiments that were measured too, beside the prediction.
+--- Table 12: points of the predicted experiments that were measured too, beside the prediction.
 local library = require("lib_rows")
 
 local METRIC = {
@@ -8,7 +8,7 @@ local METRIC = {
 local DEVICE = { device = true }
 
 return {
-  experiment = "e02 to e04 with --device cuda",
+  experiment = "a run of e02 to e04 with --device cuda",
   title = "Predictions that were measured",
   caption = "Points of sections 5 to 7 that were measured on the GPU at hand, beside the "
     .. "prediction of the same point.",
@@ -24,6 +24,7 @@ return {
       if metric and row.key.device == "cuda" and row.status == "ok" then
         local other = predicted[row.experiment .. library.key_text(row, DEVICE)]
         local m, p = row.metrics[metric], other and other.metrics[metric]
+        data:note({ row, other })
         rows[#rows + 1] = { row.experiment:sub(1, 3), row.key.gpu, row.key.model,
           row.key.precision, row.key.load or row.key.context or row.key.baseline, metric, m, p,
           p and m / p }

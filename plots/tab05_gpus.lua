@@ -1,4 +1,4 @@
---- Table 8: throughput of each format over 16 bits, GPU by GPU, as a mean over the models.
+--- Table 5: throughput of each format over 16 bits, GPU by GPU, as a mean over the models.
 local accuracy = require("accuracy")
 local labels = require("labels")
 local stats = require("lib_stats")
@@ -10,7 +10,8 @@ return {
   predicted = true,
   title = "Speed-up by GPU and format",
   caption = "Predicted offline throughput per GPU over W16A16KV16 (geometric mean over the models "
-    .. "that fit in both formats; in brackets their number)." .. accuracy.note,
+    .. "that fit in both formats; in brackets their number); \"-\": that GPU has no FP8 units."
+    .. accuracy.note,
   build = function(data)
     local columns, rows = { "GPU" }, {}
     for _, f in ipairs(labels.formats) do columns[#columns + 1] = labels.format_title[f] or f end

@@ -1,4 +1,4 @@
-# Figure 7: three latencies against rate with intervals over repetitions.
+# Figure 8: three latencies against rate with intervals over repetitions.
 width = 980
 height = 340
 load plots."/common.gp"
@@ -21,8 +21,8 @@ do for [i=1:3] {
     set ylabel label_of(i)
     plot for [n=1:count] data \
         using (column("rate_per_s")):(pick(n, column(m))):(column(m."_lo")):(column(m."_hi")) \
-        with yerrorlines lt n title title_of[n]
+        with yerrorlines lt format_lt(title_of[n]) title title_of[n]
 }
 load plots."/legend.gp"
-plot for [n=1:count] NaN with linespoints lt n title title_of[n]
+plot for [n=1:count] NaN with linespoints lt format_lt(title_of[n]) title title_of[n]
 unset multiplot
