@@ -18,8 +18,7 @@ static precision pair(weight_format w, act_format a) {
     return p;
 }
 
-/* --- Text --------------------------------------------------------------------------------------
- */
+/* --- Text ------------------------------------------------------------------------------------- */
 
 /* Width 11: the family of a kernel, with a star where it is only predicted. */
 static void print_cell(const char *kernel, format_runs runs) {
@@ -117,8 +116,7 @@ static void print_legend(int32_t first, int32_t last) {
                "definition computes every pair that is not refused.\n");
 }
 
-/* --- JSON --------------------------------------------------------------------------------------
- */
+/* --- JSON ------------------------------------------------------------------------------------- */
 
 /* `key` (arch and formats, released here) and what is known of its row; kernel NULL: refused, with
  * the reason in fail_message. */
@@ -158,8 +156,7 @@ static status print_json(int32_t first, int32_t last) {
     return ST_OK;
 }
 
-/* --- The command -------------------------------------------------------------------------------
- */
+/* --- The command ------------------------------------------------------------------------------ */
 
 /* argv[0] is "formats". */
 int cmd_formats(int argc, char **argv) {

@@ -7,8 +7,7 @@
 
 static const double GiB = 1 << 30;
 
-/* --- models ------------------------------------------------------------------------------------
- */
+/* --- models ----------------------------------------------------------------------------------- */
 
 /* Precisions of the size columns. gpt-oss is 2880 wide, no multiple of 128: MXFP4 stands in. */
 static status four_bit(precision *p, const model_config *c) {
@@ -72,8 +71,7 @@ int cmd_models(int argc, char **argv) {
     return cli_exit(st);
 }
 
-/* --- inspect model ------------------------------------------------------------------------------
- */
+/* --- inspect model ---------------------------------------------------------------------------- */
 
 typedef struct {
     const char *model, *precision;

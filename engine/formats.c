@@ -100,8 +100,7 @@ const format_kv *format_kv_rows(int32_t *n) {
     return kv_rows;
 }
 
-/* --- Support -----------------------------------------------------------------------------------
- */
+/* --- Support ---------------------------------------------------------------------------------- */
 
 /* Why a pair has no meaning on any device; NULL when it has one. */
 static const char *meaningless(weight_format w, act_format a) {

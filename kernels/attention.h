@@ -94,8 +94,7 @@ status kernel_attention(void *out, const void *qkv, const attention_layer_params
 /* Names of the variants, best first, NULL at the end. */
 const char *const *attention_variants(void);
 
-/* --- Layout, for tests and tools ---------------------------------------------------------------
- */
+/* --- Layout, for tests and tools -------------------------------------------------------------- */
 
 /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
  */

@@ -173,8 +173,7 @@ static void gpus_are_found_by_the_names_people_use(void **state) {
     assert_non_null(strstr(fail_message(), "is none of cpu, sm_80 (A100)"));
 }
 
-/* --- The command -------------------------------------------------------------------------------
- */
+/* --- The command ------------------------------------------------------------------------------ */
 
 static char output[65536];
 

@@ -125,8 +125,7 @@ static void world_open(world *w, const sched_policy *p, int32_t n_pages, uint64_
 
 static void world_close(world *w) { arena_close(&w->mem); }
 
-/* --- Input --------------------------------------------------------------------------------------
- */
+/* --- Input ------------------------------------------------------------------------------------ */
 
 /* A new request; prompts share beginnings: one of three texts, then noise. */
 static const char *add_person(world *w) {

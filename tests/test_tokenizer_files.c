@@ -23,8 +23,7 @@ static bool same_text(const text *got, const char *want, size_t n) {
     return got->length == n && (n == 0 || !memcmp(got->data, want, n));
 }
 
-/* --- Small tokenizers of our own ---------------------------------------------------------------
- */
+/* --- Small tokenizers of our own -------------------------------------------------------------- */
 
 static char folder[64];
 
@@ -173,8 +172,7 @@ static void names_and_templates_come_from_the_files_beside(void **state) {
     assert_int_equal(make_folder(state), 0);
 }
 
-/* --- Faults ------------------------------------------------------------------------------------
- */
+/* --- Faults ----------------------------------------------------------------------------------- */
 
 /* Whatever the file says: a status with a message, or a tokenizer that works. */
 static bool survives(rng *r) {
@@ -272,8 +270,7 @@ static void refused_memory_is_reported(void **state) {
     }
 }
 
-/* --- The command -------------------------------------------------------------------------------
- */
+/* --- The command ------------------------------------------------------------------------------ */
 
 /* Standard output (fd 1) or error (2) of the command, and its status. */
 static int run_command(int fd, const char *const *argv, char *out, size_t n) {
