@@ -5,14 +5,14 @@
 #include <string.h>
 
 static const format_linear linear_rows[] = {
-#define LINEAR(w, a, sm_min, sm_max, step, runs, kernel, instruction)                              \
-    {WF_##w, AF_##a, sm_min, sm_max, step, RUNS_##runs, kernel, instruction},
+#define LINEAR(w, a, sm_min, sm_max, step, family, instruction)                                    \
+    {WF_##w, AF_##a, sm_min, sm_max, step, family, instruction},
 #include "formats.def"
 };
 
 static const format_kv kv_rows[] = {
-#define KVROW(kv, sm_min, sm_max, runs, kernel, instruction)                                       \
-    {KF_##kv, sm_min, sm_max, RUNS_##runs, kernel, instruction},
+#define KVROW(kv, sm_min, sm_max, family, instruction)                                             \
+    {KF_##kv, sm_min, sm_max, family, instruction},
 #include "formats.def"
 };
 
@@ -80,14 +80,6 @@ status arch_parse(int32_t *arch, const char *name) {
                 "GPU '%.40s' is none of cpu, sm_80 (A100), sm_86 (RTX 3090, A10, A40), "
                 "sm_89 (RTX 4090, L40S, L4), sm_90 (H100, H200)",
                 name);
-}
-
-const char *format_runs_text(format_runs r) {
-    switch (r) {
-    case RUNS_DEFINITION: return "cpu, sim";
-    case RUNS_PREDICTED: return "sim (predicted)";
-    default: CHECK(r == RUNS_CUDA); return "cuda, sim";
-    }
 }
 
 const format_linear *format_linear_rows(int32_t *n) {
