@@ -153,12 +153,6 @@ static int bench_harness(int argc, char **argv) {
 
 /* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that needs
  * CUDA, where CUDA is built; else NO_BENCH(name). */
-#define BENCH(name) int bench_##name(int argc, char **argv);
-#define NO_BENCH(name)
-#include "bench.def"
-#undef BENCH
-#undef NO_BENCH
-
 static const struct {
     const char *name;
     int (*run)(int argc, char **argv); /* argv[0] is the name; NULL: not in this build */

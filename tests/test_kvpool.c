@@ -353,8 +353,7 @@ static void notices_every_planted_fault(void **state) {
     }
 }
 
-/* --- Edges
- * ---------------------------------------------------------------------------------------- */
+/* --- Edges ------------------------------------------------------------------------------------ */
 
 /* All sets of three sequences of 0..P+1 tokens: a pool of exactly their pages suffices, one page
  * less does not, and a refusal changes nothing. */
