@@ -580,6 +580,20 @@ function M.refresh(text, blocks)
     function(head, name, tail) return blocks[name] and head .. blocks[name] .. "\n" .. tail end))
 end
 
+--- Remove what is left in plots/out of tables and figures that have no rows or no file any more.
+---@param out string
+---@param blocks table<string, string>
+local function remove_others(out, blocks)
+  local dir = out .. "/plots/out"
+  for _, entry in ipairs(amalgam.list(dir)) do
+    local name = entry:match("^(%a%a%a%d%d_[%w_]+)%.%a+$")
+    local block = name and blocks[name]
+    if name and (not block or block:find(" is missing: ", 1, true)) then
+      os.remove(dir .. "/" .. entry)
+    end
+  end
+end
+
 ---@param args string[]
 ---@return table
 local function parse(args)
@@ -622,6 +636,7 @@ local function run(args)
     n_broken > 0 and (", %d unreadable lines left out"):format(n_broken) or ""))
   local blocks, n_bad = figures(data, root, out, o)
   for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
+  remove_others(out, blocks)
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
     template_environment(data, blocks))
   write(out .. "/PAPER.md", paper)

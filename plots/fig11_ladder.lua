@@ -26,7 +26,7 @@ return {
       end
       if any then rows[#rows + 1] = row end
     end
-    if #rows < 2 then rows = {} end -- the last step alone says nothing of the others
+    if #rows < 3 then rows = {} end -- the last two alone are no ladder
     return { "step", "m1", "m16", "m64", "m256", "m1024" }, rows
   end,
 }

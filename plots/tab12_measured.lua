@@ -1,4 +1,5 @@
 --- Table 12: points of the predicted experiments that were measured too, beside the prediction.
+local labels = require("labels")
 local library = require("lib_rows")
 
 local METRIC = {
@@ -7,11 +8,21 @@ local METRIC = {
 }
 local DEVICE = { device = true }
 
+---@param key table of a row
+---@return string what distinguishes points of its experiment
+local function point_of(key)
+  if key.load then return ("load %g"):format(key.load) end
+  if key.context then return ("context %d"):format(key.context) end
+  local mode = key.baseline == "none" and "as it is" or labels.baseline_title[key.baseline]
+  return "offline, " .. mode
+end
+
 return {
   experiment = "a run of e02 to e04 with --device cuda",
   title = "Predictions that were measured",
-  caption = "Points of sections 5 to 7 that were measured on the GPU at hand, beside the "
-    .. "prediction of the same point.",
+  caption = "Points of sections 6 to 8 that were measured on the GPU at hand, beside the "
+    .. "prediction of the same point. A load of e02 is a share of what 16 bits sustain on the same "
+    .. "device, so that measured and predicted requests come at rates of their own.",
   build = function(data)
     local predicted, rows = {}, {}
     for _, row in ipairs(data.rows) do
@@ -26,11 +37,10 @@ return {
         local m, p = row.metrics[metric], other and other.metrics[metric]
         data:note({ row, other })
         rows[#rows + 1] = { row.experiment:sub(1, 3), row.key.gpu, row.key.model,
-          row.key.precision, row.key.load or row.key.context or row.key.baseline, metric, m, p,
-          p and m / p }
+          row.key.precision, point_of(row.key), metric, m, p, p and m / p }
       end
     end
-    return { "", "GPU", "model", "precision", "load, context or mode", "metric", "measured",
-      "predicted", "ratio" }, rows
+    return { "experiment", "GPU", "model", "precision", "point", "metric", "measured", "predicted",
+      "measured / predicted" }, rows
   end,
 }
