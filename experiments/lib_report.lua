@@ -627,13 +627,13 @@ local function run(args)
   local identity = amalgam.identity()
   local root = identity.root
   local dir, out = o.results or root .. "/results", o.out or root
-  local rows, n_broken = library.read(dir)
+  local rows, broken = library.read(dir)
   if #rows == 0 then
     experiment.refuse("report: no rows in %s (amalgam run e01 ... makes them)", dir)
   end
   local data = M.data(rows, identity)
-  print(("report: %d points from %d rows in %s%s"):format(#data.rows, #rows, dir,
-    n_broken > 0 and (", %d unreadable lines left out"):format(n_broken) or ""))
+  print(("report: %d points from %d rows in %s"):format(#data.rows, #rows, dir))
+  for _, file in ipairs(broken) do print(("  left out, cannot be read: %s"):format(file)) end
   local blocks, n_bad = figures(data, root, out, o)
   for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
   remove_others(out, blocks)

@@ -23,9 +23,9 @@ local M = {}
 ---@param dir string
 ---@param keep? fun(experiment: string, machine: string, version: string): boolean
 ---@return Row[] rows
----@return integer n_broken
+---@return string[] broken "FILE: 2 lines" of each file with lines that cannot be read
 function M.read(dir, keep)
-  local rows, n_broken = {}, 0
+  local rows, broken = {}, {}
   for _, experiment in ipairs(amalgam.list(dir)) do
     local e = experiment:match("^(.*)/$")
     for _, machine in ipairs(e and amalgam.list(dir .. "/" .. e) or {}) do
@@ -34,12 +34,15 @@ function M.read(dir, keep)
         local version = file:match("^(.*)%.jsonl$")
         if version and (not keep or keep(e, m, version)) then
           local path = ("%s/%s/%s/%s"):format(dir, e, m, file)
-          n_broken = n_broken + M.read_file(path, rows, version)
+          local n = M.read_file(path, rows, version)
+          if n > 0 then
+            broken[#broken + 1] = ("%s: %d %s"):format(path, n, n == 1 and "line" or "lines")
+          end
         end
       end
     end
   end
-  return rows, n_broken
+  return rows, broken
 end
 
 --- Append the rows of one file to `rows`.
