@@ -521,6 +521,13 @@ local function template_environment(data, blocks)
     if #ratios == 0 then return "*(no rows)*" end
     return ("%.2f"):format(stats.geomean(ratios))
   end
+  --- A metric of one row over that of another, which differ in one part of the key: "1.83".
+  function env.ratio(name, filter, part, value, base, metric)
+    local with, against = { [part] = value }, { [part] = base }
+    for k, v in pairs(filter) do with[k], against[k] = v, v end
+    local a, b = data:value(name, with, metric), data:value(name, against, metric)
+    return a and b and b > 0 and ("%.2f"):format(a / b) or "*(no rows)*"
+  end
   --- Largest such ratio and where it is: "2.91 (Qwen3-32B)".
   function env.most(name, over, filter, base, metric)
     local ratios, which = data:ratios(name, over, filter, base, metric)
