@@ -52,6 +52,15 @@ REPLAYS := $(patsubst tests/fuzz/%.c,$(O)/tests/%,$(sort $(wildcard tests/fuzz/f
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables
 
+# Goals share outputs (`make gpu-tests build`): they run one after the other, whatever -j says, each with
+# a parallel make of its own. A file by name (build/debug/amalgam) may be built in parallel.
+PARALLEL = $(MAKE) --no-print-directory -j$(JOBS) INNER=1
+ifndef INNER
+ifneq ($(filter-out $(B)/%,$(MAKECMDGOALS)),)
+.NOTPARALLEL:
+endif
+endif
+
 ##@ Use
 help: ## list the targets (this text)
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -62,7 +71,7 @@ setup: ## install the packages that are missing (apt)
 	@./install-deps.sh
 
 build: setup ## compile build/amalgam
-	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam
+	+$(Q)$(PARALLEL) $(O)/amalgam
 
 # What was built: commit, hash of the difference of the sources to it, compiler, flags. Rewritten only
 # when it changes, so that nothing is compiled again for nothing.
@@ -173,17 +182,17 @@ dist: build ## a tarball for a GPU node: the program, its libraries and data, un
 
 ##@ Check
 test: build ## every check: style, layers, C and Lua tests (under 10 minutes)
-	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(REPLAYS)
+	+$(Q)$(PARALLEL) $(TESTS) $(REPLAYS)
 	$(Q)tests/run.sh $(O)
 
 asan: setup ## the C tests under the address and undefined-behaviour sanitizers
-	$(Q)$(MAKE) --no-print-directory -j$(JOBS) MODE=asan $(B)/asan/amalgam asan-tests
+	+$(Q)$(PARALLEL) MODE=asan $(B)/asan/amalgam asan-tests
 	$(Q)tests/run.sh $(B)/asan
 
 asan-tests: $(TESTS) $(REPLAYS)
 
 gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
-	$(Q)$(MAKE) --no-print-directory -j$(JOBS) $(O)/amalgam $(GPU_TESTS)
+	+$(Q)$(PARALLEL) $(O)/amalgam $(GPU_TESTS)
 	$(Q)! grep -H -E '[1-9][0-9]* bytes spill|C75(0[0-9]|1[0-8])' $(O)/kernels/linear*.cu.o.ptxas \
 	    $(O)/kernels/attention*.cu.o.ptxas
 

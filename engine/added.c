@@ -6,8 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 enum { ADDED_ID_MAX = 1 << 24 }; /* vocabularies reach 2^18; beyond 2^24 it is a damaged file */
 
@@ -127,8 +126,7 @@ status added_open(added *out, const json_t *list, const normalizer *z, bpe *m, a
     return make_set(&out->normal, out, true, z, a);
 }
 
-/* --- Looking up --------------------------------------------------------------------------------
- */
+/* --- Looking up ------------------------------------------------------------------------------- */
 
 int32_t added_find(const added *d, const char *s, size_t n) {
     for (int32_t i = 0; i < d->n_tokens; i++)
@@ -165,8 +163,7 @@ static const added_key *longest_key(const added_set *set, const char *s, size_t 
     return best;
 }
 
-/* --- Cutting -----------------------------------------------------------------------------------
- */
+/* --- Cutting ---------------------------------------------------------------------------------- */
 
 /* Is there a word character at s[at], or with `backwards` right before it? */
 static bool word_beside(const char *s, size_t n, size_t at, bool backwards) {

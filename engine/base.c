@@ -13,8 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* --- Errors ------------------------------------------------------------------------------------
- */
+/* --- Errors ----------------------------------------------------------------------------------- */
 
 static _Thread_local char last_message[512];
 static _Thread_local char last_birthplace[64];
@@ -72,8 +71,7 @@ void check_failed(const char *file, int line, const char *condition) {
     abort();
 }
 
-/* --- Memory ------------------------------------------------------------------------------------
- */
+/* --- Memory ----------------------------------------------------------------------------------- */
 
 /* Fault injection is for single-threaded tests; the counters are not atomic on purpose. */
 static int64_t mem_seen, mem_fails_at;
@@ -160,8 +158,7 @@ void *mem_resize(void *old, size_t count, size_t size) {
 
 void mem_free(void *p) { free(p); }
 
-/* --- Text --------------------------------------------------------------------------------------
- */
+/* --- Text ------------------------------------------------------------------------------------- */
 
 static bool text_room(text *t, size_t more) {
     if (t->failed) return false;
@@ -214,8 +211,7 @@ status text_status(const text *t) {
     return t->failed ? FAIL(ST_NOMEM, "text of %zu bytes", t->length) : ST_OK;
 }
 
-/* --- Hash --------------------------------------------------------------------------------------
- */
+/* --- Hash ------------------------------------------------------------------------------------- */
 
 static uint64_t mix64(uint64_t x) { /* splitmix64 finaliser */
     x ^= x >> 30;
@@ -243,8 +239,7 @@ uint64_t hash_u64(uint64_t value, uint64_t seed) {
     return mix64(mix64(seed + 0x9e3779b97f4a7c15u) ^ value);
 }
 
-/* --- Files -------------------------------------------------------------------------------------
- */
+/* --- Files ------------------------------------------------------------------------------------ */
 
 status file_map_open(file_map *m, const char *path) {
     *m = (file_map){0};
@@ -351,8 +346,7 @@ const char *path_join(char *buf, size_t n, const char *dir, const char *name) {
     return buf;
 }
 
-/* --- The root ----------------------------------------------------------------------------------
- */
+/* --- The root --------------------------------------------------------------------------------- */
 
 static char root_path[2048];
 
@@ -390,8 +384,7 @@ const char *root_dir(void) {
     return root_path;
 }
 
-/* --- Numbers -----------------------------------------------------------------------------------
- */
+/* --- Numbers ---------------------------------------------------------------------------------- */
 
 bool parse_i64(const char *s, int64_t lo, int64_t hi, int64_t *out) {
     if (!*s || isspace((unsigned char)*s)) return false;

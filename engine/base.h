@@ -44,8 +44,7 @@ const char *fail_birthplace(void);
         if (try_st_ != ST_OK) return try_st_;                                                      \
     } while (0)
 
-/* --- Programmer errors: stop the program in every build. The argument must be cheap and pure. ---
- */
+/* --- Programmer errors: stop the program in every build. The argument must be cheap and pure. - */
 
 #define CHECK(cond) ((cond) ? (void)0 : check_failed(__FILE__, __LINE__, #cond))
 void check_failed(const char *file, int line, const char *condition) __attribute__((noreturn));

@@ -5,8 +5,7 @@
 
 #include <string.h>
 
-/* --- Looking up --------------------------------------------------------------------------------
- */
+/* --- Looking up ------------------------------------------------------------------------------- */
 
 int32_t bpe_find(const bpe *m, const char *s, size_t n) {
     for (uint32_t at = (uint32_t)hash_bytes(s, n, 0) & m->slot_mask; m->slots[at] >= 0;
@@ -32,8 +31,7 @@ static const bpe_merge *find_merge(const bpe *m, int32_t left, int32_t right) {
     return slot->left < 0 ? NULL : slot;
 }
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 /* A power of two with at least half of the slots free. */
 static uint32_t table_size(size_t n) {
@@ -190,8 +188,7 @@ status bpe_open(bpe *m, const json_t *spec, int32_t n_ids_min, arena *a) {
     return ST_OK;
 }
 
-/* --- Encoding ----------------------------------------------------------------------------------
- */
+/* --- Encoding --------------------------------------------------------------------------------- */
 
 void bpe_room_close(bpe_room *room) {
     mem_free(room->symbols);

@@ -50,8 +50,7 @@ static status no_memory(rendering *x) {
     return JINJA_FAIL(&x->r, ST_RANGE, "needs more than %d MiB", RENDER_BYTES >> 20);
 }
 
-/* --- Names
- * -------------------------------------------------------------------------------------- */
+/* --- Names ------------------------------------------------------------------------------------ */
 
 static status push_scope(rendering *x, scope *parent, scope **made) {
     *made = arena_array(x->r.memory, scope, 1);
@@ -100,8 +99,7 @@ static status assign_all(rendering *x, const jinja_node *n, jinja_value value) {
     return ST_OK;
 }
 
-/* --- Calls
- * -------------------------------------------------------------------------------------- */
+/* --- Calls ------------------------------------------------------------------------------------ */
 
 /* Run a body with its output going into a value. */
 static status capture(rendering *x, const jinja_node *body, jinja_value *out) {
@@ -179,8 +177,7 @@ static status evaluate_call(rendering *x, const jinja_node *n, const jinja_value
     return JINJA_FAIL(&x->r, ST_FORMAT, "a %s cannot be called", jinja_kind_name(&callee));
 }
 
-/* --- Expressions
- * -------------------------------------------------------------------------------- */
+/* --- Expressions ------------------------------------------------------------------------------ */
 
 static status evaluate_name(rendering *x, const jinja_node *n, jinja_value *out) {
     const jinja_value *found = find_name(x->scope, n->s, n->n);
@@ -309,8 +306,7 @@ static status evaluate(rendering *x, const jinja_node *n, jinja_value *out) {
     return st;
 }
 
-/* --- Statements
- * --------------------------------------------------------------------------------- */
+/* --- Statements ------------------------------------------------------------------------------- */
 
 static status emit(rendering *x, const char *s, size_t n) {
     if (x->out->length + n > CHAT_TEMPLATE_OUTPUT_MAX)
@@ -450,8 +446,7 @@ static status run_body(rendering *x, const jinja_node *first, flow *f) {
     return ST_OK;
 }
 
-/* --- Interface
- * ---------------------------------------------------------------------------------- */
+/* --- Interface -------------------------------------------------------------------------------- */
 
 status chat_template_open(chat_template **out, const char *source, size_t n, const char *where) {
     *out = NULL;

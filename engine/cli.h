@@ -48,4 +48,10 @@ int cmd_models(int argc, char **argv);
 int cmd_quantise(int argc, char **argv);
 int cmd_serve(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
+
+/* Rows of `amalgam bench` that need CUDA: linked where the build has it (bench.def). */
+int bench_attention(int argc, char **argv);
+int bench_linear(int argc, char **argv);
+int bench_ops(int argc, char **argv);
+int bench_tune(int argc, char **argv);
 #endif

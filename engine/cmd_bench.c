@@ -153,12 +153,6 @@ static int bench_harness(int argc, char **argv) {
 
 /* bench.def is written by the Makefile: BENCH(name) for each engine/cmd_bench_<name>.c that needs
  * CUDA, where CUDA is built; else NO_BENCH(name). */
-#define BENCH(name) int bench_##name(int argc, char **argv);
-#define NO_BENCH(name)
-#include "bench.def"
-#undef BENCH
-#undef NO_BENCH
-
 static const struct {
     const char *name;
     int (*run)(int argc, char **argv); /* argv[0] is the name; NULL: not in this build */
@@ -181,9 +175,11 @@ int cmd_bench(int argc, char **argv) {
         if (benches[i].run) return benches[i].run(argc - 1, argv + 1);
         return cli_exit(FAIL(ST_UNSUPPORTED, "bench %s: this build has no CUDA", argv[1]));
     }
-    const bool asked = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0);
-    fprintf(asked ? stdout : stderr, "usage: amalgam bench WHAT [options]\n");
+    if (argc < 2 || (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0))
+        return cli_exit(FAIL(ST_USAGE, "%s%s (amalgam bench --help lists them)",
+                             argc < 2 ? "bench what?" : "no benchmark ", argc < 2 ? "" : argv[1]));
+    puts("usage: amalgam bench WHAT [options]");
     for (int32_t i = 0; i < COUNT_OF(benches); i++)
-        fprintf(asked ? stdout : stderr, "  %-10s %s\n", benches[i].name, benches[i].help);
-    return asked ? 0 : 2;
+        printf("  %-10s %s\n", benches[i].name, benches[i].help);
+    return 0;
 }

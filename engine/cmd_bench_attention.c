@@ -6,7 +6,6 @@
  * goes over all sets; the time is the median of the replays over the number of launches. The read
  * ceiling is measured in the same process. rel_err = ||out - ref|| / ||ref|| over sampled heads,
  * against the f64 definition over the dequantised cache. */
-#include "cmd_bench_attention.h"
 #include "attention.h"
 #include "bandwidth.h"
 #include "cli.h"
@@ -92,8 +91,7 @@ static int64_t pages_before(const bench_case *c, int32_t s) {
     return n;
 }
 
-/* --- One case
- * -------------------------------------------------------------------------------------- */
+/* --- One case --------------------------------------------------------------------------------- */
 
 typedef struct {
     bench_memory m;
@@ -136,24 +134,29 @@ static status fill_cache(bench_run *r, const bench_case *c, int32_t *device_page
     return ST_OK;
 }
 
-static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
-    memset(r, 0, sizeof *r);
-    const int32_t rows = c->batch * c->n_new, S = c->batch;
-    const int64_t row = (int64_t)(c->heads + 2 * c->kv_heads) * c->head_dim;
+/* Pages of all sets in random order. */
+static status shuffle_pages(bench_run *r, const bench_case *c) {
     r->page_bytes = attention_page_bytes(c->k, c->v, c->kv_heads, c->head_dim);
     r->set_pages = pages_before(c, c->batch);
     r->n_sets = (int32_t)i64_max(1, div_up(ROTATE_BYTES, r->set_pages * r->page_bytes));
-    r->ints = mem_alloc((size_t)(2 * rows + 3 * S + 2), sizeof(int32_t));
-    const int64_t n_pages = r->n_sets * r->set_pages;
-    r->page = mem_alloc((size_t)n_pages, sizeof(int32_t));
-    if (!r->ints || !r->page) return FAIL(ST_NOMEM, "page table of %lld", (long long)n_pages);
-    for (int64_t i = 0; i < n_pages; i++) r->page[i] = (int32_t)i;
-    for (int64_t i = n_pages - 1; i > 0; i--) { /* Fisher-Yates */
+    const int64_t n = r->n_sets * r->set_pages;
+    r->page = mem_alloc((size_t)n, sizeof *r->page);
+    if (!r->page) return FAIL(ST_NOMEM, "page table of %lld", (long long)n);
+    for (int64_t i = 0; i < n; i++) r->page[i] = (int32_t)i;
+    for (int64_t i = n - 1; i > 0; i--) { /* Fisher-Yates */
         const int64_t j = (int64_t)(hash_u64((uint64_t)i, 7) % (uint64_t)(i + 1));
         const int32_t swap = r->page[i];
         r->page[i] = r->page[j];
         r->page[j] = swap;
     }
+    return ST_OK;
+}
+
+/* r->host and r->device, the pages of set 0 in both. */
+static status describe_batch(bench_run *r, const bench_case *c, int32_t *device_pages) {
+    const int32_t rows = c->batch * c->n_new, S = c->batch, n = 2 * rows + 3 * S + 2;
+    r->ints = mem_alloc((size_t)n, sizeof *r->ints);
+    if (!r->ints) return FAIL(ST_NOMEM, "batch of %d rows", rows);
     int32_t *position = r->ints, *token_seq = position + rows, *seq_start = token_seq + rows;
     int32_t *page_start = seq_start + S + 1, *kv_len = page_start + S + 1;
     for (int32_t s = 0; s <= S; s++) {
@@ -174,17 +177,20 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
                                 .kv_len = kv_len,
                                 .page_start = page_start,
                                 .page = r->page};
-    void *ints, *pages, *rope, *base;
-    TRY(take_copy(&r->m, &ints, r->ints, (2 * rows + 3 * S + 2) * (int64_t)sizeof(int32_t)));
-    TRY(take_copy(&r->m, &pages, r->page, n_pages * (int64_t)sizeof(int32_t)));
+    void *copy;
+    TRY(take_copy(&r->m, &copy, r->ints, n * (int64_t)sizeof *r->ints));
+    int32_t *ints = copy;
     r->device = r->host;
-    r->device.position = (int32_t *)ints + (position - r->ints);
-    r->device.token_seq = (int32_t *)ints + (token_seq - r->ints);
-    r->device.seq_start = (int32_t *)ints + (seq_start - r->ints);
-    r->device.page_start = (int32_t *)ints + (page_start - r->ints);
-    r->device.kv_len = (int32_t *)ints + (kv_len - r->ints);
-    r->device.page = pages;
+    r->device.position = ints + (position - r->ints);
+    r->device.token_seq = ints + (token_seq - r->ints);
+    r->device.seq_start = ints + (seq_start - r->ints);
+    r->device.page_start = ints + (page_start - r->ints);
+    r->device.kv_len = ints + (kv_len - r->ints);
+    r->device.page = device_pages;
+    return ST_OK;
+}
 
+static status describe_layer(bench_run *r, const bench_case *c) {
     float *turn = mem_alloc((size_t)SLICE * (size_t)c->head_dim, sizeof *turn);
     if (!turn) return FAIL(ST_NOMEM, "rope table");
     for (int32_t p = 0; p < SLICE; p++)
@@ -193,6 +199,7 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
             turn[p * c->head_dim + 2 * d] = (float)cos(angle);
             turn[p * c->head_dim + 2 * d + 1] = (float)sin(angle);
         }
+    void *rope;
     status st = take_copy(&r->m, &rope, turn, (int64_t)SLICE * c->head_dim * (int64_t)sizeof *turn);
     mem_free(turn);
     TRY(st);
@@ -203,22 +210,39 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
                                     .window = c->window,
                                     .scale = 1 / sqrtf((float)c->head_dim),
                                     .rope_cos_sin = rope};
+    return ST_OK;
+}
+
+static status make_plan(bench_run *r, const bench_case *c, const bench_gpu *g) {
+    const int64_t bytes = attention_plan_bytes(c->batch, r->host.n_tokens, r->set_pages);
+    void *plan = mem_alloc((size_t)bytes, 1);
+    if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)bytes);
+    int64_t used = 0;
+    status st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim,
+                                    c->window, c->k == KF_4 && c->v == KF_4, g->n_sms);
+    if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
+    mem_free(plan);
+    return st;
+}
+
+static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
+    memset(r, 0, sizeof *r);
+    TRY(shuffle_pages(r, c));
+    const int64_t n_pages = r->n_sets * r->set_pages;
+    void *pages, *base;
+    TRY(take_copy(&r->m, &pages, r->page, n_pages * (int64_t)sizeof *r->page));
+    TRY(describe_batch(r, c, pages));
+    TRY(describe_layer(r, c));
     TRY(take(&r->m, &base, n_pages * r->page_bytes));
     r->cache = (attention_cache){base, r->page_bytes, c->k, c->v};
     TRY(fill_cache(r, c, pages));
 
+    const int64_t rows = r->host.n_tokens,
+                  row = (c->heads + 2 * c->kv_heads) * (int64_t)c->head_dim;
     TRY(take_random(&r->m, &r->qkv, &r->q, rows * row, c->type, 2));
-    TRY(take(&r->m, &r->out, (int64_t)rows * c->heads * c->head_dim * 2));
-    const int64_t plan_bytes = attention_plan_bytes(S, rows, r->set_pages);
-    void *plan = mem_alloc((size_t)plan_bytes, 1);
-    if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)plan_bytes);
-    int64_t used = 0;
-    st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
-                             c->k == KF_4 && c->v == KF_4, g->n_sms);
-    if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
-    mem_free(plan);
-    TRY(st);
-    const int64_t bytes = attention_workspace_bytes(S, r->set_pages, c->heads, c->head_dim);
+    TRY(take(&r->m, &r->out, rows * c->heads * c->head_dim * 2));
+    TRY(make_plan(r, c, g));
+    const int64_t bytes = attention_workspace_bytes(c->batch, r->set_pages, c->heads, c->head_dim);
     TRY(take(&r->m, &r->workspace, bytes));
     CUDA(cudaMemset(r->workspace, 0, (size_t)bytes));
     return ST_OK;
@@ -407,8 +431,7 @@ static status measure_ceiling(bench_gpu *g, bool json) {
     return ST_OK;
 }
 
-/* --- Options
- * ---------------------------------------------------------------------------------------- */
+/* --- Options ---------------------------------------------------------------------------------- */
 
 /* "kv16", "kvfp8", "k8v4", ... in any case. */
 static status parse_kv(const char *given, kv_format *k, kv_format *v) {

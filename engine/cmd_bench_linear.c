@@ -92,8 +92,6 @@ static status bench_shape(const bench_options *o, linear_weight w) {
     return st;
 }
 
-int bench_linear(int argc, char **argv); /* cmd_bench.c's table, through bench.def */
-
 int bench_linear(int argc, char **argv) {
     bench_options o = {.weights = "w4g128",
                        .act = "a16",

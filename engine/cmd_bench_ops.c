@@ -247,8 +247,6 @@ static void close_bench(bench *b) {
     if (b->stream) (void)cudaStreamDestroy(b->stream);
 }
 
-int bench_ops(int argc, char **argv); /* cmd_bench.c */
-
 int bench_ops(int argc, char **argv) {
     const char *model = "Llama-3.1-8B";
     int64_t rows = 64;

@@ -247,10 +247,12 @@ static int32_t pages_of(const step_shape *s) {
 static void print_step(const arguments *a, const engine *e, const step_shape *s, const double us[3],
                        double share, double bytes, double flops) {
     char name[PRECISION_NAME_MAX];
-    char clocks[96] = "";
-    nvml_state gpu; /* right after the last step; -1 where there is none */
+    char clocks[112] = ""; /* right after the last step */
+    nvml_state gpu;
     if (nvml_read(&gpu) == ST_OK)
-        snprintf(clocks, sizeof clocks, "; SM clock %d MHz, %.0f W, throttle bits %lld",
+        snprintf(clocks, sizeof clocks,
+                 a->json ? ",\"sm_clock_mhz\":%d,\"power_w\":%.0f,\"throttle_bits\":%lld"
+                         : "; SM clock %d MHz, %.0f W, throttle bits %lld",
                  gpu.sm_clock_mhz, gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
     const double read_us = bytes / a->read_gbs * 1e-3;
     const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
@@ -260,11 +262,9 @@ static void print_step(const arguments *a, const engine *e, const step_shape *s,
         printf("{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,\"ctx\":%d,"
                "\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,\"roofline_us\":%.1f,"
                "\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,\"experts_share\":%.3f,"
-               "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f,\"sm_clock_mhz\":%d,\"power_w\":%.0f,"
-               "\"throttle_bits\":%lld}\n",
+               "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f%s}\n",
                model, name, s->n_seqs, s->ctx, s->n_new, us[0], us[1], us[2], roof, us[0] / roof,
-               bytes, flops, share, a->read_gbs, a->matrix_tflops, gpu.sm_clock_mhz,
-               gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
+               bytes, flops, share, a->read_gbs, a->matrix_tflops, clocks);
     else
         printf(
             "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline %9.1f us  "

@@ -157,8 +157,6 @@ static status tune(tuner *t, const char *only) {
     return ST_OK;
 }
 
-int bench_tune(int argc, char **argv); /* cmd_bench.c's table, through bench.def */
-
 int bench_tune(int argc, char **argv) {
     static tuner t = {.replays = 3};
     const char *out = "linear_tuned.def", *only = NULL;

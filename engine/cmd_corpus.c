@@ -1,46 +1,42 @@
 /* cmd_corpus.c - `amalgam corpus`: text and tasks of the seeded generator. */
 #include "cli.h"
 #include "corpus.h"
-
-#include <jansson.h>
-#include <string.h>
-
-static const char usage[] =
-    "usage: amalgam corpus --bytes N [--seed N] [--kind story|arithmetic|recall|chat]\n"
-    "       amalgam corpus --tasks arithmetic|recall --count N [--seed N] [--digits N]\n"
-    "                      [--pairs N] [--sentences N]\n"
-    "Seeds from 2^40 = 1099511627776 on are held out from training.\n";
+#include "json.h"
 
 typedef struct {
     int64_t seed, bytes, count, digits, pairs, sentences; /* -1: not given */
     const char *kind, *tasks;
 } arguments;
 
+/* argv without the command. */
 static status parse(int argc, char **argv, arguments *o) {
     *o = (arguments){-1, -1, -1, -1, -1, -1, NULL, NULL};
+    const cli_option options[] = {
+        {"--bytes", CLI_INT, &o->bytes, "N", "text of that length"},
+        {"--kind", CLI_TEXT, &o->kind, "NAME", "only story, arithmetic, recall or chat"},
+        {"--tasks", CLI_TEXT, &o->tasks, "NAME", "arithmetic or recall, one object a line"},
+        {"--count", CLI_INT, &o->count, "N", "of the tasks"},
+        {"--digits", CLI_INT, &o->digits, "N", "of the numbers of arithmetic tasks"},
+        {"--pairs", CLI_INT, &o->pairs, "N", "to remember in recall tasks"},
+        {"--sentences", CLI_INT, &o->sentences, "N", "between a pair and its question"},
+        {"--seed", CLI_INT, &o->seed, "N",
+         "0; from 2^40 = 1099511627776 on they are held out from training"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n = 0;
+    TRY(cli_parse(argc, argv, "corpus --bytes N | --tasks NAME --count N [options]", options, NULL,
+                  &n));
     const struct {
         const char *name;
-        int64_t *number;
-        const char **word;
-    } known[] = {
-        {"--seed", &o->seed, NULL},   {"--bytes", &o->bytes, NULL},
-        {"--count", &o->count, NULL}, {"--digits", &o->digits, NULL},
-        {"--pairs", &o->pairs, NULL}, {"--sentences", &o->sentences, NULL},
-        {"--kind", NULL, &o->kind},   {"--tasks", NULL, &o->tasks},
-    };
-    for (int i = 1; i < argc; i += 2) {
-        int32_t k = 0;
-        while (k < COUNT_OF(known) && strcmp(argv[i], known[k].name) != 0) k++;
-        if (k == COUNT_OF(known)) return FAIL(ST_USAGE, "unknown option %s", argv[i]);
-        if (i + 1 == argc) return FAIL(ST_USAGE, "%s needs a value", argv[i]);
-        if (known[k].word) {
-            *known[k].word = argv[i + 1];
-        } else if (!parse_i64(argv[i + 1], 0, INT64_MAX, known[k].number)) {
-            return FAIL(ST_USAGE, "%s: '%s' is no whole number >= 0", argv[i], argv[i + 1]);
-        }
-    }
+        int64_t value;
+    } numbers[] = {{"--seed", o->seed},     {"--bytes", o->bytes}, {"--count", o->count},
+                   {"--digits", o->digits}, {"--pairs", o->pairs}, {"--sentences", o->sentences}};
+    for (int32_t i = 0; i < COUNT_OF(numbers); i++)
+        if (numbers[i].value < -1)
+            return FAIL(ST_USAGE, "%s %lld is below 0", numbers[i].name,
+                        (long long)numbers[i].value);
     if (o->tasks ? o->count < 0 || o->bytes >= 0 || o->kind : o->bytes < 0 || o->count >= 0)
-        return FAIL(ST_USAGE, "either --bytes or --tasks with --count");
+        return FAIL(ST_USAGE, "corpus needs either --bytes or --tasks with --count");
     return ST_OK;
 }
 
@@ -61,13 +57,7 @@ static status print_text(const arguments *o, uint64_t seed) {
 }
 
 static status print_task(const corpus_task *task) {
-    json_t *o = json_pack("{s:s, s:s}", "prompt", task->prompt, "answer", task->answer);
-    char *line = o ? json_dumps(o, JSON_COMPACT) : NULL;
-    status st = line ? ST_OK : FAIL(ST_NOMEM, "a task of %zu bytes", task->prompt_bytes);
-    if (line && printf("%s\n", line) < 0) st = FAIL(ST_IO, "standard output");
-    free(line);
-    json_decref(o);
-    return st;
+    return json_put(json_pack("{s:s, s:s}", "prompt", task->prompt, "answer", task->answer));
 }
 
 static status print_tasks(const arguments *o, uint64_t seed) {
@@ -93,15 +83,9 @@ static status print_tasks(const arguments *o, uint64_t seed) {
 
 int cmd_corpus(int argc, char **argv) {
     arguments o;
-    status st = parse(argc, argv, &o);
+    status st = parse(argc - 1, argv + 1, &o);
     const uint64_t seed = st == ST_OK && o.seed >= 0 ? (uint64_t)o.seed : 0;
     if (st == ST_OK) st = o.tasks ? print_tasks(&o, seed) : print_text(&o, seed);
     if (st == ST_OK && fflush(stdout) != 0) st = FAIL(ST_IO, "standard output");
-    if (st == ST_OK) return 0;
-    fprintf(stderr, "amalgam corpus: %s\n", fail_message());
-    if (st == ST_USAGE || st == ST_RANGE || st == ST_UNSUPPORTED) {
-        fputs(usage, stderr);
-        return 2;
-    }
-    return 1;
+    return cli_exit(st == ST_UNSUPPORTED ? ST_USAGE : st); /* no task of that kind */
 }

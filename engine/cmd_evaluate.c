@@ -6,15 +6,6 @@
 
 #include <string.h>
 
-static status print_line(json_t *line) {
-    char *printed = line ? json_line(line) : NULL;
-    json_decref(line);
-    if (!printed) return FAIL(ST_NOMEM, "a line of JSON");
-    puts(printed);
-    mem_free(printed);
-    return ST_OK;
-}
-
 /* Beside the same weights in 16 bit, or those of another folder. */
 static status compare(engine *e, const engine_options *o, const char *against, const ids *tokens,
                       int32_t window, int32_t stride, bool json) {
@@ -29,12 +20,12 @@ static status compare(engine *e, const engine_options *o, const char *against, c
     TRY(st);
     char name[PRECISION_NAME_MAX];
     if (json)
-        return print_line(
-            json_pack("{s:s, s:s, s:s, s:I, s:f, s:f, s:f, s:f, s:f}", "model", o->model,
-                      "precision", precision_name(engine_precision(e), name), "reference", against,
-                      "positions", (json_int_t)r.n, "greedy_agreement", r.agreement, "kl_nats",
-                      r.kl_nats, "kl_nats_max", r.kl_nats_max, "perplexity", r.perplexity,
-                      "reference_perplexity", r.reference_perplexity));
+        return json_put(json_pack("{s:s, s:s, s:s, s:I, s:f, s:f, s:f, s:f, s:f}", "model",
+                                  o->model, "precision", precision_name(engine_precision(e), name),
+                                  "reference", against, "positions", (json_int_t)r.n,
+                                  "greedy_agreement", r.agreement, "kl_nats", r.kl_nats,
+                                  "kl_nats_max", r.kl_nats_max, "perplexity", r.perplexity,
+                                  "reference_perplexity", r.reference_perplexity));
     printf("greedy agreement %.4f, KL divergence %.5f nats (largest %.3f) over %lld tokens; "
            "perplexity %.4f, in 16 bit %.4f\n",
            r.agreement, r.kl_nats, r.kl_nats_max, (long long)r.n, r.perplexity,
@@ -73,7 +64,7 @@ static status run(engine_options *o, const char *path, const char *against, cons
                                  path, "scored_tokens", (json_int_t)r.n_scored, "nll_nats", r.nll,
                                  "perplexity", r.perplexity, "bits_per_byte",
                                  r.nll / 0.6931471805599453 * (double)r.n_scored / (double)n_words);
-        st = print_line(line);
+        st = json_put(line);
     } else if (st == ST_OK) {
         printf("perplexity %.4f over %lld tokens (%.4f nats a token)\n", r.perplexity,
                (long long)r.n_scored, r.nll);

@@ -3,13 +3,11 @@
  * One architecture is printed row by row, all of them as a matrix with a cell per architecture.
  * Text ends in the refusals with their reasons; --json has one object per pair and architecture,
  * the refused ones included, then the KV formats. */
+#include "cli.h"
 #include "formats.h"
 #include "json.h"
 
 #include <string.h>
-
-int cmd_formats(int argc,
-                char **argv); /* declared for main.c in cli.h, which is above this layer */
 
 /* The standard form of a weight format: what its bare name means. */
 static precision pair(weight_format w, act_format a) {
@@ -20,16 +18,7 @@ static precision pair(weight_format w, act_format a) {
     return p;
 }
 
-/* --- Text --------------------------------------------------------------------------------------
- */
-
-/* Width 11: the family of a kernel, with a star where it is only predicted. */
-static void print_cell(const char *kernel, format_runs runs) {
-    const char *family = strrchr(kernel, '_') ? strrchr(kernel, '_') + 1 : kernel;
-    char star[16];
-    snprintf(star, sizeof star, "%.10s%s", family, runs == RUNS_PREDICTED ? "*" : "");
-    printf(" %-11s", runs == RUNS_DEFINITION ? "definition" : star);
-}
+/* --- Text ------------------------------------------------------------------------------------- */
 
 static void print_matrix(void) {
     char name[16];
@@ -43,10 +32,7 @@ static void print_matrix(void) {
             printf("%-8s %-4s", weight_format_text(p.weight), act_format_text(p.act));
             for (int32_t i = 0; i < arch_count(); i++) {
                 const format_linear *row = format_linear_find(&p, arch_at(i));
-                if (row)
-                    print_cell(row->kernel, row->runs);
-                else
-                    print_cell("-", RUNS_CUDA);
+                printf(" %-11s", row ? row->family : "-");
             }
             printf("\n");
         }
@@ -57,10 +43,7 @@ static void print_matrix(void) {
         printf("%-13s", kv_format_text((kv_format)f));
         for (int32_t i = 0; i < arch_count(); i++) {
             const format_kv *row = format_kv_find((kv_format)f, arch_at(i));
-            if (row)
-                print_cell(row->kernel, row->runs);
-            else
-                print_cell("-", RUNS_CUDA);
+            printf(" %-11s", row ? row->family : "-");
         }
         printf("\n");
     }
@@ -69,22 +52,21 @@ static void print_matrix(void) {
 static void print_arch(int32_t i) {
     char name[16];
     const int32_t arch = arch_at(i);
-    printf("%s%s%s%s\n", arch_text(arch, name), arch ? " (" : "", arch_gpus(i), arch ? ")" : "");
-    printf("%-8s %-4s %-17s %-38s %s\n", "weights", "act", "kernel", "instruction", "runs");
+    printf("%s%s%s%s, devices %s and sim\n", arch_text(arch, name), arch ? " (" : "", arch_gpus(i),
+           arch ? ")" : "", arch ? "cuda" : "cpu");
+    printf("%-8s %-4s %-11s %s\n", "weights", "act", "family", "instruction");
     for (int32_t w = 0; w < WF_COUNT; w++)
         for (int32_t a = 0; a < AF_COUNT; a++) {
             const precision p = pair((weight_format)w, (act_format)a);
             const format_linear *row = format_linear_find(&p, arch);
             if (!row) continue;
-            printf("%-8s %-4s %-17s %-38s %s\n", weight_format_text(p.weight),
-                   act_format_text(p.act), row->kernel, row->instruction,
-                   format_runs_text(row->runs));
+            printf("%-8s %-4s %-11s %s\n", weight_format_text(p.weight), act_format_text(p.act),
+                   row->family, row->instruction);
         }
     for (int32_t f = 0; f < KF_COUNT; f++) {
         const format_kv *row = format_kv_find((kv_format)f, arch);
         if (!row) continue;
-        printf("KV%-11s %-17s %-38s %s\n", kv_format_text((kv_format)f), row->kernel,
-               row->instruction, format_runs_text(row->runs));
+        printf("KV%-11s %-11s %s\n", kv_format_text((kv_format)f), row->family, row->instruction);
     }
 }
 
@@ -104,46 +86,19 @@ static void print_refusals(int32_t first, int32_t last) {
         }
 }
 
-/* What the cells are worth; a table that is only predicted must not look like one that ran. */
-static void print_legend(int32_t first, int32_t last) {
-    bool predicted = false;
-    int32_t n;
-    const format_linear *row = format_linear_rows(&n);
-    for (int32_t i = 0; i < n; i++)
-        for (int32_t j = first; j <= last; j++)
-            predicted |= row[i].runs == RUNS_PREDICTED && arch_at(j) >= row[i].sm_min &&
-                         arch_at(j) <= row[i].sm_max;
-    printf("\nK and V may differ, and each layer may have its own: see K8V4 and KV[8x4,4x28].\n");
-    if (predicted)
-        printf("* predicted: no kernel is built for these rows yet; sim alone runs them. The cpu\n"
-               "definition computes every pair that is not refused.\n");
-}
+/* --- JSON ------------------------------------------------------------------------------------- */
 
-/* --- JSON --------------------------------------------------------------------------------------
- */
-
-/* Print and release. */
-static status put_line(json_t *object) {
-    char *line = object ? json_line(object) : NULL;
-    json_decref(object);
-    if (!line) return FAIL(ST_NOMEM, "a line of JSON");
-    puts(line);
-    mem_free(line);
-    return ST_OK;
-}
-
-/* `key` (arch and formats, released here) and what is known of its row; kernel NULL: refused, with
+/* `key` (arch and formats, released here) and what is known of its row; family NULL: refused, with
  * the reason in fail_message. */
-static status put_row(json_t *key, const char *kernel, const char *instruction, format_runs runs) {
-    json_t *rest = kernel ? json_pack("{s:b, s:s, s:s, s:b, s:s}", "supported", 1, "kernel", kernel,
-                                      "instruction", instruction, "predicted",
-                                      runs == RUNS_PREDICTED, "runs", format_runs_text(runs))
+static status put_row(json_t *key, const char *family, const char *instruction) {
+    json_t *rest = family ? json_pack("{s:b, s:s, s:s}", "supported", 1, "family", family,
+                                      "instruction", instruction)
                           : json_pack("{s:b, s:s}", "supported", 0, "reason", fail_message());
     const bool whole = key && rest && json_object_update(key, rest) == 0;
     json_decref(rest);
-    if (whole) return put_line(key);
+    if (whole) return json_put(key);
     json_decref(key);
-    return put_line(NULL);
+    return json_put(NULL);
 }
 
 static status print_json(int32_t first, int32_t last) {
@@ -157,63 +112,43 @@ static status print_json(int32_t first, int32_t last) {
                 json_t *key =
                     json_pack("{s:s, s:s, s:s}", "arch", arch, "weight",
                               weight_format_text(p.weight), "act", act_format_text(p.act));
-                TRY(row ? put_row(key, row->kernel, row->instruction, row->runs)
-                        : put_row(key, NULL, NULL, RUNS_PREDICTED));
+                TRY(put_row(key, row ? row->family : NULL, row ? row->instruction : NULL));
             }
         for (int32_t f = 0; f < KF_COUNT; f++) {
             const format_kv *row = format_kv_find((kv_format)f, arch_at(i));
             json_t *key = json_pack("{s:s, s:s}", "arch", arch, "kv", kv_format_text((kv_format)f));
-            TRY(row ? put_row(key, row->kernel, row->instruction, row->runs)
-                    : put_row(key, NULL, NULL, RUNS_PREDICTED));
+            TRY(put_row(key, row ? row->family : NULL, row ? row->instruction : NULL));
         }
     }
     return ST_OK;
 }
 
-/* --- The command -------------------------------------------------------------------------------
- */
-
-static const char usage_line[] = "usage: amalgam formats [--gpu NAME|cpu] [--json]\n";
-
-static int usage(const char *problem, const char *what) {
-    fprintf(stderr, "amalgam formats: %s%s\n%s", problem, what, usage_line);
-    return 2;
-}
+/* --- The command ------------------------------------------------------------------------------ */
 
 /* argv[0] is "formats". */
 int cmd_formats(int argc, char **argv) {
     bool json = false;
     const char *gpu = NULL;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0) {
-            fputs(usage_line, stdout);
-            return 0;
-        }
-        if (strcmp(argv[i], "--json") == 0) {
-            json = true;
-        } else if (strcmp(argv[i], "--gpu") == 0) {
-            if (++i == argc) return usage("--gpu needs a name", "");
-            gpu = argv[i];
-        } else {
-            return usage("what is ", argv[i]);
-        }
-    }
-    int32_t first = 0, last = arch_count() - 1, arch;
+    const cli_option options[] = {
+        {"--gpu", CLI_TEXT, &gpu, "NAME",
+         "one architecture, by it or a GPU of it (sm_90, h200), or cpu"},
+        {"--json", CLI_FLAG, &json, NULL, "one object a line"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n = 0, first = 0, last = arch_count() - 1, arch;
+    status st = cli_parse(argc - 1, argv + 1, "formats [options]", options, NULL, &n);
+    if (st == ST_OK && gpu) st = arch_parse(&arch, gpu);
+    if (st != ST_OK) return cli_exit(st);
     if (gpu) {
-        if (arch_parse(&arch, gpu) != ST_OK) return usage(fail_message(), "");
         while (arch_at(first) != arch) first++; /* arch_parse gives no other */
         last = first;
     }
-    if (json) {
-        if (print_json(first, last) == ST_OK) return 0;
-        fprintf(stderr, "amalgam formats: %s\n", fail_message());
-        return 1;
-    }
+    if (json) return cli_exit(print_json(first, last));
     if (gpu)
         print_arch(first);
     else
         print_matrix();
     print_refusals(first, last);
-    print_legend(first, last);
+    printf("\nK and V may differ, and each layer may have its own: see K8V4 and KV[8x4,4x28].\n");
     return 0;
 }

@@ -118,19 +118,15 @@ static status answer(generation *g, const arguments *a) {
     return output_finish(&g->out);
 }
 
-static void print_json(const generation *g) {
+static status print_json(const generation *g) {
     const request_log *log = &g->log;
     const double seconds = (double)(log->finish_ns - log->first_token_ns) * 1e-9;
-    json_t *line =
+    return json_put(
         json_pack("{s:s%, s:s, s:i, s:i, s:f, s:f}", "text",
                   g->out.text.data ? g->out.text.data : "", g->out.text.length, "finish",
                   finish_text(log->finish), "prompt_tokens", log->n_prompt, "output_tokens",
                   log->n_output, "ttft_ms", (double)(log->first_token_ns - log->dispatch_ns) * 1e-6,
-                  "decode_tokens_per_s", seconds > 0 ? (log->n_output - 1) / seconds : 0.0);
-    char *printed = line ? json_line(line) : NULL;
-    puts(printed ? printed : "{}");
-    mem_free(printed);
-    json_decref(line);
+                  "decode_tokens_per_s", seconds > 0 ? (log->n_output - 1) / seconds : 0.0));
 }
 
 int cmd_generate(int argc, char **argv) {
@@ -174,7 +170,7 @@ int cmd_generate(int argc, char **argv) {
     if (st == ST_OK) st = generation_open(&g, &a);
     if (st == ST_OK) st = answer(&g, &a);
     if (st == ST_OK && a.json) {
-        print_json(&g);
+        st = print_json(&g);
     } else if (st == ST_OK) {
         size_t n;
         const char *rest = output_take(&g.out, &n);

@@ -60,5 +60,10 @@ int cmd_inspect(int argc, char **argv) {
     if (strcmp(what, "model") == 0) return cmd_inspect_model(argc - 1, argv + 1);
     if (strcmp(what, "plan") == 0) return cli_exit(inspect_plan(argc - 2, argv + 2));
     if (strcmp(what, "trace") == 0) return cli_exit(inspect_trace(argc - 2, argv + 2));
-    return cli_exit(FAIL(ST_USAGE, "inspect needs one of: model, plan, trace"));
+    if (strcmp(what, "--help") == 0 || strcmp(what, "-h") == 0) {
+        puts("usage: amalgam inspect model|plan|trace ... (each takes --help)");
+        return 0;
+    }
+    return cli_exit(FAIL(ST_USAGE, "inspect needs one of: model, plan, trace%s%s",
+                         what[0] ? ", not " : "", what));
 }

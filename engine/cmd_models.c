@@ -1,6 +1,5 @@
-/* cmd_models.c - see cmd_models.h. */
+/* cmd_models.c - `amalgam models`, and `amalgam inspect model`: what a config.json comes to. */
 #include "cli.h"
-
 #include "json.h"
 #include "weights.h"
 
@@ -8,28 +7,7 @@
 
 static const double GiB = 1 << 30;
 
-static int failed(const char *what) {
-    fprintf(stderr, "amalgam %s: %s\n", what, fail_message());
-    return 1;
-}
-
-static int usage(const char *line) {
-    fprintf(stderr, "usage: amalgam %s\n", line);
-    return 2;
-}
-
-/* Print one JSON object as a line; takes the reference. */
-static status print_json(json_t *object) {
-    char *line = object ? json_line(object) : NULL;
-    json_decref(object);
-    if (!line) return FAIL(ST_NOMEM, "a line of JSON");
-    puts(line);
-    mem_free(line);
-    return ST_OK;
-}
-
-/* --- models ------------------------------------------------------------------------------------
- */
+/* --- models ----------------------------------------------------------------------------------- */
 
 /* Precisions of the size columns. gpt-oss is 2880 wide, no multiple of 128: MXFP4 stands in. */
 static status four_bit(precision *p, const model_config *c) {
@@ -50,7 +28,7 @@ static status model_row(const char *name, bool json) {
     const int64_t kv = model_kv_token_bytes(&c, &w16, 1);
     const int32_t ffn = c.n_experts ? c.expert_dim : c.ffn_dim;
     if (json)
-        return print_json(json_pack(
+        return json_put(json_pack(
             "{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:s, s:I, "
             "s:I}",
             "name", c.name, "arch", c.arch, "layers", c.n_layers, "dim", c.dim, "heads", c.n_heads,
@@ -69,13 +47,18 @@ static status model_row(const char *name, bool json) {
 }
 
 int cmd_models(int argc, char **argv) {
-    const bool json = argc == 2 && strcmp(argv[1], "--json") == 0;
-    if (argc > 1 && !json) return usage("models [--json]");
+    bool json = false;
+    const cli_option options[] = {
+        {"--json", CLI_FLAG, &json, NULL, "one object a line"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
     arena a;
-    if (arena_open(&a, 1 << 20) != ST_OK) return failed("models");
     const char **names;
-    int32_t n;
-    status st = model_names(&a, &names, &n);
+    int32_t n = 0;
+    status st = cli_parse(argc - 1, argv + 1, "models [--json]", options, NULL, &n);
+    if (st == ST_OK) st = arena_open(&a, 1 << 20);
+    if (st != ST_OK) return cli_exit(st);
+    st = model_names(&a, &names, &n);
     if (st == ST_OK && !json)
         printf("%-18s %6s %6s %5s %4s %4s %6s %8s %7s %9s %8s %8s %7s  %7s\n", "model", "layers",
                "dim", "heads", "kv", "hd", "ffn", "experts", "vocab", "params B", "active B",
@@ -83,44 +66,18 @@ int cmd_models(int argc, char **argv) {
     for (int32_t i = 0; st == ST_OK && i < n; i++) st = model_row(names[i], json);
     if (st == ST_OK && !json)
         puts("W4: group 128, m = MXFP4 instead; embedding and head stay 16 bit. KV: 16 bit, one "
-             "token, "
-             "all layers.");
+             "token, all layers.");
     arena_close(&a);
-    return st == ST_OK ? 0 : failed("models");
+    return cli_exit(st);
 }
 
-/* --- inspect model ------------------------------------------------------------------------------
- */
+/* --- inspect model ---------------------------------------------------------------------------- */
 
 typedef struct {
     const char *model, *precision;
     int32_t tp;
     bool json;
 } inspect_options;
-
-static bool read_options(inspect_options *o, int argc, char **argv) {
-    *o = (inspect_options){.precision = "auto", .tp = 1};
-    for (int i = 1; i < argc; i++) {
-        const char *value = i + 1 < argc ? argv[i + 1] : NULL;
-        int64_t tp;
-        if (strcmp(argv[i], "--json") == 0) {
-            o->json = true;
-            continue;
-        }
-        if (!value) return false;
-        if (strcmp(argv[i], "--model") == 0) {
-            o->model = value;
-        } else if (strcmp(argv[i], "--precision") == 0) {
-            o->precision = value;
-        } else if (strcmp(argv[i], "--tp") == 0 && parse_i64(value, 1, 1024, &tp)) {
-            o->tp = (int32_t)tp;
-        } else {
-            return false;
-        }
-        i++;
-    }
-    return o->model != NULL;
-}
 
 typedef struct {
     const model_config *c;
@@ -143,10 +100,10 @@ static status weight_row(inspection *v, weight_field f) {
              quantised ? weight_format_text(v->p->weight) : dtype_text(v->c->type));
     v->total += bytes * times;
     if (v->o->json)
-        return print_json(json_pack("{s:s, s:i, s:i, s:i, s:i, s:b, s:s, s:I, s:s}", "weight",
-                                    weight_field_text(f), "layers", times, "n", s.n, "k", s.k,
-                                    "count", s.count, "bias", s.has_bias, "format", format, "bytes",
-                                    (json_int_t)bytes, "tensor", source.name));
+        return json_put(json_pack("{s:s, s:i, s:i, s:i, s:i, s:b, s:s, s:I, s:s}", "weight",
+                                  weight_field_text(f), "layers", times, "n", s.n, "k", s.k,
+                                  "count", s.count, "bias", s.has_bias, "format", format, "bytes",
+                                  (json_int_t)bytes, "tensor", source.name));
     printf("%-16s %4d x %8d %8d %5d %5s %7s %15lld  %s\n", weight_field_text(f), times, s.n, s.k,
            s.count, s.has_bias ? "bias" : "", format, (long long)bytes, source.name);
     return ST_OK;
@@ -164,12 +121,12 @@ static status print_weights(inspection *v) {
     char name[PRECISION_NAME_MAX];
     const int64_t kv = model_kv_token_bytes(v->c, v->p, v->o->tp);
     if (v->o->json)
-        return print_json(json_pack("{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I}", "model", v->c->name,
-                                    "arch", v->c->arch, "precision", precision_name(v->p, name),
-                                    "tp", v->o->tp, "parameters",
-                                    (json_int_t)model_parameters(v->c), "active_parameters",
-                                    (json_int_t)model_active_parameters(v->c), "rank_bytes",
-                                    (json_int_t)v->total, "kv_bytes_per_token", (json_int_t)kv));
+        return json_put(json_pack("{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I}", "model", v->c->name,
+                                  "arch", v->c->arch, "precision", precision_name(v->p, name), "tp",
+                                  v->o->tp, "parameters", (json_int_t)model_parameters(v->c),
+                                  "active_parameters", (json_int_t)model_active_parameters(v->c),
+                                  "rank_bytes", (json_int_t)v->total, "kv_bytes_per_token",
+                                  (json_int_t)kv));
     printf("%s (%s), %s, rank of tp %d: %.3f GiB of weights, %.1f KiB of KV cache a token; %.3f B "
            "parameters, %.3f B active\n",
            v->c->name, v->c->arch, precision_name(v->p, name), v->o->tp, (double)v->total / GiB,
@@ -202,9 +159,25 @@ static status inspect_model(const inspect_options *o) {
     return st;
 }
 
+/* argv[0] is "model". */
 int cmd_inspect_model(int argc, char **argv) {
-    inspect_options o;
-    if (!read_options(&o, argc, argv))
-        return usage("inspect model --model DIR|NAME [--precision P] [--tp N] [--json]");
-    return inspect_model(&o) == ST_OK ? 0 : failed("inspect model");
+    inspect_options o = {.precision = "auto"};
+    int64_t tp = 1;
+    const cli_option options[] = {
+        {"--model", CLI_TEXT, &o.model, "DIR",
+         "checkpoint folder, or a name under workloads/models"},
+        {"--precision", CLI_TEXT, &o.precision, "NAME", "auto: weights as stored"},
+        {"--tp", CLI_INT, &tp, "N", "GPUs that share it (1)"},
+        {"--json", CLI_FLAG, &o.json, NULL, "one object a weight"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n = 0;
+    status st =
+        cli_parse(argc - 1, argv + 1, "inspect model --model DIR [options]", options, NULL, &n);
+    if (st == ST_OK && !o.model) st = FAIL(ST_USAGE, "inspect model needs --model");
+    if (st == ST_OK && (tp < 1 || tp > 1024))
+        st = FAIL(ST_USAGE, "--tp %lld is outside 1 to 1024", (long long)tp);
+    o.tp = (int32_t)tp;
+    if (st == ST_OK) st = inspect_model(&o);
+    return cli_exit(st);
 }

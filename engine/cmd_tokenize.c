@@ -1,16 +1,9 @@
-/* cmd_tokenize.c - see cmd_tokenize.h. */
+/* cmd_tokenize.c - `amalgam tokenize`: the ids of a text. */
 #include "cli.h"
-
 #include "json.h"
 #include "tokenizer.h"
 
 #include <string.h>
-
-static const char usage[] =
-    "usage: amalgam tokenize --model DIR (--text TEXT | --file FILE) [--json]\n"
-    "                        [--no-bos] [--plain]\n"
-    "  --no-bos   leave out what the tokenizer puts around a sequence\n"
-    "  --plain    special tokens in the text are ordinary text\n";
 
 typedef struct {
     const char *model, *text, *file;
@@ -18,27 +11,27 @@ typedef struct {
     uint32_t flags;
 } options;
 
-static bool read_options(options *o, int argc, char **argv) {
-    o->flags = TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL;
-    for (int i = 1; i < argc; i++) {
-        const char **value = !strcmp(argv[i], "--model")  ? &o->model
-                             : !strcmp(argv[i], "--text") ? &o->text
-                             : !strcmp(argv[i], "--file") ? &o->file
-                                                          : NULL;
-        if (value) {
-            if (++i == argc) return false;
-            *value = argv[i];
-        } else if (!strcmp(argv[i], "--json")) {
-            o->json = true;
-        } else if (!strcmp(argv[i], "--no-bos")) {
-            o->flags &= ~(uint32_t)TOKENIZER_ADD_SPECIAL;
-        } else if (!strcmp(argv[i], "--plain")) {
-            o->flags &= ~(uint32_t)TOKENIZER_PARSE_SPECIAL;
-        } else {
-            return false;
-        }
-    }
-    return o->model && !o->text != !o->file;
+/* argv without the command. */
+static status parse(int argc, char **argv, options *o) {
+    bool no_bos = false, plain = false;
+    *o = (options){0};
+    const cli_option table[] = {
+        {"--model", CLI_TEXT, &o->model, "DIR", "folder with tokenizer.json"},
+        {"--text", CLI_TEXT, &o->text, "TEXT", "what to encode"},
+        {"--file", CLI_TEXT, &o->file, "FILE", "the same from a file"},
+        {"--no-bos", CLI_FLAG, &no_bos, NULL,
+         "leave out what the tokenizer puts around a sequence"},
+        {"--plain", CLI_FLAG, &plain, NULL, "special tokens in the text are ordinary text"},
+        {"--json", CLI_FLAG, &o->json, NULL, "one object with counts, ids and pieces"},
+        {NULL, CLI_FLAG, NULL, NULL, NULL},
+    };
+    int32_t n = 0;
+    TRY(cli_parse(argc, argv, "tokenize --model DIR --text TEXT [options]", table, NULL, &n));
+    if (!o->model) return FAIL(ST_USAGE, "tokenize needs --model");
+    if (!o->text == !o->file) return FAIL(ST_USAGE, "tokenize needs --text or --file");
+    o->flags =
+        (no_bos ? 0u : TOKENIZER_ADD_SPECIAL) | (plain ? 0u : (uint32_t)TOKENIZER_PARSE_SPECIAL);
+    return ST_OK;
 }
 
 static status print_json(const tokenizer *t, const ids *list) {
@@ -47,14 +40,8 @@ static status print_json(const tokenizer *t, const ids *list) {
         json_array_append_new(id, json_integer(list->data[i]));
         json_array_append_new(pieces, json_string(tokenizer_piece(t, list->data[i])));
     }
-    json_t *row = json_pack("{s:I, s:o, s:o}", "tokens", (json_int_t)list->length, "ids", id,
-                            "pieces", pieces);
-    char *line = row ? json_line(row) : NULL;
-    json_decref(row);
-    if (!line) return FAIL(ST_NOMEM, "%lld tokens as JSON", (long long)list->length);
-    puts(line);
-    mem_free(line);
-    return ST_OK;
+    return json_put(json_pack("{s:I, s:o, s:o}", "tokens", (json_int_t)list->length, "ids", id,
+                              "pieces", pieces));
 }
 
 static status print_lines(const tokenizer *t, const ids *list) {
@@ -81,12 +68,8 @@ static status tokenize(const options *o) {
 }
 
 int cmd_tokenize(int argc, char **argv) {
-    options o = {0};
-    if (!read_options(&o, argc, argv)) {
-        fputs(usage, stderr);
-        return 2;
-    }
-    if (tokenize(&o) == ST_OK) return 0;
-    fprintf(stderr, "amalgam: %s\n", fail_message());
-    return 1;
+    options o;
+    status st = parse(argc - 1, argv + 1, &o);
+    if (st == ST_OK) st = tokenize(&o);
+    return cli_exit(st);
 }

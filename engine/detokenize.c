@@ -6,8 +6,7 @@
 
 #include <string.h>
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 static status read_string(const char **out, size_t *n, const json_t *value, const char *what,
                           arena *a) {
@@ -109,8 +108,7 @@ status detokenizer_open(detokenizer *d, const json_t *spec, arena *a) {
     return check_order(d);
 }
 
-/* --- Running -----------------------------------------------------------------------------------
- */
+/* --- Running ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const detokenizer *d;

@@ -55,8 +55,7 @@ int64_t dtype_bytes(dtype t, int64_t n) {
     return div_up(n * dtype_bits(t), 8);
 }
 
-/* --- One element -------------------------------------------------------------------------------
- */
+/* --- One element ------------------------------------------------------------------------------ */
 
 static inline uint32_t bits_from_f32(float x) {
     uint32_t u;
@@ -161,8 +160,7 @@ float f32_from_ue8m0(uint8_t bits) {
     return f32_from_bits(bits ? normal : 0x00400000u); /* 2^-127 is subnormal in f32 */
 }
 
-/* --- Many elements -----------------------------------------------------------------------------
- */
+/* --- Many elements ---------------------------------------------------------------------------- */
 
 /* memcpy because tensors in a file start at any byte; it compiles to a plain load. Unit stride has
  * a loop of its own, which is the one that vectorises. */

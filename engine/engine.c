@@ -285,8 +285,7 @@ status engine_settle(engine *e) {
     return ST_OK;
 }
 
-/* --- Whole workloads ---------------------------------------------------------------------------
- */
+/* --- Whole workloads -------------------------------------------------------------------------- */
 
 /* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `next_of_user`
  * holds each user's next request, due at once. */

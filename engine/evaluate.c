@@ -117,8 +117,7 @@ status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t w
     return ST_OK;
 }
 
-/* --- Agreement ---------------------------------------------------------------------------------
- */
+/* --- Agreement -------------------------------------------------------------------------------- */
 
 static int32_t most_likely(const float *x, int32_t n) {
     int32_t best = 0;
@@ -224,8 +223,7 @@ status evaluate_logits(engine *e, const int32_t *token, int32_t n, const char *p
     return st;
 }
 
-/* --- Tasks -------------------------------------------------------------------------------------
- */
+/* --- Tasks ------------------------------------------------------------------------------------ */
 
 typedef struct {
     ids prompt;

@@ -5,14 +5,14 @@
 #include <string.h>
 
 static const format_linear linear_rows[] = {
-#define LINEAR(w, a, sm_min, sm_max, step, runs, kernel, instruction)                              \
-    {WF_##w, AF_##a, sm_min, sm_max, step, RUNS_##runs, kernel, instruction},
+#define LINEAR(w, a, sm_min, sm_max, step, family, instruction)                                    \
+    {WF_##w, AF_##a, sm_min, sm_max, step, family, instruction},
 #include "formats.def"
 };
 
 static const format_kv kv_rows[] = {
-#define KVROW(kv, sm_min, sm_max, runs, kernel, instruction)                                       \
-    {KF_##kv, sm_min, sm_max, RUNS_##runs, kernel, instruction},
+#define KVROW(kv, sm_min, sm_max, family, instruction)                                             \
+    {KF_##kv, sm_min, sm_max, family, instruction},
 #include "formats.def"
 };
 
@@ -82,14 +82,6 @@ status arch_parse(int32_t *arch, const char *name) {
                 name);
 }
 
-const char *format_runs_text(format_runs r) {
-    switch (r) {
-    case RUNS_DEFINITION: return "cpu, sim";
-    case RUNS_PREDICTED: return "sim (predicted)";
-    default: CHECK(r == RUNS_CUDA); return "cuda, sim";
-    }
-}
-
 const format_linear *format_linear_rows(int32_t *n) {
     *n = COUNT_OF(linear_rows);
     return linear_rows;
@@ -100,8 +92,7 @@ const format_kv *format_kv_rows(int32_t *n) {
     return kv_rows;
 }
 
-/* --- Support -----------------------------------------------------------------------------------
- */
+/* --- Support ---------------------------------------------------------------------------------- */
 
 /* Why a pair has no meaning on any device; NULL when it has one. */
 static const char *meaningless(weight_format w, act_format a) {

@@ -1,10 +1,6 @@
-/* formats.h - the support matrix: which kernel runs which precision on which GPU architecture, and
+/* formats.h - the support matrix: which kernels run which precision on which GPU architecture, and
  * why not. Rows are in formats.def. Meaningless pairs are refused everywhere, the cpu definition
- * takes all others, a GPU needs a row.
- *
- * `runs` says what a row is worth today: DEFINITION is computed by the cpu device, PREDICTED has no
- * kernel yet and is known to the sim device alone. A kernel that lands turns its rows into CUDA;
- * nothing else changes. */
+ * takes all others, a GPU needs a row: what has no kernel is not predicted either. */
 #ifndef AMALGAM_FORMATS_H
 #define AMALGAM_FORMATS_H
 #include "precision.h"
@@ -19,22 +15,19 @@ enum {
     SM_LAST = 999  /* no upper limit */
 };
 
-typedef enum { RUNS_DEFINITION, RUNS_PREDICTED, RUNS_CUDA } format_runs;
-
 typedef struct {
     weight_format weight;
     act_format act;
     int32_t sm_min, sm_max; /* inclusive; both 0: the cpu definition */
     int32_t group_step;     /* the group along K must be a multiple of it; 0: no groups */
-    format_runs runs;
-    const char *kernel, *instruction;
+    const char *family;     /* "hopper", "ampere" or "definition" */
+    const char *instruction;
 } format_linear;
 
 typedef struct {
     kv_format kv;
     int32_t sm_min, sm_max;
-    format_runs runs;
-    const char *kernel, *instruction;
+    const char *family, *instruction;
 } format_kv;
 
 /* All rows; those for one architecture stand best first. */
@@ -60,9 +53,6 @@ const char *arch_text(int32_t arch, char *buf);
 int32_t arch_count(void);
 int32_t arch_at(int32_t i);
 const char *arch_gpus(int32_t i);
-
-/* "cpu, sim" | "sim (predicted)" | "cuda, sim": the devices that run a row today. */
-const char *format_runs_text(format_runs r);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,4 @@
-/* isolate.h - jobs in child processes of their own, so that a crash of one is a result and not an
- * end.
+/* isolate.h - jobs in child processes of their own: a crash of one is a result and not an end.
  *
  * A child is a fork: it inherits everything that was loaded (scripts, tables) and starts no
  * program. The parent must not have started threads of its own. */

@@ -16,8 +16,7 @@ typedef struct jinja_loop jinja_loop;
 typedef struct jinja_macro jinja_macro;
 typedef struct jinja_run jinja_run;
 
-/* --- Values
- * ------------------------------------------------------------------------------------- */
+/* --- Values ----------------------------------------------------------------------------------- */
 
 typedef enum {
     JINJA_MISSING, /* an argument that was not given; never seen by a template */
@@ -69,8 +68,7 @@ struct jinja_loop {
     int32_t depth;
 };
 
-/* --- Syntax tree
- * -------------------------------------------------------------------------------- */
+/* --- Syntax tree ------------------------------------------------------------------------------ */
 
 typedef enum {
     /* statements */
@@ -127,8 +125,7 @@ struct jinja_node {
 /* Parse into `a`; *root is the first statement or NULL. */
 status jinja_parse(jinja_node **root, arena *a, const char *source, size_t n, const char *where);
 
-/* --- One rendering
- * ------------------------------------------------------------------------------ */
+/* --- One rendering ---------------------------------------------------------------------------- */
 
 struct jinja_run {
     arena *memory;

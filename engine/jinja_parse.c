@@ -51,8 +51,7 @@ typedef struct {
 #define REFUSE(p, st, ...)                                                                         \
     fail_prefix(FAIL(st, __VA_ARGS__), "chat template %s:%d", (p)->where, (p)->at.line)
 
-/* --- Tokens
- * ------------------------------------------------------------------------------------- */
+/* --- Tokens ----------------------------------------------------------------------------------- */
 
 static void count_lines(parser *p, const char *from, const char *to) {
     for (; from < to; from++) p->line += *from == '\n';
@@ -324,8 +323,7 @@ static status expect_op(parser *p, char op) {
     return advance(p);
 }
 
-/* --- Nodes
- * -------------------------------------------------------------------------------------- */
+/* --- Nodes ------------------------------------------------------------------------------------ */
 
 static status make(parser *p, jinja_node_kind kind, jinja_node **out) {
     *out = arena_array(p->memory, jinja_node, 1);
@@ -365,8 +363,7 @@ static status done(parser *p, growing *g, jinja_node *n) {
 
 static growing *open_list(void) { return mem_alloc(1, sizeof(growing)); }
 
-/* --- Expressions
- * -------------------------------------------------------------------------------- */
+/* --- Expressions ------------------------------------------------------------------------------ */
 
 static status parse_expression(parser *p, jinja_node **out);
 static status parse_or(parser *p, jinja_node **out);
@@ -818,8 +815,7 @@ static status parse_tuple(parser *p, jinja_node **out) {
     return st;
 }
 
-/* --- Statements
- * --------------------------------------------------------------------------------- */
+/* --- Statements ------------------------------------------------------------------------------- */
 
 /* Statements up to a tag whose first word is one of `ends` (terminated by NULL); that word is
  * then the current token. No ends: up to the end of the template. */

@@ -13,8 +13,7 @@
 
 enum { DEPTH_MAX = 64, RANGE_MAX = 100000 };
 
-/* --- Making values
- * ------------------------------------------------------------------------------ */
+/* --- Making values ---------------------------------------------------------------------------- */
 
 status jinja_spend(jinja_run *r, int64_t steps) {
     r->steps += steps;
@@ -144,8 +143,7 @@ status jinja_from_json(jinja_run *r, const json_t *v, int32_t depth, jinja_value
     return ST_OK;
 }
 
-/* --- Looking at values
- * -------------------------------------------------------------------------- */
+/* --- Looking at values ------------------------------------------------------------------------ */
 
 const char *jinja_kind_name(const jinja_value *v) {
     static const char *const names[] = {"missing", "undefined", "none",    "bool", "int",
@@ -290,8 +288,7 @@ status jinja_compare(jinja_run *r, const jinja_value *a, int32_t op, const jinja
     return ST_OK;
 }
 
-/* --- Text of values
- * ----------------------------------------------------------------------------- */
+/* --- Text of values --------------------------------------------------------------------------- */
 
 /* repr(float): the fewest digits that read back as the same number. */
 static void write_float(double f, text *out) {
@@ -462,8 +459,7 @@ static status to_string(jinja_run *r, const jinja_value *v, jinja_value *out) {
     return jinja_take_text(r, &t, out);
 }
 
-/* --- Parts of values
- * ---------------------------------------------------------------------------- */
+/* --- Parts of values -------------------------------------------------------------------------- */
 
 static size_t char_bytes(const char *p, size_t n) {
     uint32_t code;
@@ -622,8 +618,7 @@ status jinja_slice(jinja_run *r, const jinja_value *v, const jinja_value bound[3
     return jinja_take_text(r, &t, out);
 }
 
-/* --- Operators
- * ---------------------------------------------------------------------------------- */
+/* --- Operators -------------------------------------------------------------------------------- */
 
 static status concatenate(jinja_run *r, const jinja_value *a, const jinja_value *b,
                           jinja_value *out) {
@@ -714,8 +709,7 @@ status jinja_binary(jinja_run *r, const jinja_value *a, int32_t op, const jinja_
                       jinja_kind_name(a), jinja_kind_name(b));
 }
 
-/* --- Arguments
- * ---------------------------------------------------------------------------------- */
+/* --- Arguments -------------------------------------------------------------------------------- */
 
 enum { PARAMETERS_MAX = 4 };
 
@@ -751,8 +745,7 @@ static status want_string(jinja_run *r, const char *what, const jinja_value *v) 
 
 static bool given(const jinja_value *v) { return v->kind != JINJA_MISSING; }
 
-/* --- Strings
- * ------------------------------------------------------------------------------------ */
+/* --- Strings ---------------------------------------------------------------------------------- */
 
 static bool space_at(const char *p, size_t n) {
     uint32_t code;
@@ -888,8 +881,7 @@ static status join(jinja_run *r, const jinja_value *list, const jinja_value *bet
     return st;
 }
 
-/* --- Filters
- * ------------------------------------------------------------------------------------ */
+/* --- Filters ---------------------------------------------------------------------------------- */
 
 #define FILTER(name)                                                                               \
     static status filter_##name(jinja_run *r, const jinja_value *in, const jinja_value *arg,       \
@@ -1271,8 +1263,7 @@ status jinja_filter(jinja_run *r, int32_t row, const jinja_value *in, const jinj
     return f->run(r, in, arg, out);
 }
 
-/* --- Tests
- * -------------------------------------------------------------------------------------- */
+/* --- Tests ------------------------------------------------------------------------------------ */
 
 static const struct {
     const char *name;
@@ -1351,8 +1342,7 @@ status jinja_test(jinja_run *r, int32_t row, const jinja_value *in, const jinja_
     return ST_OK;
 }
 
-/* --- Methods
- * ------------------------------------------------------------------------------------ */
+/* --- Methods ---------------------------------------------------------------------------------- */
 
 typedef enum { ON_STRING, ON_DICT, ON_LIST, ON_LOOP } method_owner;
 
@@ -1502,8 +1492,7 @@ status jinja_method(jinja_run *r, const jinja_value *self, const char *name, siz
     return JINJA_FAIL(r, ST_FORMAT, "a %s has no method '%s'", jinja_kind_name(self), m);
 }
 
-/* --- Functions
- * ---------------------------------------------------------------------------------- */
+/* --- Functions -------------------------------------------------------------------------------- */
 
 static const struct {
     const char *name, *parameters;

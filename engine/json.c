@@ -118,3 +118,12 @@ status json_get_string(const json_t *object, const char *key, const char *where,
 char *json_line(const json_t *value) {
     return json_dumps(value, JSON_COMPACT | JSON_PRESERVE_ORDER | JSON_ENCODE_ANY);
 }
+
+status json_put(json_t *value) {
+    char *line = value ? json_line(value) : NULL;
+    json_decref(value);
+    if (!line) return FAIL(ST_NOMEM, "a line of JSON");
+    const bool good = puts(line) >= 0;
+    mem_free(line);
+    return good ? ST_OK : FAIL(ST_IO, "standard output");
+}

@@ -38,4 +38,8 @@ status json_opt_string(const json_t *object, const char *key, const char *where,
 /* Compact, keys in insertion order, doubles with 17 digits trimmed; mem_free the result; NULL when
  * memory is short. */
 char *json_line(const json_t *value);
+
+/* That and a newline to standard output. Takes the reference; `value` may be NULL, so that
+ * json_put(json_pack(...)) reports either failure as NOMEM. */
+status json_put(json_t *value);
 #endif

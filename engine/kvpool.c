@@ -69,8 +69,7 @@ status kvpool_open(kvpool **out, arena *a, int32_t n_pages, bool prefix_cache) {
     return ST_OK;
 }
 
-/* --- The prefix cache --------------------------------------------------------------------------
- */
+/* --- The prefix cache ------------------------------------------------------------------------- */
 
 static uint32_t bucket_of(const kvpool *p, bool first, uint64_t parent, const int32_t *token) {
     const uint64_t h = hash_bytes(token, KV_PAGE_TOKENS * sizeof *token, first ? ~parent : parent);
@@ -211,8 +210,7 @@ void kvpool_flush(kvpool *p) {
     }
 }
 
-/* --- Taking and giving back --------------------------------------------------------------------
- */
+/* --- Taking and giving back ------------------------------------------------------------------- */
 
 /* A page for one owner: free if there is one, else the cached page unused for longest. */
 static int32_t take(kvpool *p) {
@@ -278,8 +276,7 @@ void kvpool_release(kvpool *p, kvseq *s) {
     s->chain = 0;
 }
 
-/* --- Looking -----------------------------------------------------------------------------------
- */
+/* --- Looking ---------------------------------------------------------------------------------- */
 
 int32_t kvpool_pages(const kvpool *p) { return p->n_pages; }
 int32_t kvpool_available(const kvpool *p) { return p->n_free + p->n_cached; }

@@ -7,9 +7,8 @@
  *
  * With the prefix cache on, a full page is registered under (identity of the page before it, or the
  * salt for a first page; its 64 tokens). A hash finds it, and the whole key is compared exactly:
- * since
- * an identity is never used twice, a hash collision costs a miss and never a wrong answer, over the
- * whole prefix and not just over the last 64 tokens. Partial pages are never shared, so no
+ * since an identity is never used twice, a hash collision costs a miss and never a wrong answer,
+ * over the whole prefix and not just over the last 64 tokens. Partial pages are never shared, so no
  * copy-on-write is needed. With it off, a page goes straight back to free. Nothing here knows bytes
  * or devices. */
 #ifndef AMALGAM_KVPOOL_H

@@ -26,8 +26,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* --- Options -----------------------------------------------------------------------------------
- */
+/* --- Options ---------------------------------------------------------------------------------- */
 
 /* A misspelt option must not take its default. `known` ends with NULL. */
 static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
@@ -276,8 +275,7 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
     o->vocab = vocab;
 }
 
-/* --- Outcomes ----------------------------------------------------------------------------------
- */
+/* --- Outcomes --------------------------------------------------------------------------------- */
 
 /* Some failures are results of the point, not errors of the script: it does not fit, or the device
  * cannot do it. Push {status, reason}; raise anything else. */
@@ -366,8 +364,7 @@ static model_config *load_config(lua_State *L, const engine_options *o) {
     return &config;
 }
 
-/* --- serve -------------------------------------------------------------------------------------
- */
+/* --- serve ------------------------------------------------------------------------------------ */
 
 /* Prompts of generated lengths become slices of held-out text, one after the other, so that a real
  * checkpoint reads real text. Common prefixes are slices of its beginning, taken in turn. */
@@ -498,8 +495,7 @@ static int l_serve(lua_State *L) {
     return 1;
 }
 
-/* --- bench_serve -------------------------------------------------------------------------------
- */
+/* --- bench_serve ------------------------------------------------------------------------------ */
 
 /* A workload against a server that runs already: load.h. A run whose load generator was late is a
  * result of status "invalid". */
@@ -560,8 +556,7 @@ static int l_bench_serve(lua_State *L) {
     return 1;
 }
 
-/* --- capacity ----------------------------------------------------------------------------------
- */
+/* --- capacity --------------------------------------------------------------------------------- */
 
 /* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
  * the smallest degree on which it fits is chosen. */
@@ -603,8 +598,7 @@ static int l_capacity(lua_State *L) {
     return 1;
 }
 
-/* --- evaluate ----------------------------------------------------------------------------------
- */
+/* --- evaluate --------------------------------------------------------------------------------- */
 
 /* `against` names a checkpoint that is run in 16 bit beside the engine: how often both find the
  * same token most likely, and how far their distributions are apart. */
@@ -722,8 +716,7 @@ static int l_evaluate(lua_State *L) {
     return 1;
 }
 
-/* --- quantize ----------------------------------------------------------------------------------
- */
+/* --- quantize --------------------------------------------------------------------------------- */
 
 /* amalgam.quantize { model =, out =, method =, precision =, layout =, device =, threads =,
  * calibration = {seed =, bytes =} }: writes a checkpoint; the text is the seeded generator's under
@@ -774,8 +767,7 @@ static int l_quantize(lua_State *L) {
     return st == ST_OK ? 0 : luaL_error(L, "%s", fail_message());
 }
 
-/* --- bench -------------------------------------------------------------------------------------
- */
+/* --- bench ------------------------------------------------------------------------------------ */
 
 enum { BENCH_ARGS_MAX = 64 };
 
@@ -884,8 +876,7 @@ static int l_bench(lua_State *L) {
     return 3;
 }
 
-/* --- Registry ----------------------------------------------------------------------------------
- */
+/* --- Registry --------------------------------------------------------------------------------- */
 
 static int push_names(lua_State *L, status (*names)(arena *, const char ***, int32_t *)) {
     arena a;
@@ -962,8 +953,7 @@ static int l_precision(lua_State *L) {
     return 1;
 }
 
-/* --- Suite services ----------------------------------------------------------------------------
- */
+/* --- Suite services --------------------------------------------------------------------------- */
 
 static int l_json_encode(lua_State *L) {
     json_t *value = lua_to_json(L, 1);
@@ -1210,8 +1200,7 @@ static int l_progress_end(lua_State *L) {
     return 0;
 }
 
-/* --- The module --------------------------------------------------------------------------------
- */
+/* --- The module ------------------------------------------------------------------------------- */
 
 static const luaL_Reg functions[] = {
     {"serve", l_serve},

@@ -31,11 +31,11 @@ static const command commands[] = {
     {"eval", cmd_evaluate, NULL, "perplexity of a text under a precision"},
     {"quantize", cmd_quantise, NULL, "a checkpoint in low precision: --method rtn|gptq|awq"},
     {"servers", NULL, "lib_servers", "how to start a foreign server, and measure it"},
-    {"bench", cmd_bench, NULL, "bench harness | serve: of ourselves, of a server"},
+    {"bench", cmd_bench, NULL, "times of kernels, steps, loading, a server, our own overhead"},
     {"tune", cmd_tune, NULL, "times the linear kernels of the GPU at hand: the table to check in"},
     {"formats", cmd_formats, NULL, "which precisions run where, and with which kernels"},
     {"models", cmd_models, NULL, "the models of the sweep and their sizes"},
-    {"inspect", cmd_inspect, NULL, "inspect model | plan | trace"},
+    {"inspect", cmd_inspect, NULL, "a model's weights, a step's plan, a recorded trace"},
     {"tokenize", cmd_tokenize, NULL, "ids of a text"},
     {"corpus", cmd_corpus, NULL, "text and tasks of the seeded generator"},
     {"doctor", cmd_doctor, NULL, "what this machine has and what is missing"},
@@ -117,6 +117,5 @@ int main(int argc, char **argv) {
         if (commands[i].run) return commands[i].run(argc - at, argv + at);
         return lua_api_main(commands[i].module, argc - at - 1, argv + at + 1);
     }
-    fprintf(stderr, "amalgam: unknown command '%s'\n", argv[at]);
-    return help(stderr);
+    return cli_exit(FAIL(ST_USAGE, "unknown command '%s' (amalgam --help lists them)", argv[at]));
 }

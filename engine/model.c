@@ -202,8 +202,7 @@ status model_config_parse(model_config *out, const char *data, size_t n, const c
     return st;
 }
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 static status read_arch(reader *r) {
     const char *arch = NULL, *type = NULL;
@@ -328,8 +327,7 @@ static status read_activation(reader *r) {
     return ST_OK;
 }
 
-/* --- Rotary embedding --------------------------------------------------------------------------
- */
+/* --- Rotary embedding ------------------------------------------------------------------------- */
 
 static status read_rope_kind(const json_t *j, const char *where, rope_kind *kind) {
     static const struct {
@@ -466,8 +464,7 @@ static status read_rope(reader *r) {
     return ST_OK;
 }
 
-/* --- Windows -----------------------------------------------------------------------------------
- */
+/* --- Windows ---------------------------------------------------------------------------------- */
 
 /* layer_types -> windows; *given is false when the key is absent. */
 static status read_layer_types(reader *r, int32_t window, bool *given) {
@@ -523,8 +520,7 @@ static status read_window(reader *r) {
     return ST_OK;
 }
 
-/* --- Token ids ---------------------------------------------------------------------------------
- */
+/* --- Token ids -------------------------------------------------------------------------------- */
 
 static status add_eos(reader *r, const json_t *v, const char *where) {
     model_config *c = r->c;
@@ -552,8 +548,7 @@ static status read_tokens(reader *r, const json_t *root, const char *where) {
     return ST_OK;
 }
 
-/* --- Folders -----------------------------------------------------------------------------------
- */
+/* --- Folders ---------------------------------------------------------------------------------- */
 
 static bool holds_config(const char *dir) {
     char path[4400];
@@ -630,8 +625,7 @@ status model_config_load(model_config *out, const char *name) {
     return read_generation(out, dir);
 }
 
-/* --- Derived figures ---------------------------------------------------------------------------
- */
+/* --- Derived figures -------------------------------------------------------------------------- */
 
 /* `experts` of the n_experts matrices of every expert field are counted. */
 static int64_t parameters(const model_config *c, int32_t experts) {

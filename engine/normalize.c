@@ -5,8 +5,7 @@
 
 #include <string.h>
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 static status read_content(normalize_step *step, const json_t *spec, const char *key, arena *a) {
     const json_t *content = json_find(spec, key);
@@ -58,8 +57,7 @@ void normalizer_close(normalizer *z) {
     *z = (normalizer){0};
 }
 
-/* --- Running -----------------------------------------------------------------------------------
- */
+/* --- Running ---------------------------------------------------------------------------------- */
 
 static status replace(const normalize_step *step, const char *s, size_t n, text *out) {
     pattern_walk walk;

@@ -26,8 +26,7 @@ static void take(void *p, void *unused) {
     mem_free(p);
 }
 
-/* --- Oniguruma to PCRE2 ------------------------------------------------------------------------
- */
+/* --- Oniguruma to PCRE2 ----------------------------------------------------------------------- */
 
 /* Append the translation of the escape \c; false when it has none. */
 static bool translate_escape(text *out, char c, bool in_class) {
@@ -86,8 +85,7 @@ static status translate(text *out, const char *p, size_t n) {
     return text_status(out);
 }
 
-/* --- Compiling ---------------------------------------------------------------------------------
- */
+/* --- Compiling -------------------------------------------------------------------------------- */
 
 static status compile(pattern *p, const char *source, size_t n, bool literal) {
     int code;
@@ -153,8 +151,7 @@ void pattern_close(pattern *p) {
     mem_free(p);
 }
 
-/* --- Walking -----------------------------------------------------------------------------------
- */
+/* --- Walking ---------------------------------------------------------------------------------- */
 
 status pattern_walk_open(pattern_walk *w, const pattern *p, const char *data, size_t n) {
     *w = (pattern_walk){.p = p, .data = data, .n = n, .match_end = SIZE_MAX};

@@ -70,8 +70,7 @@ kv_pair precision_kv(const precision *p, int32_t layer) {
     return p->kv_layer[layer];
 }
 
-/* --- Parsing -----------------------------------------------------------------------------------
- */
+/* --- Parsing ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *name, *at;
@@ -215,8 +214,7 @@ status precision_parse(precision *out, const char *name) {
     return ST_OK;
 }
 
-/* --- Naming ------------------------------------------------------------------------------------
- */
+/* --- Naming ----------------------------------------------------------------------------------- */
 
 typedef struct {
     char *buf;
@@ -282,8 +280,7 @@ const char *precision_name(const precision *p, char *buf) {
     return buf;
 }
 
-/* --- Sizes -------------------------------------------------------------------------------------
- */
+/* --- Sizes ------------------------------------------------------------------------------------ */
 
 int64_t precision_scale_count(const precision *p, int64_t n, int64_t k) {
     CHECK(n > 0);

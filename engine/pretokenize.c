@@ -5,8 +5,7 @@
 
 #include <string.h>
 
-/* --- The byte-level alphabet -------------------------------------------------------------------
- */
+/* --- The byte-level alphabet ------------------------------------------------------------------ */
 
 static bool stands_for_itself(int32_t byte) {
     return (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
@@ -40,8 +39,7 @@ void bytelevel_put(text *out, const char *s, size_t n) {
     text_bytes(out, part, used);
 }
 
-/* --- Reading -----------------------------------------------------------------------------------
- */
+/* --- Reading ---------------------------------------------------------------------------------- */
 
 static status add_step(pretokenizer *p, pretokenize_step step) {
     if (p->n_steps == PRETOKENIZE_STEPS_MAX) {
@@ -154,8 +152,7 @@ void pretokenizer_close(pretokenizer *p) {
     *p = (pretokenizer){0};
 }
 
-/* --- Running -----------------------------------------------------------------------------------
- */
+/* --- Running ---------------------------------------------------------------------------------- */
 
 void pretokenize_run_close(pretokenize_run *r) {
     for (int32_t i = 0; i < PRETOKENIZE_STEPS_MAX; i++) text_free(&r->room[i]);

@@ -4,8 +4,7 @@
  * Sequences of them. Every step cuts or rewrites one piece and hands the parts on, so that nothing
  * but the rewritten piece itself is ever stored:
  *
- *     "Héllo wörld"  --Split-->  "Héllo" | " wörld"  --bytes-->  "HÃ©llo" | "ĠwÃ¶rld"  -->  emit
- */
+ *     "Héllo wörld"  --Split-->  "Héllo" | " wörld"  --bytes-->  "HÃ©llo" | "ĠwÃ¶rld"  -->  emit */
 #ifndef AMALGAM_PRETOKENIZE_H
 #define AMALGAM_PRETOKENIZE_H
 #include "pattern.h"

@@ -29,8 +29,7 @@ status quantise_method_parse(quantise_method *out, const char *name) {
     return FAIL(ST_NOTFOUND, "method '%s' is none of rtn, gptq, awq", name);
 }
 
-/* --- GPTQ --------------------------------------------------------------------------------------
- */
+/* --- GPTQ ------------------------------------------------------------------------------------- */
 
 static int by_diagonal(const void *a, const void *b) {
     const double *const *x = a, *const *y = b;
@@ -58,8 +57,7 @@ status quantise_gptq(const calibrate_ops *by, qmatrix *q, float *w, const double
     return st;
 }
 
-/* --- AWQ ---------------------------------------------------------------------------------------
- */
+/* --- AWQ -------------------------------------------------------------------------------------- */
 
 enum {
     SEARCH_STEPS = 20, /* as AutoAWQ: exponents by 0.05 */
@@ -242,8 +240,7 @@ status quantise_clip(const calibrate_ops *by, float *out, const float *w, int32_
     return st;
 }
 
-/* --- A layer -----------------------------------------------------------------------------------
- */
+/* --- A layer ---------------------------------------------------------------------------------- */
 
 typedef struct {
     const quantise_options *o;
@@ -333,8 +330,7 @@ static status write_matrix(job *j, weight_field f, int32_t index) {
     return st == ST_OK ? st : fail_prefix(st, "%s", j->source[f].name);
 }
 
-/* --- AWQ's scales, layer by layer ----------------------------------------------------------------
- */
+/* --- AWQ's scales, layer by layer ------------------------------------------------------------- */
 
 /* Columns times s, and the moments of what they are now fed: x / s. */
 static void scale_columns(job *j, weight_field f, const float *s) {
@@ -434,8 +430,7 @@ static status do_layer(job *j) {
     return ST_OK;
 }
 
-/* --- All of it ---------------------------------------------------------------------------------
- */
+/* --- All of it -------------------------------------------------------------------------------- */
 
 static size_t layer_bytes(const model_config *c) {
     size_t bytes = 1 << 20;

@@ -49,8 +49,7 @@ typedef struct {
  * awq in other than integer formats. */
 status quantise_checkpoint(const quantise_options *o);
 
-/* --- The methods, on one matrix; `by` does the arithmetic ---------------------------------------
- */
+/* --- The methods, on one matrix; `by` does the arithmetic ------------------------------------- */
 
 /* Codes of w [n, k] into q, which holds the scales already (ref_quantize_weight sets them). gram
  * [k, k] is symmetric: sum of x x^T over inputs; `damp` is a share of its mean diagonal. w is

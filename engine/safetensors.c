@@ -30,8 +30,7 @@ struct safetensors {
     uint64_t digest;
 };
 
-/* --- One tensor --------------------------------------------------------------------------------
- */
+/* --- One tensor ------------------------------------------------------------------------------- */
 
 static bool integer_in(const json_t *v, int64_t hi, int64_t *out) {
     if (!json_is_integer(v)) return false;
@@ -94,8 +93,7 @@ static status read_tensor(tensor_view *t, const json_t *entry, const uint8_t *da
     return ST_OK;
 }
 
-/* --- One file ----------------------------------------------------------------------------------
- */
+/* --- One file --------------------------------------------------------------------------------- */
 
 static tensor_view *push_view(safetensors *s) {
     if (s->n == s->size) {
@@ -182,8 +180,7 @@ static status read_file(safetensors *s, shard *f, const char *path) {
     return ST_OK;
 }
 
-/* --- A folder ----------------------------------------------------------------------------------
- */
+/* --- A folder --------------------------------------------------------------------------------- */
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const tensor_view *)a)->name, ((const tensor_view *)b)->name);
@@ -337,8 +334,7 @@ uint64_t safetensors_digest_full(const safetensors *s) {
     return digest;
 }
 
-/* --- Writing -----------------------------------------------------------------------------------
- */
+/* --- Writing ---------------------------------------------------------------------------------- */
 
 static const char *const spelling_of[DT_COUNT] = {
 #define X(name, bits, spelling) [DT_##name] = spelling,

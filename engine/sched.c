@@ -108,8 +108,7 @@ struct sched {
     int32_t *refs_seen; /* [n_pages] scratch of sched_problem */
 };
 
-/* --- Opening -----------------------------------------------------------------------------------
- */
+/* --- Opening ---------------------------------------------------------------------------------- */
 
 /* Adds up sizes, and takes the memory as well when there is an arena: one list for both. */
 typedef struct {
@@ -256,8 +255,7 @@ status sched_open(sched **out, arena *a, const sched_policy *p, const sched_limi
     return ST_OK;
 }
 
-/* --- Lists, ids, storage -----------------------------------------------------------------------
- */
+/* --- Lists, ids, storage ---------------------------------------------------------------------- */
 
 /* Put slot i behind slot `at` (NONE: at the head). */
 static void list_insert(sched *s, list *l, int32_t at, int32_t i) {
@@ -332,8 +330,7 @@ static void free_taken(sched *s) {
     }
 }
 
-/* --- Requests in -------------------------------------------------------------------------------
- */
+/* --- Requests in ------------------------------------------------------------------------------ */
 
 static status refuse_forever(const sched *s, const request *r) {
     const long long id = r->id;
@@ -425,8 +422,7 @@ status sched_add(sched *s, const request *r, int64_t now_ns) {
     return ST_OK;
 }
 
-/* --- Running set -------------------------------------------------------------------------------
- */
+/* --- Running set ------------------------------------------------------------------------------ */
 
 static int32_t n_known(const slot *q) { return q->n_prompt + q->n_output; }
 /* With those that are being drawn. */
@@ -511,8 +507,7 @@ static int32_t admit_head(sched *s) {
     return i;
 }
 
-/* --- One step ----------------------------------------------------------------------------------
- */
+/* --- One step --------------------------------------------------------------------------------- */
 
 /* Append the next n tokens of slot i to the batch. */
 static void place(sched *s, picked *p, int32_t i, int32_t n, int64_t now_ns) {
@@ -699,8 +694,7 @@ void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *st
     if (any_finished) compact_running(s);
 }
 
-/* --- Requests out ------------------------------------------------------------------------------
- */
+/* --- Requests out ----------------------------------------------------------------------------- */
 
 status sched_cancel(sched *s, int64_t id, int64_t now_ns) {
     const int32_t i = id_find(s, id);
@@ -754,8 +748,7 @@ void sched_flush_cache(sched *s) {
     s->blocked = false;
 }
 
-/* --- Invariants --------------------------------------------------------------------------------
- */
+/* --- Invariants ------------------------------------------------------------------------------- */
 
 static const char *list_problem(const sched *s, const list *l, slot_state state, bool by_arrival) {
     int32_t n = 0, before = NONE;

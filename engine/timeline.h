@@ -1,5 +1,4 @@
-/* timeline.h - the only source of time: the real clock, or a virtual one that the simulator moves.
- */
+/* timeline.h - the only source of time: the real clock, or a virtual one moved by the simulator. */
 #ifndef AMALGAM_TIMELINE_H
 #define AMALGAM_TIMELINE_H
 #include "base.h"

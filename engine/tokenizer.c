@@ -29,8 +29,7 @@ struct tokenizer {
     int32_t n_chat;
 };
 
-/* --- Reading the post_processor ----------------------------------------------------------------
- */
+/* --- Reading the post_processor --------------------------------------------------------------- */
 
 static status add_template_ids(int32_t *list, int32_t *n, const json_t *special,
                                const json_t *table) {
@@ -97,8 +96,7 @@ static status check_template_ids(const tokenizer *t) {
     return ST_OK;
 }
 
-/* --- Reading tokenizer.json --------------------------------------------------------------------
- */
+/* --- Reading tokenizer.json ------------------------------------------------------------------- */
 
 static status read_pipeline(tokenizer *t, const json_t *root) {
     if (!json_is_object(root)) return FAIL(ST_FORMAT, "not a JSON object");
@@ -128,8 +126,7 @@ static status read_tokenizer(tokenizer *t, const char *path) {
     return st;
 }
 
-/* --- Reading the files beside it ---------------------------------------------------------------
- */
+/* --- Reading the files beside it -------------------------------------------------------------- */
 
 static void add_eos(tokenizer *t, int64_t id) {
     if (id < 0 || id > INT32_MAX || t->n_eos == EOS_MAX || tokenizer_is_eos(t, (int32_t)id)) return;
@@ -231,7 +228,12 @@ static status read_folder(tokenizer *t, const char *dir) {
     char path[4096];
     if (strlen(dir) > sizeof path - 64)
         return FAIL(ST_IO, "a folder name of %zu bytes", strlen(dir));
-    TRY(read_tokenizer(t, path_join(path, sizeof path, dir, "tokenizer.json")));
+    if (!file_exists(path_join(path, sizeof path, dir, "tokenizer.json")))
+        return FAIL(ST_NOTFOUND,
+                    "%s: no such file: a checkpoint has one, a folder of "
+                    "workloads/models is a configuration alone",
+                    path);
+    TRY(read_tokenizer(t, path));
     TRY(read_jinja(t, dir));
     TRY(read_beside(t, dir, "tokenizer_config.json", read_config));
     TRY(read_beside(t, dir, "special_tokens_map.json", read_map));
@@ -261,8 +263,7 @@ void tokenizer_close(tokenizer *t) {
     mem_free(t);
 }
 
-/* --- Encoding ----------------------------------------------------------------------------------
- */
+/* --- Encoding --------------------------------------------------------------------------------- */
 
 typedef struct {
     const tokenizer *t;
@@ -332,8 +333,7 @@ status tokenizer_encode(const tokenizer *t, const char *s, size_t n, uint32_t fl
     return st;
 }
 
-/* --- Decoding ----------------------------------------------------------------------------------
- */
+/* --- Decoding --------------------------------------------------------------------------------- */
 
 void tokenizer_stream_open(tokenizer_stream *s, const tokenizer *t, bool skip_special) {
     *s = (tokenizer_stream){.t = t, .skip_special = skip_special};
@@ -364,8 +364,7 @@ status tokenizer_decode(const tokenizer *t, const int32_t *id, int64_t n, bool s
     return st;
 }
 
-/* --- Asking ------------------------------------------------------------------------------------
- */
+/* --- Asking ----------------------------------------------------------------------------------- */
 
 int32_t tokenizer_vocab_size(const tokenizer *t) { return t->model.n_ids; }
 

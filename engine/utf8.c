@@ -109,8 +109,7 @@ bool utf8_is_word(uint32_t c) {
     }
 }
 
-/* --- NFC ---------------------------------------------------------------------------------------
- */
+/* --- NFC -------------------------------------------------------------------------------------- */
 
 static uint8_t combining_class(utf8proc_int32_t c) {
     return (uint8_t)utf8proc_get_property(c)->combining_class;

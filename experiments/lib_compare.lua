@@ -19,7 +19,7 @@ BASE and HEAD are versions as results/ names its files (the beginning of a commi
 newest "-dirty-" form is taken only when written out), or .jsonl files.
 
   --json          one object per metric and point, then one "summary" object
-  --all           print unchanged metrics too
+  --all           print unchanged metrics too, and every point that cannot be told
   --only NAME     only experiments whose name begins so, e.g. e05
   --results DIR   where rows are kept (default: results)
   --effect SHARE  smallest change that counts for measured metrics (default 0.02)
@@ -285,6 +285,31 @@ local function print_verdict(v)
     v.why and " " .. v.why or ""))
 end
 
+--- What could not be told, a line for each experiment and reason: a changed definition is one fact,
+--- not one of every point.
+---@param verdicts Verdict[]
+local function print_folded(verdicts)
+  local folded, order = {}, {}
+  for _, v in ipairs(verdicts) do
+    local why = v.why or "no reason given"
+    local id = table.concat({ v.class, v.experiment, why }, "\t")
+    if not folded[id] then
+      folded[id] = { first = v, why = why, n = 0 }
+      order[#order + 1] = id
+    end
+    folded[id].n = folded[id].n + 1
+  end
+  for _, id in ipairs(order) do
+    local f = folded[id]
+    if f.n == 1 then
+      print_verdict(f.first)
+    else
+      print(("%-14s  %s: %s (%d %s; --all lists them)"):format(f.first.class, f.first.experiment,
+        f.why, f.n, f.first.metric and "metrics" or "points"))
+    end
+  end
+end
+
 local CLASSES =
   { "faster", "slower", "better", "worse", "same", "unstable", "not comparable" }
 
@@ -323,19 +348,24 @@ local function run(args)
   end
   local dir = o.results or amalgam.identity().root .. "/results"
   local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), o.effect)
-  local bad, counts = 0, {}
+  local bad, counts, untold = 0, {}, {}
   for _, v in ipairs(verdicts) do
     if v.class == "slower" or v.class == "worse" or v.broken then bad = bad + 1 end
     counts[v.class] = (counts[v.class] or 0) + 1
     if o.json then
       print(amalgam.json_encode(v))
-    elseif o.all or (v.class ~= "same" and not v.quiet) then
+    elseif o.all then
+      print_verdict(v)
+    elseif not v.broken and (v.class == "unstable" or v.class == "not comparable") then
+      if not v.quiet then untold[#untold + 1] = v end
+    elseif v.class ~= "same" then
       print_verdict(v)
     end
   end
   if o.json then
     print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
   else
+    print_folded(untold)
     print_summary(verdicts)
   end
   return bad > 0 and 1 or 0

@@ -25,6 +25,7 @@ Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
 ---@field rows Row[] newest row of each point
 ---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
 ---@field predicts table<string, boolean> experiments that have rows of other devices than cuda
+---@field used? table<Row, boolean> those that the table or figure at work has taken
 local Data = {}
 Data.__index = Data
 
@@ -49,12 +50,28 @@ function Data:near(name, filter)
   return self.bucket[id]
 end
 
+--- Note that a table or figure shows these rows: its caption says which they were.
+---@param rows Row[]
+function Data:note(rows)
+  for _, row in ipairs(self.used and rows or {}) do
+    if row.status == "ok" then self.used[row] = true end
+  end
+end
+
 --- Rows of an experiment by the beginning of its name, restricted by key parts.
 ---@param name string "e03"
 ---@param filter? table<string, any>
 ---@param status? string default "ok"; "any" for all
 ---@return Row[]
 function Data:select(name, filter, status)
+  local out = self:matching(name, filter, status)
+  self:note(out)
+  return out
+end
+
+--- The same, not noted.
+---@return Row[]
+function Data:matching(name, filter, status)
   local out = {}
   for _, row in ipairs(self:near(name, filter)) do
     if status == "any" or row.status == (status or "ok") then
@@ -69,7 +86,8 @@ end
 --- The one row with this key, or nil.
 ---@return Row|nil
 function Data:row(name, filter, status)
-  local found = self:select(name, filter, status)
+  local found = self:matching(name, filter, status)
+  self:note({ found[#found] })
   return found[#found]
 end
 
@@ -94,7 +112,7 @@ end
 ---@return any[]
 function Data:distinct(name, part, filter)
   local out, seen = {}, {}
-  for _, row in ipairs(self:select(name, filter, "any")) do
+  for _, row in ipairs(self:matching(name, filter, "any")) do
     local value = row.key[part]
     if value ~= nil and not seen[value] then
       seen[value] = true
@@ -139,17 +157,58 @@ function Data.ordered(wanted, have)
   return out
 end
 
+--- What makes a point of an experiment: its axes, and what is chosen on the command line. nil for
+--- one whose file is gone.
+---@return fun(experiment: string): table<string, boolean>|nil
+local function parts_of_points()
+  local known = {}
+  return function(name)
+    if known[name] == nil then
+      local ok, loaded = pcall(experiment.load, name)
+      local parts = ok and { device = true, gpu = true }
+      for _, axis in ipairs(ok and loaded.spec.axes or {}) do parts[axis.name] = true end
+      if ok and loaded.spec.fixed and loaded.spec.fixed.tp then parts.tp = true end
+      known[name] = parts
+    end
+    return known[name] or nil
+  end
+end
+
 ---@param rows Row[]
 ---@param identity table
 ---@return Data
 function M.data(rows, identity)
-  local newest = library.newest(rows, identity.version)
+  local newest = library.newest(rows, identity.version, parts_of_points())
   local predicts = {}
   for _, row in ipairs(newest) do
     if row.key.device ~= "cuda" then predicts[row.experiment] = true end
   end
   local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts }
   return setmetatable(data, Data)
+end
+
+--- Largest share of the read bandwidth over the shapes of decode attention in e08, in percent.
+---@param data Data
+---@param kv string
+---@return number|nil
+function M.decode_share(data, kv)
+  local row = data:row("e08", { variant = "best", phase = "decode", kv = kv, dtype = "fp16" })
+  local most
+  for name, x in pairs(row and row.metrics or {}) do
+    if name:find("^b%d+_c%d+_gbs$") then
+      most = math.max(most or 0, 100 * x / row.metrics.read_gbs)
+    end
+  end
+  return most
+end
+
+--- Mean over the shapes of e07 of the speed-up at m rows of x.
+---@param data Data
+---@return number|nil
+function M.linear_speedup(data, precision, dtype, m)
+  local values = data:values("e07", { variant = "best", precision = precision, dtype = dtype },
+    ("m%d_speedup"):format(m))
+  return #values > 0 and stats.geomean(values) or nil
 end
 
 -- --- Formatting ----------------------------------------------------------------------------------
@@ -167,6 +226,7 @@ function M.number(x)
   return ("%.3f"):format(x)
 end
 
+--- A Markdown table.
 ---@param columns string[]
 ---@param rows any[][] nil cells are "-"
 ---@return string
@@ -181,7 +241,14 @@ function M.markdown(columns, rows)
   end
   local out = { line(columns) }
   local rule = {}
-  for i = 1, #columns do rule[i] = i == 1 and ":--" or "--:" end
+  for i = 1, #columns do
+    local numeric = false -- words are set to the left, numbers to the right
+    for _, row in ipairs(rows) do
+      local cell = row[i]
+      numeric = numeric or type(cell) == "number" or tostring(cell):find("^[*+%-]*%d") ~= nil
+    end
+    rule[i] = numeric and i > 1 and "--:" or ":--"
+  end
   out[2] = "| " .. table.concat(rule, " | ") .. " |"
   for _, row in ipairs(rows) do out[#out + 1] = line(row) end
   return table.concat(out, "\n")
@@ -205,6 +272,15 @@ function M.tsv(columns, rows)
     out[#out + 1] = table.concat(words, "\t")
   end
   return table.concat(out, "\n") .. "\n"
+end
+
+--- Raises one line of ours: a full disk is no fault of this file.
+---@param path string
+---@param text string
+local function write(path, text)
+  local ok, why = pcall(amalgam.write_file, path, text)
+  if ok then return end
+  error({ exit = 1, message = "report: " .. tostring(why):gsub("^%S+%.lua:%d+: ", "") }, 0)
 end
 
 -- --- Figures and tables --------------------------------------------------------------------------
@@ -258,17 +334,57 @@ local function load_all(plots, prefix)
   return found, names
 end
 
---- "3" for "fig03_latency": how the paper numbers it.
+--- "Figure 3" for "fig03_latency": files are numbered in the order of the paper.
 ---@param name string
----@return integer
-local function ordinal(name) return math.tointeger(tonumber(name:match("^%a+(%d+)"))) end
-
----@param spec Figure
 ---@return string
-local function marked(spec)
-  local text = spec.caption
-  if spec.predicted and not text:lower():find("predicted") then text = text .. " Predicted." end
-  return text
+local function numbered(name)
+  local kind, number = name:match("^(%a+)0*(%d+)_")
+  return (kind == "fig" and "Figure " or "Table ") .. number
+end
+
+--- The hardware that a row is of, for a caption.
+---@param row Row
+---@return string
+local function hardware(row)
+  if row.origin ~= "measured" then return "" end
+  local p = row.provenance or {}
+  local gpu = row.key.device == "cuda" and p.gpu and p.gpu.name
+  return " on " .. (gpu or ("%s, %s cores"):format(p.cpu or "a CPU", tostring(p.cores or "some")))
+end
+
+--- "Rows: e03 predicted at `ee4cf66`; e07 measured on NVIDIA H200 at `720ed99`."
+---@param used table<Row, boolean>
+---@return string
+local function rows_line(used)
+  local versions = {} -- of "e07 measured on NVIDIA H200"
+  for row in pairs(used) do
+    local id = ("%s %s%s"):format(row.experiment:match("^[^_]+"), row.origin or "", hardware(row))
+    versions[id] = versions[id] or {}
+    versions[id]["`" .. row.version .. "`"] = true
+  end
+  local words = {}
+  for _, id in ipairs(experiment.sorted_keys(versions)) do
+    words[#words + 1] = id .. " at " .. table.concat(experiment.sorted_keys(versions[id]), ", ")
+  end
+  return #words > 0 and " Rows: " .. table.concat(words, "; ") .. "." or ""
+end
+
+--- Columns and rows of a table or figure, and its caption with the rows that it was made from.
+---@param data Data
+---@param spec Figure
+---@return string[] columns
+---@return any[][] rows
+---@return string caption
+local function built(data, spec)
+  data.used = {}
+  local columns, rows = spec.build(data, M)
+  local caption = spec.caption
+  if spec.predicted and not caption:lower():find("predicted") then
+    caption = caption .. " Predicted."
+  end
+  caption = caption .. rows_line(data.used)
+  data.used = nil
+  return columns, rows, caption
 end
 
 ---@param data Data
@@ -282,14 +398,14 @@ local function figures(data, root, out, o)
   local specs, names = load_all(plots, "fig")
   for _, name in ipairs(names) do
     local spec = specs[name]
-    local columns, rows = spec.build(data, M)
+    local columns, rows, caption = built(data, spec)
     if #rows == 0 then
-      blocks[name] = ("*Figure %d is missing: %s has no rows for it.*"):format(ordinal(name),
+      blocks[name] = ("*%s is missing: %s has no rows for it.*"):format(numbered(name),
         spec.experiment)
       print(("  %-26s no rows for it of %s"):format(name, spec.experiment))
     else
       local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
-      amalgam.write_file(tsv, M.tsv(columns, rows))
+      write(tsv, M.tsv(columns, rows))
       local why = o.no_figures and "figures were switched off"
         or draw(plots, ("%s/%s.gp"):format(plots, name), tsv, ("%s/plots/out/%s"):format(out, name))
       if why then
@@ -297,11 +413,11 @@ local function figures(data, root, out, o)
           n_bad = n_bad + 1
           io.stderr:write(("amalgam: %s: %s\n"):format(name, why))
         end
-        blocks[name] = ("*Figure %d was not drawn (%s); its numbers are in "
-          .. "[%s.tsv](plots/out/%s.tsv).*"):format(ordinal(name), why, name, name)
+        blocks[name] = ("*%s was not drawn (%s); its numbers are in "
+          .. "[%s.tsv](plots/out/%s.tsv).*"):format(numbered(name), why, name, name)
       else
-        blocks[name] = ("![%s](plots/out/%s.svg)\n\n**Figure %d.** %s ([data](plots/out/%s.tsv), "
-          .. "[png](plots/out/%s.png))"):format(spec.title, name, ordinal(name), marked(spec), name,
+        blocks[name] = ("![%s](plots/out/%s.svg)\n\n**%s.** %s ([data](plots/out/%s.tsv), "
+          .. "[png](plots/out/%s.png))"):format(spec.title, name, numbered(name), caption, name,
           name)
       end
     end
@@ -318,14 +434,14 @@ local function tables(data, root, out)
   local specs, names = load_all(root .. "/plots", "tab")
   for _, name in ipairs(names) do
     local spec = specs[name]
-    local columns, rows = spec.build(data, M)
+    local columns, rows, caption = built(data, spec)
     if #rows == 0 then
-      blocks[name] = ("*Table %d is missing: %s has no rows for it.*"):format(ordinal(name),
+      blocks[name] = ("*%s is missing: %s has no rows for it.*"):format(numbered(name),
         spec.experiment)
     else
       local body = M.markdown(columns, rows)
-      blocks[name] = ("**Table %d.** %s\n\n%s"):format(ordinal(name), marked(spec), body)
-      amalgam.write_file(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
+      blocks[name] = ("**%s.** %s\n\n%s"):format(numbered(name), caption, body)
+      write(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
     end
   end
   return blocks
@@ -356,7 +472,7 @@ local function sources(data)
       e.row.machine, e.ok, e.oom, e.skipped, e.failed + e.invalid, ("%.0f"):format(e.seconds) }
   end
   return M.markdown({ "experiment", "origin", "version", "machine", "ok", "oom", "skipped",
-    "failed", "CPU time (s)" }, rows)
+    "failed", "time (s)" }, rows)
 end
 
 --- Facts of the machines that measured, from the newest measured row of each.
@@ -372,10 +488,15 @@ local function machines(data)
     local p = by[machine].provenance or {}
     rows[#rows + 1] = { machine, p.cpu, p.cores,
       p.memory_bytes and ("%.0f GiB"):format(p.memory_bytes / 2 ^ 30), p.kernel, p.governor,
+      p.gpu and ("%s, %.0f GiB, SM %d and memory %d MHz at most, %.0f W"):format(p.gpu.name,
+        p.gpu.memory_bytes / 2 ^ 30, p.gpu.sm_clock_max_mhz, p.gpu.memory_clock_mhz,
+        p.gpu.power_limit_w) or "none",
+      p.gpu and ("%s, CUDA %d.%d"):format(p.gpu.driver, p.gpu.cuda_driver // 1000,
+        p.gpu.cuda_driver % 1000 // 10) or "none",
       p.compiler, p.flags and "`" .. p.flags .. "`" }
   end
-  return M.markdown({ "machine", "cpu", "cores", "memory", "kernel", "governor", "compiler",
-    "flags" }, rows)
+  return M.markdown({ "machine", "cpu", "cores", "memory", "kernel", "governor", "GPU", "driver",
+    "compiler", "flags" }, rows)
 end
 
 --- What the template may use.
@@ -400,6 +521,13 @@ local function template_environment(data, blocks)
     if #ratios == 0 then return "*(no rows)*" end
     return ("%.2f"):format(stats.geomean(ratios))
   end
+  --- A metric of one row over that of another, which differ in one part of the key: "1.83".
+  function env.ratio(name, filter, part, value, base, metric)
+    local with, against = { [part] = value }, { [part] = base }
+    for k, v in pairs(filter) do with[k], against[k] = v, v end
+    local a, b = data:value(name, with, metric), data:value(name, against, metric)
+    return a and b and b > 0 and ("%.2f"):format(a / b) or "*(no rows)*"
+  end
   --- Largest such ratio and where it is: "2.91 (Qwen3-32B)".
   function env.most(name, over, filter, base, metric)
     local ratios, which = data:ratios(name, over, filter, base, metric)
@@ -409,6 +537,17 @@ local function template_environment(data, blocks)
     end
     return at > 0 and ("%.2f (%s)"):format(ratios[at], tostring(which[at])) or "*(no rows)*"
   end
+  function env.ref(name)
+    return blocks[name] and numbered(name) or error(("no table or figure '%s'"):format(name), 2)
+  end
+  function env.linear(precision, dtype, m)
+    local x = M.linear_speedup(data, precision, dtype, m)
+    return x and ("%.2f"):format(x) or "*(no row)*"
+  end
+  function env.decode_share(kv)
+    local x = M.decode_share(data, kv)
+    return x and ("%.0f"):format(x) or "*(no row)*"
+  end
   function env.count(name, filter, status) return tostring(#data:select(name, filter, status)) end
   function env.many(name, part) return tostring(#data:distinct(name, part)) end
   function env.sources() return sources(data) end
@@ -417,15 +556,18 @@ local function template_environment(data, blocks)
   return env
 end
 
---- Fill a template: {{ expression }}, and {{? e03 }} ... {{/}} for parts that need rows of e03.
+--- Fill a template: {{ expression }}, and {{? e03 }} ... {{/}} for parts that need rows of e03,
+--- {{? e10 cuda }} of that device. With {{?? nothing is said of what is missing.
 ---@param text string
 ---@param file string for messages
 ---@param env table
 ---@return string
 function M.fill(text, file, env)
-  text = text:gsub("{{%?%s*(%w+)%s*}}(.-){{/}}\n?", function(name, body)
-    if #env.data:select(name) > 0 then return body end
-    return ("*There are no rows of %s: `amalgam run %s` makes them.*\n"):format(name, name)
+  text = text:gsub("{{%?(%??)%s*(%w+)%s*(%w*)%s*}}(.-){{/}}\n?", function(silent, name, on, body)
+    local device = on ~= "" and on or nil
+    if #env.data:select(name, { device = device }) > 0 then return body end
+    return silent == "?" and "" or ("*There are no rows of %s: `amalgam run %s%s` makes them.*\n")
+      :format(name, name, device and " --device " .. device or "")
   end)
   return (text:gsub("()({{(.-)}})", function(_, whole, expression)
     local chunk, why = load("return " .. expression, "=" .. file, "t", env)
@@ -443,6 +585,20 @@ end
 function M.refresh(text, blocks)
   return (text:gsub("(<!%-%- amalgam report: ([%w_]+) %-%->\n).-(<!%-%- end %-%->)",
     function(head, name, tail) return blocks[name] and head .. blocks[name] .. "\n" .. tail end))
+end
+
+--- Remove what is left in plots/out of tables and figures that have no rows or no file any more.
+---@param out string
+---@param blocks table<string, string>
+local function remove_others(out, blocks)
+  local dir = out .. "/plots/out"
+  for _, entry in ipairs(amalgam.list(dir)) do
+    local name = entry:match("^(%a%a%a%d%d_[%w_]+)%.%a+$")
+    local block = name and blocks[name]
+    if name and (not block or block:find(" is missing: ", 1, true)) then
+      os.remove(dir .. "/" .. entry)
+    end
+  end
 end
 
 ---@param args string[]
@@ -478,21 +634,22 @@ local function run(args)
   local identity = amalgam.identity()
   local root = identity.root
   local dir, out = o.results or root .. "/results", o.out or root
-  local rows, n_broken = library.read(dir)
+  local rows, broken = library.read(dir)
   if #rows == 0 then
     experiment.refuse("report: no rows in %s (amalgam run e01 ... makes them)", dir)
   end
   local data = M.data(rows, identity)
-  print(("report: %d points from %d rows in %s%s"):format(#data.rows, #rows, dir,
-    n_broken > 0 and (", %d unreadable lines left out"):format(n_broken) or ""))
+  print(("report: %d points from %d rows in %s"):format(#data.rows, #rows, dir))
+  for _, file in ipairs(broken) do print(("  left out, cannot be read: %s"):format(file)) end
   local blocks, n_bad = figures(data, root, out, o)
   for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
+  remove_others(out, blocks)
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
     template_environment(data, blocks))
-  amalgam.write_file(out .. "/PAPER.md", paper)
+  write(out .. "/PAPER.md", paper)
   if not o.out and not o.results then
     local readme = amalgam.read_file(root .. "/README.md")
-    amalgam.write_file(root .. "/README.md", M.refresh(readme, blocks))
+    write(root .. "/README.md", M.refresh(readme, blocks))
   end
   print(("  -> %s/PAPER.md, %s/plots/out/"):format(out, out))
   return n_bad > 0 and 1 or 0

@@ -23,9 +23,9 @@ local M = {}
 ---@param dir string
 ---@param keep? fun(experiment: string, machine: string, version: string): boolean
 ---@return Row[] rows
----@return integer n_broken
+---@return string[] broken "FILE: 2 lines" of each file with lines that cannot be read
 function M.read(dir, keep)
-  local rows, n_broken = {}, 0
+  local rows, broken = {}, {}
   for _, experiment in ipairs(amalgam.list(dir)) do
     local e = experiment:match("^(.*)/$")
     for _, machine in ipairs(e and amalgam.list(dir .. "/" .. e) or {}) do
@@ -34,12 +34,15 @@ function M.read(dir, keep)
         local version = file:match("^(.*)%.jsonl$")
         if version and (not keep or keep(e, m, version)) then
           local path = ("%s/%s/%s/%s"):format(dir, e, m, file)
-          n_broken = n_broken + M.read_file(path, rows, version)
+          local n = M.read_file(path, rows, version)
+          if n > 0 then
+            broken[#broken + 1] = ("%s: %d %s"):format(path, n, n == 1 and "line" or "lines")
+          end
         end
       end
     end
   end
-  return rows, n_broken
+  return rows, broken
 end
 
 --- Append the rows of one file to `rows`.
@@ -79,11 +82,14 @@ function M.key_text(row, without)
 end
 
 --- The newest finished row of each point: of `version` if it has one, else the latest by time.
+--- With `parts`, a point is the values of those parts of the key: of two definitions that differ in
+--- a fixed fact, say the number of requests, only the later one's rows are left.
 ---@param rows Row[]
 ---@param version? string
+---@param parts? fun(experiment: string): table<string, boolean>|nil nil: all but checkpoint and tp
 ---@return Row[] in the order in which points first appear in time: those of an older definition,
 ---  whose keys have other parts, come before those that replace them, whatever files they are in
-function M.newest(rows, version)
+function M.newest(rows, version, parts)
   local chosen, order, by_time = {}, {}, {}
   for i, row in ipairs(rows) do by_time[i] = { row = row, time = row.time or "", place = i } end
   table.sort(by_time, function(a, b)
@@ -92,7 +98,12 @@ function M.newest(rows, version)
   end)
   for _, entry in ipairs(by_time) do
     local row = entry.row
-    local id = row.experiment .. " " .. M.key_text(row, { checkpoint = true, tp = true })
+    local wanted, without = parts and parts(row.experiment), { checkpoint = true, tp = true }
+    if wanted then
+      without = {}
+      for name in pairs(row.key) do without[name] = not wanted[name] end
+    end
+    local id = row.experiment .. " " .. M.key_text(row, without)
     local old = chosen[id]
     if not old then order[#order + 1] = id end
     local function rank(r)

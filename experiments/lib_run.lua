@@ -17,7 +17,7 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
 
   --quick             few points, each small; rows go to build/quick/results
   --only KEY=VALUE    only points with this value (or one of VALUE,VALUE...); may be repeated
-  --device NAME       cpu or sim: as --only device=NAME, also where the experiment fixes one
+  --device NAME       cuda, cpu or sim: as --only device=NAME, also where the experiment fixes one
   --gpu NAME          the same for gpu
   --jobs N            points at a time, for experiments that allow it (default: all cores)
   --seconds N         start no point later than that; the same command goes on from there

@@ -136,7 +136,7 @@ local function main(args)
     elseif not key and not name then
       name = word
     else
-      experiment.refuse("servers: unknown option '%s'\n%s", word, USAGE)
+      experiment.refuse("servers: unknown option '%s' (amalgam servers --help)", word)
     end
     at = at + 1
   end
@@ -144,9 +144,11 @@ local function main(args)
     list()
     return 0
   end
+  local server = M.load(name)
   if not o.model then experiment.refuse("servers: %s needs --model", name) end
-  o.precision = amalgam.precision(o.precision)
-  local start, measure, files = M.commands(M.load(name), o)
+  local precision, why = amalgam.precision(o.precision)
+  o.precision = precision or experiment.refuse("servers: %s", why)
+  local start, measure, files = M.commands(server, o)
   for _, path in ipairs(experiment.sorted_keys(files)) do amalgam.write_file(path, files[path]) end
   print(start)
   print(measure)

@@ -51,6 +51,21 @@ function M.geomean(values)
   return #values > 0 and math.exp(sum / #values) or 0 / 0
 end
 
+--- Share of failures among n trials in percent, with the Wilson score interval at 95 % (Wilson
+--- 1927): it neither leaves 0 to 100 nor closes up at 0.
+---@param accuracy number|nil share of successes
+---@param n number|nil
+---@return number percent NaN, three times, for nothing
+---@return number lo
+---@return number hi
+function M.wrong_percent(accuracy, n)
+  if not accuracy or not n or n <= 0 then return 0 / 0, 0 / 0, 0 / 0 end
+  local z, p = 1.959964, 1 - accuracy
+  local middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+  local half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+  return 100 * p, 100 * math.max(middle - half, 0), 100 * math.min(middle + half, 1)
+end
+
 --- A seeded stream of numbers: splitmix64 (Steele et al. 2014); math.random is seeded by time.
 ---@param seed integer
 ---@return fun(n: integer): integer draw uniform in 1..n

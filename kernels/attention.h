@@ -60,11 +60,11 @@ typedef struct {
 status kernel_rope_append(void *qkv, const attention_layer_params *l, const attention_cache *c,
                           const attention_batch *b, kernel_stream stream);
 
-/* --- Plan: the split of the work, made once a step on the host, read by every layer of that window
- * ---
+/* --- Plan: the split of the work -----------------------------------------------------------------
  *
- * How a sequence is split depends on its own length (and on H, G, D, window, kv4) alone, and the
- * parts are joined in a fixed order: a result has the same bits in any batch. */
+ * Made once a step on the host, read by every layer of that window. How a sequence is split depends
+ * on its own length (and on H, G, D, window, kv4) alone, and the parts are joined in a fixed order:
+ * a result has the same bits in any batch. */
 
 /* Most bytes of a plan. max_pages: entries of `page` of all sequences together. */
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
@@ -94,8 +94,7 @@ status kernel_attention(void *out, const void *qkv, const attention_layer_params
 /* Names of the variants, best first, NULL at the end. */
 const char *const *attention_variants(void);
 
-/* --- Layout, for tests and tools ---------------------------------------------------------------
- */
+/* --- Layout, for tests and tools -------------------------------------------------------------- */
 
 /* Byte offset of byte `at` of a token's row of D * bits / 8 = row_bytes, within its [64, D] codes.
  */

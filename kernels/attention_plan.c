@@ -14,8 +14,7 @@ int64_t attention_page_bytes(kv_format k, kv_format v, int32_t n_kv_heads, int32
     return (int64_t)P * n_kv_heads * (kv_format_bytes(k, head_dim) + kv_format_bytes(v, head_dim));
 }
 
-/* --- Layout ------------------------------------------------------------------------------------
- */
+/* --- Layout ----------------------------------------------------------------------------------- */
 
 int64_t attention_code_at(int32_t row_bytes, int32_t token, int32_t at) {
     const int32_t panel = row_bytes < PANEL_BYTES ? row_bytes : PANEL_BYTES;
@@ -58,8 +57,7 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
     }
 }
 
-/* --- Plan --------------------------------------------------------------------------------------
- */
+/* --- Plan ------------------------------------------------------------------------------------- */
 
 /* Tokens of a leaf of a decode that sees n tokens: at most 64 leaves a tile (more where there are
  * few tiles), which is how many records the last block may have to add up. At 4 bit, where a leaf's

@@ -5,17 +5,17 @@
  * of them.
  *
  *   block    64 output rows; all its bytes are contiguous along K, so a tile is a few linear
- *   streams unit     64 inputs of a block: 2 KB at 4 bits, 4 KB at 8, 8 KB at 16
+ *            streams
+ *   unit     64 inputs of a block: 2 KB at 4 bits, 4 KB at 8, 8 KB at 16
  *   strip    16 rows of a block (one warp); four strips a unit
- *   word     the 8 codes of one lane in one 16 x 16 atom, in the order of the A fragment. With lane
- *   =
- *            4 g + t: (row g, k 2t, 2t+1) (row g+8, the same) (row g, k 2t+8, +9) (row g+8, ...)
+ *   word     the 8 codes of one lane in one 16 x 16 atom, in the order of the A fragment. With
+ *            lane = 4 g + t: (row g, k 2t, 2t+1) (row g+8, the same) (row g, k 2t+8, +9)
+ *            (row g+8, ...)
  *
  *   code   [count][block][unit][strip][16-byte chunk][lane][16 bytes]
  *   scale  [count][block][granule][...]: a granule holds the scales (and zeros) of 64 rows for 128,
- *   64,
- *          32 or 16 inputs, whichever divides the group; rows in the order strip, g, (g, g+8) so
- *          that a lane's two rows are neighbours. Per-channel formats keep f32 [count][rows]
+ *          64, 32 or 16 inputs, whichever divides the group; rows in the order strip, g, (g, g+8)
+ *          so that a lane's two rows are neighbours. Per-channel formats keep f32 [count][rows]
  *          instead and are scaled in the epilogue.
  *
  * Weights whose products take 8-bit operands (linear_plain) keep the canonical order instead: code

@@ -12,8 +12,7 @@ enum {
     E_ROWS = 32 /* of a product with the moments at a time */
 };
 
-/* --- Moments -----------------------------------------------------------------------------------
- */
+/* --- Moments ---------------------------------------------------------------------------------- */
 
 struct calibrate_sums {
     moments *m;
@@ -72,8 +71,7 @@ static status sums_add(calibrate_sums *s, const void *data, dtype type, const in
     return st;
 }
 
-/* --- GPTQ --------------------------------------------------------------------------------------
- */
+/* --- GPTQ ------------------------------------------------------------------------------------- */
 
 typedef struct {
     arena memory;
@@ -167,8 +165,7 @@ static status gptq(qmatrix *q, float *w, const double *gram, double damp, const 
     return st;
 }
 
-/* --- Losses ------------------------------------------------------------------------------------
- */
+/* --- Losses ----------------------------------------------------------------------------------- */
 
 struct calibrate_search {
     arena memory;

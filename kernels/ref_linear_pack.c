@@ -33,8 +33,7 @@ status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *s
     return ST_OK;
 }
 
-/* --- Codes --------------------------------------------------------------------------------------
- */
+/* --- Codes ------------------------------------------------------------------------------------ */
 
 static uint8_t code_zero(const linear_weight *w) { return w->format == WF_INT4 && w->sym ? 8 : 0; }
 
@@ -123,8 +122,7 @@ static void unpack_word(const linear_weight *w, void *code, qmatrix *q, int64_t 
     for (int32_t i = 0; i < 8; i++) code_set(w, q, row[i], col[i], c[i]);
 }
 
-/* --- Scales -------------------------------------------------------------------------------------
- */
+/* --- Scales ----------------------------------------------------------------------------------- */
 
 /* Scale and zero of row r, granule j: copied from or to the canonical arrays. */
 static void scale_pack(const linear_weight *w, uint8_t *granule, const qmatrix *q, int32_t place,

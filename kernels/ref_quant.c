@@ -21,8 +21,7 @@ enum {
 
 static const float f16_max = 65504.f, e4m3_max = 448.f, e2m1_max = 6.f;
 
-/* --- Small things ------------------------------------------------------------------------------
- */
+/* --- Small things ----------------------------------------------------------------------------- */
 
 /* To nearest even for |x| < 2^22, inline where rintf is a call at baseline x86-64. */
 static inline float round_even(float x) {
@@ -97,8 +96,7 @@ static void e4m3_codes(uint8_t *code, const float *restrict x, int32_t n, float 
     }
 }
 
-/* --- Layout ------------------------------------------------------------------------------------
- */
+/* --- Layout ----------------------------------------------------------------------------------- */
 
 int64_t qmatrix_code_bytes(const precision *p, int32_t n, int32_t k) {
     const bool four = p->weight == WF_INT4 || p->weight == WF_MXFP4 || p->weight == WF_NVFP4;
@@ -151,8 +149,7 @@ status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_
     return ST_OK;
 }
 
-/* --- Weights: quantise -------------------------------------------------------------------------
- */
+/* --- Weights: quantise ------------------------------------------------------------------------ */
 
 /* Choose and store the scale (and zero point) number `at` of q for values within `e`; returns the
  * factor that codes are multiplied with, and the zero point. */
@@ -261,8 +258,7 @@ status ref_quantize_weight(qmatrix *q, const float *w) {
     return ST_OK;
 }
 
-/* --- Weights: dequantise -----------------------------------------------------------------------
- */
+/* --- Weights: dequantise ---------------------------------------------------------------------- */
 
 static float load_scale(const qmatrix *q, int64_t at) {
     switch (q->scale_type) {
@@ -330,8 +326,7 @@ void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t r
     }
 }
 
-/* --- Activations -------------------------------------------------------------------------------
- */
+/* --- Activations ------------------------------------------------------------------------------ */
 
 static void quantize_span(float *x, int32_t n, act_format f) {
     const extent e = extent_of(nothing, x, n);
@@ -358,8 +353,7 @@ void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32
             quantize_span(x + row * k + col, (int32_t)i64_min(span, k - col), f);
 }
 
-/* --- KV ----------------------------------------------------------------------------------------
- */
+/* --- KV --------------------------------------------------------------------------------------- */
 
 /* f16 of a parameter, kept finite. */
 static uint16_t f16_param(float x) { return f16_from_f32(clamp(x, -f16_max, f16_max)); }

@@ -1,5 +1,5 @@
-// tensor_map.cuh - the driver function that makes tensor maps (CUtensorMap), found at run time: the
-// library links the CUDA runtime only.
+// tensor_map.cuh - the driver's function that makes tensor maps (CUtensorMap), found at run time:
+// the library links the CUDA runtime only.
 #ifndef TENSOR_MAP_CUH
 #define TENSOR_MAP_CUH
 #include "base.h"

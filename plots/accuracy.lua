@@ -13,8 +13,9 @@ function M.of(data, precision)
   local row = data:row("e01", { precision = precision })
   local m = row and row.metrics
   if not base or not m or not m.kl_nats then return "-" end
-  return ("%+.2f %%, %.2f"):format(100 * (m.perplexity / base.metrics.perplexity - 1),
+  local text = ("%+.2f %%, %.2f"):format(100 * (m.perplexity / base.metrics.perplexity - 1),
     1000 * m.kl_nats)
+  return (text:gsub("^%-0%.00 ", "+0.00 ")) -- the sign of nothing
 end
 
 --- A row for tables whose columns are formats.

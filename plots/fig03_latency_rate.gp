@@ -4,6 +4,7 @@ height = 560
 load plots."/common.gp"
 series = "W16A16KV16 W8A8KV8 FP8 MXFP4-A16KV8 W4A16KV16 W4A16KV8 W4A16KV4"
 title_of(i) = system(sprintf("awk -F'\t' '$2 == %d { print $1; exit }' '%s'", i, data))
+lt_of(n) = format_lt(word(series, n))
 panels = system(sprintf("awk -F'\t' 'END { print $2 }' '%s'", data)) + 0
 pick(i, s, x) = column("panel") == i && strcol("precision") eq s ? x : NaN
 set datafile missing NaN
@@ -17,7 +18,7 @@ do for [i=1:panels] {
     set ylabel (i == 1 ? "TTFT P99 (ms)" : "")
     plot for [n=1:words(series)] data \
         using (column("rate_per_s")):(pick(i, word(series, n), column("ttft_p99_ms"))) \
-        with linespoints lt n title word(series, n)
+        with linespoints lt lt_of(n) title word(series, n)
 }
 unset title
 unset logscale y
@@ -27,9 +28,9 @@ do for [i=1:panels] {
     set ylabel (i == 1 ? "TPOT P50 (ms)" : "")
     plot for [n=1:words(series)] data \
         using (column("rate_per_s")):(pick(i, word(series, n), column("tpot_p50_ms"))) \
-        with linespoints lt n title word(series, n)
+        with linespoints lt lt_of(n) title word(series, n)
 }
 # The legend is a plot of its own below the panels: one for all six.
 load plots."/legend.gp"
-plot for [n=1:words(series)] NaN with linespoints lt n title word(series, n)
+plot for [n=1:words(series)] NaN with linespoints lt lt_of(n) title word(series, n)
 unset multiplot

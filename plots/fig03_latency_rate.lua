@@ -8,9 +8,9 @@ return {
   experiment = "e02_serving_latency",
   predicted = true,
   title = "Latency against request rate by precision (predicted)",
-  caption = "P99 time to first token (top) and median time per output token (bottom) against "
-    .. "the request rate on H100-SXM, conversations of the sharegpt shape, Poisson arrivals. "
-    .. "Predicted.",
+  caption = "P99 time to first token (top, logarithmic) and median time per output token (bottom) "
+    .. "against the request rate: 700 conversations of the sharegpt shape, Poisson arrivals, on as "
+    .. "many H100-SXM as 16 bits need. Predicted.",
   build = function(data)
     local rows = {}
     local formats = { labels.base, table.unpack(labels.formats) }

@@ -12,7 +12,7 @@ return {
   title = "Share of the roofline that a step reaches",
   caption = "Roofline time over the measured time of one step on one H200: decode steps of 1 and 64"
     .. " sequences of 4096 tokens, and a prefill of 8192 tokens, in 16 bit and in W4A16KV8 (groups "
-    .. "of 32 for gpt-oss-120b). Small squares: the predicted share. 1 is a step that reads each "
+    .. "of 32 for gpt-oss-120b). Filled: measured; hollow: predicted. 1 is a step that reads each "
     .. "byte once at the read ceiling, or multiplies at the rate of cuBLAS, both measured in the "
     .. "same process.",
   build = function(data)

@@ -10,7 +10,8 @@ return {
     .. "KV format (columns; the list has its first third of layers in 8 bits), with greedy "
     .. "agreement with 16 bit in percent, KL divergence from it in millinats, and exact answers in "
     .. "percent to the arithmetic / recall tasks; cpu reference. Where the generated text chooses "
-    .. "at random, tokens are nearly tied: agreement falls there first, and KL says more.",
+    .. "at random, tokens are nearly tied: agreement falls there first, and KL says more. \"-\": "
+    .. "not run (8-bit activations go with two or three caches, the list with two weight formats).",
   build = function(data)
     local columns, rows = { "weights, activations" }, {}
     for _, kv in ipairs(labels.kv_all) do columns[#columns + 1] = kv end

@@ -9,8 +9,8 @@ return {
   title = "Steps against the roofline",
   caption = "Time of a step over its roofline on one H200: decode steps of 1, 16 and 64 sequences "
     .. "of 4096 tokens, and a prefill of 8192 tokens (fewer where a model reads fewer). Measured, "
-    .. "and predicted in brackets; \"-\" is what was not measured, or what does not fit. gpt-oss-"
-    .. "120b, which groups of 128 do not divide, has groups of 32 for its 4-bit weights.",
+    .. "and predicted in brackets; \"-\": not measured, \"oom\": does not fit. gpt-oss-120b, which "
+    .. "groups of 128 do not divide, has groups of 32 for its 4-bit weights.",
   build = function(data)
     local columns, rows = { "model" }, {}
     for _, precision in ipairs(FORMATS) do
@@ -24,12 +24,15 @@ return {
         local function ratio(device, step)
           local key = { gpu = GPU, model = model, precision = own, device = device, tp = 1 }
           local share = data:value("e06", key, step .. "_roofline_share")
-          return share and ("%.2f"):format(1 / share)
+          if share then return ("%.2f"):format(1 / share) end
+          local point = data:row("e06", key, "any") -- ok: some other step of it fits
+          return point and (point.status == "oom" or point.status == "ok") and "oom" or nil
         end
         for _, step in ipairs(STEPS) do
           local measured, predicted = ratio("cuda", step[1]), ratio("sim", step[1])
           any = any or measured ~= nil or predicted ~= nil
-          row[#row + 1] = (measured or "-") .. (predicted and (" (%s)"):format(predicted) or "")
+          row[#row + 1] = predicted == "oom" and (measured or "oom")
+            or (measured or "-") .. (predicted and (" (%s)"):format(predicted) or "")
         end
       end
       if any then rows[#rows + 1] = row end

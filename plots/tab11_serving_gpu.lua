@@ -9,8 +9,8 @@ return {
   experiment = "e10_serving_gpu",
   title = "200 conversations on one H200",
   caption = "200 short conversations, all at once, on one H200: measured, and predicted in "
-    .. "brackets. A word instead of numbers is the status of the point: what does "
-    .. "not fit is \"oom\".",
+    .. "brackets. A word instead of numbers is the status of the point: \"oom\" does not fit, "
+    .. "\"skipped\" is refused for its shapes, \"-\" was not measured.",
   build = function(data, report)
     local columns, rows = { "model", "format", "requests done" }, {}
     for _, metric in ipairs(METRICS) do columns[#columns + 1] = metric[2] end

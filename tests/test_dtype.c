@@ -7,8 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- The definition ----------------------------------------------------------------------------
- */
+/* --- The definition --------------------------------------------------------------------------- */
 
 typedef struct {
     const char *name;
@@ -59,8 +58,7 @@ static uint32_t slow_encode(const small_float *f, double x) {
     return sign | (code > f->max ? f->overflow : code);
 }
 
-/* --- Uniform faces of the codecs ---------------------------------------------------------------
- */
+/* --- Uniform faces of the codecs -------------------------------------------------------------- */
 
 static float decode(const small_float *f, uint32_t code) {
     if (f == &f16) return f32_from_f16((uint16_t)code);
@@ -245,8 +243,7 @@ static void every_ue8m0_code_is_a_power_of_two(void **state) {
     assert_true(isnan(f32_from_ue8m0(255)));
 }
 
-/* --- Arrays ------------------------------------------------------------------------------------
- */
+/* --- Arrays ----------------------------------------------------------------------------------- */
 
 /* out[i] of dtype_to_f32 for one element computed alone, from the definitions above. */
 static double slow_element(const uint8_t *in, int64_t i, dtype t) {

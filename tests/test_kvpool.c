@@ -84,8 +84,7 @@ static int32_t model_count(const world *w, bool held, bool registered) {
 static int32_t model_free(const world *w) { return model_count(w, false, false); }
 static int32_t model_cached(const world *w) { return model_count(w, false, true); }
 
-/* --- Operations: done to both, NULL or what differs ---------------------------------------------
- */
+/* --- Operations: done to both, NULL or what differs ------------------------------------------- */
 
 static const char *written_by_this(const model_page *g, const model_seq *s, int32_t d) {
     if (!g->written || g->salt != s->salt || g->depth != d) return "a match of other content";
@@ -298,8 +297,7 @@ static void equals_a_naive_model_over_a_million_operations(void **state) {
     assert_true(evictions > 10000);
 }
 
-/* --- Twins: planted faults are noticed -----------------------------------------------------------
- */
+/* --- Twins: planted faults are noticed -------------------------------------------------------- */
 
 static void notices_one_token_registered_wrong(void **state) {
     (void)state;
@@ -355,8 +353,7 @@ static void notices_every_planted_fault(void **state) {
     }
 }
 
-/* --- Edges
- * ---------------------------------------------------------------------------------------- */
+/* --- Edges ------------------------------------------------------------------------------------ */
 
 /* All sets of three sequences of 0..P+1 tokens: a pool of exactly their pages suffices, one page
  * less does not, and a refusal changes nothing. */

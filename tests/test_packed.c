@@ -17,8 +17,7 @@
 
 static char plain[64], packed[64]; /* folders: a 16-bit checkpoint, and what is made of it */
 
-/* --- Vectors of the original tools --------------------------------------------------------------
- */
+/* --- Vectors of the original tools ------------------------------------------------------------ */
 
 /* Largest difference of a row to `want`, relative to its largest value. */
 static double row_error(const float *got, const float *want, int32_t k) {
@@ -91,8 +90,7 @@ static void test_vectors(void **state) {
     assert_true(n >= 31);
 }
 
-/* --- A small checkpoint in every layout ----------------------------------------------------------
- */
+/* --- A small checkpoint in every layout ------------------------------------------------------- */
 
 static const char small_config[] =
     "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"hidden_size\":256,"
@@ -342,8 +340,7 @@ static void test_round_trips(void **state) {
     for (int32_t i = 0; i < COUNT_OF(cases); i++) round_trip(&cases[i]);
 }
 
-/* --- Through the cpu device ----------------------------------------------------------------------
- */
+/* --- Through the cpu device ------------------------------------------------------------------- */
 
 /* Logits of a few tokens. */
 static void logits_of(const char *dir, const char *format, float *out) {
@@ -469,8 +466,7 @@ static void test_gpt_oss(void **state) {
     arena_close(&a);
 }
 
-/* --- Refusals ----------------------------------------------------------------------------------
- */
+/* --- Refusals --------------------------------------------------------------------------------- */
 
 /* The checkpoint in `packed` with a tensor changed and its config by replacing `old`. */
 typedef struct {
@@ -721,8 +717,7 @@ static void test_no_memory(void **state) {
     }
 }
 
-/* --- Quantisers --------------------------------------------------------------------------------
- */
+/* --- Quantisers ------------------------------------------------------------------------------- */
 
 /* e H e^T over all rows. */
 static double output_error(const qmatrix *q, const float *w, const double *h) {

@@ -44,8 +44,7 @@ static float *dequantized(arena *a, const qmatrix *q) {
     return out;
 }
 
-/* --- The struct, read without the code under test ----------------------------------------------
- */
+/* --- The struct, read without the code under test --------------------------------------------- */
 
 static double scale_at(const qmatrix *q, int64_t row, int64_t col) {
     const int64_t at = row / q->block_n * div_up(q->k, q->group) + col / q->group;
@@ -128,8 +127,7 @@ static float *random_weights(arena *a, int32_t n, int32_t k, uint64_t seed) {
     return w;
 }
 
-/* --- Weights -----------------------------------------------------------------------------------
- */
+/* --- Weights ---------------------------------------------------------------------------------- */
 
 static void sizes_are_those_that_precision_counts(void **state) {
     arena *a = *state;
@@ -423,8 +421,7 @@ static void allocation_failures_leave_no_trace(void **state) {
     }
 }
 
-/* --- Activations -------------------------------------------------------------------------------
- */
+/* --- Activations ------------------------------------------------------------------------------ */
 
 static void activations_become_what_the_device_multiplies(void **state) {
     (void)state;
@@ -470,8 +467,7 @@ static void activations_become_what_the_device_multiplies(void **state) {
     ref_quantize_activation(NULL, 0, K, AF_INT8, 0);
 }
 
-/* --- KV ----------------------------------------------------------------------------------------
- */
+/* --- KV --------------------------------------------------------------------------------------- */
 
 /* |value - x| allowed: half a step; the clamped end: (2^b - 1) times the rounding of the scale to
  * f16 (2^-11 of it, or 2^-25); the rounding of the minimum; one f32 rounding. */

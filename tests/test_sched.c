@@ -125,8 +125,7 @@ static void world_open(world *w, const sched_policy *p, int32_t n_pages, uint64_
 
 static void world_close(world *w) { arena_close(&w->mem); }
 
-/* --- Input --------------------------------------------------------------------------------------
- */
+/* --- Input ------------------------------------------------------------------------------------ */
 
 /* A new request; prompts share beginnings: one of three texts, then noise. */
 static const char *add_person(world *w) {
@@ -178,8 +177,7 @@ static const char *cancel_person(world *w) {
     return (st == ST_OK) == (q != NULL) ? NULL : "cancelled what is not alive, or the reverse";
 }
 
-/* --- The device, and what is checked of each batch
- * -------------------------------------------------- */
+/* --- The device, and what is checked of each batch -------------------------------------------- */
 
 static void copy_batch(world *w, const batch *b) {
     const size_t n = (size_t)b->n_seqs;
@@ -342,8 +340,7 @@ static const char *run_batch(world *w, int32_t *drawn, bool *stop) {
     return NULL;
 }
 
-/* --- Results
- * --------------------------------------------------------------------------------------- */
+/* --- Results ---------------------------------------------------------------------------------- */
 
 static const char *check_log(world *w, const person *q, const request_log *log) {
     int32_t n = q->n_known - q->n_prompt;
@@ -390,8 +387,7 @@ static const char *take_results(world *w) {
     return NULL;
 }
 
-/* --- Faults
- * ------------------------------------------------------------------------------------------ */
+/* --- Faults ----------------------------------------------------------------------------------- */
 
 static void spoil_batch(world *w) {
     batch *b = &w->b;
@@ -478,8 +474,7 @@ static void spoil_sched(world *w) {
     }
 }
 
-/* --- One step of everything
- * ---------------------------------------------------------------------------- */
+/* --- One step of everything ------------------------------------------------------------------- */
 
 static void remember(world *w) {
     const sched *s = w->s;
@@ -725,8 +720,7 @@ static void notices_every_planted_fault(void **state) {
     }
 }
 
-/* --- Small cases, exhaustively
- * -------------------------------------------------------------------------- */
+/* --- Small cases, exhaustively ---------------------------------------------------------------- */
 
 /* Up to three sequences of 0..P+1 prompt tokens (0: none) and two new ones, for each kind of
  * policy: everything is computed once, in the steps that the policy says. */
@@ -772,8 +766,7 @@ static void small_batches_exhaustively(void **state) {
     }
 }
 
-/* --- Named behaviour
- * ------------------------------------------------------------------------------------ */
+/* --- Named behaviour -------------------------------------------------------------------------- */
 
 static status add(world *v, int64_t id, int32_t n_prompt, int32_t max_new, int64_t arrival_ns) {
     static int32_t prompt[4 * CTX];

@@ -19,8 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* --- A server on a small random model
- * ----------------------------------------------------------- */
+/* --- A server on a small random model --------------------------------------------------------- */
 
 static const char model_folder[] = "build/tests/serve_model";
 
@@ -95,8 +94,7 @@ static void close_fixture(fixture *f, double grace_s) {
     tokenizer_close(f->tok);
 }
 
-/* --- Requests
- * ----------------------------------------------------------------------------------- */
+/* --- Requests --------------------------------------------------------------------------------- */
 
 static size_t collect(char *data, size_t size, size_t n, void *user) {
     text_bytes(user, data, size * n);
@@ -266,8 +264,7 @@ static void close_crowd(crowd *c) {
     mem_free(c);
 }
 
-/* --- Tests
- * -------------------------------------------------------------------------------------- */
+/* --- Tests ------------------------------------------------------------------------------------ */
 
 static int open_shared(void **state) {
     fixture *f = mem_alloc(1, sizeof *f);

@@ -117,4 +117,16 @@ test.case("a ratio of medians finds a planted 5 % and its twin finds none", func
   test.equal(same.lo <= 1 and same.hi >= 1, true, "interval of A/A holds 1")
 end)
 
+test.case("the Wilson interval is that of the textbook, and stays open at no failure", function()
+  -- 10 of 20: p = 0.5, z = 1.96: 0.2993 and 0.7007.
+  local p, lo, hi = stats.wrong_percent(0.5, 20)
+  test.near(p, 50, 1e-9)
+  test.near(lo, 29.93, 0.01)
+  test.near(hi, 70.07, 0.01)
+  p, lo, hi = stats.wrong_percent(1, 24)
+  test.equal(p == 0 and lo == 0 and hi > 10, true)
+  p = stats.wrong_percent(nil, 5)
+  test.equal(p ~= p, true)
+end)
+
 test.finish()

@@ -361,6 +361,8 @@ test.case("templates compute their numbers and say what has no rows", function()
   test.contains(text, "is 12.3")
   test.contains(text, "There are no rows of e04")
   test.equal(text:find("never"), nil)
+  test.equal(report.fill("a {{?? e04 }}never{{/}}b {{?? e03 cuda }}no{{/}}", "here", env), "a b ")
+  test.contains(report.fill("{{? e03 cuda }}never{{/}}", "here", env), "run e03 --device cuda")
   local ok, err = pcall(report.fill, "{{ nothing() }}", "here", env)
   test.equal(ok, false)
   test.contains(err.message, "{{ nothing() }}")
@@ -390,6 +392,46 @@ test.case("report takes the newest definition of a point, however files are orde
   -- The twin: were the order that of the list, the second list would give the old one.
   after.time = "0"
   test.equal(report.data({ before, after }, { version = "3" }):value("e03", { m = 1 }, "x"), 1)
+end)
+
+test.case("of two definitions with another fixed fact only the later one counts", function()
+  local function row(time, replays, x)
+    return { experiment = "e07_linear", status = "ok", time = time, version = time,
+      key = { variant = "best", precision = "W4A16", dtype = "fp16", shape = "4096x4096",
+        device = "cuda", gpu = "g", replays = replays }, metrics = { x = x } }
+  end
+  local data = report.data({ row("1", 7, 1), row("2", 5, 2) }, { version = "3" })
+  test.equal(#data:values("e07", {}, "x"), 1)
+  test.equal(data:value("e07", {}, "x"), 2)
+  -- The twin: another value of an axis is another point.
+  local other = row("2", 5, 2)
+  other.key.shape = "6144x4096"
+  test.equal(#report.data({ row("1", 7, 1), other }, { version = "3" }):values("e07", {}, "x"), 2)
+end)
+
+test.case("the paper shows every table and figure, in the order of their numbers", function()
+  local paper = amalgam.read_file(identity.root .. "/plots/paper.md")
+  local last, files = { fig = 0, tab = 0 }, { fig = 0, tab = 0 }
+  for kind, number in paper:gmatch('show%("(%a%a%a)(%d%d)_[%w_]+"%)') do
+    test.equal(tonumber(number), last[kind] + 1, kind)
+    last[kind] = last[kind] + 1
+  end
+  for _, file in ipairs(amalgam.list(identity.root .. "/plots")) do
+    local kind = file:match("^(%a%a%a)%d%d_[%w_]+%.lua$")
+    if kind then files[kind] = files[kind] + 1 end
+  end
+  test.equal(last.fig, files.fig)
+  test.equal(last.tab, files.tab)
+end)
+
+test.case("the experiment of HACKING.md runs as it is written", function()
+  local text = amalgam.read_file(identity.root .. "/HACKING.md"):match("```lua\n(.-)```")
+  local path = dir .. "/e20_chunks.lua"
+  amalgam.write_file(path, text)
+  local code, said = run(path, "hacking")
+  test.equal(code, 0)
+  test.contains(said, "4 ok, 0 oom, 0 skipped, 0 failed")
+  test.equal(#amalgam.rows(file_of("hacking", "e20_chunks")), 4)
 end)
 
 test.case("experiments of the suite load, and their quick points are few", function()

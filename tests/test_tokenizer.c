@@ -18,8 +18,7 @@ static const char *const families[] = {"llama3", "qwen2",   "gpt_oss", "gpt2",
 
 enum { BOTH = TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL };
 
-/* --- Help --------------------------------------------------------------------------------------
- */
+/* --- Help ------------------------------------------------------------------------------------- */
 
 /* A file of JSON lines as one array. */
 static json_t *read_lines(const char *path) {
@@ -92,8 +91,7 @@ static void decode_both_ways(const tokenizer *t, const ids *list, bool skip_spec
     text_free(&part);
 }
 
-/* --- Equal to the reference --------------------------------------------------------------------
- */
+/* --- Equal to the reference ------------------------------------------------------------------- */
 
 /* Rows whose ids (without or with what the template adds) differ from the expected ones. */
 static int32_t count_different(const tokenizer *t, const json_t *corpus, const json_t *expected,
@@ -281,8 +279,7 @@ static void ill_formed_bytes_become_replacement_characters(void **state) {
     json_decref(rows);
 }
 
-/* --- Properties --------------------------------------------------------------------------------
- */
+/* --- Properties ------------------------------------------------------------------------------- */
 
 /* Characters from all over Unicode, most of them from where tokenisers have rules, or any bytes. */
 static void random_text(rng *r, text *out, bool any_bytes) {

@@ -259,8 +259,7 @@ static void test_part_order(void **state) {
     }
 }
 
-/* --- Checkpoints that disagree with their config -------------------------------------------------
- */
+/* --- Checkpoints that disagree with their config ---------------------------------------------- */
 
 /* The folder tests/vectors/models/<name> with its tensors changed: `drop` left out, `add` added. */
 static void write_variant(const char *name, const char *drop, const tensor_view *add,
@@ -447,8 +446,7 @@ static void test_digest(void **state) {
     close_golden(&g);
 }
 
-/* --- Shards and sizes ----------------------------------------------------------------------------
- */
+/* --- Shards and sizes ------------------------------------------------------------------------- */
 
 static void test_shards(void **state) {
     (void)state;
@@ -612,8 +610,7 @@ static void test_bytes(void **state) {
     assert_true(router.has_bias && !router.quantise);
 }
 
-/* --- Synthetic -----------------------------------------------------------------------------------
- */
+/* --- Synthetic -------------------------------------------------------------------------------- */
 
 static void test_synthetic(void **state) {
     (void)state;
