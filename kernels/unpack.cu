@@ -1,6 +1,6 @@
 // unpack.cu - fields of words to rows of codes, or to values. Runs at load.
 //
-// A block takes 32 rows x 64 words of the result through shared memory: it reads with lanes along n
+// A block takes 64 rows x 32 words of the result through shared memory: it reads with lanes along n
 // or along k, whichever way the file's words lie (packed along n, as AWQ, or stored by k, as GPTQ;
 // along k, as the others), and writes with lanes along k.
 #include "quantize.cuh"
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kThreads = 256, kRows = 32, kWords = 64;
+constexpr int kThreads = 256, kRows = 64, kWords = 32;
 
 __device__ __forceinline__ uint32_t word_at(const unpack_fields &f, int64_t i) {
     return f.word_bits == 32 ? static_cast<const uint32_t *>(f.word)[i]
@@ -16,13 +16,12 @@ __device__ __forceinline__ uint32_t word_at(const unpack_fields &f, int64_t i) {
 }
 
 // Column 8 c + j of AWQ lies in slot 0 4 1 5 2 6 3 7 [j].
-__device__ __forceinline__ int slot_of(const unpack_fields &f, int n) {
-    const int j = n % f.n_per;
+__device__ __forceinline__ int slot_of(const unpack_fields &f, int j) {
     return f.awq_order ? j / 2 + j % 2 * 4 : j;
 }
 
 __device__ __forceinline__ uint32_t field_at(const unpack_fields &f, int n, int k) {
-    const int slot = f.k_per > 1 ? k % f.k_per : slot_of(f, n);
+    const int slot = f.k_per > 1 ? k % f.k_per : slot_of(f, n % f.n_per);
     const int64_t at = n / f.n_per * f.n_stride + k / f.k_per * f.k_stride;
     return word_at(f, at) >> (f.bits * slot) & ((1u << f.bits) - 1);
 }
@@ -42,36 +41,67 @@ __device__ __forceinline__ bool inside(int rows, int words, int r, int w) {
     return (int)blockIdx.y * kRows + r < rows && (int)blockIdx.x * kWords + w < words;
 }
 
-// Word `w` of row n, of k fields in all.
-__device__ __forceinline__ uint32_t word_of_fields(const unpack_fields &f, int n, int w, int k) {
-    const int per = 32 / f.bits, k0 = w * per;
-    if (f.k_per == per) return word_at(f, n * f.n_stride + w * f.k_stride);
+// PER: fields of 32 bits. The word that begins at (n, k0), of k fields in all.
+template <int PER>
+__device__ __forceinline__ uint32_t word_of_fields(const unpack_fields &f, int n, int k0, int k) {
+    if (f.k_per == PER) return word_at(f, n * f.n_stride + k0 / PER * f.k_stride);
     uint32_t word = 0;
-    for (int i = 0; i < per && k0 + i < k; i++) word |= field_at(f, n, k0 + i) << (i * f.bits);
+    for (int j = 0; j < PER && k0 + j < k; j++) word |= field_at(f, n, k0 + j) << (32 / PER * j);
     return word;
 }
 
-// Lanes along k where the result's words are the file's, else along n.
+// Rows n to n + PER - 1, where a word of the file holds a column of them.
+template <int PER>
+__device__ __forceinline__ void words_of_columns(uint32_t (&word)[PER], const unpack_fields &f,
+                                                 int n, int k0, int k) {
+    constexpr int kBits = 32 / PER;
+    const int64_t at = n / PER * f.n_stride;
+#pragma unroll
+    for (int r = 0; r < PER; r++) word[r] = 0;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        const uint32_t column = k0 + j < k ? word_at(f, at + (k0 + j) * f.k_stride) : 0;
+#pragma unroll
+        for (int r = 0; r < PER; r++)
+            word[r] |= (column >> (kBits * slot_of(f, r)) & ((1u << kBits) - 1)) << (kBits * j);
+    }
+}
+
+template <int PER>
 __device__ __forceinline__ void read_tile(code_tile *t, const unpack_fields &f, int rows, int words,
                                           int k) {
-    const bool along_k = lies_along_k(f);
+    const int row0 = (int)blockIdx.y * kRows, word0 = (int)blockIdx.x * kWords;
     const int64_t stride = f.n_stride * f.word_bits / 32;
-    for (int i = (int)threadIdx.x; i < kRows * kWords; i += kThreads) {
-        const int r = along_k ? i / kWords : i % kRows, w = along_k ? i % kWords : i / kRows;
-        if (!inside(rows, words, r, w)) continue;
-        const int n = f.row + ((int)blockIdx.y * kRows + r) * f.row_step;
-        const int at = (int)blockIdx.x * kWords + w;
-        t->word[r][w] = along_k ? static_cast<const uint32_t *>(f.word)[n * stride + at]
-                                : word_of_fields(f, n, at, k);
+    if (f.n_per == PER && f.row_step == 1 && f.row % PER == 0) {
+        for (int i = (int)threadIdx.x; i < kRows / PER * kWords; i += kThreads) {
+            const int r = i % (kRows / PER) * PER, w = i / (kRows / PER);
+            uint32_t word[PER];
+            if (!inside(rows, words, r, w)) continue;
+            words_of_columns<PER>(word, f, f.row + row0 + r, (word0 + w) * PER, k);
+            for (int j = 0; j < PER; j++) t->word[r + j][w] = word[j];
+        }
+    } else if (lies_along_k(f)) {
+        for (int i = (int)threadIdx.x; i < kRows * kWords; i += kThreads) {
+            const int r = i / kWords, w = i % kWords, n = f.row + (row0 + r) * f.row_step;
+            if (inside(rows, words, r, w))
+                t->word[r][w] = static_cast<const uint32_t *>(f.word)[n * stride + word0 + w];
+        }
+    } else {
+        for (int i = (int)threadIdx.x; i < kRows * kWords; i += kThreads) {
+            const int r = i % kRows, w = i / kRows, n = f.row + (row0 + r) * f.row_step;
+            if (inside(rows, words, r, w))
+                t->word[r][w] = word_of_fields<PER>(f, n, (word0 + w) * PER, k);
+        }
     }
     __syncthreads();
 }
 
 // words: of a row of the result; flip: of a code, four times.
+template <int PER>
 __global__ void __launch_bounds__(kThreads)
     unpack_codes(uint32_t *out, unpack_fields f, int rows, int words, int k, uint32_t flip) {
     __shared__ code_tile t;
-    read_tile(&t, f, rows, words, k);
+    read_tile<PER>(&t, f, rows, words, k);
     for (int i = (int)threadIdx.x; i < kRows * kWords; i += kThreads) {
         const int r = i / kWords, w = i % kWords;
         if (!inside(rows, words, r, w)) continue;
@@ -167,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
     using vector = std::conditional_t<PER * sizeof(T) % 16 == 0, uint4, uint2>;
     constexpr int kBits = 32 / PER, kVectors = PER * sizeof(T) / sizeof(vector);
     __shared__ code_tile t;
-    read_tile(&t, m.code, rows, words, k);
+    read_tile<PER>(&t, m.code, rows, words, k);
     for (int i = (int)threadIdx.x; i < kRows * kWords; i += kThreads) {
         const int r = i / kWords, w = i % kWords;
         if (!inside(rows, words, r, w)) continue;
@@ -230,8 +260,12 @@ extern "C" status kernel_unpack_codes(uint8_t *out, const unpack_fields *f, int3
     const int words = k * f->bits / 32;
     dim3 grid;
     TRY(grid_of(&grid, rows, words));
-    unpack_codes<<<grid, kThreads, 0, stream>>>(reinterpret_cast<uint32_t *>(out), *f, rows, words,
-                                                k, flip * 0x01010101u);
+    const uint32_t flips = flip * 0x01010101u;
+    uint32_t *to = reinterpret_cast<uint32_t *>(out);
+    if (f->bits == 4)
+        unpack_codes<8><<<grid, kThreads, 0, stream>>>(to, *f, rows, words, k, flips);
+    else
+        unpack_codes<4><<<grid, kThreads, 0, stream>>>(to, *f, rows, words, k, flips);
     return launched("unpack");
 }
 
