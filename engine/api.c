@@ -301,29 +301,67 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
     return ST_OK;
 }
 
-/* What would change the result and cannot be done. */
+/* What would change the result and cannot be done, each with the value that asks for nothing; so
+ * does null, and what is empty. */
+static const struct {
+    const char *key, *nothing;
+} unsupported[] = {
+    {"echo", "false"},
+    {"suffix", ""},
+    {"best_of", "1"},
+    {"logit_bias", ""},
+    {"presence_penalty", "0"},
+    {"frequency_penalty", "0"},
+    {"response_format", "{\"type\":\"text\"}"},
+    {"functions", ""},
+    {"function_call", "\"none\""},
+    {"min_tokens", "0"}, /* from here on: vLLM's */
+    {"length_penalty", "1"},
+    {"use_beam_search", "false"},
+    {"include_stop_str_in_output", "false"},
+    {"skip_special_tokens", "true"},
+    {"continue_final_message", "false"},
+    {"truncate_prompt_tokens", ""},
+    {"prompt_logprobs", ""},
+    {"bad_words", ""},
+    {"allowed_token_ids", ""},
+    {"structured_outputs", ""},
+    {"guided_json", ""},
+    {"guided_regex", ""},
+    {"guided_choice", ""},
+    {"guided_grammar", ""},
+};
+
+static bool is_empty(const json_t *v) {
+    return json_is_string(v)   ? json_string_length(v) == 0
+           : json_is_array(v)  ? json_array_size(v) == 0
+           : json_is_object(v) ? json_object_size(v) == 0
+                               : false;
+}
+
+/* 0 is 0.0 too. */
+static bool means(const json_t *v, const char *nothing) {
+    json_t *same = json_loads(nothing, JSON_DECODE_ANY, NULL);
+    const bool yes = json_is_number(v) && json_is_number(same)
+                         ? json_number_value(v) == json_number_value(same)
+                         : json_equal(v, same);
+    json_decref(same);
+    return yes;
+}
+
+/* "auto" and "none" leave it to the model, whose calls come as it writes them: as text. */
 static status refuse_unsupported(const json_t *body) {
-    bool echo = false;
-    TRY(json_opt_bool(body, "echo", WHERE, &echo));
-    if (echo) return FAIL(ST_UNSUPPORTED, "'echo' is not supported");
-    static const char *const zero[] = {"presence_penalty", "frequency_penalty", "min_tokens"};
-    for (int32_t i = 0; i < COUNT_OF(zero); i++) {
-        double v = 0;
-        TRY(json_opt_f64(body, zero[i], WHERE, -1e9, 1e9, &v));
-        if (v != 0) return FAIL(ST_UNSUPPORTED, "'%s' is not supported", zero[i]);
+    for (int32_t i = 0; i < COUNT_OF(unsupported); i++) {
+        const json_t *v = json_find(body, unsupported[i].key);
+        if (!v || is_empty(v) || means(v, unsupported[i].nothing)) continue;
+        return FAIL(ST_UNSUPPORTED, "'%s' is not supported%s%s", unsupported[i].key,
+                    unsupported[i].nothing[0] ? ", other than " : "", unsupported[i].nothing);
     }
-    int64_t best = 1;
-    TRY(json_opt_i64(body, "best_of", WHERE, 1, 1 << 20, &best));
-    if (best != 1) return FAIL(ST_UNSUPPORTED, "'best_of' is not supported");
-    const json_t *suffix = json_find(body, "suffix"), *bias = json_find(body, "logit_bias"),
-                 *format = json_find(body, "response_format");
-    if (suffix && (!json_is_string(suffix) || json_string_length(suffix) > 0))
-        return FAIL(ST_UNSUPPORTED, "'suffix' is not supported");
-    if (bias && json_object_size(bias) > 0)
-        return FAIL(ST_UNSUPPORTED, "'logit_bias' is not supported");
-    const char *kind = json_string_value(json_object_get(format, "type"));
-    if (format && (!kind || strcmp(kind, "text") != 0))
-        return FAIL(ST_UNSUPPORTED, "'response_format' other than text is not supported");
+    const json_t *choice = json_find(body, "tool_choice");
+    const char *kind = json_string_value(choice);
+    if (choice && !(kind && (strcmp(kind, "auto") == 0 || strcmp(kind, "none") == 0)))
+        return FAIL(ST_UNSUPPORTED,
+                    "'tool_choice' is not supported, other than \"auto\" or \"none\"");
     return ST_OK;
 }
 

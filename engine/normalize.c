@@ -59,7 +59,7 @@ void normalizer_close(normalizer *z) {
 
 /* --- Running ---------------------------------------------------------------------------------- */
 
-static status replace(const normalize_step *step, const char *s, size_t n, text *out) {
+static status replace(const normalize_step *step, const char *s, size_t n, size_t most, text *out) {
     pattern_walk walk;
     TRY(pattern_walk_open(&walk, step->what, s, n));
     bool found;
@@ -69,26 +69,28 @@ static status replace(const normalize_step *step, const char *s, size_t n, text 
         text_bytes(out, s + at, start - at);
         text_bytes(out, step->content, step->n_content);
         at = end;
+        if (out->length > most) break; /* the caller says so */
     }
     pattern_walk_close(&walk);
     text_bytes(out, s + at, n - at);
     return st;
 }
 
-static status apply(const normalize_step *step, const char *s, size_t n, text *out) {
+static status apply(const normalize_step *step, const char *s, size_t n, size_t most, text *out) {
     switch (step->kind) {
     case NORMALIZE_NFC: return utf8_nfc(out, s, n);
     case NORMALIZE_PREPEND:
         if (n) text_bytes(out, step->content, step->n_content);
         text_bytes(out, s, n);
         return ST_OK;
-    case NORMALIZE_REPLACE: return replace(step, s, n, out);
+    case NORMALIZE_REPLACE: return replace(step, s, n, most, out);
     }
     CHECK(!"a step has a kind");
     return ST_OK;
 }
 
 status normalizer_run(const normalizer *z, const char *s, size_t n, text *out, text *spare) {
+    const size_t most = n * NORMALIZE_GROWTH_MAX + NORMALIZE_TEXT_FREE;
     text_clear(out);
     if (z->n_steps == 0) text_bytes(out, s, n);
     for (int32_t i = 0; i < z->n_steps; i++) {
@@ -100,8 +102,10 @@ status normalizer_run(const normalizer *z, const char *s, size_t n, text *out, t
             s = spare->data ? spare->data : "";
             n = spare->length;
         }
-        TRY(apply(&z->steps[i], s, n, out));
+        TRY(apply(&z->steps[i], s, n, most, out));
         TRY(text_status(out));
+        if (out->length > most)
+            return FAIL(ST_RANGE, "normalizer: makes a text of more than %zu bytes", most);
     }
     return text_status(out);
 }

@@ -8,7 +8,12 @@
 extern "C" {
 #endif
 
-enum { NORMALIZE_STEPS_MAX = 8 };
+enum {
+    NORMALIZE_STEPS_MAX = 8,
+    NORMALIZE_GROWTH_MAX = 16, /* a text of n bytes may become 16 n + 4096: real steps make 3 of a
+                                  blank, but blanks that become many, step by step, fill memory */
+    NORMALIZE_TEXT_FREE = 4096,
+};
 
 typedef struct {
     enum { NORMALIZE_NFC, NORMALIZE_PREPEND, NORMALIZE_REPLACE } kind;
@@ -28,7 +33,7 @@ status normalizer_open(normalizer *z, const json_t *spec, arena *a);
 void normalizer_close(normalizer *z); /* idempotent */
 
 /* Replace *out by the normal form of n bytes of valid UTF-8. `spare` is scratch; both belong to the
- * caller and keep their memory between calls. Empty stays empty. */
+ * caller and keep their memory between calls. Empty stays empty. RANGE past NORMALIZE_GROWTH_MAX. */
 status normalizer_run(const normalizer *z, const char *s, size_t n, text *out, text *spare);
 
 #ifdef __cplusplus

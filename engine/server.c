@@ -89,7 +89,9 @@ static enum MHD_Result send_response(exchange *x, int32_t code, const char *type
     if (x->request_id[0]) (void)MHD_add_response_header(r, "x-request-id", x->request_id);
     if (code == 429 || code == 503) (void)MHD_add_response_header(r, "Retry-After", "1");
     if (code == 401) (void)MHD_add_response_header(r, "WWW-Authenticate", "Bearer");
-    if (code == 405 && x->route) (void)MHD_add_response_header(r, "Allow", x->route->method);
+    if (code == 405 && x->route)
+        (void)MHD_add_response_header(r, "Allow",
+                                      strcmp(x->route->method, "GET") == 0 ? "GET, HEAD" : "POST");
     const enum MHD_Result result = MHD_queue_response(x->connection, (unsigned)code, r);
     MHD_destroy_response(r);
     return result;
@@ -363,6 +365,12 @@ static bool is_ambiguous(const exchange *x) {
     return n > 1;
 }
 
+/* Whoever may GET may ask for the headers alone; libmicrohttpd then sends no body. */
+static bool takes(const route *r, const char *method) {
+    return strcmp(method, r->method) == 0 ||
+           (strcmp(method, "HEAD") == 0 && strcmp(r->method, "GET") == 0);
+}
+
 /* The headers are here: refuse before the body is read, or go on. */
 static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *method) {
     take_request_id(x);
@@ -371,7 +379,7 @@ static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *
     if (is_ambiguous(x)) return send_error(x, 400, "more than one length of the body");
     if (!authorised(x)) return send_error(x, 401, "wrong or missing API key");
     if (!x->route) return send_error(x, 404, "no such path");
-    if (strcmp(method, x->route->method) != 0) return send_error(x, 405, "no such method here");
+    if (!takes(x->route, method)) return send_error(x, 405, "no such method here");
     const char *length =
         MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "Content-Length");
     int64_t n;

@@ -128,6 +128,19 @@ static long call(const char *url, const char *path, const char *body, text *into
     return http;
 }
 
+/* The status of a HEAD, which has no body. */
+static long call_head(const char *url, const char *path) {
+    text t = {0};
+    CURL *c = request_of(url, path, NULL, &t);
+    curl_easy_setopt(c, CURLOPT_NOBODY, 1L);
+    assert_int_equal(curl_easy_perform(c), CURLE_OK);
+    assert_int_equal(t.length, 0);
+    long http = 0;
+    curl_easy_getinfo(c, CURLINFO_RESPONSE_CODE, &http);
+    curl_easy_cleanup(c);
+    return http;
+}
+
 static json_t *parsed(const text *t) {
     json_t *v = json_loadb(t->data ? t->data : "", t->length, JSON_ALLOW_NUL, NULL);
     if (!v) fail_msg("no JSON: %s", t->data ? t->data : "");
@@ -311,6 +324,8 @@ static void plain_endpoints_answer(void **state) {
     json_decref(call_json(f->url, "/nothing", NULL, 404));
     json_decref(call_json(f->url, "/v1/completions", NULL, 405));
     json_decref(call_json(f->url, "/health", "{}", 405));
+    assert_int_equal(call_head(f->url, "/health"), 200);
+    assert_int_equal(call_head(f->url, "/v1/completions"), 405);
     assert_true(metric(f->url, "vllm:num_requests_running") >= 0);
     assert_true(metric(f->url, "vllm:time_to_first_token_seconds_count") >= 0);
 }
@@ -460,6 +475,9 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
         {"{\"prompt\":\"a\",\"echo\":true}", "echo", 400},
         {"{\"prompt\":\"a\",\"presence_penalty\":0.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
+        {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
+        {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
         {"{\"prompt\":[]}", "0 prompts", 400},
     };

@@ -130,6 +130,29 @@ static void broken_files_are_refused_with_one_line(void **state) {
     assert_non_null(strstr(fail_message(), "/no/such/folder/tokenizer.json"));
 }
 
+#define TENFOLD "{\"type\":\"Replace\",\"pattern\":{\"String\":\"a\"},\"content\":\"aaaaaaaaaa\"}"
+
+/* Three steps make a thousand of one, eight would fill the memory. */
+static void a_normalizer_may_not_multiply_without_end(void **state) {
+    (void)state;
+    static const char head[] = "{\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[";
+    for (int32_t n = 3; n <= 8; n += 5) {
+        text json = {0};
+        ids list = {0};
+        tokenizer *t;
+        text_add(&json, "%s", head);
+        for (int32_t i = 0; i < n; i++) text_add(&json, "%s" TENFOLD, i ? "," : "");
+        text_add(&json, "]}," MODEL() "}");
+        assert_ok(open_text(&t, json.data));
+        assert_status(tokenizer_encode(t, "a", 1, 0, &list), n == 3 ? ST_OK : ST_RANGE);
+        if (n == 3) assert_int_equal(list.length, 1000);
+        if (n == 8) assert_non_null(strstr(fail_message(), "normalizer"));
+        ids_free(&list);
+        tokenizer_close(t);
+        text_free(&json);
+    }
+}
+
 static void names_and_templates_come_from_the_files_beside(void **state) {
     (void)state;
     static const char config[] = "{\"bos_token\":{\"content\":\"a\"},\"chat_template\":[{\"name\":"
@@ -314,6 +337,7 @@ static void the_command_prints_ids_and_pieces(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(broken_files_are_refused_with_one_line),
+        cmocka_unit_test(a_normalizer_may_not_multiply_without_end),
         cmocka_unit_test(names_and_templates_come_from_the_files_beside),
         cmocka_unit_test(damaged_files_never_crash),
         cmocka_unit_test(refused_memory_is_reported),
