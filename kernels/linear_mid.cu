@@ -69,7 +69,8 @@ struct division {
     int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t meet;                        // sums travel
-    int32_t groups, per; // of 8 rows of x; most of them that a CTA finishes of a warp
+    int32_t groups, per;        // of 8 rows of x; most of them that a CTA finishes of a warp
+    int32_t sums[kClusterMost]; // bytes of them that each CTA of a cluster receives for a tile
     int32_t at_w, at_sums, at_turn, at_bars, bytes;
     int64_t cost; // about, ns
 };
@@ -305,15 +306,6 @@ template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired) {
     return row_of_sums{b * 4 + strip, 0, 1, wg / B};
 }
 
-// Bytes that CTA `rank` receives of a tile.
-template <int B, int P>
-__device__ __forceinline__ int sums_bytes(const division &d, bool paired, int rank) {
-    int n = 0;
-    for (int row = 0; row < (paired ? 2 : 4) * B; row++)
-        for (int j = 0; j < d.groups; j++) n += (j + row) % d.cluster == rank;
-    return n * (paired ? 2 : 1) * d.cluster * P * 512;
-}
-
 template <int NT, int B, int P>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
                                      const barriers &bar, uint32_t base, int rank, bool paired) {
@@ -403,8 +395,7 @@ __device__ __forceinline__ void finish_alone(float (&acc)[NT / 2], const linear_
 // --- The kernel ---------------------------------------------------------------------------------
 
 template <int B, int P>
-__device__ __forceinline__ void init(const barriers &bar, const division &d, bool paired,
-                                     int rank) {
+__device__ __forceinline__ void init(const barriers &bar, const division &d, int rank) {
     for (int i = 0; i < d.w_stages; i++) {
         barrier_init(bar.w.full + i * 8, 1);
         barrier_init(bar.w.empty + i * 8, 4 * B * P);
@@ -415,7 +406,7 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d, boo
     }
     barrier_init(bar.sums, 1);
     barrier_init(bar.read, 4 * B * P * d.cluster);
-    if (d.meet) barrier_arrive_expect(bar.sums, sums_bytes<B, P>(d, paired, rank));
+    if (d.meet) barrier_arrive_expect(bar.sums, d.sums[rank]);
     barrier_init_fence();
 }
 
@@ -430,7 +421,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     const int rank = cluster_rank(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of(d, base);
     launch_dependents();
-    if (threadIdx.x == 128 * B * P) init<B, P>(bar, d, p.paired, rank);
+    if (threadIdx.x == 128 * B * P) init<B, P>(bar, d, rank);
     __syncthreads();
     cluster_arrive();
     const part k = part_of(d, rank);
@@ -460,8 +451,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
         send<NT, B, P>(acc, d, bar, base, rank, p.paired);
         barrier_wait(bar.sums, count % 2);
         const bool more = tile + d.clusters < d.tiles;
-        if (more && threadIdx.x == 0)
-            barrier_arrive_expect(bar.sums, sums_bytes<B, P>(d, p.paired, rank));
+        if (more && threadIdx.x == 0) barrier_arrive_expect(bar.sums, d.sums[rank]);
         finish<T, B, P>(p, d, base, rank, tile, turn);
         __syncwarp();
         if (more && threadIdx.x % 32 < d.cluster)
@@ -479,11 +469,10 @@ __host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 :
 // place there before other SMs are used. Sums and the ends of a tile come on top.
 template <int F, int NT, int B, int P> int64_t cost(const division &d, int rounds, int units) {
     constexpr bool half = B * P == 2;
-    int64_t unit = half ? NT == 64 ? 125 : 95 : NT == 64 ? 108 : 88;
+    int64_t unit = half ? NT == 64 ? 110 : 90 : NT == 64 ? 108 : 88;
     if (unit < 512 * code_bits(F) / 30) unit = 512 * code_bits(F) / 30; // 30 bytes a ns and SM
     if (half) unit *= 2;
-    if (half && d.x_stages < 4) unit = unit * 8 / 5; // x is waited for
-    const int64_t meet = half ? NT == 64 ? 5500 : 4500 : NT == 64 ? 9000 : 6000;
+    const int64_t meet = half ? NT == 64 ? 5000 : 4200 : NT == 64 ? 6500 : 5000;
     return rounds * (units * unit + (d.meet ? meet : 3000));
 }
 
@@ -515,6 +504,9 @@ division divide(const linear_args *a, int size, int most) {
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > rounds * steps) d.w_stages = rounds * steps;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
+    const int halves = a->paired ? 2 : 1;
+    for (int row = 0; row < 4 * B / halves; row++)
+        for (int j = 0; j < d.groups; j++) d.sums[(j + row) % size] += halves * size * P * 512;
     d.at_w = d.x_stages * x_stage;
     d.at_sums = d.at_w + d.w_stages * d.w_stage;
     d.at_turn = d.at_sums + sums;
