@@ -2,6 +2,7 @@
 #include "cli.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 static void print_help(const char *usage, const cli_option *options) {
@@ -81,7 +82,9 @@ status cli_parse(int argc, char **argv, const char *usage, const cli_option *opt
 int cli_exit(status st) {
     if (st == ST_OK || st == ST_INTERRUPTED) return 0;
     fflush(stdout);
-    fprintf(stderr, "amalgam: %s\n", fail_message()[0] ? fail_message() : status_text(st));
+    const bool where = getenv("AMALGAM_DEBUG") && fail_birthplace()[0];
+    fprintf(stderr, "amalgam: %s%s%s%s\n", fail_message()[0] ? fail_message() : status_text(st),
+            where ? " (" : "", where ? fail_birthplace() : "", where ? ")" : "");
     switch (st) {
     case ST_USAGE:
     case ST_FORMAT:

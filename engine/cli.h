@@ -26,7 +26,8 @@ typedef struct { /* an option that may be repeated */
 status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
                  const char **args, int32_t *n_args);
 
-/* For a command's return: prints the recorded failure to standard error and gives the exit status:
+/* For a command's return: prints the recorded failure to standard error (where AMALGAM_DEBUG is set
+ * with the place in the source that it comes from) and gives the exit status:
  * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 3 for what does not fit
  * the device's memory, 4 for what the device or the build cannot do, 1 for the rest. */
 int cli_exit(status st);

@@ -399,4 +399,3 @@ int64_t engine_now_ns(const engine *e) { return timeline_now_ns(&e->clock); }
 forward *engine_forward(engine *e) { return e->forward; }
 device *engine_device(engine *e) { return e->device; }
 int32_t engine_token_budget(const engine *e) { return e->options.policy.token_budget; }
-const checkpoint *engine_checkpoint(const engine *e) { return e->checkpoint; }

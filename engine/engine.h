@@ -99,5 +99,4 @@ int64_t engine_now_ns(const engine *e);
 forward *engine_forward(engine *e);
 device *engine_device(engine *e);
 int32_t engine_token_budget(const engine *e); /* tokens of a step at most */
-const checkpoint *engine_checkpoint(const engine *e);
 #endif

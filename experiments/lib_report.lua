@@ -242,10 +242,10 @@ function M.markdown(columns, rows)
   local out = { line(columns) }
   local rule = {}
   for i = 1, #columns do
-    local numeric = false -- words are set to the left, numbers to the right
+    local numeric = false -- words stand left, numbers and what is with one right
     for _, row in ipairs(rows) do
-      local cell = row[i]
-      numeric = numeric or type(cell) == "number" or tostring(cell):find("^[*+%-]*%d") ~= nil
+      local cell = tostring(row[i])
+      numeric = numeric or cell:find("^[*+%-]*%d") ~= nil and #cell < 40
     end
     rule[i] = numeric and i > 1 and "--:" or ":--"
   end

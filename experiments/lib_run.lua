@@ -276,15 +276,22 @@ end
 ---@return string
 local function count(n, one) return ("%d %s%s"):format(n, one, n == 1 and "" or "s") end
 
+---@param device string
+---@return boolean
+local function is_built(device)
+  for _, name in ipairs(amalgam.devices()) do
+    if name == device then return true end
+  end
+  return false
+end
+
 --- Why nothing of an experiment can run here, or nil.
 ---@param spec Experiment
 ---@param identity table
 ---@return string|nil
 local function missing(spec, identity)
   if spec.needs ~= "gpu" then return nil end
-  local built = false
-  for _, name in ipairs(amalgam.devices()) do built = built or name == "cuda" end
-  if not built then return "this build has no CUDA (make CUDA_ARCH=...)" end
+  if not is_built("cuda") then return "this build has no CUDA (make CUDA_ARCH=...)" end
   return not identity.provenance.gpu and "there is no NVIDIA GPU here" or nil
 end
 
@@ -314,6 +321,10 @@ local function settings(spec, o, identity)
     set[#set + 1] = s
     if s.key == "device" then device = s.value end
     if s.key == "gpu" then gpu = s.value end
+  end
+  if device and not is_built(device) then -- else every point would leave a row that says so
+    experiment.refuse("run: --device %s: this build has %s%s", device,
+      table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or "")
   end
   local named = spec.fixed and spec.fixed.gpu ~= nil
   for _, axis in ipairs(spec.axes) do named = named or axis.name == "gpu" end

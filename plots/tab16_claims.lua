@@ -167,7 +167,8 @@ return {
     local rows = {}
     for _, claim in ipairs(CLAIMS) do
       local cells = claim[3](data, report)
-      rows[#rows + 1] = { claim[1], claim[2], cells[1], cells[2] or "-", cells[3] or "-" }
+      local difference = (cells[3] or "-"):gsub("%-0 ", "+0 ") -- the sign of nothing
+      rows[#rows + 1] = { claim[1], claim[2], cells[1], cells[2] or "-", difference }
     end
     return { "claim", "source", "here", "how", "difference" }, rows
   end,

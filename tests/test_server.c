@@ -781,6 +781,22 @@ static void *close_later(void *arg) {
 }
 
 /* With grace streams end as they should; without, each is told. */
+/* With SO_REUSEPORT the system would hand each server every other connection. */
+static void a_port_has_one_server(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 1, NULL);
+    server_options so = SERVER_OPTIONS_DEFAULT;
+    so.port = server_port(f.server);
+    server *second;
+    const api_model m = {.model = "tiny", .ctx_max = 16384, .vocab = 1005, .n_max = 8};
+    assert_status(server_open(&second, &so, f.service, &m), ST_IO);
+    assert_non_null(strstr(fail_message(), "cannot listen"));
+    server_close(f.server, 0); /* and is free again at once */
+    assert_ok(server_open(&f.server, &so, f.service, &m));
+    close_fixture(&f, 0);
+}
+
 static void shutdown_finishes_or_reports(void **state) {
     (void)state;
     for (int32_t graceful = 0; graceful < 2; graceful++) {
@@ -1101,6 +1117,7 @@ int main(void) {
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(the_key_is_wanted),
+        cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };

@@ -394,6 +394,14 @@ test.case("report takes the newest definition of a point, however files are orde
   test.equal(report.data({ before, after }, { version = "3" }):value("e03", { m = 1 }, "x"), 1)
 end)
 
+test.case("a device that is not built is refused before it leaves rows", function()
+  local code, said = run(write((HEAD .. BODY .. RUN):gsub("e90_toy", "e90_nodev")), "device",
+    "--device", "tpu")
+  test.equal(code, 2)
+  test.contains(said, "--device tpu: this build has ")
+  test.equal(#amalgam.rows(file_of("device", "e90_nodev")), 0)
+end)
+
 test.case("of two definitions with another fixed fact only the later one counts", function()
   local function row(time, replays, x)
     return { experiment = "e07_linear", status = "ok", time = time, version = time,

@@ -278,12 +278,6 @@ constexpr int kSteps = (int)(sizeof steps / sizeof steps[0]);
 
 } // namespace
 
-extern "C" const char *const *ladder_linear_names(void) {
-    static const char *names[kSteps + 1];
-    for (int i = 0; i < kSteps; i++) names[i] = steps[i].name;
-    return names;
-}
-
 extern "C" bool ladder_linear_is(const char *name) {
     for (int i = 0; name && i < kSteps; i++)
         if (strcmp(steps[i].name, name) == 0) return true;

@@ -21,9 +21,8 @@
 extern "C" {
 #endif
 
-/* NULL-terminated, in the order above. */
-const char *const *ladder_linear_names(void);
-bool ladder_linear_is(const char *name); /* NULL is none of them */
+/* Is it the name of a step above? NULL is none. */
+bool ladder_linear_is(const char *name);
 
 /* Device memory that a step wants beside its operands. */
 int64_t ladder_linear_space(int32_t m, int32_t n, int32_t k);
