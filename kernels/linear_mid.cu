@@ -195,6 +195,8 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
+    // Scales meet the sums of a granule, not each weight: fewer instructions.
+    static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
     const linear_args &p;
     const division &d;
     barriers &bar;
@@ -217,18 +219,24 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     }
 
     // Inputs 32 h .. 32 h + 31 of unit u: A fragments, from the codes in `chunk`.
-    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales, int u,
-                                            int h, const uint4 &chunk, uint32_t scale_at) const {
+    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales,
+                                            float (&later)[2], int u, int h, const uint4 &chunk,
+                                            uint32_t scale_at) const {
         constexpr int kRows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int j = 2 * h + i;
-            if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
+            if (kLater && j == 0 && u % 2 == 0) {
+                dequant_packed raw;
+                dequant_load_packed<F>(raw, scale_at + u / 2 * p.granule_bytes, place, p.sym);
+                dequant_zeros<T>(scales, raw.zero);
+                dequant_unpack<F>(later, raw);
+            } else if (!kLater && G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
                 dequant_load_scales<T, F>(scales,
                                           scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
                                                          p.granule_bytes,
                                           place, p.sym);
-            dequant_word<T, F>(
+            dequant_word<T, F, !kLater>(
                 a[i], reinterpret_cast<const uint32_t *>(&chunk) + (wide ? i : j) * (bits / 4),
                 scales);
         }
@@ -241,6 +249,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         constexpr bool kAhead = NT * P < 128; // codes are loaded ahead, where registers suffice
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][2][4];
+        float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
+        const auto add_part = [&]() {
+            group_wait<0>();
+            group_pin(part);
+#pragma unroll
+            for (int i = 0; i < NT / 2 && kLater; i++)
+                acc[i] = fmaf(part[i], scale_of[i / 2 % 2], acc[i]);
+        };
         int last = -1; // stage of x that a wgmma in flight may read
         for (int step = k.begin; step < k.end; step++) {
             bar.w.wait_full();
@@ -258,7 +274,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     if (!kAhead && u + h > 0 && (h == 0 || wide)) load(u, h);
-                    convert(a[h], scales, u, h, chunk, scale_at);
+                    convert(a[h], scales, later, u, h, chunk, scale_at);
                     if (kAhead && h == 1 && u + 1 < N) load(u + 1, 0);
                     if (kAhead && h == 0 && wide) load(u, 1);
                     if (u == N - 1 && h == 1) { // the stage has been read
@@ -271,13 +287,22 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                         bar.x.wait_full();
                         x_at = __shfl_sync(~0u, x + bar.x.stage * (x_stage / 16), 0);
                     }
+                    if (kLater && u % 2 == 0 && h == 0) {
+                        add_part();
+                        scale_of[0] = later[0], scale_of[1] = later[1];
+                    }
                     group_fence();
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        multiply_group<T, NT>::run(
-                            acc, a[h][i],
-                            group_descriptor_low(x_at +
-                                                 (u % XU * NT * 128 + (2 * h + i) * 32) / 16));
+                    for (int i = 0; i < 2; i++) {
+                        const uint64_t to = group_descriptor_low(
+                            x_at + (u % XU * NT * 128 + (2 * h + i) * 32) / 16);
+                        if constexpr (!kLater)
+                            multiply_group<T, NT>::run(acc, a[h][i], to);
+                        else if (u % 2 == 0 && h == 0 && i == 0)
+                            multiply_group<T, NT>::run_fresh(part, a[h][i], to);
+                        else
+                            multiply_group<T, NT>::run(part, a[h][i], to);
+                    }
                     group_commit();
                     group_wait<1>();
                     if (fresh) {
@@ -287,6 +312,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     }
                 }
         }
+        if (kLater) add_part();
         group_wait<0>();
         group_pin(acc);
         if (last >= 0 && leader) barrier_arrive(bar.x.empty + last * 8);
