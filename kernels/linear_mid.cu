@@ -153,8 +153,6 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
     constexpr int kRows = U * code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
-    prefetch_map(&m.code);
-    if (G) prefetch_map(&m.scale);
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters) {
         const int block = tile * (p.paired ? B / 2 : B);
         for (int step = k.begin; step < k.end; step++) {
@@ -174,7 +172,6 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
                                             uint32_t base, const part &k) {
     constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
     const uint64_t policy = policy_evict_normal();
-    prefetch_map(&m.x);
     wait_for_previous();
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters)
         for (int box = k.begin * kBoxes; box < k.end * kBoxes; box++) {
@@ -324,20 +321,22 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 // Group j of row w (a strip of a block; of two blocks with gate and up) is finished by CTA
 // (j + w) % S, as its number j / S of that row. There: [row][number][gate, up][sender][lane][4].
 struct row_of_sums {
-    int row, half, halves, part;
+    int row, half, halves, part, owner; // owner: of its first group
 };
-template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired) {
+template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, int cluster) {
     const int wg = threadIdx.x / 128, b = wg % B, strip = threadIdx.x / 32 % 4;
-    if (paired) return row_of_sums{b / 2 * 4 + strip, b % 2, 2, wg / B};
-    return row_of_sums{b * 4 + strip, 0, 1, wg / B};
+    row_of_sums r = {b * 4 + strip, 0, 1, wg / B, 0};
+    if (paired) r.row = b / 2 * 4 + strip, r.half = b % 2, r.halves = 2;
+    r.owner = r.row % cluster;
+    return r;
 }
 
-template <int NT, int B, int P>
+template <int NT, int P>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
-                                     const barriers &bar, uint32_t base, int rank, bool paired) {
-    const row_of_sums r = my_row<B>(paired);
+                                     const barriers &bar, uint32_t base, int rank,
+                                     const row_of_sums &r) {
     const int lane = threadIdx.x % 32;
-    int owner = r.row % d.cluster, number = 0;
+    int owner = r.owner, number = 0, turn = 0;
 #pragma unroll
     for (int j = 0; j < NT / 8; j++) {
         if (j < d.groups) {
@@ -347,7 +346,7 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
                          &acc[4 * j], remote_address(bar.sums, owner));
         }
         if (++owner == d.cluster) owner = 0;
-        if (j % d.cluster == d.cluster - 1) number++;
+        if (++turn == d.cluster) turn = 0, number++;
     }
 }
 
@@ -381,17 +380,21 @@ __device__ __forceinline__ place_of_block place_of(const linear_args &p, int til
 // The groups of this warp's row that this CTA finishes. Of a pair, the warps of gate and of up take
 // turns.
 template <typename T, int B, int P>
-__device__ __forceinline__ void finish(const linear_args &p, const division &d, uint32_t base,
-                                       int rank, int tile, float *turn) {
-    const row_of_sums r = my_row<B>(p.paired);
+__device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
+                                       uint32_t base, int rank, int tile, int count,
+                                       const row_of_sums &r, float *turn) {
     const place_of_block at = place_of<B>(p, tile);
+    linear_outputs o = {}, o_up = {};
+    if (at.there) o = linear_outputs_of<T>(p, 0, at.block, at.col);
+    if (at.there && p.paired)
+        o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
+    const int first = rank < r.owner ? rank - r.owner + d.cluster : rank - r.owner;
+    barrier_wait(bar.sums, count % 2);
+    if (threadIdx.x == 0 && tile + d.clusters < d.tiles)
+        barrier_arrive_expect(bar.sums, d.sums[rank]);
     if (!at.there) return;
-    const linear_outputs o = linear_outputs_of<T>(p, 0, at.block, at.col);
-    linear_outputs o_up = o;
-    if (p.paired) o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
-    const int first = (rank + d.cluster * 8 - r.row % d.cluster) % d.cluster;
     for (int j = first, number = 0; j < d.groups; j += d.cluster, number++) {
-        if (number % (r.halves * P) != r.part * r.halves + r.half) continue;
+        if ((number & (r.halves * P - 1)) != r.part * r.halves + r.half) continue;
         const uint32_t from = base + d.at_sums + threadIdx.x % 32 * 16 +
                               (r.row * d.per + number) * r.halves * d.cluster * P * 512;
         float c[4], up[4];
@@ -447,7 +450,13 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     const int rank = cluster_rank(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of(d, base);
     launch_dependents();
-    if (threadIdx.x == 128 * B * P) init<B, P>(bar, d, rank);
+    if (threadIdx.x == 128 * B * P) {
+        prefetch_map(&m.code);
+        if (G) prefetch_map(&m.scale);
+        init<B, P>(bar, d, rank);
+    } else if (threadIdx.x == 128 * B * P + 32) {
+        prefetch_map(&m.x);
+    }
     __syncthreads();
     cluster_arrive();
     const part k = part_of(d, rank);
@@ -463,6 +472,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
+    const row_of_sums row = my_row<B>(p.paired, d.cluster);
     wait_for_previous();
     int count = 0;
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters, count++) {
@@ -474,13 +484,10 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
             continue;
         }
         if (count > 0) barrier_wait(bar.read, (count - 1) % 2);
-        send<NT, B, P>(acc, d, bar, base, rank, p.paired);
-        barrier_wait(bar.sums, count % 2);
-        const bool more = tile + d.clusters < d.tiles;
-        if (more && threadIdx.x == 0) barrier_arrive_expect(bar.sums, d.sums[rank]);
-        finish<T, B, P>(p, d, base, rank, tile, turn);
+        send<NT, P>(acc, d, bar, base, rank, row);
+        finish<T, B, P>(p, d, bar, base, rank, tile, count, row, turn);
         __syncwarp();
-        if (more && threadIdx.x % 32 < d.cluster)
+        if (tile + d.clusters < d.tiles && threadIdx.x % 32 < d.cluster)
             remote_arrive(remote_address(bar.read, threadIdx.x % 32));
     }
 #endif
