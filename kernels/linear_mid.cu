@@ -67,6 +67,7 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
 struct division {
     int32_t cluster, clusters, tiles, steps; // steps of a tile
     int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
+    int32_t x_rows;                      // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t meet;                        // sums travel
     int32_t groups, per;        // of 8 rows of x; most of them that a CTA finishes of a warp
@@ -177,12 +178,12 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
         for (int box = k.begin * kBoxes; box < k.end * kBoxes; box++) {
             const uint32_t full = at.full + at.stage * 8, to = base + at.stage * (U * NT * 128);
             at.wait_empty();
-            barrier_arrive_expect(full, U * NT * 128);
+            barrier_arrive_expect(full, U * d.x_rows * 128);
             if (d.x_whole)
                 copy_box<3>(to, &m.x, 0, 0, box * U, 0, full, policy);
             else
                 for (int i = 0; i < U; i++)
-                    copy_tile(to + i * NT * 128, &m.x, (box * U + i) * 64, 0, full);
+                    copy_tile(to + i * d.x_rows * 128, &m.x, (box * U + i) * 64, 0, full);
             at.next();
         }
 }
@@ -194,6 +195,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     // Scales meet the sums of a granule, not each weight: fewer instructions.
     static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
+    static constexpr bool folded = F == WF_MXFP4; // sums come short of dequant_unfold
     const linear_args &p;
     const division &d;
     barriers &bar;
@@ -210,7 +212,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             (at * step_granules(F, B, P, G) + (G ? first * 64 / (G ? G : 1) : 0)) * p.granule_bytes;
         place = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
-        x = __shfl_sync(~0u, (base + first * NT * 128) >> 4 | 1u << 16, 0);
+        x = __shfl_sync(~0u, (base + first * d.x_rows * 128) >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(scale), "+r"(place));
     }
@@ -229,11 +231,11 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                 dequant_zeros<T>(scales, raw.zero);
                 dequant_unpack<F>(later, raw);
             } else if (!kLater && G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
-                dequant_load_scales<T, F>(scales,
-                                          scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
-                                                         p.granule_bytes,
-                                          place, p.sym);
-            dequant_word<T, F, !kLater>(
+                dequant_load_scales<T, F, folded>(
+                    scales,
+                    scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) * p.granule_bytes,
+                    place, p.sym);
+            dequant_word<T, F, !kLater, folded>(
                 a[i], reinterpret_cast<const uint32_t *>(&chunk) + (wide ? i : j) * (bits / 4),
                 scales);
         }
@@ -291,8 +293,8 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     group_fence();
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const uint64_t to = group_descriptor_low(
-                            x_at + (u % XU * NT * 128 + (2 * h + i) * 32) / 16);
+                        const uint64_t to =
+                            group_descriptor_low(x_at + u % XU * d.x_rows * 8 + (2 * h + i) * 2);
                         if constexpr (!kLater)
                             multiply_group<T, NT>::run(acc, a[h][i], to);
                         else if (u % 2 == 0 && h == 0 && i == 0)
@@ -312,6 +314,8 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         if (kLater) add_part();
         group_wait<0>();
         group_pin(acc);
+#pragma unroll
+        for (int i = 0; i < NT / 2 && folded; i++) acc[i] *= dequant_unfold<T, F>();
         if (last >= 0 && leader) barrier_arrive(bar.x.empty + last * 8);
     }
 };
@@ -518,6 +522,7 @@ division divide(const linear_args *a, int size, int most) {
     d.tiles = a->paired ? (a->half_blocks + B / 2 - 1) / (B / 2) : (a->blocks + B - 1) / B;
     d.steps = (a->units + U - 1) / U;
     d.x_whole = a->k % 64 == 0;
+    d.x_rows = (a->m + 7) / 8 * 8;
     const int rounds = (d.tiles + most - 1) / most;
     d.clusters = (d.tiles + rounds - 1) / rounds;
     d.meet = size > 1 || P > 1 || a->paired;
@@ -571,7 +576,7 @@ status encode(CUtensorMap *map, const tensor &t) {
 }
 
 template <int F, int NT, int B, int P, int G>
-status encode_all(maps *m, const linear_args *a, bool bf16) {
+status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
     constexpr int U = step_units(F, B, P), kRows = code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = a->paired ? B / 2 : B;
@@ -600,7 +605,7 @@ status encode_all(maps *m, const linear_args *a, bool bf16) {
                 3,
                 {64, rows, k / 64},
                 {row, 128},
-                {64, NT, x_units(F, NT, B, P)}};
+                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
@@ -644,7 +649,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
     static status run(const division &d, const linear_args *args, kernel_stream stream) {
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
-        TRY((encode_all<F, NT, B, P, G>(&m, args, half_pair<T>::bf16)));
+        TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
         cudaLaunchAttribute with[2];
         cudaLaunchConfig_t config = config_of(with, d.cluster);
         config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
