@@ -67,6 +67,7 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
 struct division {
     int32_t cluster, clusters, tiles, steps; // steps of a tile
     int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
+    int32_t x_rows;                      // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t meet;                        // sums travel
     int32_t groups, per;        // of 8 rows of x; most of them that a CTA finishes of a warp
@@ -153,8 +154,6 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
     constexpr int kRows = U * code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
-    prefetch_map(&m.code);
-    if (G) prefetch_map(&m.scale);
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters) {
         const int block = tile * (p.paired ? B / 2 : B);
         for (int step = k.begin; step < k.end; step++) {
@@ -174,18 +173,17 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
                                             uint32_t base, const part &k) {
     constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
     const uint64_t policy = policy_evict_normal();
-    prefetch_map(&m.x);
     wait_for_previous();
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters)
         for (int box = k.begin * kBoxes; box < k.end * kBoxes; box++) {
             const uint32_t full = at.full + at.stage * 8, to = base + at.stage * (U * NT * 128);
             at.wait_empty();
-            barrier_arrive_expect(full, U * NT * 128);
+            barrier_arrive_expect(full, U * d.x_rows * 128);
             if (d.x_whole)
                 copy_box<3>(to, &m.x, 0, 0, box * U, 0, full, policy);
             else
                 for (int i = 0; i < U; i++)
-                    copy_tile(to + i * NT * 128, &m.x, (box * U + i) * 64, 0, full);
+                    copy_tile(to + i * d.x_rows * 128, &m.x, (box * U + i) * 64, 0, full);
             at.next();
         }
 }
@@ -195,6 +193,9 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
+    // Scales meet the sums of a granule, not each weight: fewer instructions.
+    static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
+    static constexpr bool folded = F == WF_MXFP4; // sums come short of dequant_unfold
     const linear_args &p;
     const division &d;
     barriers &bar;
@@ -211,24 +212,30 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             (at * step_granules(F, B, P, G) + (G ? first * 64 / (G ? G : 1) : 0)) * p.granule_bytes;
         place = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
-        x = __shfl_sync(~0u, (base + first * NT * 128) >> 4 | 1u << 16, 0);
+        x = __shfl_sync(~0u, (base + first * d.x_rows * 128) >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(scale), "+r"(place));
     }
 
     // Inputs 32 h .. 32 h + 31 of unit u: A fragments, from the codes in `chunk`.
-    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales, int u,
-                                            int h, const uint4 &chunk, uint32_t scale_at) const {
+    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales,
+                                            float (&later)[2], int u, int h, const uint4 &chunk,
+                                            uint32_t scale_at) const {
         constexpr int kRows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int j = 2 * h + i;
-            if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
-                dequant_load_scales<T, F>(scales,
-                                          scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) *
-                                                         p.granule_bytes,
-                                          place, p.sym);
-            dequant_word<T, F>(
+            if (kLater && j == 0 && u % 2 == 0) {
+                dequant_packed raw;
+                dequant_load_packed<F>(raw, scale_at + u / 2 * p.granule_bytes, place, p.sym);
+                dequant_zeros<T>(scales, raw.zero);
+                dequant_unpack<F>(later, raw);
+            } else if (!kLater && G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
+                dequant_load_scales<T, F, folded>(
+                    scales,
+                    scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) * p.granule_bytes,
+                    place, p.sym);
+            dequant_word<T, F, !kLater, folded>(
                 a[i], reinterpret_cast<const uint32_t *>(&chunk) + (wide ? i : j) * (bits / 4),
                 scales);
         }
@@ -241,6 +248,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         constexpr bool kAhead = NT * P < 128; // codes are loaded ahead, where registers suffice
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][2][4];
+        float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
+        const auto add_part = [&]() {
+            group_wait<0>();
+            group_pin(part);
+#pragma unroll
+            for (int i = 0; i < NT / 2 && kLater; i++)
+                acc[i] = fmaf(part[i], scale_of[i / 2 % 2], acc[i]);
+        };
         int last = -1; // stage of x that a wgmma in flight may read
         for (int step = k.begin; step < k.end; step++) {
             bar.w.wait_full();
@@ -258,7 +273,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     if (!kAhead && u + h > 0 && (h == 0 || wide)) load(u, h);
-                    convert(a[h], scales, u, h, chunk, scale_at);
+                    convert(a[h], scales, later, u, h, chunk, scale_at);
                     if (kAhead && h == 1 && u + 1 < N) load(u + 1, 0);
                     if (kAhead && h == 0 && wide) load(u, 1);
                     if (u == N - 1 && h == 1) { // the stage has been read
@@ -271,13 +286,22 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                         bar.x.wait_full();
                         x_at = __shfl_sync(~0u, x + bar.x.stage * (x_stage / 16), 0);
                     }
+                    if (kLater && u % 2 == 0 && h == 0) {
+                        add_part();
+                        scale_of[0] = later[0], scale_of[1] = later[1];
+                    }
                     group_fence();
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        multiply_group<T, NT>::run(
-                            acc, a[h][i],
-                            group_descriptor_low(x_at +
-                                                 (u % XU * NT * 128 + (2 * h + i) * 32) / 16));
+                    for (int i = 0; i < 2; i++) {
+                        const uint64_t to =
+                            group_descriptor_low(x_at + u % XU * d.x_rows * 8 + (2 * h + i) * 2);
+                        if constexpr (!kLater)
+                            multiply_group<T, NT>::run(acc, a[h][i], to);
+                        else if (u % 2 == 0 && h == 0 && i == 0)
+                            multiply_group<T, NT>::run_fresh(part, a[h][i], to);
+                        else
+                            multiply_group<T, NT>::run(part, a[h][i], to);
+                    }
                     group_commit();
                     group_wait<1>();
                     if (fresh) {
@@ -287,8 +311,11 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     }
                 }
         }
+        if (kLater) add_part();
         group_wait<0>();
         group_pin(acc);
+#pragma unroll
+        for (int i = 0; i < NT / 2 && folded; i++) acc[i] *= dequant_unfold<T, F>();
         if (last >= 0 && leader) barrier_arrive(bar.x.empty + last * 8);
     }
 };
@@ -298,20 +325,22 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 // Group j of row w (a strip of a block; of two blocks with gate and up) is finished by CTA
 // (j + w) % S, as its number j / S of that row. There: [row][number][gate, up][sender][lane][4].
 struct row_of_sums {
-    int row, half, halves, part;
+    int row, half, halves, part, owner; // owner: of its first group
 };
-template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired) {
+template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, int cluster) {
     const int wg = threadIdx.x / 128, b = wg % B, strip = threadIdx.x / 32 % 4;
-    if (paired) return row_of_sums{b / 2 * 4 + strip, b % 2, 2, wg / B};
-    return row_of_sums{b * 4 + strip, 0, 1, wg / B};
+    row_of_sums r = {b * 4 + strip, 0, 1, wg / B, 0};
+    if (paired) r.row = b / 2 * 4 + strip, r.half = b % 2, r.halves = 2;
+    r.owner = r.row % cluster;
+    return r;
 }
 
-template <int NT, int B, int P>
+template <int NT, int P>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
-                                     const barriers &bar, uint32_t base, int rank, bool paired) {
-    const row_of_sums r = my_row<B>(paired);
+                                     const barriers &bar, uint32_t base, int rank,
+                                     const row_of_sums &r) {
     const int lane = threadIdx.x % 32;
-    int owner = r.row % d.cluster, number = 0;
+    int owner = r.owner, number = 0, turn = 0;
 #pragma unroll
     for (int j = 0; j < NT / 8; j++) {
         if (j < d.groups) {
@@ -321,7 +350,7 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
                          &acc[4 * j], remote_address(bar.sums, owner));
         }
         if (++owner == d.cluster) owner = 0;
-        if (j % d.cluster == d.cluster - 1) number++;
+        if (++turn == d.cluster) turn = 0, number++;
     }
 }
 
@@ -355,17 +384,21 @@ __device__ __forceinline__ place_of_block place_of(const linear_args &p, int til
 // The groups of this warp's row that this CTA finishes. Of a pair, the warps of gate and of up take
 // turns.
 template <typename T, int B, int P>
-__device__ __forceinline__ void finish(const linear_args &p, const division &d, uint32_t base,
-                                       int rank, int tile, float *turn) {
-    const row_of_sums r = my_row<B>(p.paired);
+__device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
+                                       uint32_t base, int rank, int tile, int count,
+                                       const row_of_sums &r, float *turn) {
     const place_of_block at = place_of<B>(p, tile);
+    linear_outputs o = {}, o_up = {};
+    if (at.there) o = linear_outputs_of<T>(p, 0, at.block, at.col);
+    if (at.there && p.paired)
+        o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
+    const int first = rank < r.owner ? rank - r.owner + d.cluster : rank - r.owner;
+    barrier_wait(bar.sums, count % 2);
+    if (threadIdx.x == 0 && tile + d.clusters < d.tiles)
+        barrier_arrive_expect(bar.sums, d.sums[rank]);
     if (!at.there) return;
-    const linear_outputs o = linear_outputs_of<T>(p, 0, at.block, at.col);
-    linear_outputs o_up = o;
-    if (p.paired) o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
-    const int first = (rank + d.cluster * 8 - r.row % d.cluster) % d.cluster;
     for (int j = first, number = 0; j < d.groups; j += d.cluster, number++) {
-        if (number % (r.halves * P) != r.part * r.halves + r.half) continue;
+        if ((number & (r.halves * P - 1)) != r.part * r.halves + r.half) continue;
         const uint32_t from = base + d.at_sums + threadIdx.x % 32 * 16 +
                               (r.row * d.per + number) * r.halves * d.cluster * P * 512;
         float c[4], up[4];
@@ -421,7 +454,13 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     const int rank = cluster_rank(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of(d, base);
     launch_dependents();
-    if (threadIdx.x == 128 * B * P) init<B, P>(bar, d, rank);
+    if (threadIdx.x == 128 * B * P) {
+        prefetch_map(&m.code);
+        if (G) prefetch_map(&m.scale);
+        init<B, P>(bar, d, rank);
+    } else if (threadIdx.x == 128 * B * P + 32) {
+        prefetch_map(&m.x);
+    }
     __syncthreads();
     cluster_arrive();
     const part k = part_of(d, rank);
@@ -437,6 +476,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
+    const row_of_sums row = my_row<B>(p.paired, d.cluster);
     wait_for_previous();
     int count = 0;
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters, count++) {
@@ -448,13 +488,10 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
             continue;
         }
         if (count > 0) barrier_wait(bar.read, (count - 1) % 2);
-        send<NT, B, P>(acc, d, bar, base, rank, p.paired);
-        barrier_wait(bar.sums, count % 2);
-        const bool more = tile + d.clusters < d.tiles;
-        if (more && threadIdx.x == 0) barrier_arrive_expect(bar.sums, d.sums[rank]);
-        finish<T, B, P>(p, d, base, rank, tile, turn);
+        send<NT, P>(acc, d, bar, base, rank, row);
+        finish<T, B, P>(p, d, bar, base, rank, tile, count, row, turn);
         __syncwarp();
-        if (more && threadIdx.x % 32 < d.cluster)
+        if (tile + d.clusters < d.tiles && threadIdx.x % 32 < d.cluster)
             remote_arrive(remote_address(bar.read, threadIdx.x % 32));
     }
 #endif
@@ -485,6 +522,7 @@ division divide(const linear_args *a, int size, int most) {
     d.tiles = a->paired ? (a->half_blocks + B / 2 - 1) / (B / 2) : (a->blocks + B - 1) / B;
     d.steps = (a->units + U - 1) / U;
     d.x_whole = a->k % 64 == 0;
+    d.x_rows = (a->m + 7) / 8 * 8;
     const int rounds = (d.tiles + most - 1) / most;
     d.clusters = (d.tiles + rounds - 1) / rounds;
     d.meet = size > 1 || P > 1 || a->paired;
@@ -538,7 +576,7 @@ status encode(CUtensorMap *map, const tensor &t) {
 }
 
 template <int F, int NT, int B, int P, int G>
-status encode_all(maps *m, const linear_args *a, bool bf16) {
+status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
     constexpr int U = step_units(F, B, P), kRows = code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = a->paired ? B / 2 : B;
@@ -567,7 +605,7 @@ status encode_all(maps *m, const linear_args *a, bool bf16) {
                 3,
                 {64, rows, k / 64},
                 {row, 128},
-                {64, NT, x_units(F, NT, B, P)}};
+                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
@@ -611,7 +649,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
     static status run(const division &d, const linear_args *args, kernel_stream stream) {
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
-        TRY((encode_all<F, NT, B, P, G>(&m, args, half_pair<T>::bf16)));
+        TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
         cudaLaunchAttribute with[2];
         cudaLaunchConfig_t config = config_of(with, d.cluster);
         config.gridDim = dim3((unsigned)(d.clusters * d.cluster));

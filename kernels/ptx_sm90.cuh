@@ -166,15 +166,17 @@ template <typename T, int NT> struct multiply_group;
 
 #define GROUP_MULTIPLY(T, TYPE, N, R, A0, A1, A2, A3, B)                                           \
     template <> struct multiply_group<T, N> {                                                      \
-        static __device__ __forceinline__ void run(float (&d)[R], const uint32_t (&a)[4],          \
-                                                   uint64_t b) {                                   \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
-                         " {" PLACES_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B       \
-                                         ", 1, 1, 1, 0;"                                           \
-                         : SUMS_##R("+f", 0)                                                       \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
-        }                                                                                          \
+        GROUP_MULTIPLY_RUN(run, "1", TYPE, N, R, A0, A1, A2, A3, B)                                \
+        GROUP_MULTIPLY_RUN(run_fresh, "0", TYPE, N, R, A0, A1, A2, A3, B)                          \
     };
+#define GROUP_MULTIPLY_RUN(NAME, ADD, TYPE, N, R, A0, A1, A2, A3, B)                               \
+    static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t(&a)[4], uint64_t b) { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
+                     " {" PLACES_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", " ADD  \
+                                     ", 1, 1, 0;"                                                  \
+                     : SUMS_##R("+f", 0)                                                           \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
+    }
 #define GROUP_MULTIPLIES(...)                                                                      \
     GROUP_MULTIPLY(__half, "f16", __VA_ARGS__)                                                     \
     GROUP_MULTIPLY(__nv_bfloat16, "bf16", __VA_ARGS__)
@@ -186,4 +188,5 @@ GROUP_MULTIPLIES(128, 64, 64, 65, 66, 67, 68)
 GROUP_MULTIPLIES(256, 128, 128, 129, 130, 131, 132)
 #undef GROUP_MULTIPLIES
 #undef GROUP_MULTIPLY
+#undef GROUP_MULTIPLY_RUN
 #endif
