@@ -33,7 +33,8 @@ status normalizer_open(normalizer *z, const json_t *spec, arena *a);
 void normalizer_close(normalizer *z); /* idempotent */
 
 /* Replace *out by the normal form of n bytes of valid UTF-8. `spare` is scratch; both belong to the
- * caller and keep their memory between calls. Empty stays empty. RANGE past NORMALIZE_GROWTH_MAX. */
+ * caller and keep their memory between calls. Empty stays empty. RANGE past NORMALIZE_GROWTH_MAX.
+ */
 status normalizer_run(const normalizer *z, const char *s, size_t n, text *out, text *spare);
 
 #ifdef __cplusplus
