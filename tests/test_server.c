@@ -935,6 +935,13 @@ static void commands_and_lua_measure_a_server(void **state) {
     assert_non_null(strstr(said.data, "tokens/s]"));
     assert_non_null(strstr(said.data, "W16A16KV16 on cpu"));
     assert_non_null(strstr(said.data, "[a new conversation]"));
+    snprintf(
+        line, sizeof line,
+        "%s quantize --model workloads/tiny --method rtn --precision W4 --out build/tests/w4 && "
+        "echo /precision | %s chat --model build/tests/w4 --threads 1",
+        binary, binary);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "W4A16KV16 on cpu")); /* as it is stored */
     text_free(&said);
 }
 
