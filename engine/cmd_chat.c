@@ -171,9 +171,11 @@ static bool command(talk *t, const char *line) {
     } else if (strcmp(line, "/precision") == 0) {
         const engine_stats *s = engine_statistics(t->engine);
         const capacity *c = engine_capacity(t->engine);
+        char format[PRECISION_NAME_MAX];
+        precision_name(engine_precision(t->engine), format);
         printf("[%s on %s: weights %.2f GB, %lld KV tokens; %lld tokens in %lld steps so far]\n",
-               t->a->precision, t->a->device, (double)c->weight_bytes * 1e-9,
-               (long long)c->kv_tokens, (long long)s->tokens_sampled, (long long)s->n_steps);
+               format, t->a->device, (double)c->weight_bytes * 1e-9, (long long)c->kv_tokens,
+               (long long)s->tokens_sampled, (long long)s->n_steps);
     } else {
         printf("[/precision  format and memory   /reset  forget   /quit  leave]\n");
     }
@@ -207,10 +209,11 @@ static status converse(talk *t) {
 }
 
 int cmd_chat(int argc, char **argv) {
-    arguments a = {.precision = "W16A16KV16", .device = "cpu", .top_p = 1, .max_new = 512, .tp = 1};
+    arguments a = {.precision = "auto", .device = "cpu", .top_p = 1, .max_new = 512, .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
-        {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16; see `amalgam formats`"},
+        {"--precision", CLI_TEXT, &a.precision, "NAME",
+         "auto: weights as stored, A16 KV16; see `amalgam formats`"},
         {"--device", CLI_TEXT, &a.device, "NAME", "cpu"},
         {"--system", CLI_TEXT, &a.system, "TEXT", "system message"},
         {"--no-thinking", CLI_FLAG, &a.no_thinking, NULL,

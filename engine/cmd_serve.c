@@ -134,8 +134,10 @@ static status start(const arguments *a, parts *p) {
     so.threads = (int32_t)a->http_threads;
     TRY(server_open(&p->server, &so, p->service, &m));
     const bool bare6 = strchr(a->host, ':') != NULL;
-    printf("serving %s as %s on http://%s%s%s:%d\n", m.model, a->precision, bare6 ? "[" : "",
-           a->host, bare6 ? "]" : "", server_port(p->server));
+    char format[PRECISION_NAME_MAX];
+    precision_name(engine_precision(p->engine), format);
+    printf("serving %s as %s on http://%s%s%s:%d\n", m.model, format, bare6 ? "[" : "", a->host,
+           bare6 ? "]" : "", server_port(p->server));
     fflush(stdout);
     return ST_OK;
 }
@@ -171,7 +173,7 @@ static status run(const arguments *a) {
 }
 
 int cmd_serve(int argc, char **argv) {
-    arguments a = {.precision = "W16A16KV16",
+    arguments a = {.precision = "auto",
                    .device = "cpu",
                    .host = "127.0.0.1",
                    .port = 8000,
@@ -188,7 +190,8 @@ int cmd_serve(int argc, char **argv) {
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR",
          "checkpoint folder, or a name under workloads/models"},
-        {"--precision", CLI_TEXT, &a.precision, "NAME", "W16A16KV16; see `amalgam formats`"},
+        {"--precision", CLI_TEXT, &a.precision, "NAME",
+         "auto: weights as stored, A16 KV16; see `amalgam formats`"},
         {"--device", CLI_TEXT, &a.device, "NAME",
          "cpu; sim answers with made-up tokens at the predicted speed"},
         {"--gpu", CLI_TEXT, &a.gpu, "NAME", "data sheet of the sim device"},

@@ -365,9 +365,24 @@ static double share_equal_codes(const char *a, const char *b, const precision *p
     return same / all;
 }
 
-#define ON_CPU  "/tmp/gpu_quantise_cpu"
-#define ON_CUDA "/tmp/gpu_quantise_cuda"
-#define BY_RTN  "/tmp/gpu_quantise_rtn"
+static char folder[64], on_cpu[80], on_cuda[80], by_rtn[80];
+
+static int open_folder(void **state) {
+    (void)state;
+    strcpy(folder, "/tmp/amalgam_quantise_XXXXXX");
+    if (!mkdtemp(folder)) return -1;
+    snprintf(on_cpu, sizeof on_cpu, "%s/cpu", folder);
+    snprintf(on_cuda, sizeof on_cuda, "%s/cuda", folder);
+    snprintf(by_rtn, sizeof by_rtn, "%s/rtn", folder);
+    return 0;
+}
+
+static int remove_folder(void **state) {
+    char command[128];
+    (void)state;
+    snprintf(command, sizeof command, "rm -r '%s'", folder);
+    return system(command);
+}
 
 static double make_checkpoint(quantise_options o, quantise_method m, const char *device_name,
                               const char *out) {
@@ -395,22 +410,22 @@ static void test_checkpoint(void **state) {
     o.token = calibration.data;
     o.n_tokens = calibration.length;
     assert_ok(precision_parse(&o.precision, "W4"));
-    (void)make_checkpoint(o, QUANTISE_RTN, "cuda", BY_RTN);
-    const agreement_result rtn = compare(BY_RTN, "auto", TINY, "W16", &held_out);
+    (void)make_checkpoint(o, QUANTISE_RTN, "cuda", by_rtn);
+    const agreement_result rtn = compare(by_rtn, "auto", TINY, "W16", &held_out);
     const double rtn_lost = log(rtn.perplexity / rtn.reference_perplexity);
     print_message("  rtn  loses %.5f, %.5f nats from 16 bit\n", rtn_lost, rtn.kl_nats);
     for (int i = 0; i < COUNT_OF(methods); i++) {
-        const double host_s = make_checkpoint(o, methods[i], "cpu", ON_CPU);
-        const double device_s = make_checkpoint(o, methods[i], "cuda", ON_CUDA);
-        const agreement_result both = compare(ON_CUDA, "auto", ON_CPU, "auto", &held_out);
-        const agreement_result twin = compare(BY_RTN, "auto", ON_CPU, "auto", &held_out);
+        const double host_s = make_checkpoint(o, methods[i], "cpu", on_cpu);
+        const double device_s = make_checkpoint(o, methods[i], "cuda", on_cuda);
+        const agreement_result both = compare(on_cuda, "auto", on_cpu, "auto", &held_out);
+        const agreement_result twin = compare(by_rtn, "auto", on_cpu, "auto", &held_out);
         const double apart = log(both.perplexity / both.reference_perplexity);
         const double lost = log(both.perplexity / rtn.reference_perplexity);
         const double allowed = 4 * sqrt(2 * both.kl_nats / (double)both.n) + both.kl_nats;
         print_message("  %-4s cpu %.1f s, cuda %.1f s; %.4f of codes equal, %.5f nats apart (from "
                       "rtn's %.5f); loses %.5f, %+.5f of the cpu's, allowed %.5f\n",
                       quantise_method_text(methods[i]), host_s, device_s,
-                      share_equal_codes(ON_CPU, ON_CUDA, &o.precision), both.kl_nats, twin.kl_nats,
+                      share_equal_codes(on_cpu, on_cuda, &o.precision), both.kl_nats, twin.kl_nats,
                       lost, apart, allowed);
         assert_at_most(fabs(apart), allowed);
         assert_at_most(both.kl_nats, 0.5 * twin.kl_nats);
@@ -432,12 +447,12 @@ static void test_experts(void **state) {
     o.n_tokens = COUNT_OF(token);
     o.window = 64;
     assert_ok(precision_parse(&o.precision, "W4g32"));
-    (void)make_checkpoint(o, QUANTISE_RTN, "cpu", BY_RTN);
+    (void)make_checkpoint(o, QUANTISE_RTN, "cpu", by_rtn);
     for (int m = QUANTISE_GPTQ; m <= QUANTISE_AWQ; m++) {
-        (void)make_checkpoint(o, (quantise_method)m, "cpu", ON_CPU);
-        (void)make_checkpoint(o, (quantise_method)m, "cuda", ON_CUDA);
-        const double same = share_equal_codes(ON_CPU, ON_CUDA, &o.precision);
-        const double twin = share_equal_codes(ON_CPU, BY_RTN, &o.precision);
+        (void)make_checkpoint(o, (quantise_method)m, "cpu", on_cpu);
+        (void)make_checkpoint(o, (quantise_method)m, "cuda", on_cuda);
+        const double same = share_equal_codes(on_cpu, on_cuda, &o.precision);
+        const double twin = share_equal_codes(on_cpu, by_rtn, &o.precision);
         print_message("  %-4s %.4f of codes equal, %.4f of rtn's\n",
                       quantise_method_text((quantise_method)m), same, twin);
         assert_more(same, 0.95);
@@ -501,5 +516,5 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_losses),  cmocka_unit_test(test_checkpoint),
         cmocka_unit_test(test_experts),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, open_folder, remove_folder);
 }

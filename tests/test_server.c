@@ -951,6 +951,13 @@ static void commands_and_lua_measure_a_server(void **state) {
     assert_non_null(strstr(said.data, "tokens/s]"));
     assert_non_null(strstr(said.data, "W16A16KV16 on cpu"));
     assert_non_null(strstr(said.data, "[a new conversation]"));
+    snprintf(
+        line, sizeof line,
+        "%s quantize --model workloads/tiny --method rtn --precision W4 --out build/tests/w4 && "
+        "echo /precision | %s chat --model build/tests/w4 --threads 1",
+        binary, binary);
+    assert_int_equal(run_command(line, &said), 0);
+    assert_non_null(strstr(said.data, "W4A16KV16 on cpu")); /* as it is stored */
     text_free(&said);
 }
 
@@ -1046,17 +1053,51 @@ static void *serve_strangely(void *user) {
 #define EVENT(text, reason)                                                                        \
     "data: {\"choices\":[{\"index\":0,\"text\":\"" text "\",\"finish_reason\":" reason "}]}\n\n"
 #define USAGE "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":2}}\n\n"
+#define FULL(text, more, reason, end)                                                              \
+    "data: "                                                                                       \
+    "{\"id\":\"cmpl-1\",\"object\":\"text_completion\",\"created\":1,\"model\":\"m\",\"choices\":" \
+    "[{"                                                                                           \
+    "\"index\":0,\"text\":\"" text "\",\"logprobs\":null" more ",\"finish_reason\":" reason        \
+    "}],\"usage\":null}" end end
+#define FULL_USAGE(more, end)                                                                      \
+    "data: "                                                                                       \
+    "{\"id\":\"cmpl-1\",\"object\":\"text_completion\",\"created\":1,\"model\":\"m\",\"choices\":" \
+    "[],"                                                                                          \
+    "\"usage\":{\"prompt_tokens\":4,\"total_tokens\":6,\"completion_tokens\":2" more "}}" end end
 
-/* llama.cpp tells its vocabulary under another name and ends with an event that has no token; a
- * stream that ends before it is over is a failure. */
+/* What each server of baselines/servers sends for a prompt of four tokens and an output of two. */
+static const char *const dialects[] = {
+    /* llama.cpp: the last event has no token */
+    EVENT("a", "null") EVENT("b", "null") EVENT("", "\"length\"") USAGE "data: [DONE]\n\n",
+    /* vLLM; two tokens may come in one event */
+    FULL("a", ",\"stop_reason\":null,\"token_ids\":null", "null", "\n")
+        FULL("b", ",\"stop_reason\":null,\"token_ids\":null", "\"length\"", "\n")
+            FULL_USAGE(",\"prompt_tokens_details\":null", "\n") "data: [DONE]\n\n",
+    FULL("ab", ",\"stop_reason\":null", "\"length\"", "\n") FULL_USAGE("", "\n") "data: [DONE]\n\n",
+    /* SGLang */
+    FULL("a", ",\"matched_stop\":null", "null", "\n")
+        FULL("b", ",\"matched_stop\":null", "\"length\"", "\n")
+            FULL_USAGE(",\"reasoning_tokens\":0", "\n") "data: [DONE]\n\n",
+    /* LMDeploy: a character held back, an empty first event */
+    FULL("", "", "null", "\n") FULL("ab", "", "\"length\"", "\n")
+        FULL_USAGE(",\"prompt_tokens_details\":{\"cached_tokens\":0}", "\n") "data: [DONE]\n\n",
+    /* TensorRT-LLM */
+    FULL("a", ",\"token_ids\":null,\"stop_reason\":null,\"disaggregated_params\":null", "null",
+         "\n") FULL("b", ",\"token_ids\":null,\"stop_reason\":null", "\"length\"", "\n")
+        FULL_USAGE("", "\n") "data: [DONE]\n\n",
+    /* transformers, and whatever writes events with CRLF and a ping between them; no [DONE] */
+    FULL("a", "", "null", "\r\n") ": ping - 2026-01-01\r\n\r\n" FULL("b", "", "\"length\"", "\r\n")
+        FULL_USAGE("", "\r\n"),
+};
+
+/* llama.cpp tells its vocabulary under a name of its own; a stream that ends before it is over is a
+ * failure. */
 static void strangers_are_read_carefully(void **state) {
     (void)state;
-    static const char *const answers[] = {
-        "{\"data\":[{\"id\":\"tiny\",\"meta\":{\"n_vocab\":777}}]}",
-        EVENT("a", "null") EVENT("b", "null") EVENT("", "\"length\"") USAGE "data: [DONE]\n\n",
-        EVENT("a", "null") EVENT("b", "\"length\"") USAGE,
-        EVENT("a", "null") EVENT("b", "null"),
-    };
+    enum { N = COUNT_OF(dialects) };
+    const char *answers[N + 2] = {"{\"data\":[{\"id\":\"tiny\",\"meta\":{\"n_vocab\":777}}]}"};
+    memcpy(answers + 1, dialects, sizeof dialects);
+    answers[N + 1] = EVENT("a", "null") EVENT("b", "null");
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t size = sizeof at;
     stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = answers, .n = COUNT_OF(answers)};
@@ -1074,22 +1115,22 @@ static void strangers_are_read_carefully(void **state) {
     assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
     assert_ok(arena_open(&a, 1 << 24));
     assert_ok(workload_preset(&wo, "fixed"));
-    wo.n_requests = 3;
+    wo.n_requests = N + 1;
     wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
     wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
     wo.arrival = ARRIVE_CLOSED;
     wo.users = 1;
     wo.vocab = 100;
     assert_ok(workload_make(&w, &a, &wo));
-    request_log *log = arena_array(&a, request_log, 3);
+    request_log *log = arena_array(&a, request_log, N + 1);
     const load_options o = {.url = url, .model = "tiny"};
     assert_ok(load_ask_model(name, sizeof name, &vocab, &o));
     assert_int_equal(vocab, 777);
     assert_ok(load_run(&r, &a, &o, &w, log));
     assert_int_equal(r.n_failed, 1);
     assert_string_equal(r.failure, "the stream was cut off");
-    assert_int_equal(log[2].finish, FINISH_REFUSED);
-    for (int32_t i = 0; i < 2; i++) {
+    assert_int_equal(log[N].finish, FINISH_REFUSED);
+    for (int32_t i = 0; i < N; i++) {
         assert_int_equal(log[i].n_output, 2);
         assert_int_equal(log[i].finish, FINISH_LENGTH);
         assert_true(log[i].token_ns[1] == log[i].finish_ns);

@@ -1,5 +1,5 @@
 --- Foreign server: LMDeploy with its TurboMind engine. Its completions take text, so prompts are sent as
---- text of the model's tokenizer.
+--- text of the model's tokenizer. (Options, paths and events compared with the source of 0.18.0; not run.)
 return {
   name = "lmdeploy",
   title = "LMDeploy (TurboMind)",

@@ -1,4 +1,5 @@
---- Foreign server: SGLang. Prompts go as token ids.
+--- Foreign server: SGLang. Prompts go as token ids. (Options, paths and events compared with the source of
+--- 0.5.23; not run.)
 return {
   name = "sglang",
   title = "SGLang",

@@ -1,5 +1,5 @@
 --- Foreign server: vLLM. Prompts go as token ids. Without the variable there is no way to empty the
---- prefix cache between points.
+--- prefix cache between points. (Options, paths and events compared with the source of 0.33.0; not run.)
 return {
   name = "vllm",
   title = "vLLM",

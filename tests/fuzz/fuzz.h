@@ -28,20 +28,27 @@ static inline const char *fuzz_file(const uint8_t *data, size_t n) {
     return path;
 }
 
+static char fuzz_made[64] = "/tmp/amalgam-fuzz-XXXXXX", fuzz_link[128];
+
+static inline void fuzz_clean(void) {
+    unlink(fuzz_link);
+    rmdir(fuzz_made);
+}
+
 /* Another one, under a name in a folder, for readers that open folders. */
 static inline const char *fuzz_folder(const char *name, const uint8_t *data, size_t n) {
-    static char folder[64] = "/tmp/amalgam-fuzz-XXXXXX";
     static bool made;
     static int fd = -1;
     fuzz_fill(&fd, data, n);
     if (!made) {
-        char file[64], link[128];
-        if (!mkdtemp(folder)) abort();
+        char file[64];
+        if (!mkdtemp(fuzz_made)) abort();
         snprintf(file, sizeof file, "/proc/self/fd/%d", fd);
-        snprintf(link, sizeof link, "%s/%s", folder, name);
-        if (symlink(file, link) != 0) abort();
+        snprintf(fuzz_link, sizeof fuzz_link, "%s/%s", fuzz_made, name);
+        if (symlink(file, fuzz_link) != 0) abort();
+        atexit(fuzz_clean);
         made = true;
     }
-    return folder;
+    return fuzz_made;
 }
 #endif
