@@ -1,28 +1,30 @@
-// draw.cu - one token from one row of logits, one block a row, without sorting.
+// draw.cu - one token from one row of logits, by the blocks of a cluster, without sorting.
 //
 // Candidates are ordered by key: the logit after the penalty as an unsigned integer that orders
 // alike. What top-k, top-p and min-p keep is always a prefix of (key descending, id ascending), so
 // it is a threshold: all of a larger key, and those of the key itself up to some id. A threshold is
 // found by a descent over the key's four bytes with a histogram of 256 bins each: of counts for
 // top-k, of weights for top-p. Weights are integers (draw.h says why), so every sum is exact and
-// independent of order.
+// independent of order, and of how many blocks share a row.
 //
 //   1  largest z, lowest id                     greedy ends here
 //   2  top-k: descent by count                  -> threshold
-//   3  top-p: sum of what is kept, descent by weight -> threshold
-// 4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the
-// drawn
-//      number falls is walked by its warp
+//   3  top-p: descent by weight                 -> threshold
+//   4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the
+//      drawn number falls is walked by its warp
 //
-// Each step reads the row once or (a descent) four times, from L2.
+// Each step reads the row once or (a descent) four times, from L2. What binds is the exp in f64 of
+// steps 3 and 4, hence several SMs for a row as long as there are SMs without one.
 #include "draw.h"
 #include "traits.cuh"
 
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 256;
-constexpr double kOne = 17592186044416.; // 2^44: weight 1; times 2^18 tokens stays below 2^62
-constexpr double kLeast = -31.3;         // exp of less rounds to weight 0
+// Blocks of a row: 1, 2, 4 or 8. Its ids are dealt out in kParts stretches, to warps in order.
+constexpr int kBlocksMax = 8, kParts = kBlocksMax * kWarps;
+constexpr int kOneBits = 44;     // weight 1 is 2^44; times 2^18 tokens stays below 2^62
+constexpr double kLeast = -31.3; // exp of less rounds to weight 0
 
 typedef unsigned long long weight_sum;
 
@@ -60,6 +62,8 @@ struct row_view {
     float penalty;
     int vocab;
     double largest, temperature; // largest: of z
+    double rate;                 // log2(e) / temperature
+    float least;                 // z below weighs nothing
 
     __device__ __forceinline__ float z(int id) const { return z_of(id, logits[id]); }
     __device__ __forceinline__ float z_of(int id, float logit) const {
@@ -73,91 +77,202 @@ struct row_view {
     __device__ __forceinline__ double e(float v) const {
         return exp(((double)v - largest) / temperature);
     }
+    // e 2^44, rounded: 2^n 2^f, |f| <= 1/2, by the series to f^12 (2^-52), the integer out of the
+    // low bits of its sum with 2^52. A sixth of what exp and a division take.
     __device__ __forceinline__ weight_sum weight(float v) const {
-        if (((double)v - largest) < kLeast * temperature) return 0;
-        return (weight_sum)__double2ll_rn(e(v) * kOne);
+        constexpr double kRound = 0x1.8p52;
+        constexpr double kSeries[] = {
+            0x1.0000000000000p+0,  0x1.62e42fefa39efp-1,  0x1.ebfbdff82c58fp-3,
+            0x1.c6b08d704a0c0p-5,  0x1.3b2ab6fba4e77p-7,  0x1.5d87fe78a6731p-10,
+            0x1.430912f86c787p-13, 0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20,
+            0x1.b5253d395e7c4p-24, 0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32,
+            0x1.c3bd650fc2986p-36};
+        const double y = ((double)v - largest) * rate;
+        if (v < least || y < -46.) return 0;
+        const double nearest = y + kRound, f = y - (nearest - kRound);
+        double power = kSeries[12];
+#pragma unroll
+        for (int i = 11; i >= 0; i--) power = fma(power, f, kSeries[i]);
+        const double scale = __hiloint2double((1023 + kOneBits + __double2loint(nearest)) << 20, 0);
+        return (weight_sum)__double_as_longlong(fma(power, scale, 0x1p52)) & ((1ull << 52) - 1);
     }
 };
 
+// What blocks of a row read of each other is there twice and used in turn: whoever writes to it
+// again has met the others since they read it.
 struct block_memory {
-    weight_sum bin[kBins];
-    weight_sum warp[kWarps];
+    weight_sum bin[2][kBins], part[2][kWarps];
+    candidate block_best[2];
+    int found[2];
+    weight_sum all[kParts]; // of the row: bins, or sums of parts
     candidate best[kWarps];
-    double sum[kWarps];
+    double part_f64[kParts];
     weight_sum chosen[2]; // results that one thread hands to all
-    int chosen_id;
+    int rank, size;       // this block, of how many of the row
+    int each, lo, hi;     // ids of a part; [lo, hi) are this block's
 };
 
-// Sum over the block, in every thread. Block.
-__device__ weight_sum block_total(weight_sum x, block_memory &m) {
-    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) m.warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    weight_sum all = 0;
-    for (int w = 0; w < kWarps; w++) all += m.warp[w];
-    return all;
-}
+// The blocks of a row. Member functions and those marked "row" are called by all threads of all
+// blocks of a row together; what does not change is in shared memory, for registers are few.
+struct team {
+    block_memory &m;
+    int turn;
 
-__device__ candidate block_best(candidate c, block_memory &m) {
+    __device__ team(block_memory &m, int vocab) : m(m), turn(0) {
+        int rank = 0, size = 1;
+#if __CUDA_ARCH__ >= 900
+        asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+        asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+        if (threadIdx.x == 0) {
+            m.rank = rank;
+            m.size = size;
+            m.each = (vocab + kParts * 32 - 1) / (kParts * 32) * 32;
+            m.lo = min(vocab, rank * (kParts / size) * m.each);
+            m.hi = min(vocab, (rank + 1) * (kParts / size) * m.each);
+        }
+        __syncthreads();
+    }
+    // All that any thread has written before is seen by all after.
+    __device__ void meet() {
+#if __CUDA_ARCH__ >= 900
+        if (m.size > 1) {
+            asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                         "barrier.cluster.wait.acquire.aligned;" ::
+                             : "memory");
+            return;
+        }
+#endif
+        __syncthreads();
+    }
+    // Where p of this block's shared memory is in that of another.
+    template <typename T> __device__ T *there(T *p, int other) const {
+#if __CUDA_ARCH__ >= 900
+        if (m.size > 1) {
+            T *q;
+            asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(other));
+            return q;
+        }
+#endif
+        return p;
+    }
+};
+
+// The best of the row, in every thread. Row.
+__device__ candidate row_best(candidate c, team &t) {
     for (int d = 16; d > 0; d >>= 1) {
         const candidate o = {__shfl_xor_sync(~0u, c.z, d), __shfl_xor_sync(~0u, c.id, d)};
         if (better(o, c)) c = o;
     }
     __syncthreads();
-    if (threadIdx.x % 32 == 0) m.best[threadIdx.x / 32] = c;
+    if (threadIdx.x % 32 == 0) t.m.best[threadIdx.x / 32] = c;
     __syncthreads();
-    c = m.best[0];
-    for (int w = 1; w < kWarps; w++)
-        if (better(m.best[w], c)) c = m.best[w];
+    if (threadIdx.x < 32) {
+        c = t.m.best[threadIdx.x];
+        for (int d = 16; d > 0; d >>= 1) {
+            const candidate o = {__shfl_xor_sync(~0u, c.z, d), __shfl_xor_sync(~0u, c.id, d)};
+            if (better(o, c)) c = o;
+        }
+        if (threadIdx.x == 0) t.m.block_best[t.turn] = c;
+    }
+    t.meet();
+    for (int b = 0; b < t.m.size; b++) {
+        const candidate o = *t.there(&t.m.block_best[t.turn], b);
+        if (b == 0 || better(o, c)) c = o;
+    }
+    t.turn ^= 1;
     return c;
 }
 
-// In a fixed order. Block.
-__device__ double block_sum_f64(double x, block_memory &m) {
-    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+// Sum over the row of value(id): of parts, then over them, in an order that does not depend on the
+// number of blocks. Row.
+template <typename F> __device__ double row_sum_f64(team &t, F value) {
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int parts = kBlocksMax / t.m.size; // of a warp
     __syncthreads();
-    if (threadIdx.x % 32 == 0) m.sum[threadIdx.x / 32] = x;
-    __syncthreads();
-    double all = 0;
-    for (int w = 0; w < kWarps; w++) all += m.sum[w];
-    return all;
+    for (int i = warp * parts; i < (warp + 1) * parts; i++) {
+        const int lo = t.m.lo + i * t.m.each, hi = min(t.m.hi, lo + t.m.each);
+        double x = 0;
+        for (int id = lo + lane; id < hi; id += 32) x += value(id);
+        for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+        if (lane == 0) t.m.part_f64[i] = x;
+    }
+    t.meet();
+    double sum = 0;
+    for (int i = lane * kBlocksMax; i < (lane + 1) * kBlocksMax; i++)
+        sum += t.there(t.m.part_f64, i / (kWarps * parts))[i % (kWarps * parts)];
+    for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    t.meet(); // once a row, so there is no second place
+    return sum;
 }
 
-// Ids are dealt to warps in stretches, so that a warp's share is a range of ids and its reads
-// coalesce.
-__device__ __forceinline__ int stretch(int vocab) {
-    return (vocab + kWarps * 32 - 1) / (kWarps * 32) * 32;
+// Of n = 32 each sums, from the last down or from the first up: the first one at which `above` and
+// those so far come to `target`, or the last that is not 0; m.chosen = the sum before it, its
+// number. One warp.
+__device__ void choose(block_memory &m, int each, bool down, weight_sum above, weight_sum target) {
+    const int lane = (int)threadIdx.x % 32, last = 32 * each - 1;
+    const auto at = [&](int i) { return down ? last - (lane * each + i) : lane * each + i; };
+    weight_sum mine = 0;
+    for (int i = 0; i < each; i++) mine += m.all[at(i)];
+    weight_sum upto = mine; // inclusive over lanes
+    for (int d = 1; d < 32; d <<= 1) {
+        const weight_sum o = __shfl_up_sync(~0u, upto, d);
+        if (lane >= d) upto += o;
+    }
+    const unsigned reach = __ballot_sync(~0u, mine > 0 && above + upto >= target);
+    const unsigned has = __ballot_sync(~0u, mine > 0);
+    const int owner = reach ? __ffs((int)reach) - 1 : has ? 31 - __clz((int)has) : 31;
+    if (lane != owner) return;
+    weight_sum sum = above + upto - mine;
+    m.chosen[0] = sum;
+    m.chosen[1] = 0;
+#pragma unroll 1 // eight numbers at once would cost 16 registers
+    for (int i = 0; i < each; i++) {
+        const weight_sum w = m.all[at(i)];
+        if (w == 0) continue;
+        m.chosen[0] = sum;
+        m.chosen[1] = (weight_sum)at(i);
+        sum += w;
+        if (sum >= target) break;
+    }
+}
+
+// The sum of m.all[0 .. n), in every thread. Block.
+__device__ weight_sum sum_of_all(const block_memory &m, int n) {
+    weight_sum x = 0;
+    for (int i = (int)threadIdx.x % 32; i < n; i += 32) x += m.all[i];
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+    return x;
 }
 
 // Among ids with `value(id) > 0`, in ascending order: the first at which the running sum of values
-// exceeds `target`, or the last one with a value if none does; -1 when there is none. Block.
-template <typename F>
-__device__ int find_by_id(int vocab, weight_sum target, block_memory &m, F value) {
-    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, each = stretch(vocab);
-    const int lo = warp * each, hi = min(vocab, lo + each);
+// exceeds `target(sum of all)`, or the last one with a value if none does; -1 when there is none.
+// Row.
+template <typename F, typename G> __device__ int find_by_id(team &t, F value, G target_of) {
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int lo = t.m.lo + warp * (kBlocksMax / t.m.size) * t.m.each;
+    const int hi = min(t.m.hi, lo + kBlocksMax / t.m.size * t.m.each);
     weight_sum sum = 0;
     for (int id = lo + lane; id < hi; id += 32) sum += value(id);
     for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
     __syncthreads();
-    if (lane == 0) m.warp[warp] = sum;
-    if (threadIdx.x == 0) m.chosen_id = -1;
+    if (lane == 0) t.m.part[t.turn][warp] = sum;
+    t.meet();
+    const int n = t.m.size * kWarps;
+    if ((int)threadIdx.x < n) t.m.all[threadIdx.x] = t.there(t.m.part[t.turn], warp)[lane];
     __syncthreads();
-    weight_sum before = 0;
-    int owner = -1; // the warp whose stretch passes the target, else the last that holds a value
-    weight_sum before_owner = 0;
-    for (int w = 0; w < kWarps; w++) {
-        if (m.warp[w] > 0) {
-            owner = w;
-            before_owner = before;
-        }
-        before += m.warp[w];
-        if (m.warp[w] > 0 && before > target) break;
+    const weight_sum total = sum_of_all(t.m, n);
+    if (total == 0) {
+        t.turn ^= 1;
+        return -1;
     }
-    if (warp == owner) {
-        weight_sum running = before_owner;
+    const weight_sum target = target_of(total);
+    if (warp == 0) choose(t.m, t.m.size, false, 0, target + 1);
+    __syncthreads();
+    if (t.m.rank * kWarps + warp == (int)t.m.chosen[1]) {
+        weight_sum running = t.m.chosen[0];
         int found = -1;
-        for (int base = lo; base < hi && (found < 0 || running <= target); base += 32) {
+        for (int base = lo; base < hi; base += 32) {
             const int id = base + lane;
             const weight_sum v = id < hi ? value(id) : 0;
             weight_sum prefix = v;
@@ -174,15 +289,17 @@ __device__ int find_by_id(int vocab, weight_sum target, block_memory &m, F value
             running += __shfl_sync(~0u, prefix, 31);
             if (past) break;
         }
-        if (lane == 0) m.chosen_id = found;
+        if (lane < t.m.size) *t.there(&t.m.found[t.turn], lane) = found;
     }
-    __syncthreads();
-    return m.chosen_id;
+    t.meet();
+    const int found = t.m.found[t.turn];
+    t.turn ^= 1;
+    return found;
 }
 
 // Add w to a bin, for all lanes of a warp together; w == 0 adds nothing. Logits crowd into few bins
 // at first, where lanes would queue for one address, so up to four bins are added up in the warp.
-__device__ __forceinline__ void add_to_bin(block_memory &m, int bin, weight_sum w) {
+__device__ __forceinline__ void add_to_bin(weight_sum *bins, int bin, weight_sum w) {
     constexpr int kRounds = 4, kHalf = 22; // w <= 2^44: two halves that 32 lanes may add in 32 bits
     const int lane = (int)threadIdx.x % 32;
     unsigned left = __ballot_sync(~0u, w > 0);
@@ -192,88 +309,66 @@ __device__ __forceinline__ void add_to_bin(block_memory &m, int bin, weight_sum 
         const bool mine = (left >> lane & 1) && bin == leading;
         const unsigned lo = __reduce_add_sync(~0u, mine ? (unsigned)w & ((1u << kHalf) - 1) : 0u);
         const unsigned hi = __reduce_add_sync(~0u, mine ? (unsigned)(w >> kHalf) : 0u);
-        if (lane == leader) atomicAdd(&m.bin[bin], ((weight_sum)hi << kHalf) + lo);
+        if (lane == leader) atomicAdd(&bins[bin], ((weight_sum)hi << kHalf) + lo);
         left &= ~__ballot_sync(~0u, mine);
     }
-    if (left >> lane & 1) atomicAdd(&m.bin[bin], w);
-}
-
-// From the highest bin down: the first one at which `above` and the bins so far sum to `target`, or
-// the lowest that holds anything. m.chosen = the sum before it, its number. One warp.
-__device__ void choose_bin(block_memory &m, weight_sum above, weight_sum target) {
-    constexpr int kEach = kBins / 32;
-    const int lane = (int)threadIdx.x, top = kBins - 1 - lane * kEach;
-    weight_sum mine = 0;
-    for (int i = 0; i < kEach; i++) mine += m.bin[top - i];
-    weight_sum upto = mine; // inclusive over lanes
-    for (int d = 1; d < 32; d <<= 1) {
-        const weight_sum o = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += o;
-    }
-    const unsigned reach = __ballot_sync(~0u, mine > 0 && above + upto >= target);
-    const unsigned has = __ballot_sync(~0u, mine > 0);
-    const int owner = reach ? __ffs((int)reach) - 1 : has ? 31 - __clz((int)has) : 31;
-    if (lane != owner) return;
-    weight_sum sum = above + upto - mine;
-    m.chosen[0] = sum;
-    m.chosen[1] = 0;
-    for (int i = 0; i < kEach; i++) {
-        const weight_sum w = m.bin[top - i];
-        if (w == 0) continue;
-        m.chosen[0] = sum;
-        m.chosen[1] = (weight_sum)(top - i);
-        sum += w;
-        if (sum >= target) break;
-    }
+    if (left >> lane & 1) atomicAdd(&bins[bin], w);
 }
 
 // The threshold that keeps the shortest prefix, best first, of what `within` keeps whose values sum
-// to `target` or more; all of it if the sum stays below. Values of equal keys are equal. Block.
-template <typename F>
-__device__ threshold descend(const row_view &r, threshold within, weight_sum target,
-                             block_memory &m, F value) {
+// to target(sum of all it keeps) or more; all of it if the sum stays below. Values of equal keys
+// are equal. Row.
+template <typename F, typename G>
+__device__ threshold descend(const row_view &r, team &t, threshold within, F value, G target_of) {
     uint32_t prefix = 0;
-    weight_sum above = 0; // sum of larger keys
+    weight_sum above = 0, target = 0; // above: sum of larger keys
     for (int shift = 24; shift >= 0; shift -= 8) {
+        weight_sum *const bins = t.m.bin[t.turn];
+        for (int i = (int)threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
         __syncthreads();
-        for (int i = (int)threadIdx.x; i < kBins; i += kThreads) m.bin[i] = 0;
-        __syncthreads();
-        for (int base = (int)threadIdx.x & ~31; base < r.vocab; base += kThreads) {
+        for (int base = t.m.lo + ((int)threadIdx.x & ~31); base < t.m.hi; base += kThreads) {
             const int id = base + (int)threadIdx.x % 32;
-            const float v = id < r.vocab ? r.z(id) : -INFINITY;
+            const float v = id < t.m.hi ? r.z(id) : -INFINITY;
             const uint32_t key = key_of(v);
-            const bool here = id < r.vocab && keeps(within, key, id) &&
+            const bool here = id < t.m.hi && keeps(within, key, id) &&
                               (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8));
-            add_to_bin(m, (int)(key >> shift & 255), here ? value(v) : 0);
+            add_to_bin(bins, (int)(key >> shift & 255), here ? value(v) : 0);
+        }
+        t.meet();
+        if (threadIdx.x < kBins) {
+            weight_sum all = 0;
+            for (int b = 0; b < t.m.size; b++) all += t.there(bins, b)[threadIdx.x];
+            t.m.all[threadIdx.x] = all;
         }
         __syncthreads();
-        if (threadIdx.x < 32) choose_bin(m, above, target);
+        if (shift == 24) target = target_of(sum_of_all(t.m, kBins));
+        if (threadIdx.x < 32) choose(t.m, kBins / 32, true, above, target);
         __syncthreads();
-        above = m.chosen[0];
-        prefix |= (uint32_t)m.chosen[1] << shift;
+        above = t.m.chosen[0];
+        prefix |= (uint32_t)t.m.chosen[1] << shift;
+        t.turn ^= 1;
     }
     // Of the key itself the lowest ids, as many as reach the target; all of them are `one` apiece.
     const weight_sum one = value(__uint_as_float(prefix >> 31 ? prefix & 0x7fffffffu : ~prefix));
     if (one == 0 || target <= above) return threshold{prefix, r.vocab};
     const weight_sum wanted = (target - above + one - 1) / one; // >= 1
-    const int id = find_by_id(r.vocab, wanted - 1, m, [&](int i) -> weight_sum {
-        const uint32_t key = key_of(r.z(i));
-        return key == prefix && keeps(within, key, i);
-    });
+    const int id = find_by_id(
+        t,
+        [&](int i) -> weight_sum {
+            const uint32_t key = key_of(r.z(i));
+            return key == prefix && keeps(within, key, i);
+        },
+        [&](weight_sum) { return wanted - 1; });
     return threshold{prefix, id < 0 ? r.vocab : id};
 }
 
-// The best candidate of the row. One SM alone waits for each read, so a thread has kInFlight of 16
-// bytes under way, fewer where 64 registers do not hold more. Block.
-__device__ candidate best_of_row(const row_view &r, block_memory &m) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// The best candidate of the row. An SM waits for each read, so a thread has four of 16 bytes under
+// way; 64 registers hold no more. Row.
+__device__ candidate best_of_row(const row_view &r, team &t) {
     constexpr int kInFlight = 4;
-#else
-    constexpr int kInFlight = 8;
-#endif
     candidate best = {-INFINITY, r.vocab};
-    const int units = r.vocab % 4 == 0 ? r.vocab / 4 : 0; // rows are 16-byte aligned then
-    const float4 *from = reinterpret_cast<const float4 *>(r.logits);
+    const int units = r.vocab % 4 == 0 ? (t.m.hi - t.m.lo) / 4 : 0; // rows are 16-byte aligned then
+    const float4 *from = reinterpret_cast<const float4 *>(r.logits + t.m.lo);
     for (int base = (int)threadIdx.x; base < units; base += kThreads * kInFlight) {
         float4 x[kInFlight];
 #pragma unroll
@@ -282,7 +377,7 @@ __device__ candidate best_of_row(const row_view &r, block_memory &m) {
 #pragma unroll
         for (int k = 0; k < kInFlight; k++) {
             if (base + k * kThreads >= units) continue;
-            const int id = (base + k * kThreads) * 4;
+            const int id = t.m.lo + (base + k * kThreads) * 4;
             const float v[4] = {x[k].x, x[k].y, x[k].z, x[k].w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -291,80 +386,72 @@ __device__ candidate best_of_row(const row_view &r, block_memory &m) {
             }
         }
     }
-    for (int id = units * 4 + (int)threadIdx.x; id < r.vocab; id += kThreads) {
+    for (int id = t.m.lo + units * 4 + (int)threadIdx.x; id < t.m.hi; id += kThreads) {
         const candidate c = {r.z(id), id};
         if (better(c, best)) best = c;
     }
-    return block_best(best, m);
+    return row_best(best, t);
 }
 
-// Log-probabilities of the raw logits: of out->token, and the n best in turn. Block.
-__device__ void log_probabilities(draw_result *out, const row_view &r, int token, int n,
-                                  block_memory &m) {
+// Log-probabilities of the raw logits: of out->token, and the n best in turn. Row.
+__device__ void log_probabilities(draw_result *out, const row_view &r, int token, int n, team &t) {
+    const bool writes = t.m.rank == 0 && threadIdx.x == 0;
     candidate best = {-INFINITY, r.vocab};
-    for (int id = (int)threadIdx.x; id < r.vocab; id += kThreads) {
+    for (int id = t.m.lo + (int)threadIdx.x; id < t.m.hi; id += kThreads) {
         const candidate c = {finite_or_least(r.logits[id]), id};
         if (better(c, best)) best = c;
     }
-    best = block_best(best, m);
+    best = row_best(best, t);
     const double largest = best.z;
     if (isinf(best.z)) {
-        if (threadIdx.x == 0) out->logprob = -INFINITY;
+        if (writes) out->logprob = -INFINITY;
         return;
     }
-    double sum = 0;
-    for (int id = (int)threadIdx.x; id < r.vocab; id += kThreads)
-        sum += exp((double)finite_or_least(r.logits[id]) - largest);
-    const double log_sum = log(block_sum_f64(sum, m)) + largest;
-    if (threadIdx.x == 0)
-        out->logprob = (float)((double)finite_or_least(r.logits[token]) - log_sum);
+    const double sum = row_sum_f64(
+        t, [&](int id) { return exp((double)finite_or_least(r.logits[id]) - largest); });
+    const double log_sum = log(sum) + largest;
+    if (writes) out->logprob = (float)((double)finite_or_least(r.logits[token]) - log_sum);
     int filled = 0;
     for (; filled < n && filled < r.vocab && !isinf(best.z); filled++) {
-        if (threadIdx.x == 0) {
+        if (writes) {
             out->top_token[filled] = best.id;
             out->top_logprob[filled] = (float)((double)best.z - log_sum);
         }
         const candidate last = best;
         best = candidate{-INFINITY, r.vocab};
-        for (int id = (int)threadIdx.x; id < r.vocab; id += kThreads) {
+        for (int id = t.m.lo + (int)threadIdx.x; id < t.m.hi; id += kThreads) {
             const candidate c = {finite_or_least(r.logits[id]), id};
             if (better(last, c) && better(c, best)) best = c;
         }
-        best = block_best(best, m);
+        best = row_best(best, t);
     }
-    if (threadIdx.x == 0) out->n_top = filled;
+    if (writes) out->n_top = filled;
 }
 
-// The token of one row with temperature > 0. Block.
-__device__ int draw_token(const row_view &r, const draw_row &p, block_memory &m) {
+// The token of one row with temperature > 0. Row.
+__device__ int draw_token(const row_view &r, const draw_row &p, team &t) {
     threshold kept = {0, r.vocab};
     if (p.top_k > 0 && p.top_k < r.vocab)
-        kept = descend(r, kept, (weight_sum)p.top_k, m,
-                       [&](float v) -> weight_sum { return isinf(v) ? 0 : 1; });
-    if (p.top_p < 1.f) {
-        weight_sum sum = 0;
-        for (int id = (int)threadIdx.x; id < r.vocab; id += kThreads) {
-            const float v = r.z(id);
-            if (keeps(kept, key_of(v), id)) sum += r.weight(v);
-        }
-        const double target = (double)p.top_p * (double)block_total(sum, m);
-        kept = descend(r, kept, (weight_sum)ceil(target), m,
-                       [&](float v) -> weight_sum { return r.weight(v); });
-    }
-    const auto value = [&](int id) -> weight_sum {
-        const float v = r.z(id);
-        if (!keeps(kept, key_of(v), id)) return 0;
-        if (p.min_p > 0.f && r.e(v) < (double)p.min_p) return 0;
-        return r.weight(v);
-    };
-    weight_sum sum = 0;
-    for (int id = (int)threadIdx.x; id < r.vocab; id += kThreads) sum += value(id);
-    const double total = (double)block_total(sum, m);
+        kept = descend(
+            r, t, kept, [&](float v) -> weight_sum { return isinf(v) ? 0 : 1; },
+            [&](weight_sum) { return (weight_sum)p.top_k; });
+    if (p.top_p < 1.f)
+        kept = descend(
+            r, t, kept, [&](float v) -> weight_sum { return r.weight(v); },
+            [&](weight_sum sum) { return (weight_sum)ceil((double)p.top_p * (double)sum); });
     uint32_t word[4];
     philox_block(p.seed, p.counter, word);
     const uint64_t bits = ((uint64_t)word[0] << 32 | word[1]) >> 12;
     const double u = ((double)bits + 0.5) * 0x1p-52;
-    const int id = find_by_id(r.vocab, (weight_sum)floor(u * total), m, value);
+    const int id = find_by_id(
+        t,
+        [&](int i) -> weight_sum {
+            const float v = r.z(i);
+            if (!keeps(kept, key_of(v), i)) return 0;
+            if (p.min_p > 0.f && r.e(v) < (double)p.min_p) return 0;
+            return r.weight(v);
+        },
+        [&](weight_sum total) { return (weight_sum)floor(u * (double)total); });
     return id < 0 ? 0 : id;
 }
 
@@ -372,29 +459,42 @@ __global__ void __launch_bounds__(kThreads)
     draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
          int32_t vocab) {
     __shared__ block_memory m;
+    __shared__ row_view r; // not ten registers of each thread, which has 64
     follow_previous();
-    const draw_row &p = row[blockIdx.x]; // not a copy: registers
-    draw_result *const result = out + p.to;
-    if (threadIdx.x == 0) {
+    team t(m, vocab);
+    const int at = (int)blockIdx.x / t.m.size;
+    const draw_row &p = row[at]; // not a copy: registers
+    const bool writes = t.m.rank == 0 && threadIdx.x == 0;
+    if (writes) {
+        draw_result *const result = out + p.to;
         result->token = -1;
         result->logprob = 0.f;
         result->n_top = 0;
     }
     if (!p.active) return;
     const int64_t words = (vocab + 31) / 32;
-    row_view r = {logits + int64_t{blockIdx.x} * vocab,
-                  p.seen >= 0 && p.repetition_penalty != 1.f ? seen + p.seen * words : nullptr,
-                  p.repetition_penalty,
-                  vocab,
-                  0.,
-                  (double)p.temperature};
-    const candidate best = best_of_row(r, m);
+    if (threadIdx.x == 0)
+        r = {logits + int64_t{at} * vocab,
+             p.seen >= 0 && p.repetition_penalty != 1.f ? seen + p.seen * words : nullptr,
+             p.repetition_penalty,
+             vocab,
+             0.,
+             (double)p.temperature,
+             1.4426950408889634 / (double)p.temperature,
+             0.f};
+    __syncthreads();
+    const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);
     int token = any ? best.id : 0;
-    r.largest = best.z;
-    if (p.temperature > 0.f && any) token = draw_token(r, p, m);
-    if (threadIdx.x == 0) result->token = token;
-    if (p.n_logprobs >= 0) log_probabilities(result, r, token, p.n_logprobs, m);
+    if (threadIdx.x == 0) {
+        r.largest = best.z;
+        r.least = __double2float_rd((double)best.z + kLeast * (double)p.temperature);
+    }
+    __syncthreads();
+    if (p.temperature > 0.f && any) token = draw_token(r, p, t);
+    if (writes) out[p.to].token = token;
+    if (p.n_logprobs >= 0) log_probabilities(out + p.to, r, token, p.n_logprobs, t);
+    t.meet(); // others may still read what lies here
 }
 
 } // namespace
@@ -405,5 +505,8 @@ extern "C" status kernel_draw(draw_result *out, const float *logits, const draw_
     if (n < 0 || vocab < 1 || vocab > 1 << 18)
         return FAIL(ST_SHAPE, "draw: %d rows of %d logits", n, vocab);
     if (n == 0) return ST_OK;
-    return launch_early("draw", draw, (unsigned)n, kThreads, stream, out, logits, row, seen, vocab);
+    // As many blocks a row as leave SMs for all of 16 rows; where there are no clusters, one.
+    const int size = !early_launches() ? 1 : n <= 16 ? kBlocksMax : n <= 32 ? 4 : n <= 64 ? 2 : 1;
+    return launch_clusters("draw", draw, (unsigned)(n * size), kThreads, (unsigned)size, stream,
+                           out, logits, row, seen, vocab);
 }

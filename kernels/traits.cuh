@@ -113,19 +113,28 @@ static inline bool early_launches() {
     return major >= 9;
 }
 
+// Clusters of `cluster` blocks; more than one only where there are early launches.
 template <typename... P, typename... A>
-status launch_early(const char *what, void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t s,
-                    A... argument) {
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+status launch_clusters(const char *what, void (*kernel)(P...), dim3 grid, dim3 block,
+                       unsigned cluster, cudaStream_t s, A... argument) {
+    cudaLaunchAttribute attrs[2];
+    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attrs[0].val.programmaticStreamSerializationAllowed = 1;
+    attrs[1].id = cudaLaunchAttributeClusterDimension;
+    attrs[1].val.clusterDim = {cluster, 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.stream = s;
-    config.attrs = &early;
-    config.numAttrs = early_launches() ? 1 : 0;
+    config.attrs = attrs;
+    config.numAttrs = !early_launches() ? 0 : cluster == 1 ? 1 : 2;
     (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(argument)...);
     return launched(what);
+}
+
+template <typename... P, typename... A>
+status launch_early(const char *what, void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t s,
+                    A... argument) {
+    return launch_clusters(what, kernel, grid, block, 1, s, argument...);
 }
 #endif
