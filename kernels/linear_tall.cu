@@ -38,7 +38,7 @@ constexpr int kBlocks = 4, kUnits = 2;          // of a tile, of a step
 constexpr int kWarps = 4 * kBlocks, kMath = 32 * kWarps;
 constexpr int kThreads = kMath + 128; // a whole warpgroup, which can hand registers to the others
 constexpr int kTeamMax = 8;
-constexpr int kTeamCost = 8, kCutCost = 10;
+constexpr int kTeamCost = 8, kCutCost = 5;
 constexpr int kMathRegisters = 112, kLoadRegisters = 32;
 // A CTA has what it is launched with: multiples of 8, of the 16384 of an SM's quarter.
 static_assert(kMath * kMathRegisters + 128 * kLoadRegisters <=
@@ -239,15 +239,25 @@ template <typename T, int F, int G> struct producer {
 };
 
 // Gathered rows of x in the swizzle of the copy engine, by two warps: `half` takes four rows of
-// each eight. A row past the tile's last is the last again: nobody looks at what it gives.
+// each eight. A row past the tile's last is the last again: nobody looks at what it gives. A step is
+// announced kBehind steps later, when its copies have landed: so this warp makes them visible to
+// the tensor cores, and none of those that multiply has to.
 template <typename T, int F, int G>
 __device__ __forceinline__ void gather(const linear_args &p, const tall_work *works, int32_t *rows,
                                        uint32_t base, int half) {
     using L = tile<F, G>;
+    constexpr int kBehind = L::stages > 3 ? 2 : 1;
     const uint32_t full = base + L::at_bars, empty = full + L::stages * 8;
     const int lane = threadIdx.x % 32, chunk = lane % 8, row = half * 4 + lane / 8;
     const uint32_t to_in = L::code + row * 128 + ((chunk ^ row) << 4);
-    int stage = 0, parity = 1;
+    int stage = 0, parity = 1, under_way = 0, landed = 0; // landed: the stage to announce next
+    const auto announce = [&] {
+        proxy_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + landed * 8);
+        if (++landed == L::stages) landed = 0;
+        under_way--;
+    };
     wait_for_previous();
     for (int i = 0;; i++) {
         const uint32_t told = full + kTold + i % kWorks * 16;
@@ -256,27 +266,36 @@ __device__ __forceinline__ void gather(const linear_args &p, const tall_work *wo
         if (s.step0 == s.step1) break;
         const int eights = (s.m_end - s.m0 + 7) / 8;
         __syncwarp();
-        for (int r = lane; r < eights * 4; r += 32) // in pieces of 16 bytes
-            rows[r] = (int32_t)(p.x_row[min(s.m0 + r / 4 * 8 + half * 4 + r % 4, s.m_end - 1)] *
+        // In pieces of 16 bytes: 16 eights of the first of this warp's rows, of the second, ..
+        for (int r = lane; r < 64; r += 32)
+            rows[r] = (int32_t)(p.x_row[min(s.m0 + r % 16 * 8 + half * 4 + r / 16, s.m_end - 1)] *
                                 (p.ldx / 8));
         __syncwarp();
         if (lane == 0) barrier_arrive(told + 8);
         for (int step = s.step0; step < s.step1; step++) {
             const int k = step * kUnits * 64 + chunk * 8;
-            const uint4 *from = static_cast<const uint4 *>(p.x) + k / 8;
+            const uint4 *from = static_cast<const uint4 *>(p.x) + min(k, p.k - 8) / 8;
+            const int first = k < p.k ? 16 : 0, second = k + 64 < p.k ? 16 : 0, on = second / 2;
             uint32_t to = base + stage * (L::code + L::x) + to_in;
-            const int first = k < p.k ? 16 : 0, second = k + 64 < p.k ? 16 : 0;
             barrier_wait(empty + stage * 8, parity);
 #pragma unroll 2
-            for (int e = 0; e < eights; e++, to += 1024) {
-                const uint4 *at = from + (uint32_t)rows[e * 4 + lane / 8];
-                copy_some(to, first ? at : p.x, first);
-                copy_some(to + kRows * 128, second ? at + 8 : p.x, second);
+            for (int e = 0; e < eights; e += 2, to += 2048) {
+                const uint2 at = *reinterpret_cast<const uint2 *>(rows + lane / 8 * 16 + e);
+                copy_some(to, from + at.x, first);
+                copy_some(to + kRows * 128, from + at.x + on, second);
+                copy_some(to + 1024, from + at.y, first);
+                copy_some(to + 1024 + kRows * 128, from + at.y + on, second);
             }
-            barrier_arrive_copies(full + stage * 8);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (++under_way > kBehind) {
+                asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+                announce();
+            }
             if (++stage == L::stages) stage = 0, parity ^= 1;
         }
     }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    while (under_way > 0) announce();
 }
 
 // --- Epilogue -----------------------------------------------------------------------------------
@@ -415,6 +434,86 @@ __device__ __forceinline__ void finish_pair(float (&acc)[1][kRows / 2], const li
         if (row < s.m_end) out.put(gate_of(p, g, u));
         row += kPlaceRows;
         out.y += 2 * out.step;
+    }
+}
+
+template <typename T> __device__ __forceinline__ uint32_t two_of(float low, float high);
+template <> __device__ __forceinline__ uint32_t two_of<__half>(float low, float high) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+template <> __device__ __forceinline__ uint32_t two_of<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+
+// Two groups of 8 x rows, rounded, to shared memory: x row i of the warp's 16 outputs lies at
+// 32 i, its halves the other way round in every second four rows. `at`: place_16_at.
+__device__ __forceinline__ void place_16(uint32_t at, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+__device__ __forceinline__ uint32_t place_16_at(int row, int half) {
+    return row * 32 + ((half ^ row >> 2 & 1) << 4);
+}
+
+// Sixteen bytes to a multiple of 16, or of 8 when not wide. (As C it becomes four stores.)
+__device__ __forceinline__ void store_16(void *to, uint4 v, bool wide) {
+    if (wide)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+                     "r"(v.z), "r"(v.w)
+                     : "memory");
+    else
+        asm volatile(
+            "st.global.v2.u32 [%0], {%1, %2};\nst.global.v2.u32 [%0+8], {%3, %4};" ::"l"(to),
+            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+            : "memory");
+}
+
+// A whole tile in registers, of plain outputs of 16 bits.
+template <typename T, int F>
+__device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const linear_args &p,
+                                          const linear_segment &s, uint32_t places) {
+    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    linear_place at = place_of(p, s, thread);
+    if (!at.there) return;
+    at.col -= thread % 4 * 4;
+    float scale[2], bias[2]; // of outputs g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int of = lane / 4 + 8 * i;
+        scale[i] = dequant_unfold<T, F>();
+        bias[i] = 0.f;
+        if (p.channel)
+            scale[i] =
+                p.channel[((int64_t)s.expert * p.blocks + at.block) * 64 + warp % 4 * 16 + of];
+        if (p.global_scale) scale[i] = p.global_scale[s.expert];
+        if (p.bias)
+            bias[i] =
+                linear_f32(static_cast<const T *>(p.bias)[(int64_t)s.expert * p.n + at.col + of]);
+    }
+    const uint32_t mine = places + warp * kPlaceBytes;
+    const uint32_t put = mine + place_16_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t get = mine + place_16_at(lane / 2, lane % 2);
+    int32_t row = s.m0 + lane / 2;
+    T *y = static_cast<T *>(p.y) + row * p.ldy + at.col + lane % 2 * 8;
+    const bool wide = ((p.ldy | (int64_t)(reinterpret_cast<uintptr_t>(p.y) / 2)) & 7) == 0;
+    const int32_t end = s.m_end, last = end - s.m0;
+#pragma unroll
+    for (int q = 0; q < kRows / 16; q++) {
+        if (q * 16 >= last) break;
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[i] = two_of<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
+                             fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
+        place_16(put + q % 2 * 512, v); // two in turn: one barrier each
+        __syncwarp();
+        const uint4 out = shared_u128(get + q % 2 * 512);
+        if (row < end) store_16(y, out, wide);
+        row += 16;
+        y += 16 * p.ldy;
     }
 }
 
@@ -576,7 +675,6 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[1][kRows / 2], const 
         const uint32_t stage_at = at.base + stage * (L::code + L::x);
         const uint32_t x_at = (stage_at + L::code) >> 4 | 1u << 16; // low half of a descriptor
         barrier_wait(full + stage * 8, at.turn < 0);
-        if (p.x_row) proxy_fence();
         multiply_step<T, F, G, N>(acc, p, units, stage_at + at.code, at.scale + stage * L::scale,
                                   at.place, x_at);
         __syncwarp(); // all lanes have read
@@ -620,6 +718,8 @@ __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
             if (w.sharers > 1) collect(acc, p, w.owner, w.sharers, s);
             if (p.paired)
                 finish_pair<T, F>(acc, p, s, base_at + L::at_places);
+            else if (!p.y_f32 && p.epilogue == LINEAR_STORE)
+                finish_16<T, F>(acc, p, s, base_at + L::at_places);
             else
                 finish<T, F>(acc, p, s, base_at + L::at_places);
         }
@@ -653,7 +753,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < kWarps) segments[threadIdx.x] = 0;
     if (thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
-            barrier_init(full + i * 8, p.x_row ? 1 + 64 : 1);
+            barrier_init(full + i * 8, p.x_row ? 1 + 2 : 1);
             barrier_init(empty + i * 8, kWarps);
         }
         for (int i = 0; i < kWorks; i++) {
