@@ -34,7 +34,11 @@ struct linear_args {
     int32_t half_rows, half_blocks, blocks, units, granules, granule_bytes, granule, granule_shift;
     int32_t epilogue, sym, y_f32, paired; // paired: a tile holds blocks b and b + half_blocks
     float limit;
-    int32_t n_tiles, steps; // tiles along N; steps of one tile
+    int32_t n_tiles, steps;  // tiles along N; steps of one tile
+    int32_t cut_cost;        // steps that sharing tiles costs a CTA
+    int32_t x_box;           // rows of x that come at once
+    int32_t team;            // CTAs that share a tile; 1: as the walk says
+    int32_t part, part_rest; // of a tile's steps: of each CTA of a team; one more of so many
 };
 
 // --- Walk
@@ -46,9 +50,15 @@ struct linear_segment {
     int32_t line;                      // place of the tile's first step in the line; -1: not cut
 };
 
+// Rows of each of `tiles` tiles, alike but for the last: multiples of 16.
+__device__ __forceinline__ int32_t linear_even_rows(int32_t rows, int32_t tiles) {
+    return ((rows + tiles - 1) / tiles + 15) / 16 * 16;
+}
+
 // kAligned: where the CTAs, or 7/8 of them, are a multiple of the tiles, so many CTAs take a tile
 // each, and none has parts of two: for kernels that begin a tile with nothing on its way.
-template <int NT, bool kAligned = false> struct linear_walk {
+// kEven: tiles of up to NT rows, alike; and the launch says what a cut costs.
+template <int NT, bool kAligned = false, bool kEven = false> struct linear_walk {
     const linear_args &p;
     const int32_t *tile_start; // [count + 1] in shared memory, grouped problems only
     int32_t tiles, cta, ctas, tile, share, rest, at, end;
@@ -61,11 +71,12 @@ template <int NT, bool kAligned = false> struct linear_walk {
         : p(p), tile_start(tile_start), cta(cta), ctas(ctas) {
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
         int32_t sk_tiles = tiles;
-        // Not worth cutting: waves of whole tiles that are at least 15/16 full. Else, of many
-        // tiles only the last wave and what is left over, so that most tiles are nobody's but one
-        // CTA's.
+        // Not worth cutting: waves of whole tiles that are at least 15/16 full, or where cutting
+        // saves less than it costs. Else, of many tiles only the last wave and what is left over,
+        // so that most tiles are nobody's but one CTA's.
         const int32_t waves = (tiles + ctas - 1) / ctas;
-        if (tiles * 16 >= waves * ctas * 15)
+        if (kEven ? (waves * ctas - tiles) * p.steps <= p.cut_cost * ctas
+                  : tiles * 16 >= waves * ctas * 15)
             sk_tiles = 0;
         else if (tiles > 2 * ctas)
             sk_tiles = tiles % ctas + ctas;
@@ -137,9 +148,10 @@ template <int NT, bool kAligned = false> struct linear_walk {
             t -= tile_start[lo];
         }
         const int32_t m_tiles = (row1 - row0 + NT - 1) / NT;
+        const int32_t rows = kEven ? linear_even_rows(row1 - row0, m_tiles) : NT;
         s.tile_n = t / m_tiles; // tiles that share weights are neighbours
-        s.m0 = row0 + (t - s.tile_n * m_tiles) * NT;
-        s.m_end = min(row1, s.m0 + NT);
+        s.m0 = row0 + (t - s.tile_n * m_tiles) * rows;
+        s.m_end = min(row1, s.m0 + rows);
     }
 };
 
@@ -150,6 +162,7 @@ template <int NT> __device__ void linear_tile_starts(int32_t *tile_start, const 
     __syncthreads();
     if (threadIdx.x < 32) {
         int32_t sum = 0;
+#pragma unroll 1
         for (int e0 = 0; e0 < p.count; e0 += 32) {
             const int e = e0 + (int)threadIdx.x;
             int32_t v = e < p.count ? tile_start[e + 1] : 0;
@@ -194,10 +207,11 @@ template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>
 }
 
 __device__ __forceinline__ float linear_gate(float g, float u, int epilogue, float limit) {
-    if (epilogue == LINEAR_GATED) return g / (1.f + __expf(-g)) * u;
+    // Divisions good to two places of f32; beyond 2^126 they give the zero that a 16-bit result is.
+    if (epilogue == LINEAR_GATED) return __fdividef(g, 1.f + __expf(-g)) * u;
     g = fminf(g, limit);
     u = fminf(fmaxf(u, -limit), limit);
-    return g / (1.f + __expf(-1.702f * g)) * (u + 1.f);
+    return __fdividef(g, 1.f + __expf(-1.702f * g)) * (u + 1.f);
 }
 
 enum {

@@ -125,41 +125,6 @@ template <typename T, int F> __device__ __forceinline__ constexpr float dequant_
 }
 
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
-template <typename T, int F, bool kFolded = false>
-__device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
-                                                    bool sym) {
-    if (F == WF_INT4) {
-        dequant_packed raw;
-        raw.scale = shared_u32(granule + 2 * place);
-        raw.zero = sym ? 0x0808u : shared_u16(granule + 128 + place);
-        dequant_expand<T>(s, raw);
-    } else if (F == WF_MXFP4 && kFolded) {
-        const uint32_t both = __byte_perm(shared_u16(granule + place), 0, 0x4140); // a half each
-        // Exponents of the type: e - 127 + its bias, + 126 or 14 to mend, less 40 or 2.
-        const uint32_t e =
-            half_pair<T>::bf16
-                ? (both << 7) + ((86u << 7) * 0x10001u)
-                : __viaddmin_s16x2(__viaddmax_s16x2_relu(both, 0xff9cff9cu, 0), 0, 0x001f001fu)
-                      << 10;
-        s.scale[0] = __byte_perm(e, 0, 0x1010);
-        s.scale[1] = __byte_perm(e, 0, 0x3232);
-    } else if (F == WF_MXFP4) {
-        const uint32_t both = shared_u16(granule + place);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t e = both >> (8 * i) & 255u; // 2^(e - 127); e = 0 is a subnormal f32
-            s.scale[i] = half_pair<T>::from_f32(__uint_as_float(e ? e << 23 : 0x00400000u));
-        }
-    } else if (F == WF_NVFP4) {
-        const uint32_t h = e4m3_pair_f16(shared_u16(granule + place));
-        s.scale[0] = half_pair<T>::from_f32(__low2float(*reinterpret_cast<const __half2 *>(&h)));
-        s.scale[1] = half_pair<T>::from_f32(__high2float(*reinterpret_cast<const __half2 *>(&h)));
-    } else if (F == WF_FP8B) {
-        s.scale[0] = s.scale[1] =
-            half_pair<T>::from_f32(__uint_as_float(shared_u32(granule + place / 16 * 4)));
-    }
-}
-
 template <int F>
 __device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t granule, int place,
                                                     bool sym) {
@@ -172,6 +137,44 @@ __device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t 
     } else {
         s.scale = shared_u16(granule + place);
     }
+}
+
+template <typename T, int F, bool kFolded = false>
+__device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequant_packed &from) {
+    if (F == WF_INT4) {
+        dequant_expand<T>(s, from);
+    } else if (F == WF_MXFP4 && kFolded) {
+        const uint32_t both = __byte_perm(from.scale, 0, 0x4140); // a half each
+        // Exponents of the type: e - 127 + its bias, + 126 or 14 to mend, less 40 or 2.
+        const uint32_t e =
+            half_pair<T>::bf16
+                ? (both << 7) + ((86u << 7) * 0x10001u)
+                : __viaddmin_s16x2(__viaddmax_s16x2_relu(both, 0xff9cff9cu, 0), 0, 0x001f001fu)
+                      << 10;
+        s.scale[0] = __byte_perm(e, 0, 0x1010);
+        s.scale[1] = __byte_perm(e, 0, 0x3232);
+    } else if (F == WF_MXFP4) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t e =
+                from.scale >> (8 * i) & 255u; // 2^(e - 127); e = 0 is a subnormal f32
+            s.scale[i] = half_pair<T>::from_f32(__uint_as_float(e ? e << 23 : 0x00400000u));
+        }
+    } else if (F == WF_NVFP4) {
+        const uint32_t h = e4m3_pair_f16(from.scale);
+        s.scale[0] = half_pair<T>::from_f32(__low2float(*reinterpret_cast<const __half2 *>(&h)));
+        s.scale[1] = half_pair<T>::from_f32(__high2float(*reinterpret_cast<const __half2 *>(&h)));
+    } else if (F == WF_FP8B) {
+        s.scale[0] = s.scale[1] = half_pair<T>::from_f32(__uint_as_float(from.scale));
+    }
+}
+
+template <typename T, int F>
+__device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
+                                                    bool sym) {
+    dequant_packed packed;
+    dequant_load_packed<F>(packed, granule, place, sym);
+    dequant_scales_of<T, F>(s, packed);
 }
 
 // The scales of a lane's two rows in f32.

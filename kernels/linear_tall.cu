@@ -1,14 +1,17 @@
-// linear_tall.cu - y^T = W x^T for tall batches on Hopper: tiles of 256 rows of W x 128 rows of x.
+// linear_tall.cu - y^T = W x^T for tall batches on Hopper, and for experts: tiles of 256 rows of W
+// x up to 128 rows of x.
 //
-// Four warpgroups compute, each one block of 64 rows of W, one warp loads. A warpgroup converts a
-// unit of its block to 16 registers of A fragments, has the tensor cores multiply them, and waits:
-// nothing overlaps within it. The other three keep the tensor cores busy meanwhile, as long as to
-// convert a unit takes a warp less than three times what the tensor cores need for it (256 cycles).
+// Four warpgroups compute, each one block of 64 rows of W. A warpgroup converts a unit of its block
+// to 16 registers of A fragments, has the tensor cores multiply them, and waits: nothing overlaps
+// within it. The other three keep the tensor cores busy meanwhile, as long as to convert a unit
+// takes a warp less than three times what the tensor cores need for it (256 cycles at 128 rows).
+// Tiles have no more rows than there are, rounded up to 16: the main loop is there for every N of
+// wgmma. One warp loads, one walks the tiles and tells the others of them.
 //
-// Many tiles are walked as in linear_common.cuh. Few tiles (S CTAs each or fewer would fill the
-// GPU) are cut along K over the S CTAs of a cluster, whose sums meet in distributed shared memory:
-// each CTA leaves its own where the stages were, and adds up every S-th group of 8 x rows of all,
-// in ascending order of K.
+// Many tiles are walked as in linear_common.cuh, those of experts always whole. Few tiles are cut
+// along K over teams of CTAs, whose sums meet in the workspace: each CTA adds up every so-many-th
+// group of 8 x rows of all, in ascending order of K. (Clusters and their shared memory are slower:
+// 13 bytes a cycle and SM, and not all find a place.)
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
@@ -34,7 +37,8 @@ constexpr int kRows = 128, kGroups = kRows / 8; // of x; and what they are dealt
 constexpr int kBlocks = 4, kUnits = 2;          // of a tile, of a step
 constexpr int kWarps = 4 * kBlocks, kMath = 32 * kWarps;
 constexpr int kThreads = kMath + 128; // a whole warpgroup, which can hand registers to the others
-constexpr int kClusterMax = 8;
+constexpr int kTeamMax = 8;
+constexpr int kTeamCost = 8, kCutCost = 5;
 constexpr int kMathRegisters = 112, kLoadRegisters = 32;
 // A CTA has what it is launched with: multiples of 8, of the 16384 of an SM's quarter.
 static_assert(kMath * kMathRegisters + 128 * kLoadRegisters <=
@@ -51,38 +55,29 @@ __host__ __device__ constexpr int granule_bytes(int f) {
     return f == WF_INT4 ? 192 : f == WF_MXFP4 || f == WF_NVFP4 ? 64 : 16;
 }
 
-// Shared memory: stages of codes and x, then stages of scales, the turning places, what warps of
-// gate and up exchange, barriers, row ids. The sums of a cluster lie where the stages were.
+// What a warp turns sums around in, see place_put; behind it scales and biases of its 16 outputs
+// and of those of up.
+constexpr int kPlaceRows = 16, kPlaceOutputs = kPlaceRows * 20 * 4;
+constexpr int kPlaceBytes = kPlaceOutputs + 2 * 2 * 16 * 4;
+
+// Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, where
+// gathered rows of x lie.
 template <int F, int G> struct tile {
     static constexpr int unit = 512 * code_bits(F); // bytes of a block
     static constexpr int code = kBlocks * kUnits * unit, x = kUnits * kRows * 128;
     static constexpr int rows = G ? kUnits * 64 / G : 0; // granules of a step
     static constexpr int scale_block = rows * granule_bytes(F), scale = kBlocks * scale_block;
-    static constexpr int turn = kWarps * LINEAR_STAGE_FLOATS * 4, pair = kWarps * 512;
     static constexpr int fixed =
-        turn + pair + 256 + kRows * 4 + 1024; // 1024: alignment of the base
+        kWarps * kPlaceBytes + 256 + kRows * 4 + 1024; // 1024: alignment of the base
     static constexpr int stages = (224 * 1024 - fixed) / (code + x + scale + 16);
-    static_assert(stages >= 2 && stages * (code + x) >= kWarps * kGroups * 512, "tile too large");
-    static constexpr int at_scale = stages * (code + x), at_turn = at_scale + stages * scale;
-    static constexpr int at_pair = at_turn + turn, at_bars = at_pair + pair;
+    static_assert(stages >= 2, "tile too large");
+    static constexpr int at_scale = stages * (code + x), at_places = at_scale + stages * scale;
+    static constexpr int at_bars = at_places + kWarps * kPlaceBytes;
     static constexpr int at_rows = at_bars + 256, bytes = at_rows + kRows * 4 + 1024;
 };
 
-// --- Clusters -----------------------------------------------------------------------------------
+// --- Shared memory ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void cluster_sync() { // all threads of all its CTAs
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ __forceinline__ float4 cluster_load(uint32_t at, int rank) {
-    float4 v;
-    asm volatile("{\n.reg .u32 there;\n"
-                 "mapa.shared::cluster.u32 there, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at), "r"(rank)
-                 : "memory");
-    return v;
-}
 __device__ __forceinline__ void shared_put(uint32_t at, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z),
                  "f"(v.w)
@@ -97,50 +92,76 @@ __device__ __forceinline__ float4 shared_get(uint32_t at) {
     return v;
 }
 template <int kThreads> __device__ __forceinline__ void sync_some(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+    __syncwarp();
+    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
-// --- The walk: linear_walk's, or one tile's part for each CTA of a cluster ----------------------
+// --- The walk: linear_walk's, or one tile's part for each CTA of a team -------------------------
 
-// What a warp that computes knows of its work between two steps; in shared memory, for its
-// registers are few.
+// What a warp that walks tells those that load and compute, a few segments ahead; no steps: the
+// end. Their registers are few.
 struct tall_work {
     linear_segment s;
-    int32_t at, tile;       // of the walk
     int32_t owner, sharers; // CTAs of this tile, of which `owner` is the first
 };
+constexpr int kWorks = 4, kTold = 128; // kTold: their barriers, from the first of all
 
-// The next segment; false: there is none.
-__device__ __forceinline__ bool next_work(const linear_args &p, const int32_t *tile_start,
-                                          bool first, tall_work &w) {
-    linear_walk<kRows> walk(p, tile_start);
-    const int size = cluster_size(), rank = cluster_rank();
-    if (size > 1) {
-        walk.locate((int32_t)blockIdx.x / size, w.s);
-        w.s.line = -1;
-        w.s.step0 = p.steps * rank / size;
-        w.s.step1 = p.steps * (rank + 1) / size;
-        return first;
+// This CTA's part of a team's tile.
+__device__ __forceinline__ void team_work(const linear_args &p, tall_work &w) {
+    const int32_t t = (int32_t)blockIdx.x / p.team, m_tiles = (p.m + kRows - 1) / kRows;
+    const int rank = (int)blockIdx.x - t * p.team;
+    w.s.expert = 0;
+    w.s.tile_n = t / m_tiles;
+    const int32_t rows = linear_even_rows(p.m, m_tiles);
+    w.s.m0 = (t - w.s.tile_n * m_tiles) * rows;
+    w.s.m_end = min(p.m, w.s.m0 + rows);
+    w.s.line = -1;
+    w.s.step0 = rank * p.part + min(rank, p.part_rest);
+    w.s.step1 = w.s.step0 + p.part + (rank < p.part_rest ? 1 : 0);
+    w.owner = (int32_t)blockIdx.x - rank;
+    w.sharers = p.team;
+}
+
+// Tell of segment i. `told` is its place's barrier, the one behind it that of its readers.
+__device__ __forceinline__ void tell(int i, const tall_work &w, tall_work *works, uint32_t told) {
+    told += i % kWorks * 16;
+    barrier_wait(told + 8, ~(i / kWorks) & 1);
+    if (threadIdx.x % 32 == 0) {
+        works[i % kWorks] = w;
+        barrier_arrive(told);
     }
-    if (!first) walk.at = w.at, walk.tile = w.tile;
-    if (!walk.next(w.s)) return false;
-    w.at = walk.at;
-    w.tile = walk.tile;
-    w.owner = w.s.line < 0 ? walk.cta : walk.holder(w.s.line);
-    w.sharers = w.s.line < 0 ? 1 : walk.holder(w.s.line + p.steps - 1) - w.owner + 1;
-    return true;
+    __syncwarp();
+}
+
+__device__ __forceinline__ void walk_all(const linear_args &p, const int32_t *tile_start,
+                                         tall_work *works, uint32_t told) {
+    tall_work w = {};
+    int i = 0;
+    if (p.team > 1) {
+        team_work(p, w);
+        tell(i++, w, works, told);
+    } else {
+        linear_walk<kRows, false, true> walk(p, tile_start);
+        while (walk.next(w.s)) {
+            w.owner = w.s.line < 0 ? walk.cta : walk.holder(w.s.line);
+            w.sharers = w.s.line < 0 ? 1 : walk.holder(w.s.line + p.steps - 1) - w.owner + 1;
+            tell(i++, w, works, told);
+        }
+    }
+    w.s.step1 = w.s.step0;
+    tell(i, w, works, told);
 }
 
 // --- Loading ------------------------------------------------------------------------------------
 
-// One warp: lane i < 4 copies the codes of block i, lane 4 + i its scales, lane 8 the tiles of x;
-// gathered rows are copied by all lanes. The weights of the first stages are asked for before the
-// kernel before has ended.
+// One warp: lane i < 4 copies the codes of block i, lane 4 + i its scales, lanes from 8 on the
+// boxes of x unless its rows are gathered. The weights of the first stage are asked for before the
+// kernel before has ended; more of them would stand in the way of the first rows of x.
 template <typename T, int F, int G> struct producer {
     using L = tile<F, G>;
     const linear_args &p;
     const CUtensorMap *map;
-    int32_t *rows;
+    const tall_work *works;
     uint32_t base, full, empty;
     int lane;
 
@@ -148,6 +169,7 @@ template <typename T, int F, int G> struct producer {
     uint32_t to;         // in the first stage
     bool valid;
     int blocks; // of the tile
+    int boxes;  // of x
 
     __device__ __forceinline__ void begin(const linear_segment &s) {
         const int slot = lane % kBlocks;
@@ -157,16 +179,10 @@ template <typename T, int F, int G> struct producer {
         from = lane < kBlocks
                    ? p.code + s.expert * p.code_bytes + (int64_t)b * p.units * L::unit
                    : p.scale + s.expert * p.scale_bytes + (int64_t)b * p.granules * p.granule_bytes;
+        boxes = p.x_row ? 0 : (s.m_end - s.m0 + p.x_box - 1) / p.x_box;
         to =
             base + (lane < kBlocks ? slot * kUnits * L::unit : L::at_scale + slot * L::scale_block);
     }
-    __device__ __forceinline__ void find_rows(const linear_segment &s) {
-        __syncwarp();
-        for (int i = lane; i < kRows; i += 32)
-            rows[i] = s.m0 + i < s.m_end ? p.x_row[s.m0 + i] : -1;
-        __syncwarp();
-    }
-
     __device__ int units(int step) const { return min(kUnits, p.units - step * kUnits); }
     static __device__ int granules(int n) { return G ? (n * 64 + G - 1) / (G ? G : 64) : 0; }
 
@@ -176,7 +192,7 @@ template <typename T, int F, int G> struct producer {
         if (lane == 0)
             barrier_arrive_expect(full + stage * 8,
                                   blocks * (n * L::unit + rows_n * p.granule_bytes) +
-                                      (p.x_row ? 0 : n * kRows * 128));
+                                      n * boxes * p.x_box * 128);
         __syncwarp();
         const bool code = lane < kBlocks;
         if (valid)
@@ -189,49 +205,32 @@ template <typename T, int F, int G> struct producer {
 
     __device__ __forceinline__ void inputs(const linear_segment &s, int step, int stage) const {
         const uint32_t at = base + stage * (L::code + L::x) + L::code;
-        const int n = units(step);
-        if (!p.x_row) {
-            if (lane == 2 * kBlocks)
-                for (int u = 0; u < n; u++)
-                    copy_tile(at + u * kRows * 128, map, (step * kUnits + u) * 64, s.m0,
-                              full + stage * 8);
-            return;
+        const int box = lane - 2 * kBlocks;
+        if (box >= 0 && box < units(step) * boxes) {
+            const int u = box >= boxes, row = (box - u * boxes) * p.x_box;
+            copy_tile(at + u * kRows * 128 + row * 128, map, (step * kUnits + u) * 64, s.m0 + row,
+                      full + stage * 8);
         }
-        const int chunk = lane % 8;
-        for (int u = 0; u < n; u++) {
-            const int k = (step * kUnits + u) * 64 + chunk * 8;
-#pragma unroll 4
-            for (int row = lane / 8; row < kRows; row += 4) {
-                const int32_t m = rows[row];
-                const bool there = m >= 0 && k < p.k;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 at + u * kRows * 128 + row * 128 + ((chunk ^ row % 8) << 4)),
-                             "l"(static_cast<const T *>(p.x) + (there ? m * p.ldx + k : 0)),
-                             "r"(there ? 16 : 0)
-                             : "memory");
-            }
-        }
-        barrier_arrive_copies(full + stage * 8);
+        __syncwarp();
     }
 
-    __device__ __forceinline__ void run(const int32_t *tile_start) {
-        tall_work w;
-        const linear_segment &s = w.s;
-        int stage = 0, parity = 1, early = 0;
-        for (bool first = true; next_work(p, tile_start, first, w); first = false) {
+    __device__ __forceinline__ void run() {
+        int stage = 0, parity = 1;
+        for (int i = 0;; i++) {
+            const uint32_t told = base + L::at_bars + kTold + i % kWorks * 16;
+            barrier_wait(told, i / kWorks & 1);
+            const linear_segment s = works[i % kWorks].s;
+            if (s.step0 == s.step1) break;
             begin(s);
-            if (first) {
-                for (; early < L::stages && s.step0 + early < s.step1; early++)
-                    weights(s.step0 + early, early);
+            if (i == 0) {
+                weights(s.step0, 0);
                 wait_for_previous();
             }
-            if (p.x_row) find_rows(s);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(told + 8);
             for (int step = s.step0; step < s.step1; step++) {
                 barrier_wait(empty + stage * 8, parity);
-                if (early > 0)
-                    early--;
-                else
-                    weights(step, stage);
+                if (i > 0 || step > s.step0) weights(step, stage);
                 inputs(s, step, stage);
                 if (++stage == L::stages) stage = 0, parity ^= 1;
             }
@@ -239,124 +238,371 @@ template <typename T, int F, int G> struct producer {
     }
 };
 
+// Gathered rows of x in the swizzle of the copy engine, by two warps: `half` takes four rows of
+// each eight. A row past the tile's last is the last again: nobody looks at what it gives. A step is
+// announced kBehind steps later, when its copies have landed: so this warp makes them visible to
+// the tensor cores, and none of those that multiply has to.
+template <typename T, int F, int G>
+__device__ __forceinline__ void gather(const linear_args &p, const tall_work *works, int32_t *rows,
+                                       uint32_t base, int half) {
+    using L = tile<F, G>;
+    constexpr int kBehind = L::stages > 3 ? 2 : 1;
+    const uint32_t full = base + L::at_bars, empty = full + L::stages * 8;
+    const int lane = threadIdx.x % 32, chunk = lane % 8, row = half * 4 + lane / 8;
+    const uint32_t to_in = L::code + row * 128 + ((chunk ^ row) << 4);
+    int stage = 0, parity = 1, under_way = 0, landed = 0; // landed: the stage to announce next
+    const auto announce = [&] {
+        proxy_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + landed * 8);
+        if (++landed == L::stages) landed = 0;
+        under_way--;
+    };
+    wait_for_previous();
+    for (int i = 0;; i++) {
+        const uint32_t told = full + kTold + i % kWorks * 16;
+        barrier_wait(told, i / kWorks & 1);
+        const linear_segment s = works[i % kWorks].s;
+        if (s.step0 == s.step1) break;
+        const int eights = (s.m_end - s.m0 + 7) / 8;
+        __syncwarp();
+        // In pieces of 16 bytes: 16 eights of the first of this warp's rows, of the second, ..
+        for (int r = lane; r < 64; r += 32)
+            rows[r] = (int32_t)(p.x_row[min(s.m0 + r % 16 * 8 + half * 4 + r / 16, s.m_end - 1)] *
+                                (p.ldx / 8));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(told + 8);
+        for (int step = s.step0; step < s.step1; step++) {
+            const int k = step * kUnits * 64 + chunk * 8;
+            const uint4 *from = static_cast<const uint4 *>(p.x) + min(k, p.k - 8) / 8;
+            const int first = k < p.k ? 16 : 0, second = k + 64 < p.k ? 16 : 0, on = second / 2;
+            uint32_t to = base + stage * (L::code + L::x) + to_in;
+            barrier_wait(empty + stage * 8, parity);
+#pragma unroll 2
+            for (int e = 0; e < eights; e += 2, to += 2048) {
+                const uint2 at = *reinterpret_cast<const uint2 *>(rows + lane / 8 * 16 + e);
+                copy_some(to, from + at.x, first);
+                copy_some(to + kRows * 128, from + at.x + on, second);
+                copy_some(to + 1024, from + at.y, first);
+                copy_some(to + 1024 + kRows * 128, from + at.y + on, second);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (++under_way > kBehind) {
+                asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+                announce();
+            }
+            if (++stage == L::stages) stage = 0, parity ^= 1;
+        }
+    }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    while (under_way > 0) announce();
+}
+
 // --- Epilogue -----------------------------------------------------------------------------------
 
+// The thread, read anew: what follows from it is then not kept in registers through the main loop.
+__device__ __forceinline__ int thread_anew() {
+    int i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i)::"memory");
+    return i;
+}
+
 // Where this warp's block goes; of a pair, the place of the gate.
-__device__ __forceinline__ linear_place place_of(const linear_args &p, const linear_segment &s) {
-    const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4;
+__device__ __forceinline__ linear_place place_of(const linear_args &p, const linear_segment &s,
+                                                 int thread) {
+    const int wg = thread / 128, strip = thread / 32 % 4;
     linear_place at;
     at.block = linear_block<2>(p, s.tile_n, wg / 2, p.paired ? 0 : wg % 2);
     const int32_t half = at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
-    at.col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
+    at.col = half * p.half_rows + in_half + thread % 4 * 4;
     return at;
 }
 
-struct both_outputs {
-    linear_outputs gate, up;
+// Scales and biases of a warp's outputs (1: of up's) into its place.
+template <typename T, int F>
+__device__ __forceinline__ void outputs_put(uint32_t place, const linear_args &p, int32_t expert,
+                                            const linear_place &at, int up, int lane) {
+    linear_outputs o =
+        linear_outputs_of<T>(p, expert, at.block + up * p.half_blocks, at.col + up * p.half_rows);
+    constexpr float unfold = dequant_unfold<T, F>();
+    if (unfold != 1.f) // such formats have no other scale here
+        o.scale = make_float4(unfold, unfold, unfold, unfold);
+    const uint32_t to = place + kPlaceOutputs + up * 128 + lane % 4 * 16;
+    shared_put(to, o.scale);
+    shared_put(to + 64, o.bias);
+}
+__device__ __forceinline__ float4 affine(uint32_t place, float4 v, int up, int lane) {
+    const uint32_t from = place + kPlaceOutputs + up * 128 + lane % 4 * 16;
+    const linear_outputs o = {shared_get(from), shared_get(from + 64)};
+    return linear_affine(v, o);
+}
+
+// Sums pass through a place of this warp's own: kPlaceRows x rows of its 16 outputs, rows padded by
+// one vector.
+__device__ __forceinline__ void place_put(uint32_t place, int row0, const float *c, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    const uint32_t at = place + ((row0 + 2 * t) * 20 + g) * 4;
+    asm volatile("st.shared.f32 [%0], %1;\nst.shared.f32 [%0+80], %2;\n"
+                 "st.shared.f32 [%0+32], %3;\nst.shared.f32 [%0+112], %4;" ::"r"(at),
+                 "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])
+                 : "memory");
+}
+__device__ __forceinline__ float4 place_get(uint32_t place, int row0, int lane) {
+    return shared_get(place + ((row0 + lane / 4) * 20 + lane % 4 * 4) * 4);
+}
+
+// A lane's four outputs of an x row, and where those of the row eight further lie. What does not
+// change from row to row is found once: issue slots are what an epilogue takes.
+template <typename T> struct tall_output {
+    const linear_args &p;
+    uint8_t *y;
+    int64_t step; // bytes of eight rows
+
+    __device__ __forceinline__ tall_output(const linear_args &p, int32_t row, int32_t col) : p(p) {
+        const int64_t bytes = p.y_f32 ? 4 : sizeof(T);
+        y = static_cast<uint8_t *>(p.y) + (row * p.ldy + col) * bytes;
+        step = 8 * p.ldy * bytes;
+    }
+    __device__ __forceinline__ void put(float4 v) const {
+        if (p.y_f32 || p.epilogue == LINEAR_RESIDUAL) {
+            linear_args one = {}; // the general way: of one row
+            one.y = y;
+            one.y_f32 = p.y_f32;
+            one.epilogue = p.epilogue;
+            linear_put<T>(one, 0, 0, v);
+        } else {
+            *reinterpret_cast<four<T> *>(y) = four<T>{{linear_round<T>(v.x), linear_round<T>(v.y),
+                                                       linear_round<T>(v.z), linear_round<T>(v.w)}};
+        }
+    }
 };
 
-// Formats that unfold have no other scale here.
-template <typename T, int F>
-__device__ __forceinline__ both_outputs outputs_of(const linear_args &p, const linear_segment &s,
-                                                   const linear_place &at) {
-    both_outputs o = {};
-    if (at.there) o.gate = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-    if (at.there && p.paired)
-        o.up = linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
-    constexpr float unfold = dequant_unfold<T, F>();
-    if (unfold != 1.f) o.gate.scale = o.up.scale = make_float4(unfold, unfold, unfold, unfold);
-    return o;
+__device__ __forceinline__ float4 gate_of(const linear_args &p, float4 g, float4 u) {
+    return make_float4(
+        linear_gate(g.x, u.x, p.epilogue, p.limit), linear_gate(g.y, u.y, p.epilogue, p.limit),
+        linear_gate(g.z, u.z, p.epilogue, p.limit), linear_gate(g.w, u.w, p.epilogue, p.limit));
 }
 
-// A whole tile in registers. Of a pair, the warp of the gate finishes the first half of the x rows
-// and that of up the second: one group each way at a time.
+// A whole tile in registers.
 template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
-                                       const linear_segment &s, float *stage, uint32_t pair_at) {
-    const linear_place at = place_of(p, s);
-    const both_outputs o = outputs_of<T, F>(p, s, at);
-    if (!p.paired) {
-        if (!at.there) return;
+                                       const linear_segment &s, uint32_t places) {
+    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const linear_place at = place_of(p, s, thread);
+    const uint32_t mine = places + warp * kPlaceBytes;
+    if (!at.there) return;
+    outputs_put<T, F>(mine, p, s.expert, at, 0, lane);
+    int32_t row = s.m0 + lane / 4;
+    tall_output<T> out(p, row, at.col);
 #pragma unroll
-        for (int j = 0; j < kGroups; j++)
-            if (s.m0 + 8 * j < s.m_end)
-                linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[0][4 * j],
-                                      &acc[0][4 * j], o.gate, o.gate, stage);
-        return;
-    }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool up = warp / 4 % 2;
-    const int barrier = BAR_PAIR + warp / 8 * 4 + warp % 4;
-#pragma unroll
-    for (int j = 0; j < kGroups / 2; j++) {
-        float mine[4], other[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float low = acc[0][4 * j + i], high = acc[0][4 * (j + kGroups / 2) + i];
-            mine[i] = up ? high : low;
-            other[i] = up ? low : high;
-        }
-        shared_put(pair_at + warp * 512 + lane * 16,
-                   make_float4(other[0], other[1], other[2], other[3]));
-        sync_some<64>(barrier);
-        const float4 v = shared_get(pair_at + (warp ^ 4) * 512 + lane * 16);
-        sync_some<64>(barrier);
-        const float got[4] = {v.x, v.y, v.z, v.w};
-        float gate[4], c[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            gate[i] = up ? got[i] : mine[i];
-            c[i] = up ? mine[i] : got[i];
-        }
-        const int32_t m0 = s.m0 + 8 * (j + up * kGroups / 2);
-        if (at.there && m0 < s.m_end)
-            linear_emit<T, true>(p, m0, s.m_end, at.col, gate, c, o.gate, o.up, stage);
+    for (int j = 0; j < kGroups; j++) {
+        if (s.m0 + 8 * j >= s.m_end) break;
+        place_put(mine, j % 2 * 8, &acc[0][4 * j], lane); // two in turn: one barrier each
+        __syncwarp();
+        const float4 v = affine(mine, place_get(mine, j % 2 * 8, lane), 0, lane);
+        if (row < s.m_end) out.put(v);
+        row += 8;
+        out.y += out.step;
     }
 }
 
-// The sums of all CTAs of the cluster for one group of one warp.
-__device__ __forceinline__ void cluster_sum(float (&c)[4], uint32_t sums, int warp, int group,
-                                            int size) {
-    const uint32_t at = sums + ((warp * kGroups + group) * 32 + threadIdx.x % 32) * 16;
-    float4 v[kClusterMax];
-#pragma unroll
-    for (int i = 0; i < kClusterMax; i++)
-        v[i] = i < size ? cluster_load(at, i) : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int i = 0; i < kClusterMax; i++)
-        c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
-}
-
-// A tile of which every CTA of the cluster has summed a part of K.
+// The same of a pair: the warp of the gate finishes the first half of each place and that of up the
+// second.
 template <typename T, int F>
-__device__ __forceinline__ void finish_cluster(float (&acc)[1][kRows / 2], const linear_args &p,
-                                               const linear_segment &s, float *stage, uint32_t sums,
-                                               int rank, int size) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    sync_some<kMath>(BAR_MATH); // nobody reads the stages any more
+__device__ __forceinline__ void finish_pair(float (&acc)[1][kRows / 2], const linear_args &p,
+                                            const linear_segment &s, uint32_t places) {
+    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const linear_place at = place_of(p, s, thread);
+    const uint32_t mine = places + warp * kPlaceBytes, gate = places + (warp & ~4) * kPlaceBytes;
+    const int barrier = BAR_PAIR + warp / 8 * 4 + warp % 4, half = warp / 4 % 2 * 8;
+    if (!at.there) return;
+    outputs_put<T, F>(mine, p, s.expert, at, 0, lane);
+    outputs_put<T, F>(mine, p, s.expert, at, 1, lane);
+    int32_t row = s.m0 + half + lane / 4;
+    tall_output<T> out(p, row, at.col);
 #pragma unroll
-    for (int j = 0; j < kGroups; j++)
-        shared_put(
-            sums + ((warp * kGroups + j) * 32 + lane) * 16,
-            make_float4(acc[0][4 * j], acc[0][4 * j + 1], acc[0][4 * j + 2], acc[0][4 * j + 3]));
-    cluster_sync();
-    const linear_place at = place_of(p, s);
-    const both_outputs o = outputs_of<T, F>(p, s, at);
+    for (int q = 0; q < kRows / kPlaceRows; q++) {
+        if (s.m0 + q * kPlaceRows >= s.m_end) break;
+        place_put(mine, 0, &acc[0][8 * q], lane);
+        place_put(mine, 8, &acc[0][8 * q + 4], lane);
+        sync_some<64>(barrier);
+        const float4 g = affine(mine, place_get(gate, half, lane), 0, lane);
+        const float4 u = affine(mine, place_get(gate + 4 * kPlaceBytes, half, lane), 1, lane);
+        sync_some<64>(barrier);
+        if (row < s.m_end) out.put(gate_of(p, g, u));
+        row += kPlaceRows;
+        out.y += 2 * out.step;
+    }
+}
+
+template <typename T> __device__ __forceinline__ uint32_t two_of(float low, float high);
+template <> __device__ __forceinline__ uint32_t two_of<__half>(float low, float high) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+template <> __device__ __forceinline__ uint32_t two_of<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+
+// Two groups of 8 x rows, rounded, to shared memory: x row i of the warp's 16 outputs lies at
+// 32 i, its halves the other way round in every second four rows. `at`: place_16_at.
+__device__ __forceinline__ void place_16(uint32_t at, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+__device__ __forceinline__ uint32_t place_16_at(int row, int half) {
+    return row * 32 + ((half ^ row >> 2 & 1) << 4);
+}
+
+// Sixteen bytes to a multiple of 16, or of 8 when not wide. (As C it becomes four stores.)
+__device__ __forceinline__ void store_16(void *to, uint4 v, bool wide) {
+    if (wide)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+                     "r"(v.z), "r"(v.w)
+                     : "memory");
+    else
+        asm volatile(
+            "st.global.v2.u32 [%0], {%1, %2};\nst.global.v2.u32 [%0+8], {%3, %4};" ::"l"(to),
+            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+            : "memory");
+}
+
+// A whole tile in registers, of plain outputs of 16 bits.
+template <typename T, int F>
+__device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const linear_args &p,
+                                          const linear_segment &s, uint32_t places) {
+    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    linear_place at = place_of(p, s, thread);
+    if (!at.there) return;
+    at.col -= thread % 4 * 4;
+    float scale[2], bias[2]; // of outputs g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int of = lane / 4 + 8 * i;
+        scale[i] = dequant_unfold<T, F>();
+        bias[i] = 0.f;
+        if (p.channel)
+            scale[i] =
+                p.channel[((int64_t)s.expert * p.blocks + at.block) * 64 + warp % 4 * 16 + of];
+        if (p.global_scale) scale[i] = p.global_scale[s.expert];
+        if (p.bias)
+            bias[i] =
+                linear_f32(static_cast<const T *>(p.bias)[(int64_t)s.expert * p.n + at.col + of]);
+    }
+    const uint32_t mine = places + warp * kPlaceBytes;
+    const uint32_t put = mine + place_16_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t get = mine + place_16_at(lane / 2, lane % 2);
+    int32_t row = s.m0 + lane / 2;
+    T *y = static_cast<T *>(p.y) + row * p.ldy + at.col + lane % 2 * 8;
+    const bool wide = ((p.ldy | (int64_t)(reinterpret_cast<uintptr_t>(p.y) / 2)) & 7) == 0;
+    const int32_t end = s.m_end, last = end - s.m0;
+#pragma unroll
+    for (int q = 0; q < kRows / 16; q++) {
+        if (q * 16 >= last) break;
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[i] = two_of<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
+                             fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
+        place_16(put + q % 2 * 512, v); // two in turn: one barrier each
+        __syncwarp();
+        const uint4 out = shared_u128(get + q % 2 * 512);
+        if (row < end) store_16(y, out, wide);
+        row += 16;
+        y += 16 * p.ldy;
+    }
+}
+
+// *from, or zeros when i is not below n. (As C it is a predicate of each load that lives on.)
+__device__ __forceinline__ float4 load_if(const float4 *from, int i, int n) {
+    float4 v;
+    asm volatile("{\n.reg .pred there;\nsetp.lt.s32 there, %5, %6;\n"
+                 "mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n"
+                 "mov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n"
+                 "@there ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from), "r"(i), "r"(n)
+                 : "memory");
+    return v;
+}
+
+// The sums of all CTAs of a team for group j of warp `from`.
+__device__ __forceinline__ void team_load(float4 (&v)[kTeamMax], const linear_args &p,
+                                          int32_t owner, int from, int warp, int j, int size) {
+    constexpr int64_t kSlot = (int64_t)kWarps * kGroups * 32; // of a CTA, there are two
+    const float4 *slot =
+        linear_slot<kRows, 1, kWarps>(p, owner, false) + (from - warp) * kGroups * 32 + j * 32;
+#pragma unroll
+    for (int i = 0; i < kTeamMax; i++) v[i] = load_if(slot + (i ? 2 * i : 1) * kSlot, i, size);
+}
+__device__ __forceinline__ void team_sum(uint32_t place, int row0, const float4 (&v)[kTeamMax],
+                                         int lane) {
+    float c[4] = {};
+#pragma unroll
+    for (int i = 0; i < kTeamMax; i++)
+        c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
+    place_put(place, row0, c, lane);
+}
+
+// Whether a row is there need not be asked for where sums only pass.
+__device__ __forceinline__ linear_segment all_rows(const linear_segment &s) {
+    return linear_segment{s.expert, 0, kRows, s.tile_n, s.step0, s.step1, s.line};
+}
+__device__ __forceinline__ void deposit(float (&acc)[1][kRows / 2], const linear_args &p,
+                                        int32_t cta, int32_t owner, const linear_segment &s) {
+    linear_deposit<kRows, 1, kWarps>(acc, p, cta, owner, all_rows(s));
+}
+__device__ __forceinline__ void collect(float (&acc)[1][kRows / 2], const linear_args &p,
+                                        int32_t owner, int32_t n, const linear_segment &s) {
+    linear_collect<kRows, 1, kWarps>(acc, p, all_rows(s), owner, n);
+}
+
+// A tile of which `size` CTAs have summed a part of K each, and of which each finishes every
+// size-th group; two groups, or gate and up of one, are asked for at once.
+template <typename T, int F>
+__device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const linear_args &p,
+                                            const linear_segment &s, uint32_t places, uint32_t sums,
+                                            int rank, int size) {
+    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const int32_t owner = (int32_t)blockIdx.x - rank;
+    deposit(acc, p, (int32_t)blockIdx.x, owner, s);
+    linear_await(linear_counter<kWarps>(p, owner), size);
+    const linear_place at = place_of(p, s, thread);
     const bool up = warp / 4 % 2;
-    const int first = p.paired ? rank * 2 + up : rank, step = p.paired ? 2 * size : size;
     const int groups = at.there ? (s.m_end - s.m0 + 7) / 8 : 0;
+    const uint32_t mine = places + warp * kPlaceBytes;
+    const int first = p.paired ? rank * 2 + up : rank, step = 2 * size;
+#pragma unroll 1
+    for (int u = 0; u <= p.paired && groups > 0; u++)
+        outputs_put<T, F>(mine, p, s.expert, at, u, lane);
+#pragma unroll 1
     for (int j = first; j < groups; j += step) {
-        float c[4] = {}, c_up[4] = {};
-        const int32_t m0 = s.m0 + 8 * j;
-        cluster_sum(c, sums, p.paired ? warp & ~4 : warp, j, size);
-        if (p.paired) {
-            cluster_sum(c_up, sums, warp | 4, j, size);
-            linear_emit<T, true>(p, m0, s.m_end, at.col, c, c_up, o.gate, o.up, stage);
-        } else {
-            linear_emit<T, false>(p, m0, s.m_end, at.col, c, c, o.gate, o.gate, stage);
-        }
+        // Of a pair: the gate's and up's sums of group j. Else: of groups j and j + size.
+        const int from = p.paired ? warp & ~4 : warp, other = p.paired ? warp | 4 : warp;
+        const int next = p.paired ? j : j + size;
+        float4 v[kTeamMax], w[kTeamMax];
+        team_load(v, p, owner, from, warp, j, size);
+        team_load(w, p, owner, other, warp, min(next, groups - 1), size);
+        team_sum(mine, 0, v, lane);
+        team_sum(mine, 8, w, lane);
+        __syncwarp();
+        float4 c = place_get(mine, 0, lane), d = place_get(mine, 8, lane);
+        __syncwarp();
+        const int32_t row = s.m0 + 8 * j + lane / 4;
+        c = affine(mine, c, 0, lane);
+        if (p.paired) c = gate_of(p, c, affine(mine, d, 1, lane));
+        if (row < s.m_end) tall_output<T>(p, row, at.col).put(c);
+        if (!p.paired && next < groups && row + 8 * size < s.m_end)
+            tall_output<T>(p, row + 8 * size, at.col).put(affine(mine, d, 0, lane));
+    }
+    int32_t *counter = linear_counter<kWarps>(p, owner);
+    if (lane == 0 && atomicAdd(counter + 1, 1) == size - 1) {
+        counter[0] = 0; // for the next launch, which writes after this one has ended
+        counter[1] = 0;
     }
 }
 
@@ -364,96 +610,127 @@ __device__ __forceinline__ void finish_cluster(float (&acc)[1][kRows / 2], const
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // empty on other architectures
 // A step of this warp's strip: `code` and `scale_at` are its own places in the stage, x_at is the
-// low half of the descriptor of x.
-template <typename T, int F, int G>
+// low half of the descriptor of x. (Halves of a unit, one converted while the other is multiplied,
+// are slower: groups of two wgmmas instead of four.)
+template <typename T, int F, int G, int N>
 __device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const linear_args &p,
                                               int units, uint32_t code, uint32_t scale_at,
                                               int place, uint32_t x_at) {
     using L = tile<F, G>;
     constexpr int bits = code_bits(F);
-    uint4 chunk;
     dequant_scales scales;
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
         if (u >= units) break;
+        uint4 raw[bits == 16 ? 1 : bits / 4];
+        dequant_packed packed;
         uint32_t f[4][4]; // of the four atoms of 16 inputs
+        if (bits <= 8)
+#pragma unroll
+            for (int i = 0; i < bits / 4; i++) raw[i] = shared_u128(code + u * L::unit + i * 512);
+        constexpr int kGranule = G ? G : 64;
+        const uint32_t granule = scale_at + u * 64 / kGranule * p.granule_bytes;
+        if (G && u * 64 % kGranule == 0) dequant_load_packed<F>(packed, granule, place, p.sym);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            constexpr int kPerLoad = 16 / bits; // atoms in one load of 16 bytes
-            if (j % kPerLoad == 0) chunk = shared_u128(code + u * L::unit + j / kPerLoad * 512);
-            if (G && (u * 64 + j * 16) % (G ? G : 64) == 0)
-                dequant_load_scales<T, F, true>(
-                    scales, scale_at + (u * 64 + j * 16) / (G ? G : 64) * p.granule_bytes, place,
-                    p.sym);
-            dequant_word<T, F, true, true>(
-                f[j], reinterpret_cast<const uint32_t *>(&chunk) + j % kPerLoad * (bits / 4),
-                scales);
+            if (G && (u * 64 + j * 16) % kGranule == 0)
+                dequant_scales_of<T, F, true>(scales, packed);
+            if (G == 32 && j == 0)
+                dequant_load_packed<F>(packed, granule + p.granule_bytes, place, p.sym);
+            uint4 direct;
+            if (bits == 16) direct = shared_u128(code + u * L::unit + j * 512);
+            dequant_word<T, F, true, true>(f[j],
+                                           bits == 16 ? reinterpret_cast<uint32_t *>(&direct)
+                                                      : reinterpret_cast<const uint32_t *>(raw) +
+                                                            j * (bits / 4),
+                                           scales);
         }
         group_fence();
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            multiply_group<T, kRows>::run(
-                acc[0], f[j], group_descriptor_low(x_at + (u * kRows * 128 + j * 32) / 16));
+            multiply_group<T, N>::run(acc[0], f[j],
+                                      group_descriptor_low(x_at + (u * kRows * 128 + j * 32) / 16));
         group_commit();
         group_wait<0>();
     }
 }
 
+// What a warp that multiplies needs to find its own in a stage; `turn`: the stage, less `stages`
+// the second time round, when the parity is 1.
+struct tall_place {
+    uint32_t base, code, scale;
+    int place, turn;
+};
+
+// Steps of a tile of up to N rows of x.
+template <typename T, int F, int G, int N>
+__device__ __forceinline__ void multiply_tile(float (&acc)[1][kRows / 2], const linear_args &p,
+                                              tall_place &at, int step, const int32_t *end) {
+    using L = tile<F, G>;
+    const uint32_t full = at.base + L::at_bars, empty = full + L::stages * 8;
+#pragma unroll 1
+    for (; step < *end; step++) {
+        const int units = min(kUnits, p.units - step * kUnits);
+        const int stage = at.turn < 0 ? at.turn + L::stages : at.turn;
+        const uint32_t stage_at = at.base + stage * (L::code + L::x);
+        const uint32_t x_at = (stage_at + L::code) >> 4 | 1u << 16; // low half of a descriptor
+        barrier_wait(full + stage * 8, at.turn < 0);
+        multiply_step<T, F, G, N>(acc, p, units, stage_at + at.code, at.scale + stage * L::scale,
+                                  at.place, x_at);
+        __syncwarp(); // all lanes have read
+        if (thread_anew() % 32 == 0) barrier_arrive(empty + stage * 8);
+        if (++at.turn == L::stages) at.turn = -L::stages;
+    }
+}
+
 // All that a warp which multiplies does.
 template <typename T, int F, int G>
-__device__ __forceinline__ void compute(const linear_args &p, const int32_t *tile_start,
-                                        uint8_t *base, tall_work &work) {
+__device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
+                                        const tall_work *works, volatile int32_t &segment) {
     using L = tile<F, G>;
-    const uint32_t base_at = shared_address(base);
-    const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int wg = warp / 4, strip = warp % 4;
-    // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
-    uint32_t code_in = wg * kUnits * L::unit + strip * (L::unit / 4) + lane * 16;
-    int place = strip * 16 + lane / 4 * 2;
-    uint32_t scale_in = base_at + L::at_scale + wg * L::scale_block;
-    asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
-    int stage = 0, parity = 0;
-    for (bool first = true;; first = false) {
-        int step, step_end;
-        {
-            tall_work w = work;
-            if (!next_work(p, tile_start, first, w)) break;
-            __syncwarp();
-            if (lane == 0) work = w;
-            step = w.s.step0;
-            step_end = w.s.step1;
-        }
+    // Opaque, lest they be computed anew for every unit.
+    tall_place at = {base_at, uint32_t(wg * kUnits * L::unit + strip * (L::unit / 4) + lane * 16),
+                     base_at + L::at_scale + wg * L::scale_block, strip * 16 + lane / 4 * 2, 0};
+    asm volatile("" : "+r"(at.code), "+r"(at.place), "+r"(at.scale));
+#pragma unroll 1
+    for (;;) {
+        const int i = segment; // in shared memory, for registers are few
+        const tall_work &w = works[i % kWorks];
+        barrier_wait(base_at + L::at_bars + kTold + i % kWorks * 16, i / kWorks & 1);
+        if (w.s.step0 == w.s.step1) break;
         float acc[1][kRows / 2] = {};
-        for (; step < step_end; step++) {
-            const int units = min(kUnits, p.units - step * kUnits);
-            const uint32_t at = base_at + stage * (L::code + L::x), code = at + code_in;
-            const uint32_t scale_at = scale_in + stage * L::scale;
-            const uint32_t x_at = (at + L::code) >> 4 | 1u << 16; // low half of a descriptor
-            barrier_wait(full + stage * 8, parity);
-            if (p.x_row) proxy_fence();
-            multiply_step<T, F, G>(acc, p, units, code, scale_at, place, x_at);
-            __syncwarp(); // all lanes have read
-            if (lane == 0) barrier_arrive(empty + stage * 8);
-            if (++stage == L::stages) stage = 0, parity ^= 1;
+        switch ((w.s.m_end - w.s.m0 + 15) / 16) {
+#define ROWS(n)                                                                                    \
+    case (n) / 16: multiply_tile<T, F, G, n>(acc, p, at, w.s.step0, &w.s.step1); break;
+            ROWS(16) ROWS(32) ROWS(48) ROWS(64) ROWS(80) ROWS(96) ROWS(112) ROWS(128)
+#undef ROWS
         }
         group_pin(acc[0]);
+        const linear_segment &s = w.s;
+        if (p.team > 1) {
+            finish_team<T, F>(acc, p, s, base_at + L::at_places, base_at, (int)blockIdx.x - w.owner,
+                              p.team);
+        } else if (s.step0 > 0) {
+            deposit(acc, p, (int32_t)(gridDim.x - 1 - blockIdx.x), w.owner, s);
+        } else {
+            if (w.sharers > 1) collect(acc, p, w.owner, w.sharers, s);
+            if (p.paired)
+                finish_pair<T, F>(acc, p, s, base_at + L::at_places);
+            else if (!p.y_f32 && p.epilogue == LINEAR_STORE)
+                finish_16<T, F>(acc, p, s, base_at + L::at_places);
+            else
+                finish<T, F>(acc, p, s, base_at + L::at_places);
+        }
         __syncwarp();
-        const linear_segment s = work.s;
-        float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
-        if (cluster_size() > 1) {
-            finish_cluster<T, F>(acc, p, s, turn, base_at, cluster_rank(), cluster_size());
-            continue;
+        if (thread_anew() % 32 == 0) {
+            const int done = segment;
+            segment = done + 1;
+            barrier_arrive(base_at + L::at_bars + kTold + done % kWorks * 16 + 8);
         }
-        if (s.step0 > 0) {
-            linear_deposit<kRows, 1, kWarps>(acc, p, (int32_t)(gridDim.x - 1 - blockIdx.x),
-                                             work.owner, s);
-            continue;
-        }
-        if (work.sharers > 1) linear_collect<kRows, 1, kWarps>(acc, p, s, work.owner, work.sharers);
-        finish<T, F>(acc, p, s, turn, base_at + L::at_pair);
+        __syncwarp();
     }
-    if (cluster_size() > 1) cluster_sync(); // others may still read what lies here
 }
 
 #endif
@@ -465,16 +742,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     using L = tile<F, G>;
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
+    __shared__ tall_work works[kWorks];
+    __shared__ int32_t segments[kWarps];
     uint8_t *base = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base_at = shared_address(base);
     const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
     launch_dependents();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < kWarps) segments[threadIdx.x] = 0;
+    if (thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
-            barrier_init(full + i * 8, p.x_row ? 1 + 32 : 1);
+            barrier_init(full + i * 8, p.x_row ? 1 + 2 : 1);
             barrier_init(empty + i * 8, kWarps);
+        }
+        for (int i = 0; i < kWorks; i++) {
+            barrier_init(full + kTold + i * 16, 1);
+            barrier_init(full + kTold + i * 16 + 8, kWarps + (p.x_row ? 3 : 1));
         }
         barrier_init_fence();
     }
@@ -489,75 +773,69 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
         if (warp == kWarps) {
-            producer<T, F, G> load = {p,       &map, reinterpret_cast<int32_t *>(base + L::at_rows),
-                                      base_at, full, empty,
-                                      lane};
-            load.run(tile_start);
-        }
-        if (cluster_size() > 1) {
-            cluster_sync();
-            cluster_sync();
+            producer<T, F, G> load = {p, &map, works, base_at, full, empty, lane};
+            load.run();
+        } else if (warp == kWarps + 1) {
+            walk_all(p, tile_start, works, full + kTold);
+        } else if (p.x_row) {
+            const int half = warp - kWarps - 2;
+            int32_t *rows = reinterpret_cast<int32_t *>(base + L::at_rows) + half * kRows / 2;
+            gather<T, F, G>(p, works, rows, base_at, half);
         }
         return;
     }
-
     registers_up<kMathRegisters>();
     wait_for_previous();
-    __shared__ tall_work work_of[kWarps];
-    compute<T, F, G>(p, tile_start, base, work_of[warp]);
+    compute<T, F, G>(p, base_at, works, segments[warp]);
 #endif
 }
 
-// How many CTAs share a tile's K. In steps of about 1.2 us, as timed for every size on an H200
-// (kernels/LADDER.md): sharing costs 6 and one more a sharer through L2, 1 within a cluster. A
-// cluster must lie in one GPC, so fewer fit than its CTAs suggest (H200: 39 of three, 30 of four,
-// 17 of six, 15 of eight); a second wave would cost more than is won.
-int32_t cluster_of(const void *kernel, const linear_args *a, cudaLaunchConfig_t *config,
-                   int32_t n_sms) {
-    if (a->expert_start) return 1; // the number of tiles is known on the device only
+// How a dense problem is cut. In steps (two units of 128 rows) of about 1.25 us, as timed on an
+// H200 (kernels/LADDER.md): what a team costs beside its steps, and a walk that cuts tiles.
+void plan(linear_args *a, int32_t n_sms) {
+    a->team = 1;
+    // Tiles of experts are seldom whole waves, and short: they are not cut.
+    a->cut_cost = a->steps;
+    if (a->expert_start) return;
     const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
     const int32_t waves = (tiles + n_sms - 1) / n_sms;
-    int32_t best = 1, cost = tiles * a->steps / n_sms + 6 + (n_sms + tiles - 1) / tiles;
+    a->cut_cost = kCutCost + (n_sms + tiles - 1) / tiles;
+    int32_t cost = tiles * a->steps / n_sms + a->cut_cost;
     cost = cost < waves * a->steps ? cost : waves * a->steps;
-    for (int32_t size = 2; size <= kClusterMax && tiles * size <= n_sms; size++) {
-        int fit = 0;
-        const int32_t with = (a->steps + size - 1) / size + 1;
+    for (int32_t size = 2; size <= kTeamMax && tiles * size <= n_sms; size++) {
+        const int32_t with = (a->steps + size - 1) / size + kTeamCost;
         if (with >= cost) continue;
-        config->attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
-        config->gridDim = dim3((unsigned)(tiles * size));
-        if (cudaOccupancyMaxActiveClusters(&fit, kernel, config) != cudaSuccess || fit < tiles)
-            continue;
-        best = size;
+        a->team = size;
         cost = with;
     }
-    return best;
+    a->part = a->steps / a->team;
+    a->part_rest = a->steps % a->team;
 }
 
 template <typename T, int F, int G>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     const auto kernel = linear_tall<T, F, G>;
-    CUtensorMap map = {};
-    if (!args->x_row) TRY(linear_map_x(&map, args, half_pair<T>::bf16, kRows));
     constexpr int bytes = tile<F, G>::bytes;
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
+    CUtensorMap map = {};
+    linear_args a = *args;
+    plan(&a, n_sms * per_sm);
+    // An expert's rows may be few, but each copy has its cost; tiles of a dense problem are alike.
+    a.x_box = a.expert_start ? (a.m <= 8 * a.count ? 16 : 32) : min(kRows, (a.m + 15) / 16 * 16);
+    if (!a.x_row) TRY(linear_map_x(&map, &a, half_pair<T>::bf16, a.x_box));
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    const int32_t tiles = a.n_tiles * ((a.m + kRows - 1) / kRows);
     cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(a.team > 1 ? tiles * a.team : n_sms * per_sm)); // all at once
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = bytes;
     config.stream = (cudaStream_t)stream;
-    config.attrs = attrs;
-    config.numAttrs = 2;
+    config.attrs = &early;
+    config.numAttrs = 1;
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    const int32_t size =
-        cluster_of(reinterpret_cast<const void *>(kernel), args, &config, n_sms * per_sm);
-    const int32_t tiles = args->n_tiles * ((args->m + kRows - 1) / kRows);
-    attrs[1].val.clusterDim = {(unsigned)size, 1, 1};
-    // Without clusters all at once: they wait for each other.
-    config.gridDim = dim3((unsigned)(size > 1 ? tiles * size : n_sms * per_sm));
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, map);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, a, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_tall: %s", cudaGetErrorString(e));
 }
 

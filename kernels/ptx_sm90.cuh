@@ -2,7 +2,7 @@
 //
 // multiply_group<NT>: D [64, NT] f32 += A [64, 16] from registers x B [NT, 16]^T from shared
 // memory (rows of 128 bytes, 128-byte swizzle). One asm statement an N, since its operands are
-// the accumulators.
+// the accumulators, d[0 .. NT / 2).
 #ifndef PTX_SM90_CUH
 #define PTX_SM90_CUH
 #include "wgmma_operands.cuh"
@@ -57,6 +57,11 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int byt
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(bar), "l"(policy)
+                 : "memory");
+}
+// Sixteen bytes by this thread, the first `bytes` of them from memory and zeros behind.
+__device__ __forceinline__ void copy_some(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void copy_tile(uint32_t to, const void *map, int col, int row,
@@ -170,7 +175,7 @@ template <typename T, int NT> struct multiply_group;
         GROUP_MULTIPLY_RUN(run_fresh, "0", TYPE, N, R, A0, A1, A2, A3, B)                          \
     };
 #define GROUP_MULTIPLY_RUN(NAME, ADD, TYPE, N, R, A0, A1, A2, A3, B)                               \
-    static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t(&a)[4], uint64_t b) { \
+    static __device__ __forceinline__ void NAME(float *d, const uint32_t(&a)[4], uint64_t b) {     \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
                      " {" PLACES_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", " ADD  \
                                      ", 1, 1, 0;"                                                  \
@@ -183,7 +188,11 @@ template <typename T, int NT> struct multiply_group;
 GROUP_MULTIPLIES(8, 4, 4, 5, 6, 7, 8)
 GROUP_MULTIPLIES(16, 8, 8, 9, 10, 11, 12)
 GROUP_MULTIPLIES(32, 16, 16, 17, 18, 19, 20)
+GROUP_MULTIPLIES(48, 24, 24, 25, 26, 27, 28)
 GROUP_MULTIPLIES(64, 32, 32, 33, 34, 35, 36)
+GROUP_MULTIPLIES(80, 40, 40, 41, 42, 43, 44)
+GROUP_MULTIPLIES(96, 48, 48, 49, 50, 51, 52)
+GROUP_MULTIPLIES(112, 56, 56, 57, 58, 59, 60)
 GROUP_MULTIPLIES(128, 64, 64, 65, 66, 67, 68)
 GROUP_MULTIPLIES(256, 128, 128, 129, 130, 131, 132)
 #undef GROUP_MULTIPLIES
