@@ -169,12 +169,12 @@ __device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequa
     }
 }
 
-template <typename T, int F>
+template <typename T, int F, bool kFolded = false>
 __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
                                                     bool sym) {
     dequant_packed packed;
     dequant_load_packed<F>(packed, granule, place, sym);
-    dequant_scales_of<T, F>(s, packed);
+    dequant_scales_of<T, F, kFolded>(s, packed);
 }
 
 // The scales of a lane's two rows in f32.
