@@ -70,7 +70,7 @@ struct division {
     int32_t x_rows;                      // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t meet;                        // sums travel
-    int32_t groups, per;        // of 8 rows of x; most of them that a CTA finishes of a warp
+    int32_t groups;                      // of 8 rows of x
     int32_t sums[kClusterMost]; // bytes of them that each CTA of a cluster receives for a tile
     int32_t at_w, at_sums, at_turn, at_bars, bytes;
     int64_t cost; // about, ns
@@ -322,17 +322,17 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 
 // --- Sums of a tile -----------------------------------------------------------------------------
 
-// Group j of row w (a strip of a block; of two blocks with gate and up) is finished by CTA
-// (j + w) % S, as its number j / S of that row. There: [row][number][gate, up][sender][lane][4].
+// The groups of all rows (a row is a strip of a block; of two blocks with gate and up), row after
+// row, are dealt out: the t-th is finished by CTA t % S, as its number t / S. There:
+// [number][gate, up][sender][lane][4].
 struct row_of_sums {
-    int row, half, halves, part, owner; // owner: of its first group
+    int half, halves, part, owner, number; // the last two: of its first group
 };
-template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, int cluster) {
+template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, const division &d) {
     const int wg = threadIdx.x / 128, b = wg % B, strip = threadIdx.x / 32 % 4;
-    row_of_sums r = {b * 4 + strip, 0, 1, wg / B, 0};
-    if (paired) r.row = b / 2 * 4 + strip, r.half = b % 2, r.halves = 2;
-    r.owner = r.row % cluster;
-    return r;
+    const int first = ((paired ? b / 2 : b) * 4 + strip) * d.groups, number = first / d.cluster;
+    return row_of_sums{paired ? b % 2 : 0, paired ? 2 : 1, wg / B, first - number * d.cluster,
+                       number};
 }
 
 template <int NT, int P>
@@ -340,17 +340,15 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
                                      const barriers &bar, uint32_t base, int rank,
                                      const row_of_sums &r) {
     const int lane = threadIdx.x % 32;
-    int owner = r.owner, number = 0, turn = 0;
+    int owner = r.owner, number = r.number;
 #pragma unroll
     for (int j = 0; j < NT / 8; j++) {
         if (j < d.groups) {
-            const int at =
-                (((r.row * d.per + number) * r.halves + r.half) * d.cluster + rank) * P + r.part;
+            const int at = ((number * r.halves + r.half) * d.cluster + rank) * P + r.part;
             remote_store(remote_address(base + d.at_sums + at * 512 + lane * 16, owner),
                          &acc[4 * j], remote_address(bar.sums, owner));
         }
-        if (++owner == d.cluster) owner = 0;
-        if (++turn == d.cluster) turn = 0, number++;
+        if (++owner == d.cluster) owner = 0, number++;
     }
 }
 
@@ -392,15 +390,16 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     if (at.there) o = linear_outputs_of<T>(p, 0, at.block, at.col);
     if (at.there && p.paired)
         o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
-    const int first = rank < r.owner ? rank - r.owner + d.cluster : rank - r.owner;
+    int j = rank - r.owner, number = r.number; // of the first group here
+    if (j < 0) j += d.cluster, number++;
     barrier_wait(bar.sums, count % 2);
     if (threadIdx.x == 0 && tile + d.clusters < d.tiles)
         barrier_arrive_expect(bar.sums, d.sums[rank]);
     if (!at.there) return;
-    for (int j = first, number = 0; j < d.groups; j += d.cluster, number++) {
+    for (; j < d.groups; j += d.cluster, number++) {
         if ((number & (r.halves * P - 1)) != r.part * r.halves + r.half) continue;
-        const uint32_t from = base + d.at_sums + threadIdx.x % 32 * 16 +
-                              (r.row * d.per + number) * r.halves * d.cluster * P * 512;
+        const uint32_t from =
+            base + d.at_sums + threadIdx.x % 32 * 16 + number * r.halves * d.cluster * P * 512;
         float c[4], up[4];
         add_up(c, from, d.cluster * P);
         if (p.paired) {
@@ -476,7 +475,6 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
-    const row_of_sums row = my_row<B>(p.paired, d.cluster);
     wait_for_previous();
     int count = 0;
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters, count++) {
@@ -487,6 +485,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
             finish_alone<T, NT, B>(acc, p, tile, turn);
             continue;
         }
+        const row_of_sums row = my_row<B>(p.paired, d);
         if (count > 0) barrier_wait(bar.read, (count - 1) % 2);
         send<NT, P>(acc, d, bar, base, rank, row);
         finish<T, B, P>(p, d, bar, base, rank, tile, count, row, turn);
@@ -527,10 +526,10 @@ division divide(const linear_args *a, int size, int most) {
     d.clusters = (d.tiles + rounds - 1) / rounds;
     d.meet = size > 1 || P > 1 || a->paired;
     d.groups = (a->m + 7) / 8;
-    d.per = (d.groups + size - 1) / size;
     d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
     const int x_stage = x_units(F, NT, B, P) * NT * 128,
-              sums = d.meet ? 4 * B * P * d.per * size * 512 : 0;
+              dealt = 4 * B / (a->paired ? 2 : 1) * d.groups, each = (dealt + size - 1) / size,
+              sums = d.meet ? each * (a->paired ? 2 : 1) * size * P * 512 : 0;
     const int turn = 4 * B * P * LINEAR_STAGE_FLOATS * 4, bars = 2 * kStagesMost * 16 + 16;
     const int left = room(B * P) - 1024 - sums - turn - bars;
     const int steps = (d.steps + size - 1) / size;
@@ -542,9 +541,7 @@ division divide(const linear_args *a, int size, int most) {
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > rounds * steps) d.w_stages = rounds * steps;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
-    const int halves = a->paired ? 2 : 1;
-    for (int row = 0; row < 4 * B / halves; row++)
-        for (int j = 0; j < d.groups; j++) d.sums[(j + row) % size] += halves * size * P * 512;
+    for (int i = 0; i < dealt; i++) d.sums[i % size] += (a->paired ? 2 : 1) * size * P * 512;
     d.at_w = d.x_stages * x_stage;
     d.at_sums = d.at_w + d.w_stages * d.w_stage;
     d.at_turn = d.at_sums + sums;
