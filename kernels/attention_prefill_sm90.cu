@@ -641,8 +641,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
                                       q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0,
                                       lane);
         fence_async_proxy(); // q of a later item follows what was written and read here
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_at(&c->q_empty[slot]));
+        barrier_arrive(shared_at(&c->q_empty[slot]));
     }
     if (group == 0) turn_wait(0); // what group 1 gave last
 }
@@ -658,7 +657,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             barrier_init(shared_at(&c->q_full[i]), 256);
-            barrier_init(shared_at(&c->q_empty[i]), 8); // consumer warps
+            barrier_init(shared_at(&c->q_empty[i]), 256);
         }
         for (int i = 0; i < kStages; i++) {
             // All of a producer, also where one thread copies: a warp that fell two uses of a stage

@@ -561,17 +561,27 @@ static void long_context(dtype type, kv_format f) {
     run_case(&c);
 }
 
+/* For compute-sanitizer: seconds under it. With two SMs a block has several items. */
+static void tiny(dtype type, kv_format f) {
+    attention_case c = base_case("tiny", type, f, f);
+    add(&c, 70, 1);
+    add(&c, 200, 130);
+    run_case(&c);
+}
+
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
+    const bool few = argc > 1 && !strcmp(argv[1], "--tiny");
     struct cudaDeviceProp prop;
     if (cudaGetDeviceProperties(&prop, 0) != cudaSuccess) {
         printf("skipped: no device\n");
         return 0;
     }
     sm = prop.major * 10 + prop.minor;
-    n_sms = prop.multiProcessorCount;
+    n_sms = few ? 2 : prop.multiProcessorCount;
     static const dtype types[] = {DT_F16, DT_BF16};
-    for (int32_t i = 0; i < 2; i++) {
+    for (int32_t f = 0; few && f < KF_COUNT; f++) tiny(types[f % 2], (kv_format)f);
+    for (int32_t i = 0; !few && i < 2; i++) {
         for (int32_t f = 0; f < KF_COUNT; f++)
             if (!quick || i == f % 2) many(types[i], (kv_format)f, (kv_format)f);
         for (int32_t k = 0; k < KF_COUNT; k++)
