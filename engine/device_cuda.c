@@ -596,6 +596,7 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
                             .y_type = cudev_linear_type(c, cw->field),
                             .act = cw->linear.act,
                             .epilogue = LINEAR_STORE,
+                            .apart = true,
                             .workspace = c->linear_space,
                             .sm = c->sm,
                             .n_sms = c->n_sms};

@@ -318,6 +318,7 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.epilogue = p->epilogue;
     a.sym = w->sym;
     a.y_f32 = p->y_type == DT_F32;
+    a.apart = p->apart;
     a.limit = p->limit;
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;

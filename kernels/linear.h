@@ -75,6 +75,9 @@ typedef struct {
     void *workspace;    /* linear_workspace_bytes of device memory, zeroed once, left zeroed */
     const char *kernel; /* force a variant by name; NULL = the table's choice */
     int32_t sm, n_sms;
+    /* Other kernels run between this launch and other linears, so that SMs may be empty when it
+     * begins, one before another: no two of its CTAs may fit an SM. */
+    bool apart;
 } linear_problem;
 
 /* For problems whose x has up to max_x rows. */

@@ -13,7 +13,9 @@
 // not too long, of its shared memory: the CTAs of the next launch (programmatic dependent launch)
 // then find room beside those that still work and fill their rings, since weights depend on no
 // kernel. For that every launch has a CTA for each SM, if some have nothing to do: they wait like
-// all others for the launch before to end, so that no SM comes to hold two of one launch.
+// all others for the launch before to end, so that no SM comes to hold two of one launch. Where
+// other kernels run between linears an SM may be empty and would come to hold two: there a CTA
+// takes more than half of the shared memory (linear_problem.apart).
 //
 // mma.sync multiplies codes as they lie, as far as that is exact: 4-bit integers are subnormals of
 // f16 (times 2^-24, or 2^-20 for rows that have the other half of a byte), or 128 + code in bf16;
@@ -46,7 +48,8 @@
 namespace {
 
 enum { kWarps = 8, kFinishers = 2, kThreads = 32 * (kWarps + kFinishers) };
-enum { kHalf = 113 * 1024, kRoom = 227 * 1024 }; // shared memory of a CTA: two an SM, or one
+// Shared memory of a CTA: two an SM, or one; the least of which an SM has no two.
+enum { kHalf = 113 * 1024, kRoom = 227 * 1024, kApart = 114 * 1024 };
 
 __host__ __device__ constexpr int code_bits(int f) {
     return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
@@ -582,8 +585,9 @@ division divide(const linear_args *a, int c, int most, int *cycles) {
               ring = kWarps * R::slot_bytes;
     const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
     const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
-    // An SM's share of memory is 18 bytes a cycle.
-    const int read = rounds * (tile / 18 + 100);
+    // An SM's share of memory is 18 bytes a cycle. Large clusters have few batches of a tile each
+    // and wait for each other's sums.
+    const int read = rounds * (tile / 18 + (c > 2 ? 1000 : 100));
     // The next launch's CTA beside this one, where that counts: long launches are better off with
     // more batches on their way. Clusters of more than two are not spread evenly over SMs with room
     // for two CTAs.
@@ -595,6 +599,7 @@ division divide(const linear_args *a, int c, int most, int *cycles) {
     d.at_sums = d.at_x + x;
     d.at_bars = d.at_sums + d.sums_bytes;
     d.bytes = shared_sm ? d.at_bars + kBarriers * 8 : kRoom;
+    if (a->apart && d.bytes < kApart) d.bytes = kApart;
     // L2 gives an SM 24 bytes of x a cycle.
     *cycles = read + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) + (c > 2 ? 2000 : 0);
     if (d.deep < 2) d.bytes = 0;
