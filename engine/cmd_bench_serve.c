@@ -124,6 +124,7 @@ static void print_text(const load_report *r, const metrics *m) {
     printf("%s: %lld completed, %lld failed in %.2f s%s%s\n", r->model, (long long)m->n_completed,
            (long long)r->n_failed, m->duration_s, r->n_failed ? "; first failure: " : "",
            r->failure);
+    if (m->n_completed == 0) return; /* there is nothing to take a mean of */
     printf("  %.3f requests/s, %.1f output tokens/s, %.1f tokens/s in all\n", m->requests_per_s,
            m->output_tokens_per_s, m->total_tokens_per_s);
     printf(
