@@ -193,8 +193,7 @@ asan-tests: $(TESTS) $(REPLAYS)
 
 gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
 	+$(Q)$(PARALLEL) $(O)/amalgam $(GPU_TESTS)
-	$(Q)! grep -H -E '[1-9][0-9]* bytes spill|C75(0[0-9]|1[0-8])' $(O)/kernels/linear*.cu.o.ptxas \
-	    $(O)/kernels/attention*.cu.o.ptxas
+	$(Q)! grep -H -E '[1-9][0-9]* bytes spill|C75(0[0-9]|1[0-8])' $(KERNELS:%.cu=$(O)/%.cu.o.ptxas)
 
 gpu-test: gpu-tests ## run them; needs a GPU
 	$(Q)for t in $(GPU_TESTS); do echo "  $$t" && $$t || exit 1; done

@@ -25,8 +25,9 @@
 // tile whose leaves are all of one run goes to `out` from registers. Otherwise the run that has
 // leaf 0 leaves its sum, and the others leave every leaf, as records; the block that completes the
 // count joins them in order. So a result is ((leaf 0 + leaf 1) + leaf 2) + ... however the leaves
-// fell to blocks.
+// fell to blocks. Tiles of short sequences are not shared: a warp does one alone (`lone`).
 #include "attention_device.cuh"
+#include <cstddef>
 
 namespace {
 
@@ -615,11 +616,12 @@ __device__ __forceinline__ float join2(float a, float f, float b, float g) {
     return __fmaf_rn(a, f, __fmul_rn(b, g));
 }
 
-// Two tiles of heads take the registers, and so do 256 dims beside the addresses of copies: a
-// thread's sum is in block memory then, a word further on than the one before needs, for the banks'
-// sake.
-template <int D, int NT, bool BULK>
-constexpr int all_bytes = NT == 1 && (BULK || D <= 128) ? 0 : (int)sizeof(sum<D, NT>) + 4;
+// Two tiles of heads take the registers, and so do 256 dims, or the code of any format, beside the
+// addresses of copies: a thread's sum is in block memory then, a word further on than the one
+// before needs, for the banks' sake.
+template <int D, int NT, kv_class C, bool BULK>
+constexpr int all_bytes = NT == 1 && D <= 128 && (BULK || C != ANY) ? 0
+                                                                    : (int)sizeof(sum<D, NT>) + 4;
 
 template <int D, int NT>
 __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
@@ -746,6 +748,19 @@ __device__ __forceinline__ uint32_t pack_out(const decode_arguments &a, float x,
     return a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y);
 }
 
+// Rows r and r + 8 of tile i of a head's result.
+template <kv_class C>
+__device__ __forceinline__ void put_pair(uint16_t *head, kv_format v, int i, int r, uint32_t pair) {
+    int d0, d1;
+    rows_of(v, i, r, &d0, &d1);
+    if (!has_16(C) || v != KF_16) {
+        *(uint32_t *)(head + d0) = pair;
+    } else {
+        head[d0] = (uint16_t)pair;
+        head[d1] = (uint16_t)(pair >> 16);
+    }
+}
+
 template <int D, int NT, kv_class C>
 __device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_arguments &a, int row,
                                         const tile_place &p, int warp, int lane) {
@@ -759,16 +774,35 @@ __device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_argume
             const float f = normal_of(a, head, s.m[n][j], s.l[n][j]);
             uint16_t *to = (uint16_t *)a.out + ((int64_t)row * a.n_heads + head) * D;
 #pragma unroll
-            for (int k = 0; k < D / 64; k++) {
-                int d0, d1;
-                rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
-                const uint32_t pair = pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f);
-                if (!has_16(C) || v != KF_16) {
-                    *(uint32_t *)(to + d0) = pair;
-                } else {
-                    to[d0] = (uint16_t)pair;
-                    to[d1] = (uint16_t)(pair >> 16);
-                }
+            for (int k = 0; k < D / 64; k++)
+                put_pair<C>(to, v, warp * (D / 64) + k, lane / 4,
+                            pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f));
+        }
+}
+
+// The same of a warp that has the tile alone.
+template <int D, int NT, kv_class C>
+__device__ __forceinline__ void put_lone(const state<D, NT> &st, const decode_arguments &a, int row,
+                                         const tile_place &p, int lane) {
+    const kv_format v = v_format<C>(a);
+    const bool codes = !has_16(C) || v != KF_16;
+    const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int h = n * 8 + lane % 4 * 2 + j, head = p.head0 + h;
+            const float l = column_sum(st.l[n][j]);
+            const float z = codes ? column_sum(st.z[n][j]) + st.middle[n][j] * unit : 0.f;
+            if (h >= p.n_heads) continue;
+            const float f = normal_of(a, head, st.m[n][j], l);
+            uint16_t *to = (uint16_t *)a.out + ((int64_t)row * a.n_heads + head) * D;
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                const float x = st.acc[i][n][j], y = st.acc[i][n][j + 2];
+                put_pair<C>(to, v, i, lane / 4,
+                            codes ? pack_out(a, (x * unit + z) * f, (y * odd + z) * f)
+                                  : pack_out(a, x * f, y * f));
             }
         }
 }
@@ -863,6 +897,12 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
 // --- A warp's ring
 // ------------------------------------------------------------------------------------------
 
+// The first tile of a run that warp `warp` has alone, from the run's first on, if the first one is
+// warp `lone`'s.
+__device__ __forceinline__ int lone_first(int lone, int warp) {
+    return (warp + kWarps - lone) % kWarps;
+}
+
 template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
@@ -874,13 +914,16 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
     int warp, lane;
-    const attention_run *run;
+    // This lane's word of the run at hand and of the two after it, and the first page of the next:
+    // loaded long before they are wanted, since a warp that waits for one does nothing else.
+    int run, next_run, third_run, next_page;
     const int32_t *pages;
-    int leaf;        // the run's first after the tile at hand
-    int token, stop; // of the unit; the end of the run's part of the tile
+    int leaf, next_tile, first; // after the tile at hand: leaf of the run, tile, leaf of the tile
+    int stride;                 // tokens from this warp's page to its next
+    int token, stop;            // of the unit; the end of the run's part of the tile
     int page;
     int code_at, param_at; // of the tile's head in a page
-    int n_q;               // tiles after the first whose q is on its way or here
+    int q_slot;            // of the next q
     int entry;             // of the unit, comes next
     bool fresh;            // a new tile: its q is wanted
     bool done;
@@ -888,39 +931,83 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     __device__ __forceinline__ uint32_t q_full(int at) const {
         return memory + a.barriers_at + 8 * (kWarps * a.stages + at);
     }
-    __device__ __forceinline__ void enter_run(int at) {
-        run = a.runs + at;
-        pages = a.page + run->page_at;
-        leaf = run->from;
+    __device__ __forceinline__ int load_run(int at) const {
+        const int words = (int)(sizeof(attention_run) / sizeof(int32_t));
+        return at < 0 ? 0 : ((const int32_t *)(a.runs + at))[min(lane, words - 1)];
+    }
+    // A member of a run that the lanes hold.
+#define RUN(words, member)                                                                         \
+    __shfl_sync(~0u, words, (int)(offsetof(attention_run, member) / sizeof(int32_t)))
+    __device__ __forceinline__ void load_next_page() {
+        if (RUN(run, next) < 0) return;
+        const int first = RUN(next_run, first), end = RUN(next_run, end);
+        const int at = RUN(next_run, lone) >= 0
+                           ? RUN(next_run, begin)
+                           : RUN(next_run, begin) + first * RUN(next_run, leaf) + warp * kPage;
+        next_page = a.page[RUN(next_run, page_at) + min(at, end - 1) / kPage];
+    }
+    __device__ __forceinline__ void enter_block() {
+        run = load_run(blockIdx.x);
+        next_run = load_run(RUN(run, next));
+        third_run = load_run(RUN(run, third));
+        pages = a.page + RUN(run, page_at);
+        enter_run();
+        done = false;
+        const bool lone = stride == kPage;
+        load_next_page();
+        seek();
+        if (!lone) fresh = false; // q of the first tile is read where it is
+    }
+    __device__ __forceinline__ void enter_run() {
+        pages = a.page + RUN(run, page_at);
+        const int lone = RUN(run, lone), skip = lone < 0 ? 0 : lone_first(lone, warp);
+        leaf = RUN(run, from) + skip;
+        next_tile = RUN(run, tile) + skip;
+        first = RUN(run, first);
+        stride = lone < 0 ? kStride : kPage;
+    }
+    __device__ __forceinline__ void enter_next() {
+        run = next_run;
+        next_run = third_run;
+        third_run = load_run(RUN(run, third));
+        page = next_page;
+        enter_run();
+        load_next_page();
     }
     __device__ __forceinline__ void enter_tile() {
-        const int n = run->n, tile = leaf / n, first = leaf - tile * n;
-        const int to = min(n, run->to - tile * n), g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
+        const bool lone = stride == kPage;
+        const int to = min(RUN(run, n), first + RUN(run, to) - leaf), tile = next_tile,
+                  g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
         code_at = g * a.head_bytes;
         param_at = a.param_base + g * a.param_bytes;
-        token = run->begin + first * run->leaf + warp * kPage;
-        stop = min(run->begin + to * run->leaf, run->end);
-        leaf = tile * n + to;
-        fresh = true;
+        const int begin = RUN(run, begin), tokens = RUN(run, leaf);
+        token = lone ? begin : begin + first * tokens + warp * kPage;
+        stop = min(begin + to * tokens, RUN(run, end));
+        leaf += lone ? kWarps : to - first;
+        next_tile += lone ? kWarps : 1;
+        first = 0;
+        fresh = !lone;
     }
-    __device__ __forceinline__ int tile() const { return (leaf - 1) / run->n; }
     __device__ __forceinline__ void load_page() { page = pages[token / kPage]; }
     // To the next tile in which this warp has a page.
     __device__ __forceinline__ void seek() {
+        bool entered;
         do {
-            while (leaf == run->to) {
-                done = run->next < 0;
+            entered = false;
+            while (leaf >= RUN(run, to)) {
+                done = RUN(run, next) < 0;
                 if (done) return;
-                enter_run(run->next);
+                enter_next();
+                entered = true;
             }
             enter_tile();
         } while (token >= stop);
-        load_page();
+        if (!entered) load_page();
     }
     __device__ __forceinline__ void next_unit() {
         token += UT;
         if (UT < kPage && token % kPage != 0 && token < stop) return;
-        token += kStride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
+        token += stride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
         if (token < stop)
             load_page();
         else
@@ -932,7 +1019,8 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
                ((int64_t)row * (a.n_heads + 2 * a.n_kv_heads) + p.head0) * 2 * D;
     }
     __device__ __forceinline__ void fetch_q(int row, int of) {
-        const int at = n_q++ % a.q_slots;
+        const int at = q_slot;
+        if (++q_slot == a.q_slots) q_slot = 0;
         const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
         const tile_place p = place_of<NT>(a, of);
         const uint8_t *from = q_rows(row, p);
@@ -985,7 +1073,7 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
-        if (fresh && warp == 0) fetch_q(run->row, tile());
+        if (fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
         if (!BULK || lane == 0) {
@@ -1000,7 +1088,7 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     }
     // Is the entry free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const {
-        return token + (WHOLE ? UT : (entry % R + 1) * ET) < run->end;
+        return token + (WHOLE ? UT : (entry % R + 1) * ET) < RUN(run, end);
     }
 };
 
@@ -1115,12 +1203,14 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         multiply_v_of<D, NT, UT, R, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
-    // This warp's pages of a leaf.
+    // This warp's pages of a leaf, or all of them.
     __device__ __forceinline__ void attend_leaf(state<D, NT> &st, const query<D, NT> &q,
                                                 const attention_run &run, int part) {
         const int begin = run.begin + part * run.leaf, stop = min(begin + run.leaf, run.end);
+        const int first = run.lone < 0 ? begin + feed.warp * kPage : begin,
+                  step = run.lone < 0 ? kStride : kPage;
         clear(st);
-        for (int page = begin + feed.warp * kPage; page < stop; page += kStride)
+        for (int page = first; page < stop; page += step)
             for (int u = 0; u < kPage && page + u < stop; u += UT)
                 attend(st, q, run, page + u, stop);
     }
@@ -1148,7 +1238,8 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         else
             add_leaf(all, leaf);
     }
-    // q of tile n_q of the block after the first. That is read where it is, which takes less time.
+    // q of tile n_q of the block after the first. That and a lone warp's (n_q < 0) are read where
+    // they are, which takes less time.
     __device__ __forceinline__ void get_query(query<D, NT> &q, int row, const tile_place &p,
                                               int n_q) {
         const int at = n_q % a.q_slots;
@@ -1171,12 +1262,16 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
         get_query(q, run.row, place_of<NT>(a, tile), n_q);
         sum<D, NT> here;
         sum<D, NT> &all =
-            all_bytes<D, NT, BULK> == 0
+            all_bytes<D, NT, C, BULK> == 0
                 ? here
-                : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT, BULK>);
+                : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT, C, BULK>);
         for (int part = from; part < to; part++) {
             state<D, NT> st;
             attend_leaf(st, q, run, part);
+            if (run.lone >= 0) {
+                put_lone<D, NT, C>(st, a, run.row, place_of<NT>(a, tile), feed.lane);
+                return;
+            }
             put(st);
             // A leaf late, so that the slowest warp of the leaf is not waited for.
             if (JOINTS == 1)
@@ -1200,6 +1295,9 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
 template <int D, int NT, kv_class C, typename T, bool BULK>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_decode(const __grid_constant__ decode_arguments a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if (BULK) return; // no such copies, and no such launch
+#endif
     extern __shared__ __align__(1024) uint8_t memory[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
@@ -1209,11 +1307,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     feed.lane = lane;
     feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
     feed.full = bars + 8 * warp * a.stages;
-    feed.n_q = 0;
+    feed.q_slot = 0;
     feed.entry = 0;
-    feed.done = false;
-    feed.enter_run(blockIdx.x);
-    feed.seek();
+    feed.enter_block();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
@@ -1221,24 +1317,32 @@ __global__ void __launch_bounds__(kThreads, 2)
         fence_async_proxy();
     }
     __syncthreads();
+    // A run is read where it is by instances whose registers are all taken.
+    const attention_run *at = a.runs + blockIdx.x;
+    attention_run copy = *at;
     // What this step has not written needs no waiting for the kernel before this one.
     int slot = 0;
-    feed.fresh = false;
     if (BULK)
         while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
     wait_for_previous();
     launch_dependents();
     while (slot < a.stages) feed.fetch(slot++);
 
-    int n_q = -1;
-    for (int at = blockIdx.x; at >= 0;) {
-        const attention_run run = a.runs[at];
-        for (int leaf = run.from; leaf < run.to;) {
-            const int t = leaf / run.n, first = t * run.n, to = min(run.n, run.to - first);
-            w.attend_tile(run, t, leaf - first, to, n_q++);
-            leaf = first + to;
+    int n_q = copy.lone < 0 ? -1 : 0;
+    for (;;) {
+        const attention_run &run = C == ANY ? *at : copy;
+        const bool lone = run.lone >= 0;
+        const int skip = lone ? lone_first(run.lone, warp) : 0;
+        int tile = run.tile + skip, first = run.first;
+        for (int leaf = run.from + skip; leaf < run.to; tile += lone ? kWarps : 1) {
+            const int to = min(run.n, first + run.to - leaf);
+            w.attend_tile(run, tile, first, to, lone ? -1 : n_q++);
+            leaf += lone ? kWarps : to - first;
+            first = 0;
         }
-        at = run.next;
+        if (run.next < 0) break;
+        at = a.runs + run.next;
+        copy = *at;
     }
 }
 
@@ -1295,7 +1399,7 @@ status launch(const attention_problem *p) {
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
         a.all_at = a.sums_at + sums;
-        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT, BULK> + 16; // a flag before them
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT, C, BULK> + 16; // a flag before them
         bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT, C>);
     }
     const auto kernel = attend_decode<D, NT, C, T, BULK>;

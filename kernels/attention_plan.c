@@ -59,11 +59,11 @@ void attention_unpack_page(float *k, float *v, const void *page, kv_format kf, k
 
 /* --- Plan ------------------------------------------------------------------------------------- */
 
-/* Tokens of a leaf of a decode that sees n tokens: at most 64 leaves a tile (more where there are
- * few tiles), which is how many records the last block may have to add up. At 4 bit, where a leaf's
- * joining weighs more, leaves of 256 tokens would take 11% more time. */
+/* Tokens of a leaf of a decode that sees n tokens: at most 32 leaves a tile (more where there are
+ * few tiles), which is how many records the last block may have to add up, 16 in 1.4 us. At 4 bit,
+ * where a leaf's joining weighs more, leaves of 256 tokens would take 11% more time. */
 static int32_t leaf_of(int32_t n, int32_t n_tiles, bool kv4) {
-    const int64_t most = i64_max(64, 256 / n_tiles);
+    const int64_t most = i64_max(32, 256 / n_tiles);
     const int64_t least = n <= (kv4 ? 512 : 8192) ? ATTENTION_LEAF_MIN : 2 * ATTENTION_LEAF_MIN;
     return (int32_t)i64_max(least, div_up(n, most * ATTENTION_LEAF_MIN) * ATTENTION_LEAF_MIN);
 }
@@ -86,8 +86,10 @@ int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n
 }
 
 /* Work is counted in pages, four at a time for a block's four warps; what a leaf costs beside them
- * is about one, and a tile, whose beginning nothing hides, about four. */
+ * is about one, and a tile, whose beginning nothing hides, about four. A warp's page takes as long
+ * as four do together, but of the tiles that a warp has alone four go at a time. */
 static int32_t leaf_cost(const attention_run *r) {
+    if (r->lone >= 0) return (int32_t)div_up(r->end - r->begin, P) + 1;
     const int64_t rounds = div_up(i64_min(r->leaf, r->end - r->begin), ATTENTION_LEAF_MIN);
     return (int32_t)(rounds * (ATTENTION_LEAF_MIN / P) + 1 + 4 / r->n);
 }
@@ -106,7 +108,8 @@ static attention_run decode_run(const attention_batch *b, int32_t s, int32_t n_t
                            .leaf = leaf,
                            .n = n,
                            .to = n * n_tiles,
-                           .next = -1};
+                           .next = -1,
+                           .lone = len - begin <= ATTENTION_LONE_MAX ? 0 : -1};
 }
 
 typedef struct {
@@ -115,11 +118,18 @@ typedef struct {
     int32_t n_blocks, at, room,
         n_full; /* block at hand, cost a block may have, full ones in a row */
     int32_t last[ATTENTION_BLOCKS_MAX], cost[ATTENTION_BLOCKS_MAX]; /* last run, or -1 */
+    int32_t lone[ATTENTION_BLOCKS_MAX];                             /* warp whose turn it is */
 } split;
 
 static void add_run(split *s, attention_run r) {
     const int32_t i = s->last[s->at] < 0 ? s->at : s->n++;
     if (i != s->at) s->run[s->last[s->at]].next = i;
+    if (r.lone >= 0) {
+        r.lone = s->lone[s->at];
+        s->lone[s->at] = (r.lone + r.to - r.from) % (ATTENTION_LEAF_MIN / P);
+    }
+    r.tile = r.from / r.n;
+    r.first = r.from % r.n;
     s->run[i] = r;
     s->last[s->at] = i;
     s->cost[s->at] += (r.to - r.from) * leaf_cost(&r);
@@ -179,7 +189,7 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
     int64_t cost = 0;
     int32_t largest = 0, slot = 0, to_come = b->n_decodes;
     for (int32_t i = 0; i < n_blocks; i++) {
-        run[i] = (attention_run){.n = 1, .next = -1};
+        run[i] = (attention_run){.n = 1, .next = -1, .lone = -1};
         s.last[i] = -1;
     }
     for (int32_t i = 0; i < b->n_decodes; i++) {
@@ -201,6 +211,7 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
         }
     }
     stagger(&s);
+    for (int32_t i = 0; i < s.n; i++) run[i].third = run[i].next < 0 ? -1 : run[run[i].next].next;
     return s.n;
 }
 

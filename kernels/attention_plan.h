@@ -10,6 +10,7 @@ extern "C" {
 
 enum {
     ATTENTION_LEAF_MIN = 256,   /* tokens of a leaf: a page for each of a block's warps */
+    ATTENTION_LONE_MAX = 128,   /* tokens of a leaf that one warp does: two pages */
     ATTENTION_BLOCKS_MAX = 512, /* of a decode's launch */
     ATTENTION_TILE_ROWS = 128   /* query rows (tokens x heads of a group) of a prefill tile */
 };
@@ -25,8 +26,11 @@ typedef struct {
     int32_t leaf, n;
     int32_t slot; /* the sequence's first record in the workspace */
     int32_t from, to;
-    int32_t prefix; /* leaves that the run with leaf 0 of tile from / n has of that tile */
-    int32_t next;   /* the block's next run, -1 at the end */
+    int32_t tile, first; /* from / n, from % n */
+    int32_t prefix;      /* leaves that the run with leaf 0 of tile from / n has of that tile */
+    int32_t next;        /* the block's next run, -1 at the end */
+    int32_t third;       /* the next one's next */
+    int32_t lone; /* -1, or each tile is one warp's: tile from + i that of warp (lone + i) % 4 */
 } attention_run;
 
 /* Rows row0 .. row0 + 127 of a prefill chunk; every KV head of it is one work item. Row r is head

@@ -561,27 +561,40 @@ static void long_context(dtype type, kv_format f) {
     run_case(&c);
 }
 
-/* For compute-sanitizer: seconds under it. With two SMs a block has several items. */
+/* For compute-sanitizer: seconds under it. Prefills: with two SMs a block has several items. */
 static void tiny(dtype type, kv_format f) {
     attention_case c = base_case("tiny", type, f, f);
+    const int32_t all = n_sms;
+    n_sms = 2;
     add(&c, 70, 1);
     add(&c, 200, 130);
     run_case(&c);
+    n_sms = all;
 }
 
+/* Each way a decode's sequence may go: a warp alone, a leaf, leaves of one block and of several. */
+static void least(kv_format f) {
+    attention_case c = base_case("least", DT_F16, f, f);
+    static const int32_t lengths[] = {1, 65, 128, 129, 300, 1100};
+    for (int32_t i = 0; i < COUNT_OF(lengths); i++) add(&c, lengths[i], 1);
+    run_case(&c);
+}
+
+/* gpu_attention [--quick | --least]: all cases, a fifth, or those that compute-sanitizer can do. */
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
-    const bool few = argc > 1 && !strcmp(argv[1], "--tiny");
+    const bool for_sanitizer = argc > 1 && !strcmp(argv[1], "--least");
     struct cudaDeviceProp prop;
     if (cudaGetDeviceProperties(&prop, 0) != cudaSuccess) {
         printf("skipped: no device\n");
         return 0;
     }
     sm = prop.major * 10 + prop.minor;
-    n_sms = few ? 2 : prop.multiProcessorCount;
+    n_sms = prop.multiProcessorCount;
     static const dtype types[] = {DT_F16, DT_BF16};
-    for (int32_t f = 0; few && f < KF_COUNT; f++) tiny(types[f % 2], (kv_format)f);
-    for (int32_t i = 0; !few && i < 2; i++) {
+    for (int32_t f = 0; for_sanitizer && f < KF_COUNT; f++)
+        least((kv_format)f), tiny(types[f % 2], (kv_format)f);
+    for (int32_t i = 0; !for_sanitizer && i < 2; i++) {
         for (int32_t f = 0; f < KF_COUNT; f++)
             if (!quick || i == f % 2) many(types[i], (kv_format)f, (kv_format)f);
         for (int32_t k = 0; k < KF_COUNT; k++)
