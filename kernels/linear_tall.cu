@@ -239,8 +239,8 @@ template <typename T, int F, int G> struct producer {
 };
 
 // Gathered rows of x in the swizzle of the copy engine, by two warps: `half` takes four rows of
-// each eight. A row past the tile's last is the last again: nobody looks at what it gives. A step is
-// announced kBehind steps later, when its copies have landed: so this warp makes them visible to
+// each eight. A row past the tile's last is the last again: nobody looks at what it gives. A step
+// is announced kBehind steps later, when its copies have landed: so this warp makes them visible to
 // the tensor cores, and none of those that multiply has to.
 template <typename T, int F, int G>
 __device__ __forceinline__ void gather(const linear_args &p, const tall_work *works, int32_t *rows,
