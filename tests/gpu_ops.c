@@ -446,8 +446,8 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
     return differ;
 }
 
-static bool
-    least; /* few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB */
+/* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
+static bool least;
 
 static void test_draw(void **state) {
     (void)state;
