@@ -42,9 +42,10 @@ static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 
  * The token is the one that sampler_draw takes from the same logits, unless rounding decides:
  * weights e = exp((z - max z) / T) are f64 as there, but their sums are of e 2^44 rounded to
  * integers, so that they depend on no order (and a token under 2^-45 of the best is never drawn).
- * Where two running sums differ by less than vocab 2^-45 of the best weight, or the 2^-46 of itself
- * within which e is taken here decides, the neighbour may be taken. Same bits on every run, in any company. Greedy
- * tokens, top-k sets and ties are exact. Log-probabilities are within 1e-6 plus rounding.
+ * Where two running sums differ by less than vocab 2^-45 of the best weight, or the 2^-46 of
+ * itself within which e is taken here decides, the neighbour may be taken. Same bits on every run,
+ * in any company. Greedy tokens, top-k sets and ties are exact. Log-probabilities are within 1e-6
+ * plus rounding.
  *
  * One to eight blocks a row, on which no bit depends. SHAPE for vocab outside 1 .. 2^18, DEVICE on
  * launch failure; n == 0 launches nothing. Asynchronous on `stream`, capturable in a graph. */

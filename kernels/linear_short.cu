@@ -1,33 +1,32 @@
-// linear_short.cu - y^T = W x^T for few rows of x, on sm_90: as fast as the weights can be read.
+// linear_short.cu - y^T = W x^T for few rows of x, on sm_90, by wgmma.
 //
 // A cluster of C CTAs shares a tile (a block of 64 rows of W; with gate and up 64 of each) along K.
-// Cluster c takes tiles c, c + clusters, ... Each CTA keeps its part of x in shared memory for all
-// of its tiles. Of a CTA's warps
+// Cluster c takes tiles c, c + clusters, ... Of a CTA's warps
 //
-//    8 multiply: each has a part of the CTA's inputs (with gate and up four share what eight have)
-//      and all 64 rows, and brings its codes and scales itself, through a ring of its own in shared
-//      memory (cp.async): warps wait for nothing of each other's
-//    2 finish the tiles: they add up what the others have found
+//   4 P multiply: a warpgroup has a part of the CTA's inputs (with gate and up two have the same,
+//       for a half each). It turns codes into A fragments while wgmma multiplies those before with
+//       x from shared memory
+//   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
+//       are asked for before the launch before has ended (programmatic dependent launch), since
+//       weights depend on no kernel; x once, or where it finds no room with every step
+//   P   help: they sum x over granules, and finish all tiles of the CTA but the last
 //
-// Up to 8 rows a CTA takes half of an SM's registers and, where x is not too large and the launch
-// not too long, of its shared memory: the CTAs of the next launch (programmatic dependent launch)
-// then find room beside those that still work and fill their rings, since weights depend on no
-// kernel. For that every launch has a CTA for each SM, if some have nothing to do: they wait like
-// all others for the launch before to end, so that no SM comes to hold two of one launch. Where
-// other kernels run between linears an SM may be empty and would come to hold two: there a CTA
-// takes more than half of the shared memory (linear_problem.apart).
+// Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
+// counts the bytes), and are added there in order of K, the last tile's by the warps that multiply.
+// Clusters do not wait for each other, and there is no workspace: the bits are the same on every
+// run.
 //
-// mma.sync multiplies codes as they lie, as far as that is exact: 4-bit integers are subnormals of
-// f16 (times 2^-24, or 2^-20 for rows that have the other half of a byte), or 128 + code in bf16;
-// bytes 1024 + code in f16. Sums over x alone, one product more for each 16 inputs, then take away
-// what is too much, zero points included; the scale meets the sums in f32. Sums of a tile go to the
-// CTA that finishes them (st.async into its shared memory, whose barrier counts the bytes) and are
-// added there in order of K. Clusters do not wait for each other, and there is no workspace: the
-// bits are the same on every run.
+// Where a CTA takes half of an SM (P = 2), the CTAs of the next launch find room beside those that
+// still work and fill their rings. For that every launch has a CTA for each SM, if some have
+// nothing to do: they wait like all others for the launch before to end, so that no SM comes to
+// hold two of one launch. With many tiles two of one launch may share an SM on purpose. Where other
+// kernels run between linears an SM may be empty and would come to hold two: there such a CTA takes
+// more than half of the shared memory (linear_problem.apart).
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
+#include "tensor_map.cuh"
 
 // The explicit list: format, type, x rows (NT), scale granule (0: none).
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
@@ -47,364 +46,405 @@
 
 namespace {
 
-enum { kWarps = 8, kFinishers = 2, kThreads = 32 * (kWarps + kFinishers) };
 // Shared memory of a CTA: two an SM, or one; the least of which an SM has no two.
 enum { kHalf = 113 * 1024, kRoom = 227 * 1024, kApart = 114 * 1024 };
+enum { kStagesMost = 16 };
 
 __host__ __device__ constexpr int code_bits(int f) {
     return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
 }
-
-// Units of a batch: registers.
-__host__ __device__ constexpr int batch_units(int f, int g) {
-    return code_bits(f) > 4 || (f == WF_INT4 && g < 128) || f == WF_NVFP4 ? 1 : 2;
+// Units of K in a step, at least what a scale covers.
+__host__ __device__ constexpr int step_units(int f) { return code_bits(f) == 4 ? 4 : 2; }
+__host__ __device__ constexpr int step_granules(int f, int g) {
+    return g ? step_units(f) * 64 / g : 0;
 }
 
-// On an SM, as far as registers go.
-__host__ __device__ constexpr int ctas(int f, int rows) {
-    return rows == 8 && f != WF_NVFP4 ? 2 : 1;
-}
+// Are codes multiplied as they lie, and products of a granule summed by themselves? What is too
+// much (zero points, 128 in bf16) is then taken from the sums by those of x, and the scale meets
+// the sums in f32. Else scales meet the codes.
+__host__ __device__ constexpr bool on_sums(int f, int g) { return f == WF_INT4 && g == 128; }
 
-// How a problem is cut, and where things lie in shared memory (bytes from a multiple of 128).
+// How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
+// stage of W: [x, where it comes anew for each tile][codes][scales]. Else all of x lies at 0.
 struct division {
-    int32_t cluster, clusters;
-    int32_t tiles;                 // blocks; with gate and up pairs of them
-    int32_t deep, ring_bytes;      // batches of a warp's ring: 2 to 4
-    int32_t senders;               // sums of a chunk
-    int32_t sums_bytes;            // of all chunks (pairs of them, when gated) that a CTA finishes
-    int32_t x_stride;              // bytes from a row of x to the next
-    int64_t code_step, scale_step; // from a tile of a cluster to its next
-    int32_t at_x, at_sums, at_bars, bytes;
+    int32_t cluster, clusters, cluster_log;
+    int32_t tiles, steps;      // blocks, with gate and up pairs of them; of a tile
+    int32_t groups;            // parts of K in a CTA
+    int32_t senders;           // sums of a chunk
+    int32_t sums_bytes;        // of all chunks (pairs of them, when gated) that a CTA finishes
+    int32_t w_stages, slot;    // of a warpgroup; bytes of one
+    int32_t x_stages, x_again; // stages of a part's x, when it stays
+    int32_t x_whole;           // K is a multiple of 64: x comes as boxes of several units
+    int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
+    int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
+    int64_t cost;
 };
 
-// The chunks of a tile, 16 rows by 8 rows of x, are finished by CTAs q C / Q: each has `per` of
-// them, or in large clusters some CTAs have one and others none.
+// The chunks of a tile, 16 rows by 8 rows of x, are finished by the CTAs of the cluster in turn:
+// chunk q by CTA q / per, or in large clusters by CTA q * apart (no division: clusters are powers
+// of two).
 template <int NT> struct chunks {
-    static constexpr int all = 4 * (NT / 8);
-    static __host__ __device__ __forceinline__ int per(int cluster) {
-        return cluster < all ? all / cluster : 1;
+    static constexpr int log = NT == 8 ? 2 : 3; // of all of them
+    int per, apart;                             // logarithms, one of them 0
+    __host__ __device__ __forceinline__ explicit chunks(const division &d)
+        : per(max(log - d.cluster_log, 0)), apart(max(d.cluster_log - log, 0)) {}
+};
+
+// Barriers: of two tiles in turn sums complete and sums read; then of each warpgroup, one a stage,
+// W there, W read, x there, sums of x there.
+struct barriers {
+    uint32_t sums, read, stages;
+    __device__ __forceinline__ uint32_t of(int group, int kind) const {
+        return stages + (group * 4 + kind) * (kStagesMost * 8);
     }
-    static __device__ __forceinline__ bool some(int rank, int cluster) {
-        return rank * all % cluster == 0;
+};
+enum { kFull, kEmpty, kX, kXSums };
+__host__ __device__ constexpr int bars_bytes(int p) { return 32 + p * kStagesMost * 32; }
+
+// What a warpgroup and the warps that serve it have to do.
+struct duty {
+    int rank, group, part, half; // part: of K in the CTA
+    int begin, steps, tiles;     // the first step of K
+    int x_group;                 // whose x
+    __device__ __forceinline__ duty(const division &d, int group) : group(group) {
+        const int tile0 = (int)blockIdx.x >> d.cluster_log;
+        rank = cluster_rank();
+        half = group >= d.groups ? 1 : 0;
+        part = group - half * d.groups;
+        const int i = rank * d.groups + part;
+        begin = d.steps * i / d.senders;
+        steps = d.steps * (i + 1) / d.senders - begin;
+        tiles = tile0 < d.tiles ? (d.tiles - tile0 + d.clusters - 1) / d.clusters : 0;
+        x_group = d.x_again ? group : part;
     }
 };
 
-// --- Copies of a thread
-// ------------------------------------------------------------------------------------------------
+// Where the next stage of a ring is, and how often the ring went round.
+struct place {
+    int stage = 0, parity = 0;
+    __device__ __forceinline__ void next(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
 
-__device__ __forceinline__ void copy_16(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_16_or_zeros(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(there ? 16 : 0)
+// --- Loading ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int unit,
+                                         uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(0), "r"(unit), "r"(bar)
                  : "memory");
 }
-__device__ __forceinline__ void copies_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// All but the last `n` commits of this thread have landed.
-template <int n> __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Units of K from `begin`, whole granules of 128 inputs: the i-th of n parts.
-struct part {
-    int32_t begin, end;
-};
-__device__ __forceinline__ part part_of(const linear_args &p, int i, int n) {
-    const int32_t pairs = (p.units + 1) / 2;
-    part k;
-    k.begin = pairs * i / n * 2;
-    k.end = min(pairs * (i + 1) / n * 2, p.units);
-    return k;
+// x of one step.
+template <int F, int NT>
+__device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map, int step,
+                                       uint32_t to, uint32_t bar) {
+    constexpr int U = step_units(F);
+    if (d.x_whole)
+        copy_box(to, &map, step * U, bar);
+    else
+        for (int i = 0; i < U; i++) copy_tile(to + i * NT * 128, &map, (step * U + i) * 64, 0, bar);
 }
 
-// Sums complete, sums read, and for each part of the inputs whether a half of its x is there.
-enum { kBarriers = 2 + kWarps * 2 };
-struct barriers {
-    uint32_t sums, read, x;
-};
+// All steps of a warpgroup, by one thread.
+template <int F, int NT, int G>
+__device__ __forceinline__ void load(const linear_args &p, const division &d,
+                                     const CUtensorMap &map, const barriers &bar, uint32_t base,
+                                     const duty &own) {
+    constexpr int U = step_units(F), unit = 512 * code_bits(F), N = step_granules(F, G);
+    constexpr int x_bytes = U * NT * 128;
+    const int total = own.steps * own.tiles;
+    const uint64_t policy = policy_evict_first();
+    const uint32_t full = bar.of(own.group, kFull), empty = bar.of(own.group, kEmpty);
+    const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
+    const int bytes = U * unit + N * p.granule_bytes + (d.x_again ? x_bytes : 0);
+    int block = ((int)blockIdx.x >> d.cluster_log) + own.half * p.half_blocks, step = own.begin;
+    place at;
+    prefetch_map(&map);
+    const auto load_w = [&] {
+        const uint32_t there = full + at.stage * 8;
+        const uint32_t to = slots + at.stage * d.slot + (d.x_again ? x_bytes : 0);
+        const uint8_t *code = p.code + ((int64_t)block * p.units + step * U) * unit;
+        barrier_wait(empty + at.stage * 8, at.parity ^ 1);
+        barrier_arrive_expect(there, bytes);
+        const int units = min(U, p.units - step * U);
+        copy_bulk(to, code, units * unit, there, policy);
+        // What lies past K meets zeros of x, and may be anything but NaN.
+        for (int i = units; i < U; i++) copy_bulk(to + i * unit, p.code, unit, there, policy);
+        if (G) {
+            const int granules = min(N, p.granules - step * N);
+            const uint8_t *scale =
+                p.scale + ((int64_t)block * p.granules + step * N) * p.granule_bytes;
+            copy_bulk(to + U * unit, scale, granules * p.granule_bytes, there, policy);
+            for (int i = granules; i < N; i++)
+                copy_bulk(to + U * unit + i * p.granule_bytes, p.scale, p.granule_bytes, there,
+                          policy);
+        }
+    };
+    const auto next = [&] {
+        at.next(d.w_stages);
+        if (++step == own.begin + own.steps) step = own.begin, block += d.clusters;
+    };
+    const int first = min(total, d.w_stages);
+    for (int i = 0; i < first; i++, next()) load_w();
+    wait_for_previous();
+    if (d.x_again) {
+        for (int i = 0, s = 0; i < first; i++) {
+            load_x<F, NT>(d, map, own.begin + s, slots + i * d.slot, full + i * 8);
+            if (++s == own.steps) s = 0;
+        }
+    } else if (own.half == 0 && own.tiles > 0) {
+        for (int i = 0; i < own.steps; i++) {
+            const uint32_t there = bar.of(own.group, kX) + i * 8;
+            barrier_arrive_expect(there, x_bytes);
+            load_x<F, NT>(d, map, own.begin + i, base + (own.group * d.x_stages + i) * x_bytes,
+                          there);
+        }
+    }
+    for (int i = first; i < total; i++, next()) {
+        load_w();
+        if (d.x_again) load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
+    }
+}
 
-// --- A warp's ring of codes and scales
-// ------------------------------------------------------------------------------------------------
+// --- Sums of x ----------------------------------------------------------------------------------
 
-template <int F, int G> struct ring {
-    static constexpr int N = batch_units(F, G), unit = 512 * code_bits(F);
-    static constexpr int granules = !G ? 0 : N * 64 > G ? N * 64 / G : 1; // of a batch
-    static constexpr int granule_max = F == WF_INT4 ? 192 : F == WF_FP8B ? 16 : 64;
-    static constexpr int code_bytes = N * unit;
-    static constexpr int slot_bytes = (code_bytes + granules * granule_max + 63) / 64 * 64;
+__device__ __forceinline__ void put_shared(uint32_t to, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
 
+// Of the two granules of 128 inputs of a step, by one warp: [granule][NT] floats. x times one; of 8
+// rows two blocks of 16 inputs at once.
+enum { kXSumsGranules = 2 };
+template <typename T, int NT> __device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
+    constexpr uint32_t one = half_pair<T>::bf16 ? 0x3f803f80u : 0x3c003c00u;
+    const int lane = threadIdx.x % 32, m = lane / 8;
+    const int row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
+    const int chunk = NT == 8 ? m % 2 * 2 + m / 2 : m / 2; // of 16 bytes, where swizzles put it
+    float c[4][4] = {};
+#pragma unroll
+    for (int j = 0; j < NT / 4; j++)
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            uint32_t a[4];
+            const int in = chunk + j * (NT == 8 ? 4 : 2);
+            load_matrices(a, x + u * (NT * 128) + row * 128 + (in ^ row % 8) * 16);
+            multiply(c[u], a, one, one, T{});
+        }
+#pragma unroll
+    for (int i = 0; i < kXSumsGranules; i++) {
+        const float low = c[2 * i][0] + c[2 * i + 1][0], high = c[2 * i][2] + c[2 * i + 1][2];
+        const uint32_t at = to + (i * NT + lane / 4) * 4;
+        if (lane % 4 == 0) {
+            put_shared(at, NT == 8 ? low + high : low);
+            if (NT == 16) put_shared(at + 32, high);
+        }
+    }
+}
+__host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows) {
+    return on_sums(f, g) ? kXSumsGranules * rows * 4 : 0;
+}
+
+// --- Multiplying --------------------------------------------------------------------------------
+
+template <typename T, int F, int NT, int G> struct multiplier {
+    static constexpr int U = step_units(F), bits = code_bits(F), unit = 512 * bits, R = NT / 2;
+    static constexpr bool kSums = on_sums(F, G), kFolded = F == WF_MXFP4;
+    static constexpr bool bf16 = half_pair<T>::bf16;
+    static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
     const linear_args &p;
     const division &d;
-    int batches;       // of a tile
-    bool odd;          // the last has one unit only
-    uint32_t at, ends; // the slot to be read and then filled; behind the last
-    // What is asked for next: tiles to come, batch, this lane's place in codes and scales.
-    int tiles, batch;
-    const uint8_t *code, *scale;
-    int32_t in; // this lane's 16 bytes of 512
+    const barriers &bar;
+    const duty &own;
+    place at;
+    uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
+    uint32_t x_sums;
+    int at_scale;
 
-    // Part k of the tiles from tile0. up: 1, of its blocks.
-    __device__ __forceinline__ ring(const linear_args &p, const division &d, part k, int up,
-                                    uint32_t begins, int tile0)
-        : p(p), d(d), at(begins), ends(begins + d.ring_bytes), batch(0) {
-        const int block = tile0 + up * p.half_blocks;
-        batches = (k.end - k.begin + N - 1) / N;
-        odd = (k.end - k.begin) % N;
-        tiles = batches && tile0 < d.tiles ? (d.tiles - tile0 + d.clusters - 1) / d.clusters : 0;
-        in = threadIdx.x % 32 * 16;
-        code = p.code + ((int64_t)block * p.units + k.begin) * unit + in;
-        if (G) {
-            scale = p.scale +
-                    ((int64_t)block * p.granules + k.begin * 64 / (G ? G : 1)) * p.granule_bytes +
-                    in;
-        }
-        asm volatile("" : "+r"(in));
+    __device__ __forceinline__ void begin(uint32_t base) {
+        constexpr int x_bytes = U * NT * 128;
+        const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
+        code = slots + (d.x_again ? x_bytes : 0) + strip * (unit / 4) + lane * 16;
+        scale = slots + (d.x_again ? x_bytes : 0) + U * unit;
+        at_scale = strip * 16 + lane / 4 * 2;
+        const uint32_t first = d.x_again ? slots : base + own.part * d.x_stages * x_bytes;
+        // From one lane, so that the compiler knows it for uniform: descriptors are.
+        x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
+        x_step = (d.x_again ? d.slot : x_bytes) >> 4;
+        x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
+        asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale), "+r"(x_sums));
     }
 
-    // Asks for the next batch, if there is one, into the slot that was read.
-    __device__ __forceinline__ void fetch() {
-        if (tiles > 0) {
-            batch++;
-            const bool last = batch == batches, all = N == 1 || !(last && odd);
+    // Four codes of a row, four of eight rows on, and again: an A fragment.
+    static __device__ __forceinline__ void raw(uint32_t (&a)[4], uint32_t word) {
+        if (bf16) { // plus 128
 #pragma unroll
-            for (int i = 0; i < N * unit; i += 512)
-                if (i < unit || all) copy_16(at + in + i, code + i);
-            if (G) {
-                const int bytes = (all ? granules : (granules + 1) / 2) * p.granule_bytes;
-#pragma unroll
-                for (int i = 0; i < (granules * granule_max + 511) / 512; i++)
-                    if (in + i * 512 < bytes)
-                        copy_16(at + code_bytes + in + i * 512, scale + i * 512);
-                if (G <= N * 64 || batch % 2 == 0) scale += granules * p.granule_bytes;
-            }
-            code += N * unit;
-            if (last) {
-                code += d.code_step - (int64_t)batches * (N * unit);
-                if (G)
-                    scale += d.scale_step -
-                             (G > N * 64 ? batches / 2 : batches) * granules * p.granule_bytes;
-                batch = 0;
-                tiles--;
-            }
-        }
-        copies_commit();
-        at += slot_bytes;
-        if (at == ends) at -= d.ring_bytes;
-    }
-    __device__ __forceinline__ void wait() const {
-        if (d.deep == 2)
-            copies_wait<1>();
-        else if (d.deep == 3)
-            copies_wait<2>();
-        else
-            copies_wait<3>();
-        __syncwarp();
-    }
-};
-
-// --- Multiplying
-// ------------------------------------------------------------------------------------------------
-
-// Codes of a unit and raw scales of a granule, of S strips from strip s0 of this warp's.
-template <int F, int S>
-__device__ __forceinline__ void load_codes(uint4 (&f)[S][code_bits(F) / 4], uint32_t code, int s0) {
-#pragma unroll
-    for (int s = 0; s < S; s++)
-#pragma unroll
-        for (int c = 0; c < code_bits(F) / 4; c++)
-            f[s][c] = shared_u128(code + ((s0 + s) * code_bits(F) / 4 + c) * 512);
-}
-template <int F, int S, int C>
-__device__ __forceinline__ void load_scales(dequant_packed (&f)[S], uint32_t from, int place,
-                                            int s0, const linear_args &p) {
-#pragma unroll
-    for (int s = s0; s < s0 + C; s++) dequant_load_packed<F>(f[s], from, place + s * 16, p.sym);
-}
-
-// A unit of x: four atoms of NT rows.
-template <int NT> struct inputs { uint32_t x[4][NT / 8][2]; };
-template <int NT> __device__ __forceinline__ void load_inputs(inputs<NT> &f, uint32_t x) {
-    if (NT == 8) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) load_matrices(&f.x[2 * h][0][0], x + h * 64);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++) load_matrices(&f.x[j][0][0], x + j * 32);
-    }
-}
-
-// Codes as they are multiplied: something added to each, or all times a power of two, that no
-// instruction of their own takes away. Sums of x mend the one, `mend` the other.
-template <typename T, int F> struct raw {
-    static constexpr bool bf16 = half_pair<T>::bf16;
-    static constexpr bool zeros = F == WF_INT4 || (F == WF_INT8 && !bf16);
-    // Of rows g and g + 8: what the products' sums are to be multiplied with.
-    static constexpr float mend0 = F == WF_INT4 && !bf16 ? 16777216.f : dequant_factor<T, F>();
-    static constexpr float mend1 = F == WF_INT4 && !bf16 ? 1048576.f : dequant_factor<T, F>();
-    // An A fragment whose products are the sums of x, of rows g + 8 those times mend0 / mend1.
-    static constexpr uint32_t one0 = bf16 ? 0x3f803f80u : 0x3c003c00u;
-    static constexpr uint32_t one1 = F == WF_INT4 && !bf16 ? 0x4c004c00u : one0;
-
-    static __device__ __forceinline__ void word(uint32_t (&a)[4], const uint32_t *word) {
-        if (F == WF_INT4 && !bf16) { // subnormal: codes times 2^-24, of rows g + 8 times 2^-20
-            const uint32_t v = word[0], high = v >> 8;
-            a[0] = v & 0x000f000fu;
-            a[1] = v & 0x00f000f0u;
+            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word >> 4 * i, 0x43004300u);
+        } else { // subnormal: times 2^-24, of rows g + 8 times 2^-20
+            const uint32_t high = word >> 8;
+            a[0] = word & 0x000f000fu;
+            a[1] = word & 0x00f000f0u;
             a[2] = high & 0x000f000fu;
             a[3] = high & 0x00f000f0u;
-        } else if (F == WF_INT4) { // plus 128
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word[0] >> 4 * i, 0x43004300u);
-        } else if (F == WF_INT8 && !bf16) { // stored plus 128; plus 1024
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[i] = __byte_perm(word[i / 2], 0x64646464u, i % 2 ? 0x4341 : 0x4240);
-        } else {
-            dequant_word<T, F, false>(a, word, dequant_scales{});
         }
     }
-    // Scales of rows g and g + 8, and what the sums of x are to be multiplied with and taken away.
-    static __device__ __forceinline__ void scales(float (&s)[2], float (&z)[2],
-                                                  const dequant_packed &from) {
-        dequant_unpack<F>(s, from);
-        if (F == WF_INT8) {
-            z[0] = z[1] = 1152.f;
-        } else if (bf16) { // 128 + z
-            z[0] = __uint_as_float(__byte_perm(from.zero, 0x43000000u, 0x7055));
-            z[1] = __uint_as_float(__byte_perm(from.zero, 0x43000000u, 0x7155));
+    // What all sums are to be multiplied with.
+    static __device__ __forceinline__ float mend(int e) {
+        if (kSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
+        return dequant_unfold<T, F>();
+    }
+
+    // Unit u of a stage: A fragments. `scales` holds what the unit before had.
+    __device__ __forceinline__ void convert(uint32_t (&a)[4][4], dequant_scales &scales,
+                                            dequant_packed &packed, int u, uint32_t code_at,
+                                            uint32_t scale_at) const {
+        constexpr int rows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
+        constexpr int inputs = G ? G : 1 << 20;                  // of a granule
+        uint4 chunk[bits / 4];
+#pragma unroll
+        for (int c = 0; c < bits / 4; c++) chunk[c] = shared_u128(code_at + u * unit + c * 512);
+        if (kSums && u * 64 % inputs == 0)
+            dequant_load_packed<F>(packed, scale_at + u * 64 / inputs * p.granule_bytes, at_scale,
+                                   p.sym);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk) + j * (bits / 4);
+            if (kSums) {
+                raw(a[j], *word);
+                continue;
+            }
+            if (G && j * rows % 4 == 0 && (G <= 64 || u * 64 % inputs == 0)) {
+                const int g = G <= 64 ? u * rows + j * rows / 4 : u * 64 / inputs;
+                dequant_load_packed<F>(packed, scale_at + g * p.granule_bytes, at_scale, p.sym);
+                dequant_scales_of<T, F, kFolded>(scales, packed);
+            }
+            dequant_word<T, F, true, kFolded>(a[j], word, scales);
+        }
+    }
+
+    // Keeps the compiler from converting later.
+    static __device__ __forceinline__ void pin(uint32_t (&a)[4][4]) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    }
+
+    // A granule whose sums are there; `from`: sums of its x.
+    static __device__ __forceinline__ void scaled(float (&acc)[R], const float (&sums)[R],
+                                                  const dequant_packed &packed, uint32_t from) {
+        float s[2], z[2], of_x[NT / 4];
+        dequant_unpack<F>(s, packed);
+        if (bf16) { // 128 + z
+            z[0] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7055));
+            z[1] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7155));
         } else { // subnormal too
-            const uint32_t pair = __byte_perm(from.zero, 0, 0x4140);
+            const uint32_t pair = __byte_perm(packed.zero, 0, 0x4140);
             const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
             z[0] = __low2float(h);
-            z[1] = __high2float(h);
+            z[1] = __high2float(h) * 16.f;
         }
-    }
-};
-
-// Sums of a granule, of S strips and of x itself: as many chains of mma.sync that are independent.
-template <typename T, int F, int NT, int S> struct granule_sums {
-    using W = raw<T, F>;
-    float strip[S][NT / 8][4], x[NT / 8][4];
-
-    // Strips s0 .. s0 + C - 1; x with the first of them.
-    template <int C> __device__ __forceinline__ void clear(int s0) {
 #pragma unroll
         for (int t = 0; t < NT / 8; t++)
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(of_x[2 * t]), "=f"(of_x[2 * t + 1])
+                         : "r"(from + t * 32)
+                         : "memory");
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                if (s0 == 0) x[t][e] = 0.f;
-#pragma unroll
-                for (int s = s0; s < s0 + C; s++) strip[s][t][e] = 0.f;
-            }
+        for (int e = 0; e < R; e++)
+            acc[e] =
+                fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
-    // Atoms j0 .. j1 - 1 of a unit of x, and of C strips from s0.
-    __device__ __forceinline__ void add_x(const inputs<NT> &in, int j0, int j1) {
-        const uint32_t one[4] = {W::one0, W::one1, W::one0, W::one1};
+
+    // This warpgroup's sums of a tile: a unit is converted while those before are multiplied.
+    __device__ __forceinline__ void tile(float (&acc)[R], bool first) {
+        constexpr int x_sums_step = x_sums_bytes(F, G, NT);
+        const bool leader = threadIdx.x % 32 == 0, fresh = first && !d.x_again;
+        uint32_t a[2][4][4], before = x_sums;
+        float granule[R] = {}; // sums
+        dequant_packed packed[2] = {};
+        dequant_scales scales;
+        float(&sums)[R] = kSums ? granule : acc;
+        int last = 0;
+        for (int step = 0; step < own.steps; step++) {
+            const int index = d.x_again ? at.stage : step;
+            const uint32_t x_at = x + index * x_step, now = x_sums + index * x_sums_step;
+            const uint32_t code_at = code + at.stage * d.slot, scale_at = scale + at.stage * d.slot;
+            barrier_wait(bar.of(own.group, kFull) + at.stage * 8, at.parity);
 #pragma unroll
-        for (int j = j0; W::zeros && j < j1; j++)
-#pragma unroll
-            for (int t = 0; t < NT / 8; t++) multiply(x[t], one, in.x[j][t][0], in.x[j][t][1], T{});
-    }
-    template <int C>
-    __device__ __forceinline__ void add(const uint4 (&code)[C][code_bits(F) / 4],
-                                        const inputs<NT> &in, int s0, int j0, int j1) {
-#pragma unroll
-        for (int j = j0; j < j1; j++)
-#pragma unroll
-            for (int s = 0; s < C; s++) {
-                uint32_t a[4];
-                W::word(a, reinterpret_cast<const uint32_t *>(code[s]) + j * code_bits(F) / 4);
-#pragma unroll
-                for (int t = 0; t < NT / 8; t++)
-                    multiply(strip[s0 + s][t], a, in.x[j][t][0], in.x[j][t][1], T{});
-            }
-    }
-    template <int G, int C>
-    __device__ __forceinline__ void scaled_to(float (&acc)[S][NT / 8][4],
-                                              const dequant_packed (&packed)[S], int s0) const {
-#pragma unroll
-        for (int s = s0; s < s0 + C; s++) {
-            float scale[2], zero[2];
-            W::scales(scale, zero, packed[s]);
-#pragma unroll
-            for (int t = 0; t < NT / 8; t++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float v =
-                        W::zeros ? fmaf(-zero[e / 2], x[t][e], strip[s][t][e]) : strip[s][t][e];
-                    acc[s][t][e] = G ? fmaf(scale[e / 2], v, acc[s][t][e]) : acc[s][t][e] + v;
+            for (int u = 0; u < U; u++) {
+                const int g = u / per % 2;
+                const bool begins = kSums && u % per == 0;
+                if (per == 2 && begins) group_wait<1>(); // the fragments' registers
+                convert(a[u % 2], scales, packed[g], u, code_at, scale_at);
+                pin(a[u % 2]);
+                if (u == 0 && fresh) barrier_wait(bar.of(own.x_group, kX) + step * 8, 0);
+                if (begins || !kSums) {
+                    group_wait<0>();
+                    group_pin(sums);
                 }
+                if (begins) {
+                    if (u == per % U && (first || d.x_again))
+                        barrier_wait(bar.of(own.x_group, kXSums) + index * 8,
+                                     d.x_again ? at.parity : 0);
+                    if (u > 0 || step > 0)
+                        scaled(acc, sums, packed[g ^ 1],
+                               u == 0 ? before : now + (u / per - 1) * (NT * 4));
+                }
+                if (u == 0 && step > 0) { // all of the stage before has been read
+                    __syncwarp();
+                    if (leader) barrier_arrive(bar.of(own.group, kEmpty) + last * 8);
+                }
+                group_fence();
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const uint64_t b = group_descriptor_low(x_at + u * (NT * 8) + j * 2);
+                    if (begins && j == 0)
+                        multiply_group<T, NT>::run_fresh(sums, a[u % 2][j], b);
+                    else
+                        multiply_group<T, NT>::run(sums, a[u % 2][j], b);
+                }
+                group_commit();
+            }
+            before = now + (U / per - 1) * (NT * 4);
+            last = at.stage;
+            at.next(d.w_stages);
         }
+        group_wait<0>();
+        group_pin(sums);
+        if (kSums && own.steps > 0) scaled(acc, sums, packed[1], before);
+        __syncwarp();
+        if (leader && own.steps > 0) barrier_arrive(bar.of(own.group, kEmpty) + last * 8);
     }
 };
 
-// A batch from the ring, times x; the ring is asked for another as soon as all is in registers.
-template <typename T, int F, int NT, int G>
-__device__ __forceinline__ void multiply_batch(float (&acc)[4][NT / 8][4], ring<F, G> &r, bool both,
-                                               uint32_t x, int place) {
-    using R = ring<F, G>;
-    constexpr int S = 4, N = R::N, rows = G && G < 64 ? 64 / G : 1; // granules of a unit
-    // Strips at once: registers.
-    constexpr int C = code_bits(F) == 16 ? 1 : code_bits(F) == 8 || G == 64 || G == 16 ? 2 : S;
-    granule_sums<T, F, NT, S> sum;
-    dequant_packed scale[S];
-    inputs<NT> in;
-    load_inputs(in, x);
-    r.wait();
-    const uint32_t from = r.at, scales = from + R::code_bytes;
-#pragma unroll
-    for (int u = 0; u < N; u++) {
-        uint4 code[C][code_bits(F) / 4];
-        if (u > 0 && both) load_inputs(in, x + u * 128);
-#pragma unroll
-        for (int s0 = 0; s0 < S; s0 += C) {
-            if (u == 0 || both) load_codes<F, C>(code, from + u * R::unit + r.in, s0);
-#pragma unroll
-            for (int i = 0; i < rows; i++) {
-                if (G && (u == 0 || (both && G <= 64)))
-                    load_scales<F, S, C>(scale, scales + (u * rows + i) * r.p.granule_bytes, place,
-                                         s0, r.p);
-                if (u == N - 1 && s0 == S - C && i == rows - 1) {
-                    __syncwarp();
-                    r.fetch();
-                }
-                if (u == 0 || both) {
-                    if (u == 0 || (G && G <= 64)) sum.template clear<C>(s0);
-                    if (s0 == 0) sum.add_x(in, i * 4 / rows, (i + 1) * 4 / rows);
-                    sum.template add<C>(code, in, s0, i * 4 / rows, (i + 1) * 4 / rows);
-                    if (G && G <= 64) sum.template scaled_to<G, C>(acc, scale, s0);
-                }
-            }
-        }
-    }
-    if (!G || G > 64) sum.template scaled_to<G, S>(acc, scale, 0);
-}
+// --- Sums of a tile -----------------------------------------------------------------------------
 
-// --- Sums of a tile
-// ------------------------------------------------------------------------------------------------
-
-// To the CTAs that finish them. In a slot: [chunk][gate, up][sender][lane][4].
+// To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
 template <int NT>
-__device__ __forceinline__ void send(const float (&acc)[4][NT / 8][4], const division &d,
-                                     const barriers &bar, uint32_t base, int sender, int half,
-                                     bool paired) {
-    using Q = chunks<NT>;
-    const int per = Q::per(d.cluster), halves = paired ? 2 : 1, lane = threadIdx.x % 32;
+__device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
+                                     const barriers &bar, uint32_t base, int turn, int sender,
+                                     int half, int halves) {
+    const chunks<NT> way(d);
+    const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % 4;
 #pragma unroll
-    for (int q = 0; q < Q::all; q++) {
-        const uint32_t owner = q * d.cluster / Q::all;
-        const uint32_t to = remote_address(base + d.at_sums, owner);
-        remote_store(to + ((q % per * halves + half) * d.senders + sender) * 512 + lane * 16,
-                     acc[q / (NT / 8)][q % (NT / 8)], remote_address(bar.sums, owner));
+    for (int t = 0; t < NT / 8; t++) {
+        const int q = strip * (NT / 8) + t, local = q & ((1 << way.per) - 1);
+        const uint32_t owner = q >> way.per << way.apart;
+        const uint32_t to = remote_address(base + d.at_sums + turn * d.sums_bytes, owner);
+        const float c[4] = {acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]};
+        remote_store(to + ((local * halves + half) * d.senders + sender) * 512 + lane * 16, c,
+                     remote_address(bar.sums + turn * 8, owner));
     }
 }
 
 __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int senders) {
     c[0] = c[1] = c[2] = c[3] = 0.f;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = 0; i < senders; i++) {
         const uint4 v = shared_u128(from + i * 512);
         c[0] += __uint_as_float(v.x), c[1] += __uint_as_float(v.y);
@@ -412,32 +452,35 @@ __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int se
     }
 }
 
-// Every second of this CTA's chunks of a tile, by finisher number `me`.
+// This warp's chunks of tile number `count` of the CTA: local ones from `first`, `warps` apart;
+// `more`: there is one after the next.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
-                                       uint8_t *shared, int rank, int tile, int turn, bool more,
-                                       int me) {
-    using Q = chunks<NT>;
-    const int lane = threadIdx.x % 32, per = Q::per(d.cluster);
-    const int halves = p.paired ? 2 : 1;
-    if (!Q::some(rank, d.cluster)) return;
-    for (int local = me; local < per; local += kFinishers) {
-        const int q = rank * Q::all / d.cluster + local, t = q % (NT / 8);
-        const int block = tile, strip = q / (NT / 8);
+                                       uint8_t *shared, int rank, int count, bool more, int first,
+                                       int warps) {
+    const chunks<NT> way(d);
+    const int lane = threadIdx.x % 32, turn = count % 2;
+    const int halves = p.paired ? 2 : 1,
+              block = ((int)blockIdx.x >> d.cluster_log) + count * d.clusters;
+    if (rank & ((1 << way.apart) - 1)) return;
+    for (int local = first; local < 1 << way.per; local += warps) {
+        const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8),
+                  strip = q / (NT / 8);
         const int half = !p.paired && block >= p.half_blocks ? 1 : 0;
         const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
         const int32_t col = half * p.half_rows + in_half + lane % 4 * 4;
-        const bool there = block < p.blocks && in_half < p.half_rows && 8 * t < p.m;
+        const bool there = in_half < p.half_rows && 8 * t < p.m;
         linear_outputs o = {}, o_up = {};
         if (there) {
             o = linear_outputs_of<T>(p, 0, block, col, strip);
             if (p.paired)
                 o_up = linear_outputs_of<T>(p, 0, block + p.half_blocks, col + p.half_rows, strip);
         }
-        barrier_wait(bar.sums, turn % 2);
-        if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums, d.sums_bytes);
+        barrier_wait(bar.sums + turn * 8, count / 2 % 2);
+        if (local == 0 && lane == 0 && more)
+            barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
         // Where the sums lay is free for what turns them.
-        uint8_t *at = shared + d.at_sums + local * halves * d.senders * 512;
+        uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * halves * d.senders * 512;
         float *stage = reinterpret_cast<float *>(at);
         const uint32_t from = shared_address(at) + lane * 16;
         if (there) {
@@ -451,208 +494,272 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
             }
         }
         __syncwarp();
-        if (more && lane < d.cluster) remote_arrive(remote_address(bar.read, lane));
+        if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + turn * 8, lane));
     }
 }
 
-// --- The kernel
-// ------------------------------------------------------------------------------------------------
-
-// x of part k, by one warp, one half of its batches after the other. Rows in turn from one that
-// differs from CTA to CTA: they all want the same lines of L2 at once. All that can be known before
-// the wait is made before it.
-template <typename T>
-__device__ __forceinline__ void load_x(const linear_args &p, const division &d, part k, int first,
-                                       uint32_t to, uint32_t bar, int row0) {
-    const int64_t ld = p.ldx * 2;
-    const uint8_t *x = static_cast<const uint8_t *>(p.x);
-    const int left = p.k * 2 - k.begin * 128, end = (k.end - k.begin) * 128;
-    int at = threadIdx.x % 32 * 16;
-    const uint8_t *from = x + row0 * ld + k.begin * 128 + at;
-    to += row0 * d.x_stride + at;
-    asm volatile("" : "+l"(from), "+r"(to), "+r"(at));
-    wait_for_previous();
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        for (; at < (h ? end : first); at += 512, from += 512, to += 512) {
-            const bool there = at < left; // else zeros, which codes past K meet
-            for (int row = row0, i = 0; i < p.m; i++) {
-                copy_16_or_zeros(to, there ? from : x, there);
-                from += ld;
-                to += d.x_stride;
-                if (++row == p.m) row = 0, from -= p.m * ld, to -= p.m * d.x_stride;
-            }
-        }
-        barrier_arrive_copies(bar + h * 8);
-    }
-}
+// --- The kernel ---------------------------------------------------------------------------------
 
 // By one thread.
-template <int NT> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
-    barrier_init(bar.sums, 1);
-    for (int i = 0; i < kWarps * 2; i++) barrier_init(bar.x + i * 8, 32);
-    barrier_init(bar.read, chunks<NT>::all);
-    barrier_arrive_expect(bar.sums, d.sums_bytes);
+template <int NT, int P>
+__device__ __forceinline__ void init(const barriers &bar, const division &d) {
+    for (int i = 0; i < 2; i++) {
+        barrier_init(bar.sums + i * 8, 1);
+        barrier_init(bar.read + i * 8, NT / 2);
+        barrier_arrive_expect(bar.sums + i * 8, d.sums_bytes);
+    }
+    for (int g = 0; g < P; g++)
+        for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
+            barrier_init(bar.of(g, kFull) + i * 8, 1);
+            barrier_init(bar.of(g, kEmpty) + i * 8, 4);
+            barrier_init(bar.of(g, kX) + i * 8, 1);
+            barrier_init(bar.of(g, kXSums) + i * 8, 32);
+        }
     barrier_init_fence();
 }
 
-template <typename T, int F, int NT, int G>
-__global__ void __launch_bounds__(kThreads, ctas(F, NT))
-    linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
-    extern __shared__ __align__(128) uint8_t shared[];
+// A warp that sums x, where that is wanted, and finishes all tiles but the last.
+template <typename T, int F, int NT, int P, int G>
+__device__ __forceinline__ void help(const linear_args &p, const division &d, const barriers &bar,
+                                     uint8_t *shared, const duty &own) {
+    constexpr int U = step_units(F), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
     const uint32_t base = shared_address(shared);
-    const int rank = cluster_rank(), lane = threadIdx.x % 32;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const int tile0 = blockIdx.x / d.cluster;
-    const barriers bar = {base + d.at_bars, base + d.at_bars + 8, base + d.at_bars + 16};
-
-    launch_dependents();
-    if (threadIdx.x == 32 * kWarps) init<NT>(bar, d);
-
-    if (warp >= kWarps) {
-        __syncthreads();
-        cluster_arrive();
-        wait_for_previous();
-        cluster_wait();
-        for (int tile = tile0, count = 0; tile < d.tiles; tile += d.clusters, count++)
-            finish<T, NT>(p, d, bar, shared, rank, tile, count, tile + d.clusters < d.tiles,
-                          warp - kWarps);
-        return;
+    const uint32_t x = base + (d.x_again ? d.at_w + own.group * d.w_stages * d.slot
+                                         : own.part * d.x_stages * x_bytes);
+    place at;
+    for (int count = 0; count < own.tiles; count++) {
+        for (int step = 0; step <= own.steps; step++) {
+            // Two steps in which those that multiply need no help.
+            if (step == min(own.steps, 2) && count > 0)
+                finish<T, NT>(p, d, bar, shared, own.rank, count - 1, count + 1 < own.tiles,
+                              own.group, P);
+            if (!on_sums(F, G) || step == own.steps) continue;
+            if (!(d.x_again || (count == 0 && own.half == 0))) continue;
+            const int index = d.x_again ? at.stage : step;
+            barrier_wait((d.x_again ? bar.of(own.group, kFull) : bar.of(own.group, kX)) + index * 8,
+                         d.x_again ? at.parity : 0);
+            sum_x<T, NT>(x + index * (d.x_again ? d.slot : x_bytes),
+                         base + d.at_x_sums + own.x_group * d.x_sums_stride + index * bytes);
+            barrier_arrive(bar.of(own.group, kXSums) + index * 8); // every lane
+            at.next(d.w_stages);
+        }
     }
+}
 
-    using R = ring<F, G>;
-    const int groups = p.paired ? kWarps / 2 : kWarps, half = warp / groups;
-    const int sender = rank * groups + warp % groups;
-    const part k = part_of(p, sender, d.senders);
-    R r(p, d, k, half, base + warp * d.ring_bytes, tile0);
-    for (int i = 0; i < d.deep; i++) r.fetch();
+template <typename T, int F, int NT, int P, int G>
+__global__ void __launch_bounds__(192 * P, P == 2 ? 2 : 1)
+    linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d,
+                 const __grid_constant__ CUtensorMap map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t base = shared_address(shared), at = base + d.at_bars;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const barriers bar = {at, at + 16, at + 32};
+    launch_dependents();
+    if (threadIdx.x == 128 * P) init<NT, P>(bar, d);
     __syncthreads();
     cluster_arrive();
-    const uint32_t x_from = base + d.at_x + (k.begin - part_of(p, rank, d.cluster).begin) * 128;
-    const uint32_t x_there = bar.x + warp % groups * 16;
-    const int first = (r.batches + 1) / 2; // batches of the first half
-    if (half == 0 && tile0 < d.tiles)
-        load_x<T>(p, d, k, first * R::N * 128, x_from, x_there, (tile0 + warp) % p.m);
-    cluster_wait(); // all barriers of the cluster are there
-    // Rows past M give outputs that nobody stores.
-    const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
-    uint32_t x = x_from + min(row, p.m - 1) * d.x_stride + (NT == 8 ? lane / 8 : lane / 8 % 2) * 16;
-    int place = lane / 4 * 2;
-    asm volatile("" : "+r"(place), "+r"(x));
-    int turn = 1;
-    for (int tile = tile0; tile < d.tiles; tile += d.clusters) {
-        float acc[4][NT / 8][4] = {};
-        for (int b = 1; b <= r.batches; b++, x += R::N * 128) {
-            if (tile == tile0 && (b == 1 || b == first + 1))
-                barrier_wait(x_there + (b > 1 ? 8 : 0), 0);
-            multiply_batch<T, F, NT, G>(acc, r, R::N == 1 || !(b == r.batches && r.odd), x, place);
-        }
-        x -= r.batches * R::N * 128;
-#pragma unroll
-        for (int s = 0; s < 4; s++)
-#pragma unroll
-            for (int t = 0; t < NT / 8; t++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[s][t][e] *= e < 2 ? raw<T, F>::mend0 : raw<T, F>::mend1;
-        if (tile != tile0) barrier_wait(bar.read, turn); // the sums of the tile before
-        turn ^= 1;
-        send<NT>(acc, d, bar, base, sender, half, p.paired);
+    if (warp >= 5 * P) {
+        const duty own(d, warp - 5 * P);
+        wait_for_previous();
+        cluster_wait();
+        help<T, F, NT, P, G>(p, d, bar, shared, own);
+        return;
     }
+    if (warp >= 4 * P) {
+        const duty own(d, warp - 4 * P);
+        if (threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
+        __syncwarp();
+        cluster_wait();
+        return;
+    }
+    const duty own(d, warp / 4);
+    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0};
+    work.begin(base);
+    wait_for_previous();
+    cluster_wait(); // all barriers of the cluster are there
+    for (int count = 0; count < own.tiles; count++) {
+        float acc[NT / 2] = {};
+        work.tile(acc, count == 0);
+#pragma unroll
+        for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
+        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
+        send<NT>(acc, d, bar, base, count % 2, own.rank * d.groups + own.part, own.half,
+                 p.paired ? 2 : 1);
+    }
+    if (own.tiles > 0)
+        finish<T, NT>(p, d, bar, shared, own.rank, own.tiles - 1, false, warp, 4 * P);
 #endif
 }
 
-// The division among at most `most` clusters of c CTAs, and about how many cycles it takes; bytes
-// = 0 when x leaves no room.
+// --- Launch -------------------------------------------------------------------------------------
+
+// How a CTA lives on its SM: beside one of the next launch, alone, or beside one of its own launch.
+enum live { kBeside, kAlone, kTwo };
+
+// About how many ns a problem takes, of which `units` are on a CTA of each of `rounds` tiles.
+// Measured on an H200: launches, ends of tiles, and units of 64 x 64 with W4.
 template <int F, int NT, int G>
-division divide(const linear_args *a, int c, int most, int *cycles) {
-    using R = ring<F, G>;
+int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) {
+    // A CTA beside another of its launch gets half of the SM.
+    int64_t unit = how == kTwo ? NT == 8 ? 119 : 155 : how == kBeside ? 82 : NT == 8 ? 53 : 56;
+    if (how == kBeside && d.w_stages < 3 && rounds > 1) unit = 110;
+    if (how == kTwo && d.x_again && NT == 8) unit = 130;
+    if (how == kAlone && d.x_again) unit = NT == 8 ? 61 : 69;
+    if (code_bits(F) > 4) unit = unit * code_bits(F) / 5;
+    if (code_bits(F) == 4 && !on_sums(F, G)) unit = how == kBeside ? unit * 8 / 7 : unit * 4 / 3;
+    const int64_t work = rounds * (units * unit + (how == kAlone ? 450 : 0));
+    const int64_t read = bytes / (35 * d.clusters * d.cluster / (how == kTwo ? 2 : 1));
+    const int64_t launch = how == kBeside ? NT == 8 ? 1450 : 2300 : how == kTwo ? 1800 : 3500;
+    return launch + (how == kAlone && d.cluster > 1 ? 1000 : 0) + (work > read ? work : read);
+}
+
+// The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
+template <int F, int NT, int P, int G>
+division divide(const linear_args *a, int c, int most, live how) {
+    constexpr int U = step_units(F), unit = 512 * code_bits(F), x_stage = U * NT * 128;
+    const int stage = U * unit + step_granules(F, G) * a->granule_bytes;
+    const int x_sum = x_sums_bytes(F, G, NT), room = how == kAlone ? kRoom : kHalf;
     division d = {};
     d.cluster = c;
+    d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : c == 4 ? 2 : 3;
+    d.clusters = most; // also where there are fewer tiles: each SM then has a CTA of every launch
     d.tiles = a->paired ? a->half_blocks : a->blocks;
-    // Also where there are fewer tiles: each SM then has one CTA of every launch.
-    d.clusters = most;
-    const int rounds = (d.tiles + most - 1) / most;
-    d.code_step = (int64_t)most * a->units * R::unit;
-    d.scale_step = (int64_t)most * a->granules * a->granule_bytes;
-    d.senders = c * (a->paired ? kWarps / 2 : kWarps);
-    d.sums_bytes = chunks<NT>::per(c) * (a->paired ? 2 : 1) * d.senders * 512;
-    // From a row of x to the next 16 bytes modulo 128, which ldmatrix reads without conflicts.
-    const int units = ((a->units + 1) / 2 + c - 1) / c * 2;
-    d.x_stride = units * 128 + 16;
-    const int x = (a->m * d.x_stride + 127) / 128 * 128, rest = x + d.sums_bytes + kBarriers * 8,
-              ring = kWarps * R::slot_bytes;
-    const int slice = ((a->units + 1) / 2 + d.senders - 1) / d.senders * 2;
-    const int tile = slice * kWarps * (R::unit + (G ? 64 * a->granule_bytes / G : 0));
-    // An SM's share of memory is 18 bytes a cycle. Large clusters have few batches of a tile each
-    // and wait for each other's sums.
-    const int read = rounds * (tile / 18 + (c > 2 ? 1000 : 100));
-    // The next launch's CTA beside this one, where that counts: long launches are better off with
-    // more batches on their way. Clusters of more than two are not spread evenly over SMs with room
-    // for two CTAs.
-    const bool shared_sm = c <= 2 && ctas(F, NT) == 2 && rest + 2 * ring <= kHalf && read < 40000;
-    d.deep = ((shared_sm ? kHalf : kRoom) - rest) / ring;
-    if (d.deep > 4) d.deep = 4;
-    d.ring_bytes = d.deep * R::slot_bytes;
-    d.at_x = d.deep * ring;
-    d.at_sums = d.at_x + x;
-    d.at_bars = d.at_sums + d.sums_bytes;
-    d.bytes = shared_sm ? d.at_bars + kBarriers * 8 : kRoom;
-    if (a->apart && d.bytes < kApart) d.bytes = kApart;
-    // L2 gives an SM 24 bytes of x a cycle.
-    *cycles = read + a->m * units * 128 / 24 + (shared_sm ? 0 : 2000) + (c > 2 ? 2000 : 0);
-    if (d.deep < 2) d.bytes = 0;
+    d.steps = (a->units + U - 1) / U;
+    d.groups = a->paired ? P / 2 : P;
+    d.senders = c * d.groups;
+    d.sums_bytes = (a->paired ? 1024 : 512) * d.senders << chunks<NT>(d).per;
+    d.x_whole = a->k % 64 == 0;
+    const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
+    const int all = rounds * part, want = all < 3 ? all : 3;
+    const int turns = rounds > 1 ? 2 : 1;
+    const int left = room - bars_bytes(P) - turns * d.sums_bytes;
+    d.x_stages = part;
+    d.slot = (stage + 127) / 128 * 128;
+    d.w_stages = (left - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
+    if (d.w_stages < want || part > kStagesMost) {
+        d.x_again = 1;
+        d.x_stages = 0;
+        d.slot = (x_stage + stage + 1023) / 1024 * 1024;
+        d.w_stages = left / (P * (d.slot + x_sum));
+    }
+    if (d.w_stages > all) d.w_stages = all;
+    if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
+    d.x_sums_stride = (d.x_again ? d.w_stages : part) * x_sum;
+    d.at_w = d.x_stages * d.groups * x_stage;
+    d.at_sums = d.at_w + d.w_stages * P * d.slot;
+    d.at_x_sums = d.at_sums + turns * d.sums_bytes;
+    d.at_bars = d.at_x_sums + (d.x_again ? P : d.groups) * d.x_sums_stride;
+    d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
+    if (a->apart && how == kBeside && d.bytes < kApart) d.bytes = kApart;
+    if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
+    d.cost = cost<F, NT, G>(d, how, rounds, part * U * P, (int64_t)a->blocks * a->units * unit);
     return d;
 }
 
-// Clusters of two fit every SM. Larger ones leave out the SMs of a GPC that make no whole cluster.
+// Larger clusters leave out the SMs of a GPC that make no whole one; where two CTAs fit an SM,
+// their CTAs come to lie in pairs on half of the SMs.
 constexpr int kClusters[] = {1, 2, 4, 8};
 
-template <typename T, int F, int NT, int G>
-status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    const auto kernel = linear_short<T, F, NT, G>;
-    cudaLaunchAttribute with[2];
-    with[0].id = cudaLaunchAttributeClusterDimension;
-    with[0].val.clusterDim.y = with[0].val.clusterDim.z = 1;
-    with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    with[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kRoom;
-    config.attrs = with;
-    config.numAttrs = 1;
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
-    static int most[COUNT_OF(kClusters)]; // that the GPU holds at once, one CTA an SM
-    division d = {};
-    int best = 0;
-    for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess; i++) {
-        const int c = kClusters[i];
-        with[0].val.clusterDim.x = (unsigned)c;
-        config.gridDim = dim3((unsigned)(n_sms * per_sm / c * c));
-        if (!most[i]) e = cudaOccupancyMaxActiveClusters(&most[i], kernel, &config);
-        if (e != cudaSuccess || !most[i]) break;
-        int cycles;
-        const division other = divide<F, NT, G>(args, c, most[i], &cycles);
-        if (other.bytes && (!d.bytes || cycles < best)) d = other, best = cycles;
+status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows, int units) {
+    tensor_map_encode function;
+    TRY(tensor_map_encoder(&function));
+    const cuuint32_t every[3] = {1, 1, 1};
+    const cuuint64_t row = (cuuint64_t)a->ldx * 2, k = (cuuint64_t)a->k;
+    const bool whole = k % 64 == 0;
+    const cuuint64_t size[3] = {whole ? 64 : k, (cuuint64_t)a->m, k / 64}, stride[2] = {row, 128};
+    const cuuint32_t box[3] = {64, (cuuint32_t)rows, (cuuint32_t)units};
+    const CUresult r =
+        function(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                 whole ? 3 : 2, const_cast<void *>(a->x), size, stride, box, every,
+                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map: error %d", (int)r);
+}
+
+// A kernel of P warpgroups: how it would cut a problem, and its launch.
+template <typename T, int F, int NT, int P, int G> struct warpgroups {
+    static cudaLaunchConfig_t config_of(cudaLaunchAttribute *with, int cluster) {
+        with[0].id = cudaLaunchAttributeClusterDimension;
+        with[0].val.clusterDim = {(unsigned)cluster, 1, 1};
+        with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        with[1].val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.blockDim = dim3(192 * P);
+        config.attrs = with;
+        return config;
     }
-    if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
-    if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
-    with[0].val.clusterDim.x = (unsigned)d.cluster;
-    config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
-    config.dynamicSmemBytes = (size_t)d.bytes;
-    config.stream = (cudaStream_t)stream;
-    config.numAttrs = 2;
-    e = cudaLaunchKernelEx(&config, kernel, *args, d);
-    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
+
+    // No bytes in d when nothing fits.
+    static status plan(division *best, const linear_args *args, int32_t n_sms) {
+        const auto kernel = linear_short<T, F, NT, P, G>;
+        static int most[2][COUNT_OF(kClusters)]; // clusters that the GPU holds at once, a CTA an
+                                                 // SM; two
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
+        *best = {};
+        for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess; i++) {
+            const int c = kClusters[i];
+            cudaLaunchAttribute with[2];
+            cudaLaunchConfig_t config = config_of(with, c);
+            config.numAttrs = 1;
+            for (int two = 0; two < (P == 2 ? 2 : 1) && e == cudaSuccess; two++) {
+                config.gridDim = dim3((unsigned)((1 + two) * n_sms / c * c));
+                config.dynamicSmemBytes = two ? kHalf : kRoom;
+                if (!most[two][i])
+                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &config);
+            }
+            if (e != cudaSuccess || !most[0][i]) break;
+            // Four warpgroups have the SM for themselves, two share it.
+            for (const live how : {kBeside, kAlone, kTwo}) {
+                if ((how == kAlone) != (P == 4) || (how != kAlone && c > 2)) continue;
+                const division d = divide<F, NT, P, G>(args, c, most[how == kTwo][i], how);
+                if (d.bytes && (!best->bytes || d.cost < best->cost)) *best = d;
+            }
+        }
+        if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
+        return ST_OK;
+    }
+
+    static status run(const division &d, const linear_args *args, kernel_stream stream) {
+        if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
+        CUtensorMap map;
+        TRY(encode_x(&map, args, half_pair<T>::bf16, NT, step_units(F)));
+        cudaLaunchAttribute with[2];
+        cudaLaunchConfig_t config = config_of(with, d.cluster);
+        config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
+        config.dynamicSmemBytes = (size_t)d.bytes;
+        config.stream = (cudaStream_t)stream;
+        config.numAttrs = 2;
+        const cudaError_t e =
+            cudaLaunchKernelEx(&config, linear_short<T, F, NT, P, G>, *args, d, map);
+        return e == cudaSuccess ? ST_OK
+                                : FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
+    }
+    static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
+        division d;
+        TRY(plan(&d, args, n_sms));
+        return run(d, args, stream);
+    }
+};
+
+template <typename T, int F, int NT, int G>
+status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
+    using two = warpgroups<T, F, NT, 2, G>;
+    using four = warpgroups<T, F, NT, 4, G>;
+    division a, b;
+    TRY(two::plan(&a, args, n_sms));
+    TRY(four::plan(&b, args, n_sms));
+    const bool more = b.bytes && (!a.bytes || b.cost < a.cost);
+    return more ? four::run(b, args, stream) : two::run(a, args, stream);
 }
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, NT, G)                                                                           \
-    {"short_" #NT, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, launch<T_##T, WF_##F, NT, G>, NT},
-const linear_variant rows[] = {SHORT_INSTANCES(ROW)};
+#define ROW(NAME, F, T, NT, G, LAUNCH)                                                             \
+    { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT, false }
+#define ROWS(F, T, NT, G) ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>)),
+const linear_variant rows[] = {SHORT_INSTANCES(ROWS)};
 
 } // namespace
 
