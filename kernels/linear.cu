@@ -107,6 +107,8 @@ struct preference {
     const char *name;
 };
 const preference preferences[] = {
+    {90, 8, 62, "short_8"},
+    {90, 16, 62, "short_16"},
     {90, 8, 62, "hopper_8x1"},
     {90, 8, 62, "hopper_8x2"},
     {90, 16, 62, "hopper_16x1"},
@@ -152,9 +154,9 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_short_table(), linear_mid_table(), linear_tall_table(),
-                                   linear_wide_table(), linear_hopper_table(),
-                                   linear_ampere_table()};
+    const linear_table tables[] = {linear_short_table(),  linear_mid_table(),
+                                   linear_tall_table(),   linear_wide_table(),
+                                   linear_hopper_table(), linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];

@@ -208,11 +208,12 @@ template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>
 }
 
 __device__ __forceinline__ float linear_gate(float g, float u, int epilogue, float limit) {
-    // Divisions good to two places of f32; beyond 2^126 they give the zero that a 16-bit result is.
-    if (epilogue == LINEAR_GATED) return __fdividef(g, 1.f + __expf(-g)) * u;
+    // Reciprocals good to two places of f32; of more than 2^126 they give the zero that a 16-bit
+    // result is.
+    if (epilogue == LINEAR_GATED) return __fdividef(1.f, 1.f + __expf(-g)) * g * u;
     g = fminf(g, limit);
     u = fminf(fmaxf(u, -limit), limit);
-    return __fdividef(g, 1.f + __expf(-1.702f * g)) * (u + 1.f);
+    return __fdividef(1.f, 1.f + __expf(-1.702f * g)) * g * (u + 1.f);
 }
 
 enum {

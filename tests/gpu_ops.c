@@ -361,12 +361,15 @@ static void make_logits(float *x, int32_t vocab, int kind, uint64_t seed) {
     }
 }
 
+/* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
+static bool least;
+
 /* The same bits from fewer rows at a time, which more blocks share. */
 static void draw_results_of_few(const draw_result *want, const float *logits, const draw_row *row,
                                 const uint32_t *seen, int32_t vocab) {
     void *out = dev(DRAWS * sizeof *want);
     draw_result got[DRAWS];
-    for (int32_t few = 64; few >= 1; few /= few > 16 ? 2 : 16) {
+    for (int32_t few = least ? 16 : 64; few >= (least ? 16 : 1); few /= few > 16 ? 2 : 16) {
         for (int32_t i = 0; i < DRAWS; i += few)
             assert_ok(kernel_draw(out, logits + (int64_t)i * vocab, row + i, seen,
                                   DRAWS - i < few ? DRAWS - i : few, vocab, NULL));
@@ -445,9 +448,6 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
     free(logits), free(seen), free(scratch);
     return differ;
 }
-
-/* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
-static bool least;
 
 static void test_draw(void **state) {
     (void)state;
