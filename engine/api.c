@@ -8,8 +8,7 @@
 
 static const char WHERE[] = "body";
 
-/* --- Writing
- * ------------------------------------------------------------------------------------ */
+/* --- Writing ---------------------------------------------------------------------------------- */
 
 void api_put_string(text *t, const char *s, size_t n) {
     static const char letters[] = "\"\"\\\\\nn\rr\tt\bb\ff";
@@ -51,8 +50,7 @@ void api_put_error(text *t, int32_t http_status, const char *message) {
     text_free(&repaired);
 }
 
-/* --- Prompts
- * ------------------------------------------------------------------------------------ */
+/* --- Prompts ---------------------------------------------------------------------------------- */
 
 static status check_length(const api_model *m, int64_t n) {
     if (n < 1) return FAIL(ST_RANGE, "the prompt is empty");
@@ -209,8 +207,7 @@ static status take_messages(api_request *r, const api_model *m, json_t *body) {
     return check_length(m, r->prompt[0].length);
 }
 
-/* --- Parameters
- * --------------------------------------------------------------------------------- */
+/* --- Parameters ------------------------------------------------------------------------------- */
 
 static status take_f32(const json_t *body, const char *key, double lo, double hi, float *out) {
     double v = (double)*out;

@@ -59,8 +59,7 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
-/* --- Plain requests
- * ----------------------------------------------------------------------------- */
+/* --- Plain requests --------------------------------------------------------------------------- */
 
 static size_t collect(char *data, size_t size, size_t n, void *user) {
     text *t = user;
@@ -134,8 +133,7 @@ status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *
     return st;
 }
 
-/* --- Streams
- * ------------------------------------------------------------------------------------ */
+/* --- Streams ---------------------------------------------------------------------------------- */
 
 static void add_event(transfer *t, int64_t now) {
     if (t->n_events == t->size) {
@@ -223,8 +221,7 @@ static size_t on_data(char *data, size_t size, size_t n, void *user) {
     return t->line.failed || t->line.length > LINE_MOST ? 0 : total;
 }
 
-/* --- Requests
- * ----------------------------------------------------------------------------------- */
+/* --- Requests --------------------------------------------------------------------------------- */
 
 static status write_prompt(const loader *l, const request *r, text *out) {
     if (!l->o->tok) {
@@ -393,8 +390,7 @@ static status finish(loader *l, transfer *t, CURLcode code) {
     return take_result(l, t, log);
 }
 
-/* --- The loop
- * ----------------------------------------------------------------------------------- */
+/* --- The loop --------------------------------------------------------------------------------- */
 
 static int on_socket(CURL *easy, curl_socket_t s, int what, void *user, void *known) {
     (void)easy;

@@ -4,8 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-/* --- Pieces
- * ------------------------------------------------------------------------------------- */
+/* --- Pieces ----------------------------------------------------------------------------------- */
 
 static const char *reason_text(finish_reason f) {
     return f == FINISH_LENGTH ? "length" : f == FINISH_STOP ? "stop" : "abort";
@@ -126,8 +125,7 @@ static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {
     text_add(t, "]");
 }
 
-/* --- The whole object
- * --------------------------------------------------------------------------- */
+/* --- The whole object ------------------------------------------------------------------------- */
 
 void reply_whole(text *out, const reply_head *h, const job *j) {
     put_head(out, h, j, false);
@@ -153,8 +151,7 @@ void reply_whole(text *out, const reply_head *h, const job *j) {
     text_add(out, "}");
 }
 
-/* --- Events
- * ------------------------------------------------------------------------------------- */
+/* --- Events ----------------------------------------------------------------------------------- */
 
 status reply_stream_open(reply_stream *s, const job *j) {
     *s = (reply_stream){0};

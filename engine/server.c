@@ -79,8 +79,7 @@ typedef struct route {
     enum MHD_Result (*answer)(exchange *x);
 } route;
 
-/* --- Answers
- * ------------------------------------------------------------------------------------ */
+/* --- Answers ---------------------------------------------------------------------------------- */
 
 static enum MHD_Result send_response(exchange *x, int32_t code, const char *type,
                                      struct MHD_Response *r) {
@@ -137,8 +136,7 @@ static enum MHD_Result send_failure(exchange *x, status st) {
     return send_error(x, code_of(st), fail_message());
 }
 
-/* --- Simple routes
- * ------------------------------------------------------------------------------ */
+/* --- Simple routes ---------------------------------------------------------------------------- */
 
 static enum MHD_Result answer_health(exchange *x) {
     if (!service_healthy(x->server->service)) return send_error(x, 503, "not serving");
@@ -206,8 +204,7 @@ static enum MHD_Result answer_reset(exchange *x) {
     return send_json(x, 200, &t);
 }
 
-/* --- Completions
- * -------------------------------------------------------------------------------- */
+/* --- Completions ------------------------------------------------------------------------------ */
 
 /* Called by the engine thread with the job's lock held, and only while the connection is
  * suspended. */
@@ -307,8 +304,7 @@ static enum MHD_Result answer_job(exchange *x) {
     return send_response(x, 200, "text/event-stream; charset=utf-8", r);
 }
 
-/* --- Requests
- * ----------------------------------------------------------------------------------- */
+/* --- Requests --------------------------------------------------------------------------------- */
 
 static const route routes[] = {
     {"/v1/completions", "POST", false, answer_completions},
@@ -483,8 +479,7 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
     *context = NULL;
 }
 
-/* --- The watch
- * ---------------------------------------------------------------------------------- */
+/* --- The watch -------------------------------------------------------------------------------- */
 
 /* Has the other side closed? A suspended connection is read by nobody, so only this tells. */
 static bool is_gone(int fd) {
@@ -517,8 +512,7 @@ static void *watch_thread(void *arg) {
     return NULL;
 }
 
-/* --- Interface
- * ---------------------------------------------------------------------------------- */
+/* --- Interface -------------------------------------------------------------------------------- */
 
 static status address_of(const server_options *o, struct sockaddr_storage *out) {
     char port[16];

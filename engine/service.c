@@ -82,8 +82,7 @@ struct service {
     bool quitting;                            /* what is cancelled now is cancelled by us */
 };
 
-/* --- Jobs
- * --------------------------------------------------------------------------------------- */
+/* --- Jobs ------------------------------------------------------------------------------------- */
 
 status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)(void *user),
                void *user) {
@@ -149,8 +148,7 @@ static void end_job(service *s, job *j, status st, const char *why) {
     job_release(j);
 }
 
-/* --- Tokens
- * ------------------------------------------------------------------------------------- */
+/* --- Tokens ----------------------------------------------------------------------------------- */
 
 static status grow(job_choice *c) {
     const int32_t n_top = c->job->request.n_top;
@@ -216,8 +214,7 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     return stopped;
 }
 
-/* --- Numbers
- * ------------------------------------------------------------------------------------ */
+/* --- Numbers ---------------------------------------------------------------------------------- */
 
 static void observe(histogram *h, bool seconds, double v) {
     const double *edge = seconds ? seconds_edges : count_edges;
@@ -346,8 +343,7 @@ void service_metrics(service *s, const char *name, text *out) {
     text_free(&label);
 }
 
-/* --- The engine thread
- * -------------------------------------------------------------------------- */
+/* --- The engine thread ------------------------------------------------------------------------ */
 
 static status submit_choice(service *s, job_choice *c) {
     const api_request *r = &c->job->request;
@@ -534,8 +530,7 @@ static void *engine_thread(void *arg) {
     return NULL;
 }
 
-/* --- Interface
- * ---------------------------------------------------------------------------------- */
+/* --- Interface -------------------------------------------------------------------------------- */
 
 status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_requests) {
     *out = NULL;

@@ -174,8 +174,7 @@ template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane
     return (lane_at ^ (pair % PAIRS * 32)) + pair / PAIRS * 8 * PANEL;
 }
 
-// --- q
-// --------------------------------------------------------------------------------------------
+// --- q -------------------------------------------------------------------------------------------
 
 // One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for
 // codes what the sums over q of this lane's two columns are, and the scale.
@@ -275,8 +274,7 @@ __device__ __forceinline__ void load_query(query<D, NT> &q, const decode_argumen
         }
 }
 
-// --- The two products
-// -------------------------------------------------------------------------------
+// --- The two products ----------------------------------------------------------------------------
 
 // Where tile m of 16 tokens of a unit begins; `at`: of the unit's R entries.
 template <int UT, int R, int ROW>
@@ -390,8 +388,7 @@ __device__ __forceinline__ void rows_of(kv_format f, int i, int r, int *d0, int 
     }
 }
 
-// --- Softmax
-// ----------------------------------------------------------------------------------------
+// --- Softmax -------------------------------------------------------------------------------------
 
 // A warp's running result of a leaf. Columns (heads) 2 * (lane % 4) and the next one of each tile.
 template <int D, int NT> struct state {
@@ -601,8 +598,7 @@ __device__ __forceinline__ void clear_v(const uint32_t (&v_at)[R], const extent 
     __syncwarp();
 }
 
-// --- Joining
-// ------------------------------------------------------------------------------------------
+// --- Joining -------------------------------------------------------------------------------------
 
 // A sum over tokens: this warp's dims (tiles of 16 from D / 64 * warp on) in mma's order, and for
 // this lane's columns the largest score and the sum of weights.
@@ -725,8 +721,7 @@ __device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
     }
 }
 
-// --- Results
-// ------------------------------------------------------------------------------------------
+// --- Results -------------------------------------------------------------------------------------
 
 // The heads of a tile, and where they are.
 struct tile_place {
@@ -894,8 +889,7 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
     }
 }
 
-// --- A warp's ring
-// ------------------------------------------------------------------------------------------
+// --- A warp's ring -------------------------------------------------------------------------------
 
 // The first tile of a run that warp `warp` has alone, from the run's first on, if the first one is
 // warp `lone`'s.
@@ -1092,8 +1086,7 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     }
 };
 
-// --- The kernel
-// -----------------------------------------------------------------------------------------
+// --- The kernel ----------------------------------------------------------------------------------
 
 template <int D, int NT, int UT, int R, kv_class C, typename T>
 __device__ __forceinline__ void multiply_k_of(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
@@ -1346,8 +1339,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// --- Launch
-// ---------------------------------------------------------------------------------------------
+// --- Launch --------------------------------------------------------------------------------------
 
 template <int D, int NT, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {

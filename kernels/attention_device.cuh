@@ -28,8 +28,7 @@ __device__ __forceinline__ float e4m3_value(uint32_t code) {
     return __half2float(__ushort_as_half(bits)) * 256.f;
 }
 
-// --- PTX, one instruction each
-// ---------------------------------------------------------------------
+// --- PTX, one instruction each -------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_at(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);

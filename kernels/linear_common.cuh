@@ -42,8 +42,7 @@ struct linear_args {
     int32_t apart;           // as in linear_problem
 };
 
-// --- Walk
-// --------------------------------------------------------------------------------------------
+// --- Walk ----------------------------------------------------------------------------------------
 
 struct linear_segment {
     int32_t expert, m0, m_end, tile_n; // rows [m0, m_end) of the permuted problem
@@ -192,8 +191,7 @@ __device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t ti
     return (tile_n * GROUPS + wg) * R + r;
 }
 
-// --- Epilogue
-// ----------------------------------------------------------------------------------------
+// --- Epilogue ------------------------------------------------------------------------------------
 
 template <typename T> struct alignas(8) four { T v[4]; };
 
@@ -351,8 +349,7 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
     }
 }
 
-// --- Tiles that several CTAs share
-// -------------------------------------------------------------------
+// --- Tiles that several CTAs share ---------------------------------------------------------------
 
 __device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
     int32_t v;

@@ -128,8 +128,7 @@ __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// --- Registers: given back by a warpgroup that needs few, taken by one that needs many
-// ------------
+// --- Registers: given back by a warpgroup that needs few, taken by one that needs many -----------
 
 template <int N> __device__ __forceinline__ void registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));

@@ -328,8 +328,7 @@ static void test_moe(void **state) {
                   ST_SHAPE);
 }
 
-/* --- Drawing
- * -------------------------------------------------------------------------------------- */
+/* --- Drawing ---------------------------------------------------------------------------------- */
 
 enum { DRAWS = 96 };
 
@@ -459,8 +458,7 @@ static void test_draw(void **state) {
     assert_int_equal(differ, 0);
 }
 
-/* --- Fill
- * ----------------------------------------------------------------------------------------- */
+/* --- Fill ------------------------------------------------------------------------------------- */
 
 /* Finite as whatever it is taken for, and of every sign and size there is. */
 static void test_finite(void **state) {
@@ -567,8 +565,7 @@ static void test_angles(void **state) {
     free(got);
 }
 
-/* --- Quantisers
- * ------------------------------------------------------------------------------------ */
+/* --- Quantisers ------------------------------------------------------------------------------- */
 
 /* Values of every magnitude: groups of zeros, of subnormals, of ones that overflow a scale, and -0.
  * */

@@ -1012,9 +1012,7 @@ static void batches_that_break_their_promises(void **state) {
         assert_true(strcmp(finish_text((finish_reason)r), "unknown") != 0);
 }
 
-/* --- Cost
- * ------------------------------------------------------------------------------------------------
-  */
+/* --- Cost ------------------------------------------------------------------------------------- */
 
 /* Printed, and bounded loosely: one decode step of pick and commit at several batch sizes. */
 static void costs_little(void **state) {
