@@ -6,10 +6,6 @@
 
 #define GIB (1.0 / (1 << 30))
 
-static int32_t kv_heads_of_rank(const model_config *c, int32_t tp) {
-    return c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp; /* replicated when fewer than ranks */
-}
-
 int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp) {
     return model_kv_token_bytes(c, p, tp) * KV_PAGE_TOKENS;
 }
@@ -23,7 +19,7 @@ int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, i
                         int32_t max_samples) {
     const bool moe = c->n_experts > 0;
     const int64_t k = moe ? c->top_k : 1, ffn = (moe ? c->expert_dim : c->ffn_dim) / tp;
-    const int64_t h = c->n_heads / tp, g = kv_heads_of_rank(c, tp), dim = c->dim;
+    const int64_t h = c->n_heads / tp, g = model_kv_heads(c, tp), dim = c->dim;
     const int64_t token = 3 * dim                     /* residual, x, y */
                           + (h + 2 * g) * c->head_dim /* qkv */
                           + h * c->head_dim           /* attn */

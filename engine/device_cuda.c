@@ -295,7 +295,7 @@ static status cuda_setup(device *d, const device_setup *s) {
     const model_config *m = &c->config;
     const int32_t tp = d->options.tp;
     c->n_heads = m->n_heads / tp;
-    c->n_kv_heads = m->n_kv_heads < tp ? 1 : m->n_kv_heads / tp;
+    c->n_kv_heads = model_kv_heads(m, tp);
     const int64_t rows = (int64_t)s->max_tokens * (m->n_experts ? m->top_k : 1);
     const int32_t ctx = s->ctx_max > 0 && s->ctx_max < m->ctx_max ? s->ctx_max : m->ctx_max;
     c->ctx_max = (int32_t)i64_min(ctx, (int64_t)s->n_pages * KV_PAGE_TOKENS);

@@ -590,9 +590,8 @@ static terms explain_attention(const sim_device *d, const attention_shape *a, do
 static terms explain_terms(const sim_device *d, const char *what, const weight *w, double rows) {
     const model_config *c = &d->config;
     const int32_t tp = d->base.options.tp;
-    const attention_layer layer = {.n_heads = c->n_heads / tp,
-                                   .n_kv_heads = c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp,
-                                   .head_dim = c->head_dim};
+    const attention_layer layer = {
+        .n_heads = c->n_heads / tp, .n_kv_heads = model_kv_heads(c, tp), .head_dim = c->head_dim};
     const attention_shape a = shape_of(&layer, d->kv[0]);
     const double ffn = (double)(c->n_experts ? c->expert_dim : c->ffn_dim) / tp, dim = c->dim;
     if (strcmp(what, "linear") == 0) return linear_terms(d, w, rows, w->n, 2);

@@ -218,7 +218,7 @@ status forward_load(forward **out, arena *a, device *d, checkpoint *k, const mod
     f->precision = *p;
     f->w.layer = layer;
     f->n_heads = c->n_heads / tp;
-    f->n_kv_heads = c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp; /* replicated when fewer */
+    f->n_kv_heads = model_kv_heads(c, tp);
 
     loader l = {.f = f, .k = k, .progress = progress, .user = user};
     l.total = checkpoint_weight_bytes(k, p, tp);

@@ -644,6 +644,10 @@ static int64_t parameters(const model_config *c, int32_t experts) {
 int64_t model_parameters(const model_config *c) { return parameters(c, c->n_experts); }
 int64_t model_active_parameters(const model_config *c) { return parameters(c, c->top_k); }
 
+int32_t model_kv_heads(const model_config *c, int32_t tp) {
+    return c->n_kv_heads < tp ? 1 : c->n_kv_heads / tp;
+}
+
 static status fits_split(const model_config *c, const char *what, int32_t width, int32_t tp,
                          int32_t group) {
     if (width % tp)

@@ -69,6 +69,9 @@ status model_names(arena *a, const char ***names, int32_t *n);
 int64_t model_parameters(const model_config *c);
 int64_t model_active_parameters(const model_config *c);
 
+/* KV heads of each of tp ranks: replicated where there are fewer heads than ranks. */
+int32_t model_kv_heads(const model_config *c, int32_t tp);
+
 /* Can it be split over tp GPUs: heads, KV heads (or replication), FFN width, groups? SHAPE with the
  * reason. `group` is the weight group along K (0 = none). */
 status model_fits_tp(const model_config *c, int32_t tp, int32_t group);

@@ -224,14 +224,6 @@ static const tensor_view *look(const finder *f, const char *ending) {
     return safetensors_find(f->files, name);
 }
 
-static const char *shape_text(char *buf, size_t n, const int64_t *dim, int32_t n_dims) {
-    size_t at = (size_t)snprintf(buf, n, "[");
-    for (int32_t i = 0; i < n_dims && at < n; i++)
-        at += (size_t)snprintf(buf + at, n - at, "%s%lld", i ? ", " : "", (long long)dim[i]);
-    if (at < n) snprintf(buf + at, n - at, "]");
-    return buf;
-}
-
 /* The tensor with this ending, of one of these types (ends with DT_COUNT), and noted as used. */
 static status need(finder *f, const char *ending, const dtype *types, const tensor_view **out) {
     const tensor_view *t = look(f, ending);
@@ -250,8 +242,8 @@ static status has_shape(const tensor_view *t, const int64_t *dim, int32_t n_dims
     if (t->n_dims == n_dims && memcmp(t->dim, dim, (size_t)n_dims * sizeof *dim) == 0) return ST_OK;
     char got[160], want[160];
     return FAIL(ST_SHAPE, "tensor '%s' is %s, its layout makes it %s", t->name,
-                shape_text(got, sizeof got, t->dim, t->n_dims),
-                shape_text(want, sizeof want, dim, n_dims));
+                tensor_shape_text(got, sizeof got, t->dim, t->n_dims),
+                tensor_shape_text(want, sizeof want, dim, n_dims));
 }
 
 static status has_shape_2(const tensor_view *t, int64_t a, int64_t b) {
@@ -418,7 +410,7 @@ static status find_qweight(finder *f, const tensor_view *code) {
         return find_gptq(f, code);
     char got[160];
     return FAIL(ST_SHAPE, "tensor '%s' is %s: neither AWQ nor GPTQ of 4 or 8 bits for %d x %d",
-                code->name, shape_text(got, sizeof got, code->dim, 2), f->n, f->k);
+                code->name, tensor_shape_text(got, sizeof got, code->dim, 2), f->n, f->k);
 }
 
 /* --- compressed-tensors --------------------------------------------------------------------------
@@ -549,7 +541,7 @@ static status take_byte_scale(finder *f, const tensor_view *t) {
     }
     char got[160];
     return FAIL(ST_SHAPE, "tensor '%s' is %s: no scale for the tensor, a row or %d x %d blocks",
-                t->name, shape_text(got, sizeof got, t->dim, t->n_dims), block[0], block[1]);
+                t->name, tensor_shape_text(got, sizeof got, t->dim, t->n_dims), block[0], block[1]);
 }
 
 static status find_bytes(finder *f, dtype type) {

@@ -428,3 +428,11 @@ status safetensors_write(const char *path, const tensor_view *tensors, int32_t n
     if (fd >= 0) unlink(temporary);
     return FAIL(ST_IO, "%s: %s", path, strerror(why));
 }
+
+const char *tensor_shape_text(char *buf, size_t n, const int64_t *dim, int32_t n_dims) {
+    size_t at = (size_t)snprintf(buf, n, "[");
+    for (int32_t i = 0; i < n_dims && at < n; i++)
+        at += (size_t)snprintf(buf + at, n - at, "%s%lld", i ? ", " : "", (long long)dim[i]);
+    if (at < n) snprintf(buf + at, n - at, "]");
+    return buf;
+}

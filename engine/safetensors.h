@@ -23,6 +23,9 @@ typedef struct {
     int64_t bytes;
 } tensor_view;
 
+/* "[2, 3]", cut to n bytes; returns buf. */
+const char *tensor_shape_text(char *buf, size_t n, const int64_t *dim, int32_t n_dims);
+
 typedef struct safetensors safetensors;
 
 /* Open one .safetensors file or a folder. NOTFOUND when a folder holds neither of the two. */

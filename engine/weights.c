@@ -70,10 +70,6 @@ weight_shape weight_field_shape(const model_config *c, weight_field f) {
     return s;
 }
 
-static int32_t kv_heads_of_rank(const model_config *c, int32_t tp) {
-    return c->n_kv_heads > tp ? c->n_kv_heads / tp : 1;
-}
-
 weight_shape weight_shape_shard(const model_config *c, weight_field f, weight_shape s, int32_t tp) {
     CHECK(tp >= 1);
     if (s.shard == SHARD_COLS) s.k /= tp;
@@ -81,7 +77,7 @@ weight_shape weight_shape_shard(const model_config *c, weight_field f, weight_sh
     s.n = 0;
     for (int32_t i = 0; i < s.n_fused; i++) {
         s.fused_rows[i] =
-            f == WEIGHT_qkv && i > 0 ? kv_heads_of_rank(c, tp) * c->head_dim : s.fused_rows[i] / tp;
+            f == WEIGHT_qkv && i > 0 ? model_kv_heads(c, tp) * c->head_dim : s.fused_rows[i] / tp;
         s.n += s.fused_rows[i];
     }
     return s;
@@ -185,7 +181,7 @@ int64_t model_kv_token_bytes(const model_config *c, const precision *p, int32_t 
         head += kv_format_bytes((kv_format)kv.k, c->head_dim) +
                 kv_format_bytes((kv_format)kv.v, c->head_dim);
     }
-    return head * kv_heads_of_rank(c, tp);
+    return head * model_kv_heads(c, tp);
 }
 
 status model_fits_precision(const model_config *c, const precision *p, int32_t tp) {
@@ -334,14 +330,6 @@ static size_t source_at(weight_field f, int32_t layer) {
     return f < 0 ? (size_t)(f + 3) : 3 + (size_t)layer * WEIGHT_COUNT + (size_t)f;
 }
 
-static const char *shape_text(char *buf, size_t n, const int64_t *dim, int32_t n_dims) {
-    size_t at = (size_t)snprintf(buf, n, "[");
-    for (int32_t i = 0; i < n_dims && at < n; i++)
-        at += (size_t)snprintf(buf + at, n - at, "%s%lld", i ? ", " : "", (long long)dim[i]);
-    if (at < n) snprintf(buf + at, n - at, "]");
-    return buf;
-}
-
 /* The tensor of this name, which must have this shape and a type that weights are read in. */
 static status find_tensor(checkpoint *k, const char *name, const int64_t *dim, int32_t n_dims,
                           const tensor_view **out) {
@@ -350,8 +338,8 @@ static status find_tensor(checkpoint *k, const char *name, const int64_t *dim, i
     if (t->n_dims != n_dims || memcmp(t->dim, dim, (size_t)n_dims * sizeof *dim) != 0) {
         char got[160], want[160];
         return FAIL(ST_SHAPE, "tensor '%s' is %s, config.json makes it %s", name,
-                    shape_text(got, sizeof got, t->dim, t->n_dims),
-                    shape_text(want, sizeof want, dim, n_dims));
+                    tensor_shape_text(got, sizeof got, t->dim, t->n_dims),
+                    tensor_shape_text(want, sizeof want, dim, n_dims));
     }
     if (t->type != DT_F32 && t->type != DT_F16 && t->type != DT_BF16)
         return FAIL(ST_UNSUPPORTED,
