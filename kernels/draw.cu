@@ -13,8 +13,8 @@
 //   4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the
 //      drawn number falls is walked by its warp
 //
-// Each step reads the row once or (a descent) four times, from L2. One SM takes 0.9 ms for that with
-// top-p, hence several for a row as long as there are SMs without one.
+// Each step reads the row once or (a descent) four times, from L2. With top-p one SM takes 0.9 ms
+// for that, hence several for a row as long as there are SMs without one.
 #include "draw.h"
 #include "traits.cuh"
 
