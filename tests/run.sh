@@ -7,7 +7,8 @@ passed=0
 failed=0
 CMOCKA_MESSAGE_OUTPUT=STDOUT
 OMP_WAIT_POLICY=passive # as main.c has it
-export CMOCKA_MESSAGE_OUTPUT OMP_WAIT_POLICY
+AMALGAM_BINARY=$out/amalgam # for tests of the command itself
+export CMOCKA_MESSAGE_OUTPUT OMP_WAIT_POLICY AMALGAM_BINARY
 
 one() { # name, command...
     name=$1
