@@ -52,9 +52,6 @@ namespace {
 
 constexpr int kThreads = 32 * LINEAR_WARPS;
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
-}
 // Scales of one block and unit, at their finest granule.
 __host__ __device__ constexpr int unit_scale_bytes(int f, bool fine) {
     return f == WF_INT4    ? (fine ? 768 : 192)
@@ -81,7 +78,7 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 // One stage: code [blocks][KU units], x [KU units][NT][128 bytes], scale [blocks][granules].
 template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
     static constexpr int groups = 2 / XS, blocks = R * groups, rows = NT / XS; // rows: of a warp
-    static constexpr int unit = 512 * code_bits(F);                            // bytes of a block
+    static constexpr int unit = 512 * linear_code_bits(F);                     // bytes of a block
     static constexpr int code = blocks * KU * unit, x = KU * NT * 128;
     static constexpr int scale_block = KU * unit_scale_bytes(F, FINE);
     static constexpr int scale = (blocks * scale_block + 127) / 128 * 128;
@@ -241,7 +238,7 @@ __device__ __forceinline__ void multiply_anew(float *c, const uint32_t *a, uint3
 // What this lane reads of a stage, 16 inputs (an atom, 0 .. 4 KU - 1) at a time.
 template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct reader {
     using S = tile<F, NT, R, XS, KU, FINE>;
-    static constexpr int bits = code_bits(F);
+    static constexpr int bits = linear_code_bits(F);
     static constexpr int atoms = S::rows == 8 ? 2 : 1; // of one ldmatrix
     static constexpr int words = S::rows / 4 * atoms;
     uint32_t code, x, scale;
@@ -298,7 +295,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
 template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct operands {
     using S = tile<F, NT, R, XS, KU, FINE>;
     using source = reader<T, F, NT, R, XS, KU, FINE>;
-    static constexpr int bits = code_bits(F), atoms = 4 * KU, once = source::atoms;
+    static constexpr int bits = linear_code_bits(F), atoms = 4 * KU, once = source::atoms;
     static constexpr int n = S::rows / 2;                                // sums of a block
     static constexpr bool sums = F == WF_INT4 && !FINE && S::rows <= 16; // see raw_codes
     static constexpr bool late =
@@ -496,7 +493,7 @@ template <typename T, int F, int NT, int R, bool FINE>
 __device__ __forceinline__ void multiply_unit(float (&acc)[R * 4][NT / 2], const linear_args &p,
                                               uint32_t stage) {
     using S = tile<F, NT, R, 2, 1, FINE>;
-    constexpr int bits = code_bits(F);
+    constexpr int bits = linear_code_bits(F);
     constexpr bool kSums = F == WF_INT4 && !FINE;
     const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
     const uint32_t x = stage + S::code + row * 128 + ((lane / 8 % 2 ^ row % 8) << 4);
@@ -647,7 +644,7 @@ status launch_split(const linear_args *args, int32_t n_sms, int32_t per_sm, kern
 }
 
 constexpr int units_of(int f, int at_4_bits) {
-    return at_4_bits * 4 > code_bits(f) ? at_4_bits * 4 / code_bits(f) : 1;
+    return at_4_bits * 4 > linear_code_bits(f) ? at_4_bits * 4 / linear_code_bits(f) : 1;
 }
 // What a granule may be; formats that have one granule take any row.
 constexpr int granule_least(int f, bool fine) { return f == WF_INT4 ? (fine ? 16 : 64) : 0; }

@@ -19,6 +19,16 @@
 
 enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8 };
 
+__host__ __device__ constexpr int linear_code_bits(int format) {
+    return format == WF_16                                                 ? 16
+           : format == WF_INT4 || format == WF_MXFP4 || format == WF_NVFP4 ? 4
+                                                                           : 8;
+}
+// Largest bytes of a granule of one block.
+__host__ __device__ constexpr int linear_granule_bytes(int format) {
+    return format == WF_INT4 ? 192 : format == WF_MXFP4 || format == WF_NVFP4 ? 64 : 16;
+}
+
 struct linear_args {
     const uint8_t *code, *scale; // [count][code_bytes], [count][scale_bytes]
     const void *bias;            // [count, n] or NULL

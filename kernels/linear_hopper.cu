@@ -62,21 +62,13 @@ __host__ __device__ constexpr int loaders(int ctas) { return ctas == 1 ? 128 : 6
 // Up to so many x rows mma.sync is quick enough, and wants neither descriptors nor waits.
 constexpr int kMmaRows = 16;
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
-}
-// Largest bytes of a granule of one block.
-__host__ __device__ constexpr int granule_bytes(int f) {
-    return f == WF_INT4 ? 192 : f == WF_MXFP4 || f == WF_NVFP4 ? 64 : 16;
-}
-
 // Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, row
 // ids.
 template <int F, int NT, int R, int KU, int G, int KB> struct tile {
-    static constexpr int unit = 512 * code_bits(F); // bytes of a block
+    static constexpr int unit = 512 * linear_code_bits(F); // bytes of a block
     static constexpr int code = 2 * R * KU * unit, x = KU * NT * 128;
     static constexpr int rows = G ? (KU * 64 + G - 1) / G : 0; // granules of a step
-    static constexpr int scale_block = rows * granule_bytes(F), scale = 2 * R * scale_block;
+    static constexpr int scale_block = rows * linear_granule_bytes(F), scale = 2 * R * scale_block;
     static constexpr int turn = LINEAR_WARPS * LINEAR_STAGE_FLOATS * 4;
     static constexpr int fixed = turn + 1024 + 256 + NT * 4;
     static constexpr int fit = (KB * 1024 - fixed) / (code + x + scale + 16);
@@ -238,7 +230,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     using L = tile<F, NT, R, KU, G, KB>;
-    constexpr int bits = code_bits(F);
+    constexpr int bits = linear_code_bits(F);
     constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];

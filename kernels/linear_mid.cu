@@ -47,12 +47,9 @@ namespace {
 
 enum { kClusterMost = 6, kStagesMost = 16 }; // larger clusters find too few places
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
-}
 // Units of K in a stage of W, at least what a scale covers, and in one of x.
 __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
-    return code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
+    return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
     return parts > 1 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
@@ -150,8 +147,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring at, uint32_t base, const part &k) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * code_bits(F);
-    constexpr int kRows = U * code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters) {
@@ -191,7 +188,7 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 // --- Multiplying --------------------------------------------------------------------------------
 
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
-    static constexpr int U = step_units(F, B, P), bits = code_bits(F), unit = 512 * bits;
+    static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     // Scales meet the sums of a granule, not each weight: fewer instructions.
     static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
@@ -506,7 +503,8 @@ __host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 :
 template <int F, int NT, int B, int P> int64_t cost(const division &d, int rounds, int units) {
     constexpr bool half = B * P == 2;
     int64_t unit = half ? NT == 64 ? 110 : 90 : NT == 64 ? 108 : 88;
-    if (unit < 512 * code_bits(F) / 30) unit = 512 * code_bits(F) / 30; // 30 bytes a ns and SM
+    if (unit < 512 * linear_code_bits(F) / 30)
+        unit = 512 * linear_code_bits(F) / 30; // 30 bytes a ns and SM
     if (half) unit *= 2;
     const int64_t meet = half ? NT == 64 ? 5000 : 4200 : NT == 64 ? 6500 : 5000;
     return rounds * (units * unit + (d.meet ? meet : 3000));
@@ -515,7 +513,7 @@ template <int F, int NT, int B, int P> int64_t cost(const division &d, int round
 // Among clusters of `size`, at most `most` of them at once; no stages when there is no room.
 template <int F, int NT, int B, int P, int G>
 division divide(const linear_args *a, int size, int most) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * code_bits(F);
+    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     division d = {};
     d.cluster = size;
     d.tiles = a->paired ? (a->half_blocks + B / 2 - 1) / (B / 2) : (a->blocks + B - 1) / B;
@@ -574,7 +572,7 @@ status encode(CUtensorMap *map, const tensor &t) {
 
 template <int F, int NT, int B, int P, int G>
 status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
-    constexpr int U = step_units(F, B, P), kRows = code_bits(F) / 4; // rows of 2 KB a unit
+    constexpr int U = step_units(F, B, P), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = a->paired ? B / 2 : B;
     const cuuint64_t block = (cuuint64_t)a->units * kRows * 2048;

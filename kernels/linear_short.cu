@@ -50,11 +50,8 @@ namespace {
 enum { kHalf = 113 * 1024, kRoom = 227 * 1024, kApart = 114 * 1024 };
 enum { kStagesMost = 16 };
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
-}
 // Units of K in a step, at least what a scale covers.
-__host__ __device__ constexpr int step_units(int f) { return code_bits(f) == 4 ? 4 : 2; }
+__host__ __device__ constexpr int step_units(int f) { return linear_code_bits(f) == 4 ? 4 : 2; }
 __host__ __device__ constexpr int step_granules(int f, int g) {
     return g ? step_units(f) * 64 / g : 0;
 }
@@ -156,7 +153,7 @@ template <int F, int NT, int G>
 __device__ __forceinline__ void load(const linear_args &p, const division &d,
                                      const CUtensorMap &map, const barriers &bar, uint32_t base,
                                      const duty &own) {
-    constexpr int U = step_units(F), unit = 512 * code_bits(F), N = step_granules(F, G);
+    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
     constexpr int x_bytes = U * NT * 128;
     const int total = own.steps * own.tiles;
     const uint64_t policy = policy_evict_first();
@@ -253,7 +250,8 @@ __host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows) {
 // --- Multiplying --------------------------------------------------------------------------------
 
 template <typename T, int F, int NT, int G> struct multiplier {
-    static constexpr int U = step_units(F), bits = code_bits(F), unit = 512 * bits, R = NT / 2;
+    static constexpr int U = step_units(F), bits = linear_code_bits(F), unit = 512 * bits,
+                         R = NT / 2;
     static constexpr bool kSums = on_sums(F, G), kFolded = F == WF_MXFP4;
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
@@ -606,8 +604,9 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
     if (how == kBeside && d.w_stages < 3 && rounds > 1) unit = 110;
     if (how == kTwo && d.x_again && NT == 8) unit = 130;
     if (how == kAlone && d.x_again) unit = NT == 8 ? 61 : 69;
-    if (code_bits(F) > 4) unit = unit * code_bits(F) / 5;
-    if (code_bits(F) == 4 && !on_sums(F, G)) unit = how == kBeside ? unit * 8 / 7 : unit * 4 / 3;
+    if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
+    if (linear_code_bits(F) == 4 && !on_sums(F, G))
+        unit = how == kBeside ? unit * 8 / 7 : unit * 4 / 3;
     const int64_t work = rounds * (units * unit + (how == kAlone ? 450 : 0));
     const int64_t read = bytes / (35 * d.clusters * d.cluster / (how == kTwo ? 2 : 1));
     const int64_t launch = how == kBeside ? NT == 8 ? 1450 : 2300 : how == kTwo ? 1800 : 3500;
@@ -617,7 +616,7 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
 // The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
 template <int F, int NT, int P, int G>
 division divide(const linear_args *a, int c, int most, live how) {
-    constexpr int U = step_units(F), unit = 512 * code_bits(F), x_stage = U * NT * 128;
+    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
     const int stage = U * unit + step_granules(F, G) * a->granule_bytes;
     const int x_sum = x_sums_bytes(F, G, NT), room = how == kAlone ? kRoom : kHalf;
     division d = {};

@@ -47,14 +47,6 @@ static_assert(kMath * kMathRegisters + 128 * kLoadRegisters <=
 // Named barriers: 0 is __syncthreads.
 enum { BAR_MATH = 1, BAR_PAIR = 2 };
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 || f == WF_NVFP4 ? 4 : 8;
-}
-// Largest bytes of a granule of one block.
-__host__ __device__ constexpr int granule_bytes(int f) {
-    return f == WF_INT4 ? 192 : f == WF_MXFP4 || f == WF_NVFP4 ? 64 : 16;
-}
-
 // What a warp turns sums around in, see place_put; behind it scales and biases of its 16 outputs
 // and of those of up.
 constexpr int kPlaceRows = 16, kPlaceOutputs = kPlaceRows * 20 * 4;
@@ -63,10 +55,11 @@ constexpr int kPlaceBytes = kPlaceOutputs + 2 * 2 * 16 * 4;
 // Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, where
 // gathered rows of x lie.
 template <int F, int G> struct tile {
-    static constexpr int unit = 512 * code_bits(F); // bytes of a block
+    static constexpr int unit = 512 * linear_code_bits(F); // bytes of a block
     static constexpr int code = kBlocks * kUnits * unit, x = kUnits * kRows * 128;
     static constexpr int rows = G ? kUnits * 64 / G : 0; // granules of a step
-    static constexpr int scale_block = rows * granule_bytes(F), scale = kBlocks * scale_block;
+    static constexpr int scale_block = rows * linear_granule_bytes(F),
+                         scale = kBlocks * scale_block;
     static constexpr int fixed =
         kWarps * kPlaceBytes + 256 + kRows * 4 + 1024; // 1024: alignment of the base
     static constexpr int stages = (224 * 1024 - fixed) / (code + x + scale + 16);
@@ -617,7 +610,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const 
                                               int units, uint32_t code, uint32_t scale_at,
                                               int place, uint32_t x_at) {
     using L = tile<F, G>;
-    constexpr int bits = code_bits(F);
+    constexpr int bits = linear_code_bits(F);
     dequant_scales scales;
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {

@@ -37,21 +37,14 @@ static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
               "registers_up would wait for ever");
 enum { BAR_PAIR = 1 }; // named barriers; 0 is __syncthreads
 
-__host__ __device__ constexpr int code_bits(int f) {
-    return f == WF_16 ? 16 : f == WF_INT4 || f == WF_MXFP4 ? 4 : 8;
-}
-// Largest bytes of a granule of one block.
-__host__ __device__ constexpr int granule_bytes(int f) {
-    return f == WF_INT4 ? 192 : f == WF_MXFP4 ? 64 : 16;
-}
-
 // Shared memory of a CTA: stages of one unit, codes and x, then scales, the turning places, what
 // warps of gate and up exchange, and barriers. A granule of two units comes with each of them.
 template <int F, int G> struct tile {
-    static constexpr int unit = 512 * code_bits(F); // bytes of a block
+    static constexpr int unit = 512 * linear_code_bits(F); // bytes of a block
     static constexpr int code = kBlocks * unit, x = kRows * 128;
     static constexpr int granules = G == 0 ? 0 : G < 64 ? 64 / G : 1; // of a unit
-    static constexpr int scale_block = granules * granule_bytes(F), scale = kBlocks * scale_block;
+    static constexpr int scale_block = granules * linear_granule_bytes(F),
+                         scale = kBlocks * scale_block;
     static constexpr int turn = kWarps * LINEAR_STAGE_FLOATS * 4, pair = kWarps * 512;
     static constexpr int fixed = turn + pair + 256 + 1024; // 1024: alignment of the base
     static constexpr int stages = (226 * 1024 - fixed) / (code + x + scale);
@@ -229,7 +222,7 @@ __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_
 template <typename T, int F, int G>
 __device__ __forceinline__ void convert(uint32_t (&f)[4][4], const linear_args &p, uint32_t code,
                                         uint32_t scale_at, int place) {
-    constexpr int bits = code_bits(F), kPerLoad = 16 / bits; // atoms in one load of 16 bytes
+    constexpr int bits = linear_code_bits(F), kPerLoad = 16 / bits; // atoms in one load of 16 bytes
     uint4 chunk;
     dequant_scales scales;
 #pragma unroll
