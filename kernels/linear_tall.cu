@@ -222,8 +222,12 @@ template <typename T, int F, int G> struct producer {
             __syncwarp();
             if (lane == 0) barrier_arrive(told + 8);
             for (int step = s.step0; step < s.step1; step++) {
-                barrier_wait(empty + stage * 8, parity);
-                if (i > 0 || step > s.step0) weights(step, stage);
+                // Nothing is waited for by the first: others may have gathered its rows, and it
+                // may be read already, whose phase this parity would not stand for.
+                if (i > 0 || step > s.step0) {
+                    barrier_wait(empty + stage * 8, parity);
+                    weights(step, stage);
+                }
                 inputs(s, step, stage);
                 if (++stage == L::stages) stage = 0, parity ^= 1;
             }
