@@ -4,8 +4,10 @@
  * KV heads. All of them run the same operations over the same batch, so an operation here is a loop
  * over theirs; a handle (tensor, weight) holds one for each rank. Together they do two things:
  *
- *   all_reduce   y of o and down (a mixture's after combine) is summed in the type of activations,
- *                16 bit: the partial sums were rounded to it, too
+ *   all_reduce   y of o and down (a mixture's after combine) is summed. Of few rows by the norm that
+ *                follows (kernel_norm_add_ranks), over peer access; else, or where a GPU cannot
+ *                reach the others, by NCCL in the type of activations, 16 bit. The partial sums
+ *                were rounded to that, too
  *   logits       a rank computes its part of the vocabulary; the parts are gathered on every rank,
  *                and laid side by side. A tied head is whole on every rank, which computes all
  *
@@ -19,6 +21,7 @@
  * one may wait for its GPU. */
 #include "cudev.h"
 #include "nccl.h"
+#include "norm.h"
 #include "rows.h"
 
 #include <cuda_runtime_api.h>
@@ -36,8 +39,11 @@ typedef struct {
     device *rank[RANKS_MAX];
     nccl lib;
     nccl_comm comm[RANKS_MAX];
-    arena handles;          /* ranked_tensor, weight[n] */
-    void *parts[RANKS_MAX]; /* [n, max_samples, V / n] f32: logits before they are laid out */
+    arena handles;             /* ranked_tensor, weight[n] */
+    void *parts[RANKS_MAX];    /* [n, max_samples, V / n] f32: logits before they are laid out */
+    norm_ranks sum[RANKS_MAX]; /* all zero where sums are NCCL's */
+    int32_t *gone;             /* pinned; set when no rank should wait for another any more */
+    const void *partial;       /* the tensor that the next norm has to sum, or NULL */
 } ranks;
 
 static ranks *self(device *d) { return (ranks *)(void *)d; }
@@ -69,6 +75,7 @@ static const weight *share(const weight *w, int32_t r) {
 static void ranks_close(device *d) {
     ranks *g = self(d);
     bool dead = false;
+    if (g->gone) *(volatile int32_t *)g->gone = 1;
     for (int32_t r = 0; r < g->n; r++) dead = dead || (g->rank[r] && cudev_self(g->rank[r])->dead);
     for (int32_t r = 0; r < g->n; r++) /* while one is under way, NCCL can wait for nothing */
         if (g->rank[r]) cudev_abandon_capture(cudev_self(g->rank[r]));
@@ -82,6 +89,7 @@ static void ranks_close(device *d) {
         if (g->comm[r]) (void)(dead ? g->lib.comm_abort : g->lib.comm_destroy)(g->comm[r]);
     for (int32_t r = 0; r < g->n; r++)
         if (g->rank[r] && use(g, r) == ST_OK) device_cuda.close(g->rank[r]);
+    if (g->gone) (void)cudaFreeHost(g->gone);
     /* The library stays: threads of its own may not have left it yet. */
     arena_close(&g->handles);
     (void)cudaSetDevice(0);
@@ -145,9 +153,71 @@ static status ranks_weight_load(device *d, const weight_source *s, const precisi
     return ST_OK;
 }
 
+/* Peer access between all ranks? Then each can write to the others' inboxes. */
+static status reach_peers(ranks *g, bool *all) {
+    *all = true;
+    for (int32_t r = 0; r < g->n; r++)
+        for (int32_t p = 0; p < g->n; p++) {
+            int can = 1;
+            if (p != r) CUDA_TRY(cudaDeviceCanAccessPeer(&can, r, p), "peer access");
+            *all = *all && can;
+        }
+    if (!*all) return ST_OK;
+    for (int32_t r = 0; r < g->n; r++) {
+        TRY(use(g, r));
+        for (int32_t p = 0; p < g->n; p++) {
+            if (p == r) continue;
+            const cudaError_t e = cudaDeviceEnablePeerAccess(p, 0);
+            if (e == cudaErrorPeerAccessAlreadyEnabled) /* NCCL's */
+                (void)cudaGetLastError();
+            else
+                CUDA_TRY(e, "peer access");
+        }
+    }
+    return ST_OK;
+}
+
+static status open_sums(ranks *g, int32_t cols) {
+    const size_t calls = sizeof(uint32_t) * NORM_RANK_ROWS, table = sizeof(void *) * RANKS_MAX;
+    const size_t bytes = norm_inbox_bytes(g->n, cols);
+    void *inbox[RANKS_MAX] = {0};
+    bool reached;
+    if (cols > NORM_RANK_COLS) return ST_OK;
+    TRY(reach_peers(g, &reached));
+    if (!reached) return ST_OK;
+    CUDA_TRY(cudaHostAlloc((void **)&g->gone, sizeof *g->gone,
+                           cudaHostAllocMapped | cudaHostAllocPortable),
+             "pinned memory");
+    *g->gone = 0;
+    for (int32_t r = 0; r < g->n; r++) {
+        TRY(use(g, r));
+        TRY(cudev_slab_take(&cudev_self(g->rank[r])->run, bytes, "inbox of ranks", &inbox[r]));
+        CUDA_TRY(cudaMemset(inbox[r], 0, bytes), "inbox of ranks");
+    }
+    for (int32_t r = 0; r < g->n; r++) {
+        void *at_calls, *at_table, *gone;
+        cudev_slab *run = &cudev_self(g->rank[r])->run;
+        TRY(use(g, r));
+        TRY(cudev_slab_take(run, calls, "inbox of ranks", &at_calls));
+        TRY(cudev_slab_take(run, table, "inbox of ranks", &at_table));
+        CUDA_TRY(cudaMemset(at_calls, 0, calls), "inbox of ranks");
+        CUDA_TRY(cudaMemcpy(at_table, inbox, table, cudaMemcpyHostToDevice), "inbox of ranks");
+        CUDA_TRY(cudaHostGetDevicePointer(&gone, g->gone, 0), "pinned memory");
+        CUDA_TRY(cudaDeviceSynchronize(), "inbox of ranks"); /* before another rank writes to it */
+        g->sum[r] = (norm_ranks){.inbox = at_table,
+                                 .calls = at_calls,
+                                 .gone = gone,
+                                 .rank = r,
+                                 .n = g->n,
+                                 .cols_max = cols};
+    }
+    return ST_OK;
+}
+
 static status ranks_setup(device *d, const device_setup *s) {
     ranks *g = self(d);
     EACH_RANK(g, device_cuda.setup(of, s));
+    TRY(open_sums(g, s->config->dim));
     if (s->config->tied) return ST_OK;
     const size_t bytes = sizeof(float) * (size_t)s->max_samples * (size_t)s->config->vocab;
     EACH_RANK(g, cudev_slab_take(&cudev_self(of)->run, bytes, "logits of ranks", &g->parts[r]));
@@ -170,11 +240,22 @@ static status ranks_buffer(device *d, int64_t rows, int32_t cols, tensor *out) {
 /* --- Together -----------------------------------------------------------------------------------
  */
 
+/* A rank sends every row to each other one, twice its bytes: past so many rows NCCL is faster. */
+static bool sums_in_norm(const ranks *g, int64_t rows) {
+    return g->sum[0].n && rows * (g->n - 1) <= NORM_RANK_ROWS;
+}
+
 static status ranks_all_reduce(device *d, tensor inout) {
     ranks *g = self(d);
     const cudev *first = cudev_self(g->rank[0]);
     if (cudev_replayed(first)) return ST_OK;
-    const size_t n = (size_t)(cudev_rows(first, inout.rows) * inout.cols);
+    const int64_t rows = cudev_rows(first, inout.rows);
+    CHECK(!g->partial);
+    if (sums_in_norm(g, rows)) {
+        g->partial = inout.data;
+        return ST_OK;
+    }
+    const size_t n = (size_t)(rows * inout.cols);
     TRY(nccl_check(&g->lib, g->lib.group_start(), "all-reduce"));
     int result = 0;
     for (int32_t r = 0; r < g->n && result == 0; r++) {
@@ -219,6 +300,7 @@ static status ranks_logits(device *d, tensor out, tensor x, const weight *head) 
 
 static status ranks_begin(device *d, const batch *b) {
     ranks *g = self(d);
+    g->partial = NULL;
     EACH_RANK(g, device_cuda.begin(of, b));
     return ST_OK;
 }
@@ -255,8 +337,21 @@ static status ranks_embed(device *d, tensor out, const weight *table) {
 static status ranks_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
                          float eps) {
     ranks *g = self(d);
-    EACH_RANK(
-        g, device_cuda.norm(of, part(out, r), part(residual, r), part(add, r), share(w, r), eps));
+    if (!g->partial) {
+        EACH_RANK(g, device_cuda.norm(of, part(out, r), part(residual, r), part(add, r),
+                                      share(w, r), eps));
+        return ST_OK;
+    }
+    CHECK(add.data == g->partial);
+    g->partial = NULL;
+    for (int32_t r = 0; r < g->n; r++) {
+        const cudev *c = cudev_self(g->rank[r]);
+        const cudev_weight *gain = share(w, r)->data;
+        TRY(use(g, r));
+        TRY(kernel_norm_add_ranks(part(out, r).data, part(residual, r).data, part(add, r).data,
+                                  gain->plain, cudev_rows(c, out.rows), out.cols, eps, c->type,
+                                  &g->sum[r], c->stream));
+    }
     return ST_OK;
 }
 
@@ -354,8 +449,12 @@ static void ranks_explain(device *d, const char *what, const weight *w, int64_t 
                           size_t n) {
     ranks *g = self(d);
     if (strcmp(what, "all_reduce") == 0) {
-        snprintf(buf, n, "NCCL %d.%d.%d over %d GPUs, 16 bit", g->lib.version / 10000,
-                 g->lib.version / 100 % 100, g->lib.version % 100, g->n);
+        const int32_t v = g->lib.version;
+        if (sums_in_norm(g, n_rows))
+            snprintf(buf, n, "by the norm, from %d GPUs", g->n);
+        else
+            snprintf(buf, n, "NCCL %d.%d.%d over %d GPUs, 16 bit", v / 10000, v / 100 % 100,
+                     v % 100, g->n);
         return;
     }
     device_cuda.explain(g->rank[0], what, w ? share(w, 0) : NULL, n_rows, buf, n);

@@ -139,7 +139,8 @@ typedef struct device_ops {
                          bool gather);
     status (*moe_combine)(device *d, tensor out, tensor y, int32_t top_k);
 
-    /* Sum over ranks; a no-op at tp 1. */
+    /* Sum over ranks; a no-op at tp 1. Nothing but the next norm, which must add it, may read
+     * `inout` afterwards: the sum may be that norm's work. */
     status (*all_reduce)(device *d, tensor inout);
 
     /* out [n_samples, E] = rows of x to be sampled, in order. */

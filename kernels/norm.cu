@@ -1,4 +1,9 @@
 // norm.cu - one block a row, the row in registers: it is read once and written once.
+//
+// Over ranks a block first sends its row of `add` to all others, then adds theirs as they come: a
+// pair of values and the number of the call in one word of 64 bits, so that no word has to wait for
+// another. Inboxes have two halves in turn. A rank writes to a half for call c + 2 after it has had
+// all of call c + 1, which the others sent when they were through with call c.
 #include "norm.h"
 #include "traits.cuh"
 
@@ -8,10 +13,52 @@ namespace {
 
 constexpr int kThreadsMax = 1024;
 
+__device__ __forceinline__ void send(ulonglong2 *to, const uint4 &v, uint32_t call) {
+    const uint64_t tag = uint64_t{call} << 32;
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(tag | v.x),
+                 "l"(tag | v.y)
+                 : "memory");
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to + 1), "l"(tag | v.z),
+                 "l"(tag | v.w)
+                 : "memory");
+}
+
+// Once all four words are of this call, or the others are gone.
+__device__ __forceinline__ uint4 receive(const ulonglong2 *from, uint32_t call, const int *gone) {
+    uint64_t a, b, c, d;
+    for (uint32_t tries = 1;; tries++) {
+        asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(a), "=l"(b)
+                     : "l"(from)
+                     : "memory");
+        asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(c), "=l"(d)
+                     : "l"(from + 1)
+                     : "memory");
+        const bool here = uint32_t(a >> 32) == call && uint32_t(b >> 32) == call &&
+                          uint32_t(c >> 32) == call && uint32_t(d >> 32) == call;
+        if (here) break;
+        if (tries % 65536 == 0) { // now and then: this reads over the bus
+            int left;
+            asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(left) : "l"(gone) : "memory");
+            if (left) break;
+        }
+    }
+    return {uint32_t(a), uint32_t(b), uint32_t(c), uint32_t(d)};
+}
+
+// Where rank `to` gets a row of rank `from`, in pairs of words.
+__device__ __forceinline__ ulonglong2 *row_of(const norm_ranks &ranks, int to, int from, int row,
+                                              uint32_t call) {
+    const int64_t at = (int64_t{call & 1} * ranks.n + from) * NORM_RANK_ROWS + row;
+    return static_cast<ulonglong2 *>(ranks.inbox[to]) + at * (ranks.cols_max / 4);
+}
+
 // PACKS: 16-byte pieces that a thread holds. 1 up to 8192 columns, which is every model here.
-template <typename T, int PACKS>
-__global__ void __launch_bounds__(kThreadsMax)
-    norm_add(T *y, T *residual, const T *add, const T *w, int32_t cols, float eps) {
+// RANKS: add is this rank's part.
+template <typename T, int PACKS, bool RANKS>
+__global__ void __launch_bounds__(kThreadsMax) norm_add(T *y, T *residual, const T *add, const T *w,
+                                                        int32_t cols, float eps, norm_ranks ranks) {
     __shared__ float shared[32];
     const int64_t row = int64_t{blockIdx.x} * cols;
     pack<T> r[PACKS], gain[PACKS];
@@ -22,22 +69,47 @@ __global__ void __launch_bounds__(kThreadsMax)
         if (col < cols) gain[p] = load_pack(w + col);
     }
     follow_previous();
+    uint32_t call = 0;
+    if constexpr (RANKS) {
+        call = ranks.calls[blockIdx.x] + 1;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            const int piece = p * (int)blockDim.x + (int)threadIdx.x;
+            if (piece * pack<T>::n >= cols) continue;
+            const uint4 v = *reinterpret_cast<const uint4 *>(add + row + piece * pack<T>::n);
+            for (int i = 1; i < ranks.n; i++) { // each begins with another one's inbox
+                const int to = (ranks.rank + i) % ranks.n;
+                send(row_of(ranks, to, ranks.rank, blockIdx.x, call) + piece * 2, v, call);
+            }
+        }
+    }
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
+        const int piece = p * (int)blockDim.x + (int)threadIdx.x, col = piece * pack<T>::n;
         if (col >= cols) continue;
         r[p] = load_pack(residual + row + col); // [8]
         if (add) {
-            const pack<T> a = load_pack(add + row + col);
+            const pack<T> own = load_pack(add + row + col);
+            float sum[pack<T>::n] = {};
+            for (int from = 0; from < (RANKS ? ranks.n : 1); from++) {
+                pack<T> a = own;
+                if (RANKS && from != ranks.rank)
+                    *reinterpret_cast<uint4 *>(&a) =
+                        receive(row_of(ranks, ranks.rank, from, blockIdx.x, call) + piece * 2, call,
+                                ranks.gone);
+#pragma unroll
+                for (int i = 0; i < pack<T>::n; i++) sum[i] += to_f32(a.v[i]);
+            }
 #pragma unroll
             for (int i = 0; i < pack<T>::n; i++)
-                r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) + to_f32(a.v[i]));
+                r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) + sum[i]);
             store_pack(residual + row + col, r[p]);
         }
 #pragma unroll
         for (int i = 0; i < pack<T>::n; i++) squares += to_f32(r[p].v[i]) * to_f32(r[p].v[i]);
     }
     const float scale = 1.f / sqrtf(block_sum(squares, shared) / (float)cols + eps);
+    if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
@@ -49,17 +121,34 @@ __global__ void __launch_bounds__(kThreadsMax)
     }
 }
 
-template <dtype dt>
+template <dtype dt, bool RANKS>
 status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
-              float eps, cudaStream_t s) {
+              float eps, const norm_ranks &ranks, cudaStream_t s) {
     using T = typename element<dt>::type;
     const int packs = cols / pack<T>::n;
     const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
     const int threads = (packs + each * 32 - 1) / (each * 32) * 32;
-    auto *const kernel = each == 1 ? norm_add<T, 1> : each == 2 ? norm_add<T, 2> : norm_add<T, 4>;
+    auto *const kernel = each == 1            ? norm_add<T, 1, RANKS>
+                         : RANKS || each == 2 ? norm_add<T, 2, RANKS>
+                                              : norm_add<T, 4, false>;
     return launch_early("norm_add", kernel, (unsigned)rows, threads, s, static_cast<T *>(y),
                         static_cast<T *>(residual), static_cast<const T *>(add),
-                        static_cast<const T *>(w), cols, eps);
+                        static_cast<const T *>(w), cols, eps, ranks);
+}
+
+template <bool RANKS>
+status launch_type(void *y, void *residual, const void *add, const void *w, int64_t rows,
+                   int32_t cols, float eps, dtype type, const norm_ranks &ranks, cudaStream_t s) {
+    if (rows < 0 || rows > INT32_MAX || cols <= 0 || cols % 8 || cols > 4 * 8 * kThreadsMax)
+        return FAIL(ST_SHAPE, "norm_add [%lld, %d]", (long long)rows, cols);
+    if (rows == 0) return ST_OK;
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name: return launch<DT_##name, RANKS>(y, residual, add, w, rows, cols, eps, ranks, s);
+        NORM_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "norm_add: elements of %s", dtype_text(type));
+    }
 }
 
 } // namespace
@@ -67,14 +156,17 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
 extern "C" status kernel_norm_add(void *y, void *residual, const void *add, const void *w,
                                   int64_t rows, int32_t cols, float eps, dtype type,
                                   kernel_stream stream) {
-    if (rows < 0 || rows > INT32_MAX || cols <= 0 || cols % 8 || cols > 4 * 8 * kThreadsMax)
-        return FAIL(ST_SHAPE, "norm_add [%lld, %d]", (long long)rows, cols);
-    if (rows == 0) return ST_OK;
-    switch (type) {
-#define X(name)                                                                                    \
-    case DT_##name: return launch<DT_##name>(y, residual, add, w, rows, cols, eps, stream);
-        NORM_INSTANCES(X)
-#undef X
-    default: return FAIL(ST_UNSUPPORTED, "norm_add: elements of %s", dtype_text(type));
-    }
+    return launch_type<false>(y, residual, add, w, rows, cols, eps, type, norm_ranks{}, stream);
+}
+
+extern "C" size_t norm_inbox_bytes(int32_t n_ranks, int32_t cols_max) {
+    return sizeof(uint64_t) * 2 * (size_t)n_ranks * NORM_RANK_ROWS * (size_t)(cols_max / 2);
+}
+
+extern "C" status kernel_norm_add_ranks(void *y, void *residual, const void *add, const void *w,
+                                        int64_t rows, int32_t cols, float eps, dtype type,
+                                        const norm_ranks *ranks, kernel_stream stream) {
+    if (rows > NORM_RANK_ROWS || cols > ranks->cols_max || cols > NORM_RANK_COLS)
+        return FAIL(ST_SHAPE, "norm_add of %d ranks [%lld, %d]", ranks->n, (long long)rows, cols);
+    return launch_type<true>(y, residual, add, w, rows, cols, eps, type, *ranks, stream);
 }

@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+static bool least;
 static const dtype types[] = {DT_F16, DT_BF16};
 static double unit_of(dtype t) { return t == DT_F16 ? 0x1p-11 : 0x1p-8; }
 
@@ -216,6 +217,103 @@ static void test_norm(void **state) {
     assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
 }
 
+/* Ranks as streams of one GPU. */
+enum { SUM_RANKS = 3, SUM_COLS = 4096 };
+typedef struct {
+    norm_ranks peers[SUM_RANKS];
+    cudaStream_t stream[SUM_RANKS];
+    int32_t *gone;
+} sum_ranks;
+
+static void sum_open(sum_ranks *s) {
+    void *inbox[SUM_RANKS], *gone;
+    const size_t bytes = norm_inbox_bytes(SUM_RANKS, SUM_COLS);
+    CUDA(cudaHostAlloc((void **)&s->gone, sizeof *s->gone, cudaHostAllocMapped));
+    CUDA(cudaHostGetDevicePointer(&gone, s->gone, 0));
+    *s->gone = 0;
+    for (int r = 0; r < SUM_RANKS; r++) {
+        inbox[r] = dev(bytes);
+        CUDA(cudaMemset(inbox[r], 0, bytes));
+        CUDA(cudaStreamCreateWithFlags(&s->stream[r], cudaStreamNonBlocking));
+    }
+    for (int r = 0; r < SUM_RANKS; r++) {
+        uint32_t *calls = dev(sizeof *calls * NORM_RANK_ROWS);
+        CUDA(cudaMemset(calls, 0, sizeof *calls * NORM_RANK_ROWS));
+        s->peers[r] = (norm_ranks){.inbox = dev_copy(inbox, sizeof inbox),
+                                   .calls = calls,
+                                   .gone = gone,
+                                   .rank = r,
+                                   .n = SUM_RANKS,
+                                   .cols_max = SUM_COLS};
+    }
+    CUDA(cudaDeviceSynchronize());
+}
+
+/* One call of all ranks: the same bits on each, those of a sum in f32 in order of ranks. */
+static void sum_case(sum_ranks *s, int64_t rows, int32_t cols, dtype type, uint64_t seed) {
+    const int64_t n = rows * cols;
+    float *residual = normals(n, 1, seed), *w = normals(cols, 0.2, 3), *y = host((size_t)n, 4);
+    float *got = host((size_t)n, 4), *stream = host((size_t)n, 4), *sum = host((size_t)n, 4);
+    void *dr[SUM_RANKS], *da[SUM_RANKS], *dy[SUM_RANKS];
+    void *dw = dev_rounded(w, cols, type);
+    for (int r = 0; r < SUM_RANKS; r++) {
+        float *add = normals(n, 1, seed + 1 + (uint64_t)r);
+        dr[r] = dev_rounded(residual, n, type);
+        da[r] = dev_rounded(add, n, type);
+        dy[r] = dev((size_t)n * 2);
+        for (int64_t i = 0; i < n; i++) sum[i] += add[i];
+        free(add);
+    }
+    CUDA(cudaDeviceSynchronize());
+    for (int r = SUM_RANKS - 1; r >= 0; r--)
+        assert_ok(kernel_norm_add_ranks(dy[r], dr[r], da[r], dw, rows, cols, 1e-5f, type,
+                                        &s->peers[r], s->stream[r]));
+    for (int64_t i = 0; i < n; i++) residual[i] += sum[i];
+    void *rounded = dev_rounded(residual, n, type);
+    ref_rmsnorm(y, residual, w, rows, cols, 1e-5f);
+    for (int r = 0; r < SUM_RANKS; r++) {
+        fetch_f32(got, dy[r], n, type);
+        fetch_f32(stream, dr[r], n, type);
+        assert_memory_equal(stream, residual, (size_t)n * 4);
+        for (int64_t i = 0; i < n; i++)
+            assert_close(got[i], y[i], fabs((double)y[i]) * unit_of(type) * 1.01 + 1e-7);
+        CUDA(cudaFree(dr[r]));
+        CUDA(cudaFree(da[r]));
+        CUDA(cudaFree(dy[r]));
+    }
+    residual[n - 1] += 8 * (float)unit_of(type) * (fabsf(residual[n - 1]) + 1); /* twin */
+    assert_memory_not_equal(stream, residual, (size_t)n * 4);
+    CUDA(cudaFree(dw));
+    CUDA(cudaFree(rounded));
+    free(residual), free(w), free(y), free(got), free(stream), free(sum);
+}
+
+static void test_norm_ranks(void **state) {
+    (void)state;
+    if (least) skip(); /* a sanitizer may run kernels one by one, and these wait for each other */
+    sum_ranks s;
+    sum_open(&s);
+    /* Rows come and go between calls, so that their numbers of calls differ. */
+    static const int64_t rows[] = {1, 5, 1, 32, 3, 64, 1, 1, 64, 2};
+    static const int32_t cols[] = {4096, 72, 4096, 2880, 8};
+    for (int i = 0; i < 3 * COUNT_OF(rows); i++)
+        sum_case(&s, rows[i % COUNT_OF(rows)], cols[i % COUNT_OF(cols)], types[i / 7 % 2],
+                 100 + 10 * (uint64_t)i);
+    /* A rank whose peers never come ends all the same, once it is told. */
+    void *x = dev((size_t)2 * SUM_COLS);
+    assert_ok(
+        kernel_norm_add_ranks(x, x, x, x, 1, SUM_COLS, 1e-5f, DT_F16, &s.peers[0], s.stream[0]));
+    assert_int_equal((int)cudaStreamQuery(s.stream[0]), (int)cudaErrorNotReady);
+    *(volatile int32_t *)s.gone = 1;
+    CUDA(cudaDeviceSynchronize());
+    assert_status(kernel_norm_add_ranks(x, x, x, x, NORM_RANK_ROWS + 1, SUM_COLS, 1e-5f, DT_F16,
+                                        &s.peers[0], s.stream[0]),
+                  ST_SHAPE);
+    assert_status(
+        kernel_norm_add_ranks(x, x, x, x, 1, SUM_COLS + 8, 1e-5f, DT_F16, &s.peers[0], s.stream[0]),
+        ST_SHAPE);
+}
+
 /* --- Activations ---------------------------------------------------------------------------- */
 
 static void gated_case(int64_t rows, int32_t f, dtype type, gated_kind kind) {
@@ -361,7 +459,6 @@ static void make_logits(float *x, int32_t vocab, int kind, uint64_t seed) {
 }
 
 /* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
-static bool least;
 
 /* The same bits from fewer rows at a time, which more blocks share. */
 static void draw_results_of_few(const draw_result *want, const float *logits, const draw_row *row,
@@ -922,13 +1019,14 @@ int main(int argc, char **argv) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),        cmocka_unit_test(test_rows_upload),
-        cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_gated),       cmocka_unit_test(test_moe),
-        cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
-        cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
-        cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
-        cmocka_unit_test(test_activations), cmocka_unit_test(test_unpack),
+        cmocka_unit_test(test_rows),       cmocka_unit_test(test_rows_upload),
+        cmocka_unit_test(test_rows_join),  cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_norm_ranks), cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_moe),        cmocka_unit_test(test_draw),
+        cmocka_unit_test(test_noise),      cmocka_unit_test(test_finite),
+        cmocka_unit_test(test_convert),    cmocka_unit_test(test_angles),
+        cmocka_unit_test(test_quantise),   cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
