@@ -54,6 +54,7 @@ template <int NT> constexpr int sums_bytes = kPitch *NT * 4;
 template <int NT>
 constexpr int shared_bytes = 1024 +
                              (ring_bytes<NT> > sums_bytes<NT> ? ring_bytes<NT> : sums_bytes<NT>);
+constexpr int kAlone = 114 * 1024; // the least of which an SM has no two
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 
@@ -403,16 +404,25 @@ status launch(const codes_args &a, const void *w, const void *x, cudaStream_t st
     TRY(encode(&x_map, x, a.m_pad, a.k, NT));
     const int32_t rows = a.gated ? a.half : a.n, tile = a.gated ? kBlock : kRows;
     const int32_t tiles = (rows + tile - 1) / tile, m_tiles = (a.m + NT - 1) / NT;
+    static_assert(shared_bytes<NT> < kAlone, "two CTAs an SM");
+    const int32_t all = tiles * m_tiles, steps = (a.k + kStep - 1) / kStep;
     cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<NT>);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAlone);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
     cudaLaunchConfig_t config = {};
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes<NT>;
     config.stream = stream;
-    static int at_once[kClusterMost + 1]; // clusters of a size that run; 0: not asked yet
+    // Clusters of a size that run, with one CTA an SM and with two; 0: not asked yet. Few tiles get
+    // SMs of their own: CTAs would come to lie in pairs on half of them, and wait for what those
+    // can take in.
+    static int alone[kClusterMost + 1], in_pairs[kClusterMost + 1];
     int32_t s;
-    TRY(cluster_for(&s, at_once, kernel, config, tiles * m_tiles, (a.k + kStep - 1) / kStep));
+    config.dynamicSmemBytes = kAlone;
+    TRY(cluster_for(&s, alone, kernel, config, all, steps));
+    if (s == 1) {
+        config.dynamicSmemBytes = shared_bytes<NT>;
+        TRY(cluster_for(&s, in_pairs, kernel, config, all, steps));
+    }
     cudaLaunchAttribute attrs[2];
     attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attrs[0].val.programmaticStreamSerializationAllowed = 1;
