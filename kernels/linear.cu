@@ -114,8 +114,10 @@ const preference preferences[] = {
     {90, 16, 62, "hopper_16x1"},
     {90, 16, 62, "hopper_16x2"},
     {90, 32, 62, "mid_32"},
+    {90, 32, 62, "words_32"},
     {90, 32, 62, "hopper_32x2"},
     {90, 64, 62, "mid_64"},
+    {90, 64, 62, "words_64"},
     {90, 64, 62, "hopper_64x2"},
     {90, 128, 62, "tall_128"},
     {90, 256, 27, "tall_128"},
@@ -156,9 +158,9 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_short_table(),  linear_mid_table(),
-                                   linear_tall_table(),   linear_wide_table(),
-                                   linear_hopper_table(), linear_ampere_table()};
+    const linear_table tables[] = {linear_short_table(), linear_mid_table(),  linear_words_table(),
+                                   linear_tall_table(),  linear_wide_table(), linear_hopper_table(),
+                                   linear_ampere_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -253,9 +255,9 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {linear_short_table(), linear_mid_table(), linear_hopper_table(),
-                                   linear_tall_table(), linear_wide_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}};
+    const linear_table hopper[] = {linear_short_table(),  linear_mid_table(),  linear_words_table(),
+                                   linear_hopper_table(), linear_tall_table(), linear_wide_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {

@@ -1,17 +1,19 @@
-// linear_codes.cu - linears of 8-bit operands on Hopper: y^T = W x^T by wgmma, W and x as codes in
-// plain order, both fed to the tensor cores through shared memory by the copy engine.
+// linear_codes.cu - linears whose operands are multiplied as they lie, on Hopper: y^T = W x^T by
+// wgmma. W and x as 8-bit codes in plain order, both fed to the tensor cores through shared memory
+// by the copy engine; or both of 16 bits, W as A fragments that pass through registers.
 //
 //   tile     128 rows of W x NT rows of x: a block of 64 rows a warpgroup, two neighbours, or a
 //            block of gate and the same of up
-//   step     128 inputs: a row of 128 bytes, and what one scale of FP8b covers
+//   step     a row of 128 bytes: 128 codes, what one scale of FP8b covers, or 64 inputs of 16 bits
 //   cluster  S CTAs cut the inputs of a tile; each then adds S partial sums of its share of the x
 //            rows, read from the others' shared memory in rank order: the same bits in every run
 //
 // FP8 products are summed in the tensor core over one step only, whose sums keep fewer bits than
-// f32 has, and added to f32 registers after it. int8 sums are exact.
+// f32 has, and added to f32 registers after it. int8 sums are exact; those of 16 bits are f32's.
 //
 // Two copy warps fill a ring of W and a ring of x. W does not depend on the kernel before, so its
 // ring is asked for before that has ended.
+#include "linear_common.cuh"
 #include "linear_launch.h"
 #include "tensor_map.cuh"
 #include "traits.cuh"
@@ -33,9 +35,12 @@ struct codes_args {
     const void *bias;
     void *y;
     int64_t ldy;
-    int32_t m, m_pad, n, k;
-    int32_t half;   // first row of up; n where not gated
-    int32_t w_step; // f32 between scales of two block rows, FP8b
+    int32_t m, m_pad, n, k;  // k: bytes of a row of operands
+    int32_t x_rows;          // of a tile, in eights: a box that reaches past the last row costs
+    int32_t half;            // first row of up; n where W has no halves
+    int32_t w_step;          // f32 between scales of two block rows, FP8b
+    const uint8_t *fragment; // W of 16 bits: blocks (linear_layout.h), and those of a half
+    int32_t blocks, half_blocks;
     linear_epilogue epilogue;
     float limit;
     bool gated, bf16, y_f32;
@@ -82,10 +87,11 @@ __device__ __forceinline__ uint4 peer_load(uint32_t at, uint32_t rank) {
 template <bool INT8> struct sum_of { using type = float; };
 template <> struct sum_of<true> { using type = int32_t; };
 
-// int8 sums stay in the tensor core's hands throughout.
-template <bool INT8, typename A, typename B>
+// Sums of int8 and of 16 bits stay in the tensor core's hands throughout.
+template <weight_format F> constexpr bool kWhole = F == WF_INT8 || F == WF_16;
+template <bool WHOLE, typename A, typename B>
 __device__ __forceinline__ auto &pick(A &acc, B &sums) {
-    if constexpr (INT8)
+    if constexpr (WHOLE)
         return acc;
     else
         return sums;
@@ -137,6 +143,24 @@ struct part { // of the inputs, and of the rows
     int from, steps, row0, row1, m0;
 };
 
+// Fragments of the tile's two blocks; of none where the last tile has but one.
+template <int NT>
+__device__ __forceinline__ void copy_fragments(const codes_args &a, ring_at<kWStages<NT>> at,
+                                               uint32_t ring, const part &p) {
+    constexpr int kUnit = kBlock * kStep;
+    const int units = (a.k + kStep - 1) / kStep, b0 = p.row0 / kBlock, b1 = p.row1 / kBlock;
+    const uint8_t *from0 = a.fragment + ((int64_t)b0 * units + p.from) * kUnit;
+    const uint8_t *from1 = a.fragment + ((int64_t)b1 * units + p.from) * kUnit;
+    const uint64_t policy = policy_evict_first();
+    for (int i = 0; i < p.steps; i++, at.next(), from0 += kUnit, from1 += kUnit) {
+        const uint32_t to = ring + at.stage * kWBytes, bar = at.full + at.stage * 8;
+        at.wait_empty();
+        barrier_arrive_expect(bar, b1 < a.blocks ? kWBytes : kUnit);
+        copy_bulk(to, from0, kUnit, bar, policy);
+        if (b1 < a.blocks) copy_bulk(to + kUnit, from1, kUnit, bar, policy);
+    }
+}
+
 template <int NT>
 __device__ __forceinline__ void copy_weights(const CUtensorMap *map, ring_at<kWStages<NT>> at,
                                              uint32_t ring, const part &p) {
@@ -151,13 +175,13 @@ __device__ __forceinline__ void copy_weights(const CUtensorMap *map, ring_at<kWS
 
 template <int NT>
 __device__ __forceinline__ void copy_inputs(const CUtensorMap *map, ring_at<kXStages<NT>> at,
-                                            uint32_t ring, const part &p) {
+                                            uint32_t ring, const part &p, int x_rows) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
     wait_for_previous();
     for (int i = 0; i < p.steps; i++, at.next()) {
         const uint32_t bar = at.full + at.stage * 8;
         at.wait_empty();
-        barrier_arrive_expect(bar, kXBytes<NT>);
+        barrier_arrive_expect(bar, x_rows * kStep);
         copy_tile(ring + at.stage * kXBytes<NT>, map, (p.from + i) * kStep, p.m0, bar);
     }
 }
@@ -184,9 +208,35 @@ __device__ __forceinline__ void add_step(S (&acc)[NT / 2], const S (&sums)[N], i
     }
 }
 
+// The products of a step; f: fragments of the step's four atoms, or unused.
+template <weight_format F, typename T, int X, typename S, int N>
+__device__ __forceinline__ void multiply_step(S (&d)[N], uint32_t w, uint32_t x) {
+    uint4 f[F == WF_16 ? 4 : 1];
+    if constexpr (F == WF_16) {
+        const uint32_t at = w + threadIdx.x / 32 % 4 * 2048 + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int q = 0; q < 4; q++) f[q] = shared_u128(at + q * 512);
+    }
+    pin(d);
+    group_fence();
+#pragma unroll
+    for (int q = 0; q < kStep / 32; q++) {
+        if constexpr (F == WF_16) {
+            const uint32_t a[4] = {f[q].x, f[q].y, f[q].z, f[q].w};
+            multiply_group<T, X>::run(d, a, group_descriptor(x + q * 32));
+        } else {
+            multiply_codes<F == WF_INT8, X>::run(d, group_descriptor(w + q * 32),
+                                                 group_descriptor(x + q * 32), kWhole<F> || q > 0);
+        }
+    }
+    group_commit();
+    group_wait<0>();
+    pin(d);
+}
+
 // Sums of this CTA's steps for the warpgroup's block, whose first row is row0: acc holds rows
 // 16 (warp % 4) + g and + 8, columns 8 j + 2 t, + 1.
-template <weight_format F, int NT>
+template <weight_format F, int NT, typename T>
 __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::type (&acc)[NT / 2],
                                                const codes_args &a, ring_at<kWStages<NT>> w_at,
                                                uint32_t w_ring, ring_at<kXStages<NT>> x_at,
@@ -208,17 +258,7 @@ __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::ty
 #pragma unroll
         for (int c = 0; c < NT; c += kX) {
             typename sum_of<kInt8>::type sums[kX / 2];
-            auto &d = pick<kInt8>(acc, sums);
-            pin(d);
-            group_fence();
-#pragma unroll
-            for (int q = 0; q < kStep / 32; q++)
-                multiply_codes<kInt8, kX>::run(d, group_descriptor(w + q * 32),
-                                               group_descriptor(x + c * kStep + q * 32),
-                                               kInt8 || q > 0);
-            group_commit();
-            group_wait<0>();
-            pin(d);
+            multiply_step<F, T, kX>(pick<kWhole<F>>(acc, sums), w, x + c * kStep);
             if (c + kX == NT && lane == 0) {
                 w_at.release();
                 x_at.release();
@@ -253,7 +293,7 @@ __device__ __forceinline__ void add_up(float (&v)[4], const codes_args &a, uint3
             v[2] += __uint_as_float(part[r].z), v[3] += __uint_as_float(part[r].w);
         }
     }
-    if (F != WF_FP8B) {
+    if (F != WF_FP8B && F != WF_16) {
         const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
         const float x = a.x_scale[m];
         v[0] *= x * w.x, v[1] *= x * w.y, v[2] *= x * w.z, v[3] *= x * w.w;
@@ -266,11 +306,13 @@ __device__ __forceinline__ void add_up(float (&v)[4], const codes_args &a, uint3
 template <weight_format F>
 __device__ __forceinline__ void finish(const codes_args &a, uint32_t sums, const part &p, int ranks,
                                        int rank, int rows) {
-    const int wide = a.gated ? kBlock / 4 : kRows / 4; // fours of an output row
-    const int per = kThreads / wide;                   // x rows at a time
-    const int i = (int)threadIdx.x % wide * 4;         // row of W in the tile
-    const int end = a.gated ? a.half : a.n;
-    const int n = i < kBlock ? p.row0 + i : p.row1 + i - kBlock;
+    const int wide = a.gated ? kBlock / 4 : kRows / 4;             // fours of an output row
+    const int per = kThreads / wide;                               // x rows at a time
+    const int i = (int)threadIdx.x % wide * 4;                     // row of W in the tile
+    const int row = i < kBlock ? p.row0 + i : p.row1 + i - kBlock; // of W as packed
+    const bool second = row >= a.half_blocks * kBlock;
+    const int n = second ? row - a.half_blocks * kBlock + a.half : row;
+    const int end = !a.gated && second ? a.n : a.half;
     for (int m = rank + (int)threadIdx.x / wide * ranks; m < rows; m += per * ranks) {
         if (n >= end) continue;
         float v[4];
@@ -294,7 +336,7 @@ __device__ __forceinline__ void finish(const codes_args &a, uint32_t sums, const
 #endif
 
 // Grid: (S in a cluster, tiles of W, tiles of x).
-template <weight_format F, int NT>
+template <weight_format F, int NT, typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_codes(const codes_args a, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
@@ -316,8 +358,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     p.from = all * rank / ranks;
     p.steps = all * (rank + 1) / ranks - p.from;
     p.row0 = (int)blockIdx.y * (a.gated ? kBlock : kRows);
-    p.row1 = p.row0 + (a.gated ? a.half : kBlock);
-    p.m0 = (int)blockIdx.z * NT;
+    p.row1 = p.row0 + (a.gated ? (F == WF_16 ? a.half_blocks * kBlock : a.half) : kBlock);
+    p.m0 = (int)blockIdx.z * a.x_rows;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWStages<NT>; i++) {
             barrier_init(w_at.full + i * 8, 1);
@@ -332,14 +374,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     launch_dependents();
     if (warp >= kConsumers / 32) {
-        if (threadIdx.x == kConsumers) copy_weights<NT>(&w_map, w_at, ring, p);
-        if (threadIdx.x == kConsumers + 32) copy_inputs<NT>(&x_map, x_at, x_ring, p);
+        if (threadIdx.x == kConsumers) {
+            if constexpr (F == WF_16)
+                copy_fragments<NT>(a, w_at, ring, p);
+            else
+                copy_weights<NT>(&w_map, w_at, ring, p);
+        }
+        if (threadIdx.x == kConsumers + 32) copy_inputs<NT>(&x_map, x_at, x_ring, p, a.x_rows);
         __syncwarp();
     } else {
         S acc[NT / 2];
 #pragma unroll
         for (int i = 0; i < NT / 2; i++) acc[i] = 0;
-        multiply_steps<F, NT>(acc, a, w_at, ring, x_at, x_ring, p, warp < 4 ? p.row0 : p.row1);
+        multiply_steps<F, NT, T>(acc, a, w_at, ring, x_at, x_ring, p, warp < 4 ? p.row0 : p.row1);
         // All stages have been read: their place takes the sums, [NT][kPitch].
         asm volatile("bar.sync 1, 256;" ::: "memory");
         const int lane = (int)threadIdx.x % 32;
@@ -351,18 +398,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     wait_for_previous(); // every thread that reads scales of x, or y
     cluster_sync();
-    finish<F>(a, ring, p, ranks, rank, min(NT, a.m - p.m0));
+    finish<F>(a, ring, p, ranks, rank, min(a.x_rows, a.m - p.m0));
     cluster_sync(); // the others have read
 #endif
 }
 
 // --- Launch -------------------------------------------------------------------------------------
 
-// codes [rows, k] in boxes of [box_rows, 128]; what lies outside reads as zero.
-status encode(CUtensorMap *map, const void *codes, int32_t rows, int32_t k, int box_rows) {
+// codes [rows, k], rows `ld` bytes apart, in boxes of [box_rows, 128]; what lies outside reads as
+// zero.
+status encode(CUtensorMap *map, const void *codes, int32_t rows, int32_t k, int64_t ld,
+              int box_rows) {
     tensor_map_encode function;
     TRY(tensor_map_encoder(&function));
-    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)k};
+    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld};
     const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows}, step[2] = {1, 1};
     const CUresult r =
         function(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(codes), size, stride,
@@ -396,14 +445,19 @@ status cluster_for(int32_t *size, int (&at_once)[kClusterMost + 1], K kernel,
     return ST_OK;
 }
 
-template <weight_format F, int NT>
-status launch(const codes_args &a, const void *w, const void *x, cudaStream_t stream) {
-    const auto kernel = linear_codes<F, NT>;
-    CUtensorMap w_map, x_map;
-    TRY(encode(&w_map, w, a.n, a.k, kBlock));
-    TRY(encode(&x_map, x, a.m_pad, a.k, NT));
-    const int32_t rows = a.gated ? a.half : a.n, tile = a.gated ? kBlock : kRows;
-    const int32_t tiles = (rows + tile - 1) / tile, m_tiles = (a.m + NT - 1) / NT;
+template <weight_format F, int NT, typename T = void>
+status launch(const codes_args &args, const void *w, const void *x, int64_t ldx,
+              cudaStream_t stream) {
+    const auto kernel = linear_codes<F, NT, T>;
+    codes_args a = args;
+    const int32_t m_tiles = (a.m + NT - 1) / NT;
+    a.x_rows = ((a.m + m_tiles - 1) / m_tiles + 7) / 8 * 8;
+    CUtensorMap w_map = {}, x_map;
+    if (F != WF_16) TRY(encode(&w_map, w, a.n, a.k, a.k, kBlock));
+    TRY(encode(&x_map, x, a.m_pad, a.k, ldx, a.x_rows));
+    const int32_t rows = a.gated ? a.half : F == WF_16 ? a.blocks * kBlock : a.n;
+    const int32_t tile = a.gated ? kBlock : kRows;
+    const int32_t tiles = (rows + tile - 1) / tile;
     static_assert(shared_bytes<NT> < kAlone, "two CTAs an SM");
     const int32_t all = tiles * m_tiles, steps = (a.k + kStep - 1) / kStep;
     cudaError_t e =
@@ -440,7 +494,7 @@ struct instance {
     const char *name;
     weight_format format;
     int32_t rows_x;
-    status (*launch)(const codes_args &, const void *, const void *, cudaStream_t);
+    status (*launch)(const codes_args &, const void *, const void *, int64_t, cudaStream_t);
 };
 
 #define CODES_INSTANCES(X) X(8) X(16) X(32) X(64)
@@ -449,6 +503,39 @@ struct instance {
         {"codes_" #NT, WF_FP8, NT, launch<WF_FP8, NT>},                                            \
         {"codes_" #NT, WF_FP8B, NT, launch<WF_FP8B, NT>},
 const instance instances[] = {CODES_INSTANCES(ROWS)};
+
+// W and x of 16 bits.
+template <int NT, typename T>
+status launch_words(const linear_args *p, int32_t, int32_t, kernel_stream stream) {
+    codes_args a = {};
+    a.bias = p->bias;
+    a.y = p->y;
+    a.ldy = p->ldy;
+    a.m = a.m_pad = p->m;
+    a.n = p->n;
+    a.k = p->k * 2;
+    a.gated = p->paired;
+    a.half = p->half_rows;
+    a.fragment = p->code;
+    a.blocks = p->blocks;
+    a.half_blocks = p->half_blocks;
+    a.epilogue = (linear_epilogue)p->epilogue;
+    a.limit = p->limit;
+    a.bf16 = half_pair<T>::bf16;
+    a.y_f32 = p->y_f32;
+    return launch<WF_16, NT, T>(a, nullptr, p->x, p->ldx * 2, (cudaStream_t)stream);
+}
+
+#define T_F16  __half
+#define T_BF16 __nv_bfloat16
+// Type; rows of x of a tile and, at most, of a problem.
+#define WORDS_INSTANCES(X) X(F16, 32, 32) X(BF16, 32, 32) X(F16, 64, 128) X(BF16, 64, 128)
+#define WORDS_ROW(T, NT, MOST)                                                                     \
+    {                                                                                              \
+        "words_" #NT,   90,  90, WF_16, DT_##T, NT,                                                \
+        kRows / kBlock, 1,   0,  0,     2,      launch_words<NT, T_##T>,                           \
+        MOST,           true},
+const linear_variant words[] = {WORDS_INSTANCES(WORDS_ROW)};
 
 } // namespace
 
@@ -468,6 +555,7 @@ extern "C" status linear_codes_launch(const char *name, const linear_problem *p,
     a.k = w->k;
     a.gated = p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
     a.half = a.gated ? w->n / 2 : w->n;
+    a.half_blocks = 1 << 24; // rows lie as they are counted
     a.w_step = linear_plain_stride(w->k);
     a.epilogue = p->epilogue;
     a.limit = p->limit;
@@ -475,6 +563,10 @@ extern "C" status linear_codes_launch(const char *name, const linear_problem *p,
     a.y_f32 = p->y_type == DT_F32;
     for (const instance &i : instances)
         if (i.format == w->format && strcmp(i.name, name) == 0)
-            return i.launch(a, w->code, code, stream);
+            return i.launch(a, w->code, code, a.k, stream);
     return FAIL(ST_UNSUPPORTED, "no kernel %s of W%s", name, weight_format_text(w->format));
+}
+
+extern "C" linear_table linear_words_table(void) {
+    return linear_table{words, (int32_t)(sizeof words / sizeof words[0])};
 }

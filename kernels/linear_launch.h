@@ -52,6 +52,7 @@ linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);
 linear_table linear_mid_table(void);
+linear_table linear_words_table(void); /* of linear_codes.cu */
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 
