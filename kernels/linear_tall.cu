@@ -514,27 +514,37 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
     }
 }
 
-// *from, or zeros when i is not below n. (As C it is a predicate of each load that lives on.)
-__device__ __forceinline__ float4 load_if(const float4 *from, int i, int n) {
+// Part i of n: *from, or what lies at `own` in shared memory where it is this CTA's, or zeros where
+// there is no such part. (As C it is a predicate of each load that lives on.)
+__device__ __forceinline__ float4 load_part(const float4 *from, uint32_t own, int i, int rank,
+                                            int n) {
     float4 v;
-    asm volatile("{\n.reg .pred there;\nsetp.lt.s32 there, %5, %6;\n"
+    asm volatile("{\n.reg .pred mine, there;\nsetp.eq.s32 mine, %6, %7;\n"
+                 "setp.lt.and.s32 there, %6, %8, !mine;\n"
                  "mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n"
                  "mov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n"
+                 "@mine ld.shared.v4.f32 {%0, %1, %2, %3}, [%5];\n"
                  "@there ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from), "r"(i), "r"(n)
+                 : "l"(from), "r"(own), "r"(i), "r"(rank), "r"(n)
                  : "memory");
     return v;
 }
 
-// The sums of all CTAs of a team for group j of warp `from`.
+// The CTA of a team that finishes a group keeps its own sums of it: by warp, in the groups' order,
+// 512 bytes each, where the stages were.
+constexpr int kKept = kGroups / 2 * 512;
+
+// The sums of all CTAs of a team for group j of warp `from`, of which this CTA's are at `own`.
 __device__ __forceinline__ void team_load(float4 (&v)[kTeamMax], const linear_args &p,
-                                          int32_t owner, int from, int warp, int j, int size) {
+                                          int32_t owner, int from, int warp, int j, uint32_t own,
+                                          int rank, int size) {
     constexpr int64_t kSlot = (int64_t)kWarps * kGroups * 32; // of a CTA, there are two
     const float4 *slot =
         linear_slot<kRows, 1, kWarps>(p, owner, false) + (from - warp) * kGroups * 32 + j * 32;
 #pragma unroll
-    for (int i = 0; i < kTeamMax; i++) v[i] = load_if(slot + (i ? 2 * i : 1) * kSlot, i, size);
+    for (int i = 0; i < kTeamMax; i++)
+        v[i] = load_part(slot + (i ? 2 * i : 1) * kSlot, own, i, rank, size);
 }
 __device__ __forceinline__ void team_sum(uint32_t place, int row0, const float4 (&v)[kTeamMax],
                                          int lane) {
@@ -558,32 +568,62 @@ __device__ __forceinline__ void collect(float (&acc)[1][kRows / 2], const linear
     linear_collect<kRows, 1, kWarps>(acc, p, all_rows(s), owner, n);
 }
 
+// CTA `rank` of a team finishes every size-th group, of gate and up every size-th two. It keeps its
+// own sums of those at `kept` and deposits the others.
+__device__ __forceinline__ void team_deposit(const float (&acc)[1][kRows / 2], const linear_args &p,
+                                             int32_t owner, const linear_segment &s, uint32_t kept,
+                                             int rank, int size) {
+    float4 *slot = linear_slot<kRows, 1, kWarps>(p, (int32_t)blockIdx.x, s.step0 == 0);
+    const int rows = s.m_end - s.m0;
+    int finisher = 0;
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) {
+        const float4 v =
+            make_float4(acc[0][4 * j], acc[0][4 * j + 1], acc[0][4 * j + 2], acc[0][4 * j + 3]);
+        if (8 * j < rows && finisher == rank) {
+            shared_put(kept, v);
+            kept += 512;
+        } else if (8 * j < rows) {
+            __stcg(slot + j * 32, v);
+        }
+        if (!p.paired || j % 2) finisher = finisher + 1 == size ? 0 : finisher + 1;
+    }
+    __threadfence();
+    __syncwarp();
+    if (thread_anew() % 32 == 0) atomicAdd(linear_counter<kWarps>(p, owner), 1);
+}
+
 // A tile of which `size` CTAs have summed a part of K each, and of which each finishes every
 // size-th group; two groups, or gate and up of one, are asked for at once.
 template <typename T, int F>
 __device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const linear_args &p,
-                                            const linear_segment &s, uint32_t places, uint32_t sums,
-                                            int rank, int size) {
+                                            const linear_segment &s, uint32_t places,
+                                            uint32_t stages, int rank, int size) {
     const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
     const int32_t owner = (int32_t)blockIdx.x - rank;
-    deposit(acc, p, (int32_t)blockIdx.x, owner, s);
+    sync_some<kMath>(BAR_MATH); // all stages have been read
+    team_deposit(acc, p, owner, s, stages + warp * kKept + lane * 16, rank, size);
     linear_await(linear_counter<kWarps>(p, owner), size);
     const linear_place at = place_of(p, s, thread);
     const bool up = warp / 4 % 2;
     const int groups = at.there ? (s.m_end - s.m0 + 7) / 8 : 0;
     const uint32_t mine = places + warp * kPlaceBytes;
     const int first = p.paired ? rank * 2 + up : rank, step = 2 * size;
+    // Of a pair: the gate's and up's sums of group j. Else: of groups j and j + size.
+    const int from = p.paired ? warp & ~4 : warp, other = p.paired ? warp | 4 : warp;
+    uint32_t own = stages + from * kKept + lane * 16 + (p.paired && up ? 512 : 0);
+    const uint32_t to_other = p.paired ? 4 * kKept : 512;
+    if (p.paired) // gate's sums are all there, and up's
+        sync_some<64>(BAR_PAIR + warp / 8 * 4 + warp % 4);
 #pragma unroll 1
     for (int u = 0; u <= p.paired && groups > 0; u++)
         outputs_put<T, F>(mine, p, s.expert, at, u, lane);
 #pragma unroll 1
-    for (int j = first; j < groups; j += step) {
-        // Of a pair: the gate's and up's sums of group j. Else: of groups j and j + size.
-        const int from = p.paired ? warp & ~4 : warp, other = p.paired ? warp | 4 : warp;
+    for (int j = first; j < groups; j += step, own += 1024) {
         const int next = p.paired ? j : j + size;
         float4 v[kTeamMax], w[kTeamMax];
-        team_load(v, p, owner, from, warp, j, size);
-        team_load(w, p, owner, other, warp, min(next, groups - 1), size);
+        team_load(v, p, owner, from, warp, j, own, rank, size);
+        team_load(w, p, owner, other, warp, min(next, groups - 1), own + to_other, rank, size);
         team_sum(mine, 0, v, lane);
         team_sum(mine, 8, w, lane);
         __syncwarp();
@@ -685,6 +725,7 @@ template <typename T, int F, int G>
 __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
                                         const tall_work *works, volatile int32_t &segment) {
     using L = tile<F, G>;
+    static_assert(L::at_scale >= kWarps * kKept, "no room for kept sums");
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int wg = warp / 4, strip = warp % 4;
     // Opaque, lest they be computed anew for every unit.
@@ -796,8 +837,9 @@ void plan(linear_args *a, int32_t n_sms) {
     if (a->expert_start) return;
     const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
     const int32_t waves = (tiles + n_sms - 1) / n_sms;
-    a->cut_cost = kCutCost + (n_sms + tiles - 1) / tiles;
-    int32_t cost = tiles * a->steps / n_sms + a->cut_cost;
+    const int32_t share = tiles * a->steps / n_sms;
+    a->cut_cost = kCutCost + (n_sms + tiles - 1) / tiles + share / 16;
+    int32_t cost = share + a->cut_cost;
     cost = cost < waves * a->steps ? cost : waves * a->steps;
     for (int32_t size = 2; size <= kTeamMax && tiles * size <= n_sms; size++) {
         const int32_t with = (a->steps + size - 1) / size + kTeamCost;

@@ -101,7 +101,8 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
 static const char *const kernels[] = {
     NULL,           "short_8",      "short_16",          "mid_32x2x1", "mid_32x2x2",
     "mid_32x4x1",   "mid_64x2x1",   "mid_64x2x2",        "mid_64x4x1", "ampere_16x2",
-    "ampere_128x1", "ampere_128x2", "ampere_split_16x2", "wide_256"};
+    "ampere_128x1", "ampere_128x2", "ampere_split_16x2", "wide_256",   "words_32",
+    "words_64"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -140,7 +141,8 @@ static void variants(int32_t f, dtype type, bool quick) {
 static void gated_and_grouped(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++)
         for (int32_t count = 1; count <= 9; count += 8) {
-            linear_weight w = weight_of(f, type, gated ? 544 : 576, 512, count);
+            /* K: so much that few tiles are shared by many CTAs */
+            linear_weight w = weight_of(f, type, gated ? 544 : 576, count > 1 ? 512 : 2560, count);
             w.gated = gated;
             linear_probe *p;
             if (linear_probe_open(&p, &w, false, 77) != ST_OK) {
