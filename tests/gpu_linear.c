@@ -193,7 +193,7 @@ static int least(const char *only, const char *kernel) {
         for (int32_t grouped = 0; grouped < 2; grouped++) {
             if (only && strcmp(formats[f].name, only) != 0) continue;
             const dtype type = (f + grouped) % 2 ? DT_BF16 : DT_F16;
-            linear_weight w = weight_of(f, type, 544, 640, grouped ? 3 : 1);
+            linear_weight w = weight_of(f, type, 544, grouped ? 640 : 2560, grouped ? 3 : 1);
             w.gated = grouped;
             linear_probe *p;
             if (linear_probe_open(&p, &w, false, 5) != ST_OK) return 1;
