@@ -259,6 +259,7 @@ __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::ty
         for (int c = 0; c < NT; c += kX) {
             typename sum_of<kInt8>::type sums[kX / 2];
             multiply_step<F, T, kX>(pick<kWhole<F>>(acc, sums), w, x + c * kStep);
+            if (F == WF_16) __syncwarp(); // all lanes have read their fragments
             if (c + kX == NT && lane == 0) {
                 w_at.release();
                 x_at.release();
