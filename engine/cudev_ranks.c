@@ -4,10 +4,10 @@
  * KV heads. All of them run the same operations over the same batch, so an operation here is a loop
  * over theirs; a handle (tensor, weight) holds one for each rank. Together they do two things:
  *
- *   all_reduce   y of o and down (a mixture's after combine) is summed. Of few rows by the norm that
- *                follows (kernel_norm_add_ranks), over peer access; else, or where a GPU cannot
- *                reach the others, by NCCL in the type of activations, 16 bit. The partial sums
- *                were rounded to that, too
+ *   all_reduce   y of o and down (a mixture's after combine) is summed. Of few rows by the norm
+ *                that follows (kernel_norm_add_ranks), over peer access; else, or where a GPU
+ *                cannot reach the others, by NCCL in the type of activations, 16 bit. The partial
+ *                sums were rounded to that, too
  *   logits       a rank computes its part of the vocabulary; the parts are gathered on every rank,
  *                and laid side by side. A tied head is whole on every rank, which computes all
  *

@@ -23,12 +23,12 @@ status kernel_norm_add(void *y, void *residual, const void *add, const void *w, 
 /* What the ranks of tensor parallelism share for `kernel_norm_add_ranks`. Every rank has an inbox on
  * its own GPU, which the others write to (peer access); it is zeroed once, and never again.
  *
- *   inbox   [n] on this rank's GPU, of every rank: [2, n, NORM_RANK_ROWS, cols_max / 2] words of 64
- *           bits, a pair of values and the number of the call that sent it, which alone says that it
- *           has come
+ *   inbox   [n] on this rank's GPU, of every rank: [2, n, NORM_RANK_ROWS, cols_max / 2] words of
+ *           64 bits, a pair of values and the number of the call that sent it, which alone says
+ *           that it has come
  *   calls   [NORM_RANK_ROWS] on this rank's GPU, zeroed once: calls that a row has taken part in
- *   gone    mapped host memory; not 0: others will not come any more, so stop waiting for them. What
- *           is written then is undefined */
+ *   gone    mapped host memory; not 0: others will not come any more, so stop waiting for them.
+ *           What is written then is undefined */
 enum { NORM_RANK_ROWS = 64, NORM_RANK_COLS = 16384 };
 typedef struct {
     void *const *inbox;
@@ -39,10 +39,11 @@ typedef struct {
 
 size_t norm_inbox_bytes(int32_t n_ranks, int32_t cols_max);
 
-/* kernel_norm_add with the sum of all ranks' `add`, which each of them launches with its own: in f32,
- * in order of ranks, not rounded before it meets the residual, so that all ranks get the same bits.
- * A launch ends when the others' of the same call have sent theirs; ranks make the same calls in the
- * same order. SHAPE also if rows > NORM_RANK_ROWS, cols > NORM_RANK_COLS or cols > cols_max. */
+/* kernel_norm_add with the sum of all ranks' `add`, which each of them launches with its own: in
+ * f32, in order of ranks, not rounded before it meets the residual, so that all ranks get the same
+ * bits. A launch ends when the others' of the same call have sent theirs; ranks make the same calls
+ * in the same order. SHAPE also if rows > NORM_RANK_ROWS, cols > NORM_RANK_COLS or cols > cols_max.
+ */
 status kernel_norm_add_ranks(void *y, void *residual, const void *add, const void *w, int64_t rows,
                              int32_t cols, float eps, dtype type, const norm_ranks *ranks,
                              kernel_stream stream);
