@@ -20,8 +20,8 @@ extern "C" {
 status kernel_norm_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
                        int32_t cols, float eps, dtype type, kernel_stream stream);
 
-/* What the ranks of tensor parallelism share for `kernel_norm_add_ranks`. Every rank has an inbox on
- * its own GPU, which the others write to (peer access); it is zeroed once, and never again.
+/* What the ranks of tensor parallelism share for `kernel_norm_add_ranks`. Every rank has an inbox
+ * on its own GPU, which the others write to (peer access); it is zeroed once, and never again.
  *
  *   inbox   [n] on this rank's GPU, of every rank: [2, n, NORM_RANK_ROWS, cols_max / 2] words of
  *           64 bits, a pair of values and the number of the call that sent it, which alone says
