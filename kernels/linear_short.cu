@@ -4,8 +4,8 @@
 // Cluster c takes tiles c, c + clusters, ... Of a CTA's warps
 //
 //   4 P multiply: a warpgroup has a part of the CTA's inputs (with gate and up two have the same,
-//       for a half each). It turns codes into A fragments while wgmma multiplies those before with
-//       x from shared memory
+//       for a half each). It turns codes of 128 inputs into A fragments, which wgmma multiplies
+//       with x from shared memory while other warpgroups convert
 //   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
 //       are asked for before the launch before has ended (programmatic dependent launch), since
 //       weights depend on no kernel; x once, or where it finds no room with every step
@@ -65,13 +65,14 @@ __host__ __device__ constexpr bool on_sums(int f, int g) { return f == WF_INT4 &
 // stage of W: [x, where it comes anew for each tile][codes][scales]. Else all of x lies at 0.
 struct division {
     int32_t cluster, clusters, cluster_log;
-    int32_t tiles, steps;      // blocks, with gate and up pairs of them; of a tile
-    int32_t groups;            // parts of K in a CTA
-    int32_t senders;           // sums of a chunk
-    int32_t sums_bytes;        // of all chunks (pairs of them, when gated) that a CTA finishes
-    int32_t w_stages, slot;    // of a warpgroup; bytes of one
-    int32_t x_stages, x_again; // stages of a part's x, when it stays
-    int32_t x_whole;           // K is a multiple of 64: x comes as boxes of several units
+    int32_t tiles, steps;         // blocks, with gate and up pairs of them; of a tile
+    int32_t groups;               // parts of K in a CTA
+    int32_t senders, senders_log; // sums of a chunk
+    int32_t sums_bytes;           // of all chunks (pairs of them, when gated) that a CTA finishes
+    int32_t w_stages, slot;       // of a warpgroup; bytes of one
+    int32_t early;                // stages asked for before the launch before has ended, and x
+    int32_t x_stages, x_again;    // stages of a part's x, when it stays
+    int32_t x_whole;              // K is a multiple of 64: x comes as boxes of several units
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
     int64_t cost;
@@ -89,13 +90,13 @@ template <int NT> struct chunks {
 
 // Barriers: of two tiles in turn sums complete and sums read; then of each warpgroup, one a stage,
 // W there, W read, x there, sums of x there.
+enum { kFull, kEmpty, kX, kXSums, kKind = kStagesMost * 8 }; // kKind: bytes of one
 struct barriers {
     uint32_t sums, read, stages;
     __device__ __forceinline__ uint32_t of(int group, int kind) const {
-        return stages + (group * 4 + kind) * (kStagesMost * 8);
+        return stages + (group * 4 + kind) * kKind;
     }
 };
-enum { kFull, kEmpty, kX, kXSums };
 __host__ __device__ constexpr int bars_bytes(int p) { return 32 + p * kStagesMost * 32; }
 
 // What a warpgroup and the warps that serve it have to do.
@@ -109,8 +110,8 @@ struct duty {
         half = group >= d.groups ? 1 : 0;
         part = group - half * d.groups;
         const int i = rank * d.groups + part;
-        begin = d.steps * i / d.senders;
-        steps = d.steps * (i + 1) / d.senders - begin;
+        begin = d.steps * i >> d.senders_log;
+        steps = (d.steps * (i + 1) >> d.senders_log) - begin;
         tiles = tile0 < d.tiles ? (d.tiles - tile0 + d.clusters - 1) / d.clusters : 0;
         x_group = d.x_again ? group : part;
     }
@@ -187,25 +188,25 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         at.next(d.w_stages);
         if (++step == own.begin + own.steps) step = own.begin, block += d.clusters;
     };
-    const int first = min(total, d.w_stages);
-    for (int i = 0; i < first; i++, next()) load_w();
-    wait_for_previous();
-    if (d.x_again) {
-        for (int i = 0, s = 0; i < first; i++) {
-            load_x<F, NT>(d, map, own.begin + s, slots + i * d.slot, full + i * 8);
-            if (++s == own.steps) s = 0;
+    const int early = min(total, d.early);
+    for (int i = 0;; i++, next()) {
+        if (i == early) { // x, all that stays or that of the stages asked for
+            wait_for_previous();
+            const int n = d.x_again ? early : own.half == 0 && total > 0 ? own.steps : 0;
+            for (int j = 0, s = own.begin; j < n; j++) {
+                const uint32_t there = d.x_again ? full + j * 8 : bar.of(own.group, kX) + j * 8;
+                if (!d.x_again) barrier_arrive_expect(there, x_bytes);
+                load_x<F, NT>(d, map, s,
+                              d.x_again ? slots + j * d.slot
+                                        : base + (own.group * d.x_stages + j) * x_bytes,
+                              there);
+                if (++s == own.begin + own.steps) s = own.begin;
+            }
         }
-    } else if (own.half == 0 && own.tiles > 0) {
-        for (int i = 0; i < own.steps; i++) {
-            const uint32_t there = bar.of(own.group, kX) + i * 8;
-            barrier_arrive_expect(there, x_bytes);
-            load_x<F, NT>(d, map, own.begin + i, base + (own.group * d.x_stages + i) * x_bytes,
-                          there);
-        }
-    }
-    for (int i = first; i < total; i++, next()) {
+        if (i == total) break;
         load_w();
-        if (d.x_again) load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
+        if (d.x_again && i >= early)
+            load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
     }
 }
 
@@ -220,8 +221,9 @@ __device__ __forceinline__ void put_shared(uint32_t to, float v) {
 enum { kXSumsGranules = 2 };
 template <typename T, int NT> __device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
     constexpr uint32_t one = half_pair<T>::bf16 ? 0x3f803f80u : 0x3c003c00u;
-    const int lane = threadIdx.x % 32, m = lane / 8;
-    const int row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane)); // lest what follows from it be kept in registers
+    const int m = lane / 8, row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
     const int chunk = NT == 8 ? m % 2 * 2 + m / 2 : m / 2; // of 16 bytes, where swizzles put it
     float c[4][4] = {};
 #pragma unroll
@@ -261,7 +263,7 @@ template <typename T, int F, int NT, int G> struct multiplier {
     const duty &own;
     place at;
     uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
-    uint32_t x_sums;
+    uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
     int at_scale;
 
     __device__ __forceinline__ void begin(uint32_t base) {
@@ -276,7 +278,12 @@ template <typename T, int F, int NT, int G> struct multiplier {
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
         x_step = (d.x_again ? d.slot : x_bytes) >> 4;
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
-        asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale), "+r"(x_sums));
+        full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
+        x_full = __shfl_sync(~0u, bar.of(own.x_group, kX), 0);
+        // Opaque, lest they be computed anew for every step.
+        asm volatile(""
+                     : "+r"(code), "+r"(scale), "+r"(at_scale), "+r"(x_sums), "+r"(full),
+                       "+r"(x_full));
     }
 
     // Four codes of a row, four of eight rows on, and again: an A fragment.
@@ -298,15 +305,18 @@ template <typename T, int F, int NT, int G> struct multiplier {
         return dequant_unfold<T, F>();
     }
 
+    // Codes of unit u of a stage.
+    static __device__ __forceinline__ void load(uint4 (&chunk)[bits / 4], int u, uint32_t code_at) {
+#pragma unroll
+        for (int c = 0; c < bits / 4; c++) chunk[c] = shared_u128(code_at + u * unit + c * 512);
+    }
+
     // Unit u of a stage: A fragments. `scales` holds what the unit before had.
-    __device__ __forceinline__ void convert(uint32_t (&a)[4][4], dequant_scales &scales,
-                                            dequant_packed &packed, int u, uint32_t code_at,
+    __device__ __forceinline__ void convert(uint32_t (&a)[4][4], const uint4 (&chunk)[bits / 4],
+                                            dequant_scales &scales, dequant_packed &packed, int u,
                                             uint32_t scale_at) const {
         constexpr int rows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
         constexpr int inputs = G ? G : 1 << 20;                  // of a granule
-        uint4 chunk[bits / 4];
-#pragma unroll
-        for (int c = 0; c < bits / 4; c++) chunk[c] = shared_u128(code_at + u * unit + c * 512);
         if (kSums && u * 64 % inputs == 0)
             dequant_load_packed<F>(packed, scale_at + u * 64 / inputs * p.granule_bytes, at_scale,
                                    p.sym);
@@ -332,10 +342,20 @@ template <typename T, int F, int NT, int G> struct multiplier {
         for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
     }
 
-    // A granule whose sums are there; `from`: sums of its x.
+    static __device__ __forceinline__ void load_x_sums(float (&of_x)[NT / 4], uint32_t from) {
+#pragma unroll
+        for (int t = 0; t < NT / 8; t++)
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(of_x[2 * t]), "=f"(of_x[2 * t + 1])
+                         : "r"(from + t * 32)
+                         : "memory");
+    }
+
+    // A granule whose sums are there, and those of its x.
     static __device__ __forceinline__ void scaled(float (&acc)[R], const float (&sums)[R],
-                                                  const dequant_packed &packed, uint32_t from) {
-        float s[2], z[2], of_x[NT / 4];
+                                                  const dequant_packed &packed,
+                                                  const float (&of_x)[NT / 4]) {
+        float s[2], z[2];
         dequant_unpack<F>(s, packed);
         if (bf16) { // 128 + z
             z[0] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7055));
@@ -347,76 +367,67 @@ template <typename T, int F, int NT, int G> struct multiplier {
             z[1] = __high2float(h) * 16.f;
         }
 #pragma unroll
-        for (int t = 0; t < NT / 8; t++)
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(of_x[2 * t]), "=f"(of_x[2 * t + 1])
-                         : "r"(from + t * 32)
-                         : "memory");
-#pragma unroll
         for (int e = 0; e < R; e++)
             acc[e] =
                 fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
 
-    // This warpgroup's sums of a tile: a unit is converted while those before are multiplied.
+    // This warpgroup's sums of a tile, two units at a time: converted, then multiplied, while other
+    // warpgroups convert theirs.
     __device__ __forceinline__ void tile(float (&acc)[R], bool first) {
-        constexpr int x_sums_step = x_sums_bytes(F, G, NT);
+        static_assert(!kSums || per == 2, "a granule is what is multiplied at once");
+        constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
         const bool leader = threadIdx.x % 32 == 0, fresh = first && !d.x_again;
-        uint32_t a[2][4][4], before = x_sums;
-        float granule[R] = {}; // sums
-        dequant_packed packed[2] = {};
-        dequant_scales scales;
+        uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
+        uint4 chunk[2][bits / 4];
+        float granule[R], of_x[NT / 4]; // sums
         float(&sums)[R] = kSums ? granule : acc;
-        int last = 0;
+        dequant_packed packed;
+        dequant_scales scales;
+        if (own.steps > 0) barrier_wait(full + at.stage * 8, at.parity);
+        for (int i = 0; i < 2 && kAhead && own.steps > 0; i++) load(chunk[i], i, code_at);
         for (int step = 0; step < own.steps; step++) {
-            const int index = d.x_again ? at.stage : step;
-            const uint32_t x_at = x + index * x_step, now = x_sums + index * x_sums_step;
-            const uint32_t code_at = code + at.stage * d.slot, scale_at = scale + at.stage * d.slot;
-            barrier_wait(bar.of(own.group, kFull) + at.stage * 8, at.parity);
+            const int index = d.x_again ? at.stage : step, stage = at.stage, parity = at.parity;
+            const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
+            const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT);
 #pragma unroll
-            for (int u = 0; u < U; u++) {
-                const int g = u / per % 2;
-                const bool begins = kSums && u % per == 0;
-                if (per == 2 && begins) group_wait<1>(); // the fragments' registers
-                convert(a[u % 2], scales, packed[g], u, code_at, scale_at);
-                pin(a[u % 2]);
-                if (u == 0 && fresh) barrier_wait(bar.of(own.x_group, kX) + step * 8, 0);
-                if (begins || !kSums) {
-                    group_wait<0>();
-                    group_pin(sums);
+            for (int u = 0; u < U; u += 2) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if (!kAhead) load(chunk[i], u + i, code_at);
+                    convert(a[i], chunk[i], scales, packed, u + i, scale_at);
+                    pin(a[i]);
                 }
-                if (begins) {
-                    if (u == per % U && (first || d.x_again))
-                        barrier_wait(bar.of(own.x_group, kXSums) + index * 8,
-                                     d.x_again ? at.parity : 0);
-                    if (u > 0 || step > 0)
-                        scaled(acc, sums, packed[g ^ 1],
-                               u == 0 ? before : now + (u / per - 1) * (NT * 4));
-                }
-                if (u == 0 && step > 0) { // all of the stage before has been read
-                    __syncwarp();
-                    if (leader) barrier_arrive(bar.of(own.group, kEmpty) + last * 8);
-                }
+                if (u == 0 && fresh) barrier_wait(x_full + index * 8, 0);
                 group_fence();
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const uint64_t b = group_descriptor_low(x_at + u * (NT * 8) + j * 2);
-                    if (begins && j == 0)
-                        multiply_group<T, NT>::run_fresh(sums, a[u % 2][j], b);
+                for (int j = 0; j < 8; j++) {
+                    const uint64_t b =
+                        group_descriptor_low(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2);
+                    if (kSums && j == 0)
+                        multiply_group<T, NT>::run_fresh(sums, a[j / 4][j % 4], b);
                     else
-                        multiply_group<T, NT>::run(sums, a[u % 2][j], b);
+                        multiply_group<T, NT>::run(sums, a[j / 4][j % 4], b);
                 }
                 group_commit();
+                if (u + 2 == U) {
+                    at.next(d.w_stages);
+                    code_at = code + at.stage * d.slot;
+                    if (step + 1 < own.steps) barrier_wait(full + at.stage * 8, at.parity);
+                }
+                for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < own.steps); i++)
+                    load(chunk[i], (u + 2 + i) % U, code_at);
+                if (kSums && u == 0 && (first || d.x_again))
+                    barrier_wait(x_full + (kXSums - kX) * kKind + index * 8,
+                                 d.x_again ? parity : 0);
+                if (kSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
+                group_wait<0>();
+                group_pin(sums);
+                if (kSums) scaled(acc, sums, packed, of_x);
             }
-            before = now + (U / per - 1) * (NT * 4);
-            last = at.stage;
-            at.next(d.w_stages);
+            __syncwarp();
+            if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
         }
-        group_wait<0>();
-        group_pin(sums);
-        if (kSums && own.steps > 0) scaled(acc, sums, packed[1], before);
-        __syncwarp();
-        if (leader && own.steps > 0) barrier_arrive(bar.of(own.group, kEmpty) + last * 8);
     }
 };
 
@@ -521,9 +532,6 @@ template <typename T, int F, int NT, int P, int G>
 __device__ __forceinline__ void help(const linear_args &p, const division &d, const barriers &bar,
                                      uint8_t *shared, const duty &own) {
     constexpr int U = step_units(F), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
-    const uint32_t base = shared_address(shared);
-    const uint32_t x = base + (d.x_again ? d.at_w + own.group * d.w_stages * d.slot
-                                         : own.part * d.x_stages * x_bytes);
     place at;
     for (int count = 0; count < own.tiles; count++) {
         for (int step = 0; step <= own.steps; step++) {
@@ -534,6 +542,10 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             if (!on_sums(F, G) || step == own.steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
             const int index = d.x_again ? at.stage : step;
+            uint32_t base = shared_address(shared);
+            asm volatile("" : "+r"(base)); // lest what follows from it be kept in registers
+            const uint32_t x = base + (d.x_again ? d.at_w + own.group * d.w_stages * d.slot
+                                                 : own.part * d.x_stages * x_bytes);
             barrier_wait((d.x_again ? bar.of(own.group, kFull) : bar.of(own.group, kX)) + index * 8,
                          d.x_again ? at.parity : 0);
             sum_x<T, NT>(x + index * (d.x_again ? d.slot : x_bytes),
@@ -544,8 +556,11 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
     }
 }
 
+// Of a thread; so few for 8 rows that small kernels of others find room beside two CTAs.
+template <int NT> constexpr int kRegisters = NT == 8 ? 64 : 80;
+
 template <typename T, int F, int NT, int P, int G>
-__global__ void __launch_bounds__(192 * P, P == 2 ? 2 : 1)
+__global__ void __maxnreg__(kRegisters<NT>)
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                  const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -557,6 +572,8 @@ __global__ void __launch_bounds__(192 * P, P == 2 ? 2 : 1)
     if (threadIdx.x == 128 * P) init<NT, P>(bar, d);
     __syncthreads();
     cluster_arrive();
+    // Those that load and help give 16 registers each to those that multiply, twice as many.
+    if (warp >= 4 * P) registers_down<kRegisters<NT> - 16>();
     if (warp >= 5 * P) {
         const duty own(d, warp - 5 * P);
         wait_for_previous();
@@ -571,8 +588,9 @@ __global__ void __launch_bounds__(192 * P, P == 2 ? 2 : 1)
         cluster_wait();
         return;
     }
+    registers_up<kRegisters<NT> + 8>();
     const duty own(d, warp / 4);
-    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0};
+    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0, 0, 0};
     work.begin(base);
     wait_for_previous();
     cluster_wait(); // all barriers of the cluster are there
@@ -596,25 +614,50 @@ __global__ void __launch_bounds__(192 * P, P == 2 ? 2 : 1)
 enum live { kBeside, kAlone, kTwo };
 
 // About how many ns a problem takes, of which `units` are on a CTA of each of `rounds` tiles.
-// Measured on an H200: launches, ends of tiles, and units of 64 x 64 with W4.
-template <int F, int NT, int G>
+// Measured on an H200: launches, x that stays, ends of tiles, and units of 64 x 64 with W4.
+template <typename T, int F, int NT, int G>
 int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) {
+    constexpr bool few = NT == 8, bf16 = half_pair<T>::bf16;
     // A CTA beside another of its launch gets half of the SM.
-    int64_t unit = how == kTwo ? NT == 8 ? 119 : 155 : how == kBeside ? 82 : NT == 8 ? 53 : 56;
-    if (how == kBeside && d.w_stages < 3 && rounds > 1) unit = 110;
-    if (how == kTwo && d.x_again && NT == 8) unit = 130;
-    if (how == kAlone && d.x_again) unit = NT == 8 ? 61 : 69;
+    int64_t unit = how == kTwo     ? few ? 119 : 154
+                   : how == kAlone ? few ? 55 : 62
+                   : few           ? 73
+                   : rounds > 1    ? 106
+                                   : 79;
+    if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
     if (linear_code_bits(F) == 4 && !on_sums(F, G))
-        unit = how == kBeside ? unit * 8 / 7 : unit * 4 / 3;
-    const int64_t work = rounds * (units * unit + (how == kAlone ? 450 : 0));
-    const int64_t read = bytes / (35 * d.clusters * d.cluster / (how == kTwo ? 2 : 1));
-    const int64_t launch = how == kBeside ? NT == 8 ? 1450 : 2300 : how == kTwo ? 1800 : 3500;
-    return launch + (how == kAlone && d.cluster > 1 ? 1000 : 0) + (work > read ? work : read);
+        unit += unit / ((how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2));
+    if (how == kAlone && d.x_again) unit += few ? 7 : 10;
+    if (how == kTwo && d.x_again && few) unit += 11;
+    const int64_t work = rounds * (units * unit + (how == kAlone ? 300 : 0));
+    const int64_t ctas = d.clusters * d.cluster / (how == kTwo ? 2 : 1);
+    const int64_t read = bytes / ((how == kBeside ? 29 : 33) * ctas);
+    const int64_t x = how == kAlone ? d.x_stages * d.groups * NT * step_units(F) * 128 / 70 : 0;
+    const int64_t launch = how == kAlone ? d.cluster > 1 ? 3500 : 2500
+                           : how == kTwo ? few ? 1800 : 1600
+                           : few         ? 1650
+                                         : 2060;
+    return launch + x + (work > read ? work : read);
+}
+
+// Stages that are asked for before the launch before has ended. x waits behind them, and so do
+// stores of the kernel before, where it is another (apart). Best by measurement.
+template <int F, int NT, int G> int early_stages(const division &d, live how, int all, bool apart) {
+    constexpr bool four = linear_code_bits(F) == 4;
+    int early = d.w_stages;
+    if (d.x_again)
+        early = how == kAlone ? 1 : 2;
+    else if (how == kAlone && four && NT > 8)
+        early = 1;
+    else if (apart || (how == kTwo && all <= d.w_stages) ||
+             (how == kAlone && four && !on_sums(F, G) && d.cluster > 1))
+        early = 2;
+    return min(early, d.w_stages);
 }
 
 // The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
-template <int F, int NT, int P, int G>
+template <typename T, int F, int NT, int P, int G>
 division divide(const linear_args *a, int c, int most, live how) {
     constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
     const int stage = U * unit + step_granules(F, G) * a->granule_bytes;
@@ -627,6 +670,7 @@ division divide(const linear_args *a, int c, int most, live how) {
     d.steps = (a->units + U - 1) / U;
     d.groups = a->paired ? P / 2 : P;
     d.senders = c * d.groups;
+    d.senders_log = d.cluster_log + (d.groups == 1 ? 0 : d.groups == 2 ? 1 : 2);
     d.sums_bytes = (a->paired ? 1024 : 512) * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
@@ -644,6 +688,7 @@ division divide(const linear_args *a, int c, int most, live how) {
     }
     if (d.w_stages > all) d.w_stages = all;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
+    d.early = early_stages<F, NT, G>(d, how, all, a->apart);
     d.x_sums_stride = (d.x_again ? d.w_stages : part) * x_sum;
     d.at_w = d.x_stages * d.groups * x_stage;
     d.at_sums = d.at_w + d.w_stages * P * d.slot;
@@ -652,7 +697,7 @@ division divide(const linear_args *a, int c, int most, live how) {
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < kApart) d.bytes = kApart;
     if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
-    d.cost = cost<F, NT, G>(d, how, rounds, part * U * P, (int64_t)a->blocks * a->units * unit);
+    d.cost = cost<T, F, NT, G>(d, how, rounds, part * U * P, (int64_t)a->blocks * a->units * unit);
     return d;
 }
 
@@ -712,8 +757,8 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
             // Four warpgroups have the SM for themselves, two share it.
             for (const live how : {kBeside, kAlone, kTwo}) {
                 if ((how == kAlone) != (P == 4) || (how != kAlone && c > 2)) continue;
-                const division d = divide<F, NT, P, G>(args, c, most[how == kTwo][i], how);
-                if (d.bytes && (!best->bytes || d.cost < best->cost)) *best = d;
+                const division d = divide<T, F, NT, P, G>(args, c, most[how == kTwo][i], how);
+                if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
             }
         }
         if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
