@@ -243,82 +243,83 @@ static void test_gpt_oss_defaults(void **state) {
     assert_int_equal(c.head_dim, 64);
 }
 
+static const struct {
+    const char *base, *key, *value;
+    status want;
+    const char *says;
+} refusals[] = {
+    {llama, "architectures", "[\"GemmaForCausalLM\"]", ST_UNSUPPORTED, "GemmaForCausalLM"},
+    {llama, "architectures", "[]", ST_FORMAT, "architectures"},
+    {llama, "architectures", "[7]", ST_FORMAT, "architectures"},
+    {llama, "model_type", "\"qwen2\"", ST_FORMAT, "qwen2"},
+    {llama, "hidden_size", "", ST_NOTFOUND, "hidden_size"},
+    {llama, "hidden_size", "0", ST_RANGE, "hidden_size"},
+    {llama, "hidden_size", "-64", ST_RANGE, "hidden_size"},
+    {llama, "hidden_size", "1e30", ST_FORMAT, "hidden_size"},
+    {llama, "hidden_size", "65", ST_RANGE, "num_attention_heads"},
+    {llama, "hidden_size", "\"64\"", ST_FORMAT, "hidden_size"},
+    {llama, "hidden_size", "64.5", ST_FORMAT, "hidden_size"},
+    {llama, "num_hidden_layers", "257", ST_RANGE, "num_hidden_layers"},
+    {llama, "num_attention_heads", "0", ST_RANGE, "num_attention_heads"},
+    {llama, "num_key_value_heads", "3", ST_RANGE, "num_key_value_heads"},
+    {llama, "num_key_value_heads", "16", ST_RANGE, "num_key_value_heads"},
+    {llama, "head_dim", "63", ST_RANGE, "head_dim"},
+    {llama, "head_dim", "0", ST_RANGE, "head_dim"},
+    {llama, "vocab_size", "0", ST_RANGE, "vocab_size"},
+    {llama, "vocab_size", "4294967296", ST_RANGE, "vocab_size"},
+    {llama, "intermediate_size", "0", ST_RANGE, "intermediate_size"},
+    {llama, "max_position_embeddings", "0", ST_RANGE, "max_position_embeddings"},
+    {llama, "rms_norm_eps", "0", ST_RANGE, "rms_norm_eps"},
+    {llama, "rms_norm_eps", "-1e-5", ST_RANGE, "rms_norm_eps"},
+    {llama, "rms_norm_eps", "\"nan\"", ST_FORMAT, "rms_norm_eps"},
+    {llama, "tie_word_embeddings", "1", ST_FORMAT, "tie_word_embeddings"},
+    {llama, "mlp_bias", "true", ST_UNSUPPORTED, "mlp_bias"},
+    {llama, "hidden_act", "\"gelu\"", ST_UNSUPPORTED, "gelu"},
+    {llama, "torch_dtype", "\"int8\"", ST_UNSUPPORTED, "int8"},
+    {llama, "eos_token_id", "100", ST_RANGE, "eos_token_id"},
+    {llama, "eos_token_id", "[1,2,3,4,5,6,7,8,9]", ST_RANGE, "eos_token_id"},
+    {llama, "eos_token_id", "\"</s>\"", ST_FORMAT, "eos_token_id"},
+    {llama, "bos_token_id", "-1", ST_RANGE, "bos_token_id"},
+    {llama, "rope_theta", "0", ST_RANGE, "rope_theta"},
+    {llama, "partial_rotary_factor", "0.5", ST_UNSUPPORTED, "partial_rotary_factor"},
+    {llama, "rope_scaling", "7", ST_FORMAT, "rope_scaling"},
+    {llama, "rope_scaling", "{\"type\":\"longrope\"}", ST_UNSUPPORTED, "longrope"},
+    {llama, "rope_scaling", "{\"type\":\"linear\"}", ST_NOTFOUND, "factor"},
+    {llama, "rope_scaling", "{\"type\":\"linear\",\"factor\":0.5}", ST_RANGE, "factor"},
+    {llama, "rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8}", ST_NOTFOUND,
+     "original_max_position_embeddings"},
+    {llama, "rope_scaling",
+     "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,"
+     "\"original_max_position_embeddings\":64}",
+     ST_RANGE, "high_freq_factor"},
+    {llama, "rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":8,\"beta_fast\":0.5}", ST_RANGE,
+     "beta_fast"},
+    {llama, "rope_parameters",
+     "{\"full_attention\":{\"rope_theta\":500.0},\"sliding_attention\":{\"rope_theta\":501.0}}",
+     ST_UNSUPPORTED, "layer type"},
+    {llama, "layer_types",
+     "[\"sliding_attention\",\"full_attention\",\"full_attention\",\"full_attention\"]", ST_FORMAT,
+     "layer_types"},
+    {qwen, "sliding_window", "0", ST_RANGE, "sliding_window"},
+    {qwen, "layer_types", "[\"full_attention\"]", ST_FORMAT, "layer_types"},
+    {qwen, "layer_types",
+     "[\"chunked_attention\",\"full_attention\",\"full_attention\",\"full_attention\"]",
+     ST_UNSUPPORTED, "chunked_attention"},
+    {qwen, "num_key_value_heads", "", ST_NOTFOUND, "num_key_value_heads"},
+    {moe, "num_experts", "", ST_NOTFOUND, "num_experts"},
+    {moe, "num_local_experts", "9", ST_FORMAT, "num_local_experts"},
+    {moe, "num_experts_per_tok", "9", ST_RANGE, "num_experts_per_tok"},
+    {moe, "mlp_only_layers", "[0]", ST_UNSUPPORTED, "mlp_only_layers"},
+    {moe, "decoder_sparse_step", "2", ST_UNSUPPORTED, "decoder_sparse_step"},
+};
+
 static void test_refusals(void **state) {
     (void)state;
-    static const struct {
-        const char *base, *key, *value;
-        status want;
-        const char *says;
-    } cases[] = {
-        {llama, "architectures", "[\"GemmaForCausalLM\"]", ST_UNSUPPORTED, "GemmaForCausalLM"},
-        {llama, "architectures", "[]", ST_FORMAT, "architectures"},
-        {llama, "architectures", "[7]", ST_FORMAT, "architectures"},
-        {llama, "model_type", "\"qwen2\"", ST_FORMAT, "qwen2"},
-        {llama, "hidden_size", "", ST_NOTFOUND, "hidden_size"},
-        {llama, "hidden_size", "0", ST_RANGE, "hidden_size"},
-        {llama, "hidden_size", "-64", ST_RANGE, "hidden_size"},
-        {llama, "hidden_size", "1e30", ST_FORMAT, "hidden_size"},
-        {llama, "hidden_size", "65", ST_RANGE, "num_attention_heads"},
-        {llama, "hidden_size", "\"64\"", ST_FORMAT, "hidden_size"},
-        {llama, "hidden_size", "64.5", ST_FORMAT, "hidden_size"},
-        {llama, "num_hidden_layers", "257", ST_RANGE, "num_hidden_layers"},
-        {llama, "num_attention_heads", "0", ST_RANGE, "num_attention_heads"},
-        {llama, "num_key_value_heads", "3", ST_RANGE, "num_key_value_heads"},
-        {llama, "num_key_value_heads", "16", ST_RANGE, "num_key_value_heads"},
-        {llama, "head_dim", "63", ST_RANGE, "head_dim"},
-        {llama, "head_dim", "0", ST_RANGE, "head_dim"},
-        {llama, "vocab_size", "0", ST_RANGE, "vocab_size"},
-        {llama, "vocab_size", "4294967296", ST_RANGE, "vocab_size"},
-        {llama, "intermediate_size", "0", ST_RANGE, "intermediate_size"},
-        {llama, "max_position_embeddings", "0", ST_RANGE, "max_position_embeddings"},
-        {llama, "rms_norm_eps", "0", ST_RANGE, "rms_norm_eps"},
-        {llama, "rms_norm_eps", "-1e-5", ST_RANGE, "rms_norm_eps"},
-        {llama, "rms_norm_eps", "\"nan\"", ST_FORMAT, "rms_norm_eps"},
-        {llama, "tie_word_embeddings", "1", ST_FORMAT, "tie_word_embeddings"},
-        {llama, "mlp_bias", "true", ST_UNSUPPORTED, "mlp_bias"},
-        {llama, "hidden_act", "\"gelu\"", ST_UNSUPPORTED, "gelu"},
-        {llama, "torch_dtype", "\"int8\"", ST_UNSUPPORTED, "int8"},
-        {llama, "eos_token_id", "100", ST_RANGE, "eos_token_id"},
-        {llama, "eos_token_id", "[1,2,3,4,5,6,7,8,9]", ST_RANGE, "eos_token_id"},
-        {llama, "eos_token_id", "\"</s>\"", ST_FORMAT, "eos_token_id"},
-        {llama, "bos_token_id", "-1", ST_RANGE, "bos_token_id"},
-        {llama, "rope_theta", "0", ST_RANGE, "rope_theta"},
-        {llama, "partial_rotary_factor", "0.5", ST_UNSUPPORTED, "partial_rotary_factor"},
-        {llama, "rope_scaling", "7", ST_FORMAT, "rope_scaling"},
-        {llama, "rope_scaling", "{\"type\":\"longrope\"}", ST_UNSUPPORTED, "longrope"},
-        {llama, "rope_scaling", "{\"type\":\"linear\"}", ST_NOTFOUND, "factor"},
-        {llama, "rope_scaling", "{\"type\":\"linear\",\"factor\":0.5}", ST_RANGE, "factor"},
-        {llama, "rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8}", ST_NOTFOUND,
-         "original_max_position_embeddings"},
-        {llama, "rope_scaling",
-         "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,"
-         "\"original_max_position_embeddings\":64}",
-         ST_RANGE, "high_freq_factor"},
-        {llama, "rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":8,\"beta_fast\":0.5}", ST_RANGE,
-         "beta_fast"},
-        {llama, "rope_parameters",
-         "{\"full_attention\":{\"rope_theta\":500.0},\"sliding_attention\":{\"rope_theta\":501.0}}",
-         ST_UNSUPPORTED, "layer type"},
-        {llama, "layer_types",
-         "[\"sliding_attention\",\"full_attention\",\"full_attention\",\"full_attention\"]",
-         ST_FORMAT, "layer_types"},
-        {qwen, "sliding_window", "0", ST_RANGE, "sliding_window"},
-        {qwen, "layer_types", "[\"full_attention\"]", ST_FORMAT, "layer_types"},
-        {qwen, "layer_types",
-         "[\"chunked_attention\",\"full_attention\",\"full_attention\",\"full_attention\"]",
-         ST_UNSUPPORTED, "chunked_attention"},
-        {qwen, "num_key_value_heads", "", ST_NOTFOUND, "num_key_value_heads"},
-        {moe, "num_experts", "", ST_NOTFOUND, "num_experts"},
-        {moe, "num_local_experts", "9", ST_FORMAT, "num_local_experts"},
-        {moe, "num_experts_per_tok", "9", ST_RANGE, "num_experts_per_tok"},
-        {moe, "mlp_only_layers", "[0]", ST_UNSUPPORTED, "mlp_only_layers"},
-        {moe, "decoder_sparse_step", "2", ST_UNSUPPORTED, "decoder_sparse_step"},
-    };
-    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+    for (int32_t i = 0; i < COUNT_OF(refusals); i++) {
         model_config c;
-        const status st = parse_with(&c, cases[i].base, cases[i].key, cases[i].value);
-        if (st != cases[i].want || !strstr(fail_message(), cases[i].says))
-            fail_msg("%s = %s: %s (%s)", cases[i].key, cases[i].value, status_text(st),
+        const status st = parse_with(&c, refusals[i].base, refusals[i].key, refusals[i].value);
+        if (st != refusals[i].want || !strstr(fail_message(), refusals[i].says))
+            fail_msg("%s = %s: %s (%s)", refusals[i].key, refusals[i].value, status_text(st),
                      st == ST_OK ? "" : fail_message());
     }
     model_config c;

@@ -144,79 +144,80 @@ static void the_longest_name_fits_its_buffer(void **state) {
     assert_true(same_precision(&p, &q));
 }
 
+static const struct {
+    const char *name;
+    status st;
+    const char *says; /* part of the message */
+} bad_names[] = {
+    {"", ST_FORMAT, "does not start with W"},
+    {"w4a16", ST_FORMAT, "does not start with W"},
+    {"fp8", ST_FORMAT, "does not start with W"},
+    {"FP8KV8", ST_FORMAT, "does not start with W"},
+    {"A16", ST_FORMAT, "does not start with W"},
+    {"W", ST_FORMAT, "unknown weight format"},
+    {"W5A16", ST_FORMAT, "at '5A16'"},
+    {"W1", ST_FORMAT, "unknown weight format"},
+    {"W160", ST_FORMAT, "at '0'"},
+    {"WFP4", ST_FORMAT, "unknown weight format"},
+    {"WFP8c", ST_FORMAT, "at 'c'"},
+    {"W4 A16", ST_FORMAT, "at ' A16'"},
+    {"W4A", ST_FORMAT, "unknown activation format"},
+    {"W4A4", ST_FORMAT, "at '4'"},
+    {"W4A16A16", ST_FORMAT, "at 'A16'"},
+    {"W4KV8A16", ST_FORMAT, "at 'A16'"},
+    {"W4A16KV", ST_FORMAT, "unknown KV format"},
+    {"W4A16KV7", ST_FORMAT, "unknown KV format"},
+    {"W4A16KV8x2", ST_FORMAT, "at 'x2'"},
+    {"W4A16KV8junk", ST_FORMAT, "at 'junk'"},
+    {"W4A16KV8 ", ST_FORMAT, "at ' '"},
+    {"W4A16K8", ST_FORMAT, "without its V"},
+    {"W4A16V8", ST_FORMAT, "at 'V8'"},
+    {"W4A16K8V", ST_FORMAT, "unknown KV format"},
+    {"W4g", ST_FORMAT, "no group size"},
+    {"W4gx", ST_FORMAT, "no group size"},
+    {"W4g-16", ST_FORMAT, "no group size"},
+    {"W4g0", ST_UNSUPPORTED, "multiple of 16"},
+    {"W4g1", ST_UNSUPPORTED, "multiple of 16"},
+    {"W4g120", ST_UNSUPPORTED, "multiple of 16"},
+    {"W4g65552", ST_UNSUPPORTED, "up to 65536"},
+    {"W4g4294967296", ST_UNSUPPORTED, "up to 65536"},
+    {"W4g99999999999999999999999999999999999999", ST_UNSUPPORTED, "up to 65536"},
+    {"W4symg64", ST_FORMAT, "at 'g64'"},
+    {"W4symsym", ST_FORMAT, "at 'sym'"},
+    {"WFP8g128", ST_UNSUPPORTED, "only W4 and W8"},
+    {"W8sym", ST_UNSUPPORTED, "zero points"},
+    {"W16g64", ST_UNSUPPORTED, "only W4"},
+    {"WFP8symA16", ST_UNSUPPORTED, "only W4"},
+    {"WMXFP4g32", ST_UNSUPPORTED, "only W4"},
+    {"W4KV[", ST_FORMAT, "empty item"},
+    {"W4KV[]", ST_FORMAT, "empty item"},
+    {"W4KV[8,]", ST_FORMAT, "empty item"},
+    {"W4KV[,8]", ST_FORMAT, "empty item"},
+    {"W4KV[8", ST_FORMAT, "lacks , or ]"},
+    {"W4KV[8 4]", ST_FORMAT, "lacks , or ]"},
+    {"W4KV[8]]", ST_FORMAT, "at ']'"},
+    {"W4KV[8x]", ST_FORMAT, "no count"},
+    {"W4KV[8x0]", ST_FORMAT, "no count"},
+    {"W4KV[8x-1]", ST_FORMAT, "no count"},
+    {"W4KV[8x2x2]", ST_FORMAT, "at 'x2]'"},
+    {"W4KV[K8x2]", ST_FORMAT, "without its V"},
+    {"W4KV[KV8]", ST_FORMAT, "unknown KV format"},
+    {"W4KV[8x257]", ST_UNSUPPORTED, "256 layers"},
+    {"W4KV[8x256,8]", ST_UNSUPPORTED, "256 layers"},
+    {"W4KV[8x99999999999999999999]", ST_UNSUPPORTED, "256 layers"},
+    {"W4\nA16", ST_FORMAT, "W4 A16"},
+};
+
 static void bad_names_are_refused_in_one_line(void **state) {
     (void)state;
-    static const struct {
-        const char *name;
-        status st;
-        const char *says; /* part of the message */
-    } cases[] = {
-        {"", ST_FORMAT, "does not start with W"},
-        {"w4a16", ST_FORMAT, "does not start with W"},
-        {"fp8", ST_FORMAT, "does not start with W"},
-        {"FP8KV8", ST_FORMAT, "does not start with W"},
-        {"A16", ST_FORMAT, "does not start with W"},
-        {"W", ST_FORMAT, "unknown weight format"},
-        {"W5A16", ST_FORMAT, "at '5A16'"},
-        {"W1", ST_FORMAT, "unknown weight format"},
-        {"W160", ST_FORMAT, "at '0'"},
-        {"WFP4", ST_FORMAT, "unknown weight format"},
-        {"WFP8c", ST_FORMAT, "at 'c'"},
-        {"W4 A16", ST_FORMAT, "at ' A16'"},
-        {"W4A", ST_FORMAT, "unknown activation format"},
-        {"W4A4", ST_FORMAT, "at '4'"},
-        {"W4A16A16", ST_FORMAT, "at 'A16'"},
-        {"W4KV8A16", ST_FORMAT, "at 'A16'"},
-        {"W4A16KV", ST_FORMAT, "unknown KV format"},
-        {"W4A16KV7", ST_FORMAT, "unknown KV format"},
-        {"W4A16KV8x2", ST_FORMAT, "at 'x2'"},
-        {"W4A16KV8junk", ST_FORMAT, "at 'junk'"},
-        {"W4A16KV8 ", ST_FORMAT, "at ' '"},
-        {"W4A16K8", ST_FORMAT, "without its V"},
-        {"W4A16V8", ST_FORMAT, "at 'V8'"},
-        {"W4A16K8V", ST_FORMAT, "unknown KV format"},
-        {"W4g", ST_FORMAT, "no group size"},
-        {"W4gx", ST_FORMAT, "no group size"},
-        {"W4g-16", ST_FORMAT, "no group size"},
-        {"W4g0", ST_UNSUPPORTED, "multiple of 16"},
-        {"W4g1", ST_UNSUPPORTED, "multiple of 16"},
-        {"W4g120", ST_UNSUPPORTED, "multiple of 16"},
-        {"W4g65552", ST_UNSUPPORTED, "up to 65536"},
-        {"W4g4294967296", ST_UNSUPPORTED, "up to 65536"},
-        {"W4g99999999999999999999999999999999999999", ST_UNSUPPORTED, "up to 65536"},
-        {"W4symg64", ST_FORMAT, "at 'g64'"},
-        {"W4symsym", ST_FORMAT, "at 'sym'"},
-        {"WFP8g128", ST_UNSUPPORTED, "only W4 and W8"},
-        {"W8sym", ST_UNSUPPORTED, "zero points"},
-        {"W16g64", ST_UNSUPPORTED, "only W4"},
-        {"WFP8symA16", ST_UNSUPPORTED, "only W4"},
-        {"WMXFP4g32", ST_UNSUPPORTED, "only W4"},
-        {"W4KV[", ST_FORMAT, "empty item"},
-        {"W4KV[]", ST_FORMAT, "empty item"},
-        {"W4KV[8,]", ST_FORMAT, "empty item"},
-        {"W4KV[,8]", ST_FORMAT, "empty item"},
-        {"W4KV[8", ST_FORMAT, "lacks , or ]"},
-        {"W4KV[8 4]", ST_FORMAT, "lacks , or ]"},
-        {"W4KV[8]]", ST_FORMAT, "at ']'"},
-        {"W4KV[8x]", ST_FORMAT, "no count"},
-        {"W4KV[8x0]", ST_FORMAT, "no count"},
-        {"W4KV[8x-1]", ST_FORMAT, "no count"},
-        {"W4KV[8x2x2]", ST_FORMAT, "at 'x2]'"},
-        {"W4KV[K8x2]", ST_FORMAT, "without its V"},
-        {"W4KV[KV8]", ST_FORMAT, "unknown KV format"},
-        {"W4KV[8x257]", ST_UNSUPPORTED, "256 layers"},
-        {"W4KV[8x256,8]", ST_UNSUPPORTED, "256 layers"},
-        {"W4KV[8x99999999999999999999]", ST_UNSUPPORTED, "256 layers"},
-        {"W4\nA16", ST_FORMAT, "W4 A16"},
-    };
-    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+    for (int32_t i = 0; i < COUNT_OF(bad_names); i++) {
         precision p, before;
         memset(&p, 0x5a, sizeof p);
         before = p;
-        assert_status(precision_parse(&p, cases[i].name), cases[i].st);
+        assert_status(precision_parse(&p, bad_names[i].name), bad_names[i].st);
         assert_memory_equal(&p, &before, sizeof p); /* a refusal changes nothing */
-        if (!strstr(fail_message(), cases[i].says))
-            fail_msg("'%s': '%s' lacks '%s'", cases[i].name, fail_message(), cases[i].says);
+        if (!strstr(fail_message(), bad_names[i].says))
+            fail_msg("'%s': '%s' lacks '%s'", bad_names[i].name, fail_message(), bad_names[i].says);
         assert_null(strchr(fail_message(), '\n'));
     }
     char endless[5000];
