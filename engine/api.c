@@ -147,8 +147,8 @@ static void open_arguments(json_t *message) {
 }
 
 static status check_messages(json_t *messages) {
-    if (!json_is_array(messages) || json_array_size(messages) == 0)
-        return FAIL(ST_FORMAT, "'messages' is no list of messages");
+    if (!json_is_array(messages)) return FAIL(ST_FORMAT, "'messages' is no list of messages");
+    if (json_array_size(messages) == 0) return FAIL(ST_FORMAT, "'messages' is empty");
     for (size_t i = 0; i < json_array_size(messages); i++) {
         json_t *message = json_array_get(messages, i);
         if (!json_is_object(message)) return FAIL(ST_FORMAT, "message %zu is no object", i);

@@ -172,7 +172,8 @@ static status sim_open(device **out, const device_options *o) {
     else if (o->gpu)
         TRY(gpu_load(&sheet, o->gpu));
     else
-        return FAIL(ST_USAGE, "the sim device needs the name of a GPU");
+        return FAIL(ST_USAGE,
+                    "the sim device needs the name of a GPU: --gpu h200, or `gpu` in Lua");
     TRY(check_sheet(&sheet));
     if (o->tp > 1 && !(sheet.link_bytes_per_s > 0))
         return FAIL(ST_UNSUPPORTED, "%s has no link to peers, tp %d is not possible", sheet.name,
