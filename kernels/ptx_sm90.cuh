@@ -5,6 +5,7 @@
 // the accumulators, d[0 .. NT / 2).
 #ifndef PTX_SM90_CUH
 #define PTX_SM90_CUH
+#include "traits.cuh"
 #include "wgmma_operands.cuh"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -117,15 +118,6 @@ __device__ __forceinline__ void remote_store(uint32_t to, const float *v, uint32
                  "{%1, %2, %3, %4}, [%5];" ::"r"(to),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar)
                  : "memory");
-}
-
-// --- Dependent launch ---------------------------------------------------------------------------
-
-__device__ __forceinline__ void launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_previous() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // --- Registers: given back by a warpgroup that needs few, taken by one that needs many -----------

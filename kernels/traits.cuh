@@ -96,11 +96,19 @@ static inline status launched(const char *what) {
 // of every such kernel must wait, so that the end of a kernel is the end of all before it.
 // Constants are weights and the tables of the step: what uploads those is no early launch, nor is
 // the first kernel behind it (rows.h), so they are there before any early one starts.
-__device__ __forceinline__ void follow_previous() {
+__device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void follow_previous() {
+    launch_dependents();
+    wait_for_previous();
 }
 
 static inline bool early_launches() {
