@@ -100,11 +100,13 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 // --- Choice ------------------------------------------------------------------------------------
 
 // Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
-// on average) and n k below two to the power `size`. A gated epilogue wants two blocks a warpgroup
-// and goes on to the next name that has them.
+// on average) and n k below two to the power `size`; with `one_wave`, where there are tiles of 64
+// rows of W for one SM in eight at least and for all at most. A gated epilogue wants two blocks a
+// warpgroup and goes on to the next name that has them.
 struct preference {
     int32_t family, rows, size;
     const char *name;
+    bool one_wave;
 };
 const preference preferences[] = {
     {90, 8, 62, "short_8"},
@@ -124,13 +126,14 @@ const preference preferences[] = {
     {90, 512, 25, "tall_128"},
     {90, 1 << 30, 62, "wide_256"},
     {90, 1 << 30, 62, "tall_128"},
+    {80, 8, 62, "ampere_strips_8", true},
     {80, 8, 62, "ampere_8x1"},
+    {80, 16, 26, "ampere_strips_16", true},
     {80, 16, 62, "ampere_split_16x2"},
-    {80, 16, 26, "ampere_split_16x1"},
     {80, 16, 62, "ampere_16x2"},
-    {80, 32, 26, "ampere_split_32x1"},
+    {80, 32, 26, "ampere_strips_32", true},
     {80, 32, 62, "ampere_32x2"},
-    {80, 64, 26, "ampere_64x1"},
+    {80, 64, 25, "ampere_strips_32", true},
     {80, 64, 62, "ampere_64x2"},
     {80, 512, 26, "ampere_128x1"},
     {80, 1 << 30, 62, "ampere_128x2"},
@@ -184,7 +187,9 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     for (const preference &c : preferences) {
         if (c.rows < rows || c.family > p->w->family || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
-        if (v) return v;
+        if (!v) continue;
+        const int32_t tiles = (p->m + v->rows_x - 1) / v->rows_x * l->blocks;
+        if (!c.one_wave || (tiles <= p->n_sms && tiles * 8 >= p->n_sms)) return v;
     }
     return nullptr;
 }

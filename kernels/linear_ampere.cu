@@ -1,35 +1,41 @@
 // linear_ampere.cu - y^T = W x^T through mma.sync m16n8k16 with a cp.async pipeline; any format,
-// any GPU from sm_80. Eight warps load and compute; weights go from shared memory to registers as
-// they lie there (16 bytes a lane), x through ldmatrix from rows of 128 bytes whose 16-byte
-// chunks are swapped by row.
+// any GPU from sm_80. Weights go from shared memory to registers as they lie there (16 bytes a
+// lane), x through ldmatrix from rows of 128 bytes whose 16-byte chunks are swapped by row.
+//
+//   tiles    eight warps share a tile of W and walk along K together; CTAs may share one
+//   split    the warps of a CTA share out K; CTAs may share a tile
+//   strips   the same, and a tile is so narrow that a CTA has all of K: small matrices, few rows
 //
 // What a thread copies of every step, and where a lane reads, is found once a tile: to find it anew
 // for every unit is more work than what is then done with it. Fragments of the next 16 inputs are
 // read before those at hand are multiplied, across steps too: the barrier that a step ends in comes
-// before its last products.
+// before its last products. From sm_90 on weights are asked for before the launch before has ended
+// (programmatic dependent launch), x and everything written come after.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
+#include "traits.cuh"
 
 // The explicit lists. Tiles: name, format, type, x rows, blocks of a warp, parts that the x rows
 // are split in among warps, units of a step (at 4 bits), stages and CTAs an SM at most, granules of
 // less than 64 inputs. A tile is 128 or 256 rows of W; the small ones are for small matrices.
-// Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last GPU.
+// Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last GPU. Strips: name,
+// format, type, x rows of a tile, warps, x rows of a problem at most, fine, first and last GPU.
 #define AMPERE_TILES(X, F, T, FINE)                                                                \
     X("ampere_8x1", F, T, 8, 1, 1, 4, 4, 2, FINE)                                                  \
     X("ampere_16x2", F, T, 16, 2, 1, 1, 6, 2, FINE)                                                \
     X("ampere_32x2", F, T, 32, 2, 1, 1, 5, 2, FINE)                                                \
-    X("ampere_64x1", F, T, 64, 2, 2, 1, 6, 2, FINE)                                                \
     X("ampere_64x2", F, T, 64, 2, 1, 1, 4, 1, FINE)                                                \
     X("ampere_128x1", F, T, 128, 2, 2, 1, 5, 1, FINE)
 #define AMPERE_TALL(X, F, T, FINE)                                                                 \
     AMPERE_TILES(X, F, T, FINE)                                                                    \
     X("ampere_128x2", F, T, 128, 2, 1, 1, 4, 1, FINE)
-#define AMPERE_SPLIT(X, F, T, FINE)                                                                \
-    X("ampere_split_16x1", F, T, 16, 1, 6, 1, FINE, 80, SM_ANY)                                    \
-    X("ampere_split_16x2", F, T, 16, 2, 4, 1, FINE, 90, 103)                                       \
-    X("ampere_split_32x1", F, T, 32, 1, 4, 1, FINE, 80, 80)                                        \
-    X("ampere_split_32x1", F, T, 32, 1, 4, 1, FINE, 90, 103)
+#define AMPERE_SPLIT(X, F, T, FINE) X("ampere_split_16x2", F, T, 16, 2, 4, 1, FINE, 90, 103)
+#define AMPERE_STRIPS(X, F, T, FINE)                                                               \
+    X("ampere_strips_8", F, T, 8, 16, 8, FINE, 80, SM_ANY)                                         \
+    X("ampere_strips_16", F, T, 16, 8, 16, FINE, 80, SM_ANY)                                       \
+    X("ampere_strips_32", F, T, 32, 8, 64, FINE, 80, 80)                                           \
+    X("ampere_strips_32", F, T, 32, 8, 64, FINE, 90, 103)
 #define AMPERE_TYPES(M, X, F, FINE) M(X, F, F16, FINE) M(X, F, BF16, FINE)
 #ifndef AMPERE_INSTANCES
 #define AMPERE_INSTANCES(X)                                                                        \
@@ -46,6 +52,11 @@
     AMPERE_TYPES(AMPERE_SPLIT, X, INT4, true)                                                      \
     AMPERE_TYPES(AMPERE_SPLIT, X, MXFP4, true)                                                     \
     AMPERE_TYPES(AMPERE_SPLIT, X, NVFP4, true)
+#define AMPERE_STRIPS_INSTANCES(X)                                                                 \
+    AMPERE_TYPES(AMPERE_STRIPS, X, INT4, false)                                                    \
+    AMPERE_TYPES(AMPERE_STRIPS, X, INT4, true)                                                     \
+    AMPERE_TYPES(AMPERE_STRIPS, X, MXFP4, true)                                                    \
+    AMPERE_TYPES(AMPERE_STRIPS, X, NVFP4, true)
 #endif
 
 namespace {
@@ -91,7 +102,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE, int N = k
           int STRIDE = KU>
 struct loader {
     using S = tile<F, NT, R, XS, KU, FINE>;
-    static constexpr int kCode = S::code / 16 / N;
+    static constexpr int kCode = (S::code / 16 + N - 1) / N;
     static constexpr int kX = (S::x / 16 + N - 1) / N;
     static constexpr int kScale = (S::blocks * S::scale_block / 16 + N - 1) / N;
     static constexpr uint32_t kNone = ~0u;
@@ -116,7 +127,7 @@ struct loader {
         for (int i = 0; i < kCode; i++) {
             constexpr int kChunks = KU * S::unit / 16; // of a block
             const int c = tid + i * N;
-            const int32_t b = block(s, c / kChunks);
+            const int32_t b = c < S::code / 16 ? block(s, c / kChunks) : p.blocks;
             code_at[i] = b < p.blocks ? (uint32_t)(s.expert * (p.code_bytes / 16)) +
                                             (uint32_t)(b * p.units) * (S::unit / 16) + c % kChunks
                                       : kNone;
@@ -147,9 +158,9 @@ struct loader {
         }
     }
 
-    // The next step, if it is wanted. Units and inputs past the end become zero, so that they meet
-    // nothing that is not finite.
-    __device__ __forceinline__ void load(uint32_t to, bool wanted) {
+    // Of a step from `unit` on, if it is wanted. Units and inputs past the end become zero, so that
+    // they meet nothing that is not finite.
+    __device__ __forceinline__ void load_weights(uint32_t to, bool wanted, int unit) const {
         const int tid = threadIdx.x % N;
         if (STRIDE > KU) wanted = wanted && unit < p.units;
 #pragma unroll
@@ -159,19 +170,42 @@ struct loader {
                    KU == 1 || unit + c / (S::unit / 16) % KU < p.units,
                    wanted && code_at[i] != kNone);
         }
-#pragma unroll
-        for (int i = 0; i < kX; i++)
-            copy16((to + x_to + i * N * 16) ^ (N / 8 * i % 8 << 4),
-                   static_cast<const uint8_t *>(p.x) + (uint64_t)(x_at[i] + unit * 8) * 16,
-                   unit * 64 + (tid + i * N) / 8 / NT * 64 + tid % 8 * 8 < p.k,
-                   wanted && x_at[i] != kNone);
         const int32_t row0 = unit * 64 >> p.granule_shift;
 #pragma unroll
         for (int i = 0; i < kScale; i++)
             copy16(to + scale_to[i],
                    p.scale + (uint64_t)(scale_at[i] + row0 * (p.granule_bytes / 16)) * 16,
                    KU == 1 || row0 + scale_row[i] < p.granules, wanted && scale_at[i] != kNone);
+    }
+    __device__ __forceinline__ void load_x(uint32_t to, bool wanted, int unit) const {
+        const int tid = threadIdx.x % N;
+        if (STRIDE > KU) wanted = wanted && unit < p.units;
+#pragma unroll
+        for (int i = 0; i < kX; i++)
+            copy16((to + x_to + i * N * 16) ^ (N / 8 * i % 8 << 4),
+                   static_cast<const uint8_t *>(p.x) + (uint64_t)(x_at[i] + unit * 8) * 16,
+                   unit * 64 + (tid + i * N) / 8 / NT * 64 + tid % 8 * 8 < p.k,
+                   wanted && x_at[i] != kNone);
+    }
+    // The next step, as one group of copies.
+    __device__ __forceinline__ void load(uint32_t to, bool wanted) {
+        load_weights(to, wanted, unit);
+        load_x(to, wanted, unit);
+        copy_commit();
         unit += STRIDE;
+    }
+    // The first STEPS of `n`, `bytes` apart: their weights before the launch before this one has
+    // ended.
+    template <int STEPS> __device__ __forceinline__ void load_first(uint32_t to, int bytes, int n) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) load_weights(to + i * bytes, i < n, unit + i * STRIDE);
+        wait_for_previous();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            load_x(to + i * bytes, i < n, unit + i * STRIDE);
+            copy_commit();
+        }
+        unit += STEPS * STRIDE;
     }
 };
 
@@ -274,7 +308,8 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
                                 atom % 4 * bits / 16 * 512);
     }
     __device__ __forceinline__ uint32_t scales_at(uint32_t stage, int atom, int r) const {
-        return stage + scale + r * S::scale_block + (atom * 16 >> granule_shift) * granule_bytes;
+        const int at = FINE || KU > 1 ? (atom * 16 >> granule_shift) * granule_bytes : 0;
+        return stage + scale + r * S::scale_block + at;
     }
     // Its scales over a whole unit, which atom begins.
     __device__ __forceinline__ void packed(dequant_packed &s, uint32_t stage, int atom,
@@ -374,18 +409,12 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
     using O = operands<T, F, NT, R, XS, KU, FINE>;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     O o = {in};
-#pragma unroll
-    for (int i = 0; i < kStages - 1; i++) {
-        from.load(shared + i * S::bytes, s.step0 + i < s.step1);
-        copy_commit();
-    }
     copy_wait<kStages - 2>();
     __syncthreads();
     o.begin(read);
 #pragma unroll 1
     for (int step = s.step0; step < s.step1; step++) {
         from.load(write, step + kStages - 1 < s.step1);
-        copy_commit();
         write = write == shared + (kStages - 1) * S::bytes ? shared : write + S::bytes;
 #pragma unroll
         for (int i = 0; i < O::atoms * R; i++) {
@@ -422,6 +451,15 @@ constexpr int kSharedBytes = 164 * 1024;
 constexpr int kSharedBytes = 100 * 1024;
 #endif
 
+// The next launch may begin to load its weights; where its tiles and rows come from the launch
+// before, this one waits for that.
+template <int NT>
+__device__ __forceinline__ void begin_launch(int32_t *tile_start, const linear_args &p) {
+    launch_dependents();
+    if (p.expert_start || p.x_row) wait_for_previous();
+    if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+}
+
 template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
 __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere(const __grid_constant__ linear_args p) {
@@ -431,19 +469,27 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
     __shared__ linear_shared later_of[LINEAR_WARPS];
-    if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+    begin_launch<NT>(tile_start, p);
     linear_shared *later = &later_of[threadIdx.x / 32];
     linear_shared_init(later);
 
     linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
-    linear_segment s;
+    linear_segment s, next;
     loader<T, F, NT, R, XS, KU, FINE> from(p);
     const reader<T, F, NT, R, XS, KU, FINE> in(p);
-    while (walk.next(s)) {
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
+    bool more = walk.next(next);
+    const auto begin = [&] { // what comes next is on its way while a tile is finished
+        from.begin(next, next.step0 * KU);
+        from.template load_first<stages - 1>(ring, S::bytes, next.step1 - next.step0);
+    };
+    if (more) begin();
+    while (more) {
         float acc[R][S::rows / 2] = {};
-        from.begin(s, s.step0 * KU);
-        multiply_segment<T, F, NT, R, XS, KU, FINE, stages>(
-            acc, s, from, in, (uint32_t)__cvta_generic_to_shared(shared));
+        s = next;
+        multiply_segment<T, F, NT, R, XS, KU, FINE, stages>(acc, s, from, in, ring);
+        more = walk.next(next);
+        if (more) begin();
         if (XS > 1) s.m0 += threadIdx.x / 128 * S::rows; // what is this warp's
         if (s.step1 - s.step0 == p.steps || linear_share<S::rows, R>(acc, p, walk, s, later))
             linear_finish<T, S::rows, R, S::groups>(acc, p, s, turn[threadIdx.x / 32]);
@@ -451,27 +497,42 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     linear_finish_all<T, S::rows, R, S::groups>(p, walk, later, turn[threadIdx.x / 32]);
 }
 
+// Of an SM.
+status shared_bytes(int *bytes) {
+    int device = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
+}
+
 // `bytes` of a stage; `least`: of all.
 template <typename K>
 status launch_stages(K kernel, int bytes, int least, int wanted, int ctas, const linear_args *args,
-                     int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    int device = 0, sm_bytes = 0, fit = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+                     int32_t n_sms, int32_t per_sm, kernel_stream stream, int threads = kThreads) {
+    int sm_bytes = 0, fit = 0;
+    TRY(shared_bytes(&sm_bytes));
     const int stages = stages_of(bytes, wanted, ctas, sm_bytes);
-    if (e == cudaSuccess && stages < 2)
+    if (stages < 2)
         return FAIL(ST_UNSUPPORTED, "linear_ampere: stages of %d bytes in %d", bytes, sm_bytes);
     const int all = stages * bytes > least ? stages * bytes : least;
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
     if (e == cudaSuccess)
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
-    if (e == cudaSuccess)
-        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, (size_t)all);
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, (size_t)all);
     if (e == cudaSuccess) {
         const int grid =
             n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
-        kernel<<<grid, kThreads, all, (cudaStream_t)stream>>>(*args);
-        e = cudaGetLastError();
+        cudaLaunchAttribute early;
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((unsigned)grid);
+        config.blockDim = dim3((unsigned)threads);
+        config.dynamicSmemBytes = (size_t)all;
+        config.stream = (cudaStream_t)stream;
+        config.attrs = &early;
+        config.numAttrs = early_launches();
+        e = cudaLaunchKernelEx(&config, kernel, *args);
     }
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
 }
@@ -488,17 +549,22 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
 // barrier but at a tile's end, where the warps' sums meet in shared memory. So a small matrix fills
 // the GPU with few CTAs a tile.
 
-// acc[block, strip] += one unit of R blocks.
-template <typename T, int F, int NT, int R, bool FINE>
-__device__ __forceinline__ void multiply_unit(float (&acc)[R * 4][NT / 2], const linear_args &p,
+// acc[strip] += one unit of so many strips, which lie in `stage` as S has it.
+template <typename T, int F, int NT, int STRIPS, bool FINE, typename S>
+__device__ __forceinline__ void multiply_unit(float (&acc)[STRIPS][NT / 2], const linear_args &p,
                                               uint32_t stage) {
-    using S = tile<F, NT, R, 2, 1, FINE>;
     constexpr int bits = linear_code_bits(F);
     constexpr bool kSums = F == WF_INT4 && !FINE;
-    const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
-    const uint32_t x = stage + S::code + row * 128 + ((lane / 8 % 2 ^ row % 8) << 4);
+    const int lane = threadIdx.x % 32;
+    const int row = NT == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
+    const int chunk_x = NT == 8 ? lane / 8 : lane / 8 % 2;
+    const uint32_t x = stage + S::code + row * 128 + ((chunk_x ^ row % 8) << 4);
     uint32_t b[4][NT / 4];
     float x_sum[NT / 2];
+    if (NT == 8) {
+        load_matrices(&b[0][0], x);
+        load_matrices(&b[2][0], x ^ 64);
+    }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
 #pragma unroll
@@ -515,7 +581,7 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[R * 4][NT / 2], const
         }
     }
 #pragma unroll
-    for (int i = 0; i < R * 4; i++) { // block i / 4, strip i % 4
+    for (int i = 0; i < STRIPS; i++) { // block i / 4, strip i % 4
         uint4 chunk;
         dequant_scales scales;
         dequant_packed packed;
@@ -596,7 +662,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
     __shared__ linear_shared later_of[LINEAR_WARPS];
-    if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+    begin_launch<NT>(tile_start, p);
     const int warp = threadIdx.x / 32;
     linear_shared *later = &later_of[warp];
     linear_shared_init(later);
@@ -608,21 +674,16 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     while (walk.next(s)) {
         float acc[R * 4][NT / 2] = {}, sum[R][NT / 4];
         from.begin(s, s.step0 * LINEAR_WARPS + warp);
-#pragma unroll
-        for (int i = 0; i < stages - 1; i++) {
-            from.load(ring + i * S::bytes, s.step0 + i < s.step1);
-            copy_commit();
-        }
+        from.template load_first<stages - 1>(ring, S::bytes, s.step1 - s.step0);
         uint32_t read = ring, write = ring + (stages - 1) * S::bytes;
 #pragma unroll 1
         for (int step = s.step0; step < s.step1; step++) {
             copy_wait<stages - 2>();
             __syncwarp(); // this unit has come, and the last one has been read
             from.load(write, step + stages - 1 < s.step1);
-            copy_commit();
             write = write == ring + (stages - 1) * S::bytes ? ring : write + S::bytes;
             if (step * LINEAR_WARPS + warp < p.units)
-                multiply_unit<T, F, NT, R, FINE>(acc, p, read);
+                multiply_unit<T, F, NT, R * 4, FINE, S>(acc, p, read);
             read = read == ring + (stages - 1) * S::bytes ? ring : read + S::bytes;
         }
         copy_wait<0>();
@@ -641,6 +702,231 @@ status launch_split(const linear_args *args, int32_t n_sms, int32_t per_sm, kern
                          LINEAR_WARPS * tile<F, NT, R, 2, 1, FINE>::bytes,
                          LINEAR_WARPS * R * 64 * NT * 4, kStages, kCtas, args, n_sms, per_sm,
                          stream);
+}
+
+// --- Few rows, small matrices: whole tiles of a few strips ---------------------------------------
+// A tile is up to four strips of W and all of K, so that every SM has one, or few, and no sums
+// travel between CTAs. Warps take units in turn, each through a ring of its own.
+
+enum { kStripStages = 8 }; // at most
+
+template <int F, int NT, int STRIPS, bool FINE> struct strips_stage {
+    static constexpr int unit = 512 * linear_code_bits(F), code = STRIPS * unit / 4, x = NT * 128;
+    static constexpr int scale_block = unit_scale_bytes(F, FINE), scale = scale_block;
+    static constexpr int bytes = (code + x + scale + 127) / 128 * 128;
+};
+
+// Strip i of a tile: of gated ones the second half are the up rows of the first half. -1: none.
+template <int STRIPS>
+__device__ __forceinline__ int32_t strip_of(const linear_args &p, int32_t tile, int i) {
+    if (p.paired) {
+        const int32_t at = tile * (STRIPS / 2) + i % (STRIPS / 2 ? STRIPS / 2 : 1);
+        return at < p.half_blocks * 4 ? at + i / (STRIPS / 2 ? STRIPS / 2 : 1) * p.half_blocks * 4
+                                      : -1;
+    }
+    const int32_t at = tile * STRIPS + i;
+    return at < p.blocks * 4 ? at : -1;
+}
+
+template <typename T, int F, int NT, int STRIPS, int W, bool FINE> struct strips_loader {
+    using S = strips_stage<F, NT, STRIPS, FINE>;
+    static constexpr uint32_t kNone = ~0u;
+    static constexpr int kParts = F == WF_INT4 ? 3 : 1; // 16 bytes of scales, strip and granule
+    static constexpr int kGranules = !FINE ? 1 : F == WF_MXFP4 ? 2 : 4; // of a unit, at most
+    static constexpr int kScale = (STRIPS * kParts * kGranules + 31) / 32;
+    const linear_args &p;
+    uint32_t code_at[STRIPS], x_at, x_to, scale_at[kScale], scale_to[kScale];
+    int unit, rows; // rows: of x, from this lane's first on
+
+    __device__ __forceinline__ explicit strips_loader(const linear_args &p) : p(p) {
+        const int chunk = threadIdx.x % 8, row = threadIdx.x % 32 / 8;
+        x_to = S::code + row * 128 + ((chunk ^ row) << 4);
+    }
+    __device__ __forceinline__ void begin(int32_t tile, int32_t m0) {
+        const int lane = threadIdx.x % 32;
+        x_at = (uint32_t)((m0 + lane / 8) * (p.ldx / 8)) + lane % 8;
+        rows = p.m - m0 - lane / 8;
+        unit = threadIdx.x / 32;
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++) {
+            const int32_t strip = strip_of<STRIPS>(p, tile, i);
+            code_at[i] = strip < 0 ? kNone
+                                   : (uint32_t)(strip / 4 * p.units) * (S::unit / 16) +
+                                         strip % 4 * (S::unit / 64) + lane;
+        }
+        const int n_granules = max(1, 64 >> p.granule_shift);
+#pragma unroll
+        for (int k = 0; k < kScale; k++) {
+            const int i = lane + 32 * k, part = i % kParts, s = i / kParts % STRIPS,
+                      j = i / kParts / STRIPS;
+            const int32_t strip = strip_of<STRIPS>(p, tile, s);
+            const bool want = strip >= 0 && j < n_granules && !(part == 2 && p.sym);
+            const int in = F != WF_INT4 ? 0 : part == 2 ? 8 : part; // 16 bytes
+            const int of = F == WF_INT4 && part < 2 ? 2 : 1;        // of a strip
+            scale_at[k] = want ? (uint32_t)((strip / 4 * p.granules + j) * (p.granule_bytes / 16)) +
+                                     in + strip % 4 * of
+                               : kNone;
+            scale_to[k] = S::code + S::x + j * p.granule_bytes + (in + s * of) * 16;
+        }
+    }
+    __device__ __forceinline__ void load_weights(uint32_t to, int unit) const {
+        const bool wanted = unit < p.units;
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++)
+            copy16(to + i * 512 + threadIdx.x % 32 * 16,
+                   p.code + (uint64_t)(code_at[i] + unit * (S::unit / 16)) * 16, true,
+                   wanted && code_at[i] != kNone);
+        const int32_t row0 = unit * 64 >> p.granule_shift;
+#pragma unroll
+        for (int k = 0; k < kScale; k++)
+            copy16(to + scale_to[k],
+                   p.scale + (uint64_t)(scale_at[k] + row0 * (p.granule_bytes / 16)) * 16, true,
+                   wanted && scale_at[k] != kNone);
+    }
+    __device__ __forceinline__ void load_x(uint32_t to, int unit) const {
+        const int lane = threadIdx.x % 32;
+        const bool there = unit * 64 + lane % 8 * 8 < p.k, wanted = unit < p.units;
+#pragma unroll
+        for (int i = 0; i < NT / 4; i++)
+            copy16((to + x_to + i * 512) ^ (i % 2 * 64),
+                   static_cast<const uint8_t *>(p.x) +
+                       (uint64_t)(x_at + i * (uint32_t)(p.ldx / 2) + unit * 8) * 16,
+                   there, wanted && 4 * i < rows);
+    }
+    template <int STEPS> __device__ __forceinline__ void load_first(uint32_t to) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) load_weights(to + i * S::bytes, unit + i * W);
+        wait_for_previous();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            load_x(to + i * S::bytes, unit + i * W);
+            copy_commit();
+        }
+        unit += STEPS * W;
+    }
+    __device__ __forceinline__ void load(uint32_t to) {
+        load_weights(to, unit);
+        load_x(to, unit);
+        copy_commit();
+        unit += W;
+    }
+};
+
+// Sums of all warps lie in `sums` [W][STRIPS][NT][20], of which 16 are used: added in order,
+// finished and written, four outputs of a row of x a thread.
+template <typename T, int NT, int STRIPS, int W>
+__device__ __forceinline__ void finish_strips(const linear_args &p, int32_t tile, int32_t m0,
+                                              const float *sums) {
+    const auto sum = [&](int s, int m) {
+        float4 v = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int w = 0; w < W; w++) {
+            const float4 u = *reinterpret_cast<const float4 *>(
+                sums + ((w * STRIPS + s) * NT + m) * 20 + threadIdx.x % 4 * 4);
+            v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+        }
+        return v;
+    };
+    const int n = p.paired ? STRIPS / 2 : STRIPS; // strips of outputs
+    for (int i = threadIdx.x; i < n * NT * 4; i += 32 * W) {
+        const int s = i / 4 % n, m = i / 4 / n;
+        const int32_t strip = strip_of<STRIPS>(p, tile, s);
+        if (strip < 0 || m0 + m >= p.m) continue;
+        const int32_t half = strip >= p.half_blocks * 4;
+        const int32_t in_half = (strip - half * p.half_blocks * 4) * 16;
+        if (in_half >= p.half_rows) continue;
+        const int32_t col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
+        float4 v = linear_affine(sum(s, m), linear_outputs_of<T>(p, 0, strip / 4, col, strip % 4));
+        if (p.paired) {
+            const int32_t up = strip + p.half_blocks * 4;
+            const float4 u = linear_affine(
+                sum(s + n, m), linear_outputs_of<T>(p, 0, up / 4, col + p.half_rows, up % 4));
+            v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
+                            linear_gate(v.y, u.y, p.epilogue, p.limit),
+                            linear_gate(v.z, u.z, p.epilogue, p.limit),
+                            linear_gate(v.w, u.w, p.epilogue, p.limit));
+        }
+        linear_put<T>(p, m0 + m, col, v);
+    }
+}
+
+__host__ __device__ inline int32_t strip_tiles(const linear_args &p, int strips) {
+    return p.paired ? (p.half_blocks * 4 + strips / 2 - 1) / (strips / 2)
+                    : (p.blocks * 4 + strips - 1) / strips;
+}
+
+template <typename T, int F, int NT, int STRIPS, int W, bool FINE>
+__global__ void __launch_bounds__(32 * W, 1)
+    linear_ampere_strips(const __grid_constant__ linear_args p) {
+    using S = strips_stage<F, NT, STRIPS, FINE>;
+    constexpr int fit = stages_of(W * S::bytes, kStripStages, 1, kSharedBytes);
+    constexpr int stages = fit < 2 ? 2 : fit; // never launched where two do not fit
+    extern __shared__ __align__(128) uint8_t shared[];
+    launch_dependents();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * stages * S::bytes;
+    float *sums = reinterpret_cast<float *>(shared);
+    const int32_t tiles_m = (p.m + NT - 1) / NT, tiles = strip_tiles(p, STRIPS) * tiles_m;
+    strips_loader<T, F, NT, STRIPS, W, FINE> from(p);
+    for (int32_t at = blockIdx.x; at < tiles; at += gridDim.x) {
+        const int32_t tile = at / tiles_m, m0 = at % tiles_m * NT; // neighbours share weights
+        float acc[STRIPS][NT / 2] = {};
+        from.begin(tile, m0);
+        from.template load_first<stages - 1>(ring);
+        uint32_t read = ring, write = ring + (stages - 1) * S::bytes;
+#pragma unroll 1
+        for (int unit = warp; unit < p.units; unit += W) {
+            copy_wait<stages - 2>();
+            __syncwarp(); // this unit has come, and the last one has been read
+            from.load(write);
+            write = write == ring + (stages - 1) * S::bytes ? ring : write + S::bytes;
+            multiply_unit<T, F, NT, STRIPS, FINE, S>(acc, p, read);
+            read = read == ring + (stages - 1) * S::bytes ? ring : read + S::bytes;
+        }
+        copy_wait<0>();
+        if (F == WF_INT4 && !FINE) finish_units<T>(acc);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++)
+#pragma unroll
+            for (int k = 0; k < NT / 2; k++) {
+                const int m = k / 4 * 8 + lane % 4 * 2 + k % 2, row = lane / 4 + k / 2 % 2 * 8;
+                sums[((warp * STRIPS + i) * NT + m) * 20 + row] = acc[i][k];
+            }
+        __syncthreads();
+        finish_strips<T, NT, STRIPS, W>(p, tile, m0, sums);
+        if (at + (int)gridDim.x < tiles) __syncthreads();
+    }
+}
+
+// Of tiles of two, three or four strips those that keep the SMs busy for the shortest time, the
+// larger of equals.
+template <typename T, int F, int NT, int W, bool FINE>
+status launch_strips(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
+    static const struct {
+        void (*kernel)(linear_args);
+        int strips, bytes, sums;
+    } sizes[] = {
+#define SIZE(STRIPS)                                                                               \
+    {linear_ampere_strips<T, F, NT, STRIPS, W, FINE>, STRIPS,                                      \
+     W * strips_stage<F, NT, STRIPS, FINE>::bytes, W * STRIPS * NT * 80}
+        SIZE(4), SIZE(3), SIZE(2)
+#undef SIZE
+    };
+    int sm_bytes = 0, best = -1, least = 0;
+    TRY(shared_bytes(&sm_bytes));
+    for (int i = 0; i < 3; i++) {
+        const int strips = sizes[i].strips;
+        if ((args->paired && strips % 2) ||
+            stages_of(sizes[i].bytes, kStripStages, 1, sm_bytes) < 2)
+            continue;
+        const int tiles = strip_tiles(*args, strips) * ((args->m + NT - 1) / NT);
+        const int time = (tiles + n_sms - 1) / n_sms * strips;
+        if (best < 0 || time < least) best = i, least = time;
+    }
+    if (best < 0) return FAIL(ST_UNSUPPORTED, "linear_ampere: strips of %d rows of x", NT);
+    return launch_stages(sizes[best].kernel, sizes[best].bytes, sizes[best].sums, kStripStages, 1,
+                         args, n_sms, per_sm, stream, 32 * W);
 }
 
 constexpr int units_of(int f, int at_4_bits) {
@@ -682,8 +968,24 @@ constexpr int granule_most(int f, bool fine) { return f == WF_INT4 ? (fine ? 32 
      launch_split<T_##T, WF_##F, NT, R, STAGES, CTAS, FINE>,                                       \
      0,                                                                                            \
      true},
+#define STRIPS_ROW(NAME, F, T, NT, W, ROWS, FINE, SM_MIN, SM_MAX)                                  \
+    {NAME,                                                                                         \
+     SM_MIN,                                                                                       \
+     SM_MAX,                                                                                       \
+     WF_##F,                                                                                       \
+     DT_##T,                                                                                       \
+     NT,                                                                                           \
+     2,                                                                                            \
+     W,                                                                                            \
+     granule_least(WF_##F, FINE),                                                                  \
+     granule_most(WF_##F, FINE),                                                                   \
+     1,                                                                                            \
+     launch_strips<T_##T, WF_##F, NT, W, FINE>,                                                    \
+     ROWS,                                                                                         \
+     true},
 enum { SM_ANY = 999 };
-const linear_variant rows[] = {AMPERE_SPLIT_INSTANCES(SPLIT_ROW) AMPERE_INSTANCES(ROW)};
+const linear_variant rows[] = {AMPERE_STRIPS_INSTANCES(STRIPS_ROW) AMPERE_SPLIT_INSTANCES(SPLIT_ROW)
+                                   AMPERE_INSTANCES(ROW)};
 
 } // namespace
 

@@ -98,11 +98,25 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
 }
 
 /* The table's choice, and what it may not come to. */
-static const char *const kernels[] = {
-    NULL,           "short_8",      "short_16",          "mid_32x2x1", "mid_32x2x2",
-    "mid_32x4x1",   "mid_64x2x1",   "mid_64x2x2",        "mid_64x4x1", "ampere_16x2",
-    "ampere_128x1", "ampere_128x2", "ampere_split_16x2", "wide_256",   "words_32",
-    "words_64"};
+static const char *const kernels[] = {NULL,
+                                      "short_8",
+                                      "short_16",
+                                      "mid_32x2x1",
+                                      "mid_32x2x2",
+                                      "mid_32x4x1",
+                                      "mid_64x2x1",
+                                      "mid_64x2x2",
+                                      "mid_64x4x1",
+                                      "ampere_16x2",
+                                      "ampere_128x1",
+                                      "ampere_128x2",
+                                      "ampere_split_16x2",
+                                      "ampere_strips_8",
+                                      "ampere_strips_16",
+                                      "ampere_strips_32",
+                                      "wide_256",
+                                      "words_32",
+                                      "words_64"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
