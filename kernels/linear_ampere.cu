@@ -94,6 +94,10 @@ template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
     static constexpr int scale_block = KU * unit_scale_bytes(F, FINE);
     static constexpr int scale = (blocks * scale_block + 127) / 128 * 128;
     static constexpr int bytes = code + x + scale;
+    // With 128 rows of x a warp the barrier of a step stands two products earlier, and in a branch,
+    // over which the compiler moves no product. Else it puts nearly all of a step before the
+    // barrier, and the tensor cores idle there.
+    static constexpr bool tall = rows == 128;
 };
 
 // What a thread copies of every step, N threads together: KU units out of STRIDE. Places are in 16
@@ -408,6 +412,14 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
     using S = tile<F, NT, R, XS, KU, FINE>;
     using O = operands<T, F, NT, R, XS, KU, FINE>;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
+    const auto after = [&](uint32_t stage) {
+        return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;
+    };
+    const auto turn = [&] { // the next stage has come, and this one has been read
+        copy_wait<kStages - 2>();
+        __syncthreads();
+        read = after(read);
+    };
     O o = {in};
     copy_wait<kStages - 2>();
     __syncthreads();
@@ -415,17 +427,14 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
 #pragma unroll 1
     for (int step = s.step0; step < s.step1; step++) {
         from.load(write, step + kStages - 1 < s.step1);
-        write = write == shared + (kStages - 1) * S::bytes ? shared : write + S::bytes;
+        write = after(write);
 #pragma unroll
         for (int i = 0; i < O::atoms * R; i++) {
             const int r = i % R, j = i / R;
             if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
-            if (r == 0 && j == O::atoms - 1) { // the next stage has come, and this one is read
-                copy_wait<kStages - 2>();
-                __syncthreads();
-                read = read == shared + (kStages - 1) * S::bytes ? shared : read + S::bytes;
-            }
+            if (!S::tall && r == 0 && j == O::atoms - 1) turn();
             o.prepare(read, i);
+            if (S::tall && r == R - 1 && j == O::atoms - 2 && step + 1 < s.step1) turn();
             o.multiply_all(acc, i);
         }
     }
