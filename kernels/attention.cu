@@ -7,13 +7,19 @@ namespace {
 
 bool any(const attention_problem *) { return true; }
 bool wide(const attention_problem *p) { return p->l.head_dim >= 64; }
+// K of 4 bits beside V of 16 in tiles of 16 heads would take more registers than there are.
+bool decodes(const attention_problem *p) {
+    const int ratio = p->l.n_heads / p->l.n_kv_heads;
+    return wide(p) &&
+           !(p->c.k == KF_4 && p->c.v == KF_16 && attention_tile_heads(ratio, p->l.head_dim) > 8);
+}
 
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
 // no single one takes both.
 const attention_variant variants[] = {
-    {"decode_bulk", 90, 90, 129, true, false, wide, attention_decode_bulk_launch},
+    {"decode_bulk", 90, 90, 129, true, false, decodes, attention_decode_bulk_launch},
     {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
-    {"decode_async", 80, 80, 129, true, false, wide, attention_decode_async_launch},
+    {"decode_async", 80, 80, 129, true, false, decodes, attention_decode_async_launch},
     {"prefill_mma", 80, 80, 129, false, true, attention_prefill_mma_accepts,
      attention_prefill_mma_launch},
     {"plain", 80, 80, 129, true, true, any, attention_plain_launch},

@@ -5,13 +5,14 @@
 //     S^T [16 tokens, 8 heads] = K [16, D] q^T [D, 8]
 //     O^T [16 dims, 8 heads] += V^T [16, 16] P^T [16, 8]
 //
-// so that a group of up to 8 heads costs one pass over the cache. K and V stay codes: an integer
-// code c placed in the low bits of an fp16 is the subnormal c * 2^-24, exactly, so "conversion" is
-// one AND. What remains of value = c * s + z is per token and goes into the scores (q.K = s (q.c) +
-// z sum(q)) and into the weights (p.V = (p s).c + sum(p z)). q is multiplied by a power of two so
-// that it is exact in fp16 whatever the model's type. Codes of V are counted from their middle (p
-// s).(c - m) through one further mma with a constant row, since (p s) rounds to fp16 and its error
-// would otherwise be multiplied by m.
+// so that a group of up to 8 heads costs one pass over the cache. K and V stay codes. What remains
+// of value = c * s + z is per token and goes into the scores (q.K = s (q.c) + z sum(q)) and into
+// the weights (p.V = (p s).c + sum(p z)). Integer codes of K are multiplied as bytes, by a q of two
+// signed bytes. Those of V are placed in the low bits of an fp16, the subnormal c * 2^-24, exactly,
+// so that "conversion" is one AND, and counted from their middle (p s).(c - m) through one further
+// mma with a constant row, since (p s) rounds to fp16 and its error would otherwise be multiplied
+// by m. For e4m3 q is multiplied by a power of two so that it is exact in fp16 whatever the model's
+// type.
 //
 // Rows of K and columns of V come from shared memory by ldmatrix on raw bytes. A lane then holds 2
 // or 4 neighbouring codes; which dims those are is undone by permuting q once, and the result at
@@ -34,26 +35,32 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kWarps * kPage; // tokens from a warp's page to its next
+constexpr int kFold = 4;                // of how many pages the last folds: move_state
+
+// Heads of a tile, H: 4, 8 or 16. They are the columns of NT mma tiles, of each of which a lane has
+// two neighbours: NJ heads, two, or where there are four at most one, so that no lane is without.
+template <int H> constexpr int NT = H > 8 ? 2 : 1;
+template <int H> constexpr int NJ = H > 4 ? 2 : 1;
 
 // What K and V may be in an instance. The common pairs of formats are constants there: the code of
 // the others costs time even where it is jumped over.
 enum kv_class { KV_4, KV_8, KV_FP8, K8_V4, CODES, KV_16, ANY };
 __host__ __device__ constexpr bool has_16(kv_class c) { return c == KV_16 || c == ANY; }
 
-// Tokens of a ring entry: 4 KB of codes where that is 16 or more, and half as many where two tiles
-// of heads share the registers.
+// Tokens of a ring entry: 8 KB of codes, or 4 KB where more tokens at once take the registers, but
+// 16 tokens or more; half as many where two tiles of heads share the registers.
 constexpr int clamp_tokens(int n) { return n > kPage ? kPage : n < 16 ? 16 : n; }
-template <int D, int NT, kv_class C>
-constexpr int entry_tokens = clamp_tokens((C == KV_4   ? 8192
-                                           : has_16(C) ? 2048
-                                                       : 4096) /
-                                          (D * NT));
+template <int D, int H, kv_class C>
+constexpr int entry_tokens = clamp_tokens((C == KV_4 || (C < CODES && D <= 128 && H <= 8) ? 8192
+                                           : C == ANY                                     ? 2048
+                                                                                          : 4096) /
+                                          (D * NT<H>));
 // Entries of K, and as many of V, that are attended at once, a unit: its chain of latencies is
 // nearly as long as that of one. Each is filled again as soon as it has been read.
-template <int D, int NT, kv_class C>
-constexpr int unit_entries = D <= 128 && NT == 1 && entry_tokens<D, NT, C> < kPage ? 2 : 1;
-template <int D, int NT, kv_class C>
-constexpr int unit_tokens = entry_tokens<D, NT, C> *unit_entries<D, NT, C>;
+template <int D, int H, kv_class C>
+constexpr int unit_entries = D <= 128 && NT<H> == 1 && entry_tokens<D, H, C> < kPage ? 2 : 1;
+template <int D, int H, kv_class C>
+constexpr int unit_tokens = entry_tokens<D, H, C> *unit_entries<D, H, C>;
 
 struct decode_arguments {
     void *out;       // [T, H D]
@@ -71,6 +78,7 @@ struct decode_arguments {
     float scale;                                  // times log2(e)
     int k_bytes, v_bytes, k_param, v_param_bytes; // of an entry
     int stages, slot_bytes, q_slots, q_bytes;
+    float odd;    // 16 where V has 4 bits, else 1: what codes at rows 8 .. 15 of a tile come times
     int quarters; // of the lanes of four whose columns are heads
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
 };
@@ -88,6 +96,11 @@ __host__ __device__ constexpr int only_k(kv_class c) {
 __host__ __device__ constexpr int only_v(kv_class c) { return c == K8_V4 ? KF_4 : only_k(c); }
 __host__ __device__ constexpr bool may_be(kv_class c, int only, kv_format f) {
     return only == kOpen ? c == ANY || f != KF_16 : only == f;
+}
+// Codes that are integers have a minimum beside the scale.
+__host__ __device__ constexpr bool is_integer(kv_format f) { return f == KF_8 || f == KF_4; }
+__host__ __device__ constexpr bool may_be_integer(kv_class c, int only) {
+    return may_be(c, only, KF_8) || may_be(c, only, KF_4);
 }
 template <kv_class C> __device__ __forceinline__ kv_format k_format(const decode_arguments &a) {
     return only_k(C) == kOpen ? a.k : (kv_format)only_k(C);
@@ -176,12 +189,13 @@ template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane
 
 // --- q -------------------------------------------------------------------------------------------
 
-// One warp's q^T fragments [D / 16][NT][2] in the order in which format F's rows come, and for
-// codes what the sums over q of this lane's two columns are, and the scale.
-template <int D, int NT> struct query {
-    uint32_t b[D / 16][NT][2];
-    float scale;      // of a product of codes, to a score in base 2
-    float sum[NT][2]; // times the factor of scores
+// One warp's q^T fragments in the order in which format K's rows come: of f16 [D / 16][NT][2], of
+// digits [D / 32][NT * NJ][2]. For codes what the sums over q of this lane's columns are, and the
+// scale.
+template <int D, int H> struct query {
+    uint32_t b[D / 8 * NT<H>];
+    float scale;             // of a product of codes, to a score in base 2
+    float sum[NT<H>][NJ<H>]; // times the factor of scores
 };
 
 // Two 16-bit values of the model's type.
@@ -190,88 +204,139 @@ __device__ __forceinline__ float2 pair16(uint32_t x, bool bf16) {
     return __half22float2(*reinterpret_cast<const __half2 *>(&x));
 }
 
-// This lane's dims of q, two to a word: of k-step i words 2 i and 2 i + 1, or with nibbles eight
-// neighbours of two k-steps in words 4 (i / 2) .. + 3.
-template <int D, int NT, kv_format F>
-__device__ __forceinline__ void load_words(uint32_t (&raw)[NT][D / 8], const uint8_t *from,
-                                           int row_bytes, int n_heads, int lane) {
+// Codes that are integers meet a q of integers: 16 bits, two signed digits q = 256 hi + lo in
+// neighbouring columns. Their products are exact.
+constexpr float kLargestInteger = 127 * 256 + 127, kRounder = 12582912.f; // 3 * 2^22
+
+// Words of 8 or 16 bytes of this lane's row of q, two dims to a word, at `at` dims.
+template <int WORDS>
+__device__ __forceinline__ void load_dims(uint32_t *to, const uint16_t *row, int at,
+                                          uint32_t keep) {
+    if (WORDS == 4) {
+        const uint4 x = *(const uint4 *)(row + at);
+        to[0] = x.x & keep, to[1] = x.y & keep, to[2] = x.z & keep, to[3] = x.w & keep;
+    } else {
+        const uint2 x = *(const uint2 *)(row + at);
+        to[0] = x.x & keep, to[1] = x.y & keep;
+    }
+}
+__device__ __forceinline__ float largest16(uint32_t x, bool bf16) {
+    const float2 v = pair16(x, bf16);
+    return fmaxf(fabsf(v.x), fabsf(v.y));
+}
+// Over the four lanes of a column.
+__device__ __forceinline__ float quarters_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Column c of digits tile t of mma tile n is digit c % 2 of head 8 n + NJ (c / 2) + t, so that a
+// lane's two columns are one head's. A k-step of 32 has dims 32 i + 4 quarter .. + 3 and, 16 on,
+// four more; or of nibbles the even and the odd ones of 32 i + 8 quarter .. + 7.
+template <int D, int H, kv_format F>
+__device__ __forceinline__ void load_digits(query<D, H> &q, const decode_arguments &a,
+                                            const uint8_t *from, int row_bytes, int n_heads,
+                                            int lane) {
     const int column = lane / 4, quarter = lane % 4;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        const int h = n * 8 + column;
+    const float rounder = kRounder + (column % 2 ? 0.f : 128.f); // the high digit is rounded
+    const uint32_t digit = column % 2 ? 0x0040u : 0x0051u;       // byte 0 or 1 of two words
+    uint32_t raw[NT<H> * NJ<H>][D / 8];
+    float amax = 0.f;
+    const auto load = [&](int t) {
+        if (H > 8) asm volatile("" ::: "memory"); // one after the other
+        const int h = t / NJ<H> * 8 + column / 2 * NJ<H> + t % NJ<H>;
         const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * row_bytes);
         const uint32_t keep = h < n_heads ? ~0u : 0u;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            if (F == KF_16) {
-                raw[n][2 * i] = *(const uint32_t *)(row + 16 * i + 2 * quarter) & keep;
-                raw[n][2 * i + 1] = *(const uint32_t *)(row + 16 * i + 8 + 2 * quarter) & keep;
-            } else if (F == KF_4) {
-                if (i % 2) continue;
-                const uint4 x = *(const uint4 *)(row + 16 * i + 8 * quarter);
-                raw[n][2 * i] = x.x & keep, raw[n][2 * i + 1] = x.y & keep;
-                raw[n][2 * i + 2] = x.z & keep, raw[n][2 * i + 3] = x.w & keep;
+        for (int i = 0; i < D / 32; i++)
+            if (F == KF_4) {
+                load_dims<4>(&raw[t][4 * i], row, 32 * i + 8 * quarter, keep);
             } else {
-                const uint2 x = *(const uint2 *)(row + 16 * i + 4 * quarter);
-                raw[n][2 * i] = x.x & keep, raw[n][2 * i + 1] = x.y & keep;
+                load_dims<2>(&raw[t][4 * i], row, 32 * i + 4 * quarter, keep);
+                load_dims<2>(&raw[t][4 * i + 2], row, 32 * i + 16 + 4 * quarter, keep);
+            }
+    };
+#pragma unroll
+    for (int t = 0; t < NT<H> * NJ<H>; t++) {
+        load(t);
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[t][i], a.bf16));
+    }
+    amax = warp_max(amax);
+    const float f = kLargestInteger / fmaxf(amax, 1e-30f);
+    q.scale = a.scale / f;
+#pragma unroll
+    for (int t = 0; t < NT<H> * NJ<H>; t++) {
+        if (H > 8) load(t); // once more, which takes fewer registers
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            uint32_t x[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const float2 v = pair16(raw[t][4 * i + k / 2], a.bf16);
+                const float y = __fmaf_rn(k % 2 ? v.y : v.x, f, rounder);
+                sum += y - rounder;
+                x[k] = __float_as_uint(y);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                constexpr int APART = F == KF_4 ? 2 : 1;
+                const uint32_t *y = x + half * (F == KF_4 ? 1 : 4);
+                q.b[(i * NT<H> * NJ<H> + t) * 2 + half] =
+                    __byte_perm(__byte_perm(y[0], y[APART], digit),
+                                __byte_perm(y[2 * APART], y[3 * APART], digit), 0x5410);
             }
         }
+        q.sum[t / NJ<H>][t % NJ<H>] = __shfl_sync(~0u, quarters_sum(sum), quarter * 8) * q.scale;
     }
 }
 
-template <int D, int NT, kv_format F, typename T>
-__device__ __forceinline__ void load_query(query<D, NT> &q, const decode_arguments &a,
-                                           const uint8_t *from, int row_bytes, int n_heads,
-                                           int lane) {
-    const int quarter = lane % 4;
-    uint32_t raw[NT][D / 8];
-    load_words<D, NT, F>(raw, from, row_bytes, n_heads, lane);
-    if (F == KF_16) {
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int i = 0; i < D / 16; i++)
-                q.b[i][n][0] = raw[n][2 * i], q.b[i][n][1] = raw[n][2 * i + 1];
-        return;
-    }
+// 16-bit q: column c of tile n is head 8 n + c NJ / 2.
+template <int D, int H, kv_format F>
+__device__ __forceinline__ void load_halves(query<D, H> &q, const decode_arguments &a,
+                                            const uint8_t *from, int row_bytes, int n_heads,
+                                            int lane) {
+    const int column = lane / 4, quarter = lane % 4;
     float amax = 0.f;
+    uint32_t raw[NT<H>][D / 8];
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        float sum = 0.f;
+    for (int n = 0; n < NT<H>; n++) {
+        const int h = n * 8 + column * NJ<H> / 2;
+        const uint16_t *row = (const uint16_t *)(from + min(h, n_heads - 1) * row_bytes);
+        const uint32_t keep = h < n_heads ? ~0u : 0u;
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            const float2 x = pair16(raw[n][i], a.bf16);
-            amax = fmaxf(amax, fmaxf(fabsf(x.x), fabsf(x.y)));
-            sum += x.x + x.y;
-        }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        q.sum[n][0] = __shfl_sync(~0u, sum, quarter * 8) * a.scale;
-        q.sum[n][1] = __shfl_sync(~0u, sum, quarter * 8 + 4) * a.scale;
+        for (int i = 0; i < D / 16; i++)
+            if (F == KF_16) {
+                uint32_t *b = &q.b[(i * NT<H> + n) * 2];
+                b[0] = *(const uint32_t *)(row + 16 * i + 2 * quarter) & keep;
+                b[1] = *(const uint32_t *)(row + 16 * i + 8 + 2 * quarter) & keep;
+            } else {
+                load_dims<2>(&raw[n][2 * i], row, 16 * i + 4 * quarter, keep);
+            }
     }
+    if (F == KF_16) return;
+#pragma unroll
+    for (int n = 0; n < NT<H>; n++)
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[n][i], a.bf16));
     amax = warp_max(amax);
     // The power of two that brings the largest to [2^11, 2^12).
     const float f =
         amax < 1e-18f ? 1.f : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
-    const float odd = F == KF_4 ? f / 16 : f; // odd nibbles come times 16
     q.scale = a.scale * code_unit(F) / f;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++) {
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            if (F == KF_4) { // dims 0, 4 | 1, 5 of eight, then 2, 6 | 3, 7
-                const int w = i / 2 * 4 + i % 2;
-                const float2 x = pair16(raw[n][w], a.bf16), y = pair16(raw[n][w + 2], a.bf16);
-                q.b[i][n][0] = pack2<__half>(x.x * f, y.x * f);
-                q.b[i][n][1] = pack2<__half>(x.y * odd, y.y * odd);
-            } else { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
-                const float2 x = pair16(raw[n][2 * i], a.bf16),
-                             y = pair16(raw[n][2 * i + 1], a.bf16);
-                const bool near = F == KF_FP8 && kNeighbours;
-                q.b[i][n][0] = pack2<__half>(x.x * f, (near ? x.y : y.x) * f);
-                q.b[i][n][1] = pack2<__half>((near ? y.x : x.y) * f, y.y * f);
-            }
+        for (int j = 0; j < NJ<H>; j++) q.sum[n][j] = 0.f;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
+            const float2 x = pair16(raw[n][2 * i], a.bf16), y = pair16(raw[n][2 * i + 1], a.bf16);
+            uint32_t *b = &q.b[(i * NT<H> + n) * 2];
+            b[0] = pack2<__half>(x.x * f, (kNeighbours ? x.y : y.x) * f);
+            b[1] = pack2<__half>((kNeighbours ? y.x : x.y) * f, y.y * f);
         }
+    }
 }
 
 // --- The two products ----------------------------------------------------------------------------
@@ -283,19 +348,17 @@ __device__ __forceinline__ uint32_t tile_at(const uint32_t (&at)[R], int m) {
     return at[m / TILES] + m % TILES * 16 * ROW;
 }
 
-// s[UT / 16][NT][4] = K [UT, D] q^T
-template <int D, int NT, int UT, int R, kv_format F, typename T>
-__device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
+// Scores of a unit: of each tile of 16 tokens the lane's NJ heads at rows r = lane / 4 and r + 8.
+template <int H, int UT> using scores = float[UT / 16][NT<H>][2 * NJ<H>];
+
+// s = K [UT, D] q^T
+template <int D, int H, int UT, int R, kv_format F, typename T>
+__device__ __forceinline__ void multiply_k(scores<H, UT> &s, const query<D, H> &q,
                                            const uint32_t (&k_at)[R], int lane) {
-    constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
-    constexpr int STEPS = F == KF_16 ? 1 : F == KF_4 ? 4 : 2; // k-steps of a pair of pieces
+    constexpr int ROW = F == KF_16 ? 2 * D : D;
+    constexpr int STEPS = F == KF_16 ? 1 : 2; // k-steps of a pair of pieces
     const uint32_t lane_at = lane_offset<ROW, true>(lane);
-#pragma unroll
-    for (int m = 0; m < UT / 16; m++)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[m][n][i] = 0.f;
+    float c[UT / 16][NT<H>][4] = {};
 #pragma unroll
     for (int pair = 0; pair < ROW / 32; pair++) {
         uint32_t r[UT / 16][4]; // tiles side by side: their products do not wait for each other
@@ -309,29 +372,80 @@ __device__ __forceinline__ void multiply_k(float (&s)[UT / 16][NT][4], const que
                 uint32_t x[4];
                 if (F == KF_16) {
                     x[0] = r[m][0], x[1] = r[m][1], x[2] = r[m][2], x[3] = r[m][3];
-                } else if (F == KF_4) {
-                    const uint32_t lo = i % 2 ? r[m][i / 2 * 2] >> 8 : r[m][i / 2 * 2];
-                    const uint32_t hi = i % 2 ? r[m][i / 2 * 2 + 1] >> 8 : r[m][i / 2 * 2 + 1];
-                    x[0] = lo & 0x000f000fu, x[1] = hi & 0x000f000fu;
-                    x[2] = lo & 0x00f000f0u, x[3] = hi & 0x00f000f0u;
                 } else {
                     bytes_to_pairs<F>(x[0], x[2], r[m][i * 2]);
                     bytes_to_pairs<F>(x[1], x[3], r[m][i * 2 + 1]);
                 }
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    const uint32_t *b = q.b[pair * STEPS + i][n];
-                    mma<T>(s[m][n], x[0], x[1], x[2], x[3], b[0], b[1]);
+                for (int n = 0; n < NT<H>; n++) {
+                    const uint32_t *b = &q.b[((pair * STEPS + i) * NT<H> + n) * 2];
+                    mma<T>(c[m][n], x[0], x[1], x[2], x[3], b[0], b[1]);
                 }
             }
     }
+#pragma unroll
+    for (int m = 0; m < UT / 16; m++)
+#pragma unroll
+        for (int n = 0; n < NT<H>; n++)
+#pragma unroll
+            for (int e = 0; e < 2 * NJ<H>; e++) s[m][n][e] = c[m][n][NJ<H> == 1 ? 2 * e : e];
 }
 
-// acc[D / 16][NT][4] += V^T [D, UT] p^T; middle[NT][4] += -m * sum of p over tokens.
-template <int D, int NT, int UT, int R, kv_format F, typename T>
-__device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&middle)[NT][4],
-                                           const uint32_t (&p)[UT / 16][NT][2],
-                                           const uint32_t (&v_at)[R], int lane) {
+// The same of integers.
+template <int D, int H, int UT, int R, kv_format F, kv_class C>
+__device__ __forceinline__ void multiply_k_integers(scores<H, UT> &s, const query<D, H> &q,
+                                                    const uint32_t (&k_at)[R], int lane) {
+    constexpr int ROW = F == KF_4 ? D / 2 : D;
+    constexpr int STEPS = F == KF_4 ? 2 : 1; // k-steps of a pair of pieces
+    const uint32_t lane_at = lane_offset<ROW, true>(lane);
+    // Tiles of tokens and of columns at once; more take the registers.
+    constexpr int SIDE = NT<H> == 1 ? UT / 16 : 1, COLUMNS = C == ANY || C == CODES ? 1 : NT<H>;
+#pragma unroll
+    for (int m0 = 0; m0 < UT / 16; m0 += SIDE)
+#pragma unroll
+        for (int n0 = 0; n0 < NT<H>; n0 += COLUMNS) {
+            int c[SIDE][COLUMNS * NJ<H>][4] = {};
+#pragma unroll
+            for (int pair = 0; pair < ROW / 32; pair++) {
+                uint32_t r[SIDE][4];
+#pragma unroll
+                for (int m = 0; m < SIDE; m++)
+                    load_matrices(r[m], tile_at<UT, R, ROW>(k_at, m0 + m) +
+                                            pair_offset<ROW>(lane_at, pair));
+#pragma unroll
+                for (int i = 0; i < STEPS; i++)
+#pragma unroll
+                    for (int m = 0; m < SIDE; m++) {
+                        uint32_t x[4] = {r[m][0], r[m][1], r[m][2], r[m][3]};
+                        if (F == KF_4)
+#pragma unroll
+                            for (int k = 0; k < 4; k++)
+                                x[k] = r[m][2 * i + k % 2] >> k / 2 * 4 & 0x0f0f0f0fu;
+#pragma unroll
+                        for (int t = 0; t < COLUMNS * NJ<H>; t++) {
+                            const int step = pair * STEPS + i, tile = step * NT<H> + n0;
+                            const uint32_t *b = &q.b[(tile * NJ<H> + t) * 2];
+                            mma_integers(c[m][t], x, b[0], b[1]);
+                        }
+                    }
+            }
+#pragma unroll
+            for (int m = 0; m < SIDE; m++)
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+                    for (int e = 0; e < 2 * NJ<H>; e++) {
+                        const int *x = &c[m][n * NJ<H> + e % NJ<H>][e / NJ<H> * 2];
+                        s[m0 + m][n0 + n][e] = __int2float_rn(x[0] * 256 + x[1]);
+                    }
+        }
+}
+
+// acc[D / 16][NT<H>][4] += V^T [D, UT] p^T; middle[NT<H>][4] += -m * sum of p over tokens.
+template <int D, int H, int UT, int R, kv_format F, typename T>
+__device__ __forceinline__ void
+multiply_v(float (&acc)[D / 16][NT<H>][4], float (&middle)[NT<H>][4],
+           const uint32_t (&p)[UT / 16][NT<H>][2], const uint32_t (&v_at)[R], int lane) {
     constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
     constexpr uint32_t MIDDLE = F == KF_8 ? 0x80808080u : 0x80088008u; // -128, -8 times 2^-24
     const uint32_t lane_at = lane_offset<ROW, false>(lane);
@@ -339,7 +453,7 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
     for (int m = 0; m < UT / 16; m++) {
         if (F == KF_8 || F == KF_4)
 #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int n = 0; n < NT<H>; n++)
                 mma<__half>(middle[n], MIDDLE, MIDDLE, MIDDLE, MIDDLE, p[m][n][0], p[m][n][1]);
 #pragma unroll
         for (int pair = 0; pair < ROW / 32; pair++) {
@@ -347,7 +461,7 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
             load_matrices_turned(r, tile_at<UT, R, ROW>(v_at, m) + pair_offset<ROW>(lane_at, pair));
             if (F == KF_16) {
 #pragma unroll
-                for (int n = 0; n < NT; n++)
+                for (int n = 0; n < NT<H>; n++)
                     mma<T>(acc[pair][n], r[0], r[1], r[2], r[3], p[m][n][0], p[m][n][1]);
             }
 #pragma unroll
@@ -358,7 +472,7 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
                     for (int i = 0; i < 2; i++) {
                         const uint32_t x = i ? lo >> 8 : lo, y = i ? hi >> 8 : hi;
 #pragma unroll
-                        for (int n = 0; n < NT; n++)
+                        for (int n = 0; n < NT<H>; n++)
                             mma<T>(acc[pair * 4 + piece * 2 + i][n], x & 0x000f000fu,
                                    x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, p[m][n][0],
                                    p[m][n][1]);
@@ -368,7 +482,7 @@ __device__ __forceinline__ void multiply_v(float (&acc)[D / 16][NT][4], float (&
                     bytes_apart<F>(x[0], x[1], lo);
                     bytes_apart<F>(x[2], x[3], hi);
 #pragma unroll
-                    for (int n = 0; n < NT; n++)
+                    for (int n = 0; n < NT<H>; n++)
                         mma<T>(acc[pair * 2 + piece][n], x[0], x[1], x[2], x[3], p[m][n][0],
                                p[m][n][1]);
                 }
@@ -391,16 +505,16 @@ __device__ __forceinline__ void rows_of(kv_format f, int i, int r, int *d0, int 
 // --- Softmax -------------------------------------------------------------------------------------
 
 // A warp's running result of a leaf. Columns (heads) 2 * (lane % 4) and the next one of each tile.
-template <int D, int NT> struct state {
-    float acc[D / 16][NT][4];
-    float middle[NT][4];
-    float m[NT][2], l[NT][2], z[NT][2]; // l, z: this lane's tokens only
-    float unit;                         // power of two that the scales of V are divided by
+template <int D, int H> struct state {
+    float acc[D / 16][NT<H>][4];
+    float middle[NT<H>][4];
+    float m[NT<H>][NJ<H>], l[NT<H>][NJ<H>], z[NT<H>][NJ<H>]; // l, z: this lane's tokens only
+    float unit; // power of two that the scales of V are divided by
 };
 
-template <int D, int NT> __device__ __forceinline__ void clear(state<D, NT> &st) {
+template <int D, int H> __device__ __forceinline__ void clear(state<D, H> &st) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
+    for (int n = 0; n < NT<H>; n++) {
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
 #pragma unroll
@@ -408,7 +522,7 @@ template <int D, int NT> __device__ __forceinline__ void clear(state<D, NT> &st)
 #pragma unroll
         for (int e = 0; e < 4; e++) st.middle[n][e] = 0.f;
 #pragma unroll
-        for (int j = 0; j < 2; j++) st.m[n][j] = -INFINITY, st.l[n][j] = st.z[n][j] = 0.f;
+        for (int j = 0; j < NJ<H>; j++) st.m[n][j] = -INFINITY, st.l[n][j] = st.z[n][j] = 0.f;
     }
     st.unit = 0x1p-24f;
 }
@@ -466,49 +580,55 @@ __device__ __forceinline__ void clear_params(uint32_t (&p)[UT / 16][2], const ex
             if (x.out(m * 16 + half * 8 + row)) p[m][half] = 0;
 }
 // Nor do their scores.
-template <int NT, int UT>
-__device__ __forceinline__ void clear_scores(float (&s)[UT / 16][NT][4], const extent &x, int row) {
+template <int H, int UT>
+__device__ __forceinline__ void clear_scores(scores<H, UT> &s, const extent &x, int row) {
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            if (x.out(m * 16 + e / 2 * 8 + row))
+        for (int e = 0; e < 2 * NJ<H>; e++)
+            if (x.out(m * 16 + e / NJ<H> * 8 + row))
 #pragma unroll
-                for (int n = 0; n < NT; n++) s[m][n][e] = -INFINITY;
+                for (int n = 0; n < NT<H>; n++) s[m][n][e] = -INFINITY;
 }
 
 // Products to scores in base 2.
-template <int D, int NT, int UT, kv_class C>
-__device__ __forceinline__ void scale_scores(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
+template <int D, int H, int UT, kv_class C>
+__device__ __forceinline__ void scale_scores(scores<H, UT> &s, const query<D, H> &q,
                                              const decode_arguments &a,
                                              const uint32_t (&params)[UT / 16][2]) {
     const bool codes = !has_16(C) || k_format<C>(a) != KF_16;
+    constexpr bool MINIMUM = may_be_integer(C, only_k(C));
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float2 p = halves(params[m][half]);
-            const float f = codes ? p.x * q.scale : a.scale;
 #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float &y = s[m][n][half * 2 + j];
-                    y = codes ? y * f + p.y * q.sum[n][j] : y * f;
+                for (int j = 0; j < NJ<H>; j++) {
+                    float &y = s[m][n][half * NJ<H> + j];
+                    y *= codes ? p.x * q.scale : a.scale;
+                    if (MINIMUM && codes) y += p.y * q.sum[n][j];
                 }
         }
 }
 
-// The state to new maxima and another unit of V's scales.
-template <int D, int NT>
-__device__ __forceinline__ void move_state(state<D, NT> &st, const float (&top)[NT][2],
-                                           float (&from)[NT][2], float unit, float per_unit) {
-    float shrink[NT][2];
-    bool moved = false;
+// The state to new maxima and another unit of V's scales; `fold`: even if neither is new. What
+// codes of V were counted from goes into the sums then: while it has not, they are of one sign, and
+// the mma's truncation of each makes them drift.
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void
+move_state(state<D, H> &st, const decode_arguments &a, const float (&top)[NT<H>][NJ<H>],
+           float (&from)[NT<H>][NJ<H>], float unit, float per_unit, bool fold) {
+    constexpr bool MIDDLE = may_be_integer(C, only_v(C));
+    const float odd = only_v(C) == kOpen ? a.odd : only_v(C) == KF_4 ? 16.f : 1.f;
+    float shrink[NT<H>][NJ<H>];
+    bool moved = fold;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int j = 0; j < NJ<H>; j++) {
             const float next = fmaxf(st.m[n][j], column_max(top[n][j]));
             from[n][j] = next == -INFINITY ? 0.f : next; // nothing seen yet
             const float f = exp2_approx(st.m[n][j] - from[n][j]);
@@ -521,34 +641,39 @@ __device__ __forceinline__ void move_state(state<D, NT> &st, const float (&top)[
     st.unit = unit;
     if (!__any_sync(~0u, moved)) return;
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
+    for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int i = 0; i < D / 16; i++)
+        for (int e = 0; e < 4; e++) {
+            if (e % 2 >= NJ<H>) continue; // a column of zeros
+            const float f = shrink[n][e % 2 % NJ<H>];
+            float &middle = st.middle[n][e];
+            const float m = MIDDLE ? middle * f * (e < 2 ? 1.f : odd) : 0.f;
 #pragma unroll
-            for (int e = 0; e < 4; e++) st.acc[i][n][e] *= shrink[n][e % 2];
-#pragma unroll
-        for (int e = 0; e < 4; e++) st.middle[n][e] *= shrink[n][e % 2];
-    }
+            for (int i = 0; i < D / 16; i++)
+                st.acc[i][n][e] = MIDDLE ? st.acc[i][n][e] * f + m : st.acc[i][n][e] * f;
+            middle = 0.f;
+        }
 }
 
 // Scores of a unit to weights p as multiply_v wants them; moves the state to the new maximum, and
 // to a power of two near the largest scale of V so far: scales are divided by it, so that p * scale
 // stays in fp16's range.
-template <int D, int NT, int UT, kv_class C, typename T>
-__device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[UT / 16][NT][4],
-                                      state<D, NT> &st, const decode_arguments &a,
-                                      const uint32_t (&params)[UT / 16][2]) {
+template <int D, int H, int UT, kv_class C, typename T>
+__device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT<H>][2], scores<H, UT> &s,
+                                      state<D, H> &st, const decode_arguments &a,
+                                      const uint32_t (&params)[UT / 16][2], bool fold) {
+    constexpr bool MINIMUM = may_be_integer(C, only_v(C));
     const kv_format v = v_format<C>(a);
     const bool codes = !has_16(C) || v != KF_16;
-    float top[NT][2], from[NT][2], unit = st.unit;
+    float top[NT<H>][NJ<H>], from[NT<H>][NJ<H>], unit = st.unit;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int j = 0; j < NJ<H>; j++) {
             top[n][j] = s[0][n][j];
 #pragma unroll
             for (int m = 0; m < UT / 16; m++)
-                top[n][j] = fmaxf(top[n][j], fmaxf(s[m][n][j], s[m][n][j + 2]));
+                top[n][j] = fmaxf(top[n][j], fmaxf(s[m][n][j], s[m][n][NJ<H> + j]));
         }
     if (codes) {
 #pragma unroll
@@ -557,7 +682,7 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
         unit = __uint_as_float(__float_as_uint(column_max(unit)) & 0x7f800000u);
     }
     const float per_unit = __uint_as_float(0x7f000000u - __float_as_uint(unit));
-    move_state(st, top, from, unit, per_unit);
+    move_state<D, H, C>(st, a, top, from, unit, per_unit, MINIMUM && fold);
     const float middle = v == KF_8 ? 128.f : v == KF_4 ? 8.f : 0.f;
 #pragma unroll
     for (int m = 0; m < UT / 16; m++)
@@ -566,16 +691,14 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT][2], float (&s)[
             const float2 vp = halves(params[m][half]);
             const float vs = vp.x * per_unit, vz = vp.y + middle * vp.x;
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                float w[2];
+            for (int n = 0; n < NT<H>; n++) {
+                float w[2] = {};
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    w[j] = exp2_approx(s[m][n][half * 2 + j] - from[n][j]);
+                for (int j = 0; j < NJ<H>; j++) {
+                    w[j] = exp2_approx(s[m][n][half * NJ<H> + j] - from[n][j]);
                     st.l[n][j] += w[j];
-                    if (codes) {
-                        st.z[n][j] += w[j] * vz;
-                        w[j] *= vs;
-                    }
+                    if (codes && MINIMUM) st.z[n][j] += w[j] * vz;
+                    if (codes) w[j] *= vs;
                 }
                 const uint32_t packed = codes ? pack2<__half>(w[0], w[1]) : pack2<T>(w[0], w[1]);
                 p[m][n][half] = turn_matrix(packed);
@@ -602,9 +725,9 @@ __device__ __forceinline__ void clear_v(const uint32_t (&v_at)[R], const extent 
 
 // A sum over tokens: this warp's dims (tiles of 16 from D / 64 * warp on) in mma's order, and for
 // this lane's columns the largest score and the sum of weights.
-template <int D, int NT> struct sum {
-    float x[D / 64][NT][4];
-    float m[NT][2], l[NT][2];
+template <int D, int H> struct sum {
+    float x[D / 64][NT<H>][2 * NJ<H>];
+    float m[NT<H>][NJ<H>], l[NT<H>][NJ<H>];
 };
 
 // a f + b g, rounded the same wherever two sums are joined.
@@ -615,17 +738,17 @@ __device__ __forceinline__ float join2(float a, float f, float b, float g) {
 // Two tiles of heads take the registers, and so do 256 dims, or the code of any format, beside the
 // addresses of copies: a thread's sum is in block memory then, a word further on than the one
 // before needs, for the banks' sake.
-template <int D, int NT, kv_class C, bool BULK>
-constexpr int all_bytes = NT == 1 && D <= 128 && (BULK || C != ANY) ? 0
-                                                                    : (int)sizeof(sum<D, NT>) + 4;
+template <int D, int H, kv_class C, bool BULK>
+constexpr int all_bytes = NT<H> == 1 && D <= 128 && (BULK || C != ANY) ? 0
+                                                                       : (int)sizeof(sum<D, H>) + 4;
 
-template <int D, int NT>
-__device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf) {
+template <int D, int H>
+__device__ __forceinline__ void add_leaf(sum<D, H> &to, const sum<D, H> &leaf) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        float f[2], g[2];
+    for (int n = 0; n < NT<H>; n++) {
+        float f[NJ<H>], g[NJ<H>];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int j = 0; j < NJ<H>; j++) {
             const float m = fmaxf(to.m[n][j], leaf.m[n][j]);
             f[j] = exp2_approx(to.m[n][j] - m), g[j] = exp2_approx(leaf.m[n][j] - m);
             to.m[n][j] = m;
@@ -634,90 +757,117 @@ __device__ __forceinline__ void add_leaf(sum<D, NT> &to, const sum<D, NT> &leaf)
 #pragma unroll
         for (int k = 0; k < D / 64; k++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                to.x[k][n][e] = join2(to.x[k][n][e], f[e % 2], leaf.x[k][n][e], g[e % 2]);
+            for (int e = 0; e < 2 * NJ<H>; e++)
+                to.x[k][n][e] = join2(to.x[k][n][e], f[e % NJ<H>], leaf.x[k][n][e], g[e % NJ<H>]);
     }
 }
 
 // Results of two leaves at a time where that leaves enough memory for the rings.
-template <int D, int NT, kv_class C>
-constexpr int joints = D <= 128 && NT == 1 && !has_16(C) ? 2 : 1;
+template <int D, int H, kv_class C>
+constexpr int joints = D <= 128 && NT<H> == 1 && !has_16(C) ? 2 : 1;
 
-// Block memory of the warps' results, [joints] of each: acc [4 warps, D / 16, NT, 8 rows, quarters]
-// float4, and (m, l) [4 warps, NT, 4 quarters] float4.
-template <int D, int NT> __host__ __device__ constexpr int joint_bytes(int quarters) {
-    return kWarps * (D / 16) * NT * 8 * quarters * 16;
+// Block memory of the warps' results, [joints] of each: of a lane's heads and rows r, r + 8 of a
+// tile of dims [4 warps, D / 16, NT, 8 rows, quarters], and (m, l) [4 warps, NT, 4 quarters].
+template <int H> struct __align__(8 * NJ<H>) joint_cell { float x[2 * NJ<H>]; };
+template <int D, int H> __host__ __device__ constexpr int joint_bytes(int quarters) {
+    return kWarps * (D / 16) * NT<H> * 8 * quarters * (int)sizeof(joint_cell<H>);
 }
-template <int D, int NT>
+template <int D, int H>
 __device__ __forceinline__ int joint_tile(const decode_arguments &a, int warp, int i, int n) {
-    return ((warp * (D / 16) + i) * NT + n) * 8 * a.quarters;
+    return ((warp * (D / 16) + i) * NT<H> + n) * 8 * a.quarters;
 }
 
-template <int D, int NT, kv_class C>
-__device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, NT> &st,
-                                          const decode_arguments &a, int at, int warp, int lane) {
+// This lane's heads' result at rows r and r + 8 of tile i; z: what every dim has besides.
+template <int D, int H, kv_class C>
+__device__ __forceinline__ joint_cell<H> cell_of(const state<D, H> &st, const decode_arguments &a,
+                                                 int i, int n, const float (&z)[NJ<H>]) {
     const kv_format v = v_format<C>(a);
     const bool codes = !has_16(C) || v != KF_16;
-    const int row = lane / 4, quarter = lane % 4;
     const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
-    float4 *acc = (float4 *)(memory + a.joint_at) + joint_tile<D, NT>(a, at * kWarps, 0, 0) +
-                  row * a.quarters + quarter;
-    float4 *ml = (float4 *)(memory + a.sums_at) + (at * kWarps + warp) * NT * 4;
+    joint_cell<H> c;
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        const float l0 = column_sum(st.l[n][0]), l1 = column_sum(st.l[n][1]);
-        float z[2] = {0.f, 0.f};
+    for (int e = 0; e < 2 * NJ<H>; e++) {
+        const float x = st.acc[i][n][NJ<H> == 1 ? 2 * e : e];
+        c.x[e] = codes ? x * (e / NJ<H> ? odd : unit) + z[e % NJ<H>] : x;
+    }
+    return c;
+}
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void constants_of(float (&z)[NJ<H>], float (&l)[NJ<H>],
+                                             const state<D, H> &st, const decode_arguments &a,
+                                             int n) {
+    const kv_format v = v_format<C>(a);
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-            if (codes) z[j] = column_sum(st.z[n][j]) + st.middle[n][j] * unit;
-        if (row == 0) ml[n * 4 + quarter] = make_float4(st.m[n][0], l0, st.m[n][1], l1);
+    for (int j = 0; j < NJ<H>; j++) {
+        l[j] = column_sum(st.l[n][j]);
+        z[j] = may_be_integer(C, only_v(C)) && is_integer(v)
+                   ? column_sum(st.z[n][j]) + st.middle[n][j] * (st.unit * code_unit(v))
+                   : 0.f;
+    }
+}
+
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, H> &st,
+                                          const decode_arguments &a, int at, int warp, int lane) {
+    const int row = lane / 4, quarter = lane % 4;
+    joint_cell<H> *acc = (joint_cell<H> *)(memory + a.joint_at) +
+                         joint_tile<D, H>(a, at * kWarps, 0, 0) + row * a.quarters + quarter;
+    joint_cell<H> *ml = (joint_cell<H> *)(memory + a.sums_at) + (at * kWarps + warp) * NT<H> * 4;
+#pragma unroll
+    for (int n = 0; n < NT<H>; n++) {
+        float z[NJ<H>], l[NJ<H>];
+        constants_of<D, H, C>(z, l, st, a, n);
+        joint_cell<H> sums;
+#pragma unroll
+        for (int j = 0; j < NJ<H>; j++) sums.x[2 * j] = st.m[n][j], sums.x[2 * j + 1] = l[j];
+        if (row == 0) ml[n * 4 + quarter] = sums;
         if (quarter >= a.quarters) continue;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            const float *x = st.acc[i][n];
-            acc[joint_tile<D, NT>(a, warp, i, n)] =
-                codes ? make_float4(x[0] * unit + z[0], x[1] * unit + z[1], x[2] * odd + z[0],
-                                    x[3] * odd + z[1])
-                      : make_float4(x[0], x[1], x[2], x[3]);
-        }
+        for (int i = 0; i < D / 16; i++)
+            acc[joint_tile<D, H>(a, warp, i, n)] = cell_of<D, H, C>(st, a, i, n, z);
     }
 }
 
 // The warps' results, in order; those without a page have none, at a score of -inf.
-template <int D, int NT>
-__device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
+template <int D, int H>
+__device__ __forceinline__ void take_joint(sum<D, H> &s, const uint8_t *memory,
                                            const decode_arguments &a, int at, int warp, int lane) {
     const int row = lane / 4, quarter = lane % 4;
-    const float4 *acc = (const float4 *)(memory + a.joint_at) +
-                        joint_tile<D, NT>(a, at * kWarps, 0, 0) + row * a.quarters +
-                        min(quarter, a.quarters - 1);
-    const float4 *ml = (const float4 *)(memory + a.sums_at) + at * kWarps * NT * 4 + quarter;
+    const joint_cell<H> *acc = (const joint_cell<H> *)(memory + a.joint_at) +
+                               joint_tile<D, H>(a, at * kWarps, 0, 0) + row * a.quarters +
+                               min(quarter, a.quarters - 1);
+    const joint_cell<H> *ml =
+        (const joint_cell<H> *)(memory + a.sums_at) + at * kWarps * NT<H> * 4 + quarter;
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        float4 w[kWarps];
-        float m[2] = {-INFINITY, -INFINITY};
+    for (int n = 0; n < NT<H>; n++) {
+        joint_cell<H> w[kWarps];
+#pragma unroll
+        for (int j = 0; j < NJ<H>; j++) s.m[n][j] = -INFINITY, s.l[n][j] = 0.f;
 #pragma unroll
         for (int k = 0; k < kWarps; k++) {
-            w[k] = ml[(k * NT + n) * 4];
-            m[0] = fmaxf(m[0], w[k].x), m[1] = fmaxf(m[1], w[k].z);
+            w[k] = ml[(k * NT<H> + n) * 4];
+#pragma unroll
+            for (int j = 0; j < NJ<H>; j++) s.m[n][j] = fmaxf(s.m[n][j], w[k].x[2 * j]);
         }
-        s.l[n][0] = s.l[n][1] = 0.f;
 #pragma unroll
         for (int i = 0; i < D / 64; i++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) s.x[i][n][e] = 0.f;
+            for (int e = 0; e < 2 * NJ<H>; e++) s.x[i][n][e] = 0.f;
 #pragma unroll
         for (int k = 0; k < kWarps; k++) {
-            const float f = exp2_approx(w[k].x - m[0]), g = exp2_approx(w[k].z - m[1]);
-            s.l[n][0] += w[k].y * f, s.l[n][1] += w[k].w * g;
+            float f[NJ<H>];
+#pragma unroll
+            for (int j = 0; j < NJ<H>; j++) {
+                f[j] = exp2_approx(w[k].x[2 * j] - s.m[n][j]);
+                s.l[n][j] += w[k].x[2 * j + 1] * f[j];
+            }
 #pragma unroll
             for (int i = 0; i < D / 64; i++) {
-                const float4 y = acc[joint_tile<D, NT>(a, k, warp * (D / 64) + i, n)];
-                float *x = s.x[i][n];
-                x[0] += y.x * f, x[1] += y.y * g, x[2] += y.z * f, x[3] += y.w * g;
+                const joint_cell<H> y = acc[joint_tile<D, H>(a, k, warp * (D / 64) + i, n)];
+#pragma unroll
+                for (int e = 0; e < 2 * NJ<H>; e++) s.x[i][n][e] += y.x[e] * f[e % NJ<H>];
             }
         }
-        s.m[n][0] = m[0], s.m[n][1] = m[1];
     }
 }
 
@@ -727,11 +877,11 @@ __device__ __forceinline__ void take_joint(sum<D, NT> &s, const uint8_t *memory,
 struct tile_place {
     int head0, n_heads;
 };
-template <int NT>
+template <int H>
 __device__ __forceinline__ tile_place place_of(const decode_arguments &a, int tile) {
     const int g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
-    const int first = (tile - g * a.n_tiles) * 8 * NT;
-    return {g * a.ratio + first, min(8 * NT, a.ratio - first)};
+    const int first = (tile - g * a.n_tiles) * 8 * NT<H>;
+    return {g * a.ratio + first, min(8 * NT<H>, a.ratio - first)};
 }
 
 // 1 / (l + sink)
@@ -756,50 +906,52 @@ __device__ __forceinline__ void put_pair(uint16_t *head, kv_format v, int i, int
     }
 }
 
-template <int D, int NT, kv_class C>
-__device__ __forceinline__ void put_out(const sum<D, NT> &s, const decode_arguments &a, int row,
+// The head of a tile that is number j of a lane's in column tile n.
+template <int H> __device__ __forceinline__ int head_of(int lane, int n, int j) {
+    return n * 8 + lane % 4 * NJ<H> + j;
+}
+
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void put_out(const sum<D, H> &s, const decode_arguments &a, int row,
                                         const tile_place &p, int warp, int lane) {
     const kv_format v = v_format<C>(a);
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int h = n * 8 + lane % 4 * 2 + j, head = p.head0 + h;
+        for (int j = 0; j < NJ<H>; j++) {
+            const int h = head_of<H>(lane, n, j), head = p.head0 + h;
             if (h >= p.n_heads) continue;
             const float f = normal_of(a, head, s.m[n][j], s.l[n][j]);
             uint16_t *to = (uint16_t *)a.out + ((int64_t)row * a.n_heads + head) * D;
 #pragma unroll
             for (int k = 0; k < D / 64; k++)
                 put_pair<C>(to, v, warp * (D / 64) + k, lane / 4,
-                            pack_out(a, s.x[k][n][j] * f, s.x[k][n][j + 2] * f));
+                            pack_out(a, s.x[k][n][j] * f, s.x[k][n][NJ<H> + j] * f));
         }
 }
 
 // The same of a warp that has the tile alone.
-template <int D, int NT, kv_class C>
-__device__ __forceinline__ void put_lone(const state<D, NT> &st, const decode_arguments &a, int row,
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void put_lone(const state<D, H> &st, const decode_arguments &a, int row,
                                          const tile_place &p, int lane) {
-    const kv_format v = v_format<C>(a);
-    const bool codes = !has_16(C) || v != KF_16;
-    const float unit = st.unit * code_unit(v), odd = v == KF_4 ? unit / 16 : unit;
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++) {
+        float z[NJ<H>], l[NJ<H>];
+        constants_of<D, H, C>(z, l, st, a, n);
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int h = n * 8 + lane % 4 * 2 + j, head = p.head0 + h;
-            const float l = column_sum(st.l[n][j]);
-            const float z = codes ? column_sum(st.z[n][j]) + st.middle[n][j] * unit : 0.f;
+        for (int j = 0; j < NJ<H>; j++) {
+            const int h = head_of<H>(lane, n, j), head = p.head0 + h;
             if (h >= p.n_heads) continue;
-            const float f = normal_of(a, head, st.m[n][j], l);
+            const float f = normal_of(a, head, st.m[n][j], l[j]);
             uint16_t *to = (uint16_t *)a.out + ((int64_t)row * a.n_heads + head) * D;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
-                const float x = st.acc[i][n][j], y = st.acc[i][n][j + 2];
-                put_pair<C>(to, v, i, lane / 4,
-                            codes ? pack_out(a, (x * unit + z) * f, (y * odd + z) * f)
-                                  : pack_out(a, x * f, y * f));
+                const joint_cell<H> c = cell_of<D, H, C>(st, a, i, n, z);
+                put_pair<C>(to, v_format<C>(a), i, lane / 4,
+                            pack_out(a, c.x[j] * f, c.x[NJ<H> + j] * f));
             }
         }
+    }
 }
 
 template <int D>
@@ -807,15 +959,15 @@ __device__ __forceinline__ float *record_of(const decode_arguments &a, int slot,
     return a.partial + ((int64_t)slot * a.n_heads + head) * (D + ATTENTION_PARTIAL_EXTRA);
 }
 
-template <int D, int NT, kv_class C>
-__device__ __forceinline__ void put_record(const sum<D, NT> &s, const decode_arguments &a, int slot,
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void put_record(const sum<D, H> &s, const decode_arguments &a, int slot,
                                            const tile_place &p, int warp, int lane) {
     const kv_format v = v_format<C>(a);
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int h = n * 8 + lane % 4 * 2 + j;
+        for (int j = 0; j < NJ<H>; j++) {
+            const int h = head_of<H>(lane, n, j);
             if (h >= p.n_heads) continue;
             float *to = record_of<D>(a, slot, p.head0 + h);
             if (warp == 0 && lane < 4) *(float2 *)(to + D) = make_float2(s.m[n][j], s.l[n][j]);
@@ -824,7 +976,7 @@ __device__ __forceinline__ void put_record(const sum<D, NT> &s, const decode_arg
                 int d0, d1;
                 rows_of(v, warp * (D / 64) + k, lane / 4, &d0, &d1);
                 to[d0] = s.x[k][n][j];
-                to[d1] = s.x[k][n][j + 2];
+                to[d1] = s.x[k][n][NJ<H> + j];
             }
         }
 }
@@ -848,41 +1000,60 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
     return *flag;
 }
 
-// Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf.
-template <int D, int NT>
+// Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf. A thread
+// has four dims of a head, the D / 4 lanes of a head a record each to find its factors. AT_ONCE
+// records are under way.
+template <int D, int AT_ONCE>
 __device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
                                              const tile_place &p, int prefix) {
-    constexpr int BATCH = NT == 1 ? 16 : 8;
+    constexpr int LANES = D / 4 < 32 ? D / 4 : 32;
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
-    for (int i = threadIdx.x; i < p.n_heads * (D / 4); i += kThreads) {
-        const int head = p.head0 + i / (D / 4), d = i % (D / 4) * 4;
+    const int lane = threadIdx.x % 32 % LANES;
+    const auto record = [&](int k) { return k ? min(k, n - 1) + prefix - 1 : 0; };
+    for (int i0 = threadIdx.x / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
+        const int i = i0 + threadIdx.x % 32, h = min(i / (D / 4), p.n_heads - 1);
+        const int head = p.head0 + h, d = i % (D / 4) * 4;
         const float *first = record_of<D>(a, run.slot, head);
         float m = -INFINITY, l = 0.f;
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int k0 = 0; k0 < n; k0 += BATCH) {
-            float2 w[BATCH];
-            float4 y[BATCH];
+        for (int k0 = 0; k0 < n; k0 += LANES) {
+            float2 w = __ldcg((const float2 *)(first + record(k0 + lane) * step + D));
+            float f = 0.f, g = 0.f;
 #pragma unroll
-            for (int k = 0; k < BATCH; k++) {
-                const int at = min(k0 + k, n - 1);
-                const float *from = first + (at ? at + prefix - 1 : 0) * step;
-                w[k] = __ldcg((const float2 *)(from + D));
-                y[k] = __ldcg((const float4 *)(from + d));
-            }
+            for (int k1 = 0; k1 < LANES; k1 += AT_ONCE) {
+                float4 y[AT_ONCE];
 #pragma unroll
-            for (int k = 0; k < BATCH; k++) { // without branches: the factors do not wait for x
-                const bool start = k0 + k == 0, there = k0 + k < n;
-                const float next = there ? fmaxf(m, w[k].x) : m;
-                const float f = exp2_approx(m - next), g = exp2_approx(w[k].x - next);
-                m = next;
-                l = start ? w[k].y : there ? join2(l, f, w[k].y, g) : l;
-                x.x = start ? y[k].x : there ? join2(x.x, f, y[k].x, g) : x.x;
-                x.y = start ? y[k].y : there ? join2(x.y, f, y[k].y, g) : x.y;
-                x.z = start ? y[k].z : there ? join2(x.z, f, y[k].z, g) : x.z;
-                x.w = start ? y[k].w : there ? join2(x.w, f, y[k].w, g) : x.w;
+                for (int k = 0; k < AT_ONCE; k++)
+                    y[k] = __ldcg((const float4 *)(first + record(k0 + k1 + k) * step + d));
+                if (k1 == 0) {
+                    if (k0 + lane >= n) w = make_float2(-INFINITY, 0.f);
+                    float next = fmaxf(m, w.x); // of the records up to this lane's
+#pragma unroll
+                    for (int k = 1; k < LANES; k *= 2) {
+                        const float before = __shfl_up_sync(~0u, next, k, LANES);
+                        next = fmaxf(next, lane < k ? m : before);
+                    }
+                    const float before = __shfl_up_sync(~0u, next, 1, LANES);
+                    f = exp2_approx((lane ? before : m) - next);
+                    g = exp2_approx(w.x - next);
+                    w.y = __fmul_rn(w.y, g);
+                    m = __shfl_sync(~0u, next, LANES - 1, LANES);
+                }
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const float fk = __shfl_sync(~0u, f, k1 + k, LANES),
+                                gk = __shfl_sync(~0u, g, k1 + k, LANES);
+                    l = __fmaf_rn(l, fk, __shfl_sync(~0u, w.y, k1 + k, LANES));
+                    x.x = join2(x.x, fk, y[k].x, gk);
+                    x.y = join2(x.y, fk, y[k].y, gk);
+                    x.z = join2(x.z, fk, y[k].z, gk);
+                    x.w = join2(x.w, fk, y[k].w, gk);
+                }
+                if (k0 + k1 + AT_ONCE >= n) break;
             }
         }
+        if (i / (D / 4) >= p.n_heads) continue;
         const float f = normal_of(a, head, m, l);
         *(uint2 *)((uint16_t *)a.out + ((int64_t)run.row * a.n_heads + head) * D + d) =
             make_uint2(pack_out(a, x.x * f, x.y * f), pack_out(a, x.z * f, x.w * f));
@@ -902,24 +1073,24 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
 // WHOLE: an entry is K and V of a unit, else one of them.
-template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
+template <int D, int H, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     static constexpr int ET = UT / R, ENTRIES = WHOLE ? 1 : 2 * R; // of an entry; of a unit
     const decode_arguments &a;
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
     int warp, lane;
-    // This lane's word of the run at hand and of the two after it, and the first page of the next:
-    // loaded long before they are wanted, since a warp that waits for one does nothing else.
-    int run, next_run, third_run, next_page;
-    const int32_t *pages;
+    // This lane's word of the run at hand and of the two after it, and its number of the tile's 32
+    // pages around the one at hand and of the next run's first: loaded long before they are wanted,
+    // or many at a time, since a warp that waits for one does nothing else.
+    int run, next_run, third_run, pages, next_pages;
     int leaf, next_tile, first; // after the tile at hand: leaf of the run, tile, leaf of the tile
     int stride;                 // tokens from this warp's page to its next
     int token, stop;            // of the unit; the end of the run's part of the tile
-    int page;
-    int code_at, param_at; // of the tile's head in a page
-    int q_slot;            // of the next q
-    int entry;             // of the unit, comes next
-    bool fresh;            // a new tile: its q is wanted
+    int nth;                    // page of the tile
+    int code_at, param_at;      // of the tile's head in a page
+    int q_slot;                 // of the next q
+    int entry;                  // of the unit, comes next
+    bool fresh;                 // a new tile: its q is wanted
     bool done;
 
     __device__ __forceinline__ uint32_t q_full(int at) const {
@@ -932,28 +1103,32 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     // A member of a run that the lanes hold.
 #define RUN(words, member)                                                                         \
     __shfl_sync(~0u, words, (int)(offsetof(attention_run, member) / sizeof(int32_t)))
-    __device__ __forceinline__ void load_next_page() {
+    // Page numbers of a run from a token on, a lane each.
+    __device__ __forceinline__ int load_pages(int words, int from) const {
+        const int step = RUN(words, lone) < 0 ? kStride : kPage;
+        const int at = min(from + lane * step, RUN(words, end) - 1) / kPage;
+        return a.page[RUN(words, page_at) + at];
+    }
+    __device__ __forceinline__ void load_next_pages() {
         if (RUN(run, next) < 0) return;
-        const int first = RUN(next_run, first), end = RUN(next_run, end);
-        const int at = RUN(next_run, lone) >= 0
-                           ? RUN(next_run, begin)
-                           : RUN(next_run, begin) + first * RUN(next_run, leaf) + warp * kPage;
-        next_page = a.page[RUN(next_run, page_at) + min(at, end - 1) / kPage];
+        const int begin = RUN(next_run, begin), first = RUN(next_run, first),
+                  tokens = RUN(next_run, leaf);
+        const bool lone = RUN(next_run, lone) >= 0;
+        next_pages = load_pages(next_run, lone ? begin : begin + first * tokens + warp * kPage);
     }
     __device__ __forceinline__ void enter_block() {
         run = load_run(blockIdx.x);
         next_run = load_run(RUN(run, next));
         third_run = load_run(RUN(run, third));
-        pages = a.page + RUN(run, page_at);
         enter_run();
         done = false;
         const bool lone = stride == kPage;
-        load_next_page();
+        load_next_pages();
         seek();
+        if (lone && !done) pages = load_pages(run, token);
         if (!lone) fresh = false; // q of the first tile is read where it is
     }
     __device__ __forceinline__ void enter_run() {
-        pages = a.page + RUN(run, page_at);
         const int lone = RUN(run, lone), skip = lone < 0 ? 0 : lone_first(lone, warp);
         leaf = RUN(run, from) + skip;
         next_tile = RUN(run, tile) + skip;
@@ -964,9 +1139,9 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         run = next_run;
         next_run = third_run;
         third_run = load_run(RUN(run, third));
-        page = next_page;
+        pages = next_pages;
         enter_run();
-        load_next_page();
+        load_next_pages();
     }
     __device__ __forceinline__ void enter_tile() {
         const bool lone = stride == kPage;
@@ -979,10 +1154,9 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         stop = min(begin + to * tokens, RUN(run, end));
         leaf += lone ? kWarps : to - first;
         next_tile += lone ? kWarps : 1;
-        first = 0;
+        first = nth = 0;
         fresh = !lone;
     }
-    __device__ __forceinline__ void load_page() { page = pages[token / kPage]; }
     // To the next tile in which this warp has a page.
     __device__ __forceinline__ void seek() {
         bool entered;
@@ -996,16 +1170,18 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
             }
             enter_tile();
         } while (token >= stop);
-        if (!entered) load_page();
+        // Tiles that a warp has alone are of the same pages.
+        if (!entered && stride != kPage) pages = load_pages(run, token);
     }
     __device__ __forceinline__ void next_unit() {
         token += UT;
         if (UT < kPage && token % kPage != 0 && token < stop) return;
         token += stride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
-        if (token < stop)
-            load_page();
-        else
+        nth++;
+        if (token >= stop)
             seek();
+        else if (nth % 32 == 0)
+            pages = load_pages(run, token);
     }
     // q of a tile, a row of 2 D bytes a head.
     __device__ __forceinline__ const uint8_t *q_rows(int row, const tile_place &p) const {
@@ -1016,7 +1192,7 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         const int at = q_slot;
         if (++q_slot == a.q_slots) q_slot = 0;
         const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
-        const tile_place p = place_of<NT>(a, of);
+        const tile_place p = place_of<H>(a, of);
         const uint8_t *from = q_rows(row, p);
         if (BULK) {
             if (lane == 0) barrier_expect(bar, p.n_heads * 2 * D);
@@ -1040,7 +1216,8 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
     }
     // K and the parameters of part `part` of the unit, or V of it, or all: one copy where they lie
     // together.
-    __device__ __forceinline__ void copy_part(uint32_t to, uint32_t bar, int part, bool k, bool v) {
+    __device__ __forceinline__ void copy_part(uint32_t to, uint32_t bar, int page, int part, bool k,
+                                              bool v) {
         const int at = ET == kPage ? 0 : (UT == kPage ? 0 : token % kPage / ET) + part;
         const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
         const uint8_t *code = base + code_at, *param = base + param_at;
@@ -1070,13 +1247,14 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         if (fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
         fresh = false;
         const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
+        const int page = __shfl_sync(~0u, pages, nth % 32);
         if (!BULK || lane == 0) {
             if (WHOLE)
-                copy_part(to, bar, 0, true, true);
+                copy_part(to, bar, page, 0, true, true);
             else if (entry < R)
-                copy_part(to, bar, entry, true, false);
+                copy_part(to, bar, page, entry, true, false);
             else
-                copy_part(to, bar, entry - R, false, true);
+                copy_part(to, bar, page, entry - R, false, true);
         }
         if (++entry == ENTRIES) entry = 0, next_unit();
     }
@@ -1088,58 +1266,62 @@ template <int D, int NT, int UT, int R, bool WHOLE, bool BULK> struct feeder {
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-template <int D, int NT, int UT, int R, kv_class C, typename T>
-__device__ __forceinline__ void multiply_k_of(float (&s)[UT / 16][NT][4], const query<D, NT> &q,
-                                              kv_format k, const uint32_t (&at)[R], int lane) {
+template <int D, int H, int UT, int R, kv_class C, typename T>
+__device__ __forceinline__ void multiply_k_of(scores<H, UT> &s, const query<D, H> &q, kv_format k,
+                                              const uint32_t (&at)[R], int lane) {
     if (may_be(C, only_k(C), KF_16) && k == KF_16)
-        multiply_k<D, NT, UT, R, KF_16, T>(s, q, at, lane);
-    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
-        multiply_k<D, NT, UT, R, KF_4, __half>(s, q, at, lane);
+        multiply_k<D, H, UT, R, KF_16, T>(s, q, at, lane);
+    else if (may_be(C, only_k(C), KF_4) && !(C == ANY && H > 8) && k == KF_4)
+        multiply_k_integers<D, H, UT, R, KF_4, C>(s, q, at, lane);
     else if (may_be(C, only_k(C), KF_8) && k == KF_8)
-        multiply_k<D, NT, UT, R, KF_8, __half>(s, q, at, lane);
+        multiply_k_integers<D, H, UT, R, KF_8, C>(s, q, at, lane);
     else if (may_be(C, only_k(C), KF_FP8))
-        multiply_k<D, NT, UT, R, KF_FP8, __half>(s, q, at, lane);
+        multiply_k<D, H, UT, R, KF_FP8, __half>(s, q, at, lane);
 }
 
-template <int D, int NT, int UT, int R, kv_class C, typename T>
-__device__ __forceinline__ void multiply_v_of(state<D, NT> &st, const uint32_t (&p)[UT / 16][NT][2],
-                                              kv_format v, const extent &x, const uint32_t (&at)[R],
-                                              int lane) {
+template <int D, int H, int UT, int R, kv_class C, typename T>
+__device__ __forceinline__ void multiply_v_of(state<D, H> &st,
+                                              const uint32_t (&p)[UT / 16][NT<H>][2], kv_format v,
+                                              const extent &x, const uint32_t (&at)[R], int lane) {
     if (may_be(C, only_v(C), KF_16) && v == KF_16) {
         if (x.edge) clear_v<2 * D, UT, R>(at, x, lane);
-        multiply_v<D, NT, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane);
     } else if (may_be(C, only_v(C), KF_4) && v == KF_4) {
-        multiply_v<D, NT, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane);
     } else if (may_be(C, only_v(C), KF_8) && v == KF_8) {
-        multiply_v<D, NT, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane);
     } else if (may_be(C, only_v(C), KF_FP8)) {
         if (x.edge) clear_v<D, UT, R>(at, x, lane);
-        multiply_v<D, NT, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
     }
 }
 
-template <int D, int NT, kv_class C, typename T>
-__device__ __forceinline__ void load_query_of(query<D, NT> &q, const decode_arguments &a,
-                                              const uint8_t *from, int row_bytes, int n_heads,
-                                              int lane) {
+template <int D, int H, kv_class C>
+__device__ __forceinline__ void load_query(query<D, H> &q, const decode_arguments &a,
+                                           const uint8_t *from, int row_bytes, int n_heads,
+                                           int lane) {
     const kv_format k = k_format<C>(a);
     if (may_be(C, only_k(C), KF_16) && k == KF_16)
-        load_query<D, NT, KF_16, T>(q, a, from, row_bytes, n_heads, lane);
-    else if (may_be(C, only_k(C), KF_4) && k == KF_4)
-        load_query<D, NT, KF_4, T>(q, a, from, row_bytes, n_heads, lane);
+        load_halves<D, H, KF_16>(q, a, from, row_bytes, n_heads, lane);
+    else if (may_be(C, only_k(C), KF_4) && !(C == ANY && H > 8) && k == KF_4) // refused there
+        load_digits<D, H, KF_4>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_8) && k == KF_8)
-        load_query<D, NT, KF_8, T>(q, a, from, row_bytes, n_heads, lane);
+        load_digits<D, H, KF_8>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_FP8))
-        load_query<D, NT, KF_FP8, T>(q, a, from, row_bytes, n_heads, lane);
+        load_halves<D, H, KF_FP8>(q, a, from, row_bytes, n_heads, lane);
 }
 
-template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
-    static constexpr int UT = unit_tokens<D, NT, C>, R = unit_entries<D, NT, C>;
-    static constexpr int JOINTS = joints<D, NT, C>;
+// Instances whose registers are all taken read a run where it is.
+template <int D, int H, kv_class C>
+constexpr bool crowded = C == CODES || C == ANY || D > 128 || H > 8;
+
+template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
+    static constexpr int UT = unit_tokens<D, H, C>, R = unit_entries<D, H, C>;
+    static constexpr int JOINTS = joints<D, H, C>;
     static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, NT, UT, R, WHOLE, BULK> feed;
+    feeder<D, H, UT, R, WHOLE, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1169,35 +1351,36 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
             if (++slot == a.stages) slot = 0, parity ^= 1;
         }
     }
-    __device__ __forceinline__ void attend(state<D, NT> &st, const query<D, NT> &q,
+    __device__ __forceinline__ void attend(state<D, H> &st, const query<D, H> &q,
                                            const attention_run &run, int token0, int stop) {
         const extent x = {token0, run.lo, stop, token0 < run.lo || token0 + UT > stop};
         const int lane = feed.lane;
-        float s[UT / 16][NT][4];
-        uint32_t p[UT / 16][NT][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
+        scores<H, UT> s;
+        uint32_t p[UT / 16][NT<H>][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
         wait(at);
-        multiply_k_of<D, NT, UT, R, C, T>(s, q, k_format<C>(a), at, lane);
+        multiply_k_of<D, H, UT, R, C, T>(s, q, k_format<C>(a), at, lane);
         const int param = a.k_bytes + (WHOLE ? a.v_bytes : 0);
         if (!has_16(C) || k_format<C>(a) != KF_16)
             load_params<UT, R>(k_param, at, param, k_format<C>(a), lane / 4);
         if (!has_16(C) || v_format<C>(a) != KF_16)
             load_params<UT, R>(v_param, at, param + a.k_param, v_format<C>(a), lane / 4);
         if (!WHOLE) release();
-        scale_scores<D, NT, UT, C>(s, q, a, k_param);
+        scale_scores<D, H, UT, C>(s, q, a, k_param);
         if (x.edge) {
-            clear_scores<NT, UT>(s, x, lane / 4);
+            clear_scores<H, UT>(s, x, lane / 4);
             clear_params<UT>(v_param, x, lane / 4);
         }
-        weigh<D, NT, UT, C, T>(p, s, st, a, v_param);
+        const bool fold = (uint32_t)token0 / kStride % kFold == kFold - 1;
+        weigh<D, H, UT, C, T>(p, s, st, a, v_param, fold);
         if (WHOLE)
             at[0] += a.k_bytes;
         else
             wait(at);
-        multiply_v_of<D, NT, UT, R, C, T>(st, p, v_format<C>(a), x, at, lane);
+        multiply_v_of<D, H, UT, R, C, T>(st, p, v_format<C>(a), x, at, lane);
         release();
     }
     // This warp's pages of a leaf, or all of them.
-    __device__ __forceinline__ void attend_leaf(state<D, NT> &st, const query<D, NT> &q,
+    __device__ __forceinline__ void attend_leaf(state<D, H> &st, const query<D, H> &q,
                                                 const attention_run &run, int part) {
         const int begin = run.begin + part * run.leaf, stop = min(begin + run.leaf, run.end);
         const int first = run.lone < 0 ? begin + feed.warp * kPage : begin,
@@ -1208,24 +1391,24 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
                 attend(st, q, run, page + u, stop);
     }
     // The result to the others, once they have taken what was in its place.
-    __device__ __forceinline__ void put(const state<D, NT> &st) {
+    __device__ __forceinline__ void put(const state<D, H> &st) {
         const int at = n_put % JOINTS;
         barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
-        put_joint<D, NT, C>(memory, st, a, at, feed.warp, feed.lane);
+        put_joint<D, H, C>(memory, st, a, at, feed.warp, feed.lane);
         barrier_arrive(put_bar(at));
         n_put++;
     }
     // All warps' results of leaf `part`, which was `back` leaves ago, together; then where they go.
-    __device__ __forceinline__ void take(sum<D, NT> &all, const attention_run &run, int tile,
+    __device__ __forceinline__ void take(sum<D, H> &all, const attention_run &run, int tile,
                                          int part, int back, bool head) {
         const int n = n_put - 1 - back, at = n % JOINTS;
-        sum<D, NT> leaf;
+        sum<D, H> leaf;
         barrier_wait(put_bar(at), n / JOINTS & 1);
-        take_joint<D, NT>(leaf, memory, a, at, feed.warp, feed.lane);
+        take_joint<D, H>(leaf, memory, a, at, feed.warp, feed.lane);
         barrier_arrive(taken_bar(at));
         if (!head)
-            put_record<D, NT, C>(leaf, a, run.slot + part, place_of<NT>(a, tile), feed.warp,
-                                 feed.lane);
+            put_record<D, H, C>(leaf, a, run.slot + part, place_of<H>(a, tile), feed.warp,
+                                feed.lane);
         else if (part == 0)
             all = leaf;
         else
@@ -1233,36 +1416,36 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
     }
     // q of tile n_q of the block after the first. That and a lone warp's (n_q < 0) are read where
     // they are, which takes less time.
-    __device__ __forceinline__ void get_query(query<D, NT> &q, int row, const tile_place &p,
+    __device__ __forceinline__ void get_query(query<D, H> &q, int row, const tile_place &p,
                                               int n_q) {
         const int at = n_q % a.q_slots;
         const uint8_t *there = feed.q_rows(row, p), *copy = memory + a.q_at + at * a.q_bytes;
         const bool first = n_q < 0;
         if (!first) barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
         if (D <= 128)
-            load_query_of<D, NT, C, T>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(),
-                                       p.n_heads, feed.lane);
+            load_query<D, H, C>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(),
+                                p.n_heads, feed.lane);
         else if (first) // an address that may be either would cost registers
-            load_query_of<D, NT, C, T>(q, a, there, 2 * D, p.n_heads, feed.lane);
+            load_query<D, H, C>(q, a, there, 2 * D, p.n_heads, feed.lane);
         else
-            load_query_of<D, NT, C, T>(q, a, copy, q_row_bytes<D>(), p.n_heads, feed.lane);
+            load_query<D, H, C>(q, a, copy, q_row_bytes<D>(), p.n_heads, feed.lane);
     }
     // Leaves from .. to of one tile.
     __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
                                                 int to, int n_q) {
         const bool head = from == 0, whole = head && to == run.n;
-        query<D, NT> q;
-        get_query(q, run.row, place_of<NT>(a, tile), n_q);
-        sum<D, NT> here;
-        sum<D, NT> &all =
-            all_bytes<D, NT, C, BULK> == 0
+        query<D, H> q;
+        get_query(q, run.row, place_of<H>(a, tile), n_q);
+        sum<D, H> here;
+        sum<D, H> &all =
+            all_bytes<D, H, C, BULK> == 0
                 ? here
-                : *(sum<D, NT> *)(memory + a.all_at + threadIdx.x * all_bytes<D, NT, C, BULK>);
+                : *(sum<D, H> *)(memory + a.all_at + threadIdx.x * all_bytes<D, H, C, BULK>);
         for (int part = from; part < to; part++) {
-            state<D, NT> st;
+            state<D, H> st;
             attend_leaf(st, q, run, part);
             if (run.lone >= 0) {
-                put_lone<D, NT, C>(st, a, run.row, place_of<NT>(a, tile), feed.lane);
+                put_lone<D, H, C>(st, a, run.row, place_of<H>(a, tile), feed.lane);
                 return;
             }
             put(st);
@@ -1273,19 +1456,19 @@ template <int D, int NT, kv_class C, typename T, bool BULK> struct worker {
                 take(all, run, tile, part - 1, 1, head);
         }
         if (JOINTS > 1) take(all, run, tile, to - 1, 0, head);
-        const tile_place place = place_of<NT>(a, tile);
+        const tile_place place = place_of<H>(a, tile);
         if (whole) {
-            put_out<D, NT, C>(all, a, run.row, place, feed.warp, feed.lane);
+            put_out<D, H, C>(all, a, run.row, place, feed.warp, feed.lane);
             return;
         }
-        if (head) put_record<D, NT, C>(all, a, run.slot, place, feed.warp, feed.lane);
+        if (head) put_record<D, H, C>(all, a, run.slot, place, feed.warp, feed.lane);
         int *flag = (int *)(memory + a.barriers_at - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
-            join_records<D, NT>(a, run, place, head ? to : run.prefix);
+            join_records<D, crowded<D, H, C> ? 8 : 16>(a, run, place, head ? to : run.prefix);
     }
 };
 
-template <int D, int NT, kv_class C, typename T, bool BULK>
+template <int D, int H, kv_class C, typename T, bool BULK>
 __global__ void __launch_bounds__(kThreads, 2)
     attend_decode(const __grid_constant__ decode_arguments a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -1294,7 +1477,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     extern __shared__ __align__(1024) uint8_t memory[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const uint32_t bars = shared_at(memory) + a.barriers_at;
-    worker<D, NT, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
+    worker<D, H, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
     auto &feed = w.feed;
     feed.warp = warp;
     feed.lane = lane;
@@ -1306,11 +1489,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
-        for (int i = 0; i < 2 * joints<D, NT, C>; i++) barrier_init(w.put_bar(i), kThreads);
+        for (int i = 0; i < 2 * joints<D, H, C>; i++) barrier_init(w.put_bar(i), kThreads);
         fence_async_proxy();
     }
     __syncthreads();
-    // A run is read where it is by instances whose registers are all taken.
     const attention_run *at = a.runs + blockIdx.x;
     attention_run copy = *at;
     // What this step has not written needs no waiting for the kernel before this one.
@@ -1323,15 +1505,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     int n_q = copy.lone < 0 ? -1 : 0;
     for (;;) {
-        const attention_run &run = C == ANY ? *at : copy;
+        const attention_run &run = crowded<D, H, C> ? *at : copy;
         const bool lone = run.lone >= 0;
         const int skip = lone ? lone_first(run.lone, warp) : 0;
         int tile = run.tile + skip, first = run.first;
         for (int leaf = run.from + skip; leaf < run.to; tile += lone ? kWarps : 1) {
-            const int to = min(run.n, first + run.to - leaf);
-            w.attend_tile(run, tile, first, to, lone ? -1 : n_q++);
-            leaf += lone ? kWarps : to - first;
+            const int from = first, to = min(run.n, from + run.to - leaf);
+            leaf += lone ? kWarps : to - from;
             first = 0;
+            w.attend_tile(run, tile, from, to, lone ? -1 : n_q++);
         }
         if (run.next < 0) break;
         at = a.runs + run.next;
@@ -1341,10 +1523,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- Launch --------------------------------------------------------------------------------------
 
-template <int D, int NT, kv_class C, typename T, bool BULK>
+template <int D, int H, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
-    constexpr int ET = entry_tokens<D, NT, C>;
-    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, NT, C>; // of a unit
+    constexpr int ET = entry_tokens<D, H, C>;
+    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, H, C>; // of a unit
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1365,8 +1547,9 @@ status launch(const attention_problem *p) {
     a.n_heads = l->n_heads;
     a.n_kv_heads = l->n_kv_heads;
     a.ratio = l->n_heads / l->n_kv_heads;
-    a.n_tiles = (a.ratio + 8 * NT - 1) / (8 * NT);
+    a.n_tiles = (a.ratio + 8 * NT<H> - 1) / (8 * NT<H>);
     a.bf16 = l->type == DT_BF16;
+    a.odd = p->c.v == KF_4 ? 16.f : 1.f;
     a.scale = l->scale * kLog2E;
     a.k_bytes = ET * attention_row_bytes(a.k, D);
     a.v_bytes = ET * attention_row_bytes(a.v, D);
@@ -1375,13 +1558,13 @@ status launch(const attention_problem *p) {
     const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
     const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
     a.slot_bytes = (int)div_up(entry, 128) * 128;
-    a.quarters = a.ratio >= 8 ? 4 : (a.ratio + 1) / 2;
+    a.quarters = a.ratio >= 4 * NJ<H> ? 4 : (a.ratio + NJ<H> - 1) / NJ<H>;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched as many units ahead as
     // they hold, and read by the slowest warp.
-    a.q_bytes = (a.ratio < 8 * NT ? a.ratio : 8 * NT) * q_row_bytes<D>();
-    const int joint = joints<D, NT, C> * joint_bytes<D, NT>(a.quarters),
-              sums = joints<D, NT, C> * kWarps * NT * 64;
+    a.q_bytes = (a.ratio < 8 * NT<H> ? a.ratio : 8 * NT<H>)*q_row_bytes<D>();
+    const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
+              sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
     const int room = p->shared_bytes_sm / 2 - 1024;
     int bytes = room + 1;
     for (a.stages = 17; bytes > room && a.stages > 1;) {
@@ -1391,10 +1574,10 @@ status launch(const attention_problem *p) {
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
         a.all_at = a.sums_at + sums;
-        a.barriers_at = a.all_at + kThreads * all_bytes<D, NT, C, BULK> + 16; // a flag before them
-        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, NT, C>);
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, H, C, BULK> + 16; // a flag before them
+        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, H, C>);
     }
-    const auto kernel = attend_decode<D, NT, C, T, BULK>;
+    const auto kernel = attend_decode<D, H, C, T, BULK>;
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
@@ -1413,26 +1596,32 @@ status launch(const attention_problem *p) {
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }
 
-template <int D, int NT, bool BULK> status launch_formats(const attention_problem *p) {
+template <int D, int H, bool BULK> status launch_formats(const attention_problem *p) {
     const kv_format k = p->c.k, v = p->c.v;
     const bool half = p->l.type == DT_F16;
-    if (k == KF_4 && v == KF_4) return launch<D, NT, KV_4, __half, BULK>(p);
-    if (k == KF_8 && v == KF_8) return launch<D, NT, KV_8, __half, BULK>(p);
-    if (k == KF_FP8 && v == KF_FP8) return launch<D, NT, KV_FP8, __half, BULK>(p);
-    if (k == KF_8 && v == KF_4) return launch<D, NT, K8_V4, __half, BULK>(p);
-    if (k != KF_16 && v != KF_16) return launch<D, NT, CODES, __half, BULK>(p);
+    if (k == KF_4 && v == KF_4) return launch<D, H, KV_4, __half, BULK>(p);
+    if (k == KF_8 && v == KF_8) return launch<D, H, KV_8, __half, BULK>(p);
+    if (k == KF_FP8 && v == KF_FP8) return launch<D, H, KV_FP8, __half, BULK>(p);
+    if (k == KF_8 && v == KF_4) return launch<D, H, K8_V4, __half, BULK>(p);
+    if (k != KF_16 && v != KF_16) return launch<D, H, CODES, __half, BULK>(p);
     if (k == KF_16 && v == KF_16)
-        return half ? launch<D, NT, KV_16, __half, BULK>(p)
-                    : launch<D, NT, KV_16, __nv_bfloat16, BULK>(p);
-    return half ? launch<D, NT, ANY, __half, BULK>(p) : launch<D, NT, ANY, __nv_bfloat16, BULK>(p);
+        return half ? launch<D, H, KV_16, __half, BULK>(p)
+                    : launch<D, H, KV_16, __nv_bfloat16, BULK>(p);
+    return half ? launch<D, H, ANY, __half, BULK>(p) : launch<D, H, ANY, __nv_bfloat16, BULK>(p);
+}
+
+template <int D, bool BULK> status launch_heads(const attention_problem *p) {
+    const int ratio = p->l.n_heads / p->l.n_kv_heads;
+    if constexpr (D <= 128)
+        if (ratio > 8) return launch_formats<D, 16, BULK>(p);
+    return ratio > 4 ? launch_formats<D, 8, BULK>(p) : launch_formats<D, 4, BULK>(p);
 }
 
 template <bool BULK> status launch_sizes(const attention_problem *p) {
-    const bool wide = attention_tile_heads(p->l.n_heads / p->l.n_kv_heads, p->l.head_dim) > 8;
     switch (p->l.head_dim) {
-    case 64: return wide ? launch_formats<64, 2, BULK>(p) : launch_formats<64, 1, BULK>(p);
-    case 128: return wide ? launch_formats<128, 2, BULK>(p) : launch_formats<128, 1, BULK>(p);
-    default: return launch_formats<256, 1, BULK>(p);
+    case 64: return launch_heads<64, BULK>(p);
+    case 128: return launch_heads<128, BULK>(p);
+    default: return launch_heads<256, BULK>(p);
     }
 }
 

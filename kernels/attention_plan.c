@@ -117,13 +117,24 @@ typedef struct {
     int32_t n, most; /* runs */
     int32_t n_blocks, at, room,
         n_full; /* block at hand, cost a block may have, full ones in a row */
+    bool few;   /* leaves: for half of the blocks at most */
     int32_t last[ATTENTION_BLOCKS_MAX], cost[ATTENTION_BLOCKS_MAX]; /* last run, or -1 */
     int32_t lone[ATTENTION_BLOCKS_MAX];                             /* warp whose turn it is */
 } split;
 
+/* The block that is number i to get work. Blocks b and b + n / 2 share an SM where the launch finds
+ * the GPU empty, and 2 b and 2 b + 1 where it becomes so: work for half of the blocks or less goes
+ * to one of either pair. */
+static int32_t block_of(const split *s, int32_t i) {
+    const int32_t half = s->n_blocks / 2, below = (half + 1) / 2;
+    if (!s->few) return i;
+    return i < below ? 2 * i : half + 2 * (i - below) + 1;
+}
+
 static void add_run(split *s, attention_run r) {
-    const int32_t i = s->last[s->at] < 0 ? s->at : s->n++;
-    if (i != s->at) s->run[s->last[s->at]].next = i;
+    const bool first = s->last[s->at] < 0;
+    const int32_t i = first ? block_of(s, s->at) : s->n++;
+    if (!first) s->run[s->last[s->at]].next = i;
     if (r.lone >= 0) {
         r.lone = s->lone[s->at];
         s->lone[s->at] = (r.lone + r.to - r.from) % (ATTENTION_LEAF_MIN / P);
@@ -187,6 +198,7 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
                             int32_t window, bool kv4, int32_t n_blocks) {
     split s = {.run = run, .n = n_blocks, .most = b->n_decodes + SPARE_RUNS, .n_blocks = n_blocks};
     int64_t cost = 0;
+    int64_t n_leaves = 0;
     int32_t largest = 0, slot = 0, to_come = b->n_decodes;
     for (int32_t i = 0; i < n_blocks; i++) {
         run[i] = (attention_run){.n = 1, .next = -1, .lone = -1};
@@ -194,10 +206,12 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
     }
     for (int32_t i = 0; i < b->n_decodes; i++) {
         const attention_run r = decode_run(b, i, n_tiles, window, kv4);
+        n_leaves += r.to;
         cost += (int64_t)r.to * leaf_cost(&r);
         largest = (int32_t)i64_max(largest, leaf_cost(&r));
     }
     s.room = first_room(cost, largest, n_blocks);
+    s.few = n_leaves <= n_blocks / 2;
     int32_t bit = 0;
     while (largest >> bit > 1) bit++;
     for (; bit >= 0; bit--) {
