@@ -41,6 +41,19 @@ __device__ __forceinline__ float warp_min(float x) {
 
 __device__ __forceinline__ float clamp_f16(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
 
+// Parameters as ref_kv_quantize has them: x >= 0 up to the next number of so many bits, and lo to a
+// multiple of the power of two in the scale, or of two of them.
+__device__ __forceinline__ __half scale_up(float x, int bits) {
+    const uint32_t below = (1u << (24 - bits)) - 1;
+    return __float2half_rn(clamp_f16(__uint_as_float((__float_as_uint(x) + below) & ~below)));
+}
+__device__ __forceinline__ __half minimum_of(float lo, float scale, kv_format f) {
+    const float unit = __uint_as_float(__float_as_uint(scale) & 0x7f800000u) * (f == KF_8 ? 2 : 1);
+    if (!(fabsf(lo) < 2048 * unit)) return __float2half_rn(clamp_f16(lo));
+    const float n = floorf(__fadd_rn(__fdiv_rn(lo, unit), f == KF_8 ? 0.f : 0.5f));
+    return __float2half_rn(clamp_f16(__fmul_rn(n, unit)));
+}
+
 __device__ __forceinline__ uint32_t code_of(float x, float lo, float scale, float top) {
     const float q = __fdiv_rn(__fsub_rn(x, lo), scale);
     return (uint32_t)rintf(fminf(fmaxf(q, 0.f), top));
@@ -109,8 +122,11 @@ __device__ void store_row(const row_place &p, kv_format f, int lane, const float
     finite = __all_sync(~0u, finite);
     const float top = f == KF_8 ? 255.f : 15.f;
     const float step = f == KF_FP8 ? __fdiv_rn(fmaxf(fabsf(lo), fabsf(hi)), 448.f)
-                                   : __fdiv_rn(__fsub_rn(hi, lo), top);
-    __half scale = __float2half_rn(clamp_f16(step)), minimum = __float2half_rn(clamp_f16(lo));
+                                   : __fdiv_rn(__fsub_rn(hi, lo), f == KF_8 ? KV8_STEPS : 15);
+    __half scale = scale_up(step, f == KF_8   ? KV8_SCALE_BITS
+                                  : f == KF_4 ? KV4_SCALE_BITS
+                                              : KVFP8_SCALE_BITS);
+    __half minimum = minimum_of(lo, __half2float(scale), f);
     if (!finite) scale = minimum = __ushort_as_half(0x7e00);
     const float s = __half2float(scale), m = __half2float(minimum);
     const bool live = finite && s > 0.f;

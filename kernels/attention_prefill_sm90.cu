@@ -9,41 +9,18 @@
 //
 // and take turns, so that one warpgroup's softmax runs under the other's products.
 //
-// Codes (CODES: of K, of V or of both) stay codes: the tiles hold them as fp16, exactly, and what
-// makes them values goes elsewhere. With k = s (c + r) and v = s' (c' + r'),
-//
-//     y_j = s_j (q.c_j + r_j sum(q) + log2 s'_j / s_j)      (times scale and log2 e where due)
-//     p_j = 2^(y_j - m)    l = sum p_j / s'_j    out = (sum p_j c'_j + sum p_j r'_j) / l
-//
-// The second and third part of y are one product more of S = Q K^T, each factor that is not a power
-// of two as the sum of two fp16 (`extra_q`, `k_extra`); l and sum p_j r'_j are columns of a narrow
-// product beside P V (`v_extra`), so that weights that were rounded to fp16 are what they add up.
-// Integer codes are subnormal numbers, code * 2^-24; those of V count from their middle, since sums
-// of wgmma are truncated and thousands of numbers of one sign would drift. q of a bf16 model
-// becomes fp16 where K is codes: exact for elements of 2^-14 to 65504, and to 2^-25 below.
+// Codes become values of fp16 on the way, exactly but for KV8's largest (ref_kv_quantize), so that
+// the consumers' work is the same for all formats. q of a bf16 model becomes fp16 where K is codes:
+// exact for elements of 2^-14 to 65504, and to 2^-25 below.
 #include "attention_prefill.cuh"
 #include "attention_wgmma.cuh"
 
 namespace {
 
 constexpr int kThreads = 512, kStages = 2;
-constexpr int kColumnStages = 4; // of a block's parameters: read until its softmax is done
-
-// CODES: what makes values of the codes of a block, by token.
-struct k_parts {    // eight of a token lie together, as rows of a product
-    uint16_t of[8]; // r hi, r lo, r hi, times 2^-12; log2 s' / s hi, lo, times 2^-12; zeros
-};
-struct v_parts {       // of eight tokens
-    uint16_t of[8][8]; // [column][token]: 1 / s' hi, lo, times 2^-9; r' hi, lo, times 2^-8; zeros
-};
-constexpr float kExtraUnit = 0x1p-12f, kWeightUnit = 0x1p-9f, kMinimumUnit = 0x1p-8f;
 
 // Block memory: q [kQ], K stages, V stages, then this.
 struct alignas(16) control {
-    k_parts k_extra[kStages][128];
-    v_parts v_extra[kStages][16];
-    __half scale[kColumnStages][4][16][2]; // s of token 8 i + 2 t + j at [t][i][j]
-    float sum[2][kRows]; // of a row of q, by item; of no meaning where K is 16 bit and r 0
     int position[2][kRows];
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
@@ -83,37 +60,53 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
 
 // --- Codes to fp16 ------------------------------------------------------------------------------
 
-// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles. Bytes keep
-// their order; nibbles come in the order 0 4 1 5 2 6 3 7, which q's or the result's elements take.
-template <kv_format F, bool VALUE>
-__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi) {
+__device__ __forceinline__ __half2 half2_of(uint32_t x) {
+    return *reinterpret_cast<const __half2 *>(&x);
+}
+__device__ __forceinline__ uint32_t bits_of(__half2 x) {
+    return *reinterpret_cast<const uint32_t *>(&x);
+}
+// The two multipliers of a token's codes: scale and minimum as they are stored, or the minimum less
+// 1024 scales for codes that come as 1024 + code. LARGE: of scales so large that this is no number
+// of fp16.
+template <kv_format F> __device__ __forceinline__ bool is_large(uint32_t param) {
+    return F != KF_FP8 && !__hle(__low2half(half2_of(param)), __float2half(32.f));
+}
+template <kv_format F, bool LARGE>
+__device__ __forceinline__ uint32_t multipliers_of(uint32_t param) {
+    if (F == KF_FP8 || LARGE) return param;
+    const __half2 x = half2_of(param);
+    const __half s = __low2half(x);
+    return bits_of(__halves2half2(s, __hfma(s, __float2half(-1024.f), __high2half(x))));
+}
+// Eight codes to 16 bytes of values: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
+// Nibbles of K come in the order 0 4 1 5 2 6 3 7, which q's elements take.
+template <kv_format F, bool VALUE, bool LARGE>
+__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, __half2 s, __half2 m) {
     uint32_t x[4];
+    if (F == KF_4 && VALUE) {
+        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
+        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t w = i < 2 ? lo : hi;
         if (F == KF_FP8)
             asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x[i]) : "h"((uint16_t)(w >> i % 2 * 16)));
-        else if (F == KF_4)
-            x[i] = lo >> 4 * i & 0x000f000fu;
+        else if (F == KF_4 && !VALUE)
+            x[i] = (lo >> 4 * i & 0x000f000fu) | 0x64006400u; // 1024 + code
         else
-            x[i] = __byte_perm(w, 0, i % 2 ? 0x4342 : 0x4140);
-        if (VALUE && F != KF_FP8) { // less the middle
-            const uint32_t m = 0x80008000u | (uint32_t)middle_of(F) * 0x10001u;
-            const __half2 y = __hadd2(*reinterpret_cast<const __half2 *>(&x[i]),
-                                      *reinterpret_cast<const __half2 *>(&m));
-            x[i] = *reinterpret_cast<const uint32_t *>(&y);
-        }
+            x[i] = __byte_perm(w, 0x64u, i % 2 ? 0x4342 : 0x4140);
+        const __half2 c =
+            LARGE ? __hsub2(half2_of(x[i]), __float2half2_rn(1024.f)) : half2_of(x[i]);
+        x[i] = bits_of(F == KF_FP8 ? __hmul2(c, s) : __hfma2(c, s, m));
     }
     return make_uint4(x[0], x[1], x[2], x[3]);
 }
-// 16 bytes to that order of nibbles, and back.
+// 16 bytes to that order of nibbles.
 __device__ __forceinline__ uint4 to_nibbles(uint4 x) {
     return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
                       __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
-}
-__device__ __forceinline__ uint4 from_nibbles(uint4 x) {
-    return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
-                      __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
 // A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
@@ -124,15 +117,25 @@ template <int D, kv_format F> struct share {
     static constexpr int BN = kBlock<D>, ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16;
     static constexpr int DIMS = F == KF_4 ? 32 : 16; // of a piece
     static constexpr int STEP = 128 / PIECES, STEPS = BN / STEP;
-    int first, piece;
+    // A warp has TOKENS tokens a step; its lanes bring the parameters of all steps.
+    static constexpr int TOKENS = PIECES == 16 ? 8 : 32 / PIECES;
+    static constexpr int PARAMS = (TOKENS * STEPS + 31) / 32; // a lane
+    int first, piece, own;                                    // `own` of the warp's of a step
     __device__ __forceinline__ explicit share(int thread)
         : first(PIECES == 8 ? thread % 2 + thread / 16 * 2
                             : thread / (8 * PIECES) * 8 + thread % 8),
-          piece(PIECES == 8 ? thread / 2 % 8 : thread / 8 % PIECES) {}
+          piece(PIECES == 8 ? thread / 2 % 8 : thread / 8 % PIECES),
+          own(PIECES == 8   ? thread % 2 + thread % 32 / 16 * 2
+              : PIECES == 2 ? thread % 32 / 16 * 8 + thread % 8
+                            : thread % 8) {}
+    // Whose parameters come number i of the warp's.
+    __device__ __forceinline__ int token_of(int i) const {
+        return first - own + i % TOKENS + i / TOKENS % STEPS * STEP;
+    }
 };
 template <int D> constexpr int kPieces = D == 256 ? 4 : 8; // under way to a thread at a time
 
-// What is on its way to this thread: its pieces of a block, and parameters of a token's K and V.
+// What is on its way to this thread: its pieces of a block, and parameters.
 template <int D> struct in_flight {
     uint4 raw[kPieces<D>];
     uint32_t param[2];
@@ -150,6 +153,28 @@ __device__ __forceinline__ void read_codes(uint4 (&raw)[kPieces<D>], const uint8
         raw[i] = load_now(code + (k < A_PAGE ? 0 : second) + k % A_PAGE * S::STEP * S::ROW);
     }
 }
+template <int D, kv_format F, bool VALUE, bool LARGE>
+__device__ __forceinline__ void convert_pieces(uint32_t put, const in_flight<D> &x, int own,
+                                               int part) {
+    using S = share<D, F>;
+    constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
+    uint32_t param[S::PARAMS];
+#pragma unroll
+    for (int i = 0; i < S::PARAMS; i++) param[i] = multipliers_of<F, LARGE>(x.param[i]);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int k = part * N + i;
+        const __half2 both = half2_of(__shfl_sync(
+            ~0u, param[S::PARAMS > 1 ? k * S::TOKENS / 32 : 0], (k * S::TOKENS + own) % 32));
+        const __half2 s = __low2half2(both), m = __high2half2(both);
+        const uint32_t w[4] = {x.raw[i].x, x.raw[i].y, x.raw[i].z, x.raw[i].w};
+#pragma unroll
+        for (int j = 0; j < S::DIMS / 8; j++)
+            store_shared((put ^ j * 16) + k * S::STEP * 2 * D,
+                         eight_of<F, VALUE, LARGE>(w[F == KF_4 ? j : 2 * j % 4],
+                                                   w[F == KF_4 ? j : (2 * j + 1) % 4], s, m));
+    }
+}
 // To the swizzle at `to`. Rows from n_valid on, which may be NaN, become zero.
 template <int D, kv_format F, bool VALUE>
 __device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part,
@@ -158,17 +183,14 @@ __device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int 
     const S at(thread_of<D>(thread));
     const uint32_t put = to + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
     constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int k = part * N + i;
-        const uint32_t w[4] = {x.raw[i].x, x.raw[i].y, x.raw[i].z, x.raw[i].w};
-#pragma unroll
-        for (int j = 0; j < S::DIMS / 8; j++)
-            store_shared((put ^ j * 16) + k * S::STEP * 2 * D,
-                         F == KF_4 ? eight_of<F, VALUE>(w[j], 0)
-                                   : eight_of<F, VALUE>(w[2 * j % 4], w[(2 * j + 1) % 4]));
-    }
-    if (F == KF_FP8 && n_valid < S::BN) // integers are finite whatever they are
+    bool large = is_large<F>(x.param[0]);
+    if (S::PARAMS > 1) large = large || is_large<F>(x.param[1]);
+    // Also where parameters may be of no token: they must not decide how others round.
+    if (F != KF_FP8 && (n_valid < S::BN || __any_sync(~0u, large)))
+        convert_pieces<D, F, VALUE, true>(put, x, at.own, part);
+    else
+        convert_pieces<D, F, VALUE, false>(put, x, at.own, part);
+    if (n_valid < S::BN)
 #pragma unroll 1
         for (int k = part * N; k < part * N + N; k++)
             for (int j = 0; j < S::DIMS / 8 && at.first + k * S::STEP >= n_valid; j++)
@@ -204,81 +226,23 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
                       BYTES, barrier);
 }
 
-// --- What makes values of codes -----------------------------------------------------------------
-
-// x as a sum of two of type T.
-template <typename T> __device__ __forceinline__ uint32_t two_of(float x) {
-    const uint32_t hi = pack2<T>(x, 0.f);
-    return pack2<T>(x, x - to_f32(*reinterpret_cast<const T *>(&hi)));
-}
-__host__ __device__ constexpr float unit_of(kv_format f) {
-    return f == KF_8 || f == KF_4 ? 0x1p24f : 1.f; // of a code in a tile
-}
-// What a token's parameters say. A vector of one value has scale 0 and codes 0: any scale will do.
-struct token_scale {
-    float s, inverse, r;
-};
-__device__ __forceinline__ token_scale scale_of(uint32_t param, float least) {
-    const float2 p = __half22float2(*reinterpret_cast<const __half2 *>(&param));
-    token_scale t;
-    t.s = p.x == 0.f ? 0x1p-8f : fmaxf(p.x, least);
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t.inverse) : "f"(t.s));
-    t.r = p.y * t.inverse;
-    return t;
-}
-// One token's part of the scores; zeros where there is no token. A scale of K below 2^-19 becomes
-// that: what it multiplies is at most 255, and log2 s' / s must be a number of fp16.
-template <typename TK>
-__device__ __forceinline__ void put_k(control *c, uint32_t column, uint32_t stage, int token,
-                                      float scale, const uint32_t (&param)[2], bool exists) {
-    const token_scale k = scale_of(param[0], 0x1p-19f), v = scale_of(param[1], 0.f);
-    float log2_s;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2_s) : "f"(v.s));
-    const uint32_t r = two_of<TK>(k.r * kExtraUnit),
-                   y = two_of<TK>(log2_s * k.inverse * __fdividef(kExtraUnit, scale));
-    *(uint4 *)c->k_extra[stage][token].of =
-        exists ? make_uint4(r, __byte_perm(r, y, 0x5410), y >> 16, 0) : make_uint4(0, 0, 0, 0);
-    c->scale[column][token % 8 / 2][token / 8][token % 2] = __float2half_rn(exists ? k.s : 0.f);
-}
-// And of the sums over weights.
-template <typename TV>
-__device__ __forceinline__ void put_v(control *c, uint32_t stage, int token, uint32_t param,
-                                      float middle, bool exists) {
-    const token_scale v = scale_of(param, 0.f);
-    const uint32_t weight = exists ? two_of<TV>(v.inverse * kWeightUnit) : 0;
-    const uint32_t r = exists ? two_of<TV>((v.r + middle) * kMinimumUnit) : 0;
-    uint16_t(&to)[8][8] = c->v_extra[stage][token / 8].of;
-    to[0][token % 8] = (uint16_t)weight, to[1][token % 8] = (uint16_t)(weight >> 16);
-    to[2][token % 8] = (uint16_t)r, to[3][token % 8] = (uint16_t)(r >> 16);
-}
-
-// 64 rows of q of an item to its slot. CODES: with rows' sums; as fp16 where K is codes, also in a
-// bf16 model.
+// 64 rows of q of an item to its slot. CODES: as fp16 and in the order of the nibbles, where K is
+// such.
 template <int D, bool CODES>
 __device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
-                                       uint32_t q_at, control *c, int slot, int half, int thread) {
-    constexpr int LANES = D / 8; // of a row
-    const bool to_half = a.bf16 && a.k != KF_16;
+                                       uint32_t q_at, int *position, int half, int thread) {
     const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
-    const auto make = [&](uint4 &x, int r) {
-        if (!CODES) return;
+    const auto make = [&](uint4 &x, int) {
         uint32_t *word = (uint32_t *)&x;
-        float total = 0.f;
+        if (CODES && a.bf16 && a.k != KF_16)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            if (to_half) {
+            for (int e = 0; e < 4; e++) {
                 const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
                 word[e] = pack2<__half>(y.x, y.y);
             }
-            const float2 y = __half22float2(*(const __half2 *)&word[e]);
-            total += y.x + y.y;
-        }
-#pragma unroll
-        for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-        if (lane % LANES == 0) c->sum[slot][r] = total;
-        if (a.k == KF_4) x = to_nibbles(x);
+        if (CODES && a.k == KF_4) x = to_nibbles(x);
     };
-    load_rows<D, D == 128 ? 8 : 4>(a, w, q_at, c->position[slot] + r0, r0, lane, make);
+    load_rows<D, D == 128 && !CODES ? 8 : 4>(a, w, q_at, position + r0, r0, lane, make);
 }
 
 // This producer's half of an item's q to its slot, and the item itself; false when there is none.
@@ -294,47 +258,63 @@ __device__ __forceinline__ bool fill_rows(const prefill_arguments &a, uint8_t *m
     barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
     if (half == 0 && thread == 0) c->work[slot] = w;
     if (any)
-        load_q<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c, slot, half, thread);
+        load_q<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c->position[slot], half,
+                         thread);
     fence_async_proxy();
     barrier_arrive(shared_at(&c->q_full[slot]));
     return any;
 }
 
-// CODES: scale and minimum of K and of V of a block's token (0 for fp8; 1 and 0 at 16 bit).
-__device__ __forceinline__ void read_token(uint32_t (&param)[2], const prefill_arguments &a, int g,
-                                           const int (&id)[2], int token) {
-#pragma unroll
-    for (int value = 0; value < 2; value++) {
-        const kv_format f = value ? a.v : a.k;
-        const uint8_t *p = a.base + (token < kPage ? id[0] : id[1]) * a.page_bytes +
-                           a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                           (value ? a.layout.v_param : 0);
-        param[value] = 0x3c00u;
-        if (f == KF_FP8)
-            param[value] = __ldg((const uint16_t *)p + token % kPage);
-        else if (f != KF_16)
-            param[value] = __ldg((const uint32_t *)p + token % kPage);
-    }
-}
-
-template <int D, kv_format F, bool VALUE, bool CODES>
+template <int D, kv_format F, bool VALUE>
 __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_arguments &a, int g,
                                            const int (&id)[2], int part, int thread) {
     using S = share<D, F>;
+    if (F == KF_16) return;
     const S at(thread_anew() % 128);
-    if (F != KF_16)
-        read_codes<D, F>(x.raw,
-                         a.base + id[0] * a.page_bytes + g * a.layout.head_bytes +
-                             (VALUE ? a.layout.v_code : 0) +
-                             code_at(S::ROW, at.first, at.piece * 16),
-                         (id[1] - id[0]) * a.page_bytes, part);
-    if (CODES && part == 0 && thread < kBlock<D>) read_token(x.param, a, g, id, thread);
+    read_codes<D, F>(x.raw,
+                     a.base + id[0] * a.page_bytes + g * a.layout.head_bytes +
+                         (VALUE ? a.layout.v_code : 0) + code_at(S::ROW, at.first, at.piece * 16),
+                     (id[1] - id[0]) * a.page_bytes, part);
+#pragma unroll
+    for (int i = 0; i < S::PARAMS && part == 0; i++) {
+        const int token = at.token_of(i * 32 + thread % 32);
+        const uint8_t *p = a.base + (token < kPage ? id[0] : id[1]) * a.page_bytes +
+                           a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                           (VALUE ? a.layout.v_param : 0);
+        x.param[i] = F == KF_FP8 ? __ldg((const uint16_t *)p + token % kPage)
+                                 : __ldg((const uint32_t *)p + token % kPage);
+    }
+}
+
+// A warp's part of a stage is written.
+__device__ __forceinline__ void arrive_warp(uint32_t full, int thread) {
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(full);
+}
+
+// A 16-bit block, of V with zeros behind the end of the sequence.
+template <int D, bool VALUE>
+__device__ __forceinline__ void bring_pages(const prefill_arguments &a, const tile_work &w,
+                                            control *c, int block, const int (&id)[2], uint32_t to,
+                                            uint32_t full, uint32_t &n_landed, int thread) {
+    constexpr int BN = kBlock<D>;
+    const int n_valid = min(BN, w.t.kv_len - block * BN);
+    const bool tail = VALUE && n_valid < BN;
+    if (thread == 0) copy_pages<D>(a, w, block, id, VALUE, to, tail ? shared_at(&c->landed) : full);
+    if (tail) {
+        barrier_wait(shared_at(&c->landed), n_landed++ & 1);
+        for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
+            store_shared(to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16),
+                         make_uint4(0, 0, 0, 0));
+        fence_async_proxy();
+    }
+    if (tail || thread >= 32) arrive_warp(full, thread);
 }
 
 // The stream of K or of V, each with half of q before an item's first block: blocks in order
 // through kStages stages. Pages are looked up two blocks ahead, codes and parameters read one
 // ahead.
-template <int D, kv_format F, bool VALUE, bool CODES, typename T>
+template <int D, kv_format F, bool VALUE, bool CODES>
 __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int thread) {
     using S = share<D, F>;
@@ -346,69 +326,43 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
         const tile_work w = work_of<BN>(a, item_of(round)); // anew: it takes many registers
         int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 1)};
         in_flight<D> x;
-        read_block<D, F, VALUE, CODES>(x, a, w.g, id, 0, thread);
+        read_block<D, F, VALUE>(x, a, w.g, id, 0, thread);
         for (int block = w.first; block <= w.last; block++, count++) {
             const uint32_t s = count % kStages;
             const uint32_t empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
             const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
             const uint32_t to =
                 shared_at(memory) + kQ<D> * kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
-            const int n_valid = min(BN, w.t.kv_len - block * BN);
             barrier_wait(empty, count / kStages & 1 ^ 1);
-            if (F != KF_16) {
+            if (F == KF_16) {
+                bring_pages<D, VALUE>(a, w, c, block, id, to, full, n_landed, thread);
+            } else {
+                const int n_valid = w.t.kv_len - block * BN;
                 convert<D, F, VALUE>(to, x, n_valid, 0, thread);
                 if (S::STEPS > kPieces<D>) {
-                    read_block<D, F, VALUE, CODES>(x, a, w.g, id, 1, thread);
+                    read_block<D, F, VALUE>(x, a, w.g, id, 1, thread);
                     convert<D, F, VALUE>(to, x, n_valid, 1, thread);
                 }
-            }
-            if (CODES && thread < BN) {
-                if (VALUE)
-                    put_v<T>(c, s, thread, x.param[1], middle_of(F), thread < n_valid);
-                else
-                    put_k<T>(c, count % kColumnStages, s, thread, a.scale, x.param,
-                             thread < n_valid);
-            }
-            if (CODES) fence_async_proxy();
-            if (F != KF_16) {
-                barrier_arrive(full);
-            } else if (!VALUE) {
-                if (thread == 0)
-                    copy_pages<D>(a, w, block, id, VALUE, to, full);
-                else
-                    barrier_arrive(full);
-            } else {
-                const bool tail = n_valid < BN;
-                if (thread == 0)
-                    copy_pages<D>(a, w, block, id, VALUE, to, tail ? shared_at(&c->landed) : full);
-                if (tail) { // the end of the sequence: what lies behind it must become zero
-                    barrier_wait(shared_at(&c->landed), n_landed++ & 1);
-                    for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
-                        store_shared(to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16),
-                                     make_uint4(0, 0, 0, 0));
-                    fence_async_proxy();
-                }
-                if (tail || thread > 0) barrier_arrive(full);
+                fence_async_proxy();
+                arrive_warp(full, thread);
             }
             id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
-            if (block < w.last)
-                read_block<D, F, VALUE, CODES>(x, a, w.g, id, 0, thread);
-            else
-                x = {}; // so that nothing of it is kept in registers from the conversion on
+            // After the last block for nothing: so that no register is kept for a block not read.
+            read_block<D, F, VALUE>(x, a, w.g, id, 0, thread);
             ahead = look_up<BN>(a, w.t, block + 2);
         }
     }
 }
 
-template <int D, bool VALUE, bool CODES, typename T>
+template <int D, bool VALUE, bool CODES>
 __device__ __forceinline__ void produce_any(const prefill_arguments &a, uint8_t *memory, control *c,
                                             int thread) {
-    if (!CODES) return produce<D, KF_16, VALUE, false, T>(a, memory, c, thread);
+    if (!CODES) return produce<D, KF_16, VALUE, CODES>(a, memory, c, thread);
     switch (VALUE ? a.v : a.k) {
-    case KF_16: return produce<D, KF_16, VALUE, CODES, T>(a, memory, c, thread);
-    case KF_8: return produce<D, KF_8, VALUE, CODES, T>(a, memory, c, thread);
-    case KF_4: return produce<D, KF_4, VALUE, CODES, T>(a, memory, c, thread);
-    default: return produce<D, KF_FP8, VALUE, CODES, T>(a, memory, c, thread);
+    case KF_16: return produce<D, KF_16, VALUE, CODES>(a, memory, c, thread);
+    case KF_8: return produce<D, KF_8, VALUE, CODES>(a, memory, c, thread);
+    case KF_4: return produce<D, KF_4, VALUE, CODES>(a, memory, c, thread);
+    default: return produce<D, KF_FP8, VALUE, CODES>(a, memory, c, thread);
     }
 }
 
@@ -421,60 +375,33 @@ template <int D, int PANEL> __device__ __forceinline__ uint64_t matrix_at(uint32
            (place + ((uint32_t)(PANEL >> 4) << 16));
 }
 
-// A matrix of 16-byte rows in eights: bytes between eights along k and across it.
-__device__ __forceinline__ uint64_t extra_at(uint32_t place, int along, int across) {
-    return (uint64_t)(across >> 4) << 32 | (place + ((uint32_t)(along >> 4) << 16));
-}
-
-// s[64, BN] = q[64, D] K^T, and with CODES extra_q[64, 16] k_extra^T. The second half of extra_q is
-// zero, so that k_extra needs none.
-template <int D, int BN, typename TK, bool CODES>
-__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q, uint32_t k,
-                                           const uint32_t (&extra_q)[4], uint32_t k_extra) {
+// s[64, BN] = q[64, D] K^T.
+template <int D, int BN, typename TK>
+__device__ __forceinline__ void multiply_k(float (&s)[BN / 2], uint32_t q, uint32_t k) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int at = (i / 4 * 1024 + i % 4 * 32) / 16;
         wgmma_rows<TK>(s, matrix_at<D, 16>(q + at), matrix_at<D, 16>(k + at), i > 0);
     }
-    if (CODES) wgmma_rows<TK>(s, extra_q, extra_at(k_extra, 0, sizeof(k_parts) * 8), 1);
 }
 
-// o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims; CODES: e[64, 8] += p v_extra.
-template <int D, int BN, typename TV, bool CODES, int R, int N>
-__device__ __forceinline__ void multiply_v(float (&o)[N][R], float (&e)[4],
-                                           const uint32_t (&p)[BN / 4], uint32_t v,
-                                           uint32_t v_extra) {
+// o[64, D] += p[64, BN] V, in pieces of 128 (or all 64) dims.
+template <int D, int BN, typename TV, int R, int N>
+__device__ __forceinline__ void multiply_v(float (&o)[N][R], const uint32_t (&p)[BN / 4],
+                                           uint32_t v) {
 #pragma unroll
-    for (int i = 0; i < BN / 16; i++) {
+    for (int i = 0; i < BN / 16; i++)
 #pragma unroll
         for (int n = 0; n < N; n++)
             wgmma_columns<TV>(o[n], p + 4 * i, matrix_at<D, 1024>(v + i * 2 * D + n * 128), 1);
-        if (CODES)
-            wgmma_rows<TV>(
-                e, p + 4 * i,
-                extra_at(v_extra + i * (int)(2 * sizeof(v_parts) / 16), sizeof(v_parts), 0), 1);
-    }
 }
 
 // Scores to weights, in place; true when rows' results so far must shrink. position: of the lane's
 // first row.
-template <int BN, bool CODES>
-__device__ __forceinline__ bool
-weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column)[BN / 32],
-      float unit, const int *position, int token, int window, bool edge, int lane) {
-    if (CODES) {
-#pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            const uint4 &four = column[i / 4];
-            const uint32_t pair = i % 4 == 0   ? four.x
-                                  : i % 4 == 1 ? four.y
-                                  : i % 4 == 2 ? four.z
-                                               : four.w;
-            const float2 c = __half22float2(*reinterpret_cast<const __half2 *>(&pair));
-#pragma unroll
-            for (int h = 0; h < 2; h++) s[4 * i + 2 * h] *= c.x, s[4 * i + 2 * h + 1] *= c.y;
-        }
-    }
+template <int BN>
+__device__ __forceinline__ bool weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2],
+                                      float unit, const int *position, int token, int window,
+                                      bool edge, int lane) {
     if (edge) hide<BN>(s, position, token, window, lane);
     const bool moved = raise_max<BN>(s, r, shrink, {unit, unit});
     const float from[2] = {reference_of(r.m[0]), reference_of(r.m[1])};
@@ -484,70 +411,14 @@ weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2], const uint4 (&column
         for (int h = 0; h < 2; h++) {
             float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
             x = exp2_approx(x * unit - from[h]), y = exp2_approx(y * unit - from[h]);
-            if (!CODES) r.l[h] += x + y;
+            r.l[h] += x + y;
         }
     return moved;
 }
 
-// The warp's 16 rows of the result. e: CODES: hi and lo of l in lane 0 of four, of z in lane 1.
-template <int D, int R, int N, bool CODES>
-__device__ __forceinline__ void
-store_results(const prefill_arguments &a, const tile_work &w, float (&o)[N][R], const float (&e)[4],
-              const row_state &r, uint32_t q_rows, int r0, int lane) {
-    const auto sums = [&](int h) {
-        const float both = e[2 * h] + e[2 * h + 1];
-        const float l =
-            CODES ? __shfl_sync(~0u, both, lane & ~3) * (1 / kWeightUnit) : quad_sum(r.l[h]);
-        const float z = CODES ? __shfl_sync(~0u, both, (lane & ~3) + 1) * (1 / kMinimumUnit) : 0.f;
-        return row_sums{l, z};
-    };
-    const auto turn = [&](uint4 &x) {
-        if (CODES && a.v == KF_4) x = from_nibbles(x);
-    };
-    store_rows<D>(a, w, o, r, q_rows, r0, lane, CODES ? unit_of(a.v) : 1.f, sums, turn);
-}
-
-template <int R, int N> __device__ __forceinline__ void clear_all(float (&o)[N][R], float (&e)[4]) {
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int i = 0; i < R; i++) o[n][i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) e[i] = 0.f;
-}
-template <int R, int N>
-__device__ __forceinline__ void settle_all(float (&o)[N][R], float (&e)[4]) {
+template <int R, int N> __device__ __forceinline__ void settle_all(float (&o)[N][R]) {
 #pragma unroll
     for (int n = 0; n < N; n++) settle(o[n]);
-    settle(e);
-}
-// Results so far as the rows' new maxima want them.
-template <int R, int N>
-__device__ __forceinline__ void shrink_all(float (&o)[N][R], float (&e)[4],
-                                           const float (&shrink)[2]) {
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) e[i] *= shrink[i / 2];
-}
-
-// The lane's part of extra_q [64, 16], beside the columns of k_parts: sum(q) hi, hi, lo, and twice
-// what brings them to the unit of S. sum: of the lane's first row.
-template <typename TK>
-__device__ __forceinline__ void extra_rows(uint32_t (&extra_q)[4], const float *sum, float unit,
-                                           int lane) {
-    const uint32_t one = pack2<TK>(1 / (kExtraUnit * unit), 0.f);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const uint32_t q = two_of<TK>(sum[8 * h] * kExtraUnit);
-        extra_q[h] = lane % 4 == 0   ? __byte_perm(q, 0, 0x1010)
-                     : lane % 4 == 1 ? __byte_perm(q, one, 0x5432)
-                     : lane % 4 == 2 ? one
-                                     : 0;
-        extra_q[h + 2] = 0;
-    }
 }
 
 template <int D, typename TK, typename TV, bool CODES>
@@ -558,10 +429,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
     const uint32_t q_at = shared_at(memory) + group * 64 * 2 * D;
     const uint32_t k_place = place_of(shared_at(memory) + Q * kRows * 2 * D);
     const uint32_t v_place = k_place + kStages * TILE / 16;
-    const uint32_t k_extra = place_of(shared_at(c->k_extra)),
-                   v_extra = place_of(shared_at(c->v_extra));
     const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
-    const float unit = a.scale * (CODES ? unit_of(a.k) : 1.f);
     uint32_t count = 0;
     if (group == 1) turn_give(1); // group 0 begins
     for (int round = 0;; round++) {
@@ -577,31 +445,25 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         const int *position = c->position[slot] + group * 64;
         const int p_first = __shfl_sync(~0u, position[0], 0);
         const int p_last = __shfl_sync(~0u, position[63], 0);
-        float s[BN / 2], o[N][R], e[4], shrink[2];
-        uint32_t p[BN / 4], extra_q[4] = {0};
-        if (CODES) extra_rows<TK>(extra_q, c->sum[slot] + r0 + lane / 4, unit_of(a.k), lane);
-        clear_all(o, e);
+        float s[BN / 2], o[N][R], shrink[2];
+        uint32_t p[BN / 4];
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < R; i++) o[n][i] = 0.f;
         for (int block = first; block <= last; block++, count++) {
             const uint32_t st = count % kStages, parity = count / kStages & 1;
             const uint32_t before = (count - 1) % kStages,
                            parity_before = (count - 1) / kStages & 1;
             barrier_wait(shared_at(&c->k_full[st]), parity);
-            uint4 column[BN / 32];
-            if (CODES)
-#pragma unroll
-                for (int i = 0; i < BN / 32; i++)
-                    column[i] = ((const uint4 *)c->scale[count % kColumnStages][lane % 4])[i];
             turn_wait(group);
             settle(s);
             wgmma_fence();
-            multiply_k<D, BN, TK, CODES>(s, q_place, k_place + st * (TILE / 16), extra_q,
-                                         k_extra + st * (int)(sizeof c->k_extra[0] / 16));
+            multiply_k<D, BN, TK>(s, q_place, k_place + st * (TILE / 16));
             wgmma_commit();
             if (block != first) {
                 barrier_wait(shared_at(&c->v_full[before]), parity_before);
-                multiply_v<D, BN, TV, CODES, R, N>(o, e, p, v_place + before * (TILE / 16),
-                                                   v_extra +
-                                                       before * (int)(sizeof c->v_extra[0] / 16));
+                multiply_v<D, BN, TV>(o, p, v_place + before * (TILE / 16));
                 wgmma_commit();
                 turn_give(group);
                 wgmma_wait<1>();
@@ -614,32 +476,35 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
             const int token = block * BN;
             const bool edge =
                 token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
-            const bool moved =
-                weigh<BN, CODES>(s, r, shrink, column, unit, c->position[slot] + r0 + lane / 4,
-                                 token, a.window, edge, lane);
+            const bool moved = weigh<BN>(s, r, shrink, a.scale, c->position[slot] + r0 + lane / 4,
+                                         token, a.window, edge, lane);
             if (block != first) {
                 wgmma_wait<0>();
-                settle_all(o, e);
+                settle_all(o);
                 if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-                if (moved) shrink_all(o, e, shrink);
+                if (moved)
+#pragma unroll
+                    for (int n = 0; n < N; n++)
+#pragma unroll
+                        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
             }
 #pragma unroll
             for (int i = 0; i < BN / 4; i++) p[i] = pack2<TV>(s[2 * i], s[2 * i + 1]);
         }
         const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
         barrier_wait(shared_at(&c->v_full[before]), parity_before);
-        settle_all(o, e);
+        settle_all(o);
         wgmma_fence();
-        multiply_v<D, BN, TV, CODES, R, N>(o, e, p, v_place + before * (TILE / 16),
-                                           v_extra + before * (int)(sizeof c->v_extra[0] / 16));
+        multiply_v<D, BN, TV>(o, p, v_place + before * (TILE / 16));
         wgmma_commit();
         group_sync<128>(3 + group); // all warps' products with q are done
         wgmma_wait<0>();
-        settle_all(o, e);
+        settle_all(o);
         if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-        store_results<D, R, N, CODES>(a, c->work[slot], o, e, r,
-                                      q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0,
-                                      lane);
+        const auto sums = [&](int h) { return row_sums{quad_sum(r.l[h]), 0.f}; };
+        store_rows<D>(a, c->work[slot], o, r,
+                      q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0, lane, 1.f, sums,
+                      [](uint4 &) {});
         fence_async_proxy(); // q of a later item follows what was written and read here
         barrier_arrive(shared_at(&c->q_empty[slot]));
     }
@@ -652,18 +517,16 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
     extern __shared__ __align__(1024) uint8_t memory[];
     control *c = control_of<D>(memory);
     const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), thread = threadIdx.x % 128;
-    if (CODES && threadIdx.x < sizeof c->v_extra / 16) // columns that stay zero
-        ((uint4 *)c->v_extra)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             barrier_init(shared_at(&c->q_full[i]), 256);
             barrier_init(shared_at(&c->q_empty[i]), 256);
         }
         for (int i = 0; i < kStages; i++) {
-            // All of a producer, also where one thread copies: a warp that fell two uses of a stage
+            // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->k_full[i]), 128);
-            barrier_init(shared_at(&c->v_full[i]), 128);
+            barrier_init(shared_at(&c->k_full[i]), 4);
+            barrier_init(shared_at(&c->v_full[i]), 4);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
         }
@@ -677,9 +540,9 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         else
             asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (group == 0)
-            produce_any<D, false, CODES, TK>(a, memory, c, thread);
+            produce_any<D, false, CODES>(a, memory, c, thread);
         else
-            produce_any<D, true, CODES, TV>(a, memory, c, thread);
+            produce_any<D, true, CODES>(a, memory, c, thread);
     } else {
         if (D == 256)
             asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");

@@ -358,6 +358,26 @@ void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32
 /* f16 of a parameter, kept finite. */
 static uint16_t f16_param(float x) { return f16_from_f32(clamp(x, -f16_max, f16_max)); }
 
+/* x >= 0 up to the next number of so many bits, as f16. */
+static uint16_t kv_scale(float x, int32_t bits) {
+    const uint32_t below = (1u << (24 - bits)) - 1;
+    uint32_t word;
+    memcpy(&word, &x, sizeof word);
+    word = (word + below) & ~below;
+    memcpy(&x, &word, sizeof x);
+    return f16_param(x);
+}
+static uint16_t kv_minimum(float lo, float scale, kv_format f) {
+    uint32_t word;
+    memcpy(&word, &scale, sizeof word);
+    word &= 0x7f800000u;
+    float unit; /* the power of two in the scale */
+    memcpy(&unit, &word, sizeof unit);
+    if (f == KF_8) unit *= 2;
+    if (!(fabsf(lo) < 2048 * unit)) return f16_param(lo);
+    return f16_param(floorf(lo / unit + (f == KF_8 ? 0 : 0.5f)) * unit);
+}
+
 static void kv_codes_u8(uint8_t *restrict code, const float *restrict x, int32_t d, float s,
                         float lo) {
     for (int32_t i = 0; i < d; i++)
@@ -386,16 +406,19 @@ void ref_kv_quantize(void *codes, uint16_t params[2], const float *x, int32_t d,
         return;
     }
     if (f == KF_FP8) {
-        params[0] = f16_param(magnitude(e) / e4m3_max);
+        params[0] = kv_scale(magnitude(e) / e4m3_max, KVFP8_SCALE_BITS);
         params[1] = 0;
         const float s = f32_from_f16(params[0]);
         for (int32_t i = 0; i < d; i++) ((uint8_t *)codes)[i] = s > 0 ? e4m3_from_f32(x[i] / s) : 0;
         return;
     }
     CHECK(f == KF_8 || f == KF_4);
-    params[0] = f16_param((highest(e) - lowest(e)) / (f == KF_8 ? 255 : 15));
-    params[1] = f16_param(lowest(e));
-    const float s = f32_from_f16(params[0]), lo = f32_from_f16(params[1]);
+    const float range = highest(e) - lowest(e);
+    params[0] = f == KF_8 ? kv_scale(range / KV8_STEPS, KV8_SCALE_BITS)
+                          : kv_scale(range / 15, KV4_SCALE_BITS);
+    const float s = f32_from_f16(params[0]);
+    params[1] = kv_minimum(lowest(e), s, f);
+    const float lo = f32_from_f16(params[1]);
     if (s == 0)
         memset(codes, 0, (size_t)(f == KF_4 ? d / 2 : d));
     else if (f == KF_8)

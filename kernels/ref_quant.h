@@ -72,13 +72,22 @@ void ref_dequantize_weight(float *out, const qmatrix *q, int32_t row0, int32_t r
 void ref_quantize_activation(float *x, int64_t t, int32_t k, act_format f, int32_t group);
 
 /* KV of one token and head: d values -> codes (kv_format_bytes) and two parameters.
- *   KF_8, KF_4: scale = (max - min) / (2^b - 1), minimum = min, both rounded to f16, value =
- *   code * scale + minimum; KF_FP8: scale = amax / 448, minimum = 0; KF_16: codes are f32 here (the
- *   cpu device keeps 16-bit KV unrounded), parameters unused.
+ *   KF_8, KF_4: value = code * scale + minimum, scale = (max - min) / 253 or / 15, minimum = min;
+ *   KF_FP8: scale = amax / 448, minimum = 0; KF_16: codes are f32 here (the cpu device keeps 16-bit
+ *   KV unrounded), parameters unused.
+ * Parameters are f16, of so few bits that values are numbers of f16 as well: a kernel's products
+ * with them need neither a second rounding nor another place for the scale. The scale is rounded up
+ * to 4 (KF_8), 6 (KF_4) or 7 bits (KF_FP8). With p the power of two in the scale, the minimum is
+ * rounded down to a multiple of 2 p (KF_8, whose 255 steps leave two for that) or to the nearest
+ * multiple of p (KF_4, half a step at most). Then minimum - 1024 * scale is a number of f16 too, so
+ * that 1024 + code becomes the value in one exact multiply-add. Values of KF_8 beyond 2048 / 15
+ * scales are the exception: of them every second may take one rounding. So may all of f16's
+ * subnormal scales, and minima beyond 2048 of the multiples.
  * A constant vector gets scale 0, and so does one whose scale is under 2^-25 (the values become the
  * minimum: an error below 2^-25 * (2^b - 1)). Parameters saturate at +-65504. A NaN or infinity in
  * x makes both parameters NaN, hence the whole vector. x, codes: no overlap; d even, > 0.
  * codes: KF_8/KF_FP8 d bytes, KF_4 d/2 bytes low nibble first, KF_16 4 * d bytes. */
+enum { KV8_SCALE_BITS = 4, KV4_SCALE_BITS = 6, KVFP8_SCALE_BITS = 7, KV8_STEPS = 253 };
 void ref_kv_quantize(void *codes, uint16_t params[2], const float *x, int32_t d, kv_format f);
 void ref_kv_dequantize(float *x, const void *codes, const uint16_t params[2], int32_t d,
                        kv_format f);

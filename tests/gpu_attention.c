@@ -21,6 +21,7 @@ typedef struct {
     const char *name;
     dtype type;
     int32_t heads, kv_heads, head_dim, window;
+    float sigma; /* of the input */
     bool sinks, norms;
     kv_format k, v;
     int32_t n_seqs, n_decodes;
@@ -285,7 +286,7 @@ static void open_fixture(fixture *f, const attention_case *c) {
             f->rope[p * d + 2 * e] = (float)cos(angle);
             f->rope[p * d + 2 * e + 1] = (float)sin(angle);
         }
-    f->qkv = random_16(n_tokens * heads * d, c->type, 1, 0);
+    f->qkv = random_16(n_tokens * heads * d, c->type, c->sigma, 0);
     if (c->norms)
         f->q_norm = random_16(d, c->type, 0.1f, 1), f->k_norm = random_16(d, c->type, 0.1f, 1);
     if (c->sinks) f->sinks = random_16(c->heads, c->type, 1, 2);
@@ -476,6 +477,7 @@ static attention_case base_case(const char *name, dtype type, kv_format k, kv_fo
     c.heads = 8;
     c.kv_heads = 2;
     c.head_dim = 128;
+    c.sigma = 1;
     c.k = k;
     c.v = v;
     return c;
@@ -592,6 +594,16 @@ static void least(kv_format f) {
 }
 
 /* gpu_attention [--quick | --least]: all cases, a fifth, or those that compute-sanitizer can do. */
+/* Scales of V beyond 32, and of K as ever. */
+static void large_values(dtype type, kv_format f) {
+    attention_case c = base_case("large", type, f, f);
+    c.sigma = 3000;
+    c.norms = true;
+    add(&c, 300, 1);
+    add(&c, 200, 130);
+    run_case(&c);
+}
+
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
     const bool for_sanitizer = argc > 1 && !strcmp(argv[1], "--least");
@@ -607,7 +619,8 @@ int main(int argc, char **argv) {
         least((kv_format)f), tiny(types[f % 2], (kv_format)f);
     for (int32_t i = 0; !for_sanitizer && i < 2; i++) {
         for (int32_t f = 0; f < KF_COUNT; f++)
-            if (!quick || i == f % 2) many(types[i], (kv_format)f, (kv_format)f);
+            if (!quick || i == f % 2)
+                many(types[i], (kv_format)f, (kv_format)f), large_values(types[i], (kv_format)f);
         for (int32_t k = 0; k < KF_COUNT; k++)
             for (int32_t v = 0; v < KF_COUNT; v++)
                 if (!quick || (k == v && i == k % 2))

@@ -469,8 +469,9 @@ static void activations_become_what_the_device_multiplies(void **state) {
 
 /* --- KV --------------------------------------------------------------------------------------- */
 
-/* |value - x| allowed: half a step; the clamped end: (2^b - 1) times the rounding of the scale to
- * f16 (2^-11 of it, or 2^-25); the rounding of the minimum; one f32 rounding. */
+/* |value - x| allowed: half a step, that was rounded up; the clamped end: (2^b - 1) times the
+ * rounding of the scale to f16 (2^-11 of it, or 2^-25); the rounding of the minimum to f16; one f32
+ * rounding. */
 static double kv_allowed(const float *x, int32_t d, int32_t i, kv_format f) {
     double lo = (double)x[0], hi = (double)x[0];
     for (int32_t j = 1; j < d; j++) {
@@ -480,10 +481,13 @@ static double kv_allowed(const float *x, int32_t d, int32_t i, kv_format f) {
     const double a = fabs((double)x[i]), amax = fmax(-lo, hi);
     if (f == KF_16) return 0;
     if (f == KF_FP8) {
-        const double s = amax / 448, off = fmax(s * 0x1p-11, 0x1p-25);
+        const double s = amax / 448 * (1 + ldexp(1, 1 - KVFP8_SCALE_BITS));
+        const double off = fmax(s * 0x1p-11, 0x1p-25);
         return fmax(a * 0x1p-4, (s + off) * 0x1p-10) + 448 * off + amax * 0x1p-20;
     }
-    const double top = f == KF_8 ? 255 : 15, s = (hi - lo) / top;
+    const double top = f == KF_8 ? 255 : 15;
+    const double up = 1 + ldexp(1, 1 - (f == KF_8 ? KV8_SCALE_BITS : KV4_SCALE_BITS));
+    const double s = (hi - lo) / (f == KF_8 ? KV8_STEPS : 15) * up;
     const double off = fmax(s * 0x1p-11, 0x1p-25), min_off = fmax(fabs(lo) * 0x1p-11, 0x1p-25);
     return (s + off) / 2 + top * off + min_off + amax * 0x1p-20;
 }
@@ -531,6 +535,39 @@ static void kv_is_within_half_a_step(void **state) {
             }
 }
 
+/* Normal values of these codes that f16 has not; of KF_8 those below 2048 / 15 scales. */
+static int32_t kv_beyond_f16(const uint8_t *code, const uint16_t params[2], int32_t d,
+                             kv_format f) {
+    float y[256];
+    const float s = f32_from_f16(params[0]);
+    int32_t n = 0;
+    ref_kv_dequantize(y, code, params, d, f);
+    for (int32_t i = 0; i < d; i++)
+        n += fabsf(y[i]) >= 0x1p-14f && (f != KF_8 || fabsf(y[i]) < 136 * s) &&
+             f32_from_f16(f16_from_f32(y[i])) != y[i];
+    const float less = f32_from_f16(params[1]) - 1024 * s;
+    return n + (f != KF_FP8 && f32_from_f16(f16_from_f32(less)) != less);
+}
+
+static void kv_values_are_numbers_of_f16(void **state) {
+    (void)state;
+    enum { D = 128 };
+    rng r;
+    rng_seed(&r, 36, 0);
+    for (int32_t f = KF_FP8; f < KF_COUNT; f++)
+        for (int32_t round = 0; round < 200; round++) {
+            const double level = ldexp(1, round % 12 - 6), shift = round % 3 ? 0 : level;
+            float x[D];
+            uint8_t code[D];
+            uint16_t params[2];
+            for (int32_t i = 0; i < D; i++) x[i] = (float)(rng_normal(&r) * level + shift);
+            ref_kv_quantize(code, params, x, D, (kv_format)f);
+            assert_int_equal(kv_beyond_f16(code, params, D, (kv_format)f), 0);
+            params[0] |= 1; /* twin: a scale of eleven bits */
+            assert_int_not_equal(kv_beyond_f16(code, params, D, (kv_format)f), 0);
+        }
+}
+
 static void kv_known_answers(void **state) {
     (void)state;
     float y[4];
@@ -549,11 +586,11 @@ static void kv_known_answers(void **state) {
     ref_kv_dequantize(y, code, params, 4, KF_4);
     assert_int_equal(different(y, a4, 4), 1);
 
-    const float b[4] = {0.f, 255.f, 2.5f, 3.5f};
+    const float b[4] = {0.f, 253.f, 2.5f, 3.5f};
     ref_kv_quantize(code, params, b, 4, KF_8);
     assert_int_equal(params[0], 0x3c00);
     assert_int_equal(params[1], 0);
-    static const uint8_t b8[4] = {0, 255, 2, 4};
+    static const uint8_t b8[4] = {0, 253, 2, 4};
     assert_memory_equal(code, b8, 4);
 
     const float c[4] = {-448.f, 1.f, 0.f, -0.0625f};
@@ -639,6 +676,7 @@ int main(void) {
         cmocka_unit_test(allocation_failures_leave_no_trace),
         cmocka_unit_test(activations_become_what_the_device_multiplies),
         cmocka_unit_test(kv_is_within_half_a_step),
+        cmocka_unit_test(kv_values_are_numbers_of_f16),
         cmocka_unit_test(kv_known_answers),
         cmocka_unit_test(kv_edges_are_constant_huge_and_poisoned_vectors),
         cmocka_unit_test(every_kv_code_dequantises_as_defined),
