@@ -1,8 +1,16 @@
 // linear_mid.cu - y^T = W x^T for 17 to 64 rows of x, on sm_90, by wgmma.
 //
 // A cluster of S CTAs shares a tile (B blocks of 64 rows of W; with gate and up half of them each)
-// along K: CTA r has the r-th part of the steps. Cluster c takes tiles c, c + clusters, ... Of a
-// CTA's warps
+// along K: CTA r has the r-th part of the steps. Cluster c takes tiles c, c + clusters, ...
+//
+// Or CTAs have shares of W instead, which fill more SMs: each so many halves of blocks, a half
+// being a block with half of the inputs. CTA c has those from c * share on, in tiles of B blocks;
+// the first and the last block may be a half. Of a block that two CTAs have, which are a cluster,
+// the first sends its sums as soon as it has them, and the second adds them to its own and
+// finishes. Warpgroups without a block or this half of it let the steps pass. That costs copies of
+// the part of a tile that is not multiplied, so it is for 4 bits; with gate and up it was slower.
+//
+// Of a CTA's warps
 //
 //   4 B P multiply: warpgroup w has block w % B, and of every step the (w / B)-th of P parts. It
 //       turns codes of 32 inputs into A fragments while wgmma multiplies those before with x from
@@ -47,12 +55,18 @@ namespace {
 
 enum { kClusterMost = 6, kStagesMost = 16 }; // larger clusters find too few places
 
-// Units of K in a stage of W, at least what a scale covers, and in one of x.
+// Units of K in a stage of W, at least what a scale covers, and in one of x: the longer, the fewer
+// instructions; the shorter, the sooner is one free.
 __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
     return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    return parts > 1 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
+    if (parts > 1 || (blocks == 4 && rows == 32)) return step_units(f, blocks, parts);
+    return rows == 32 || (blocks == 4 && linear_code_bits(f) == 4) ? 2 : 1;
+}
+// Can CTAs have shares?
+__host__ __device__ constexpr bool has_shares(int f, int blocks, int parts) {
+    return blocks == 4 && parts == 1 && linear_code_bits(f) == 4;
 }
 // Granules of a step.
 __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
@@ -63,31 +77,62 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
 // lies at 0).
 struct division {
     int32_t cluster, clusters, tiles, steps; // steps of a tile
-    int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
-    int32_t x_rows;                      // of a unit of x: those there are, in eights
+    int32_t per, stride,
+        all;         // blocks, or pairs: of a tile; from one tile of a CTA to its next; all
+    int32_t share;   // 0, or halves of blocks that a CTA has
+    int32_t x_whole; // K is a multiple of 64: x comes as boxes of several units
+    int32_t x_rows;  // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t meet;                        // sums travel
     int32_t groups;                      // of 8 rows of x
     int32_t sums[kClusterMost]; // bytes of them that each CTA of a cluster receives for a tile
-    int32_t at_w, at_sums, at_turn, at_bars, bytes;
+    int32_t at_w, at_sums, at_half, at_turn, at_bars, bytes;
     int64_t cost; // about, ns
 };
 
 // --- What a CTA has to do -----------------------------------------------------------------------
 
 struct part {
-    int32_t begin, end; // steps of K
+    int32_t first, last; // block or pair: where the first tile begins, and the last of all tiles
+    int32_t begin, end;  // steps of K
+    int32_t share;       // as in division; the compiler knows where it is 0
 };
-__device__ __forceinline__ part part_of(const division &d, int rank) {
-    return part{d.steps * rank / d.cluster, d.steps * (rank + 1) / d.cluster};
+__device__ __forceinline__ part part_of(const division &d, int rank, int share) {
+    const int32_t cta = blockIdx.x;
+    if (share)
+        return part{cta * share / 2, min(((cta + 1) * share - 1) / 2, d.all - 1), 0, d.steps,
+                    share};
+    return part{cta / d.cluster * d.per, d.all - 1, d.steps * rank / d.cluster,
+                d.steps * (rank + 1) / d.cluster, 0};
 }
 
-// Block of warpgroup wg, or one past the last.
+// Steps of block (or pair) v that this CTA has, and whether a half of it is another's.
+struct span {
+    int32_t begin, end;
+    bool no_first, no_second;
+};
+__device__ __forceinline__ span span_of(const division &d, const part &k, int v) {
+    span s = {k.begin, k.end, false, false};
+    if (k.share) {
+        s.no_first = 2 * v < (int)blockIdx.x * k.share;
+        s.no_second = 2 * v + 2 > ((int)blockIdx.x + 1) * k.share;
+        if (s.no_first) s.begin = d.steps / 2;
+        if (s.no_second) s.end = d.steps / 2;
+    }
+    return s;
+}
+// Of a tile.
+__device__ __forceinline__ span span_of_tile(const division &d, const part &k, int at) {
+    return k.share && at == k.last ? span_of(d, k, at) : span{k.begin, k.end, false, false};
+}
+
+// Block of warpgroup wg, or one past the last, where it finishes none.
 template <int B>
-__device__ __forceinline__ int32_t block_of(const linear_args &p, int tile, int wg) {
-    if (!p.paired) return min(tile * B + wg, p.blocks);
-    const int32_t b = tile * (B / 2) + wg / 2;
-    return b < p.half_blocks ? b + wg % 2 * p.half_blocks : p.blocks;
+__device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, const part &k,
+                                            int at, int wg) {
+    const int32_t v = at + (p.paired ? wg / 2 : wg);
+    if (v > k.last || span_of(d, k, v).no_second) return p.blocks;
+    return p.paired ? v + wg % 2 * p.half_blocks : v;
 }
 
 // A ring of stages: where the next one is, and how often the ring went round.
@@ -106,6 +151,7 @@ struct ring {
 struct barriers {
     ring w, x;
     uint32_t sums, read; // sums complete; sums read by everybody
+    uint32_t half;       // sums of the other half of a block complete
 };
 __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
     barriers b;
@@ -114,6 +160,7 @@ __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base
     b.x = ring{at + d.w_stages * 16, at + d.w_stages * 16 + d.x_stages * 8, d.x_stages, 0, 0};
     b.sums = at + (d.w_stages + d.x_stages) * 16;
     b.read = b.sums + 8;
+    b.half = b.sums + 16;
     return b;
 }
 
@@ -143,45 +190,55 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// The steps of a CTA, of its tiles one after the other.
+struct place {
+    int at, step, end;
+    __device__ __forceinline__ place(const division &d, const part &k) { go(d, k, k.first); }
+    __device__ __forceinline__ void go(const division &d, const part &k, int to) {
+        at = to;
+        if (at > k.last) return;
+        const span s = span_of_tile(d, k, at);
+        step = s.begin, end = s.end;
+    }
+    __device__ __forceinline__ void next(const division &d, const part &k) {
+        if (++step == end) go(d, k, at + d.stride);
+    }
+};
+
 // Codes and scales of all steps, by one thread.
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
-                                             ring at, uint32_t base, const part &k) {
+                                             ring to, uint32_t base, const part &k) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
-    for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters) {
-        const int block = tile * (p.paired ? B / 2 : B);
-        for (int step = k.begin; step < k.end; step++) {
-            const uint32_t full = at.full + at.stage * 8, to = base + d.at_w + at.stage * d.w_stage;
-            at.wait_empty();
-            barrier_arrive_expect(full, bytes);
-            copy_box<4>(to, &m.code, 0, step * kRows, block, 0, full, policy);
-            if (G) copy_box<4>(to + code, &m.scale, 0, step * kGranules, block, 0, full, policy);
-            at.next();
-        }
+    for (place i(d, k); i.at <= k.last; i.next(d, k), to.next()) {
+        const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
+        to.wait_empty();
+        barrier_arrive_expect(full, bytes);
+        copy_box<4>(stage, &m.code, 0, i.step * kRows, i.at, 0, full, policy);
+        if (G) copy_box<4>(stage + code, &m.scale, 0, i.step * kGranules, i.at, 0, full, policy);
     }
 }
 
 // x of all steps, by one thread.
 template <int F, int NT, int B, int P>
-__device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring at,
+__device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring to,
                                             uint32_t base, const part &k) {
     constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
     const uint64_t policy = policy_evict_normal();
     wait_for_previous();
-    for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters)
-        for (int box = k.begin * kBoxes; box < k.end * kBoxes; box++) {
-            const uint32_t full = at.full + at.stage * 8, to = base + at.stage * (U * NT * 128);
-            at.wait_empty();
+    for (place i(d, k); i.at <= k.last; i.next(d, k))
+        for (int box = i.step * kBoxes; box < (i.step + 1) * kBoxes; box++, to.next()) {
+            const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * (U * NT * 128);
+            to.wait_empty();
             barrier_arrive_expect(full, U * d.x_rows * 128);
             if (d.x_whole)
-                copy_box<3>(to, &m.x, 0, 0, box * U, 0, full, policy);
+                copy_box<3>(stage, &m.x, 0, 0, box * U, 0, full, policy);
             else
-                for (int i = 0; i < U; i++)
-                    copy_tile(to + i * d.x_rows * 128, &m.x, (box * U + i) * 64, 0, full);
-            at.next();
+                for (int u = 0; u < U; u++)
+                    copy_tile(stage + u * d.x_rows * 128, &m.x, (box * U + u) * 64, 0, full);
         }
 }
 
@@ -215,31 +272,43 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     }
 
     // Inputs 32 h .. 32 h + 31 of unit u: A fragments, from the codes in `chunk`.
-    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_scales &scales,
+    __device__ __forceinline__ void convert(uint32_t (&a)[2][4], dequant_rows &rows,
                                             float (&later)[2], int u, int h, const uint4 &chunk,
                                             uint32_t scale_at) const {
         constexpr int kRows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int j = 2 * h + i;
-            if (kLater && j == 0 && u % 2 == 0) {
+            if (G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0)) {
                 dequant_packed raw;
-                dequant_load_packed<F>(raw, scale_at + u / 2 * p.granule_bytes, place, p.sym);
-                dequant_zeros<T>(scales, raw.zero);
-                dequant_unpack<F>(later, raw);
-            } else if (!kLater && G && j * kRows % 4 == 0 && (G < 128 || u % 2 == 0))
-                dequant_load_scales<T, F, folded>(
-                    scales,
-                    scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) * p.granule_bytes,
+                dequant_load_packed<F>(
+                    raw, scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) * p.granule_bytes,
                     place, p.sym);
+                if (kLater) dequant_unpack<F>(later, raw);
+                rows = dequant_rows_of<T, F, folded>(raw);
+            }
             dequant_word<T, F, !kLater, folded>(
                 a[i], reinterpret_cast<const uint32_t *>(&chunk) + (wide ? i : j) * (bits / 4),
-                scales);
+                dequant_scales_of(rows));
         }
     }
 
-    // This warpgroup's sums of a tile: 32 inputs are converted while the 32 before are multiplied.
-    __device__ __forceinline__ void tile(float (&acc)[NT / 2], const part &k) {
+    // Steps in which this warpgroup has no part.
+    __device__ __forceinline__ void skip(int steps) {
+        constexpr int kBoxes = U / x_units(F, NT, B, P);
+        const bool leader = threadIdx.x % 32 == 0;
+        for (; steps > 0; steps--, bar.w.next()) {
+            bar.w.wait_full();
+            if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
+            for (int i = 0; i < kBoxes; i++, bar.x.next()) {
+                bar.x.wait_full();
+                if (leader) barrier_arrive(bar.x.empty + bar.x.stage * 8);
+            }
+        }
+    }
+
+    // This warpgroup's sums: 32 inputs are converted while the 32 before are multiplied.
+    __device__ __forceinline__ void tile(float (&acc)[NT / 2], const span &k) {
         constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
         constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
         constexpr bool kAhead = NT * P < 128; // codes are loaded ahead, where registers suffice
@@ -259,7 +328,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             const uint32_t code_at = code + bar.w.stage * d.w_stage;
             const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
             uint32_t x_at = 0;
-            dequant_scales scales;
+            dequant_rows rows;
             uint4 chunk;
             const auto load = [&](int u, int h) {
                 chunk = shared_u128(code_at + u * unit + (wide ? h * 512 : 0));
@@ -270,7 +339,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     if (!kAhead && u + h > 0 && (h == 0 || wide)) load(u, h);
-                    convert(a[h], scales, later, u, h, chunk, scale_at);
+                    convert(a[h], rows, later, u, h, chunk, scale_at);
                     if (kAhead && h == 1 && u + 1 < N) load(u + 1, 0);
                     if (kAhead && h == 0 && wide) load(u, 1);
                     if (u == N - 1 && h == 1) { // the stage has been read
@@ -334,7 +403,7 @@ template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, cons
 
 template <int NT, int P>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
-                                     const barriers &bar, uint32_t base, int rank,
+                                     const barriers &bar, uint32_t base, int rank, int self,
                                      const row_of_sums &r) {
     const int lane = threadIdx.x % 32;
     int owner = r.owner, number = r.number;
@@ -342,11 +411,41 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
     for (int j = 0; j < NT / 8; j++) {
         if (j < d.groups) {
             const int at = ((number * r.halves + r.half) * d.cluster + rank) * P + r.part;
-            remote_store(remote_address(base + d.at_sums + at * 512 + lane * 16, owner),
-                         &acc[4 * j], remote_address(bar.sums, owner));
+            remote_store(remote_address(base + d.at_sums + at * 512 + lane * 16, self + owner),
+                         &acc[4 * j], remote_address(bar.sums, self + owner));
         }
         if (++owner == d.cluster) owner = 0, number++;
     }
+}
+
+// The sums of the first half of a block's inputs, to the CTA that has the second: [strip][group]
+// [lane][4].
+template <int NT>
+__device__ __forceinline__ uint32_t place_of_half(const division &d, uint32_t base) {
+    return base + d.at_half + threadIdx.x / 32 % 4 * (NT / 8 * 512) + threadIdx.x % 32 * 16;
+}
+template <int NT>
+__device__ __forceinline__ void send_half(const float (&acc)[NT / 2], const division &d,
+                                          const barriers &bar, uint32_t base, int to) {
+    const uint32_t at = place_of_half<NT>(d, base);
+#pragma unroll
+    for (int j = 0; j < NT / 8; j++)
+        if (j < d.groups)
+            remote_store(remote_address(at + j * 512, to), &acc[4 * j],
+                         remote_address(bar.half, to));
+}
+template <int NT>
+__device__ __forceinline__ void add_half(float (&acc)[NT / 2], const division &d,
+                                         const barriers &bar, uint32_t base) {
+    const uint32_t at = place_of_half<NT>(d, base);
+    barrier_wait(bar.half, 0);
+#pragma unroll
+    for (int j = 0; j < NT / 8; j++)
+        if (j < d.groups) {
+            const uint4 v = shared_u128(at + j * 512);
+            acc[4 * j] += __uint_as_float(v.x), acc[4 * j + 1] += __uint_as_float(v.y);
+            acc[4 * j + 2] += __uint_as_float(v.z), acc[4 * j + 3] += __uint_as_float(v.w);
+        }
 }
 
 __device__ __forceinline__ void add_up(float (&c)[4], uint32_t from, int senders) {
@@ -365,10 +464,11 @@ struct place_of_block {
     bool there;
 };
 template <int B>
-__device__ __forceinline__ place_of_block place_of(const linear_args &p, int tile) {
+__device__ __forceinline__ place_of_block place_of(const linear_args &p, const division &d,
+                                                   const part &k, int tile) {
     const int wg = threadIdx.x / 128 % B, strip = threadIdx.x / 32 % 4;
     place_of_block at;
-    at.block = block_of<B>(p, tile, p.paired ? wg & ~1 : wg);
+    at.block = block_of<B>(p, d, k, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
@@ -380,9 +480,9 @@ __device__ __forceinline__ place_of_block place_of(const linear_args &p, int til
 // turns.
 template <typename T, int B, int P>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
-                                       uint32_t base, int rank, int tile, int count,
+                                       const part &k, uint32_t base, int rank, int tile, int count,
                                        const row_of_sums &r, float *turn) {
-    const place_of_block at = place_of<B>(p, tile);
+    const place_of_block at = place_of<B>(p, d, k, tile);
     linear_outputs o = {}, o_up = {};
     if (at.there) o = linear_outputs_of<T>(p, 0, at.block, at.col);
     if (at.there && p.paired)
@@ -390,7 +490,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     int j = rank - r.owner, number = r.number; // of the first group here
     if (j < 0) j += d.cluster, number++;
     barrier_wait(bar.sums, count % 2);
-    if (threadIdx.x == 0 && tile + d.clusters < d.tiles)
+    if (threadIdx.x == 0 && tile + d.stride <= k.last)
         barrier_arrive_expect(bar.sums, d.sums[rank]);
     if (!at.there) return;
     for (; j < d.groups; j += d.cluster, number++) {
@@ -410,9 +510,10 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 
 // A tile that is nobody else's.
 template <typename T, int NT, int B>
-__device__ __forceinline__ void finish_alone(float (&acc)[NT / 2], const linear_args &p, int tile,
+__device__ __forceinline__ void finish_alone(float (&acc)[NT / 2], const linear_args &p,
+                                             const division &d, const part &k, int tile,
                                              float *turn) {
-    const place_of_block at = place_of<B>(p, tile);
+    const place_of_block at = place_of<B>(p, d, k, tile);
     if (!at.there) return;
     const linear_outputs o = linear_outputs_of<T>(p, 0, at.block, at.col);
 #pragma unroll
@@ -436,6 +537,8 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d, int
     barrier_init(bar.sums, 1);
     barrier_init(bar.read, 4 * B * P * d.cluster);
     if (d.meet) barrier_arrive_expect(bar.sums, d.sums[rank]);
+    barrier_init(bar.half, 1);
+    barrier_arrive_expect(bar.half, 4 * d.groups * 512);
     barrier_init_fence();
 }
 
@@ -447,7 +550,11 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     extern __shared__ uint8_t shared[];
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base = shared_address(start);
-    const int rank = cluster_rank(), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    // Of those that share a tile; where they begin in the cluster.
+    constexpr bool kShares = has_shares(F, B, P);
+    const int share = kShares ? d.share : 0;
+    const int rank = share ? 0 : cluster_rank(), self = kShares ? cluster_rank() - rank : 0;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of(d, base);
     launch_dependents();
     if (threadIdx.x == 128 * B * P) {
@@ -459,7 +566,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     }
     __syncthreads();
     cluster_arrive();
-    const part k = part_of(d, rank);
+    const part k = part_of(d, rank, share);
     if (warp >= 4 * B * P) {
         if (threadIdx.x == 128 * B * P)
             load_weights<F, B, P, G>(p, d, m, bar.w, base, k);
@@ -474,22 +581,30 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     work.begin(base);
     wait_for_previous();
     int count = 0;
-    for (int tile = blockIdx.x / d.cluster; tile < d.tiles; tile += d.clusters, count++) {
+    for (int at = k.first; at <= k.last; at += d.stride, count++) {
         float acc[NT / 2] = {};
-        work.tile(acc, k);
+        const int v = at + (p.paired ? warp / 4 % B / 2 : warp / 4 % B);
+        const bool none = kShares && v > k.last;
+        const span all = span_of_tile(d, k, at), own = none ? span{} : span_of(d, k, v);
+        if (kShares) work.skip(none ? all.end - all.begin : own.begin - all.begin);
+        if (!none) work.tile(acc, own);
         if (count == 0) cluster_wait(); // all barriers of the cluster are there
+        if (own.no_second) send_half<NT>(acc, d, bar, base, self + 1);
+        if (own.no_first) add_half<NT>(acc, d, bar, base);
+        if (kShares && !none) work.skip(all.end - own.end);
         if (!d.meet) {
-            finish_alone<T, NT, B>(acc, p, tile, turn);
+            finish_alone<T, NT, B>(acc, p, d, k, at, turn);
             continue;
         }
         const row_of_sums row = my_row<B>(p.paired, d);
         if (count > 0) barrier_wait(bar.read, (count - 1) % 2);
-        send<NT, P>(acc, d, bar, base, rank, row);
-        finish<T, B, P>(p, d, bar, base, rank, tile, count, row, turn);
+        send<NT, P>(acc, d, bar, base, rank, self, row);
+        finish<T, B, P>(p, d, bar, k, base, rank, at, count, row, turn);
         __syncwarp();
-        if (tile + d.clusters < d.tiles && threadIdx.x % 32 < d.cluster)
-            remote_arrive(remote_address(bar.read, threadIdx.x % 32));
+        if (at + d.stride <= k.last && threadIdx.x % 32 < d.cluster)
+            remote_arrive(remote_address(bar.read, self + threadIdx.x % 32));
     }
+    if (kShares && count == 0) cluster_wait();
 #endif
 }
 
@@ -500,52 +615,67 @@ __host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 :
 // About how many ns a problem takes: `rounds` tiles a cluster, of each a CTA multiplies so many
 // units of 64 rows of W. Measured on an H200 with W4. Of CTAs that have half an SM two find a
 // place there before other SMs are used. Sums and the ends of a tile come on top.
-template <int F, int NT, int B, int P> int64_t cost(const division &d, int rounds, int units) {
+template <int F, int NT, int B, int P> int64_t cost(const division &d, int rounds, int64_t units) {
     constexpr bool half = B * P == 2;
-    int64_t unit = half ? NT == 64 ? 110 : 90 : NT == 64 ? 108 : 88;
+    int64_t unit = half ? NT == 64 ? 118 : 90 : NT == 64 ? 108 : 88;
     if (unit < 512 * linear_code_bits(F) / 30)
         unit = 512 * linear_code_bits(F) / 30; // 30 bytes a ns and SM
     if (half) unit *= 2;
     const int64_t meet = half ? NT == 64 ? 5000 : 4200 : NT == 64 ? 6500 : 5000;
-    return rounds * (units * unit + (d.meet ? meet : 3000));
+    return units * unit + rounds * (d.meet ? meet : 3000);
 }
 
-// Among clusters of `size`, at most `most` of them at once; no stages when there is no room.
+// Among clusters of `size`, at most `most` of them at once, or with `share` halves of blocks a CTA;
+// no stages when there is no room.
 template <int F, int NT, int B, int P, int G>
-division divide(const linear_args *a, int size, int most) {
+division divide(const linear_args *a, int size, int most, int share) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     division d = {};
     d.cluster = size;
-    d.tiles = a->paired ? (a->half_blocks + B / 2 - 1) / (B / 2) : (a->blocks + B - 1) / B;
+    d.per = a->paired ? B / 2 : B;
+    d.all = a->paired ? a->half_blocks : a->blocks;
+    d.tiles = (d.all + d.per - 1) / d.per;
     d.steps = (a->units + U - 1) / U;
     d.x_whole = a->k % 64 == 0;
     d.x_rows = (a->m + 7) / 8 * 8;
-    const int rounds = (d.tiles + most - 1) / most;
-    d.clusters = (d.tiles + rounds - 1) / rounds;
+    d.share = share;
+    const int rounds = share ? (share + 2 * d.per - 1) / (2 * d.per) : (d.tiles + most - 1) / most;
+    d.clusters = share ? (2 * d.all + share - 1) / share : (d.tiles + rounds - 1) / rounds;
+    d.stride = share ? d.per : d.clusters * d.per;
     d.meet = size > 1 || P > 1 || a->paired;
     d.groups = (a->m + 7) / 8;
     d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
     const int x_stage = x_units(F, NT, B, P) * NT * 128,
               dealt = 4 * B / (a->paired ? 2 : 1) * d.groups, each = (dealt + size - 1) / size,
               sums = d.meet ? each * (a->paired ? 2 : 1) * size * P * 512 : 0;
-    const int turn = 4 * B * P * LINEAR_STAGE_FLOATS * 4, bars = 2 * kStagesMost * 16 + 16;
-    const int left = room(B * P) - 1024 - sums - turn - bars;
+    const int turn = 4 * B * P * LINEAR_STAGE_FLOATS * 4, bars = 2 * kStagesMost * 16 + 24;
+    const int half = share % 2 ? 4 * (NT / 8) * 512 : 0;
+    const int left = room(B * P) - 1024 - sums - half - turn - bars;
     const int steps = (d.steps + size - 1) / size;
-    // x comes from L2, W from further away.
-    d.x_stages = left * (B * P == 2 ? 45 : 40) / 100 / x_stage;
-    if (d.x_stages > 8) d.x_stages = 8;
+    // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
+    // further away.
+    constexpr int kBoxes = U / x_units(F, NT, B, P);
+    const int both = d.w_stage + kBoxes * x_stage;
+    d.x_stages = B * P == 2 ? left * 45 / 100 / x_stage : left / both * kBoxes;
     if (d.x_stages < 2) d.x_stages = 2;
+    if (d.x_stages > 8) d.x_stages = 8;
     d.w_stages = (left - d.x_stages * x_stage) / d.w_stage;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > rounds * steps) d.w_stages = rounds * steps;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
+    if (B * P == 4 && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
+    if (d.x_stages > 8) d.x_stages = 8;
     for (int i = 0; i < dealt; i++) d.sums[i % size] += (a->paired ? 2 : 1) * size * P * 512;
     d.at_w = d.x_stages * x_stage;
     d.at_sums = d.at_w + d.w_stages * d.w_stage;
-    d.at_turn = d.at_sums + sums;
+    d.at_half = d.at_sums + sums;
+    d.at_turn = d.at_half + half;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    d.cost = cost<F, NT, B, P>(d, rounds, steps * U * B);
+    const int64_t halves = share ? share : 2 * rounds * B;
+    d.cost = cost<F, NT, B, P>(d, rounds, steps * U * halves / 2);
+    if (share && (!has_shares(F, B, P) || a->paired || d.steps < 2 || d.w_stages < 2))
+        d.w_stages = 0;
     return d;
 }
 
@@ -618,10 +748,11 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         return config;
     }
 
+    static inline int most[kClusterMost + 1]; // clusters that the GPU holds at once
+
     // No stages in d when nothing fits.
     static status plan(division *d, const linear_args *args, int32_t n_sms) {
         const auto kernel = linear_mid<T, F, NT, B, P, G>;
-        static int most[kClusterMost + 1]; // clusters that the GPU holds at once
         cudaError_t e =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room(B * P));
         *d = {};
@@ -633,7 +764,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
             config.numAttrs = 1;
             if (!most[size]) e = cudaOccupancyMaxActiveClusters(&most[size], kernel, &config);
             if (e != cudaSuccess || !most[size]) break;
-            const division other = divide<F, NT, B, P, G>(args, size, most[size]);
+            const division other = divide<F, NT, B, P, G>(args, size, most[size], 0);
             if (size > other.steps) break;
             if (other.w_stages && (!d->w_stages || other.cost < d->cost)) *d = other;
         }
@@ -646,8 +777,9 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
         TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
         cudaLaunchAttribute with[2];
-        cudaLaunchConfig_t config = config_of(with, d.cluster);
-        config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
+        const int size = d.share % 2 ? 2 : d.cluster;
+        cudaLaunchConfig_t config = config_of(with, size);
+        config.gridDim = dim3((unsigned)((d.clusters * d.cluster + size - 1) / size * size));
         config.dynamicSmemBytes = (size_t)d.bytes;
         config.stream = (cudaStream_t)stream;
         config.numAttrs = 2;
@@ -656,9 +788,24 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
 
+    // Shares of at least so many halves, as few as all CTAs find a place with at once.
+    static status plan_shares(division *d, const linear_args *args, int32_t n_sms, int least) {
+        TRY(plan(d, args, n_sms));
+        for (int share = least;; share++) {
+            *d = divide<F, NT, B, P, G>(args, 1, 1, share);
+            if (d->clusters <= (share % 2 ? 2 * most[2] : most[1])) return ST_OK;
+        }
+    }
+
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
         division d;
         TRY(plan(&d, args, n_sms));
+        return run(d, args, stream);
+    }
+    static status launch_shares(const linear_args *args, int32_t n_sms, int32_t,
+                                kernel_stream stream) {
+        division d;
+        TRY(plan_shares(&d, args, n_sms, 1));
         return run(d, args, stream);
     }
 };
@@ -668,10 +815,12 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     using half = tiles<T, F, NT, 2, 1, G>;
     using two = tiles<T, F, NT, 2, 2, G>;
     using four = tiles<T, F, NT, 4, 1, G>;
-    division a, b, c;
+    division a, b, c, shares;
     TRY(half::plan(&a, args, n_sms));
     TRY(two::plan(&b, args, n_sms));
     TRY(four::plan(&c, args, n_sms));
+    TRY(four::plan_shares(&shares, args, n_sms, 5)); // of fewer than three blocks warps are idle
+    if (shares.w_stages && (!c.w_stages || shares.cost < c.cost)) c = shares;
     if (!a.w_stages || (c.w_stages && c.cost < a.cost && c.cost <= b.cost))
         return four::run(c, args, stream);
     return b.w_stages && b.cost < a.cost ? two::run(b, args, stream) : half::run(a, args, stream);
@@ -685,7 +834,8 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
         ROW("mid_" #NT "x2x1", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),          \
         ROW("mid_" #NT "x2x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),          \
-        ROW("mid_" #NT "x4x1", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
+        ROW("mid_" #NT "x4x1", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),          \
+        ROW("mid_" #NT "shares", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch_shares)),
 const linear_variant rows[] = {MID_INSTANCES(ROWS)};
 
 } // namespace
