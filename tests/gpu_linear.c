@@ -106,7 +106,8 @@ static const char *const kernels[] = {
     NULL,           "short_8",      "short_16",          "mid_32x2x1", "mid_32x2x2",
     "mid_32x4x1",   "mid_64x2x1",   "mid_64x2x2",        "mid_64x4x1", "ampere_16x2",
     "ampere_128x1", "ampere_128x2", "ampere_split_16x2", "wide_256",   "words_32",
-    "words_64"};
+    "words_64",     "experts_8",    "experts_16",        "hopper_8x2", "hopper_16x2",
+    "tall_128"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -231,7 +232,7 @@ static void *zeros(int64_t bytes) {
 
 static double seconds(void) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    timespec_get(&t, TIME_UTC);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
