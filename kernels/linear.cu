@@ -138,7 +138,7 @@ const preference preferences[] = {
 };
 // The same of problems with experts, before what linear_tuned.def has: that is of dense ones.
 const preference of_experts[] = {
-    {90, 4, 62, "experts_8"},   {90, 8, 62, "experts_16"},     {90, 4, 62, "hopper_8x2"},
+    {90, 4, 24, "experts_8"},   {90, 8, 22, "experts_16"},     {90, 4, 62, "hopper_8x2"},
     {90, 8, 62, "hopper_16x2"}, {90, 1 << 30, 62, "tall_128"},
 };
 
@@ -171,8 +171,10 @@ const linear_variant *named(const char *name, const linear_problem *p, const lin
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
+    const int64_t size = (int64_t)p->w->n * p->w->k;
     for (const preference &c : of_experts) {
-        if (!p->expert_start || c.rows < rows || c.family > p->w->family) continue;
+        if (!p->expert_start || c.rows < rows || c.family > p->w->family || size >> c.size)
+            continue;
         const linear_variant *v = named(c.name, p, l);
         if (v) return v;
     }
@@ -181,7 +183,6 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
         const linear_variant *v = named(name, p, l);
         if (v) return v;
     }
-    const int64_t size = (int64_t)p->w->n * p->w->k;
     for (const preference &c : preferences) {
         if (c.rows < rows || c.family > p->w->family || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);

@@ -86,8 +86,8 @@ struct division {
 // chunk q by CTA q / per, or in large clusters by CTA q * apart (no division: clusters are powers
 // of two).
 template <int NT> struct chunks {
-    static constexpr int log = NT == 8 ? 2 : NT == 16 ? 3 : 4; // of all of them
-    int per, apart;                                            // logarithms, one of them 0
+    static constexpr int log = NT == 8 ? 2 : 3; // of all of them
+    int per, apart;                             // logarithms, one of them 0
     __host__ __device__ __forceinline__ explicit chunks(const division &d)
         : per(max(log - d.cluster_log, 0)), apart(max(d.cluster_log - log, 0)) {}
 };
@@ -238,26 +238,23 @@ template <typename T, int NT> __device__ __forceinline__ void sum_x(uint32_t x, 
     asm volatile("" : "+r"(lane)); // lest what follows from it be kept in registers
     const int m = lane / 8, row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
     const int chunk = NT == 8 ? m % 2 * 2 + m / 2 : m / 2; // of 16 bytes, where swizzles put it
+    float c[4][4] = {};
 #pragma unroll
-    for (int row0 = 0; row0 < NT; row0 += 16) {
-        float c[4][4] = {};
+    for (int j = 0; j < NT / 4; j++)
 #pragma unroll
-        for (int j = 0; j < (NT == 8 ? 2 : 4); j++)
+        for (int u = 0; u < 4; u++) {
+            uint32_t a[4];
+            const int in = chunk + j * (NT == 8 ? 4 : 2);
+            load_matrices(a, x + u * (NT * 128) + row * 128 + (in ^ row % 8) * 16);
+            multiply(c[u], a, one, one, T{});
+        }
 #pragma unroll
-            for (int u = 0; u < 4; u++) {
-                uint32_t a[4];
-                const int in = chunk + j * (NT == 8 ? 4 : 2);
-                load_matrices(a, x + u * (NT * 128) + (row0 + row) * 128 + (in ^ row % 8) * 16);
-                multiply(c[u], a, one, one, T{});
-            }
-#pragma unroll
-        for (int i = 0; i < kXSumsGranules; i++) {
-            const float low = c[2 * i][0] + c[2 * i + 1][0], high = c[2 * i][2] + c[2 * i + 1][2];
-            const uint32_t at = to + (i * NT + row0 + lane / 4) * 4;
-            if (lane % 4 == 0) {
-                put_shared(at, NT == 8 ? low + high : low);
-                if (NT > 8) put_shared(at + 32, high);
-            }
+    for (int i = 0; i < kXSumsGranules; i++) {
+        const float low = c[2 * i][0] + c[2 * i + 1][0], high = c[2 * i][2] + c[2 * i + 1][2];
+        const uint32_t at = to + (i * NT + lane / 4) * 4;
+        if (lane % 4 == 0) {
+            put_shared(at, NT == 8 ? low + high : low);
+            if (NT == 16) put_shared(at + 32, high);
         }
     }
 }

@@ -242,7 +242,7 @@ static double seconds(void) {
  * (a warp that asked for the first weights waited for their stage to be free, which it was before
  * rows that others gathered had filled it, and was no more when that warp was late). */
 static int mixture(const char *kernel) {
-    enum { T = 224, X = 128, TOP = 8, N = 512, K = 2048, BATCHES = 400, LAYERS = 16 };
+    enum { T = 224, X = 128, TOP = 8, N = 3072, K = 4096, BATCHES = 400, LAYERS = 16 };
     static float logits[T * X];
     linear_weight w = weight_of(2, DT_BF16, N, K, X);
     w.family = linear_family(linear_probe_sm(), 0);
