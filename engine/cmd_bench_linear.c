@@ -8,7 +8,7 @@
 
 typedef struct {
     const char *weights, *act, *dtype_name, *shapes, *rows, *kernel, *family;
-    bool json, gather, gated;
+    bool json, gather, gated, routed;
     int64_t replays, experts, top_k;
     double tbs, tflops; /* ceilings of the bound */
 } bench_options;
@@ -82,6 +82,7 @@ static status bench_shape(const bench_options *o, linear_weight w) {
             t.top_k = (int32_t)o->top_k;
             t.m *= t.top_k;
             t.gather = o->gather;
+            t.routed = o->routed;
         }
         if (t.m <= 0) st = FAIL(ST_USAGE, "--m %s", o->rows);
         if (st == ST_OK) st = linear_probe_check(p, &t, 4096, &r);
@@ -112,6 +113,7 @@ int bench_linear(int argc, char **argv) {
         {"--experts", CLI_INT, &o.experts, "N", "so many matrices: a grouped problem"},
         {"--topk", CLI_INT, &o.top_k, "N", "experts of a token (8)"},
         {"--gather", CLI_FLAG, &o.gather, NULL, "grouped: rows of x through an index"},
+        {"--routed", CLI_FLAG, &o.routed, NULL, "grouped: after a linear with the same routing"},
         {"--gated", CLI_FLAG, &o.gated, NULL, "gate and up with the gated activation"},
         {"--tbs", CLI_NUMBER, &o.tbs, "TB/S",
          "ceilings of the bound, as measured on an H200 (4.66"},

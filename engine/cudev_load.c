@@ -480,7 +480,7 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
                          .count = shape->count,
                          .group = quantised ? p->group : 0,
                          .sym = quantised && p->sym,
-                         .gated = s->field == WEIGHT_gate_up,
+                         .gated = s->field == WEIGHT_gate_up || s->field == WEIGHT_experts_gate_up,
                          .act = quantised ? p->act : AF_16,
                          .family = linear_family(c->sm, c->family)};
     int64_t code, scale;

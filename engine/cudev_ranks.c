@@ -418,6 +418,14 @@ static status ranks_moe_linear(device *d, tensor out, tensor x, const weight *w,
     return ST_OK;
 }
 
+static status ranks_moe_gated(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
+                              activation_kind kind, float limit) {
+    ranks *g = self(d);
+    EACH_RANK(g, device_cuda.moe_gated(of, part(out, r), part(x, r), share(gate_up, r), top_k, kind,
+                                       limit));
+    return ST_OK;
+}
+
 static status ranks_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
     ranks *g = self(d);
     EACH_RANK(g, device_cuda.moe_combine(of, part(out, r), part(y, r), top_k));
@@ -496,4 +504,5 @@ static const device_ops device_ranks = {
     .explain = ranks_explain,
     .ceilings = ranks_ceilings,
     .linear_gated = ranks_linear_gated,
+    .moe_gated = ranks_moe_gated,
 };

@@ -179,6 +179,9 @@ typedef struct device_ops {
     /* gated(linear(x, gate_up)) without storing the product of size [T, 2F]. */
     status (*linear_gated)(device *d, tensor out, tensor x, const weight *gate_up,
                            activation_kind kind, float limit);
+    /* The same of experts: gated(moe_linear(x, gate_up)), rows of x gathered. */
+    status (*moe_gated)(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
+                        activation_kind kind, float limit);
 } device_ops;
 
 /* Tokens of a device without logits: a hash of (seed, request, draw), -1 for rows without params.

@@ -696,22 +696,41 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
                               top_k, c->stream);
 }
 
+/* The rest of a problem whose rows are those that moe_route found; of tokens where gathered. */
+static status launch_experts(cudev *c, linear_problem p, tensor out, tensor x, int32_t top_k,
+                             bool gather) {
+    CHECK(out.rows == (int64_t)c->b->n_tokens * top_k);
+    CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
+    CHECK(x.cols == p.w->k);
+    p.x = x.data;
+    p.y = out.data;
+    p.ldy = out.cols;
+    p.expert_start = c->expert_start;
+    p.x_row = gather ? c->row_token : NULL;
+    p.x_rows = (int32_t)rows_of(c, x);
+    p.routed = !gather; /* down: gate and up come before */
+    return kernel_linear(&p, c->stream);
+}
+
 static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
                               bool gather) {
     cudev *c = self(d);
     CHECK(w->count == c->config.n_experts);
-    CHECK(out.rows == (int64_t)c->b->n_tokens * top_k);
-    CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
-    CHECK(x.cols == w->k);
     CHECK(out.cols == w->n);
     if (cudev_replayed(c)) return ST_OK;
-    linear_problem p = problem_of(c, w, rows_of(c, out));
-    p.x = x.data;
-    p.y = out.data;
-    p.expert_start = c->expert_start;
-    p.x_row = gather ? c->row_token : NULL;
-    p.x_rows = (int32_t)rows_of(c, x);
-    return kernel_linear(&p, c->stream);
+    return launch_experts(c, problem_of(c, w, rows_of(c, out)), out, x, top_k, gather);
+}
+
+static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
+                             activation_kind kind, float limit) {
+    cudev *c = self(d);
+    CHECK(gate_up->count == c->config.n_experts);
+    CHECK(2 * out.cols == gate_up->n);
+    if (cudev_replayed(c)) return ST_OK;
+    linear_problem p = problem_of(c, gate_up, rows_of(c, out));
+    p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
+    p.limit = limit;
+    return launch_experts(c, p, out, x, top_k, true);
 }
 
 static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
@@ -837,4 +856,5 @@ const device_ops device_cuda = {
     .calibrate = &cuda_calibrate,
     .observe = cuda_observe,
     .linear_gated = cuda_linear_gated,
+    .moe_gated = cuda_moe_gated,
 };

@@ -105,12 +105,17 @@ static status moe_block(forward *f, int32_t layer, int64_t n) {
     const layer_weights *l = &f->w.layer[layer];
     const int64_t nk = n * c->top_k;
     const tensor x = rows(f->x, n), y = rows(f->y, n), router = rows(f->router, n);
-    const tensor gate_up = rows(f->gate_up, nk), gated = rows(f->gated, nk);
-    const tensor expert_y = rows(f->expert_y, nk);
+    const tensor gated = rows(f->gated, nk), expert_y = rows(f->expert_y, nk);
+    const float limit = (float)c->swiglu_limit;
     TRY(op->linear(f->d, router, x, &l->router));
     TRY(op->moe_route(f->d, router, c->top_k, c->route, c->norm_topk));
-    TRY(op->moe_linear(f->d, gate_up, x, &l->experts_gate_up, c->top_k, true));
-    TRY(op->gated(f->d, gated, gate_up, c->activation, (float)c->swiglu_limit));
+    if (f->plan.moe_gated) {
+        TRY(op->moe_gated(f->d, gated, x, &l->experts_gate_up, c->top_k, c->activation, limit));
+    } else {
+        const tensor gate_up = rows(f->gate_up, nk);
+        TRY(op->moe_linear(f->d, gate_up, x, &l->experts_gate_up, c->top_k, true));
+        TRY(op->gated(f->d, gated, gate_up, c->activation, limit));
+    }
     TRY(op->moe_linear(f->d, expert_y, gated, &l->experts_down, c->top_k, false));
     TRY(op->moe_combine(f->d, y, expert_y, c->top_k));
     return op->all_reduce(f->d, y);
@@ -165,7 +170,8 @@ status forward_logits(forward *f, float *out) {
 /* --- Loading ---------------------------------------------------------------------------------- */
 
 forward_plan forward_plan_default(const device *d) {
-    return (forward_plan){.linear_gated = d->ops->linear_gated != NULL};
+    return (forward_plan){.linear_gated = d->ops->linear_gated != NULL,
+                          .moe_gated = d->ops->moe_gated != NULL};
 }
 
 static weight *field_weight(model_weights *w, weight_field field, int32_t layer) {
@@ -244,13 +250,14 @@ status forward_setup(forward *f, const device_setup *s, const forward_plan *plan
     CHECK(s->max_samples >= 1);
     CHECK(s->n_pages >= 1);
     CHECK(!plan->linear_gated || f->d->ops->linear_gated != NULL);
+    CHECK(!plan->moe_gated || f->d->ops->moe_gated != NULL);
     f->limits = *s;
     f->limits.config = c;
     f->limits.precision = &f->precision;
     f->plan = *plan;
     TRY(f->d->ops->setup(f->d, &f->limits));
 
-    const bool moe = c->n_experts > 0, fused = plan->linear_gated && !moe;
+    const bool moe = c->n_experts > 0, fused = moe ? plan->moe_gated : plan->linear_gated;
     const int32_t h = f->n_heads, g = f->n_kv_heads;
     const int32_t ffn = moe ? f->w.layer[0].experts_down.k : f->w.layer[0].down.k;
     const int64_t max_tokens = s->max_tokens, max_samples = s->max_samples;
@@ -300,8 +307,12 @@ static void list_layer(listing *l, const char *where, const layer_weights *w, in
         const int64_t nk = n * f->config.top_k;
         list_op(l, where, "linear", n, &w->router);
         list_op(l, where, "moe_route", n, NULL);
-        list_op(l, where, "moe_linear", nk, &w->experts_gate_up);
-        list_op(l, where, "gated", nk, NULL);
+        if (f->plan.moe_gated) {
+            list_op(l, where, "moe_gated", nk, &w->experts_gate_up);
+        } else {
+            list_op(l, where, "moe_linear", nk, &w->experts_gate_up);
+            list_op(l, where, "gated", nk, NULL);
+        }
         list_op(l, where, "moe_linear", nk, &w->experts_down);
         list_op(l, where, "moe_combine", n, NULL);
     } else {

@@ -108,18 +108,28 @@ static status observe_route(device *d, tensor logits, int32_t top_k, route_kind 
     return o->real->moe_route(d, logits, top_k, kind, normalise);
 }
 
-static status observe_experts(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
-                              bool gather) {
+static status watch_experts(device *d, tensor x, const weight *w, bool gather) {
     observer *o = of_device(d);
     int32_t layer, kind;
-    if (which(o, w, &layer, &kind)) {
-        const int32_t *row = gather ? o->row_token : o->in_order;
-        for (int32_t e = 0; e < w->count; e++) {
-            const int32_t from = o->expert_start[e], n = o->expert_start[e + 1] - from;
-            TRY(o->real->observe(d, o->sums[place(o, layer, kind, e)], x, row + from, n));
-        }
+    if (!which(o, w, &layer, &kind)) return ST_OK;
+    const int32_t *row = gather ? o->row_token : o->in_order;
+    for (int32_t e = 0; e < w->count; e++) {
+        const int32_t from = o->expert_start[e], n = o->expert_start[e + 1] - from;
+        TRY(o->real->observe(d, o->sums[place(o, layer, kind, e)], x, row + from, n));
     }
-    return o->real->moe_linear(d, out, x, w, top_k, gather);
+    return ST_OK;
+}
+
+static status observe_experts(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
+                              bool gather) {
+    TRY(watch_experts(d, x, w, gather));
+    return of_device(d)->real->moe_linear(d, out, x, w, top_k, gather);
+}
+
+static status observe_experts_gated(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
+                                    activation_kind kind, float limit) {
+    TRY(watch_experts(d, x, w, true));
+    return of_device(d)->real->moe_gated(d, out, x, w, top_k, kind, limit);
 }
 
 static status allocate(observer *o, int32_t max_tokens) {
@@ -179,6 +189,7 @@ status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
     if (o->real->linear_gated) o->ops.linear_gated = observe_gated;
     o->ops.moe_route = observe_route;
     o->ops.moe_linear = observe_experts;
+    if (o->real->moe_gated) o->ops.moe_gated = observe_experts_gated;
     d->ops = &o->ops;
     *out = o;
     return ST_OK;

@@ -141,9 +141,8 @@ const preference preferences[] = {
 };
 // The same of problems with experts, before what linear_tuned.def has: that is of dense ones.
 const preference of_experts[] = {
-    {90, 4, 62, "hopper_8x2"},
-    {90, 8, 62, "hopper_16x2"},
-    {90, 1 << 30, 62, "tall_128"},
+    {90, 4, 24, "experts_8"},   {90, 8, 22, "experts_16"},     {90, 4, 62, "hopper_8x2"},
+    {90, 8, 62, "hopper_16x2"}, {90, 1 << 30, 62, "tall_128"},
 };
 
 bool gated(const linear_problem *p) {
@@ -155,6 +154,8 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
     if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) &&
         l->granule)
+        return false;
+    if (v->experts && (!p->expert_start || p->y_type == DT_F32 || p->epilogue == LINEAR_RESIDUAL))
         return false;
     if (v->rows_max && (p->m > v->rows_max || p->expert_start || p->x_row)) return false;
     return !gated(p) || v->blocks % (v->one_group ? 2 : 4) == 0;
@@ -173,8 +174,10 @@ const linear_variant *named(const char *name, const linear_problem *p, const lin
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
+    const int64_t size = (int64_t)p->w->n * p->w->k;
     for (const preference &c : of_experts) {
-        if (!p->expert_start || c.rows < rows || c.family > p->w->family) continue;
+        if (!p->expert_start || c.rows < rows || c.family > p->w->family || size >> c.size)
+            continue;
         const linear_variant *v = named(c.name, p, l);
         if (v) return v;
     }
@@ -183,7 +186,6 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
         const linear_variant *v = named(name, p, l);
         if (v) return v;
     }
-    const int64_t size = (int64_t)p->w->n * p->w->k;
     for (const preference &c : preferences) {
         if (c.rows < rows || c.family > p->w->family || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
@@ -330,6 +332,7 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.sym = w->sym;
     a.y_f32 = p->y_type == DT_F32;
     a.apart = p->apart;
+    a.routed = p->routed;
     a.limit = p->limit;
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;

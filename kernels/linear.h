@@ -71,6 +71,8 @@ typedef struct {
     const int32_t *expert_start; /* [count + 1] */
     const int32_t *x_row;        /* [m] */
     int32_t x_rows;              /* rows that x has, when x_row names them; 0 = m */
+    bool routed; /* another linear with these rows of experts came before: what they are was known
+                    when the launch before this one began */
 
     void *workspace;    /* linear_workspace_bytes of device memory, zeroed once, left zeroed */
     const char *kernel; /* force a variant by name; NULL = the table's choice */

@@ -49,7 +49,7 @@ struct linear_args {
     int32_t x_box;           // rows of x that come at once
     int32_t team;            // CTAs that share a tile; 1: as the walk says
     int32_t part, part_rest; // of a tile's steps: of each CTA of a team; one more of so many
-    int32_t apart;           // as in linear_problem
+    int32_t apart, routed;   // as in linear_problem
 };
 
 // --- Walk ----------------------------------------------------------------------------------------

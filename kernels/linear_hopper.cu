@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-    launch_dependents();
+    if (!p.expert_start) launch_dependents();
     if (threadIdx.x == 0) {
         for (int i = 0; i < L::stages; i++) {
             barrier_init(full + i * 8, p.x_row ? 1 + loaders(kCtas) : 1);
@@ -249,11 +249,11 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
         barrier_init_fence();
     }
     __syncthreads();
-    const int32_t *tile_start = nullptr;
+    const int32_t *tile_start = p.expert_start ? tile_start_of : nullptr;
     if (p.expert_start) {
         wait_for_previous();
+        launch_dependents(); // which may read the routing at once (linear_problem.routed)
         linear_tile_starts<NT>(tile_start_of, p);
-        tile_start = tile_start_of;
     }
 
     if (warp >= LINEAR_WARPS) {

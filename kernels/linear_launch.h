@@ -22,6 +22,7 @@ typedef struct {
     status (*launch)(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream);
     int32_t rows_max; /* dense problems of up to so many rows, not gathered; 0 = any problem */
     bool one_group;   /* every warp has rows of all blocks of a tile, not of half of them */
+    bool experts;     /* problems with experts only, y of the type of x and nothing added to it */
 } linear_variant;
 
 typedef struct {

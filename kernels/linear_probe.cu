@@ -645,6 +645,7 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
         const int32_t copy = i % (int32_t)w.size();
         linear_problem problem = problem_of(p, t, &d, &w[(size_t)copy]);
         if (t->top_k) {
+            problem.routed = t->routed && i > 0;
             problem.expert_start += i % kRoutes * (p->w.count + 1);
             if (problem.x_row) problem.x_row += (int64_t)(i % kRoutes) * t->m;
         }

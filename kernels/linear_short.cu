@@ -22,6 +22,8 @@
 // hold two of one launch. With many tiles two of one launch may share an SM on purpose. Where other
 // kernels run between linears an SM may be empty and would come to hold two: there such a CTA takes
 // more than half of the shared memory (linear_problem.apart).
+//
+// Problems with experts have a kernel of their own here, which multiplies in the same way.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
@@ -67,6 +69,7 @@ struct division {
     int32_t cluster, clusters, cluster_log;
     int32_t tiles, steps;         // blocks, with gate and up pairs of them; of a tile
     int32_t groups;               // parts of K in a CTA
+    int32_t halves;               // blocks of a tile: gate and up, or two of experts
     int32_t senders, senders_log; // sums of a chunk
     int32_t sums_bytes;           // of all chunks (pairs of them, when gated) that a CTA finishes
     int32_t w_stages, slot;       // of a warpgroup; bytes of one
@@ -75,6 +78,7 @@ struct division {
     int32_t x_whole;              // K is a multiple of 64: x comes as boxes of several units
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
+    int32_t beside;        // bytes from a block's codes in a stage to those of the tile's next
     int64_t cost;
 };
 
@@ -104,15 +108,19 @@ struct duty {
     int rank, group, part, half; // part: of K in the CTA
     int begin, steps, tiles;     // the first step of K
     int x_group;                 // whose x
+    int tile0;
+    __device__ __forceinline__ void share(const division &d, int of) {
+        tiles = tile0 < of ? (of - tile0 + d.clusters - 1) / d.clusters : 0;
+    }
     __device__ __forceinline__ duty(const division &d, int group) : group(group) {
-        const int tile0 = (int)blockIdx.x >> d.cluster_log;
+        tile0 = (int)blockIdx.x >> d.cluster_log;
         rank = cluster_rank();
         half = group >= d.groups ? 1 : 0;
         part = group - half * d.groups;
         const int i = rank * d.groups + part;
         begin = d.steps * i >> d.senders_log;
         steps = (d.steps * (i + 1) >> d.senders_log) - begin;
-        tiles = tile0 < d.tiles ? (d.tiles - tile0 + d.clusters - 1) / d.clusters : 0;
+        share(d, d.tiles);
         x_group = d.x_again ? group : part;
     }
 };
@@ -149,6 +157,24 @@ __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map
         for (int i = 0; i < U; i++) copy_tile(to + i * NT * 128, &map, (step * U + i) * 64, 0, bar);
 }
 
+// Codes and scales of a step of a block of the matrix at `code` and `scale`.
+template <int F, int G>
+__device__ __forceinline__ void load_weights(const linear_args &p, const uint8_t *code,
+                                             const uint8_t *scale, int block, int step, uint32_t to,
+                                             uint32_t there, uint64_t policy) {
+    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    const int units = min(U, p.units - step * U);
+    copy_bulk(to, code + ((int64_t)block * p.units + step * U) * unit, units * unit, there, policy);
+    // What lies past K meets zeros of x, and may be anything but NaN.
+    for (int i = units; i < U; i++) copy_bulk(to + i * unit, code, unit, there, policy);
+    if (!G) return;
+    const int granules = min(N, p.granules - step * N);
+    copy_bulk(to + U * unit, scale + ((int64_t)block * p.granules + step * N) * p.granule_bytes,
+              granules * p.granule_bytes, there, policy);
+    for (int i = granules; i < N; i++)
+        copy_bulk(to + U * unit + i * p.granule_bytes, scale, p.granule_bytes, there, policy);
+}
+
 // All steps of a warpgroup, by one thread.
 template <int F, int NT, int G>
 __device__ __forceinline__ void load(const linear_args &p, const division &d,
@@ -166,23 +192,10 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
     prefetch_map(&map);
     const auto load_w = [&] {
         const uint32_t there = full + at.stage * 8;
-        const uint32_t to = slots + at.stage * d.slot + (d.x_again ? x_bytes : 0);
-        const uint8_t *code = p.code + ((int64_t)block * p.units + step * U) * unit;
         barrier_wait(empty + at.stage * 8, at.parity ^ 1);
         barrier_arrive_expect(there, bytes);
-        const int units = min(U, p.units - step * U);
-        copy_bulk(to, code, units * unit, there, policy);
-        // What lies past K meets zeros of x, and may be anything but NaN.
-        for (int i = units; i < U; i++) copy_bulk(to + i * unit, p.code, unit, there, policy);
-        if (G) {
-            const int granules = min(N, p.granules - step * N);
-            const uint8_t *scale =
-                p.scale + ((int64_t)block * p.granules + step * N) * p.granule_bytes;
-            copy_bulk(to + U * unit, scale, granules * p.granule_bytes, there, policy);
-            for (int i = granules; i < N; i++)
-                copy_bulk(to + U * unit + i * p.granule_bytes, p.scale, p.granule_bytes, there,
-                          policy);
-        }
+        load_weights<F, G>(p, p.code, p.scale, block, step,
+                           slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there, policy);
     };
     const auto next = [&] {
         at.next(d.w_stages);
@@ -270,8 +283,9 @@ template <typename T, int F, int NT, int G> struct multiplier {
         constexpr int x_bytes = U * NT * 128;
         const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
-        code = slots + (d.x_again ? x_bytes : 0) + strip * (unit / 4) + lane * 16;
-        scale = slots + (d.x_again ? x_bytes : 0) + U * unit;
+        const uint32_t codes = slots + (d.x_again ? x_bytes : 0) + own.half * d.beside;
+        code = codes + strip * (unit / 4) + lane * 16;
+        scale = codes + U * unit;
         at_scale = strip * 16 + lane / 4 * 2;
         const uint32_t first = d.x_again ? slots : base + own.part * d.x_stages * x_bytes;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
@@ -461,45 +475,67 @@ __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int se
     }
 }
 
-// This warp's chunks of tile number `count` of the CTA: local ones from `first`, `warps` apart;
+// Where a tile goes: its matrix, its first block, its rows of the (permuted) problem.
+struct target {
+    int32_t expert, block, m0, m_end;
+};
+__device__ __forceinline__ target dense(const linear_args &p, const division &d, int count) {
+    return {0, ((int)blockIdx.x >> d.cluster_log) + count * d.clusters, 0, p.m};
+}
+
+// A strip of a block and what its sums are multiplied with.
+struct output_place {
+    int32_t col; // of this lane's four outputs
+    bool there;
+    linear_outputs o;
+};
+template <typename T>
+__device__ __forceinline__ output_place output_of(const linear_args &p, int32_t expert,
+                                                  int32_t block, int strip, bool wanted) {
+    const int half = block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
+    output_place at = {half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
+                       wanted && block < p.blocks && in_half < p.half_rows,
+                       {}};
+    if (at.there) at.o = linear_outputs_of<T>(p, expert, block, at.col, strip);
+    return at;
+}
+
+// This warp's chunks of `tile`, number `count` of the CTA: local ones from `first`, `warps` apart;
 // `more`: there is one after the next.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
-                                       uint8_t *shared, int rank, int count, bool more, int first,
-                                       int warps) {
+                                       uint8_t *shared, int rank, const target &tile, int count,
+                                       bool more, int first, int warps) {
     const chunks<NT> way(d);
     const int lane = threadIdx.x % 32, turn = count % 2;
-    const int halves = p.paired ? 2 : 1,
-              block = ((int)blockIdx.x >> d.cluster_log) + count * d.clusters;
     if (rank & ((1 << way.apart) - 1)) return;
     for (int local = first; local < 1 << way.per; local += warps) {
         const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8),
                   strip = q / (NT / 8);
-        const int half = !p.paired && block >= p.half_blocks ? 1 : 0;
-        const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
-        const int32_t col = half * p.half_rows + in_half + lane % 4 * 4;
-        const bool there = in_half < p.half_rows && 8 * t < p.m;
-        linear_outputs o = {}, o_up = {};
-        if (there) {
-            o = linear_outputs_of<T>(p, 0, block, col, strip);
-            if (p.paired)
-                o_up = linear_outputs_of<T>(p, 0, block + p.half_blocks, col + p.half_rows, strip);
-        }
+        const int32_t m0 = tile.m0 + 8 * t;
+        const output_place to = output_of<T>(p, tile.expert, tile.block, strip, m0 < tile.m_end);
+        const output_place to_other =
+            output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
+                         d.halves == 2 && m0 < tile.m_end);
         barrier_wait(bar.sums + turn * 8, count / 2 % 2);
         if (local == 0 && lane == 0 && more)
             barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
         // Where the sums lay is free for what turns them.
-        uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * halves * d.senders * 512;
+        uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
         float *stage = reinterpret_cast<float *>(at);
         const uint32_t from = shared_address(at) + lane * 16;
-        if (there) {
-            float c[4], up[4];
+        if (to.there) {
+            float c[4], other[4];
             sum_senders(c, from, d.senders);
+            if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
             if (p.paired) {
-                sum_senders(up, from + d.senders * 512, d.senders);
-                linear_emit<T, true>(p, 8 * t, p.m, col, c, up, o, o_up, stage);
+                linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
             } else {
-                linear_emit<T, false>(p, 8 * t, p.m, col, c, c, o, o, stage);
+                linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
+                if (to_other.there)
+                    linear_emit<T, false>(p, m0, tile.m_end, to_other.col, other, other, to_other.o,
+                                          to_other.o, stage);
             }
         }
         __syncwarp();
@@ -509,9 +545,10 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-// By one thread.
+// By one thread. Arrivals that make a stage full, and empty; and its x.
 template <int NT, int P>
-__device__ __forceinline__ void init(const barriers &bar, const division &d) {
+__device__ __forceinline__ void init(const barriers &bar, const division &d, int full, int empty,
+                                     int x) {
     for (int i = 0; i < 2; i++) {
         barrier_init(bar.sums + i * 8, 1);
         barrier_init(bar.read + i * 8, NT / 2);
@@ -519,9 +556,9 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d) {
     }
     for (int g = 0; g < P; g++)
         for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
-            barrier_init(bar.of(g, kFull) + i * 8, 1);
-            barrier_init(bar.of(g, kEmpty) + i * 8, 4);
-            barrier_init(bar.of(g, kX) + i * 8, 1);
+            barrier_init(bar.of(g, kFull) + i * 8, full);
+            barrier_init(bar.of(g, kEmpty) + i * 8, empty);
+            barrier_init(bar.of(g, kX) + i * 8, x);
             barrier_init(bar.of(g, kXSums) + i * 8, 32);
         }
     barrier_init_fence();
@@ -537,8 +574,8 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
         for (int step = 0; step <= own.steps; step++) {
             // Two steps in which those that multiply need no help.
             if (step == min(own.steps, 2) && count > 0)
-                finish<T, NT>(p, d, bar, shared, own.rank, count - 1, count + 1 < own.tiles,
-                              own.group, P);
+                finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, count - 1), count - 1,
+                              count + 1 < own.tiles, own.group, P);
             if (!on_sums(F, G) || step == own.steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
             const int index = d.x_again ? at.stage : step;
@@ -569,7 +606,7 @@ __global__ void __maxnreg__(kRegisters<NT>)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P) init<NT, P>(bar, d);
+    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, 4, 1);
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
@@ -600,11 +637,288 @@ __global__ void __maxnreg__(kRegisters<NT>)
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % 2, own.rank * d.groups + own.part, own.half,
-                 p.paired ? 2 : 1);
+        send<NT>(acc, d, bar, base, count % 2, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
-        finish<T, NT>(p, d, bar, shared, own.rank, own.tiles - 1, false, warp, 4 * P);
+        finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own.tiles - 1), own.tiles - 1, false,
+                      warp, 4 * P);
+#endif
+}
+
+// --- Experts ------------------------------------------------------------------------------------
+
+// Where the tiles of each expert begin, then where its rows do, [count + 1] each in shared memory:
+// by all threads of the CTA. The routing may have been written since it was last read from here.
+template <int NT>
+__device__ __forceinline__ void fill_table(const linear_args &p, const division &d,
+                                           int32_t *table) {
+    int32_t *row = table + p.count + 1;
+    for (int i = threadIdx.x; i <= p.count; i += blockDim.x) row[i] = __ldcg(p.expert_start + i);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x, each = (p.count + 31) / 32;
+        const int e0 = min(lane * each, p.count), e1 = min(e0 + each, p.count);
+        const auto tiles = [&](int e) { return (row[e + 1] - row[e] + NT - 1) / NT * d.tiles; };
+        int32_t own = 0, sum;
+        for (int e = e0; e < e1; e++) own += tiles(e);
+        sum = own;
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            const int32_t before = __shfl_up_sync(~0u, sum, i);
+            if (lane >= i) sum += before;
+        }
+        if (lane == 31) table[p.count] = sum;
+        sum -= own;
+        for (int e = e0; e < e1; e++) {
+            table[e] = sum;
+            sum += tiles(e);
+        }
+    }
+    __syncthreads();
+}
+
+// Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
+template <int NT>
+__device__ __forceinline__ target locate(const linear_args &p, const int32_t *table, int t) {
+    const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
+    const int32_t *row = table + p.count + 1;
+    int e = __popc(__ballot_sync(~0u, table[min(lane * each, p.count)] <= t)) - 1;
+    e *= each;
+    e += __popc(__ballot_sync(~0u, lane < each && table[min(e + lane, p.count)] <= t)) - 1;
+    const int32_t row0 = row[e], row1 = row[e + 1], tiles = (row1 - row0 + NT - 1) / NT;
+    t -= table[e];
+    const int32_t n = tiles == 1 ? t : t / tiles; // those that share weights are neighbours
+    const int32_t m0 = row0 + (t - n * tiles) * NT;
+    return {e, p.paired ? n : 2 * n, m0, min(row1, m0 + NT)};
+}
+
+// Of the kernel for experts: two warpgroups that multiply, a warp that loads, one that helps. (With
+// one warp more a thread would have 80 registers instead of 96.)
+enum { kExpertsThreads = 2 * 128 + 2 * 32 };
+
+// All steps, by one warp: weights of both blocks of a tile, and rows of x to where the copy engine
+// would put them. Rows that a tile has not are whatever lay there: nobody looks at what they give.
+template <typename T, int F, int NT, int G>
+__device__ __forceinline__ void load_experts(const linear_args &p, const division &d,
+                                             const barriers &bar, uint32_t base, const duty &own,
+                                             const int32_t *table) {
+    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    constexpr int lanes = 8 * U, at_once = 32 / lanes; // of a row of x; rows
+    const int lane = threadIdx.x % 32, in = lane % lanes;
+    const uint64_t policy = policy_evict_first();
+    const uint32_t full = bar.of(0, kFull), empty = bar.of(0, kEmpty);
+    const auto weights = [&](const target &tile, int step, int stage) {
+        const int other = min(tile.block + (p.paired ? p.half_blocks : 1), p.blocks - 1);
+        const uint8_t *code = p.code + tile.expert * p.code_bytes;
+        const uint8_t *scale = p.scale + tile.expert * p.scale_bytes;
+        const uint32_t to = base + stage * d.slot + U * NT * 128, there = full + stage * 8;
+        barrier_arrive_expect(there, 2 * (U * unit + N * p.granule_bytes));
+        load_weights<F, G>(p, code, scale, tile.block, step, to, there, policy);
+        load_weights<F, G>(p, code, scale, other, step, to + d.beside, there, policy);
+    };
+    const auto tile_of = [&](int count) {
+        return locate<NT>(p, table, own.tile0 + count * d.clusters);
+    };
+    if (own.tiles == 0) return;
+    const auto row_of = [&](const target &tile) { // of x, by lane
+        const int32_t r = min(tile.m0 + lane, tile.m_end - 1);
+        return p.x_row ? __ldcg(p.x_row + r) : r;
+    };
+    target tile = tile_of(0), next = tile;
+    const int early = min(own.steps, d.w_stages); // steps whose weights wait for no kernel
+    if (lane == 0)
+        for (int i = 0; i < early; i++) weights(tile, own.begin + i, i);
+    wait_for_previous();
+    place at;
+    int32_t row_next = row_of(tile);
+    for (int count = 0; count < own.tiles; count++) {
+        const int32_t row = row_next;
+        tile = next;
+        if (count + 1 < own.tiles) {
+            next = tile_of(count + 1);
+            row_next = row_of(next);
+        }
+        const int rows = tile.m_end - tile.m0;
+        for (int step = 0; step < own.steps; step++, at.next(d.w_stages)) {
+            const int k = (own.begin + step) * U * 64 + in * 8, bytes = k < p.k ? 16 : 0;
+            const T *from = static_cast<const T *>(p.x) + min(k, p.k - 8);
+            const uint32_t to = base + at.stage * d.slot + in / 8 * (NT * 128);
+            barrier_wait(empty + at.stage * 8, at.parity ^ 1);
+            if (lane == 0 && (count > 0 || step >= early))
+                weights(tile, own.begin + step, at.stage);
+            __syncwarp();
+            for (int r0 = 0; r0 < rows; r0 += at_once) {
+                const int i = r0 + lane / lanes;
+                const int32_t x_row = __shfl_sync(~0u, row, i);
+                if (i < rows)
+                    copy_some(to + i * 128 + ((in % 8 ^ i % 8) << 4), from + x_row * p.ldx, bytes);
+            }
+            barrier_arrive_copies(bar.of(0, kX) + at.stage * 8);
+        }
+    }
+}
+
+// A warp that makes x visible to the tensor cores (those that multiply would wait for all else they
+// have under way), sums it, where that is wanted, and finishes all tiles but the last where a
+// cluster shares them.
+template <typename T, int F, int NT, int G>
+__device__ __forceinline__ void help_experts(const linear_args &p, const division &d,
+                                             const barriers &bar, uint8_t *shared, const duty &own,
+                                             const int32_t *table) {
+    constexpr int bytes = x_sums_bytes(F, G, NT);
+    const uint32_t base = shared_address(shared);
+    place at;
+    for (int count = 0; count < own.tiles; count++)
+        for (int step = 0; step <= own.steps; step++) {
+            // Two steps in which those that multiply need no help.
+            if (step == min(own.steps, 2) && count > 0 && d.cluster > 1)
+                finish<T, NT>(p, d, bar, shared, own.rank,
+                              locate<NT>(p, table, own.tile0 + (count - 1) * d.clusters), count - 1,
+                              count + 1 < own.tiles, 0, 1);
+            if (step == own.steps) continue;
+            barrier_wait(bar.of(0, kX) + at.stage * 8, at.parity);
+            proxy_fence();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(bar.of(0, kFull) + at.stage * 8);
+            if (on_sums(F, G)) {
+                sum_x<T, NT>(base + at.stage * d.slot, base + d.at_x_sums + at.stage * bytes);
+                barrier_arrive(bar.of(0, kXSums) + at.stage * 8); // every lane
+            }
+            at.next(d.w_stages);
+        }
+}
+
+// An 8 x 8 matrix of 16 bits across a warp, turned.
+__device__ __forceinline__ uint32_t turned(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, float high) {
+    const T v[2] = {linear_round<T>(low), linear_round<T>(high)};
+    uint32_t r;
+    memcpy(&r, v, 4);
+    return r;
+}
+
+// A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.
+// Of gate and up the warp of the gate finishes outputs g and that of up g + 8; what the other needs
+// passes through `place`, of which there is another for the next tile.
+template <typename T, int NT>
+__device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const linear_args &p,
+                                           const target &tile, int half, uint32_t place) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strip = warp % 4, g = lane / 4;
+    const int block = tile.block + half * (p.paired ? p.half_blocks : 1);
+    const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
+    const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
+    if (block >= p.blocks || in_half >= p.half_rows) return;
+    float scale[2] = {1.f, 1.f}, bias[2] = {0.f, 0.f}; // of outputs g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int of = g + 8 * i;
+        if (p.channel)
+            scale[i] = p.channel[((int64_t)tile.expert * p.blocks + block) * 64 + strip * 16 + of];
+        if (p.global_scale) scale[i] = p.global_scale[tile.expert];
+        if (p.bias)
+            bias[i] = linear_f32(static_cast<const T *>(
+                p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + of]);
+    }
+    const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
+    T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
+    const auto value = [&](int j, int e) {
+        return fmaf(acc[4 * j + e], scale[e / 2], bias[e / 2]);
+    };
+    if (p.paired) {
+        const uint32_t mine = place + (warp * 32 + lane) * 8;
+        const uint32_t other = place + ((warp ^ 4) * 32 + lane) * 8;
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++) // what this warp does not finish
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(mine + j * 2048),
+                         "f"(half ? value(j, 0) : value(j, 2)),
+                         "f"(half ? value(j, 1) : value(j, 3))
+                         : "memory");
+        asm volatile("barrier.sync %0, 64;" ::"r"(1 + strip) : "memory");
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++, y += 8 * p.ldy) {
+            if (8 * j >= rows) break;
+            float v[2], w[2];
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(w[0]), "=f"(w[1])
+                         : "r"(other + j * 2048)
+                         : "memory");
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                v[i] = half ? linear_gate(w[i], value(j, 2 + i), p.epilogue, p.limit)
+                            : linear_gate(value(j, i), w[i], p.epilogue, p.limit);
+            const uint32_t out = turned(pair_of<T>(v[0], v[1]));
+            if (8 * j + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++, y += 8 * p.ldy) {
+            if (8 * j >= rows) break;
+            const uint32_t low = turned(pair_of<T>(value(j, 0), value(j, 1)));
+            const uint32_t high = turned(pair_of<T>(value(j, 2), value(j, 3)));
+            if (8 * j + g >= rows) continue;
+            *reinterpret_cast<uint32_t *>(y) = low;
+            *reinterpret_cast<uint32_t *>(y + 8) = high;
+        }
+    }
+}
+
+// Tiles of two blocks (of gate and up one each), a warpgroup's each, with x for both; clusters take
+// them in turn, their CTAs a part of K each. The routing that a kernel before the one before has
+// written is read at once, and weights asked for; for the next launch to do so, too, it may begin
+// when this one's kernel before has ended.
+template <typename T, int F, int NT, int G>
+__global__ void __launch_bounds__(kExpertsThreads, 2)
+    linear_experts(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t base = shared_address(shared), at = base + d.at_bars;
+    int32_t *table = reinterpret_cast<int32_t *>(shared + d.at_bars + bars_bytes(1));
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const barriers bar = {at, at + 16, at + 32};
+    if (threadIdx.x == 256) init<NT, 1>(bar, d, 1 + 1, 8, 32);
+    if (!p.routed) wait_for_previous();
+    fill_table<NT>(p, d, table);
+    cluster_arrive();
+    duty own(d, 0);
+    own.share(d, table[p.count]);
+    if (warp == 9) {
+        wait_for_previous();
+        launch_dependents();
+        cluster_wait();
+        help_experts<T, F, NT, G>(p, d, bar, shared, own, table);
+        return;
+    }
+    if (warp == 8) {
+        load_experts<T, F, NT, G>(p, d, bar, base, own, table);
+        cluster_wait();
+        return;
+    }
+    own.half = warp / 4;
+    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0, 0, 0};
+    work.begin(base);
+    wait_for_previous();
+    cluster_wait(); // all barriers of the cluster are there
+    for (int count = 0; count < own.tiles; count++) {
+        float acc[NT / 2] = {};
+        work.tile(acc, count == 0);
+#pragma unroll
+        for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
+        if (d.cluster == 1) {
+            finish_own<T, NT>(acc, p, locate<NT>(p, table, own.tile0 + count * d.clusters),
+                              own.half, base + d.at_sums + count % 2 * d.sums_bytes);
+            continue;
+        }
+        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
+        send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+    }
+    if (own.tiles > 0 && d.cluster > 1)
+        finish<T, NT>(p, d, bar, shared, own.rank,
+                      locate<NT>(p, table, own.tile0 + (own.tiles - 1) * d.clusters), own.tiles - 1,
+                      false, warp, 8);
 #endif
 }
 
@@ -671,7 +985,8 @@ division divide(const linear_args *a, int c, int most, live how) {
     d.groups = a->paired ? P / 2 : P;
     d.senders = c * d.groups;
     d.senders_log = d.cluster_log + (d.groups == 1 ? 0 : d.groups == 2 ? 1 : 2);
-    d.sums_bytes = (a->paired ? 1024 : 512) * d.senders << chunks<NT>(d).per;
+    d.halves = a->paired ? 2 : 1;
+    d.sums_bytes = 512 * d.halves * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
     const int all = rounds * part, want = all < 3 ? all : 3;
@@ -798,11 +1113,89 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
     return more ? four::run(b, args, stream) : two::run(a, args, stream);
 }
 
+// Problems of experts: how they are cut, and the launch.
+template <typename T, int F, int NT, int G> struct experts {
+    // Among `most` clusters of c CTAs; about `tiles` tiles.
+    static division divide(const linear_args *a, int c, int most, live how, int tiles) {
+        constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
+        const int x_sum = x_sums_bytes(F, G, NT), table = (a->count + 1) * 8;
+        division d = {};
+        d.cluster = c;
+        d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : 2;
+        d.clusters = most;
+        d.tiles = a->paired ? a->half_blocks : (a->blocks + 1) / 2; // of an expert's rows
+        d.steps = (a->units + U - 1) / U;
+        d.groups = 1;
+        d.halves = 2;
+        d.senders = c;
+        d.senders_log = d.cluster_log;
+        d.sums_bytes = c == 1 ? NT * 256 : 512 * d.halves * d.senders << chunks<NT>(d).per;
+        d.x_again = 1;
+        d.beside = (U * unit + step_granules(F, G) * a->granule_bytes + 127) / 128 * 128;
+        d.slot = (x_stage + 2 * d.beside + 1023) / 1024 * 1024;
+        const int left = kHalf - bars_bytes(1) - table - 2 * d.sums_bytes;
+        d.w_stages = min(left / (d.slot + x_sum), (int)kStagesMost);
+        d.at_sums = d.w_stages * d.slot;
+        d.at_x_sums = d.at_sums + 2 * d.sums_bytes;
+        d.at_bars = d.at_x_sums + d.w_stages * x_sum;
+        d.bytes = d.at_bars + bars_bytes(1) + table;
+        if (how == kBeside && a->apart && d.bytes < kApart) d.bytes = kApart;
+        // About how many ns, but for what all have in common; steps and tiles as timed on an H200.
+        const int rounds = (tiles * d.tiles + most - 1) / most, steps = (d.steps + c - 1) / c;
+        const int step = how == kTwo ? 1300 : 1150, end = c == 1 ? 1700 : how == kTwo ? 750 : 500;
+        d.cost = rounds * (steps * step + end) + (c == 1 ? 0 : 2000);
+        return d;
+    }
+
+    static status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
+        const auto kernel = linear_experts<T, F, NT, G>;
+        static int most[2][3]; // clusters of 1, 2, 4 that the GPU holds at once, a CTA an SM; two
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
+        // Experts that so many rows hit, if each is as likely: the rest has one row more each.
+        const double hit = a->count * (1 - pow(1 - 1.0 / a->count, a->m));
+        const int tiles = (int)ceil(hit + max(0.0, a->m - hit * NT) / NT);
+        division best = {};
+        cudaLaunchAttribute with[2];
+        with[0].id = cudaLaunchAttributeClusterDimension;
+        with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        with[1].val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.blockDim = dim3(kExpertsThreads);
+        config.attrs = with;
+        for (int i = 0; i < 3 && e == cudaSuccess; i++)
+            for (int two = 0; two < 2 && e == cudaSuccess; two++) {
+                const int c = 1 << i;
+                with[0].val.clusterDim = {(unsigned)c, 1, 1};
+                config.numAttrs = 1;
+                config.gridDim = dim3((unsigned)((1 + two) * n_sms / c * c));
+                config.dynamicSmemBytes = two ? kHalf : kRoom;
+                if (!most[two][i])
+                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &config);
+                if (e != cudaSuccess || !most[two][i]) continue;
+                const division d = divide(a, c, most[two][i], two ? kTwo : kBeside, tiles);
+                if (!best.bytes || d.cost < best.cost) best = d;
+            }
+        if (e == cudaSuccess) {
+            with[0].val.clusterDim = {(unsigned)best.cluster, 1, 1};
+            config.numAttrs = 2;
+            config.gridDim = dim3((unsigned)(best.clusters * best.cluster));
+            config.dynamicSmemBytes = (size_t)best.bytes;
+            config.stream = (cudaStream_t)stream;
+            e = cudaLaunchKernelEx(&config, kernel, *a, best);
+        }
+        return e == cudaSuccess ? ST_OK
+                                : FAIL(ST_DEVICE, "linear_experts: %s", cudaGetErrorString(e));
+    }
+};
+
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(NAME, F, T, NT, G, LAUNCH)                                                             \
-    { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT, false }
-#define ROWS(F, T, NT, G) ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>)),
+#define ROW(NAME, F, T, NT, G, LAUNCH, MOST, EXPERTS)                                              \
+    { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, MOST, false, EXPERTS }
+#define ROWS(F, T, NT, G)                                                                          \
+    ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>), NT, false),                     \
+        ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, G>::launch), 0, true),
 const linear_variant rows[] = {SHORT_INSTANCES(ROWS)};
 
 } // namespace

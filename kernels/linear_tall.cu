@@ -787,7 +787,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
-    launch_dependents();
+    if (!p.expert_start) launch_dependents();
     if (threadIdx.x < kWarps) segments[threadIdx.x] = 0;
     if (thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
@@ -804,6 +804,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int32_t *tile_start = nullptr;
     if (p.expert_start) {
         wait_for_previous();
+        launch_dependents(); // which may read the routing at once (linear_problem.routed)
         linear_tile_starts<kRows>(tile_start_of, p);
         tile_start = tile_start_of;
     }

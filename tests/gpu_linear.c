@@ -6,14 +6,18 @@
  *   gpu_linear [check [quick|all [FORMAT]]]   exit status 1 when anything differs
  *   gpu_linear check least [FORMAT [KERNEL]]  few launches, for sanitizers; of one kernel: the
  *                                      problems that it takes
+ *   gpu_linear mixture [KERNEL]        experts after their router, many times: does a launch end?
  *   gpu_linear shapes                  each matrix of the models in workloads/models at TP 1, 2, 4
  *   gpu_linear bench WEIGHTS DTYPE M,M,... [KERNEL] [SHAPES]   one JSON object a line */
 #include "linear_layout.h"
 #include "linear_probe.h"
 #include "model.h"
+#include "moe.h"
 #include "weights.h"
 
+#include <cuda_runtime_api.h>
 #include <string.h>
+#include <time.h>
 
 static int32_t failures, shown, checks;
 
@@ -118,7 +122,12 @@ static const char *const kernels[] = {NULL,
                                       "ampere_strips_32",
                                       "wide_256",
                                       "words_32",
-                                      "words_64"};
+                                      "words_64",
+                                      "experts_8",
+                                      "experts_16",
+                                      "hopper_8x2",
+                                      "hopper_16x2",
+                                      "tall_128"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -231,6 +240,84 @@ static int least(const char *only, const char *kernel) {
         }
     printf("%d checks, %d failures\n", checks, failures);
     return failures > 0;
+}
+
+static void *zeros(int64_t bytes) {
+    void *at = NULL;
+    if (cudaMalloc(&at, (size_t)bytes) != cudaSuccess ||
+        cudaMemset(at, 0, (size_t)bytes) != cudaSuccess)
+        CHECK(!"device memory");
+    return at;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* route, permute and a product of gathered rows, as a step of serving launches them: 224 tokens,
+ * some experts with many of them and some with none. What waits for what within a kernel depends on
+ * what ran before it, so that a launch alone shows less: one of some thousand stood still for ever
+ * (a warp that asked for the first weights waited for their stage to be free, which it was before
+ * rows that others gathered had filled it, and was no more when that warp was late). */
+static int mixture(const char *kernel) {
+    enum { T = 224, X = 128, TOP = 8, N = 3072, K = 4096, BATCHES = 400, LAYERS = 16 };
+    static float logits[T * X];
+    linear_weight w = weight_of(2, DT_BF16, N, K, X);
+    w.family = linear_family(linear_probe_sm(), 0);
+    int64_t code_bytes, scale_bytes;
+    int sms = 0;
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
+    if (linear_pack_bytes(&w, &code_bytes, &scale_bytes) != ST_OK) return 1;
+    w.code = zeros(code_bytes);
+    w.scale = zeros(scale_bytes);
+    float *from = zeros(sizeof logits), *share = zeros(T * TOP * 4);
+    int32_t *expert = zeros(T * TOP * 4), *start = zeros((X + 1) * 4);
+    int32_t *slot = zeros(T * TOP * 4), *row = zeros(T * TOP * 4);
+    const linear_problem p = {.w = &w,
+                              .m = T * TOP,
+                              .x = zeros(T * K * 2),
+                              .y = zeros((int64_t)T * TOP * N * 2),
+                              .ldx = K,
+                              .ldy = N,
+                              .y_type = DT_BF16,
+                              .expert_start = start,
+                              .x_row = row,
+                              .x_rows = T,
+                              .kernel = kernel,
+                              .workspace = zeros(linear_workspace_bytes(&w, T * TOP, sms)),
+                              .sm = linear_probe_sm(),
+                              .n_sms = sms,
+                              .apart = true};
+    uint32_t random = 1;
+    status st = ST_OK;
+    for (int32_t b = 0; b < BATCHES && st == ST_OK; b++) {
+        int32_t liking[X]; /* an expert's, beside a token's */
+        for (int32_t i = 0; i < X + T * X; i++) {
+            random = random * 1664525u + 1013904223u;
+            if (i < X)
+                liking[i] = (int32_t)(random >> 24) * (b % 4);
+            else
+                logits[i - X] = (float)liking[i % X] + (float)(random >> 23);
+        }
+        cudaMemcpyAsync(from, logits, sizeof logits, cudaMemcpyHostToDevice, NULL);
+        for (int32_t i = 0; i < LAYERS && st == ST_OK; i++) {
+            st = kernel_moe_route(expert, share, from, T, X, TOP, false, true, X, DT_F32, NULL);
+            if (st == ST_OK) st = kernel_moe_permute(start, slot, row, expert, T, X, TOP, NULL);
+            if (st == ST_OK) st = kernel_linear(&p, NULL);
+        }
+        const double since = seconds();
+        while (cudaStreamQuery(NULL) == cudaErrorNotReady)
+            if (seconds() - since > 2) {
+                printf("FAIL mixture: a launch of batch %d does not end\n", b);
+                fflush(stdout);
+                _Exit(1);
+            }
+    }
+    const bool good = st == ST_OK && cudaGetLastError() == cudaSuccess;
+    printf("mixture: %d launches, %s\n", BATCHES * LAYERS, good ? "all end" : fail_message());
+    return good ? 0 : 1;
 }
 
 typedef struct {
@@ -346,14 +433,17 @@ int main(int argc, char **argv) {
     const char *six = "6144x4096,4096x4096,28672x4096,4096x14336,57344x8192,8192x28672";
     if (argc > 2 && strcmp(argv[2], "least") == 0)
         return least(argc > 3 ? argv[3] : NULL, argc > 4 ? argv[4] : NULL);
-    if (argc == 1 || strcmp(argv[1], "check") == 0)
-        return check(argc > 2 && strcmp(argv[2], "quick") == 0, argc > 3 ? argv[3] : NULL);
+    if (argc == 1 || strcmp(argv[1], "check") == 0) {
+        const char *only = argc > 3 ? argv[3] : NULL;
+        const int wrong = check(argc > 2 && strcmp(argv[2], "quick") == 0, only);
+        return only ? wrong : mixture(NULL) | wrong;
+    }
+    if (strcmp(argv[1], "mixture") == 0) return mixture(argc > 2 ? argv[2] : NULL);
     if (strcmp(argv[1], "shapes") == 0) return shapes();
     if (argc >= 5 && strcmp(argv[1], "bench") == 0)
         return bench(argv[2], argv[3], argv[4], argc > 5 ? argv[5] : "-", argc > 6 ? argv[6] : six);
-    fprintf(
-        stderr,
-        "gpu_linear check [quick|all [FORMAT]] | check least [FORMAT [KERNEL]] | shapes | bench "
-        "WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
+    fprintf(stderr, "gpu_linear check [quick|all [FORMAT]] | check least [FORMAT [KERNEL]] | "
+                    "mixture [KERNEL] | shapes | "
+                    "bench WEIGHTS DTYPE M,... [KERNEL] [SHAPES]\n");
     return 2;
 }
