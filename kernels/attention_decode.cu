@@ -315,26 +315,29 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
                 load_dims<2>(&raw[n][2 * i], row, 16 * i + 4 * quarter, keep);
             }
     }
-    if (F == KF_16) return;
+    if constexpr (F != KF_16) {
 #pragma unroll
-    for (int n = 0; n < NT<H>; n++)
+        for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[n][i], a.bf16));
-    amax = warp_max(amax);
-    // The power of two that brings the largest to [2^11, 2^12).
-    const float f =
-        amax < 1e-18f ? 1.f : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
-    q.scale = a.scale * code_unit(F) / f;
+            for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[n][i], a.bf16));
+        amax = warp_max(amax);
+        // The power of two that brings the largest to [2^11, 2^12).
+        const float f = amax < 1e-18f
+                            ? 1.f
+                            : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+        q.scale = a.scale * code_unit(F) / f;
 #pragma unroll
-    for (int n = 0; n < NT<H>; n++) {
+        for (int n = 0; n < NT<H>; n++) {
 #pragma unroll
-        for (int j = 0; j < NJ<H>; j++) q.sum[n][j] = 0.f;
+            for (int j = 0; j < NJ<H>; j++) q.sum[n][j] = 0.f;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
-            const float2 x = pair16(raw[n][2 * i], a.bf16), y = pair16(raw[n][2 * i + 1], a.bf16);
-            uint32_t *b = &q.b[(i * NT<H> + n) * 2];
-            b[0] = pack2<__half>(x.x * f, (kNeighbours ? x.y : y.x) * f);
-            b[1] = pack2<__half>((kNeighbours ? y.x : x.y) * f, y.y * f);
+            for (int i = 0; i < D / 16; i++) { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
+                const float2 x = pair16(raw[n][2 * i], a.bf16),
+                             y = pair16(raw[n][2 * i + 1], a.bf16);
+                uint32_t *b = &q.b[(i * NT<H> + n) * 2];
+                b[0] = pack2<__half>(x.x * f, (kNeighbours ? x.y : y.x) * f);
+                b[1] = pack2<__half>((kNeighbours ? y.x : x.y) * f, y.y * f);
+            }
         }
     }
 }
@@ -1303,7 +1306,7 @@ __device__ __forceinline__ void load_query(query<D, H> &q, const decode_argument
     const kv_format k = k_format<C>(a);
     if (may_be(C, only_k(C), KF_16) && k == KF_16)
         load_halves<D, H, KF_16>(q, a, from, row_bytes, n_heads, lane);
-    else if (may_be(C, only_k(C), KF_4) && !(C == ANY && H > 8) && k == KF_4) // refused there
+    else if (may_be(C, only_k(C), KF_4) && !(C == ANY && H > 8) && k == KF_4)
         load_digits<D, H, KF_4>(q, a, from, row_bytes, n_heads, lane);
     else if (may_be(C, only_k(C), KF_8) && k == KF_8)
         load_digits<D, H, KF_8>(q, a, from, row_bytes, n_heads, lane);
