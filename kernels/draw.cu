@@ -3,9 +3,11 @@
 // Candidates are ordered by key: the logit after the penalty as an unsigned integer that orders
 // alike. What top-k, top-p and min-p keep is always a prefix of (key descending, id ascending), so
 // it is a threshold: all of a larger key, and those of the key itself up to some id. A threshold is
-// found by a descent over the key's four bytes with a histogram of 256 bins each: of counts for
-// top-k, of weights for top-p. Weights are integers (draw.h says why), so every sum is exact and
-// independent of order, and of how many blocks share a row.
+// found by a descent with a histogram of 256 bins for each level: of counts for top-k, of weights
+// for top-p. The first level's bins are even in z, where logits lie spread and threads seldom meet
+// in a bin; those after it are of eight bits each of the keys within one bin, of which there are
+// few. Weights are integers (draw.h says why), so every sum is exact and independent of order, and
+// of how many blocks share a row.
 //
 //   1  largest z, lowest id                     greedy ends here
 //   2  top-k: descent by count                  -> threshold
@@ -13,8 +15,8 @@
 //   4  sum of what is kept by all three; each warp has a stretch of ids; the stretch in which the
 //      drawn number falls is walked by its warp
 //
-// Each step reads the row once or (a descent) four times, from L2. With top-p one SM takes 0.9 ms
-// for that, hence several for a row as long as there are SMs without one.
+// Each step reads the row once or (a descent) about five times, from L2, hence several SMs for a
+// row as long as there are some without one.
 #include "draw.h"
 #include "traits.cuh"
 
@@ -45,6 +47,10 @@ __device__ __forceinline__ uint32_t key_of(float z) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
+__device__ __forceinline__ float z_of_key(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
 // What is kept: key > at, or key == at and id <= last_id.
 struct threshold {
     uint32_t at;
@@ -64,6 +70,7 @@ struct row_view {
     double largest, temperature; // largest: of z
     double rate;                 // log2(e) / temperature
     float least;                 // z below weighs nothing
+    float spread;                // first bins of a descent in a unit of z
 
     __device__ __forceinline__ float z(int id) const { return z_of(id, logits[id]); }
     __device__ __forceinline__ float z_of(int id, float logit) const {
@@ -96,12 +103,47 @@ struct row_view {
         const double scale = __hiloint2double((1023 + kOneBits + __double2loint(nearest)) << 20, 0);
         return (weight_sum)__double_as_longlong(fma(power, scale, 0x1p52)) & ((1ull << 52) - 1);
     }
+    // The first bin of a descent: falls as z grows. The last one holds all that is far below.
+    __device__ __forceinline__ int bin_of(float v) const {
+        return min(kBins - 1, (int)(((float)largest - v) * spread));
+    }
+    // Keys between which all of a bin lie: rounding moved z in bin_of by less than 2^-22 of its
+    // distance from the largest, and 2^-20 is allowed for.
+    __device__ __forceinline__ void keys_of(int bin, uint32_t *lo, uint32_t *hi) const {
+        const double below = bin * (1 - 0x1p-20) / spread, far = (bin + 1) * (1 + 0x1p-20) / spread;
+        *hi = key_of(__double2float_ru(largest - below));
+        *lo = key_of(bin == kBins - 1 ? -INFINITY : __double2float_rd(largest - far));
+    }
 };
+
+// f(id, logit) for ids [lo, hi) of a row, by `size` threads of which this one is `thread`, in no
+// order. An SM waits for each read, so a thread has kInFlight of 16 bytes under way: as many as 64
+// registers hold beside what f needs. lo is a multiple of 4.
+template <int kInFlight, typename F>
+__device__ __forceinline__ void each_logit(const row_view &r, int lo, int hi, int thread, int size,
+                                           F f) {
+    const int units = r.vocab % 4 == 0 ? max(hi - lo, 0) / 4 : 0; // rows are 16-byte aligned then
+    const float4 *from = reinterpret_cast<const float4 *>(r.logits + lo);
+    for (int base = thread; base < units; base += size * kInFlight) {
+        float4 x[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; k++)
+            if (base + k * size < units) x[k] = from[base + k * size];
+#pragma unroll
+        for (int k = 0; k < kInFlight; k++) {
+            if (base + k * size >= units) continue;
+            const int id = lo + (base + k * size) * 4;
+            f(id, x[k].x), f(id + 1, x[k].y), f(id + 2, x[k].z), f(id + 3, x[k].w);
+        }
+    }
+    for (int id = lo + units * 4 + thread; id < hi; id += size) f(id, r.logits[id]);
+}
 
 // What blocks of a row read of each other is there twice and used in turn: whoever writes to it
 // again has met the others since they read it.
 struct block_memory {
-    weight_sum bin[2][kBins], part[2][kWarps];
+    uint32_t bin[2][2][kBins]; // low and high words
+    weight_sum part[2][kWarps];
     candidate block_best[2];
     int found[2];
     weight_sum all[kParts]; // of the row: bins, or sums of parts
@@ -245,15 +287,61 @@ __device__ weight_sum sum_of_all(const block_memory &m, int n) {
     return x;
 }
 
-// Among ids with `value(id) > 0`, in ascending order: the first at which the running sum of values
-// exceeds `target(sum of all)`, or the last one with a value if none does; -1 when there is none.
-// Row.
-template <typename F, typename G> __device__ int find_by_id(team &t, F value, G target_of) {
+// find_by_id within [lo, hi), by one warp, `running` being the sum before it: a lane has four ids
+// at a time, and those after them under way.
+template <typename F>
+__device__ int walk(const row_view &r, int lo, int hi, weight_sum running, weight_sum target,
+                    F value) {
+    const int lane = (int)threadIdx.x % 32;
+    const auto logit = [&](int id) { return id < hi ? r.logits[id] : -INFINITY; };
+    const auto four = [&](int id) {
+        if (r.vocab % 4 == 0 && id < hi) return *reinterpret_cast<const float4 *>(r.logits + id);
+        return float4{logit(id), logit(id + 1), logit(id + 2), logit(id + 3)};
+    };
+    int found = -1;
+    float4 x = four(lo + 4 * lane);
+    for (int base = lo; base < hi; base += 128) {
+        const float own[4] = {x.x, x.y, x.z, x.w};
+        const int first = base + 4 * lane;
+        x = four(first + 128);
+        weight_sum v[4], mine = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[i] = first + i < hi ? value(first + i, r.z_of(first + i, own[i])) : 0;
+            mine += v[i];
+        }
+        weight_sum upto = mine; // inclusive over lanes
+        for (int d = 1; d < 32; d <<= 1) {
+            const weight_sum o = __shfl_up_sync(~0u, upto, d);
+            if (lane >= d) upto += o;
+        }
+        const unsigned has = __ballot_sync(~0u, mine > 0);
+        const unsigned past = __ballot_sync(~0u, mine > 0 && running + upto > target);
+        weight_sum before = running + upto - mine;
+        int at = -1; // the last one with no more than the target before it
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (v[i] > 0 && before <= target) at = first + i;
+            before += v[i];
+        }
+        const int owner = past ? __ffs((int)past) - 1 : 31 - __clz((int)has);
+        if (has) found = __shfl_sync(~0u, at, owner);
+        if (past) break;
+        running += __shfl_sync(~0u, upto, 31);
+    }
+    return found;
+}
+
+// Among ids with `value(id, z) > 0`, in ascending order: the first at which the running sum of
+// values exceeds `target(sum of all)`, or the last one with a value if none does; -1 when there is
+// none. Row.
+template <typename F, typename G>
+__device__ int find_by_id(const row_view &r, team &t, F value, G target_of) {
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int lo = t.m.lo + warp * (kBlocksMax / t.m.size) * t.m.each;
     const int hi = min(t.m.hi, lo + kBlocksMax / t.m.size * t.m.each);
     weight_sum sum = 0;
-    for (int id = lo + lane; id < hi; id += 32) sum += value(id);
+    each_logit<2>(r, lo, hi, lane, 32, [&](int id, float x) { sum += value(id, r.z_of(id, x)); });
     for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
     __syncthreads();
     if (lane == 0) t.m.part[t.turn][warp] = sum;
@@ -270,25 +358,7 @@ template <typename F, typename G> __device__ int find_by_id(team &t, F value, G 
     if (warp == 0) choose(t.m, t.m.size, false, 0, target + 1);
     __syncthreads();
     if (t.m.rank * kWarps + warp == (int)t.m.chosen[1]) {
-        weight_sum running = t.m.chosen[0];
-        int found = -1;
-        for (int base = lo; base < hi; base += 32) {
-            const int id = base + lane;
-            const weight_sum v = id < hi ? value(id) : 0;
-            weight_sum prefix = v;
-            for (int d = 1; d < 32; d <<= 1) {
-                const weight_sum o = __shfl_up_sync(~0u, prefix, d);
-                if (lane >= d) prefix += o;
-            }
-            const unsigned has = __ballot_sync(~0u, v > 0);
-            const unsigned past = __ballot_sync(~0u, v > 0 && running + prefix > target);
-            if (past)
-                found = base + __ffs((int)past) - 1;
-            else if (has)
-                found = base + 31 - __clz((int)has);
-            running += __shfl_sync(~0u, prefix, 31);
-            if (past) break;
-        }
+        const int found = walk(r, lo, hi, t.m.chosen[0], target, value);
         if (lane < t.m.size) *t.there(&t.m.found[t.turn], lane) = found;
     }
     t.meet();
@@ -297,99 +367,88 @@ template <typename F, typename G> __device__ int find_by_id(team &t, F value, G 
     return found;
 }
 
-// Add w to a bin, for all lanes of a warp together; w == 0 adds nothing. Logits crowd into few bins
-// at first, where lanes would queue for one address, so up to four bins are added up in the warp.
-__device__ __forceinline__ void add_to_bin(weight_sum *bins, int bin, weight_sum w) {
-    constexpr int kRounds = 4, kHalf = 22; // w <= 2^44: two halves that 32 lanes may add in 32 bits
-    const int lane = (int)threadIdx.x % 32;
-    unsigned left = __ballot_sync(~0u, w > 0);
-    for (int round = 0; round < kRounds && left; round++) {
-        const int leader = __ffs((int)left) - 1;
-        const int leading = __shfl_sync(~0u, bin, leader); // by all lanes, hence before the test
-        const bool mine = (left >> lane & 1) && bin == leading;
-        const unsigned lo = __reduce_add_sync(~0u, mine ? (unsigned)w & ((1u << kHalf) - 1) : 0u);
-        const unsigned hi = __reduce_add_sync(~0u, mine ? (unsigned)(w >> kHalf) : 0u);
-        if (lane == leader) atomicAdd(&bins[bin], ((weight_sum)hi << kHalf) + lo);
-        left &= ~__ballot_sync(~0u, mine);
+// Add w to a bin. Shared memory adds words of 32 bits, so the carry goes by hand.
+__device__ __forceinline__ void add_to_bin(uint32_t (*bins)[kBins], int bin, weight_sum w) {
+    const uint32_t low = (uint32_t)w, before = low ? atomicAdd(&bins[0][bin], low) : 0;
+    const uint32_t high = (uint32_t)(w >> 32) + (before + low < low ? 1 : 0);
+    if (high) atomicAdd(&bins[1][bin], high);
+}
+
+// One level of a descent: the sums of value(z) by bin_of(id, z), -1 being none, into m.all. Row.
+template <typename F, typename B>
+__device__ void fill_bins(const row_view &r, team &t, F value, B bin_of) {
+    uint32_t(*const bins)[kBins] = t.m.bin[t.turn];
+    if (threadIdx.x < 2 * kBins) bins[threadIdx.x / kBins][threadIdx.x % kBins] = 0;
+    __syncthreads();
+    each_logit<2>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads, [&](int id, float x) {
+        const float v = r.z_of(id, x);
+        const int bin = bin_of(id, v);
+        if (bin >= 0) add_to_bin(bins, bin, value(v));
+    });
+    t.meet();
+    if (threadIdx.x < kBins) {
+        weight_sum all = 0;
+        for (int b = 0; b < t.m.size; b++) {
+            const uint32_t *there = t.there(&bins[0][0], b) + threadIdx.x;
+            all += ((weight_sum)there[kBins] << 32) + there[0];
+        }
+        t.m.all[threadIdx.x] = all;
     }
-    if (left >> lane & 1) atomicAdd(&bins[bin], w);
+    __syncthreads();
+    t.turn ^= 1;
 }
 
 // The threshold that keeps the shortest prefix, best first, of what `within` keeps whose values sum
 // to target(sum of all it keeps) or more; all of it if the sum stays below. Values of equal keys
-// are equal. Row.
+// are equal, and the best one's is not 0. Row.
 template <typename F, typename G>
 __device__ threshold descend(const row_view &r, team &t, threshold within, F value, G target_of) {
-    uint32_t prefix = 0;
-    weight_sum above = 0, target = 0; // above: sum of larger keys
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        weight_sum *const bins = t.m.bin[t.turn];
-        for (int i = (int)threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
-        __syncthreads();
-        for (int base = t.m.lo + ((int)threadIdx.x & ~31); base < t.m.hi; base += kThreads) {
-            const int id = base + (int)threadIdx.x % 32;
-            const float v = id < t.m.hi ? r.z(id) : -INFINITY;
-            const uint32_t key = key_of(v);
-            const bool here = id < t.m.hi && keeps(within, key, id) &&
-                              (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8));
-            add_to_bin(bins, (int)(key >> shift & 255), here ? value(v) : 0);
-        }
-        t.meet();
-        if (threadIdx.x < kBins) {
-            weight_sum all = 0;
-            for (int b = 0; b < t.m.size; b++) all += t.there(bins, b)[threadIdx.x];
-            t.m.all[threadIdx.x] = all;
-        }
-        __syncthreads();
-        if (shift == 24) target = target_of(sum_of_all(t.m, kBins));
+    fill_bins(r, t, value,
+              [&](int id, float v) { return keeps(within, key_of(v), id) ? r.bin_of(v) : -1; });
+    const weight_sum target = target_of(sum_of_all(t.m, kBins));
+    if (threadIdx.x < 32) choose(t.m, kBins / 32, false, 0, target);
+    __syncthreads();
+    weight_sum above = t.m.chosen[0]; // sum of larger keys
+    const int first = (int)t.m.chosen[1];
+    uint32_t lo, hi, at = 0; // at: of the key from lo, so far
+    r.keys_of(first, &lo, &hi);
+    const int bits = 32 - __clz((int)(hi - lo));
+    for (int left = bits; left > 0;) {
+        const int shift = max(left - 8, 0);
+        fill_bins(r, t, value, [&](int id, float v) {
+            const uint32_t key = key_of(v), in = key - lo;
+            const bool here = r.bin_of(v) == first && keeps(within, key, id) &&
+                              (left == bits || in >> left == at >> left);
+            return here ? (int)(in >> shift & ((1u << (left - shift)) - 1)) : -1;
+        });
         if (threadIdx.x < 32) choose(t.m, kBins / 32, true, above, target);
         __syncthreads();
         above = t.m.chosen[0];
-        prefix |= (uint32_t)t.m.chosen[1] << shift;
-        t.turn ^= 1;
+        at |= (uint32_t)t.m.chosen[1] << shift;
+        left = shift;
     }
     // Of the key itself the lowest ids, as many as reach the target; all of them are `one` apiece.
-    const weight_sum one = value(__uint_as_float(prefix >> 31 ? prefix & 0x7fffffffu : ~prefix));
-    if (one == 0 || target <= above) return threshold{prefix, r.vocab};
+    const uint32_t last = lo + at;
+    const weight_sum one = value(z_of_key(last));
+    if (one == 0 || target <= above) return threshold{last, r.vocab};
     const weight_sum wanted = (target - above + one - 1) / one; // >= 1
     const int id = find_by_id(
-        t,
-        [&](int i) -> weight_sum {
-            const uint32_t key = key_of(r.z(i));
-            return key == prefix && keeps(within, key, i);
+        r, t,
+        [&](int i, float v) -> weight_sum {
+            const uint32_t key = key_of(v);
+            return key == last && keeps(within, key, i);
         },
         [&](weight_sum) { return wanted - 1; });
-    return threshold{prefix, id < 0 ? r.vocab : id};
+    return threshold{last, id < 0 ? r.vocab : id};
 }
 
-// The best candidate of the row. An SM waits for each read, so a thread has four of 16 bytes under
-// way; 64 registers hold no more. Row.
+// The best candidate of the row. Row.
 __device__ candidate best_of_row(const row_view &r, team &t) {
-    constexpr int kInFlight = 4;
     candidate best = {-INFINITY, r.vocab};
-    const int units = r.vocab % 4 == 0 ? (t.m.hi - t.m.lo) / 4 : 0; // rows are 16-byte aligned then
-    const float4 *from = reinterpret_cast<const float4 *>(r.logits + t.m.lo);
-    for (int base = (int)threadIdx.x; base < units; base += kThreads * kInFlight) {
-        float4 x[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; k++)
-            if (base + k * kThreads < units) x[k] = from[base + k * kThreads];
-#pragma unroll
-        for (int k = 0; k < kInFlight; k++) {
-            if (base + k * kThreads >= units) continue;
-            const int id = t.m.lo + (base + k * kThreads) * 4;
-            const float v[4] = {x[k].x, x[k].y, x[k].z, x[k].w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const candidate c = {r.z_of(id + i, v[i]), id + i};
-                if (better(c, best)) best = c;
-            }
-        }
-    }
-    for (int id = t.m.lo + units * 4 + (int)threadIdx.x; id < t.m.hi; id += kThreads) {
-        const candidate c = {r.z(id), id};
+    each_logit<4>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads, [&](int id, float x) {
+        const candidate c = {r.z_of(id, x), id};
         if (better(c, best)) best = c;
-    }
+    });
     return row_best(best, t);
 }
 
@@ -428,6 +487,21 @@ __device__ void log_probabilities(draw_result *out, const row_view &r, int token
     if (writes) out->n_top = filled;
 }
 
+// The least key with e of at least min_p, which the largest's is. Every warp.
+__device__ uint32_t least_key(const row_view &r, float min_p) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t lo = key_of(-INFINITY), hi = key_of((float)r.largest); // lo is too small, hi is not
+    while (hi - lo > 1) {
+        const uint32_t key = lo + (uint32_t)((uint64_t)(hi - lo) * (lane + 1) / 33);
+        const unsigned enough = __ballot_sync(~0u, key > lo && r.e(z_of_key(key)) >= (double)min_p);
+        const int first = enough ? __ffs((int)enough) - 1 : 32;
+        const uint32_t below = __shfl_sync(~0u, key, first ? first - 1 : 0);
+        if (enough) hi = __shfl_sync(~0u, key, first);
+        if (first) lo = below;
+    }
+    return hi;
+}
+
 // The token of one row with temperature > 0. Row.
 __device__ int draw_token(const row_view &r, const draw_row &p, team &t) {
     threshold kept = {0, r.vocab};
@@ -439,18 +513,17 @@ __device__ int draw_token(const row_view &r, const draw_row &p, team &t) {
         kept = descend(
             r, t, kept, [&](float v) -> weight_sum { return r.weight(v); },
             [&](weight_sum sum) { return (weight_sum)ceil((double)p.top_p * (double)sum); });
+    if (p.min_p > 0.f) {
+        const uint32_t least = least_key(r, p.min_p);
+        if (least > kept.at) kept = threshold{least, r.vocab};
+    }
     uint32_t word[4];
     philox_block(p.seed, p.counter, word);
     const uint64_t bits = ((uint64_t)word[0] << 32 | word[1]) >> 12;
     const double u = ((double)bits + 0.5) * 0x1p-52;
     const int id = find_by_id(
-        t,
-        [&](int i) -> weight_sum {
-            const float v = r.z(i);
-            if (!keeps(kept, key_of(v), i)) return 0;
-            if (p.min_p > 0.f && r.e(v) < (double)p.min_p) return 0;
-            return r.weight(v);
-        },
+        r, t,
+        [&](int i, float v) -> weight_sum { return keeps(kept, key_of(v), i) ? r.weight(v) : 0; },
         [&](weight_sum total) { return (weight_sum)floor(u * (double)total); });
     return id < 0 ? 0 : id;
 }
@@ -481,7 +554,8 @@ __global__ void __launch_bounds__(kThreads)
              0.,
              (double)p.temperature,
              1.4426950408889634 / (double)p.temperature,
-             0.f};
+             0.f,
+             fminf((float)(kBins / -kLeast / (double)p.temperature), 1e30f)};
     __syncthreads();
     const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);
