@@ -249,11 +249,12 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
         barrier_init_fence();
     }
     __syncthreads();
-    const int32_t *tile_start = p.expert_start ? tile_start_of : nullptr;
+    const int32_t *tile_start = nullptr;
     if (p.expert_start) {
         wait_for_previous();
         launch_dependents(); // which may read the routing at once (linear_problem.routed)
         linear_tile_starts<NT>(tile_start_of, p);
+        tile_start = tile_start_of;
     }
 
     if (warp >= LINEAR_WARPS) {
