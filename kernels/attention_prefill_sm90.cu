@@ -286,12 +286,6 @@ __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_argume
     }
 }
 
-// A warp's part of a stage is written.
-__device__ __forceinline__ void arrive_warp(uint32_t full, int thread) {
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(full);
-}
-
 // A 16-bit block, of V with zeros behind the end of the sequence.
 template <int D, bool VALUE>
 __device__ __forceinline__ void bring_pages(const prefill_arguments &a, const tile_work &w,
@@ -308,7 +302,7 @@ __device__ __forceinline__ void bring_pages(const prefill_arguments &a, const ti
                          make_uint4(0, 0, 0, 0));
         fence_async_proxy();
     }
-    if (tail || thread >= 32) arrive_warp(full, thread);
+    if (tail || thread > 0) barrier_arrive(full);
 }
 
 // The stream of K or of V, each with half of q before an item's first block: blocks in order
@@ -344,7 +338,7 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                     convert<D, F, VALUE>(to, x, n_valid, 1, thread);
                 }
                 fence_async_proxy();
-                arrive_warp(full, thread);
+                barrier_arrive(full);
             }
             id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
             // After the last block for nothing: so that no register is kept for a block not read.
@@ -525,8 +519,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         for (int i = 0; i < kStages; i++) {
             // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->k_full[i]), 4);
-            barrier_init(shared_at(&c->v_full[i]), 4);
+            barrier_init(shared_at(&c->k_full[i]), 128);
+            barrier_init(shared_at(&c->v_full[i]), 128);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
         }

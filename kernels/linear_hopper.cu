@@ -230,8 +230,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_hopper(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     using L = tile<F, NT, R, KU, G, KB>;
-    constexpr int bits = linear_code_bits(F);
-    constexpr int kChunks = bits / 4; // 16-byte loads of a lane for one unit
+    constexpr int bits = linear_code_bits(F), kChunks = bits / 4; // 16-byte loads a lane and unit
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
     __shared__ linear_shared later_of[LINEAR_WARPS];

@@ -525,14 +525,16 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
         float *stage = reinterpret_cast<float *>(at);
         const uint32_t from = shared_address(at) + lane * 16;
-        if (to.there) {
+        // Of two blocks side by side one may end a half of the matrix, with fewer rows.
+        if (to.there || to_other.there) {
             float c[4], other[4];
             sum_senders(c, from, d.senders);
             if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
             if (p.paired) {
                 linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
             } else {
-                linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
+                if (to.there)
+                    linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
                 if (to_other.there)
                     linear_emit<T, false>(p, m0, tile.m_end, to_other.col, other, other, to_other.o,
                                           to_other.o, stage);

@@ -447,7 +447,8 @@ static void run_case(const attention_case *c) {
         if (!(e <= *w)) *w = e;
         check(e <= limit, c, *name, "rel_err", e);
         if (c->kv_len[0] > 1 && (c->kv_len[0] < 200 || c->n_seqs == 1)) {
-            const double missed = relative_error(&f, out, 1);
+            const int32_t few = 1 + c->kv_len[0] / 16384; /* one alone weighs little then */
+            const double missed = relative_error(&f, out, few);
             check(missed > 2 * limit, c, *name, "a missing token went unseen: rel_err", missed);
         }
         uint16_t *again = attend(&f, *name, 0, c->n_seqs);
@@ -593,7 +594,6 @@ static void least(kv_format f) {
     run_case(&c);
 }
 
-/* gpu_attention [--quick | --least]: all cases, a fifth, or those that compute-sanitizer can do. */
 /* Scales of V beyond 32, and of K as ever. */
 static void large_values(dtype type, kv_format f) {
     attention_case c = base_case("large", type, f, f);
@@ -604,6 +604,7 @@ static void large_values(dtype type, kv_format f) {
     run_case(&c);
 }
 
+/* gpu_attention [--quick | --least]: all cases, a fifth, or those that compute-sanitizer can do. */
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
     const bool for_sanitizer = argc > 1 && !strcmp(argv[1], "--least");
