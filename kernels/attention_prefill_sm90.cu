@@ -286,8 +286,16 @@ __device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_argume
     }
 }
 
+// A stage is written: every thread says so, or where there are codes a lane of each warp, since
+// registers are few there.
+template <bool CODES> constexpr int kArrivals = CODES ? 4 : 128;
+template <bool CODES> __device__ __forceinline__ void arrive(uint32_t full, int thread) {
+    if (CODES) __syncwarp();
+    if (!CODES || thread % 32 == 0) barrier_arrive(full);
+}
+
 // A 16-bit block, of V with zeros behind the end of the sequence.
-template <int D, bool VALUE>
+template <int D, bool VALUE, bool CODES>
 __device__ __forceinline__ void bring_pages(const prefill_arguments &a, const tile_work &w,
                                             control *c, int block, const int (&id)[2], uint32_t to,
                                             uint32_t full, uint32_t &n_landed, int thread) {
@@ -302,7 +310,7 @@ __device__ __forceinline__ void bring_pages(const prefill_arguments &a, const ti
                          make_uint4(0, 0, 0, 0));
         fence_async_proxy();
     }
-    if (tail || thread > 0) barrier_arrive(full);
+    if (tail || thread >= 128 / kArrivals<CODES>) arrive<CODES>(full, thread);
 }
 
 // The stream of K or of V, each with half of q before an item's first block: blocks in order
@@ -329,7 +337,7 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                 shared_at(memory) + kQ<D> * kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
             barrier_wait(empty, count / kStages & 1 ^ 1);
             if (F == KF_16) {
-                bring_pages<D, VALUE>(a, w, c, block, id, to, full, n_landed, thread);
+                bring_pages<D, VALUE, CODES>(a, w, c, block, id, to, full, n_landed, thread);
             } else {
                 const int n_valid = w.t.kv_len - block * BN;
                 convert<D, F, VALUE>(to, x, n_valid, 0, thread);
@@ -338,7 +346,7 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                     convert<D, F, VALUE>(to, x, n_valid, 1, thread);
                 }
                 fence_async_proxy();
-                barrier_arrive(full);
+                arrive<CODES>(full, thread);
             }
             id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
             // After the last block for nothing: so that no register is kept for a block not read.
@@ -519,8 +527,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         for (int i = 0; i < kStages; i++) {
             // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->k_full[i]), 128);
-            barrier_init(shared_at(&c->v_full[i]), 128);
+            barrier_init(shared_at(&c->k_full[i]), kArrivals<CODES>);
+            barrier_init(shared_at(&c->v_full[i]), kArrivals<CODES>);
             barrier_init(shared_at(&c->k_empty[i]), 2);
             barrier_init(shared_at(&c->v_empty[i]), 2);
         }
