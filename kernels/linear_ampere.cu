@@ -461,12 +461,16 @@ constexpr int kSharedBytes = 100 * 1024;
 #endif
 
 // The next launch may begin to load its weights; where its tiles and rows come from the launch
-// before, this one waits for that.
+// before, this one waits for that. With experts the next may begin only then, since it may read the
+// routing at once (linear_problem.routed).
 template <int NT>
 __device__ __forceinline__ void begin_launch(int32_t *tile_start, const linear_args &p) {
-    launch_dependents();
+    if (!p.expert_start) launch_dependents();
     if (p.expert_start || p.x_row) wait_for_previous();
-    if (p.expert_start) linear_tile_starts<NT>(tile_start, p);
+    if (p.expert_start) {
+        launch_dependents();
+        linear_tile_starts<NT>(tile_start, p);
+    }
 }
 
 template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
