@@ -7,7 +7,7 @@
  * that follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other
  * norm adds the y of the sub-layer before it, the last one adds the y of the last feed-forward. So
  * y is complete (reduced over ranks, biases of o and down included, once in all) before the next
- * norm.
+ * norm, or that norm sums the ranks' parts itself: nobody else reads y after all_reduce.
  *
  * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows
  * and are taken once; a step uses their first rows. */

@@ -629,7 +629,7 @@ __global__ void __maxnreg__(kRegisters<NT>)
     }
     registers_up<kRegisters<NT> + 8>();
     const duty own(d, warp / 4);
-    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0, 0, 0};
+    multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
     cluster_wait(); // all barriers of the cluster are there
@@ -900,7 +900,7 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
         return;
     }
     own.half = warp / 4;
-    multiplier<T, F, NT, G> work = {p, d, bar, own, {}, 0, 0, 0, 0, 0, 0, 0, 0};
+    multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
     cluster_wait(); // all barriers of the cluster are there
