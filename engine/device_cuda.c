@@ -84,8 +84,6 @@ static status probe(cudev *c) {
 }
 
 status cudev_open(device **out, const device_options *o, int32_t rank) {
-    if (o->kv_expand_first)
-        return FAIL(ST_UNSUPPORTED, "the cuda device has no mode kv_expand_first");
     cudev *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cuda device");
     c->base = (device){.ops = &device_cuda, .options = *o};

@@ -329,9 +329,8 @@ static void test_graphs(void **state) {
 static void test_refusals(void **state) {
     (void)state;
     device *d;
-    const device_options many = {.tp = 64}, first = {.tp = 1, .kv_expand_first = true};
+    const device_options many = {.tp = 64};
     assert_status(device_cuda.open(&d, &many), ST_UNSUPPORTED);
-    assert_status(device_cuda.open(&d, &first), ST_UNSUPPORTED);
 }
 
 static status norm_nowhere(device *d, tensor out, tensor residual, tensor add, const weight *w,
