@@ -28,6 +28,7 @@ static const int64_t ROTATE_BYTES = 512 << 20;
 
 typedef struct {
     bool prefill, json;
+    bool expand_first; /* the cache is written out at 16 bit before each launch */
     dtype type;
     kv_format k, v;
     int32_t heads, kv_heads, head_dim, window, batch, ctx, n_new, family;
@@ -96,7 +97,7 @@ static int64_t pages_before(const bench_case *c, int32_t s) {
 typedef struct {
     bench_memory m;
     attention_layer_params l;
-    attention_cache cache;
+    attention_cache cache, wide;  /* wide: at 16 bit, where expand_first */
     attention_batch host, device; /* device.page: of set 0 */
     int32_t *ints, *page;         /* host memory of the above; page ids of all sets */
     uint16_t *q;                  /* host [rows, (H + 2G) D] */
@@ -218,8 +219,9 @@ static status make_plan(bench_run *r, const bench_case *c, const bench_gpu *g) {
     void *plan = mem_alloc((size_t)bytes, 1);
     if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)bytes);
     int64_t used = 0;
-    status st = attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim,
-                                    c->window, c->k == KF_4 && c->v == KF_4, g->n_sms);
+    status st =
+        attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
+                            !c->expand_first && c->k == KF_4 && c->v == KF_4, g->n_sms);
     if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
     mem_free(plan);
     return st;
@@ -235,6 +237,11 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     TRY(describe_layer(r, c));
     TRY(take(&r->m, &base, n_pages * r->page_bytes));
     r->cache = (attention_cache){base, r->page_bytes, c->k, c->v};
+    if (c->expand_first) {
+        const int64_t bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
+        r->wide = (attention_cache){NULL, bytes, KF_16, KF_16};
+        TRY(take(&r->m, &r->wide.base, n_pages * bytes));
+    }
     TRY(fill_cache(r, c, pages));
 
     const int64_t rows = r->host.n_tokens,
@@ -259,8 +266,11 @@ static status launch(bench_run *r, const bench_case *c, const bench_gpu *g, int3
                      cudaStream_t stream) {
     attention_batch b = r->device;
     b.page += set * r->set_pages;
-    return kernel_attention(r->out, r->qkv, &r->l, &r->cache, &b, r->plan, r->workspace, c->kernel,
-                            c->family, g->sm, g->n_sms, stream);
+    if (c->expand_first)
+        TRY(kernel_attention_expand(&r->wide, &r->cache, c->type, c->kv_heads, c->head_dim, b.page,
+                                    r->set_pages, g->n_sms, stream));
+    return kernel_attention(r->out, r->qkv, &r->l, c->expand_first ? &r->wide : &r->cache, &b,
+                            r->plan, r->workspace, c->kernel, c->family, g->sm, g->n_sms, stream);
 }
 
 static int compare_float(const void *a, const void *b) {
@@ -396,9 +406,10 @@ static status bench_one(const bench_case *c, const bench_gpu *g) {
             c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
             c->head_dim, c->batch, c->ctx, length_of(c, c->batch - 1), c->n_new, us, gbs,
             gbs / g->read_gbs * 100, tflops,
-            c->kernel   ? c->kernel
-            : c->family ? (c->family == 80 ? "family80" : "family90")
-                        : "best",
+            c->expand_first ? "expand_first"
+            : c->kernel     ? c->kernel
+            : c->family     ? (c->family == 80 ? "family80" : "family90")
+                            : "best",
             rel_err);
         fflush(stdout);
     }
@@ -475,7 +486,7 @@ int bench_attention(int argc, char **argv) {
     const char *phase = "decode", *kv = "kv16", *type = "fp16", *heads = "32/8", *shapes = NULL;
     const char *kernel = NULL, *family = NULL;
     int64_t head_dim = 128, batch = 64, ctx = 4096, n_new = 0, window = 0;
-    bool json = false;
+    bool json = false, expand_first = false;
     const cli_option options[] = {
         {"--phase", CLI_TEXT, &phase, "P", "decode or prefill"},
         {"--kv", CLI_TEXT, &kv, "F", "formats: kv16,kvfp8,kv8,kv4,k8v4"},
@@ -489,12 +500,15 @@ int bench_attention(int argc, char **argv) {
         {"--window", CLI_INT, &window, "N", "sliding window"},
         {"--kernel", CLI_TEXT, &kernel, "NAME", "force a variant"},
         {"--kernel-family", CLI_TEXT, &family, "F", "ampere or hopper"},
+        {"--expand-first", CLI_FLAG, &expand_first, NULL,
+         "baseline: write the cache out at 16 bit before each launch"},
         {"--json", CLI_FLAG, &json, NULL, "one object a line"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t none = 0;
     status st = cli_parse(argc - 1, argv + 1, "bench attention [options]", options, NULL, &none);
     bench_case c = {.json = json,
+                    .expand_first = expand_first,
                     .prefill = !strcmp(phase, "prefill"),
                     .type = !strcmp(type, "bf16") ? DT_BF16 : DT_F16,
                     .head_dim = (int32_t)head_dim,

@@ -166,6 +166,7 @@ typedef struct {
     attention_cache cache[MODEL_LAYERS_MAX];
     float *rope; /* [ctx, D / 2, 2] */
     void *linear_space, *attention_space;
+    void *expanded; /* options.dequant_first: the largest weight at 16 bit */
     cudev_plan plan[CUDEV_PLANS_MAX];
     int32_t n_plans;
     cudev_slot slot[2];

@@ -35,11 +35,10 @@ typedef struct {
     int32_t tp;      /* ranks, >= 1 */
     int32_t threads; /* cpu; 0 = all cores */
 
-    /* Baseline modes. dequant_first: a weight-only linear writes the whole weight out at 16 bit and
-     * multiplies that (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a
-     * kernel without fused dequantisation does. kv_expand_first: attention of prefill does so with
-     * the quantised cache. UNSUPPORTED at open by a device that has no such mode. */
-    bool dequant_first, kv_expand_first;
+    /* Baseline mode: a weight-only linear writes the whole weight out at 16 bit and multiplies that
+     * (packed bytes read + 16-bit written + 16-bit read + the W16 product), as a kernel without
+     * fused dequantisation does. UNSUPPORTED at open by a device that has no such mode. */
+    bool dequant_first;
 
     int32_t kernel_family; /* cuda: 80 = kernels of that family on any GPU; 0 = the newest */
     bool no_graphs;        /* cuda: launch decode steps one kernel at a time */

@@ -93,8 +93,7 @@ static int threads_for(const cpu *c, int64_t work) {
 
 static status cpu_open(device **out, const device_options *o) {
     if (o->tp != 1) return FAIL(ST_UNSUPPORTED, "the cpu device has one rank, not %d", o->tp);
-    if (o->dequant_first || o->kv_expand_first)
-        return FAIL(ST_UNSUPPORTED, "the cpu device has no baseline modes");
+    if (o->dequant_first) return FAIL(ST_UNSUPPORTED, "the cpu device has no mode dequant_first");
     cpu *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cpu device");
     c->base = (device){.ops = &device_cpu, .options = *o};

@@ -84,9 +84,6 @@ static status probe(cudev *c) {
 }
 
 status cudev_open(device **out, const device_options *o, int32_t rank) {
-    if (o->dequant_first || o->kv_expand_first)
-        return FAIL(ST_UNSUPPORTED, "the cuda device has no mode %s",
-                    o->dequant_first ? "dequant_first" : "kv_expand_first");
     cudev *c = mem_alloc(1, sizeof *c);
     if (!c) return FAIL(ST_NOMEM, "cuda device");
     c->base = (device){.ops = &device_cuda, .options = *o};
@@ -240,13 +237,38 @@ static status setup_plans(cudev *c) {
     return ST_OK;
 }
 
+/* options.dequant_first: is this weight written out at 16 bit before each product with it? */
+static bool expanded_first(const cudev *c, const linear_weight *w) {
+    return c->base.options.dequant_first && w->format != WF_16 && w->act == AF_16;
+}
+
+static linear_weight expanded_of(const cudev *c, const linear_weight *w) {
+    return (linear_weight){.format = WF_16,
+                           .type = w->type,
+                           .n = w->n,
+                           .k = w->k,
+                           .count = w->count,
+                           .gated = w->gated,
+                           .act = AF_16,
+                           .family = w->family,
+                           .code = c->expanded,
+                           .bias = w->bias};
+}
+
 static status setup_spaces(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
-    int64_t linear = 0;
+    int64_t linear = 0, expanded = 0;
     for (int32_t i = 0; i < c->n_all; i++) { /* experts take their inputs from tokens, or slots */
+        const linear_weight *w = &c->all[i]->linear;
         const int64_t x = c->all[i]->field == WEIGHT_experts_down ? rows : c->max_tokens;
-        linear = i64_max(linear, linear_workspace_bytes(&c->all[i]->linear, (int32_t)x, c->n_sms));
+        linear = i64_max(linear, linear_workspace_bytes(w, (int32_t)x, c->n_sms));
+        if (!expanded_first(c, w)) continue;
+        const linear_weight wide = expanded_of(c, w);
+        int64_t codes, scales;
+        TRY(linear_pack_bytes(&wide, &codes, &scales));
+        expanded = i64_max(expanded, codes);
     }
+    if (expanded) TRY(take(c, expanded, "a weight at 16 bit", &c->expanded));
     const int64_t attention =
         attention_workspace_bytes(c->max_seqs, c->max_page_ids, c->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
@@ -602,6 +624,14 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
                             .n_sms = c->n_sms};
 }
 
+static status launch_linear(const cudev *c, linear_problem p) {
+    if (!expanded_first(c, p.w)) return kernel_linear(&p, c->stream);
+    const linear_weight wide = expanded_of(c, p.w);
+    TRY(linear_expand(&wide, p.w, c->stream));
+    p.w = &wide;
+    return kernel_linear(&p, c->stream);
+}
+
 status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w) {
     CHECK(w->count == 1);
     CHECK(x.cols == w->k);
@@ -609,7 +639,7 @@ status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w) {
     linear_problem p = problem_of(c, w, rows_of(c, x));
     p.x = x.data;
     p.y = y;
-    return kernel_linear(&p, c->stream);
+    return launch_linear(c, p);
 }
 
 static status cuda_linear(device *d, tensor out, tensor x, const weight *w) {
@@ -632,7 +662,7 @@ static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *g
     p.ldy = out.cols;
     p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
     p.limit = limit;
-    return kernel_linear(&p, c->stream);
+    return launch_linear(c, p);
 }
 
 static attention_layer_params params_of(const cudev *c, const attention_layer *a) {
@@ -709,7 +739,7 @@ static status launch_experts(cudev *c, linear_problem p, tensor out, tensor x, i
     p.x_row = gather ? c->row_token : NULL;
     p.x_rows = (int32_t)rows_of(c, x);
     p.routed = !gather; /* down: gate and up come before */
-    return kernel_linear(&p, c->stream);
+    return launch_linear(c, p);
 }
 
 static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
@@ -819,8 +849,11 @@ static void cuda_explain(device *d, const char *what, const weight *w, int64_t n
     linear_problem p = problem_of(c, w, n_rows);
     static const int32_t some; /* a grouped problem is one with expert_start; not read */
     if (w->count > 1) p.expert_start = &some;
+    const linear_weight wide = expanded_of(c, p.w);
+    const bool first = expanded_first(c, p.w);
+    if (first) p.w = &wide;
     const char *kernel = linear_choice(&p);
-    snprintf(buf, n, "%s", kernel ? kernel : fail_message());
+    snprintf(buf, n, "%s%s", first ? "expanded, " : "", kernel ? kernel : fail_message());
 }
 
 const device_ops device_cuda = {

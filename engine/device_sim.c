@@ -33,8 +33,8 @@
  * all_reduce  link latency + 2 (tp - 1) / tp * bytes / link rate. logits gather at half of that.
  * the rest    bytes and a launch.
  *
- * dequant_first and kv_expand_first (device.h): a kernel in front that reads the packed form and
- * writes 16 bit, and then the 16-bit operation.
+ * dequant_first (device.h): a kernel in front that reads the packed form, writes 16 bit, then the
+ * 16-bit operation.
  *
  * Easy to get wrong: rates here are per nanosecond and reciprocal, so the hot path multiplies. */
 #include "capacity.h"
@@ -438,34 +438,24 @@ static terms decode_terms(const sim_device *d, const attention_shape *a, const a
                    .fixed = d->launch_ns * (split ? 2 : 1) + ATTENTION_LATENCY_NS};
 }
 
-static terms prefill_terms(const sim_device *d, const attention_shape *a, const attention_sums *s,
-                           bool expand) {
-    const double group = a->n_heads / a->n_kv_heads, wide = 4 * a->head_dim;
+static terms prefill_terms(const sim_device *d, const attention_shape *a, const attention_sums *s) {
+    const double group = a->n_heads / a->n_kv_heads;
     const double kv = s->prefill_kv * a->n_kv_heads;
     const double pairs = s->prefill_pairs + s->prefill_tokens * (TILE_QUERIES / 2);
     const double passes = fmax(s->prefill_pairs * group / TILE_QUERIES, s->prefill_kv);
     const double q_bytes = s->prefill_tokens * a->n_heads * a->head_dim * 4;
-    terms t = {.compute =
-                   a->n_heads * pairs * 4 * a->head_dim * d->matrix_ns[AF_16] / ATTENTION_MATRIX,
-               .convert = exponentials_ns(d, a->n_heads * s->prefill_pairs),
-               .memory = (kv * a->kv_bytes + q_bytes) * d->byte_ns,
-               .fixed = d->launch_ns + ATTENTION_LATENCY_NS};
-    if (expand && a->kv_bytes < wide) {
-        const terms front = {.memory = kv * (a->kv_bytes + wide) * d->byte_ns,
-                             .convert = kv * a->kv_ops * d->integer_ns};
-        t.fixed += d->launch_ns + terms_ns(front);
-        t.memory = (kv * wide + q_bytes) * d->byte_ns;
-    } else {
-        t.convert += passes * a->n_kv_heads * a->kv_ops * d->integer_ns;
-    }
-    return t;
+    return (terms){.compute = a->n_heads * pairs * 4 * a->head_dim * d->matrix_ns[AF_16] /
+                              ATTENTION_MATRIX,
+                   .convert = exponentials_ns(d, a->n_heads * s->prefill_pairs) +
+                              passes * a->n_kv_heads * a->kv_ops * d->integer_ns,
+                   .memory = (kv * a->kv_bytes + q_bytes) * d->byte_ns,
+                   .fixed = d->launch_ns + ATTENTION_LATENCY_NS};
 }
 
 static double attention_ns(const sim_device *d, const attention_shape *a, const attention_sums *s) {
     double ns = 0;
     if (s->decode_seqs > 0) ns += terms_ns(decode_terms(d, a, s));
-    if (s->prefill_tokens > 0)
-        ns += terms_ns(prefill_terms(d, a, s, d->base.options.kv_expand_first));
+    if (s->prefill_tokens > 0) ns += terms_ns(prefill_terms(d, a, s));
     return ns;
 }
 

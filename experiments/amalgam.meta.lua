@@ -29,7 +29,7 @@ local amalgam = {}
 ---@field ctx_max? integer prompt + output of a request at most; 0 = the model's limit
 ---@field pages? integer KV pages of 64 tokens; 0 = as many as fit
 ---@field scheduler? SchedulerOptions
----@field dequant_first? boolean baseline: expand low-bit data to 16 bits before use (false)
+---@field dequant_first? boolean baseline: expand low-bit weights to 16 bits before use (false)
 ---@field lockstep? boolean cuda: wait for the tokens of a step before the next is launched (false)
 ---@field trace? string file to record the scheduler to
 

@@ -3,7 +3,8 @@
 --- `amalgam bench attention` with the heads of Llama-3.1-8B (32 query, 8 KV, head dim 128),
 --- straight from the paged cache in each KV format: microseconds of one layer, KV sets taken in
 --- turn from more than 512 MB, error against float64 over the dequantised cache. `plain` is the
---- kernel that every other is compared with; `ampere` what GPUs before Hopper run.
+--- kernel that every other is compared with; `ampere` what GPUs before Hopper run; `expand_first`
+--- the baseline that writes the cache out at 16 bit before each launch.
 
 local SHAPES = {
   decode = { "1x4096", "8x4096", "64x1024", "64x4096", "256x4096", "256x16384", "1x131072",
@@ -21,14 +22,17 @@ return {
   origin = "measured",
   needs = "gpu",
   axes = {
-    { name = "variant", values = { "best", "ampere", "plain" } },
+    { name = "variant", values = { "best", "ampere", "plain", "expand_first" } },
     { name = "phase", values = { "decode", "prefill" } },
     { name = "kv", values = { "KV16", "KVFP8", "KV8", "K8V4", "KV4" } },
     { name = "dtype", values = { "fp16", "bf16" } },
   },
   fixed = { device = "cuda", heads = "32/8", head_dim = 128 },
   quick = { kv = { "KV16", "KV4" }, dtype = { "fp16" } },
-  where = function(point) return point.variant == "best" or point.dtype == "fp16" end,
+  where = function(point)
+    if point.variant == "expand_first" and point.kv == "KV16" then return false end
+    return point.variant == "best" or point.dtype == "fp16"
+  end,
   jobs = "alone",
   timeout_s = 180,
   run = function(amalgam, point)
@@ -38,6 +42,7 @@ return {
       shapes = (plain and PLAIN or SHAPES)[point.phase] }
     if point.variant == "ampere" then options.kernel_family = "ampere" end
     if plain then options.kernel = "plain" end
+    if point.variant == "expand_first" then options.expand_first = true end
     local lines, status, reason = amalgam.bench("attention", options)
     if not lines then return { status = status, reason = reason } end
     local metrics = { rel_err = 0 }

@@ -191,21 +191,23 @@ static void check(bool good, const attention_case *c, const char *variant, const
            kv_format_text(c->v), what, value);
 }
 
-static void load_pages(fixture *f, const test_batch *all) {
+/* What a cache holds, dequantised: to_k, to_v [all tokens, G, D]. */
+static void load_pages(const fixture *f, const test_batch *all, const attention_cache *cache,
+                       float *to_k, float *to_v) {
     const attention_case *c = f->c;
     const int32_t g_d = c->kv_heads * c->head_dim;
-    uint8_t *pool = host_copy(f->cache.base, f->page_bytes * f->n_pages);
+    uint8_t *pool = host_copy(cache->base, cache->page_bytes * f->n_pages);
     for (int32_t s = 0; s < c->n_seqs; s++)
 #pragma omp parallel for schedule(static)
         for (int32_t at = 0; at < c->kv_len[s]; at += P) {
             float *k = mem_alloc((size_t)P * (size_t)g_d, sizeof *k),
                   *v = mem_alloc((size_t)P * (size_t)g_d, sizeof *v);
             const int32_t page = all->page[all->page_start[s] + at / P];
-            attention_unpack_page(k, v, pool + page * f->page_bytes, c->k, c->v, c->type,
-                                  c->kv_heads, c->head_dim);
+            attention_unpack_page(k, v, pool + page * cache->page_bytes, cache->k, cache->v,
+                                  c->type, c->kv_heads, c->head_dim);
             const int64_t n = i64_min(P, c->kv_len[s] - at) * g_d;
-            memcpy(f->k + (int64_t)(all->first[s] + at) * g_d, k, (size_t)n * sizeof *k);
-            memcpy(f->v + (int64_t)(all->first[s] + at) * g_d, v, (size_t)n * sizeof *v);
+            memcpy(to_k + (int64_t)(all->first[s] + at) * g_d, k, (size_t)n * sizeof *k);
+            memcpy(to_v + (int64_t)(all->first[s] + at) * g_d, v, (size_t)n * sizeof *v);
             mem_free(k);
             mem_free(v);
         }
@@ -267,6 +269,38 @@ static void check_append(fixture *f, const test_batch *all) {
     check(worst_kv <= 1, c, "append", "KV error over its limit:", worst_kv);
 }
 
+/* Values of n that are not those of `want` rounded to 16 bit. */
+static int64_t differing(const float *got, const float *want, int64_t n, dtype type) {
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint16_t bits = type == DT_F16 ? f16_from_f32(want[i]) : bf16_from_f32(want[i]);
+        wrong += !(value16(bits, type) == got[i]);
+    }
+    return wrong;
+}
+
+/* The cache written out at 16 bit has the values of the codes, rounded once. */
+static void check_expand(fixture *f, const test_batch *all) {
+    const attention_case *c = f->c;
+    const int64_t n = all->host.n_tokens * (int64_t)c->kv_heads * c->head_dim;
+    const int64_t bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
+    const attention_cache wide = {device_bytes(bytes * f->n_pages, 0xff), bytes, KF_16, KF_16};
+    float *k = mem_alloc((size_t)n, sizeof *k), *v = mem_alloc((size_t)n, sizeof *v);
+    const status st =
+        kernel_attention_expand(&wide, &f->cache, c->type, c->kv_heads, c->head_dim,
+                                all->device.page, all->page_start[c->n_seqs], 132, NULL);
+    check(st == ST_OK, c, "expand", fail_message(), st);
+    CUDA(cudaDeviceSynchronize());
+    load_pages(f, all, &wide, k, v);
+    const int64_t wrong = differing(k, f->k, n, c->type) + differing(v, f->v, n, c->type);
+    check(wrong == 0, c, "expand", "values that differ:", (double)wrong);
+    k[n / 2] += fabsf(k[n / 2]) + 1; /* twin */
+    check(differing(k, f->k, n, c->type) > 0, c, "expand", "a moved value went unseen", 0);
+    CUDA(cudaFree(wide.base));
+    mem_free(k);
+    mem_free(v);
+}
+
 static void open_fixture(fixture *f, const attention_case *c) {
     memset(f, 0, sizeof *f);
     f->c = c;
@@ -310,8 +344,9 @@ static void open_fixture(fixture *f, const attention_case *c) {
     f->turned = host_copy(f->device_qkv, n_tokens * heads * d * 2);
     f->k = mem_alloc((size_t)kv, sizeof(float));
     f->v = mem_alloc((size_t)kv, sizeof(float));
-    load_pages(f, &all);
+    load_pages(f, &all, &f->cache, f->k, f->v);
     check_append(f, &all);
+    if (n_tokens <= 8192) check_expand(f, &all);
     int64_t pages = all.page_start[c->n_seqs];
     f->workspace = device_bytes(attention_workspace_bytes(c->n_seqs, pages, c->heads, d), 0);
     free_batch(&all);

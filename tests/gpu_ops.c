@@ -9,6 +9,7 @@
 #include "activation.h"
 #include "draw.h"
 #include "fill.h"
+#include "linear.h"
 #include "moe.h"
 #include "norm.h"
 #include "quantize.h"
@@ -735,6 +736,74 @@ static void test_quantise(void **state) {
     }
 }
 
+/* --- Written out at 16 bit ------------------------------------------------------------------- */
+
+/* A packed weight of `format` written out is the packed weight of its values at 16 bit, bit for
+ * bit, padding included. Twin: codes that differ must show. */
+static void expand_case(const char *name, int32_t n, int32_t k, dtype type, bool gated) {
+    static arena a;
+    precision p;
+    assert_ok(precision_parse(&p, name));
+    if (precision_fits_shape(&p, n, k) != ST_OK) return;
+    assert_ok(arena_open(&a, 256 << 20));
+    qmatrix q, values = {0};
+    float *w = weights_of(n, k, (uint64_t)n * 37 + (uint64_t)k);
+    assert_ok(qmatrix_alloc(&q, &a, &p, n, k));
+    assert_ok(ref_quantize_weight(&q, w));
+    linear_weight from = {.format = p.weight,
+                          .type = type,
+                          .n = n,
+                          .k = k,
+                          .count = 1,
+                          .group = p.group,
+                          .sym = p.sym,
+                          .gated = gated,
+                          .act = AF_16,
+                          .family = 90};
+    linear_weight to = from;
+    to.format = WF_16;
+    to.group = 0;
+    to.sym = false;
+    int64_t codes, scales, wide, none;
+    assert_ok(linear_pack_bytes(&from, &codes, &scales));
+    assert_ok(linear_pack_bytes(&to, &wide, &none));
+    uint8_t *code = host((size_t)codes, 1), *scale = host((size_t)scales + 1, 1);
+    uint8_t *want = host((size_t)wide, 1), *got = host((size_t)wide, 1);
+    assert_ok(ref_linear_pack(&from, code, scale, &q));
+    ref_dequantize_weight(w, &q, 0, n);
+    uint16_t *narrow = host((size_t)n * (size_t)k, 2);
+    dtype_from_f32(narrow, w, (int64_t)n * k, type);
+    values.code = (uint8_t *)narrow;
+    assert_ok(ref_linear_pack(&to, want, NULL, &values));
+    from.scale = dev_copy(scale, (size_t)scales);
+    from.global_scale = dev_copy(&q.global_scale, 4);
+    to.code = dev((size_t)wide);
+    for (int twin = 0; twin < 2; twin++) {
+        for (int64_t i = 0; twin && i < codes; i += 97) code[i] ^= 0x10;
+        from.code = dev_copy(code, (size_t)codes);
+        assert_ok(linear_expand(&to, &from, NULL));
+        fetch(got, to.code, (size_t)wide);
+        assert_int_equal(memcmp(got, want, (size_t)wide) != 0, twin);
+        CUDA(cudaFree(from.code));
+    }
+    void *all[] = {from.scale, from.global_scale, to.code};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(w), free(code), free(scale), free(want), free(got), free(narrow);
+    arena_close(&a);
+}
+
+static void test_expand(void **state) {
+    (void)state;
+    static const char *const formats[] = {"W8",    "W4",   "W4sym", "W4g32",  "W4g64sym",
+                                          "W4g16", "WFP8", "WFP8b", "WMXFP4", "WNVFP4"};
+    for (int f = 0; f < COUNT_OF(formats); f++)
+        for (int t = 0; t < 2; t++) {
+            expand_case(formats[f], 64, 128, types[t], false);
+            expand_case(formats[f], 96, 192, types[t], true);
+            if (!least) expand_case(formats[f], 272, 2880, types[t], false);
+        }
+}
+
 /* Activations of rows of every magnitude, one of them with an infinity: codes times scales and
  * values are the definition's bits. */
 static void activations_case(act_format f, int32_t group, dtype type, int32_t m, int32_t k) {
@@ -1026,7 +1095,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_noise),      cmocka_unit_test(test_finite),
         cmocka_unit_test(test_convert),    cmocka_unit_test(test_angles),
         cmocka_unit_test(test_quantise),   cmocka_unit_test(test_activations),
-        cmocka_unit_test(test_unpack),
+        cmocka_unit_test(test_expand),     cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -680,8 +680,6 @@ static void test_refusals(void **state) {
     assert_ok(device_find(&ops, "cpu"));
     assert_status(ops->open(&d, &(device_options){.tp = 2}), ST_UNSUPPORTED);
     assert_status(ops->open(&d, &(device_options){.tp = 1, .dequant_first = true}), ST_UNSUPPORTED);
-    assert_status(ops->open(&d, &(device_options){.tp = 1, .kv_expand_first = true}),
-                  ST_UNSUPPORTED);
 
     /* K = 768 is no multiple of a group of 512; a KV list of the wrong length. */
     engine *e = mem_alloc(1, sizeof *e);
