@@ -714,8 +714,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[1][kRows / 2], const 
         barrier_wait(full + stage * 8, at.turn < 0);
         multiply_step<T, F, G, N>(acc, p, units, stage_at + at.code, at.scale + stage * L::scale,
                                   at.place, x_at);
-        __syncwarp(); // all lanes have read
-        if (thread_anew() % 32 == 0) barrier_arrive(empty + stage * 8);
+        barrier_arrive(empty + stage * 8); // every lane, for each has read
         if (++at.turn == L::stages) at.turn = -L::stages;
     }
 }
@@ -792,7 +791,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
             barrier_init(full + i * 8, p.x_row ? 1 + 2 : 1);
-            barrier_init(empty + i * 8, kWarps);
+            barrier_init(empty + i * 8, kMath);
         }
         for (int i = 0; i < kWorks; i++) {
             barrier_init(full + kTold + i * 16, 1);
