@@ -187,19 +187,22 @@ __device__ __forceinline__ void copy_inputs(const CUtensorMap *map, ring_at<kXSt
 // of FP8b do not fit the registers of two CTAs an SM.
 template <weight_format F, int NT> constexpr int kGroup = F == WF_FP8B &&NT == 64 ? 32 : NT;
 
-// acc += the sums of one step: x rows of a group, from c on.
+// acc += the sums of one step: x rows of a group, from c on. Sums of a whole tile meet one scale
+// first: of both scales' product ptxas would have the product of codes wait for their loads. Where
+// there are two groups there are not the registers.
 template <weight_format F, int NT, typename S, int N, int M>
 __device__ __forceinline__ void add_step(S (&acc)[NT / 2], const S (&sums)[N], int c, float w_scale,
                                          const float2 (&x_scale)[M]) {
 #pragma unroll
     for (int i = 0; i < N && F == WF_FP8; i++) acc[c + i] += sums[i];
 #pragma unroll
-    for (int i = 0; i < N && F == WF_FP8B; i += 4) {
-        const float2 x = x_scale[(c + i) / 4];
-        acc[c + i] = fmaf(sums[i], w_scale * x.x, acc[c + i]);
-        acc[c + i + 1] = fmaf(sums[i + 1], w_scale * x.y, acc[c + i + 1]);
-        acc[c + i + 2] = fmaf(sums[i + 2], w_scale * x.x, acc[c + i + 2]);
-        acc[c + i + 3] = fmaf(sums[i + 3], w_scale * x.y, acc[c + i + 3]);
+    for (int i = 0; i < N && F == WF_FP8B; i++) {
+        const float2 x2 = x_scale[(c + i) / 4];
+        const float x = i % 2 ? x2.y : x2.x;
+        if (2 * N == NT)
+            acc[c + i] = fmaf(sums[i] * w_scale, x, acc[c + i]);
+        else
+            acc[c + i] = fmaf(sums[i], w_scale * x, acc[c + i]);
     }
 }
 
