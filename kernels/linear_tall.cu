@@ -13,7 +13,7 @@
 // group of 8 x rows of all, in ascending order of K. (Clusters and their shared memory are slower:
 // 13 bytes a cycle and SM, and not all find a place.) Of 128 rows of W two warpgroups have a block,
 // every second unit of it each, and add their sums up within the CTA: teams of half the size then
-// exchange a quarter to a third of the bytes, for twice as many of x.
+// exchange less than half of the bytes, for twice as many of x.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
