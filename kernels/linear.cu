@@ -218,13 +218,18 @@ status check(const linear_problem *p) {
     return ST_OK;
 }
 
-constexpr int64_t kFlagBytes = 64 * 1024, kTileBytes = 256 * 1024;
+// Of the workspace: flags; of each SM, sums that are zeros between launches, and two tiles of the
+// CTAs of an SM.
+constexpr int64_t kFlagBytes = 64 * 1024, kSumsBytes = 64 * 1024, kTileBytes = 256 * 1024;
+uint8_t *tiles_of(const linear_problem *p) {
+    return static_cast<uint8_t *>(p->workspace) + kFlagBytes + p->n_sms * kSumsBytes;
+}
 
 } // namespace
 
-// Two tiles of the CTAs of an SM are at most kTileBytes. What quantised x needs lies behind them.
+// What quantised x needs lies behind the tiles.
 extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms) {
-    return kFlagBytes + n_sms * kTileBytes + linear_quantised_bytes(w, max_x);
+    return kFlagBytes + n_sms * (kSumsBytes + kTileBytes) + linear_quantised_bytes(w, max_x);
 }
 
 extern "C" status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q,
@@ -282,7 +287,7 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     if (p->m == 0) return ST_OK;
     TRY(check(p));
     if (p->act == AF_16) return linear_launch_16(p, stream);
-    uint8_t *tiles = static_cast<uint8_t *>(p->workspace) + kFlagBytes;
+    uint8_t *tiles = tiles_of(p);
     const int64_t bytes = p->n_sms * kTileBytes;
     return linear_quantised(p, tiles + bytes, tiles, bytes, stream);
 }
@@ -315,7 +320,8 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.expert_start = p->expert_start;
     a.x_row = p->x_row;
     a.counters = static_cast<int32_t *>(p->workspace);
-    a.partial = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.partial = reinterpret_cast<float *>(tiles_of(p));
     a.m = p->m;
     a.n = w->n;
     a.k = w->k;

@@ -80,7 +80,9 @@ typedef struct {
     bool routed; /* another linear with these rows of experts came before: what they are was known
                     when the launch before this one began */
 
-    void *workspace;    /* linear_workspace_bytes of device memory, zeroed once, left zeroed */
+    /* linear_workspace_bytes of device memory, zeroed once: what must be zero is left so. Its parts
+     * lie by n_sms, which is the same in all launches. */
+    void *workspace;
     const char *kernel; /* force a variant by name; NULL = the table's choice */
     int32_t sm, n_sms;
     /* Other kernels run between this launch and other linears, so that SMs may be empty when it

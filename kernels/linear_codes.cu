@@ -46,9 +46,6 @@ struct codes_args {
     bool gated, bf16, y_f32;
 };
 
-// Registers of two CTAs an SM, where they suffice.
-template <weight_format F, int NT> constexpr int ctas_per_sm = F == WF_FP8B &&NT == 64 ? 1 : 2;
-
 // Stages of W and of x; shared memory of two CTAs an SM.
 constexpr int kWBytes = kRows * kStep;
 template <int NT> constexpr int kXBytes = NT *kStep;
@@ -190,21 +187,22 @@ __device__ __forceinline__ void copy_inputs(const CUtensorMap *map, ring_at<kXSt
 // of FP8b do not fit the registers of two CTAs an SM.
 template <weight_format F, int NT> constexpr int kGroup = F == WF_FP8B &&NT == 64 ? 32 : NT;
 
-// acc += the sums of one step: x rows of a group, from c on.
-template <weight_format F, int NT, typename S, int N>
+// acc += the sums of one step: x rows of a group, from c on. Sums of a whole tile meet one scale
+// first: of both scales' product ptxas would have the product of codes wait for their loads. Where
+// there are two groups there are not the registers.
+template <weight_format F, int NT, typename S, int N, int M>
 __device__ __forceinline__ void add_step(S (&acc)[NT / 2], const S (&sums)[N], int c, float w_scale,
-                                         const float *x_scale, int m_left) {
+                                         const float2 (&x_scale)[M]) {
 #pragma unroll
     for (int i = 0; i < N && F == WF_FP8; i++) acc[c + i] += sums[i];
 #pragma unroll
-    for (int i = 0; i < N && F == WF_FP8B; i += 4) { // m_pad is a multiple of 4
-        const int m = (c + i) * 2;
-        float2 x = make_float2(0, 0);
-        if (m < m_left) x = *reinterpret_cast<const float2 *>(x_scale + m);
-        acc[c + i] = fmaf(sums[i], w_scale * x.x, acc[c + i]);
-        acc[c + i + 1] = fmaf(sums[i + 1], w_scale * x.y, acc[c + i + 1]);
-        acc[c + i + 2] = fmaf(sums[i + 2], w_scale * x.x, acc[c + i + 2]);
-        acc[c + i + 3] = fmaf(sums[i + 3], w_scale * x.y, acc[c + i + 3]);
+    for (int i = 0; i < N && F == WF_FP8B; i++) {
+        const float2 x2 = x_scale[(c + i) / 4];
+        const float x = i % 2 ? x2.y : x2.x;
+        if (2 * N == NT)
+            acc[c + i] = fmaf(sums[i] * w_scale, x, acc[c + i]);
+        else
+            acc[c + i] = fmaf(sums[i], w_scale * x, acc[c + i]);
     }
 }
 
@@ -244,7 +242,7 @@ __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::ty
     constexpr bool kInt8 = F == WF_INT8;
     constexpr int kX = kGroup<F, NT>;
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-    const int strip = row0 + 16 * (warp % 4); // never in two rows of 128 x 128 blocks
+    const int strip = min(row0 + 16 * (warp % 4), a.n - 1); // never in two rows of blocks
     const int m = p.m0 + lane % 4 * 2;
     const float *w_scale = a.w_scale + (int64_t)(strip / 128) * a.w_step + p.from;
     const float *x_scale = a.x_scale + (int64_t)p.from * a.m_pad + m;
@@ -252,19 +250,21 @@ __device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::ty
     for (int i = 0; i < p.steps; i++, w_at.next(), x_at.next()) {
         const uint32_t w = w_ring + w_at.stage * kWBytes + warp / 4 * kBlock * kStep;
         const uint32_t x = x_ring + x_at.stage * kXBytes<NT>;
-        const float w_now = F == WF_FP8B && strip < a.n ? w_scale[i] : 0.f;
+        // Asked for before what is waited for anyway.
+        const float w_now = F == WF_FP8B ? w_scale[i] : 0.f;
+        float2 x_now[F == WF_FP8B ? NT / 8 : 1] = {};
+#pragma unroll
+        for (int j = 0; j < NT / 8 && F == WF_FP8B; j++) // m_pad is a multiple of 4
+            if (m + 8 * j < a.m_pad) x_now[j] = *reinterpret_cast<const float2 *>(x_scale + 8 * j);
         w_at.wait_full();
         x_at.wait_full();
 #pragma unroll
         for (int c = 0; c < NT; c += kX) {
             typename sum_of<kInt8>::type sums[kX / 2];
             multiply_step<F, T, kX>(pick<kWhole<F>>(acc, sums), w, x + c * kStep);
-            if (F == WF_16) __syncwarp(); // all lanes have read their fragments
-            if (c + kX == NT && lane == 0) {
-                w_at.release();
-                x_at.release();
-            }
-            add_step<F, NT>(acc, sums, c / 2, w_now, x_scale, a.m_pad - m);
+            if (c + kX == NT && (F == WF_16 || lane == 0)) w_at.release();
+            if (c + kX == NT && lane == 0) x_at.release();
+            add_step<F, NT>(acc, sums, c / 2, w_now, x_now);
         }
         x_scale += a.m_pad;
     }
@@ -364,7 +364,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kWStages<NT>; i++) {
             barrier_init(w_at.full + i * 8, 1);
-            barrier_init(w_at.empty + i * 8, kConsumers / 32);
+            // Fragments are read by every lane, what tensor cores read by none.
+            barrier_init(w_at.empty + i * 8, F == WF_16 ? kConsumers : kConsumers / 32);
         }
         for (int i = 0; i < kXStages<NT>; i++) {
             barrier_init(x_at.full + i * 8, 1);

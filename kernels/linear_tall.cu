@@ -1,5 +1,5 @@
-// linear_tall.cu - y^T = W x^T for tall batches on Hopper, and for experts: tiles of 256 rows of W
-// x up to 128 rows of x.
+// linear_tall.cu - y^T = W x^T for tall batches on Hopper, and for experts: tiles of 256 rows of W,
+// or 128 of a small matrix, x up to 128 rows of x.
 //
 // Four warpgroups compute, each one block of 64 rows of W. A warpgroup converts a unit of its block
 // to 16 registers of A fragments, has the tensor cores multiply them, and waits: nothing overlaps
@@ -11,7 +11,9 @@
 // Many tiles are walked as in linear_common.cuh, those of experts always whole. Few tiles are cut
 // along K over teams of CTAs, whose sums meet in the workspace: each CTA adds up every so-many-th
 // group of 8 x rows of all, in ascending order of K. (Clusters and their shared memory are slower:
-// 13 bytes a cycle and SM, and not all find a place.)
+// 13 bytes a cycle and SM, and not all find a place.) Of 128 rows of W two warpgroups have a block,
+// every second unit of it each, and add their sums up within the CTA: teams of half the size then
+// exchange less than half of the bytes, for twice as many of x.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
@@ -34,18 +36,28 @@
 namespace {
 
 constexpr int kRows = 128, kGroups = kRows / 8; // of x; and what they are dealt out in
-constexpr int kBlocks = 4, kUnits = 2;          // of a tile, of a step
-constexpr int kWarps = 4 * kBlocks, kMath = 32 * kWarps;
+constexpr int kUnits = 2;                       // of a step
+constexpr int kWarps = 16, kMath = 32 * kWarps;
 constexpr int kThreads = kMath + 128; // a whole warpgroup, which can hand registers to the others
-constexpr int kTeamMax = 8;
+template <int B> constexpr int kTeamMax = 2 * B;
 constexpr int kTeamCost = 8, kCutCost = 5;
+constexpr int kHalfParts = 32, kHalfStep = 18, kHalfTeamCost = 173;
 constexpr int kMathRegisters = 112, kLoadRegisters = 32;
 // A CTA has what it is launched with: multiples of 8, of the 16384 of an SM's quarter.
 static_assert(kMath * kMathRegisters + 128 * kLoadRegisters <=
                   kThreads * (65536 / kThreads / 8 * 8),
               "registers_up would wait for ever");
 // Named barriers: 0 is __syncthreads.
-enum { BAR_MATH = 1, BAR_PAIR = 2 };
+enum { BAR_MATH = 1, BAR_PAIR = 2, BAR_PART = 10 };
+
+// B: blocks of a tile, 4 or 2. Warpgroups that share a block: warpgroup wg has block wg % B and,
+// of every kParts units, number wg / B. Groups of x rows that a warp finishes: all of its strip's,
+// or two in turn with the other part's warp.
+template <int B> constexpr int kParts = 4 / B;
+template <int B> constexpr int kOwn = kGroups / kParts<B>;
+template <int B> __device__ __forceinline__ int group_of(int i, int part) {
+    return B == 4 ? i : (i / 2 * kParts<B> + part) * 2 + i % 2;
+}
 
 // What a warp turns sums around in, see place_put; behind it scales and biases of its 16 outputs
 // and of those of up.
@@ -54,12 +66,11 @@ constexpr int kPlaceBytes = kPlaceOutputs + 2 * 2 * 16 * 4;
 
 // Shared memory: stages of codes and x, then stages of scales, the turning places, barriers, where
 // gathered rows of x lie.
-template <int F, int G> struct tile {
+template <int F, int G, int B = 4> struct tile {
     static constexpr int unit = 512 * linear_code_bits(F); // bytes of a block
-    static constexpr int code = kBlocks * kUnits * unit, x = kUnits * kRows * 128;
+    static constexpr int code = B * kUnits * unit, x = kUnits * kRows * 128;
     static constexpr int rows = G ? kUnits * 64 / G : 0; // granules of a step
-    static constexpr int scale_block = rows * linear_granule_bytes(F),
-                         scale = kBlocks * scale_block;
+    static constexpr int scale_block = rows * linear_granule_bytes(F), scale = B * scale_block;
     static constexpr int fixed =
         kWarps * kPlaceBytes + 256 + kRows * 4 + 1024; // 1024: alignment of the base
     static constexpr int stages = (224 * 1024 - fixed) / (code + x + scale + 16);
@@ -147,11 +158,11 @@ __device__ __forceinline__ void walk_all(const linear_args &p, const int32_t *ti
 
 // --- Loading ------------------------------------------------------------------------------------
 
-// One warp: lane i < 4 copies the codes of block i, lane 4 + i its scales, lanes from 8 on the
+// One warp: lane i < B copies the codes of block i, lane B + i its scales, lanes from 2 B on the
 // boxes of x unless its rows are gathered. The weights of the first stage are asked for before the
 // kernel before has ended; more of them would stand in the way of the first rows of x.
-template <typename T, int F, int G> struct producer {
-    using L = tile<F, G>;
+template <typename T, int F, int G, int B> struct producer {
+    using L = tile<F, G, B>;
     const linear_args &p;
     const CUtensorMap *map;
     const tall_work *works;
@@ -165,16 +176,15 @@ template <typename T, int F, int G> struct producer {
     int boxes;  // of x
 
     __device__ __forceinline__ void begin(const linear_segment &s) {
-        const int slot = lane % kBlocks;
-        const int32_t b = linear_block<2>(p, s.tile_n, slot / 2, slot % 2);
-        blocks = __popc(__ballot_sync(~0u, lane < kBlocks && b < p.blocks));
-        valid = lane < (G ? 2 : 1) * kBlocks && b < p.blocks;
-        from = lane < kBlocks
+        const int slot = lane % B;
+        const int32_t b = linear_block<2, B / 2>(p, s.tile_n, slot / 2, slot % 2);
+        blocks = __popc(__ballot_sync(~0u, lane < B && b < p.blocks));
+        valid = lane < (G ? 2 : 1) * B && b < p.blocks;
+        from = lane < B
                    ? p.code + s.expert * p.code_bytes + (int64_t)b * p.units * L::unit
                    : p.scale + s.expert * p.scale_bytes + (int64_t)b * p.granules * p.granule_bytes;
         boxes = p.x_row ? 0 : (s.m_end - s.m0 + p.x_box - 1) / p.x_box;
-        to =
-            base + (lane < kBlocks ? slot * kUnits * L::unit : L::at_scale + slot * L::scale_block);
+        to = base + (lane < B ? slot * kUnits * L::unit : L::at_scale + slot * L::scale_block);
     }
     __device__ int units(int step) const { return min(kUnits, p.units - step * kUnits); }
     static __device__ int granules(int n) { return G ? (n * 64 + G - 1) / (G ? G : 64) : 0; }
@@ -187,7 +197,7 @@ template <typename T, int F, int G> struct producer {
                                   blocks * (n * L::unit + rows_n * p.granule_bytes) +
                                       n * boxes * p.x_box * 128);
         __syncwarp();
-        const bool code = lane < kBlocks;
+        const bool code = lane < B;
         if (valid)
             copy_bulk(to + stage * (code ? L::code + L::x : L::scale),
                       from +
@@ -198,7 +208,7 @@ template <typename T, int F, int G> struct producer {
 
     __device__ __forceinline__ void inputs(const linear_segment &s, int step, int stage) const {
         const uint32_t at = base + stage * (L::code + L::x) + L::code;
-        const int box = lane - 2 * kBlocks;
+        const int box = lane - 2 * B;
         if (box >= 0 && box < units(step) * boxes) {
             const int u = box >= boxes, row = (box - u * boxes) * p.x_box;
             copy_tile(at + u * kRows * 128 + row * 128, map, (step * kUnits + u) * 64, s.m0 + row,
@@ -305,11 +315,12 @@ __device__ __forceinline__ int thread_anew() {
 }
 
 // Where this warp's block goes; of a pair, the place of the gate.
+template <int B = 4>
 __device__ __forceinline__ linear_place place_of(const linear_args &p, const linear_segment &s,
                                                  int thread) {
-    const int wg = thread / 128, strip = thread / 32 % 4;
+    const int b = thread / 128 % B, strip = thread / 32 % 4;
     linear_place at;
-    at.block = linear_block<2>(p, s.tile_n, wg / 2, p.paired ? 0 : wg % 2);
+    at.block = linear_block<2, B / 2>(p, s.tile_n, b / 2, p.paired ? 0 : b % 2);
     const int32_t half = at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
@@ -514,44 +525,126 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
     }
 }
 
-// Part i of n: *from, or what lies at `own` in shared memory where it is this CTA's, or zeros where
+// Part i of n: *from, or what lies at `own` in shared memory where it is this CTA's, or -0 where
 // there is no such part. (As C it is a predicate of each load that lives on.)
 __device__ __forceinline__ float4 load_part(const float4 *from, uint32_t own, int i, int rank,
                                             int n) {
     float4 v;
     asm volatile("{\n.reg .pred mine, there;\nsetp.eq.s32 mine, %6, %7;\n"
                  "setp.lt.and.s32 there, %6, %8, !mine;\n"
-                 "mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n"
-                 "mov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n"
+                 "mov.f32 %0, 0f80000000;\nmov.f32 %1, 0f80000000;\n"
+                 "mov.f32 %2, 0f80000000;\nmov.f32 %3, 0f80000000;\n"
                  "@mine ld.shared.v4.f32 {%0, %1, %2, %3}, [%5];\n"
-                 "@there ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 "@there ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "l"(from), "r"(own), "r"(i), "r"(rank), "r"(n)
                  : "memory");
     return v;
 }
 
-// The CTA of a team that finishes a group keeps its own sums of it: by warp, in the groups' order,
-// 512 bytes each, where the stages were.
-constexpr int kKept = kGroups / 2 * 512;
-
-// The sums of all CTAs of a team for group j of warp `from`, of which this CTA's are at `own`.
-__device__ __forceinline__ void team_load(float4 (&v)[kTeamMax], const linear_args &p,
-                                          int32_t owner, int from, int warp, int j, uint32_t own,
-                                          int rank, int size) {
-    constexpr int64_t kSlot = (int64_t)kWarps * kGroups * 32; // of a CTA, there are two
-    const float4 *slot =
-        linear_slot<kRows, 1, kWarps>(p, owner, false) + (from - warp) * kGroups * 32 + j * 32;
-#pragma unroll
-    for (int i = 0; i < kTeamMax; i++)
-        v[i] = load_part(slot + (i ? 2 * i : 1) * kSlot, own, i, rank, size);
+// Strong, for it may be read meanwhile: each word is either what was there or what is stored.
+__device__ __forceinline__ void store_part(float4 *to, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 }
-__device__ __forceinline__ void team_sum(uint32_t place, int row0, const float4 (&v)[kTeamMax],
+
+// Where the stages were: what two parts exchange, 512 bytes a group, and behind it, by warp, a
+// CTA's own sums of the groups that it finishes, in the groups' order.
+template <int B> constexpr int kKept = kOwn<B> / 2 * 512;
+template <int B> constexpr int kMerged = B == 4 ? 0 : kWarps *kOwn<B> * 512;
+
+// Of the groups that this warp finishes the sums of both parts.
+template <int kPart>
+__device__ __forceinline__ void merge_parts(float (&own)[kOwn<2> * 4],
+                                            const float (&acc)[kRows / 2], uint32_t mine,
+                                            uint32_t other, int strip) {
+#pragma unroll
+    for (int i = 0; i < kOwn<2>; i++) {
+        const float *c = acc + 4 * ((i / 2 * 2 + 1 - kPart) * 2 + i % 2);
+        shared_put(mine + i * 512, make_float4(c[0], c[1], c[2], c[3]));
+    }
+    sync_some<128>(BAR_PART + strip);
+#pragma unroll
+    for (int i = 0; i < kOwn<2>; i++) {
+        const float *c = acc + 4 * ((i / 2 * 2 + kPart) * 2 + i % 2);
+        const float4 v = shared_get(other + i * 512);
+        own[4 * i] = c[0] + v.x, own[4 * i + 1] = c[1] + v.y;
+        own[4 * i + 2] = c[2] + v.z, own[4 * i + 3] = c[3] + v.w;
+    }
+}
+__device__ __forceinline__ void merge(float (&own)[1][kOwn<2> * 4],
+                                      const float (&acc)[1][kRows / 2], uint32_t stages) {
+    const int warp = thread_anew() / 32, lane = thread_anew() % 32;
+    const uint32_t at = stages + lane * 16, mine = at + warp * kOwn<2> * 512,
+                   other = at + (warp ^ 8) * kOwn<2> * 512;
+    if (warp < 8)
+        merge_parts<0>(own[0], acc[0], mine, other, warp % 4);
+    else
+        merge_parts<1>(own[0], acc[0], mine, other, warp % 4);
+}
+
+// Sums of a team's CTAs in the workspace: part i of group j of warp `from`, from slot + i kSlot on.
+// CTAs of tiles of 256 rows count there what has arrived. For tiles of 128 rows it lies where zeros
+// were, and nothing of it is +0: who wants it reads until it is there, and leaves zeros. That saves
+// the way to L2 of a fence and of a counter, but reading again is too much of larger sums.
+template <int B>
+__device__ __forceinline__ float4 *team_slot(const linear_args &p, int32_t cta, bool tail) {
+    if (B == 4) return linear_slot<8 * kOwn<B>, 1, kWarps>(p, cta, tail);
+    const int thread = thread_anew();
+    return reinterpret_cast<float4 *>(p.sums) + (cta * kWarps + thread / 32) * kOwn<B> * 32 +
+           thread % 32;
+}
+template <int B> struct team_group {
+    static constexpr int64_t kSlot = (int64_t)kWarps * kOwn<B> * 32; // of a CTA; B = 4: it has two
+    float4 *slot;                                                    // of the first CTA
+    uint32_t own;                                                    // this CTA's part
+
+    __device__ __forceinline__ float4 *part(int i) const {
+        return slot + (B == 4 ? i ? 2 * i - 1 : 0 : i) * kSlot;
+    }
+    __device__ __forceinline__ void load(float4 (&v)[kTeamMax<B>], int rank, int size) const {
+#pragma unroll
+        for (int i = 0; i < kTeamMax<B>; i++) v[i] = load_part(part(i), own, i, rank, size);
+    }
+    __device__ __forceinline__ void clear(int rank, int size) const {
+#pragma unroll
+        for (int i = 0; i < kTeamMax<B>; i++)
+            if (i < size && i != rank) __stcg(part(i), make_float4(0, 0, 0, 0));
+    }
+};
+__device__ __forceinline__ float never_zero(float v) { // the least there is instead
+    return __uint_as_float(max(__float_as_uint(v), 1u));
+}
+template <int MOST> __device__ __forceinline__ bool all_there(const float4 (&v)[MOST]) {
+    uint32_t least = ~0u;
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+        least = min(min(least, min(__float_as_uint(v[i].x), __float_as_uint(v[i].y))),
+                    min(__float_as_uint(v[i].z), __float_as_uint(v[i].w)));
+    return least != 0;
+}
+// Two groups at once, or the same twice.
+template <int B>
+__device__ __forceinline__ void team_load(float4 (&v)[kTeamMax<B>], float4 (&w)[kTeamMax<B>],
+                                          const team_group<B> &one, const team_group<B> &other,
+                                          int rank, int size) {
+    bool there = true;
+    do {
+        one.load(v, rank, size);
+        other.load(w, rank, size);
+        if (B == 2) there = all_there(v) && all_there(w);
+    } while (B == 2 && !__all_sync(~0u, there));
+    if (B == 4) return;
+    one.clear(rank, size);
+    other.clear(rank, size);
+}
+template <int MOST>
+__device__ __forceinline__ void team_sum(uint32_t place, int row0, const float4 (&v)[MOST],
                                          int lane) {
     float c[4] = {};
 #pragma unroll
-    for (int i = 0; i < kTeamMax; i++)
-        c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
+    for (int i = 0; i < MOST; i++) c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
     place_put(place, row0, c, lane);
 }
 
@@ -568,74 +661,96 @@ __device__ __forceinline__ void collect(float (&acc)[1][kRows / 2], const linear
     linear_collect<kRows, 1, kWarps>(acc, p, all_rows(s), owner, n);
 }
 
+// How many of a warp's own groups have rows; of two parts, the last may have none.
+template <int B> __device__ __forceinline__ int groups_of(const linear_segment &s, int part) {
+    const int rows = s.m_end - s.m0;
+    return B == 4 ? (rows + 7) / 8 : ((rows + 15) / 16 + 1 - part) / 2 * 2;
+}
+
 // CTA `rank` of a team finishes every size-th group, of gate and up every size-th two. It keeps its
 // own sums of those at `kept` and deposits the others.
-__device__ __forceinline__ void team_deposit(const float (&acc)[1][kRows / 2], const linear_args &p,
-                                             int32_t owner, const linear_segment &s, uint32_t kept,
-                                             int rank, int size) {
-    float4 *slot = linear_slot<kRows, 1, kWarps>(p, (int32_t)blockIdx.x, s.step0 == 0);
-    const int rows = s.m_end - s.m0;
+template <int B>
+__device__ __forceinline__ void team_deposit(const float (&acc)[1][kOwn<B> * 4],
+                                             const linear_args &p, int32_t owner, int groups,
+                                             uint32_t kept, int rank, int size) {
+    float4 *slot = team_slot<B>(p, (int32_t)blockIdx.x, rank == 0);
     int finisher = 0;
 #pragma unroll
-    for (int j = 0; j < kGroups; j++) {
-        const float4 v =
+    for (int j = 0; j < kOwn<B>; j++) {
+        float4 v =
             make_float4(acc[0][4 * j], acc[0][4 * j + 1], acc[0][4 * j + 2], acc[0][4 * j + 3]);
-        if (8 * j < rows && finisher == rank) {
+        if (B == 2)
+            v = make_float4(never_zero(v.x), never_zero(v.y), never_zero(v.z), never_zero(v.w));
+        if (j < groups && finisher == rank) {
             shared_put(kept, v);
             kept += 512;
-        } else if (8 * j < rows) {
-            __stcg(slot + j * 32, v);
+        } else if (j < groups) {
+            store_part(slot + j * 32, v);
         }
         if (!p.paired || j % 2) finisher = finisher + 1 == size ? 0 : finisher + 1;
     }
-    __threadfence();
+    if (B == 4) __threadfence();
     __syncwarp();
-    if (thread_anew() % 32 == 0) atomicAdd(linear_counter<kWarps>(p, owner), 1);
+    if (B == 4 && thread_anew() % 32 == 0) atomicAdd(linear_counter<kWarps>(p, owner), 1);
 }
 
 // A tile of which `size` CTAs have summed a part of K each, and of which each finishes every
 // size-th group; two groups, or gate and up of one, are asked for at once.
-template <typename T, int F>
+template <typename T, int F, int B>
 __device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const linear_args &p,
                                             const linear_segment &s, uint32_t places,
                                             uint32_t stages, int rank, int size) {
     const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
     const int32_t owner = (int32_t)blockIdx.x - rank;
     sync_some<kMath>(BAR_MATH); // all stages have been read
-    team_deposit(acc, p, owner, s, stages + warp * kKept + lane * 16, rank, size);
-    linear_await(linear_counter<kWarps>(p, owner), size);
-    const linear_place at = place_of(p, s, thread);
+    const linear_place at = place_of<B>(p, s, thread);
+    const int part = thread / (128 * B);
+    const int groups = at.there ? groups_of<B>(s, part) : 0;
+    const uint32_t kept = stages + kMerged<B> + lane * 16;
+    if constexpr (B == 4) {
+        team_deposit<B>(acc, p, owner, groups, kept + warp * kKept<B>, rank, size);
+    } else {
+        float merged[1][kOwn<B> * 4];
+        merge(merged, acc, stages);
+        team_deposit<B>(merged, p, owner, groups, kept + warp * kKept<B>, rank, size);
+    }
+    if (B == 4) linear_await(linear_counter<kWarps>(p, owner), size);
     const bool up = warp / 4 % 2;
-    const int groups = at.there ? (s.m_end - s.m0 + 7) / 8 : 0;
     const uint32_t mine = places + warp * kPlaceBytes;
     const int first = p.paired ? rank * 2 + up : rank, step = 2 * size;
     // Of a pair: the gate's and up's sums of group j. Else: of groups j and j + size.
     const int from = p.paired ? warp & ~4 : warp, other = p.paired ? warp | 4 : warp;
-    uint32_t own = stages + from * kKept + lane * 16 + (p.paired && up ? 512 : 0);
-    const uint32_t to_other = p.paired ? 4 * kKept : 512;
+    uint32_t own = kept + from * kKept<B> + (p.paired && up ? 512 : 0);
+    const uint32_t to_other = p.paired ? 4 * kKept<B> : 512;
     if (p.paired) // gate's sums are all there, and up's
         sync_some<64>(BAR_PAIR + warp / 8 * 4 + warp % 4);
 #pragma unroll 1
     for (int u = 0; u <= p.paired && groups > 0; u++)
         outputs_put<T, F>(mine, p, s.expert, at, u, lane);
+    float4 *slot = team_slot<B>(p, owner, true);
 #pragma unroll 1
     for (int j = first; j < groups; j += step, own += 1024) {
         const int next = p.paired ? j : j + size;
-        float4 v[kTeamMax], w[kTeamMax];
-        team_load(v, p, owner, from, warp, j, own, rank, size);
-        team_load(w, p, owner, other, warp, min(next, groups - 1), own + to_other, rank, size);
+        const bool two = p.paired || next < groups;
+        const team_group<B> one = {slot + (from - warp) * kOwn<B> * 32 + j * 32, own};
+        const team_group<B> second = {slot + (other - warp) * kOwn<B> * 32 + (two ? next : j) * 32,
+                                      own + (two ? to_other : 0)};
+        float4 v[kTeamMax<B>], w[kTeamMax<B>];
+        team_load<B>(v, w, one, second, rank, size);
         team_sum(mine, 0, v, lane);
         team_sum(mine, 8, w, lane);
         __syncwarp();
         float4 c = place_get(mine, 0, lane), d = place_get(mine, 8, lane);
         __syncwarp();
-        const int32_t row = s.m0 + 8 * j + lane / 4;
+        const int32_t row = s.m0 + 8 * group_of<B>(j, part) + lane / 4;
+        const int32_t row2 = s.m0 + 8 * group_of<B>(next, part) + lane / 4;
         c = affine(mine, c, 0, lane);
         if (p.paired) c = gate_of(p, c, affine(mine, d, 1, lane));
         if (row < s.m_end) tall_output<T>(p, row, at.col).put(c);
-        if (!p.paired && next < groups && row + 8 * size < s.m_end)
-            tall_output<T>(p, row + 8 * size, at.col).put(affine(mine, d, 0, lane));
+        if (!p.paired && next < groups && row2 < s.m_end)
+            tall_output<T>(p, row2, at.col).put(affine(mine, d, 0, lane));
     }
+    if (B == 2) return;
     int32_t *counter = linear_counter<kWarps>(p, owner);
     if (lane == 0 && atomicAdd(counter + 1, 1) == size - 1) {
         counter[0] = 0; // for the next launch, which writes after this one has ended
@@ -649,15 +764,15 @@ __device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const li
 // A step of this warp's strip: `code` and `scale_at` are its own places in the stage, x_at is the
 // low half of the descriptor of x. (Halves of a unit, one converted while the other is multiplied,
 // are slower: groups of two wgmmas instead of four.)
-template <typename T, int F, int G, int N>
+template <typename T, int F, int G, int B, int N>
 __device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const linear_args &p,
                                               int units, uint32_t code, uint32_t scale_at,
                                               int place, uint32_t x_at) {
-    using L = tile<F, G>;
+    using L = tile<F, G, B>;
     constexpr int bits = linear_code_bits(F);
     dequant_scales scales;
 #pragma unroll
-    for (int u = 0; u < kUnits; u++) {
+    for (int u = 0; u < kUnits; u += kParts<B>) {
         if (u >= units) break;
         uint4 raw[bits == 16 ? 1 : bits / 4];
         dequant_packed packed;
@@ -696,41 +811,46 @@ __device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const 
 // the second time round, when the parity is 1.
 struct tall_place {
     uint32_t base, code, scale;
-    int place, turn;
+    int place, turn, part;
 };
 
 // Steps of a tile of up to N rows of x.
-template <typename T, int F, int G, int N>
+template <typename T, int F, int G, int B, int N>
 __device__ __forceinline__ void multiply_tile(float (&acc)[1][kRows / 2], const linear_args &p,
                                               tall_place &at, int step, const int32_t *end) {
-    using L = tile<F, G>;
+    using L = tile<F, G, B>;
     const uint32_t full = at.base + L::at_bars, empty = full + L::stages * 8;
 #pragma unroll 1
     for (; step < *end; step++) {
         const int units = min(kUnits, p.units - step * kUnits);
         const int stage = at.turn < 0 ? at.turn + L::stages : at.turn;
         const uint32_t stage_at = at.base + stage * (L::code + L::x);
-        const uint32_t x_at = (stage_at + L::code) >> 4 | 1u << 16; // low half of a descriptor
+        // Low half of a descriptor.
+        const uint32_t x_at = (stage_at + L::code + at.part * kRows * 128) >> 4 | 1u << 16;
         barrier_wait(full + stage * 8, at.turn < 0);
-        multiply_step<T, F, G, N>(acc, p, units, stage_at + at.code, at.scale + stage * L::scale,
-                                  at.place, x_at);
-        __syncwarp(); // all lanes have read
-        if (thread_anew() % 32 == 0) barrier_arrive(empty + stage * 8);
+        multiply_step<T, F, G, B, N>(acc, p, units - at.part, stage_at + at.code,
+                                     at.scale + stage * L::scale, at.place, x_at);
+        barrier_arrive(empty + stage * 8); // every lane, for each has read
         if (++at.turn == L::stages) at.turn = -L::stages;
     }
 }
 
 // All that a warp which multiplies does.
-template <typename T, int F, int G>
+template <typename T, int F, int G, int B>
 __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
                                         const tall_work *works, volatile int32_t &segment) {
-    using L = tile<F, G>;
-    static_assert(L::at_scale >= kWarps * kKept, "no room for kept sums");
+    using L = tile<F, G, B>;
+    static_assert(L::at_scale >= kWarps * kKept<B> + kMerged<B>, "no room for kept sums");
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const int wg = warp / 4, strip = warp % 4;
+    const int b = warp / 4 % B, part = warp / 4 / B, strip = warp % 4;
     // Opaque, lest they be computed anew for every unit.
-    tall_place at = {base_at, uint32_t(wg * kUnits * L::unit + strip * (L::unit / 4) + lane * 16),
-                     base_at + L::at_scale + wg * L::scale_block, strip * 16 + lane / 4 * 2, 0};
+    tall_place at = {base_at,
+                     uint32_t((b * kUnits + part) * L::unit + strip * (L::unit / 4) + lane * 16),
+                     base_at + L::at_scale + b * L::scale_block +
+                         part * (64 / (G ? G : 128)) * p.granule_bytes,
+                     strip * 16 + lane / 4 * 2,
+                     0,
+                     part};
     asm volatile("" : "+r"(at.code), "+r"(at.place), "+r"(at.scale));
 #pragma unroll 1
     for (;;) {
@@ -741,15 +861,15 @@ __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
         float acc[1][kRows / 2] = {};
         switch ((w.s.m_end - w.s.m0 + 15) / 16) {
 #define ROWS(n)                                                                                    \
-    case (n) / 16: multiply_tile<T, F, G, n>(acc, p, at, w.s.step0, &w.s.step1); break;
+    case (n) / 16: multiply_tile<T, F, G, B, n>(acc, p, at, w.s.step0, &w.s.step1); break;
             ROWS(16) ROWS(32) ROWS(48) ROWS(64) ROWS(80) ROWS(96) ROWS(112) ROWS(128)
 #undef ROWS
         }
         group_pin(acc[0]);
         const linear_segment &s = w.s;
-        if (p.team > 1) {
-            finish_team<T, F>(acc, p, s, base_at + L::at_places, base_at, (int)blockIdx.x - w.owner,
-                              p.team);
+        if (B < 4 || p.team > 1) {
+            finish_team<T, F, B>(acc, p, s, base_at + L::at_places, base_at,
+                                 (int)blockIdx.x - w.owner, p.team);
         } else if (s.step0 > 0) {
             deposit(acc, p, (int32_t)(gridDim.x - 1 - blockIdx.x), w.owner, s);
         } else {
@@ -773,11 +893,11 @@ __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
 
 #endif
 
-template <typename T, int F, int G>
+template <typename T, int F, int G, int B>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_tall(const __grid_constant__ linear_args p, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
-    using L = tile<F, G>;
+    using L = tile<F, G, B>;
     extern __shared__ uint8_t shared[];
     __shared__ int32_t tile_start_of[LINEAR_EXPERTS_MAX + 1];
     __shared__ tall_work works[kWorks];
@@ -792,7 +912,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
             barrier_init(full + i * 8, p.x_row ? 1 + 2 : 1);
-            barrier_init(empty + i * 8, kWarps);
+            barrier_init(empty + i * 8, kMath);
         }
         for (int i = 0; i < kWorks; i++) {
             barrier_init(full + kTold + i * 16, 1);
@@ -812,11 +932,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
         if (warp == kWarps) {
-            producer<T, F, G> load = {p, &map, works, base_at, full, empty, lane};
+            producer<T, F, G, B> load = {p, &map, works, base_at, full, empty, lane};
             load.run();
         } else if (warp == kWarps + 1) {
             walk_all(p, tile_start, works, full + kTold);
-        } else if (p.x_row) {
+        } else if (B == 4 && p.x_row) {
             const int half = warp - kWarps - 2;
             int32_t *rows = reinterpret_cast<int32_t *>(base + L::at_rows) + half * kRows / 2;
             gather<T, F, G>(p, works, rows, base_at, half);
@@ -825,40 +945,55 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     registers_up<kMathRegisters>();
     wait_for_previous();
-    compute<T, F, G>(p, base_at, works, segments[warp]);
+    compute<T, F, G, B>(p, base_at, works, segments[warp]);
 #endif
 }
 
 // How a dense problem is cut. In steps (two units of 128 rows) of about 1.25 us, as timed on an
 // H200 (kernels/LADDER.md): what a team costs beside its steps, and a walk that cuts tiles.
-void plan(linear_args *a, int32_t n_sms) {
+int32_t plan(linear_args *a, int32_t n_sms) {
     a->team = 1;
     // Tiles of experts are seldom whole waves, and short: they are not cut.
     a->cut_cost = a->steps;
-    if (a->expert_start) return;
+    if (a->expert_start) return 0;
     const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
     const int32_t waves = (tiles + n_sms - 1) / n_sms;
     const int32_t share = tiles * a->steps / n_sms;
     a->cut_cost = kCutCost + (n_sms + tiles - 1) / tiles + share / 16;
     int32_t cost = share + a->cut_cost;
     cost = cost < waves * a->steps ? cost : waves * a->steps;
-    for (int32_t size = 2; size <= kTeamMax && tiles * size <= n_sms; size++) {
+    for (int32_t size = 2; size <= kTeamMax<4> && tiles * size <= n_sms; size++) {
         const int32_t with = (a->steps + size - 1) / size + kTeamCost;
         if (with >= cost) continue;
         a->team = size;
         cost = with;
     }
-    a->part = a->steps / a->team;
-    a->part_rest = a->steps % a->team;
+    return cost;
 }
 
-template <typename T, int F, int G>
-status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    const auto kernel = linear_tall<T, F, G>;
-    constexpr int bytes = tile<F, G>::bytes;
+// The same of tiles of 128 rows of W, always by teams: whether that costs less than `cost`.
+bool plan_halves(linear_args *a, int32_t n_sms, int32_t cost) {
+    a->n_tiles = a->paired ? a->half_blocks : (a->blocks + 1) / 2;
+    a->team = 1;
+    if (a->expert_start || a->x_row) return false;
+    const int32_t tiles = a->n_tiles * ((a->m + kRows - 1) / kRows);
+    cost *= kHalfParts;
+    for (int32_t size = 2; size <= kTeamMax<2> && tiles * size <= n_sms; size++) {
+        const int32_t with = (a->steps + size - 1) / size * kHalfStep + kHalfTeamCost;
+        if (with >= cost) continue;
+        a->team = size;
+        cost = with;
+    }
+    return a->team > 1;
+}
+
+template <typename T, int F, int G, int B>
+status launch_tiles(linear_args &a, int32_t n_sms, kernel_stream stream) {
+    const auto kernel = linear_tall<T, F, G, B>;
+    constexpr int bytes = tile<F, G, B>::bytes;
     CUtensorMap map = {};
-    linear_args a = *args;
-    plan(&a, n_sms * per_sm);
+    a.part = a.steps / a.team;
+    a.part_rest = a.steps % a.team;
     // An expert's rows may be few, but each copy has its cost; tiles of a dense problem are alike.
     a.x_box = a.expert_start ? (a.m <= 8 * a.count ? 16 : 32) : min(kRows, (a.m + 15) / 16 * 16);
     if (!a.x_row) TRY(linear_map_x(&map, &a, half_pair<T>::bf16, a.x_box));
@@ -867,7 +1002,7 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     early.val.programmaticStreamSerializationAllowed = 1;
     const int32_t tiles = a.n_tiles * ((a.m + kRows - 1) / kRows);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(a.team > 1 ? tiles * a.team : n_sms * per_sm)); // all at once
+    config.gridDim = dim3((unsigned)(a.team > 1 ? tiles * a.team : n_sms)); // all at once
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = bytes;
     config.stream = (cudaStream_t)stream;
@@ -879,10 +1014,22 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_tall: %s", cudaGetErrorString(e));
 }
 
+template <typename T, int F, int G>
+status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
+    linear_args a = *args;
+    const int32_t cost = plan(&a, n_sms);
+    if constexpr (linear_code_bits(F) == 4) { // of wider weights an SM takes in too many bytes
+        linear_args halves = *args;
+        if (plan_halves(&halves, n_sms, cost))
+            return launch_tiles<T, F, G, 2>(halves, n_sms, stream);
+    }
+    return launch_tiles<T, F, G, 4>(a, n_sms, stream);
+}
+
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(F, T, G)                                                                               \
-    {"tall_128", 90, 90, WF_##F, DT_##T, kRows, kBlocks, kUnits, G, G, 1, launch<T_##T, WF_##F, G>},
+    {"tall_128", 90, 90, WF_##F, DT_##T, kRows, 4, kUnits, G, G, 1, launch<T_##T, WF_##F, G>},
 const linear_variant rows[] = {TALL_INSTANCES(ROW)};
 
 } // namespace
