@@ -58,6 +58,7 @@ __device__ __forceinline__ int item_of(int round) {
 template <int BN>
 __device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
     tile_work w = {};
+    w.t.kv_len = 1; // of no item: whoever looks ahead finds page 0
     w.last = -1;
     if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
     w.t =

@@ -1,6 +1,6 @@
 // attention_prefill_sm90.cu - prefill chunks straight from the paged cache, on Hopper.
 //
-// A block is four warpgroups: one brings K, one V, both q, and two consume 64 query rows each.
+// A block is four warpgroups: one brings K, one V and q, and two consume 64 query rows each.
 // Stages of K [BN, D] and V [BN, D] are in the 128-byte swizzle: 16-bit pages are in that order
 // already and are copied as they lie; codes are read into registers a block ahead and written in
 // that order as fp16. Consumers run
@@ -24,7 +24,7 @@ struct alignas(16) control {
     int position[2][kRows];
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
-    uint64_t k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
+    uint64_t full[2][kStages], empty[2][kStages]; // of K, of V
     uint64_t landed;
 };
 
@@ -44,10 +44,6 @@ __device__ __forceinline__ void turn_wait(int group) {
 __device__ __forceinline__ void turn_give(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
 }
-// `thread` where there are registers to keep what follows from it from block to block.
-template <int D> __device__ __forceinline__ int thread_of(int thread) {
-    return D == 256 ? thread_anew() % 128 : thread;
-}
 // A load that stays where it stands: 32 registers of codes must not be under way any earlier.
 __device__ __forceinline__ uint4 load_now(const void *p) {
     uint4 x;
@@ -58,6 +54,21 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
     return x;
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(at)
+                 : "memory");
+    return x;
+}
+// 16 bytes, which do not come if not `any`: then they are zero.
+__device__ __forceinline__ void copy_async_or_zero(uint32_t to, const void *from, bool any) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(any ? 16 : 0)
+                 : "memory");
+}
+
 // --- Codes to fp16 ------------------------------------------------------------------------------
 
 __device__ __forceinline__ __half2 half2_of(uint32_t x) {
@@ -66,12 +77,13 @@ __device__ __forceinline__ __half2 half2_of(uint32_t x) {
 __device__ __forceinline__ uint32_t bits_of(__half2 x) {
     return *reinterpret_cast<const uint32_t *>(&x);
 }
-// The two multipliers of a token's codes: scale and minimum as they are stored, or the minimum less
-// 1024 scales for codes that come as 1024 + code. LARGE: of scales so large that this is no number
-// of fp16.
+// LARGE: of scales so large that 1024 of them is no number of fp16.
 template <kv_format F> __device__ __forceinline__ bool is_large(uint32_t param) {
     return F != KF_FP8 && !__hle(__low2half(half2_of(param)), __float2half(32.f));
 }
+// What makes values of a token's codes: x * scale + minimum for x = 1024 + code (LARGE: the code;
+// KF_FP8: the value, x * scale), that minimum being less 1024 scales. From the parameters as they
+// are stored.
 template <kv_format F, bool LARGE>
 __device__ __forceinline__ uint32_t multipliers_of(uint32_t param) {
     if (F == KF_FP8 || LARGE) return param;
@@ -79,34 +91,42 @@ __device__ __forceinline__ uint32_t multipliers_of(uint32_t param) {
     const __half s = __low2half(x);
     return bits_of(__halves2half2(s, __hfma(s, __float2half(-1024.f), __high2half(x))));
 }
-// Eight codes to 16 bytes of values: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
-// Nibbles of K come in the order 0 4 1 5 2 6 3 7, which q's elements take.
-template <kv_format F, bool VALUE, bool LARGE>
-__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, __half2 s, __half2 m) {
-    uint32_t x[4];
-    if (F == KF_4 && VALUE) {
-        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
-        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
-    }
+template <bool LARGE>
+__device__ __forceinline__ uint32_t value_of(uint32_t x, __half2 s, __half2 m) {
+    const __half2 c = LARGE ? __hsub2(half2_of(x), __float2half2_rn(1024.f)) : half2_of(x);
+    return bits_of(__hfma2(c, s, m));
+}
+// Four codes, the bytes of w.
+template <kv_format F, bool LARGE>
+__device__ __forceinline__ uint2 four_of(uint32_t w, __half2 s, __half2 m) {
+    uint32_t x[2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint32_t w = i < 2 ? lo : hi;
-        if (F == KF_FP8)
-            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x[i]) : "h"((uint16_t)(w >> i % 2 * 16)));
-        else if (F == KF_4 && !VALUE)
-            x[i] = (lo >> 4 * i & 0x000f000fu) | 0x64006400u; // 1024 + code
-        else
-            x[i] = __byte_perm(w, 0x64u, i % 2 ? 0x4342 : 0x4140);
-        const __half2 c =
-            LARGE ? __hsub2(half2_of(x[i]), __float2half2_rn(1024.f)) : half2_of(x[i]);
-        x[i] = bits_of(F == KF_FP8 ? __hmul2(c, s) : __hfma2(c, s, m));
-    }
+    for (int i = 0; i < 2; i++)
+        if (F == KF_FP8) {
+            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x[i]) : "h"((uint16_t)(w >> i * 16)));
+            x[i] = bits_of(__hmul2(half2_of(x[i]), s));
+        } else {
+            x[i] = value_of<LARGE>(__byte_perm(w, 0x64u, i ? 0x4342 : 0x4140), s, m);
+        }
+    return make_uint2(x[0], x[1]);
+}
+// Eight codes, the nibbles of w, in the order 0 4 1 5 2 6 3 7.
+template <bool LARGE> __device__ __forceinline__ uint4 eight_of(uint32_t w, __half2 s, __half2 m) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = value_of<LARGE>((w >> 4 * i & 0x000f000fu) | 0x64006400u, s, m);
     return make_uint4(x[0], x[1], x[2], x[3]);
 }
-// 16 bytes to that order of nibbles.
+// 16 bytes to that order of nibbles, and back.
 __device__ __forceinline__ uint4 to_nibbles(uint4 x) {
     return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
                       __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
+}
+
+__device__ __forceinline__ uint4 from_nibbles(uint4 x) {
+    return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                      __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
 // A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
@@ -128,9 +148,10 @@ template <int D, kv_format F> struct share {
           own(PIECES == 8   ? thread % 2 + thread % 32 / 16 * 2
               : PIECES == 2 ? thread % 32 / 16 * 8 + thread % 8
                             : thread % 8) {}
-    // Whose parameters come number i of the warp's.
-    __device__ __forceinline__ int token_of(int i) const {
-        return first - own + i % TOKENS + i / TOKENS % STEPS * STEP;
+    // Whose parameters a lane brings, the first of them: those of the warp's tokens in order: the
+    // upper half of a warp has those of the block's second page.
+    __device__ __forceinline__ int token(int lane) const {
+        return first - own + lane % TOKENS + lane / TOKENS % STEPS * STEP;
     }
 };
 template <int D> constexpr int kPieces = D == 256 ? 4 : 8; // under way to a thread at a time
@@ -141,19 +162,50 @@ template <int D> struct in_flight {
     uint32_t param[2];
 };
 
-// code: of the head in a block's first page and, `second` further on, in its second.
+// This thread's first codes and parameters in a page, of page 0.
+struct source {
+    const uint8_t *code, *param;
+};
 template <int D, kv_format F>
-__device__ __forceinline__ void read_codes(uint4 (&raw)[kPieces<D>], const uint8_t *code,
-                                           int64_t second, int part) {
+__device__ __forceinline__ source source_of(const prefill_arguments &a, int g, bool value,
+                                            int thread) {
     using S = share<D, F>;
+    const S at(thread);
+    const int token = at.token(thread % 32) % kPage;
+    return {a.base + (int64_t)g * a.layout.head_bytes + (value ? a.layout.v_code : 0) +
+                code_at(S::ROW, at.first, at.piece * 16),
+            a.base + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                (value ? a.layout.v_param : 0) + token * (F == KF_FP8 ? 2 : 4)};
+}
+// The same of another page: one instruction.
+__device__ __forceinline__ const uint8_t *page_of(const uint8_t *p, int page, uint32_t bytes) {
+    asm("mad.wide.u32 %0, %1, %2, %0;" : "+l"(p) : "r"(page), "r"(bytes));
+    return p;
+}
+// page: as look_up has it.
+template <int D, kv_format F>
+__device__ __forceinline__ void read_block(in_flight<D> &x, const source &from, int page,
+                                           uint32_t page_bytes, int part) {
+    using S = share<D, F>;
+    if (F == KF_16) return;
     constexpr int A_PAGE = kPage / S::STEP < S::STEPS ? kPage / S::STEP : S::STEPS;
+    const uint8_t *code[2];
+    for (int i = 0; i < 2; i++)
+        code[i] = page_of(from.code, __shfl_sync(~0u, page, i * 16), page_bytes);
 #pragma unroll
     for (int i = 0; i < S::STEPS && i < kPieces<D>; i++) {
         const int k = part * kPieces<D> + i;
-        raw[i] = load_now(code + (k < A_PAGE ? 0 : second) + k % A_PAGE * S::STEP * S::ROW);
+        x.raw[i] = load_now(code[k / A_PAGE] + k % A_PAGE * S::STEP * S::ROW);
+    }
+    const uint8_t *param = page_of(from.param, page, page_bytes);
+#pragma unroll
+    for (int i = 0; i < S::PARAMS && part == 0; i++) {
+        constexpr int NEXT = 32 / S::TOKENS * S::STEP;
+        x.param[i] = F == KF_FP8 ? __ldg((const uint16_t *)param + i * NEXT)
+                                 : __ldg((const uint32_t *)param + i * NEXT);
     }
 }
-template <int D, kv_format F, bool VALUE, bool LARGE>
+template <int D, kv_format F, bool LARGE>
 __device__ __forceinline__ void convert_pieces(uint32_t put, const in_flight<D> &x, int own,
                                                int part) {
     using S = share<D, F>;
@@ -161,52 +213,61 @@ __device__ __forceinline__ void convert_pieces(uint32_t put, const in_flight<D> 
     uint32_t param[S::PARAMS];
 #pragma unroll
     for (int i = 0; i < S::PARAMS; i++) param[i] = multipliers_of<F, LARGE>(x.param[i]);
+    asm volatile("" : "+r"(own)); // what follows from it is not kept from block to block
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int k = part * N + i;
         const __half2 both = half2_of(__shfl_sync(
-            ~0u, param[S::PARAMS > 1 ? k * S::TOKENS / 32 : 0], (k * S::TOKENS + own) % 32));
+            ~0u, param[S::PARAMS > 1 ? k * S::TOKENS / 32 : 0], k * S::TOKENS % 32 + own));
         const __half2 s = __low2half2(both), m = __high2half2(both);
         const uint32_t w[4] = {x.raw[i].x, x.raw[i].y, x.raw[i].z, x.raw[i].w};
 #pragma unroll
-        for (int j = 0; j < S::DIMS / 8; j++)
-            store_shared((put ^ j * 16) + k * S::STEP * 2 * D,
-                         eight_of<F, VALUE, LARGE>(w[F == KF_4 ? j : 2 * j % 4],
-                                                   w[F == KF_4 ? j : (2 * j + 1) % 4], s, m));
+        for (int j = 0; j < S::DIMS / 8; j++) {
+            uint4 y;
+            if (F == KF_4) {
+                y = eight_of<LARGE>(w[j], s, m);
+            } else {
+                const uint2 lo = four_of<F, LARGE>(w[2 * j % 4], s, m);
+                const uint2 hi = four_of<F, LARGE>(w[(2 * j + 1) % 4], s, m);
+                y = make_uint4(lo.x, lo.y, hi.x, hi.y);
+            }
+            store_shared((put ^ j * 16) + k * S::STEP * 2 * D, y);
+        }
     }
 }
-// To the swizzle at `to`. Rows from n_valid on, which may be NaN, become zero.
-template <int D, kv_format F, bool VALUE>
-__device__ __forceinline__ void convert(uint32_t to, const in_flight<D> &x, int n_valid, int part,
-                                        int thread) {
+// To the swizzle, this thread's first piece at `put`. Rows from n_valid on, which may be NaN,
+// become zero.
+template <int D, kv_format F>
+__device__ __forceinline__ void convert(uint32_t put, int own, const in_flight<D> &x, int n_valid,
+                                        int part) {
     using S = share<D, F>;
-    const S at(thread_of<D>(thread));
-    const uint32_t put = to + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
     constexpr int N = S::STEPS < kPieces<D> ? S::STEPS : kPieces<D>;
     bool large = is_large<F>(x.param[0]);
     if (S::PARAMS > 1) large = large || is_large<F>(x.param[1]);
     // Also where parameters may be of no token: they must not decide how others round.
     if (F != KF_FP8 && (n_valid < S::BN || __any_sync(~0u, large)))
-        convert_pieces<D, F, VALUE, true>(put, x, at.own, part);
+        convert_pieces<D, F, true>(put, x, own, part);
     else
-        convert_pieces<D, F, VALUE, false>(put, x, at.own, part);
+        convert_pieces<D, F, false>(put, x, own, part);
     if (n_valid < S::BN)
 #pragma unroll 1
         for (int k = part * N; k < part * N + N; k++)
-            for (int j = 0; j < S::DIMS / 8 && at.first + k * S::STEP >= n_valid; j++)
-                store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
+            for (int j = 0; j < S::DIMS / 8; j++)
+                if (S(thread_anew() % 128).first + k * S::STEP >= n_valid)
+                    store_shared((put ^ j * 16) + k * S::STEP * 2 * D, make_uint4(0, 0, 0, 0));
 }
 
 // --- Producers ----------------------------------------------------------------------------------
 
-// Physical page of a block, the first in even lanes and the second in odd ones; past the end of the
-// sequence the last one again. One load a lane, and not one value a warp: that would be waited for.
+// Physical page of a block, the first in the lower half of a warp and the second in the upper one;
+// past the end of the sequence the last one again. One load a lane, and not one value a warp: that
+// would be waited for.
 template <int BN>
-__device__ __forceinline__ int look_up(const prefill_arguments &a, const attention_tile &t,
+__device__ __forceinline__ int look_up(const prefill_arguments &a, int page_at, int kv_len,
                                        int block) {
     constexpr int PAGES = BN / kPage;
-    const int page = block * PAGES + thread_anew() % PAGES;
-    return a.page[t.page_at + min(page, (t.kv_len - 1) / kPage)];
+    const int page = block * PAGES + (PAGES > 1 ? thread_anew() / 16 % 2 : 0);
+    return a.page[page_at + min(page, (int)((uint32_t)(kv_len - 1) / kPage))];
 }
 
 // Copies of a 16-bit block as it lies, by one thread.
@@ -226,64 +287,36 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
                       BYTES, barrier);
 }
 
-// 64 rows of q of an item to its slot. CODES: as fp16 and in the order of the nibbles, where K is
-// such.
-template <int D, bool CODES>
-__device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
-                                       uint32_t q_at, int *position, int half, int thread) {
-    const int lane = thread % 32, r0 = half * 64 + thread / 32 * 16;
-    const auto make = [&](uint4 &x, int) {
-        uint32_t *word = (uint32_t *)&x;
-        if (CODES && a.bf16 && a.k != KF_16)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
-                word[e] = pack2<__half>(y.x, y.y);
-            }
-        if (CODES && a.k == KF_4) x = to_nibbles(x);
-    };
-    load_rows<D, D == 128 && !CODES ? 8 : 4>(a, w, q_at, position + r0, r0, lane, make);
-}
-
-// This producer's half of an item's q to its slot, and the item itself; false when there is none.
-// Pages of its first two blocks are looked up meanwhile.
-template <int D, bool CODES>
-__device__ __forceinline__ bool fill_rows(const prefill_arguments &a, uint8_t *memory, control *c,
-                                          int round, int half, int &page, int &ahead) {
-    constexpr int Q = kQ<D>, BN = kBlock<D>;
-    const int slot = round % Q, thread = thread_anew() % 128;
-    const tile_work w = work_of<BN>(a, item_of(round));
-    const bool any = w.last >= w.first;
-    if (any) page = look_up<BN>(a, w.t, w.first), ahead = look_up<BN>(a, w.t, w.first + 1);
+// An item's q is on its way to its slot, once consumers have left it; positions and the item itself
+// are there.
+template <int D>
+__device__ __forceinline__ void bring_rows(const prefill_arguments &a, uint8_t *memory, control *c,
+                                           int round) {
+    constexpr int Q = kQ<D>, LANES = D / 8;
+    const int slot = round % Q, thread = thread_anew() % 128, lane = thread % 32;
+    const uint32_t full = shared_at(&c->q_full[slot]);
+    const tile_work w = work_of<kBlock<D>>(a, item_of(round)); // anew: it takes many registers
     barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
-    if (half == 0 && thread == 0) c->work[slot] = w;
-    if (any)
-        load_q<D, CODES>(a, w, shared_at(memory) + slot * kRows * 2 * D, c->position[slot], half,
-                         thread);
-    fence_async_proxy();
-    barrier_arrive(shared_at(&c->q_full[slot]));
-    return any;
-}
-
-template <int D, kv_format F, bool VALUE>
-__device__ __forceinline__ void read_block(in_flight<D> &x, const prefill_arguments &a, int g,
-                                           const int (&id)[2], int part, int thread) {
-    using S = share<D, F>;
-    if (F == KF_16) return;
-    const S at(thread_anew() % 128);
-    read_codes<D, F>(x.raw,
-                     a.base + id[0] * a.page_bytes + g * a.layout.head_bytes +
-                         (VALUE ? a.layout.v_code : 0) + code_at(S::ROW, at.first, at.piece * 16),
-                     (id[1] - id[0]) * a.page_bytes, part);
-#pragma unroll
-    for (int i = 0; i < S::PARAMS && part == 0; i++) {
-        const int token = at.token_of(i * 32 + thread % 32);
-        const uint8_t *p = a.base + (token < kPage ? id[0] : id[1]) * a.page_bytes +
-                           a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                           (VALUE ? a.layout.v_param : 0);
-        x.param[i] = F == KF_FP8 ? __ldg((const uint16_t *)p + token % kPage)
-                                 : __ldg((const uint32_t *)p + token % kPage);
+    if (thread == 0) c->work[slot] = w;
+    if (w.last >= w.first) {
+        const int r0 = thread / 32 * 32, own = w.t.row0 + r0 + lane;
+        const int own_at = own < w.t.n_rows
+                               ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
+                                     w.g * a.ratio + own % a.ratio
+                               : -1;
+        c->position[slot][r0 + lane] = w.t.position + min(own, w.t.n_rows - 1) / a.ratio;
+#pragma unroll 4
+        for (int i = 0; i < LANES; i++) {
+            const int row = i * (32 / LANES) + lane / LANES;
+            const int at = __shfl_sync(~0u, own_at, row);
+            copy_async_or_zero(shared_at(memory) + slot * kRows * 2 * D +
+                                   code_at(2 * D, r0 + row, lane % LANES * 16),
+                               (const uint4 *)a.qkv + (int64_t)max(at, 0) * LANES + lane % LANES,
+                               at >= 0);
+        }
     }
+    copy_async_arrive(full); // when the copies have landed
+    barrier_arrive(full);    // for what was written here
 }
 
 // A stage is written: every thread says so, or where there are codes a lane of each warp, since
@@ -295,14 +328,15 @@ template <bool CODES> __device__ __forceinline__ void arrive(uint32_t full, int 
 }
 
 // A 16-bit block, of V with zeros behind the end of the sequence.
-template <int D, bool VALUE, bool CODES>
-__device__ __forceinline__ void bring_pages(const prefill_arguments &a, const tile_work &w,
-                                            control *c, int block, const int (&id)[2], uint32_t to,
-                                            uint32_t full, uint32_t &n_landed, int thread) {
+template <int D, bool CODES>
+__device__ __forceinline__ void
+bring_pages(const prefill_arguments &a, const tile_work &w, control *c, int block, int page,
+            bool value, uint32_t to, uint32_t full, uint32_t &n_landed, int thread) {
     constexpr int BN = kBlock<D>;
+    const int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 16)};
     const int n_valid = min(BN, w.t.kv_len - block * BN);
-    const bool tail = VALUE && n_valid < BN;
-    if (thread == 0) copy_pages<D>(a, w, block, id, VALUE, to, tail ? shared_at(&c->landed) : full);
+    const bool tail = value && n_valid < BN;
+    if (thread == 0) copy_pages<D>(a, w, block, id, value, to, tail ? shared_at(&c->landed) : full);
     if (tail) {
         barrier_wait(shared_at(&c->landed), n_landed++ & 1);
         for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
@@ -313,58 +347,72 @@ __device__ __forceinline__ void bring_pages(const prefill_arguments &a, const ti
     if (tail || thread >= 128 / kArrivals<CODES>) arrive<CODES>(full, thread);
 }
 
-// The stream of K or of V, each with half of q before an item's first block: blocks in order
-// through kStages stages. Pages are looked up two blocks ahead, codes and parameters read one
-// ahead.
-template <int D, kv_format F, bool VALUE, bool CODES>
+// The stream of K or of V: blocks of all items in order through kStages stages. Pages are looked up
+// two blocks ahead, codes and parameters read one ahead, across items. V's producer asks for the
+// next item's q after an item's third block, when consumers have left the item before.
+template <int D, kv_format F, bool CODES>
 __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
-                                        int thread) {
+                                        bool value) {
     using S = share<D, F>;
     constexpr int BN = kBlock<D>, TILE = BN * 2 * D;
+    const uint32_t page_bytes = (uint32_t)a.page_bytes;
+    const uint32_t stages =
+        shared_at(memory) + kQ<D> * kRows * 2 * D + (value ? kStages * TILE : 0);
+    const S at(thread_anew() % 128);
+    const uint32_t put = stages + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
+    const int own = at.own;
     uint32_t count = 0, n_landed = 0;
-    for (int round = 0;; round++) {
-        int page = 0, ahead = 0; // on their way while q is brought
-        if (!fill_rows<D, CODES>(a, memory, c, round, VALUE, page, ahead)) break;
-        const tile_work w = work_of<BN>(a, item_of(round)); // anew: it takes many registers
-        int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 1)};
-        in_flight<D> x;
-        read_block<D, F, VALUE>(x, a, w.g, id, 0, thread);
+    tile_work w = work_of<BN>(a, item_of(0)), next = {};
+    // Where pages are looked up: `look` is in the item of kv_len and page_at.
+    int look = w.first, kv_len = w.t.kv_len, page_at = w.t.page_at;
+    int page = look_up<BN>(a, page_at, kv_len, look++);
+    int ahead = look_up<BN>(a, page_at, kv_len, look++);
+    if (value) bring_rows<D>(a, memory, c, 0);
+    source from = source_of<D, F>(a, w.g, value, thread_anew() % 128);
+    in_flight<D> x;
+    read_block<D, F>(x, from, page, page_bytes, 0);
+    for (int round = 1; w.last >= w.first; round++) {
         for (int block = w.first; block <= w.last; block++, count++) {
-            const uint32_t s = count % kStages;
-            const uint32_t empty = shared_at(VALUE ? &c->v_empty[s] : &c->k_empty[s]);
-            const uint32_t full = shared_at(VALUE ? &c->v_full[s] : &c->k_full[s]);
-            const uint32_t to =
-                shared_at(memory) + kQ<D> * kRows * 2 * D + (VALUE ? kStages * TILE : 0) + s * TILE;
-            barrier_wait(empty, count / kStages & 1 ^ 1);
+            const uint32_t s = count % kStages, to = stages + s * TILE;
+            const uint32_t full = shared_at(&c->full[value][s]);
+            barrier_wait(shared_at(&c->empty[value][s]), count / kStages & 1 ^ 1);
             if (F == KF_16) {
-                bring_pages<D, VALUE, CODES>(a, w, c, block, id, to, full, n_landed, thread);
+                bring_pages<D, CODES>(a, w, c, block, page, value, to, full, n_landed,
+                                      thread_anew() % 128);
             } else {
                 const int n_valid = w.t.kv_len - block * BN;
-                convert<D, F, VALUE>(to, x, n_valid, 0, thread);
+                convert<D, F>(put + s * TILE, own, x, n_valid, 0);
                 if (S::STEPS > kPieces<D>) {
-                    read_block<D, F, VALUE>(x, a, w.g, id, 1, thread);
-                    convert<D, F, VALUE>(to, x, n_valid, 1, thread);
+                    read_block<D, F>(x, from, page, page_bytes, 1);
+                    convert<D, F>(put + s * TILE, own, x, n_valid, 1);
                 }
                 fence_async_proxy();
-                arrive<CODES>(full, thread);
+                arrive<CODES>(full, thread_anew() % 128);
             }
-            id[0] = __shfl_sync(~0u, ahead, 0), id[1] = __shfl_sync(~0u, ahead, 1);
-            // After the last block for nothing: so that no register is kept for a block not read.
-            read_block<D, F, VALUE>(x, a, w.g, id, 0, thread);
-            ahead = look_up<BN>(a, w.t, block + 2);
+            if (block == w.first) next = work_of<BN>(a, item_of(round));
+            if (block == max(w.last - 1, w.first))
+                look = next.first, kv_len = next.t.kv_len, page_at = next.t.page_at;
+            if (w.first == w.last) ahead = look_up<BN>(a, page_at, kv_len, look++);
+            if (value && block == (kQ<D> == 1 ? w.last : min(w.first + 2, w.last)))
+                bring_rows<D>(a, memory, c, round);
+            page = ahead;
+            if (block == w.last) from = source_of<D, F>(a, next.g, value, thread_anew() % 128);
+            read_block<D, F>(x, from, page, page_bytes, 0);
+            ahead = look_up<BN>(a, page_at, kv_len, look++);
         }
+        w = next;
     }
 }
 
-template <int D, bool VALUE, bool CODES>
+template <int D, bool CODES>
 __device__ __forceinline__ void produce_any(const prefill_arguments &a, uint8_t *memory, control *c,
-                                            int thread) {
-    if (!CODES) return produce<D, KF_16, VALUE, CODES>(a, memory, c, thread);
-    switch (VALUE ? a.v : a.k) {
-    case KF_16: return produce<D, KF_16, VALUE, CODES>(a, memory, c, thread);
-    case KF_8: return produce<D, KF_8, VALUE, CODES>(a, memory, c, thread);
-    case KF_4: return produce<D, KF_4, VALUE, CODES>(a, memory, c, thread);
-    default: return produce<D, KF_FP8, VALUE, CODES>(a, memory, c, thread);
+                                            bool value) {
+    if (!CODES) return produce<D, KF_16, CODES>(a, memory, c, value);
+    switch (value ? a.v : a.k) {
+    case KF_16: return produce<D, KF_16, CODES>(a, memory, c, value);
+    case KF_8: return produce<D, KF_8, CODES>(a, memory, c, value);
+    case KF_4: return produce<D, KF_4, CODES>(a, memory, c, value);
+    default: return produce<D, KF_FP8, CODES>(a, memory, c, value);
     }
 }
 
@@ -423,90 +471,123 @@ template <int R, int N> __device__ __forceinline__ void settle_all(float (&o)[N]
     for (int n = 0; n < N; n++) settle(o[n]);
 }
 
+// A group's rows of q as fp16 and in the order of the nibbles, where K is such.
+template <int D>
+__device__ __forceinline__ void make_rows(const prefill_arguments &a, uint32_t q_at, int thread) {
+    const bool as_f16 = a.bf16 && a.k != KF_16;
+    if (!as_f16 && a.k != KF_4) return;
+#pragma unroll 8
+    for (int i = 0; i < D / 16; i++) {
+        const uint32_t at = q_at + (i * 128 + thread) * 16;
+        uint4 x = load_shared(at);
+        uint32_t *word = (uint32_t *)&x;
+        if (as_f16)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+                word[e] = pack2<__half>(y.x, y.y);
+            }
+        store_shared(at, a.k == KF_4 ? to_nibbles(x) : x);
+    }
+}
+
+// One group's part of an item: its rows over blocks first .. last, into o and r. count: of blocks
+// so far.
+template <int D, typename TK, typename TV, int R, int N>
+__device__ __forceinline__ void
+attend(const prefill_arguments &a, control *c, int group, int thread, int slot, int first, int last,
+       uint32_t q_place, uint32_t k_place, uint32_t &count, float (&o)[N][R], row_state &r) {
+    constexpr int BN = kBlock<D>, TILE = BN * 2 * D / 16;
+    const uint32_t v_place = k_place + kStages * TILE;
+    const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
+    // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
+    const int *position = c->position[slot] + group * 64;
+    const int p_first = __shfl_sync(~0u, position[0], 0);
+    const int p_last = __shfl_sync(~0u, position[63], 0);
+    float s[BN / 2], shrink[2];
+    uint32_t p[BN / 4];
+    for (int block = first; block <= last; block++, count++) {
+        const uint32_t st = count % kStages, parity = count / kStages & 1;
+        const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
+        barrier_wait(shared_at(&c->full[0][st]), parity);
+        turn_wait(group);
+        settle(s);
+        wgmma_fence();
+        multiply_k<D, BN, TK>(s, q_place, k_place + st * TILE);
+        wgmma_commit();
+        if (block != first) {
+            barrier_wait(shared_at(&c->full[1][before]), parity_before);
+            multiply_v<D, BN, TV>(o, p, v_place + before * TILE);
+            wgmma_commit();
+            turn_give(group);
+            wgmma_wait<1>();
+        } else {
+            turn_give(group);
+            wgmma_wait<0>();
+        }
+        settle(s);
+        if (thread == 0) barrier_arrive(shared_at(&c->empty[0][st]));
+        const int token = block * BN;
+        const bool edge = token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
+        const bool moved = weigh<BN>(s, r, shrink, a.scale, c->position[slot] + r0 + lane / 4,
+                                     token, a.window, edge, lane);
+        if (block != first) {
+            wgmma_wait<0>();
+            settle_all(o);
+            if (thread == 0) barrier_arrive(shared_at(&c->empty[1][before]));
+            if (moved)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
+        }
+#pragma unroll
+        for (int i = 0; i < BN / 4; i++) p[i] = pack2<TV>(s[2 * i], s[2 * i + 1]);
+    }
+    const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
+    barrier_wait(shared_at(&c->full[1][before]), parity_before);
+    settle_all(o);
+    wgmma_fence();
+    multiply_v<D, BN, TV>(o, p, v_place + before * TILE);
+    wgmma_commit();
+    group_sync<128>(3 + group); // all warps' products with q are done
+    wgmma_wait<0>();
+    settle_all(o);
+    if (thread == 0) barrier_arrive(shared_at(&c->empty[1][before]));
+}
+
 template <int D, typename TK, typename TV, bool CODES>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
-    constexpr int BN = kBlock<D>, TILE = BN * 2 * D, R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1;
-    constexpr int Q = kQ<D>;
-    const uint32_t q_at = shared_at(memory) + group * 64 * 2 * D;
+    constexpr int R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1, Q = kQ<D>;
     const uint32_t k_place = place_of(shared_at(memory) + Q * kRows * 2 * D);
-    const uint32_t v_place = k_place + kStages * TILE / 16;
     const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
     uint32_t count = 0;
     if (group == 1) turn_give(1); // group 0 begins
     for (int round = 0;; round++) {
         const int slot = round % Q;
+        const uint32_t q_at = shared_at(memory) + (slot * kRows + group * 64) * 2 * D;
         barrier_wait(shared_at(&c->q_full[slot]), round / Q & 1);
         // The same in all lanes, which the compiler cannot see.
         const int first = __shfl_sync(~0u, c->work[slot].first, 0);
         const int last = __shfl_sync(~0u, c->work[slot].last, 0);
         if (last < first) break;
-        const uint32_t q_place = place_of(q_at + slot * kRows * 2 * D);
+        if (CODES) make_rows<D>(a, q_at, thread);
+        fence_async_proxy(); // of q
+        if (CODES) group_sync<128>(3 + group);
         row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {0.f, 0.f}};
-        // Positions of this warpgroup's rows: of the first, of the last, and of this lane's two.
-        const int *position = c->position[slot] + group * 64;
-        const int p_first = __shfl_sync(~0u, position[0], 0);
-        const int p_last = __shfl_sync(~0u, position[63], 0);
-        float s[BN / 2], o[N][R], shrink[2];
-        uint32_t p[BN / 4];
+        float o[N][R];
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < R; i++) o[n][i] = 0.f;
-        for (int block = first; block <= last; block++, count++) {
-            const uint32_t st = count % kStages, parity = count / kStages & 1;
-            const uint32_t before = (count - 1) % kStages,
-                           parity_before = (count - 1) / kStages & 1;
-            barrier_wait(shared_at(&c->k_full[st]), parity);
-            turn_wait(group);
-            settle(s);
-            wgmma_fence();
-            multiply_k<D, BN, TK>(s, q_place, k_place + st * (TILE / 16));
-            wgmma_commit();
-            if (block != first) {
-                barrier_wait(shared_at(&c->v_full[before]), parity_before);
-                multiply_v<D, BN, TV>(o, p, v_place + before * (TILE / 16));
-                wgmma_commit();
-                turn_give(group);
-                wgmma_wait<1>();
-            } else {
-                turn_give(group);
-                wgmma_wait<0>();
-            }
-            settle(s);
-            if (thread == 0) barrier_arrive(shared_at(&c->k_empty[st]));
-            const int token = block * BN;
-            const bool edge =
-                token + BN - 1 > p_first || (a.window > 0 && token <= p_last - a.window);
-            const bool moved = weigh<BN>(s, r, shrink, a.scale, c->position[slot] + r0 + lane / 4,
-                                         token, a.window, edge, lane);
-            if (block != first) {
-                wgmma_wait<0>();
-                settle_all(o);
-                if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
-                if (moved)
-#pragma unroll
-                    for (int n = 0; n < N; n++)
-#pragma unroll
-                        for (int i = 0; i < R; i++) o[n][i] *= shrink[i / 2 % 2];
-            }
-#pragma unroll
-            for (int i = 0; i < BN / 4; i++) p[i] = pack2<TV>(s[2 * i], s[2 * i + 1]);
-        }
-        const uint32_t before = (count - 1) % kStages, parity_before = (count - 1) / kStages & 1;
-        barrier_wait(shared_at(&c->v_full[before]), parity_before);
-        settle_all(o);
-        wgmma_fence();
-        multiply_v<D, BN, TV>(o, p, v_place + before * (TILE / 16));
-        wgmma_commit();
-        group_sync<128>(3 + group); // all warps' products with q are done
-        wgmma_wait<0>();
-        settle_all(o);
-        if (thread == 0) barrier_arrive(shared_at(&c->v_empty[before]));
+        attend<D, TK, TV>(a, c, group, thread, slot, first, last, place_of(q_at), k_place, count, o,
+                          r);
         const auto sums = [&](int h) { return row_sums{quad_sum(r.l[h]), 0.f}; };
-        store_rows<D>(a, c->work[slot], o, r,
-                      q_at + slot * kRows * 2 * D + thread / 32 * 16 * 2 * D, r0, lane, 1.f, sums,
-                      [](uint4 &) {});
+        store_rows<D>(a, c->work[slot], o, r, q_at + thread / 32 * 16 * 2 * D, r0, lane, 1.f, sums,
+                      [&](uint4 &x) {
+                          if (CODES && a.v == KF_4) x = from_nibbles(x);
+                      });
         fence_async_proxy(); // q of a later item follows what was written and read here
         barrier_arrive(shared_at(&c->q_empty[slot]));
     }
@@ -527,10 +608,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         for (int i = 0; i < kStages; i++) {
             // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->k_full[i]), kArrivals<CODES>);
-            barrier_init(shared_at(&c->v_full[i]), kArrivals<CODES>);
-            barrier_init(shared_at(&c->k_empty[i]), 2);
-            barrier_init(shared_at(&c->v_empty[i]), 2);
+            barrier_init(shared_at(&c->full[0][i]), kArrivals<CODES>);
+            barrier_init(shared_at(&c->full[1][i]), kArrivals<CODES>);
+            barrier_init(shared_at(&c->empty[0][i]), 2);
+            barrier_init(shared_at(&c->empty[1][i]), 2);
         }
         barrier_init(shared_at(&c->landed), 1);
     }
@@ -538,16 +619,13 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
     __syncthreads();
     if (group < 2) {
         if (D == 256)
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
         else
             asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        if (group == 0)
-            produce_any<D, false, CODES>(a, memory, c, thread);
-        else
-            produce_any<D, true, CODES>(a, memory, c, thread);
+        produce_any<D, CODES>(a, memory, c, group == 1);
     } else {
         if (D == 256)
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         else
             asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
         consume<D, TK, TV, CODES>(a, memory, c, group - 2, thread);
