@@ -119,54 +119,58 @@ LAYOUT_FN int64_t linear_word_at(const linear_layout *l, int32_t b, int32_t u, i
            in / 16 * 512 + lane * 16 + in % 16;
 }
 
-/* Bits of an e2m1 pair p = 0..3 in each half of its word: where the sign and the three magnitude
- * bits of the code go. Chosen so that two of four pairs come out with one mask and the others with
- * two, and land on the exponent and mantissa bits of the type (11..9 in f16, 8..6 in bf16). */
-LAYOUT_FN int32_t linear_e2m1_sign(bool bf16, int32_t p) {
-    return bf16 ? (p == 0   ? 15
-                   : p == 1 ? 14
-                   : p == 2 ? 9
-                            : 10)
-                : (p == 0   ? 15
-                   : p == 1 ? 12
-                   : p == 2 ? 14
-                            : 13);
+/* Pair p = 0..3 of a word of e2m1 codes as two halves of the type: the sign where it belongs, the
+ * three bits of the magnitude on the lowest two of the exponent and the highest of the mantissa
+ * (11..9 in f16, 8..6 in bf16), which is the value times 2^-14 or 2^-126, subnormals included. A
+ * word shifted four ways is the least that shows all of its bits in those places; where two of the
+ * five are needed, they meet in an exclusive or, which shares the instruction of the mask. */
+LAYOUT_FN uint32_t linear_e2m1_mask(bool bf16) { return bf16 ? 0x81c081c0u : 0x8e008e00u; }
+LAYOUT_FN uint32_t linear_e2m1_pair(uint32_t v, bool bf16, int32_t p) {
+    const uint32_t mask = linear_e2m1_mask(bf16);
+    if (bf16)
+        return mask & (p == 0 ? v : p == 1 ? v << 6 : p == 2 ? v << 12 | v >> 20 : v << 2 ^ v >> 6);
+    return mask & (p == 0 ? v << 6 : p == 1 ? v << 9 : p == 2 ? v ^ v << 2 : v ^ v >> 3);
 }
-LAYOUT_FN int32_t linear_e2m1_low(bool bf16, int32_t p) {
-    return bf16 ? (p == 0   ? 6
-                   : p == 1 ? 3
-                   : p == 2 ? 0
-                            : 11)
-                : (p == 0   ? 9
-                   : p == 1 ? 6
-                   : p == 2 ? 0
-                            : 3);
+
+/* The bits of a word that turn those bits d of pair p: one for each. Other pairs may turn as
+ * well. */
+LAYOUT_FN uint32_t linear_e2m1_home(uint32_t d, bool bf16, int32_t p) {
+    if (bf16)
+        return p == 0   ? d
+               : p == 1 ? d >> 6
+               : p == 2 ? d >> 12 | d << 20
+                        : (d & 0x80c080c0u) >> 2 | (d & 0x01000100u) << 6;
+    return p == 0   ? d >> 6
+           : p == 1 ? d >> 9
+           : p == 2 ? (d & 0x86008600u) >> 2 | (d & 0x08000800u)
+                    : (d & 0x84008400u) | (d & 0x0a000a00u) << 3;
 }
 
 /* Eight 4-bit codes as one word. Integers: pair p in nibble p of each half. */
 LAYOUT_FN uint32_t linear_pack4(const uint8_t code[8], bool e2m1, bool bf16) {
-    uint32_t word = 0;
+    uint32_t word = 0, pair[4] = {0, 0, 0, 0};
     for (int32_t i = 0; i < 8; i++) {
-        const int32_t p = i / 2, half = i % 2 * 16;
         const uint32_t c = code[i];
         if (e2m1)
-            word |= (c >> 3 << linear_e2m1_sign(bf16, p) | (c & 7) << linear_e2m1_low(bf16, p))
-                    << half;
+            pair[i / 2] |= (c >> 3 << 15 | (c & 7) << (bf16 ? 6 : 9)) << (i % 2 * 16);
         else
-            word |= c << (4 * p + half);
+            word |= c << (4 * (i / 2) + i % 2 * 16);
     }
+    /* Each round makes right what follows from bits that are. */
+    for (int32_t round = 0; e2m1 && round < 4; round++)
+        for (int32_t p = 0; p < 4; p++)
+            word ^= linear_e2m1_home(linear_e2m1_pair(word, bf16, p) ^ pair[p], bf16, p);
     return word;
 }
 
 LAYOUT_FN void linear_unpack4(uint8_t code[8], uint32_t word, bool e2m1, bool bf16) {
     for (int32_t i = 0; i < 8; i++) {
-        const int32_t p = i / 2;
-        const uint32_t h = word >> (i % 2 * 16);
+        const uint32_t v = e2m1 ? linear_e2m1_pair(word, bf16, i / 2) : word;
+        const uint32_t h = v >> (i % 2 * 16);
         if (e2m1)
-            code[i] = (uint8_t)((h >> linear_e2m1_sign(bf16, p) & 1) << 3 |
-                                (h >> linear_e2m1_low(bf16, p) & 7));
+            code[i] = (uint8_t)((h >> 15 & 1) << 3 | (h >> (bf16 ? 6 : 9) & 7));
         else
-            code[i] = (uint8_t)(h >> 4 * p & 15);
+            code[i] = (uint8_t)(h >> 4 * (i / 2) & 15);
     }
 }
 
