@@ -75,8 +75,9 @@ __global__ void pack_scales(const pack_args a) {
             reinterpret_cast<float *>(to)[place / 16] =
                 pad ? 1.f : static_cast<const float *>(a.q.scale)[at];
     } else {
-        to[place] = pad ? (a.w.format == WF_MXFP4 ? 127 : 0x38)
-                        : static_cast<const uint8_t *>(a.q.scale)[at];
+        const bool e8m0 = a.w.format == WF_MXFP4;
+        const uint8_t s = pad ? e8m0 ? 127 : 0x38 : static_cast<const uint8_t *>(a.q.scale)[at];
+        to[place] = e8m0 ? linear_e8m0_pack(s, a.w.type == DT_BF16) : s;
     }
 }
 

@@ -171,12 +171,12 @@ __device__ __forceinline__ uint32_t dequant_scale_pair(const dequant_packed &fro
     constexpr bool bf16 = half_pair<T>::bf16;
     constexpr uint32_t kFold = (86u << 7) * 0x10001u; // bf16: exponents + 126 to mend, less 40
     float scale[2];
-    if (F == WF_MXFP4 && kFolded) {
-        // Exponents of the type: e - 127 + its bias, and in f16 + 14 to mend, less 2.
-        const uint32_t both = __byte_perm(from.scale, 0, 0x4140); // a half each
-        return bf16 ? (both << 7) + kFold
-                    : __viaddmin_s16x2_relu(both, 0xff9cff9cu, 0x001f001fu) << 10;
+    if (F == WF_MXFP4 && !bf16) {
+        const uint32_t h = __byte_perm(from.scale, 0, 0x1404); // with what mends, 2^14 less 2
+        return kFolded ? h : pair_mul<T>(h, 0x0c000c00u);
     }
+    if (F == WF_MXFP4 && kFolded) // exponents that are to gain + 126 - 40
+        return (__byte_perm(from.scale, 0, 0x4140) << 7) + kFold;
     if (F == WF_NVFP4 && !bf16) {
         const uint32_t h = e4m3_pair_f16(from.scale);
         return kFolded ? pair_mul<T>(h, 0x58005800u) : h; // 2^14 to mend, less 7

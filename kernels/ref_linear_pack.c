@@ -140,7 +140,8 @@ static void scale_pack(const linear_weight *w, uint8_t *granule, const qmatrix *
         memcpy(granule + place / 16 * 4, pad ? &one : (const float *)q->scale + at, 4);
     } else {
         const uint8_t one = w->format == WF_MXFP4 ? 127 : 0x38;
-        granule[place] = pad ? one : ((const uint8_t *)q->scale)[at];
+        const uint8_t s = pad ? one : ((const uint8_t *)q->scale)[at];
+        granule[place] = w->format == WF_MXFP4 ? linear_e8m0_pack(s, w->type == DT_BF16) : s;
     }
 }
 
@@ -156,7 +157,9 @@ static void scale_unpack(const linear_weight *w, const uint8_t *granule, qmatrix
     } else if (w->format == WF_FP8B) {
         memcpy((float *)q->scale + at, granule + place / 16 * 4, 4);
     } else {
-        ((uint8_t *)q->scale)[at] = granule[place];
+        const uint8_t s = granule[place];
+        ((uint8_t *)q->scale)[at] =
+            w->format == WF_MXFP4 ? linear_e8m0_unpack(s, w->type == DT_BF16) : s;
     }
 }
 

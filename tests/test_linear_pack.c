@@ -53,7 +53,9 @@ static void make(qmatrix *q, arena *a, const linear_weight *w, uint64_t seed) {
         if (i < codes)
             q->code[i] = (uint8_t)(state >> 56);
         else
-            ((uint8_t *)q->scale)[i - codes] = (uint8_t)(state >> 56);
+            ((uint8_t *)q->scale)[i - codes] = w->format == WF_MXFP4 && w->type == DT_F16
+                                                   ? (uint8_t)(100 + (state >> 59))
+                                                   : (uint8_t)(state >> 56);
     }
     for (int64_t i = 0; q->zero && i < qmatrix_zero_count(&p, w->n, w->k); i++)
         q->zero[i] = (uint8_t)(i * 5 % 16);
