@@ -86,35 +86,10 @@ struct dequant_scales {
     uint32_t scale[2], zero[2];
 };
 
-// `z`: zeros of rows g and g + 8.
-template <typename T> __device__ __forceinline__ void dequant_zeros(dequant_scales &s, uint32_t z) {
-    if (half_pair<T>::bf16) {
-        s.zero[0] = __byte_perm(z, 0x43u, 0x4040); // 128 + z
-        s.zero[1] = __byte_perm(z, 0x43u, 0x4141);
-    } else {
-        s.zero[0] = __byte_perm(z, 0x64u, 0x4040);               // 1024 + z
-        s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
-    }
-}
-
 // What a kernel keeps of a granule until it needs it.
 struct dequant_packed {
     uint32_t scale, zero;
 };
-
-// Of u4.
-template <typename T>
-__device__ __forceinline__ void dequant_expand(dequant_scales &s, const dequant_packed &from) {
-    if (half_pair<T>::bf16) {
-        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
-        s.scale[0] = half_pair<T>::from_f32(__low2float(h));
-        s.scale[1] = half_pair<T>::from_f32(__high2float(h));
-    } else {
-        s.scale[0] = __byte_perm(from.scale, 0, 0x1010);
-        s.scale[1] = __byte_perm(from.scale, 0, 0x3232);
-    }
-    dequant_zeros<T>(s, from.zero);
-}
 
 // Folded: the scale of e2m1 takes in the power of two that mends the words' exponents, which saves
 // a multiplication. So that it stays a number of the type, weights come out smaller than they are,
@@ -200,17 +175,6 @@ __device__ __forceinline__ uint32_t high_twice(uint32_t v) {
     return r;
 }
 
-template <typename T, int F, bool kFolded = false>
-__device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequant_packed &from) {
-    if (F == WF_INT4) {
-        dequant_expand<T>(s, from);
-    } else {
-        const uint32_t pair = dequant_scale_pair<T, F, kFolded>(from);
-        s.scale[0] = low_twice(pair);
-        s.scale[1] = high_twice(pair);
-    }
-}
-
 // Scales and zeros of a lane's two rows, a half each: half the registers, and fewer instructions,
 // since those that take a half of an operand twice cost nothing more.
 struct dequant_rows {
@@ -238,6 +202,11 @@ __device__ __forceinline__ dequant_rows dequant_rows_of(const dequant_packed &fr
 __device__ __forceinline__ dequant_scales dequant_scales_of(const dequant_rows &r) {
     return dequant_scales{{low_twice(r.scale), high_twice(r.scale)},
                           {low_twice(r.zero), high_twice(r.zero)}};
+}
+
+template <typename T, int F, bool kFolded = false>
+__device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequant_packed &from) {
+    s = dequant_scales_of(dequant_rows_of<T, F, kFolded>(from));
 }
 
 template <typename T, int F, bool kFolded = false>
