@@ -7,8 +7,8 @@
 // multiplied by the power of two that mends the exponent, which is exact too, subnormals
 // included. Only the product with the scale rounds.
 //
-// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 16, folded 12; s8 f16 8,
-// bf16 14; e4m3 f16 4, bf16 20.
+// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 16, folded 12; s8 8; e4m3
+// f16 4, bf16 12.
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
 #include "linear_layout.h"
@@ -45,12 +45,24 @@ template <typename T> __device__ __forceinline__ uint32_t pair_mul(uint32_t a, u
     return *reinterpret_cast<const uint32_t *>(&r);
 }
 
-__device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t two_bytes) {
+template <typename T>
+__device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
+    using P = typename half_pair<T>::type;
+    const P r =
+        __hfma2(*reinterpret_cast<P *>(&a), *reinterpret_cast<P *>(&b), *reinterpret_cast<P *>(&c));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
+// Of the low or the high half of v.
+template <bool kHigh = false> __device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t v) {
     uint32_t r;
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((uint16_t)two_bytes));
+    if (kHigh)
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(r) : "r"(v));
+    else
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}" : "=r"(r) : "r"(v));
 #else
-    const uint32_t v = __byte_perm(two_bytes, 0, 0x1404);
+    v = __byte_perm(v, 0, kHigh ? 0x3424 : 0x1404);
     r = pair_mul<__half>((v & 0x80008000u) | (v >> 1 & 0x3f803f80u), 0x5c005c00u);
 #endif
     return r;
@@ -91,15 +103,15 @@ struct dequant_packed {
     uint32_t scale, zero;
 };
 
-// Folded: the scale of e2m1 takes in the power of two that mends the words' exponents, which saves
-// a multiplication. So that it stays a number of the type, weights come out smaller than they are,
-// and the sums are to be multiplied by this. MXFP4: for scales up to 2^41 (bf16) or 2^3 (f16), and
-// in f16 scales below 2^-26 become zero; NVFP4: for all.
-template <typename T, int F> __device__ __forceinline__ constexpr float dequant_unfold() {
-    return F != WF_MXFP4 && F != WF_NVFP4 ? 1.f
-           : half_pair<T>::bf16           ? 0x1p40f
-           : F == WF_MXFP4                ? 0x1p2f
-                                          : 0x1p7f;
+// Folded: the scale takes in the power of two that mends the words' exponents, which saves a
+// multiplication. So that it stays a number of the type, weights come out smaller than they are,
+// and the sums are to be multiplied by this; such formats have no scales of channels. MXFP4: for
+// scales up to 2^41 (bf16) or 2^3 (f16), and in f16 scales below 2^-26 become zero; NVFP4: for all;
+// e4m3 in blocks (bf16): up to 2^47.
+template <typename T, int F> __host__ __device__ constexpr float dequant_unfold() {
+    constexpr bool bf16 = half_pair<T>::bf16;
+    if (F != WF_MXFP4 && F != WF_NVFP4 && !(F == WF_FP8B && bf16)) return 1.f;
+    return bf16 ? 0x1p40f : F == WF_MXFP4 ? 0x1p2f : 0x1p7f;
 }
 
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
@@ -157,6 +169,7 @@ __device__ __forceinline__ uint32_t dequant_scale_pair(const dequant_packed &fro
         return kFolded ? pair_mul<T>(h, 0x58005800u) : h; // 2^14 to mend, less 7
     }
     dequant_unpack<F>(scale, from);
+    if (F == WF_FP8B && bf16 && kFolded) scale[0] = scale[1] *= 0x1p80f; // 2^120 less 40
     const __nv_bfloat162 b = __floats2bfloat162_rn(scale[0], scale[1]);
     const __half2 h = __floats2half2_rn(scale[0], scale[1]);
     if (!bf16) return *reinterpret_cast<const uint32_t *>(&h);
@@ -257,17 +270,14 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
             if (!kFolded && (kScaled || bf16)) a[i] = pair_mul<T>(a[i], mend);
             if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }
-    } else if (F == WF_INT8) { // stored plus 128
+    } else if (F == WF_INT8) { // stored plus 128; bf16: 1/64 of the code
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32_t v = word[i];
             if (bf16) {
-                // 128 + low seven bits, less 128 when the stored top bit is set, else 256.
-                const uint32_t h = v >> 8;
-                a[2 * i] = pair_sub<T>(and_or<0x007f007fu>(v, 0x43004300u),
-                                       (v & 0x00800080u) ^ 0x43804380u);
-                a[2 * i + 1] = pair_sub<T>(and_or<0x007f007fu>(h, 0x43004300u),
-                                           (h & 0x00800080u) ^ 0x43804380u);
+                // Bytes are subnormals, or of the exponent that goes on from them: times 2^-133.
+                a[2 * i] = pair_fma<T>(__byte_perm(v, 0, 0x4240), 0x7f007f00u, 0xc000c000u);
+                a[2 * i + 1] = pair_fma<T>(__byte_perm(v, 0, 0x4341), 0x7f007f00u, 0xc000c000u);
             } else {
                 a[2 * i] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4240), 0x64806480u);
                 a[2 * i + 1] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4341), 0x64806480u);
@@ -277,10 +287,10 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (bf16) {
-                const uint32_t v = __byte_perm(word[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
-                a[i] = pair_mul<T>(and_or<0x80008000u>(v, v >> 4 & 0x07f007f0u), 0x7b807b80u);
+                a[i] = linear_e4m3_pair(word[i / 2], i % 2);
+                if (F == WF_FP8 || !kFolded) a[i] = pair_mul<T>(a[i], 0x7b807b80u); // 2^120
             } else {
-                a[i] = e4m3_pair_f16(i % 2 ? word[i / 2] >> 16 : word[i / 2]);
+                a[i] = i % 2 ? e4m3_pair_f16<true>(word[i / 2]) : e4m3_pair_f16(word[i / 2]);
             }
             if (F == WF_FP8B && kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }

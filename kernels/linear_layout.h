@@ -183,10 +183,50 @@ LAYOUT_FN uint8_t linear_e8m0_unpack(uint8_t scale, bool bf16) {
     return bf16 ? scale : (uint8_t)((scale >> 2) + 100);
 }
 
+/* Pair p = 0, 1 of a word of four e4m3 codes as two halves of bf16 times 2^-120: the sign where it
+ * belongs, the rest on bits 10..4. As with e2m1 no single shift shows what the mask leaves out. */
+LAYOUT_FN uint32_t linear_e4m3_pair(uint32_t v, int32_t p) {
+    return 0x87f087f0u & (p == 0 ? v : v << 4 ^ v >> 4);
+}
+LAYOUT_FN uint32_t linear_e4m3_home(uint32_t d, int32_t p) {
+    return p == 0 ? d : (d & 0x80f080f0u) >> 4 | (d & 0x07000700u) << 4;
+}
+
 /* Place of code i (0..7) among the 8 bytes of its two words. int8: pairs in the low, then the high
- * bytes of the halves, so that masks or byte permutes give both; e4m3: in order, as the conversion
- * instruction takes them. int8 codes are stored plus 128. */
+ * bytes of the halves, so that masks or byte permutes give both; e4m3 with f16: in order, as the
+ * conversion instruction takes them. int8 codes are stored plus 128. */
 LAYOUT_FN int32_t linear_byte_place(bool int8, int32_t i) {
     return int8 ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 : i;
+}
+
+/* Eight 8-bit codes as two words. */
+LAYOUT_FN void linear_pack8(uint32_t word[2], const uint8_t code[8], bool int8, bool bf16) {
+    for (int32_t w = 0; w < 2; w++) {
+        uint32_t v = 0, pair[2] = {0, 0};
+        for (int32_t i = 0; i < 4; i++) {
+            const uint32_t c = code[4 * w + i] ^ (int8 ? 128u : 0);
+            v |= c << 8 * linear_byte_place(int8, i);
+            pair[i / 2] |= (c >> 7 << 15 | (c & 127) << 4) << (i % 2 * 16);
+        }
+        for (int32_t round = 0; !int8 && bf16 && round < 4; round++)
+            for (int32_t p = 0; p < 2; p++)
+                v ^= linear_e4m3_home(linear_e4m3_pair(v, p) ^ pair[p], p);
+        word[w] = v;
+    }
+}
+
+LAYOUT_FN void linear_unpack8(uint8_t code[8], const uint32_t word[2], bool int8, bool bf16) {
+    for (int32_t i = 0; i < 8; i++) {
+        const uint32_t v = word[i / 4], h = linear_e4m3_pair(v, i / 2 % 2) >> (i % 2 * 16);
+        if (!int8 && bf16)
+            code[i] = (uint8_t)((h >> 15 & 1) << 7 | (h >> 4 & 127));
+        else
+            code[i] = (uint8_t)(v >> 8 * linear_byte_place(int8, i % 4) ^ (int8 ? 128u : 0));
+    }
+}
+
+/* Scales of a channel are packed times this: words of int8 come out as bf16 of 1/64 of the code. */
+LAYOUT_FN float linear_channel_fold(const linear_weight *w) {
+    return w->format == WF_INT8 && w->type == DT_BF16 ? 64.f : 1.f;
 }
 #endif

@@ -267,7 +267,7 @@ __host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows) {
 template <typename T, int F, int NT, int G> struct multiplier {
     static constexpr int U = step_units(F), bits = linear_code_bits(F), unit = 512 * bits,
                          R = NT / 2;
-    static constexpr bool kSums = on_sums(F, G), kFolded = F == WF_MXFP4 || F == WF_NVFP4;
+    static constexpr bool kSums = on_sums(F, G), kFolded = dequant_unfold<T, F>() != 1.f;
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
     const linear_args &p;

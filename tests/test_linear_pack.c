@@ -50,12 +50,15 @@ static void make(qmatrix *q, arena *a, const linear_weight *w, uint64_t seed) {
     const int64_t scales = dtype_bytes(q->scale_type, qmatrix_scale_count(&p, w->n, w->k));
     for (int64_t i = 0; i < codes + scales; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
-        if (i < codes)
-            q->code[i] = (uint8_t)(state >> 56);
-        else
-            ((uint8_t *)q->scale)[i - codes] = w->format == WF_MXFP4 && w->type == DT_F16
-                                                   ? (uint8_t)(100 + (state >> 59))
-                                                   : (uint8_t)(state >> 56);
+        uint8_t byte = (uint8_t)(state >> 56);
+        if (i < codes) {
+            q->code[i] = byte;
+            continue;
+        }
+        /* Scales that their packed form can hold (linear_e8m0_pack, linear_channel_fold). */
+        if (w->format == WF_MXFP4 && w->type == DT_F16) byte = (uint8_t)(100 + byte / 8);
+        if (w->format == WF_INT8 && (i - codes) % 4 == 3) byte &= 0xbf;
+        ((uint8_t *)q->scale)[i - codes] = byte;
     }
     for (int64_t i = 0; q->zero && i < qmatrix_zero_count(&p, w->n, w->k); i++)
         q->zero[i] = (uint8_t)(i * 5 % 16);
@@ -196,8 +199,8 @@ static void order_is_a_permutation(void **state) {
     assert_true(places == UINT64_MAX);
 }
 
-/* Each bit of each code, beside others, comes back from its word; and a word with a bit turned holds
- * other codes. */
+/* Each bit of each code, beside others, comes back from its word; and a word with a bit turned
+ * holds other codes. */
 static void e2m1_words_hold_their_codes(void **state) {
     (void)state;
     uint32_t seed = 1;
