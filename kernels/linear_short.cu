@@ -955,8 +955,10 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
                                    : 79;
     if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
-    if (linear_code_bits(F) == 4 && !on_sums(F, G))
-        unit += unit / ((how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2));
+    if (linear_code_bits(F) == 4 && !on_sums(F, G)) {
+        const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
+        unit += F == WF_INT4 && !few ? unit * 3 / 4 : unit / part;
+    }
     if (how == kAlone && d.x_again) unit += few ? 7 : 10;
     if (how == kTwo && d.x_again && few) unit += 11;
     const int64_t work = rounds * (units * unit + (how == kAlone ? 300 : 0));
