@@ -40,9 +40,10 @@ __global__ void pack_codes(const pack_args a) {
             *reinterpret_cast<uint32_t *>(to) =
                 linear_pack4(n, a.w.format != WF_INT4, a.w.type == DT_BF16);
         } else if (a.l.bits == 8) {
-            const bool int8 = a.w.format == WF_INT8;
-            for (int e = 0; e < 8; e++)
-                to[linear_byte_place(int8, e)] = (uint8_t)(c[e] ^ (int8 ? 128 : 0));
+            uint8_t n[8];
+            for (int e = 0; e < 8; e++) n[e] = (uint8_t)c[e];
+            linear_pack8(reinterpret_cast<uint32_t *>(to), n, a.w.format == WF_INT8,
+                         a.w.type == DT_BF16);
         } else {
             for (int e = 0; e < 8; e++) reinterpret_cast<uint16_t *>(to)[e] = c[e];
         }
@@ -58,7 +59,7 @@ __global__ void pack_scales(const pack_args a) {
     const int32_t row = linear_row(&a.l, b, in), place = linear_scale_place(in);
     if (!a.l.granule) {
         reinterpret_cast<float *>(a.scale)[b * 64 + in] =
-            row < 0 ? 0.f : static_cast<const float *>(a.q.scale)[row];
+            row < 0 ? 0.f : static_cast<const float *>(a.q.scale)[row] * linear_channel_fold(&a.w);
         return;
     }
     const int32_t groups = (a.w.k + a.q.group - 1) / a.q.group;
@@ -75,8 +76,9 @@ __global__ void pack_scales(const pack_args a) {
             reinterpret_cast<float *>(to)[place / 16] =
                 pad ? 1.f : static_cast<const float *>(a.q.scale)[at];
     } else {
-        to[place] = pad ? (a.w.format == WF_MXFP4 ? 127 : 0x38)
-                        : static_cast<const uint8_t *>(a.q.scale)[at];
+        const bool e8m0 = a.w.format == WF_MXFP4;
+        const uint8_t s = pad ? e8m0 ? 127 : 0x38 : static_cast<const uint8_t *>(a.q.scale)[at];
+        to[place] = e8m0 ? linear_e8m0_pack(s, a.w.type == DT_BF16) : s;
     }
 }
 

@@ -41,7 +41,8 @@ status linear_pack_bytes(const linear_weight *w, int64_t *code_bytes, int64_t *s
 status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q, kernel_stream stream);
 
 /* The same on the host, and its inverse: the definition of the packed order, for tests. Pack ->
- * unpack is the identity for every format, group and family. */
+ * unpack is the identity for every format, group and family, but for scales beyond the packed form:
+ * of MXFP4 with f16 outside 2^-27 to 2^4, of int8 with bf16 from 2^122 on. */
 status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qmatrix *q);
 status ref_linear_unpack(const linear_weight *w, const void *code, const void *scale, qmatrix *q);
 

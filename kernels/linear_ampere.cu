@@ -373,7 +373,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
             if (next % 4 == 0) in.packed(packed[r], stage, next, r);
             if (next % 4 == 0 && r == R - 1) { // once the last ones have been used
 #pragma unroll
-                for (int k = 0; k < R; k++) dequant_expand<T>(scales[k], packed[k]);
+                for (int k = 0; k < R; k++) dequant_scales_of<T, WF_INT4>(scales[k], packed[k]);
             }
         } else if (!sums) {
             in.scales(scales[r], stage, next, r);

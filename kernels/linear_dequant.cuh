@@ -7,8 +7,8 @@
 // multiplied by the power of two that mends the exponent, which is exact too, subnormals
 // included. Only the product with the scale rounds.
 //
-// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 19, folded 15; s8 f16 8,
-// bf16 14; e4m3 f16 4, bf16 20.
+// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 16, folded 12; s8 8; e4m3
+// f16 4, bf16 12.
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
 #include "linear_layout.h"
@@ -45,12 +45,24 @@ template <typename T> __device__ __forceinline__ uint32_t pair_mul(uint32_t a, u
     return *reinterpret_cast<const uint32_t *>(&r);
 }
 
-__device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t two_bytes) {
+template <typename T>
+__device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c) {
+    using P = typename half_pair<T>::type;
+    const P r =
+        __hfma2(*reinterpret_cast<P *>(&a), *reinterpret_cast<P *>(&b), *reinterpret_cast<P *>(&c));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
+// Of the low or the high half of v.
+template <bool kHigh = false> __device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t v) {
     uint32_t r;
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((uint16_t)two_bytes));
+    if (kHigh)
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(r) : "r"(v));
+    else
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}" : "=r"(r) : "r"(v));
 #else
-    const uint32_t v = __byte_perm(two_bytes, 0, 0x1404);
+    v = __byte_perm(v, 0, kHigh ? 0x3424 : 0x1404);
     r = pair_mul<__half>((v & 0x80008000u) | (v >> 1 & 0x3f803f80u), 0x5c005c00u);
 #endif
     return r;
@@ -86,42 +98,20 @@ struct dequant_scales {
     uint32_t scale[2], zero[2];
 };
 
-// `z`: zeros of rows g and g + 8.
-template <typename T> __device__ __forceinline__ void dequant_zeros(dequant_scales &s, uint32_t z) {
-    if (half_pair<T>::bf16) {
-        s.zero[0] = __byte_perm(z, 0x43u, 0x4040); // 128 + z
-        s.zero[1] = __byte_perm(z, 0x43u, 0x4141);
-    } else {
-        s.zero[0] = __byte_perm(z, 0x64u, 0x4040);               // 1024 + z
-        s.zero[1] = (z >> 4 & 0x0ff0u) * 0x10001u + 0x54005400u; // 64 + z
-    }
-}
-
 // What a kernel keeps of a granule until it needs it.
 struct dequant_packed {
     uint32_t scale, zero;
 };
 
-// Of u4.
-template <typename T>
-__device__ __forceinline__ void dequant_expand(dequant_scales &s, const dequant_packed &from) {
-    if (half_pair<T>::bf16) {
-        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
-        s.scale[0] = half_pair<T>::from_f32(__low2float(h));
-        s.scale[1] = half_pair<T>::from_f32(__high2float(h));
-    } else {
-        s.scale[0] = __byte_perm(from.scale, 0, 0x1010);
-        s.scale[1] = __byte_perm(from.scale, 0, 0x3232);
-    }
-    dequant_zeros<T>(s, from.zero);
-}
-
-// Folded: the scale of e2m1 takes in the power of two that mends the words' exponents, which saves
-// a multiplication. So that it stays a number of the type for scales up to 2^41 (bf16) or 2^3
-// (f16), weights come out 2^-40 or 2^-2 of themselves, and the sums are to be multiplied by this;
-// in f16 scales below 2^-26 become zero.
-template <typename T, int F> __device__ __forceinline__ constexpr float dequant_unfold() {
-    return F != WF_MXFP4 ? 1.f : half_pair<T>::bf16 ? 0x1p40f : 0x1p2f;
+// Folded: the scale takes in the power of two that mends the words' exponents, which saves a
+// multiplication. So that it stays a number of the type, weights come out smaller than they are,
+// and the sums are to be multiplied by this; such formats have no scales of channels. MXFP4: for
+// scales up to 2^41 (bf16) or 2^3 (f16), and in f16 scales below 2^-26 become zero; NVFP4: for all;
+// e4m3 in blocks (bf16): up to 2^47.
+template <typename T, int F> __host__ __device__ constexpr float dequant_unfold() {
+    constexpr bool bf16 = half_pair<T>::bf16;
+    if (F != WF_MXFP4 && F != WF_NVFP4 && !(F == WF_FP8B && bf16)) return 1.f;
+    return bf16 ? 0x1p40f : F == WF_MXFP4 ? 0x1p2f : 0x1p7f;
 }
 
 // `granule`: 64 rows, in shared memory; `place` = strip * 16 + g * 2.
@@ -137,85 +127,6 @@ __device__ __forceinline__ void dequant_load_packed(dequant_packed &s, uint32_t 
     } else {
         s.scale = shared_u16(granule + place);
     }
-}
-
-template <typename T, int F, bool kFolded = false>
-__device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequant_packed &from) {
-    if (F == WF_INT4) {
-        dequant_expand<T>(s, from);
-    } else if (F == WF_MXFP4 && kFolded) {
-        const uint32_t both = __byte_perm(from.scale, 0, 0x4140); // a half each
-        // Exponents of the type: e - 127 + its bias, + 126 or 14 to mend, less 40 or 2.
-        const uint32_t e =
-            half_pair<T>::bf16
-                ? (both << 7) + ((86u << 7) * 0x10001u)
-                : __viaddmin_s16x2(__viaddmax_s16x2_relu(both, 0xff9cff9cu, 0), 0, 0x001f001fu)
-                      << 10;
-        s.scale[0] = __byte_perm(e, 0, 0x1010);
-        s.scale[1] = __byte_perm(e, 0, 0x3232);
-    } else if (F == WF_MXFP4) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint32_t e =
-                from.scale >> (8 * i) & 255u; // 2^(e - 127); e = 0 is a subnormal f32
-            s.scale[i] = half_pair<T>::from_f32(__uint_as_float(e ? e << 23 : 0x00400000u));
-        }
-    } else if (F == WF_NVFP4) {
-        const uint32_t h = e4m3_pair_f16(from.scale);
-        s.scale[0] = half_pair<T>::from_f32(__low2float(*reinterpret_cast<const __half2 *>(&h)));
-        s.scale[1] = half_pair<T>::from_f32(__high2float(*reinterpret_cast<const __half2 *>(&h)));
-    } else if (F == WF_FP8B) {
-        s.scale[0] = s.scale[1] = half_pair<T>::from_f32(__uint_as_float(from.scale));
-    }
-}
-
-// Scales and zeros of a lane's two rows, a half each: half the registers, and fewer instructions,
-// since those that take a half of an operand twice cost nothing more.
-struct dequant_rows {
-    uint32_t scale, zero;
-};
-
-template <typename T, int F, bool kFolded>
-__device__ __forceinline__ dequant_rows dequant_rows_of(const dequant_packed &from) {
-    dequant_rows r;
-    if (F == WF_INT4 && half_pair<T>::bf16) {
-        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
-        const __nv_bfloat162 b = __floats2bfloat162_rn(__low2float(h), __high2float(h));
-        r.scale = *reinterpret_cast<const uint32_t *>(&b);
-        r.zero = __byte_perm(from.zero, 0x43u, 0x4140); // 128 + z
-    } else if (F == WF_INT4) {
-        r.scale = from.scale; // 1024 + z, 64 + z
-        r.zero = and_or<0x0ff00000u>(from.zero << 12, and_or<0xffu>(from.zero, 0x54006400u));
-    } else {
-        dequant_scales s = {};
-        dequant_scales_of<T, F, kFolded>(s, from);
-        r.zero = 0; // only integers have any
-        r.scale = __byte_perm(s.scale[0], s.scale[1], 0x5410);
-    }
-    return r;
-}
-
-__device__ __forceinline__ uint32_t low_twice(uint32_t v) {
-    uint32_t r;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(v));
-    return r;
-}
-__device__ __forceinline__ uint32_t high_twice(uint32_t v) {
-    uint32_t r;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(v));
-    return r;
-}
-__device__ __forceinline__ dequant_scales dequant_scales_of(const dequant_rows &r) {
-    return dequant_scales{{low_twice(r.scale), high_twice(r.scale)},
-                          {low_twice(r.zero), high_twice(r.zero)}};
-}
-
-template <typename T, int F, bool kFolded = false>
-__device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
-                                                    bool sym) {
-    dequant_packed packed;
-    dequant_load_packed<F>(packed, granule, place, sym);
-    dequant_scales_of<T, F, kFolded>(s, packed);
 }
 
 // The scales of a lane's two rows in f32.
@@ -239,6 +150,84 @@ __device__ __forceinline__ void dequant_unpack(float (&scale)[2], const dequant_
     } else if (F == WF_FP8B) {
         scale[0] = scale[1] = __uint_as_float(from.scale);
     }
+}
+
+// Scales of a lane's two rows, a half each.
+template <typename T, int F, bool kFolded>
+__device__ __forceinline__ uint32_t dequant_scale_pair(const dequant_packed &from) {
+    constexpr bool bf16 = half_pair<T>::bf16;
+    constexpr uint32_t kFold = (86u << 7) * 0x10001u; // bf16: exponents + 126 to mend, less 40
+    float scale[2];
+    if (F == WF_MXFP4 && !bf16) {
+        const uint32_t h = __byte_perm(from.scale, 0, 0x1404); // with what mends, 2^14 less 2
+        return kFolded ? h : pair_mul<T>(h, 0x0c000c00u);
+    }
+    if (F == WF_MXFP4 && kFolded) // exponents that are to gain + 126 - 40
+        return (__byte_perm(from.scale, 0, 0x4140) << 7) + kFold;
+    if (F == WF_NVFP4 && !bf16) {
+        const uint32_t h = e4m3_pair_f16(from.scale);
+        return kFolded ? pair_mul<T>(h, 0x58005800u) : h; // 2^14 to mend, less 7
+    }
+    dequant_unpack<F>(scale, from);
+    if (F == WF_FP8B && bf16 && kFolded) scale[0] = scale[1] *= 0x1p80f; // 2^120 less 40
+    const __nv_bfloat162 b = __floats2bfloat162_rn(scale[0], scale[1]);
+    const __half2 h = __floats2half2_rn(scale[0], scale[1]);
+    if (!bf16) return *reinterpret_cast<const uint32_t *>(&h);
+    // A scale of zero becomes 2^-41, whose products with codes as they lie are zero.
+    return *reinterpret_cast<const uint32_t *>(&b) + (F == WF_NVFP4 && kFolded ? kFold : 0);
+}
+
+__device__ __forceinline__ uint32_t low_twice(uint32_t v) {
+    uint32_t r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(v));
+    return r;
+}
+__device__ __forceinline__ uint32_t high_twice(uint32_t v) {
+    uint32_t r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// Scales and zeros of a lane's two rows, a half each: half the registers, and fewer instructions,
+// since those that take a half of an operand twice cost nothing more.
+struct dequant_rows {
+    uint32_t scale, zero;
+};
+
+template <typename T, int F, bool kFolded>
+__device__ __forceinline__ dequant_rows dequant_rows_of(const dequant_packed &from) {
+    dequant_rows r;
+    if (F == WF_INT4 && half_pair<T>::bf16) {
+        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
+        const __nv_bfloat162 b = __floats2bfloat162_rn(__low2float(h), __high2float(h));
+        r.scale = *reinterpret_cast<const uint32_t *>(&b);
+        r.zero = __byte_perm(from.zero, 0x43u, 0x4140); // 128 + z
+    } else if (F == WF_INT4) {
+        r.scale = from.scale; // 1024 + z, 64 + z
+        r.zero = and_or<0x0ff00000u>(from.zero << 12, and_or<0xffu>(from.zero, 0x54006400u));
+    } else {
+        r.zero = 0; // only integers have any
+        r.scale = dequant_scale_pair<T, F, kFolded>(from);
+    }
+    return r;
+}
+
+__device__ __forceinline__ dequant_scales dequant_scales_of(const dequant_rows &r) {
+    return dequant_scales{{low_twice(r.scale), high_twice(r.scale)},
+                          {low_twice(r.zero), high_twice(r.zero)}};
+}
+
+template <typename T, int F, bool kFolded = false>
+__device__ __forceinline__ void dequant_scales_of(dequant_scales &s, const dequant_packed &from) {
+    s = dequant_scales_of(dequant_rows_of<T, F, kFolded>(from));
+}
+
+template <typename T, int F, bool kFolded = false>
+__device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t granule, int place,
+                                                    bool sym) {
+    dequant_packed packed;
+    dequant_load_packed<F>(packed, granule, place, sym);
+    dequant_scales_of<T, F, kFolded>(s, packed);
 }
 
 // Words without their scale are exact but for this factor: f16 keeps e2m1 as it lies.
@@ -273,34 +262,22 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
         }
     } else if (F == WF_MXFP4 || F == WF_NVFP4) {
         const uint32_t v = word[0];
-        if (bf16) {
-            a[0] = v & 0x81c081c0u;
-            a[1] = and_or<0x01c001c0u>(v << 3, v << 1 & 0x80008000u);
-            a[2] = v << 6 & 0x81c081c0u;
-            a[3] = and_or<0x01c001c0u>(v >> 5, v << 5 & 0x80008000u);
-        } else {
-            a[0] = v & 0x8e008e00u;
-            a[1] = v << 3 & 0x8e008e00u;
-            a[2] = and_or<0x0e000e00u>(v << 9, v << 1 & 0x80008000u);
-            a[3] = and_or<0x0e000e00u>(v << 6, v << 2 & 0x80008000u);
-        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = linear_e2m1_pair(v, bf16, i);
         const uint32_t mend = bf16 ? 0x7e807e80u : 0x74007400u; // 2^126, 2^14
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (kFolded ? F == WF_NVFP4 : kScaled || bf16) a[i] = pair_mul<T>(a[i], mend);
+            if (!kFolded && (kScaled || bf16)) a[i] = pair_mul<T>(a[i], mend);
             if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }
-    } else if (F == WF_INT8) { // stored plus 128
+    } else if (F == WF_INT8) { // stored plus 128; bf16: 1/64 of the code
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32_t v = word[i];
             if (bf16) {
-                // 128 + low seven bits, less 128 when the stored top bit is set, else 256.
-                const uint32_t h = v >> 8;
-                a[2 * i] = pair_sub<T>(and_or<0x007f007fu>(v, 0x43004300u),
-                                       (v & 0x00800080u) ^ 0x43804380u);
-                a[2 * i + 1] = pair_sub<T>(and_or<0x007f007fu>(h, 0x43004300u),
-                                           (h & 0x00800080u) ^ 0x43804380u);
+                // Bytes are subnormals, or of the exponent that goes on from them: times 2^-133.
+                a[2 * i] = pair_fma<T>(__byte_perm(v, 0, 0x4240), 0x7f007f00u, 0xc000c000u);
+                a[2 * i + 1] = pair_fma<T>(__byte_perm(v, 0, 0x4341), 0x7f007f00u, 0xc000c000u);
             } else {
                 a[2 * i] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4240), 0x64806480u);
                 a[2 * i + 1] = pair_sub<T>(__byte_perm(v, 0x64646464u, 0x4341), 0x64806480u);
@@ -310,10 +287,10 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (bf16) {
-                const uint32_t v = __byte_perm(word[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
-                a[i] = pair_mul<T>(and_or<0x80008000u>(v, v >> 4 & 0x07f007f0u), 0x7b807b80u);
+                a[i] = linear_e4m3_pair(word[i / 2], i % 2);
+                if (F == WF_FP8 || !kFolded) a[i] = pair_mul<T>(a[i], 0x7b807b80u); // 2^120
             } else {
-                a[i] = e4m3_pair_f16(i % 2 ? word[i / 2] >> 16 : word[i / 2]);
+                a[i] = i % 2 ? e4m3_pair_f16<true>(word[i / 2]) : e4m3_pair_f16(word[i / 2]);
             }
             if (F == WF_FP8B && kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }

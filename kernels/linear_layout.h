@@ -119,61 +119,114 @@ LAYOUT_FN int64_t linear_word_at(const linear_layout *l, int32_t b, int32_t u, i
            in / 16 * 512 + lane * 16 + in % 16;
 }
 
-/* Bits of an e2m1 pair p = 0..3 in each half of its word: where the sign and the three magnitude
- * bits of the code go. Chosen so that two of four pairs come out with one mask and the others with
- * two, and land on the exponent and mantissa bits of the type (11..9 in f16, 8..6 in bf16). */
-LAYOUT_FN int32_t linear_e2m1_sign(bool bf16, int32_t p) {
-    return bf16 ? (p == 0   ? 15
-                   : p == 1 ? 14
-                   : p == 2 ? 9
-                            : 10)
-                : (p == 0   ? 15
-                   : p == 1 ? 12
-                   : p == 2 ? 14
-                            : 13);
+/* Pair p = 0..3 of a word of e2m1 codes as two halves of the type: the sign where it belongs, the
+ * three bits of the magnitude on the lowest two of the exponent and the highest of the mantissa
+ * (11..9 in f16, 8..6 in bf16), which is the value times 2^-14 or 2^-126, subnormals included. A
+ * word shifted four ways is the least that shows all of its bits in those places; where two of the
+ * five are needed, they meet in an exclusive or, which shares the instruction of the mask. */
+LAYOUT_FN uint32_t linear_e2m1_mask(bool bf16) { return bf16 ? 0x81c081c0u : 0x8e008e00u; }
+LAYOUT_FN uint32_t linear_e2m1_pair(uint32_t v, bool bf16, int32_t p) {
+    const uint32_t mask = linear_e2m1_mask(bf16);
+    if (bf16)
+        return mask & (p == 0 ? v : p == 1 ? v << 6 : p == 2 ? v << 12 | v >> 20 : v << 2 ^ v >> 6);
+    return mask & (p == 0 ? v << 6 : p == 1 ? v << 9 : p == 2 ? v ^ v << 2 : v ^ v >> 3);
 }
-LAYOUT_FN int32_t linear_e2m1_low(bool bf16, int32_t p) {
-    return bf16 ? (p == 0   ? 6
-                   : p == 1 ? 3
-                   : p == 2 ? 0
-                            : 11)
-                : (p == 0   ? 9
-                   : p == 1 ? 6
-                   : p == 2 ? 0
-                            : 3);
+
+/* The bits of a word that turn those bits d of pair p: one for each. Other pairs may turn as
+ * well. */
+LAYOUT_FN uint32_t linear_e2m1_home(uint32_t d, bool bf16, int32_t p) {
+    if (bf16)
+        return p == 0   ? d
+               : p == 1 ? d >> 6
+               : p == 2 ? d >> 12 | d << 20
+                        : (d & 0x80c080c0u) >> 2 | (d & 0x01000100u) << 6;
+    return p == 0   ? d >> 6
+           : p == 1 ? d >> 9
+           : p == 2 ? (d & 0x86008600u) >> 2 | (d & 0x08000800u)
+                    : (d & 0x84008400u) | (d & 0x0a000a00u) << 3;
 }
 
 /* Eight 4-bit codes as one word. Integers: pair p in nibble p of each half. */
 LAYOUT_FN uint32_t linear_pack4(const uint8_t code[8], bool e2m1, bool bf16) {
-    uint32_t word = 0;
+    uint32_t word = 0, pair[4] = {0, 0, 0, 0};
     for (int32_t i = 0; i < 8; i++) {
-        const int32_t p = i / 2, half = i % 2 * 16;
         const uint32_t c = code[i];
         if (e2m1)
-            word |= (c >> 3 << linear_e2m1_sign(bf16, p) | (c & 7) << linear_e2m1_low(bf16, p))
-                    << half;
+            pair[i / 2] |= (c >> 3 << 15 | (c & 7) << (bf16 ? 6 : 9)) << (i % 2 * 16);
         else
-            word |= c << (4 * p + half);
+            word |= c << (4 * (i / 2) + i % 2 * 16);
     }
+    /* Each round makes right what follows from bits that are. */
+    for (int32_t round = 0; e2m1 && round < 4; round++)
+        for (int32_t p = 0; p < 4; p++)
+            word ^= linear_e2m1_home(linear_e2m1_pair(word, bf16, p) ^ pair[p], bf16, p);
     return word;
 }
 
 LAYOUT_FN void linear_unpack4(uint8_t code[8], uint32_t word, bool e2m1, bool bf16) {
     for (int32_t i = 0; i < 8; i++) {
-        const int32_t p = i / 2;
-        const uint32_t h = word >> (i % 2 * 16);
+        const uint32_t v = e2m1 ? linear_e2m1_pair(word, bf16, i / 2) : word;
+        const uint32_t h = v >> (i % 2 * 16);
         if (e2m1)
-            code[i] = (uint8_t)((h >> linear_e2m1_sign(bf16, p) & 1) << 3 |
-                                (h >> linear_e2m1_low(bf16, p) & 7));
+            code[i] = (uint8_t)((h >> 15 & 1) << 3 | (h >> (bf16 ? 6 : 9) & 7));
         else
-            code[i] = (uint8_t)(h >> 4 * p & 15);
+            code[i] = (uint8_t)(h >> 4 * (i / 2) & 15);
     }
 }
 
+/* The scale of MXFP4 in its granule. With f16 the upper byte of a half, 2^(e - 115), which takes in
+ * what mends the exponents of its words; 0 and infinity where e (100 to 131) is beyond them. */
+LAYOUT_FN uint8_t linear_e8m0_pack(uint8_t e, bool bf16) {
+    return bf16 ? e : (uint8_t)((e < 100 ? 0 : e > 131 ? 31 : e - 100) << 2);
+}
+LAYOUT_FN uint8_t linear_e8m0_unpack(uint8_t scale, bool bf16) {
+    return bf16 ? scale : (uint8_t)((scale >> 2) + 100);
+}
+
+/* Pair p = 0, 1 of a word of four e4m3 codes as two halves of bf16 times 2^-120: the sign where it
+ * belongs, the rest on bits 10..4. As with e2m1 no single shift shows what the mask leaves out. */
+LAYOUT_FN uint32_t linear_e4m3_pair(uint32_t v, int32_t p) {
+    return 0x87f087f0u & (p == 0 ? v : v << 4 ^ v >> 4);
+}
+LAYOUT_FN uint32_t linear_e4m3_home(uint32_t d, int32_t p) {
+    return p == 0 ? d : (d & 0x80f080f0u) >> 4 | (d & 0x07000700u) << 4;
+}
+
 /* Place of code i (0..7) among the 8 bytes of its two words. int8: pairs in the low, then the high
- * bytes of the halves, so that masks or byte permutes give both; e4m3: in order, as the conversion
- * instruction takes them. int8 codes are stored plus 128. */
+ * bytes of the halves, so that masks or byte permutes give both; e4m3 with f16: in order, as the
+ * conversion instruction takes them. int8 codes are stored plus 128. */
 LAYOUT_FN int32_t linear_byte_place(bool int8, int32_t i) {
     return int8 ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 : i;
+}
+
+/* Eight 8-bit codes as two words. */
+LAYOUT_FN void linear_pack8(uint32_t word[2], const uint8_t code[8], bool int8, bool bf16) {
+    for (int32_t w = 0; w < 2; w++) {
+        uint32_t v = 0, pair[2] = {0, 0};
+        for (int32_t i = 0; i < 4; i++) {
+            const uint32_t c = code[4 * w + i] ^ (int8 ? 128u : 0);
+            v |= c << 8 * linear_byte_place(int8, i);
+            pair[i / 2] |= (c >> 7 << 15 | (c & 127) << 4) << (i % 2 * 16);
+        }
+        for (int32_t round = 0; !int8 && bf16 && round < 4; round++)
+            for (int32_t p = 0; p < 2; p++)
+                v ^= linear_e4m3_home(linear_e4m3_pair(v, p) ^ pair[p], p);
+        word[w] = v;
+    }
+}
+
+LAYOUT_FN void linear_unpack8(uint8_t code[8], const uint32_t word[2], bool int8, bool bf16) {
+    for (int32_t i = 0; i < 8; i++) {
+        const uint32_t v = word[i / 4], h = linear_e4m3_pair(v, i / 2 % 2) >> (i % 2 * 16);
+        if (!int8 && bf16)
+            code[i] = (uint8_t)((h >> 15 & 1) << 7 | (h >> 4 & 127));
+        else
+            code[i] = (uint8_t)(v >> 8 * linear_byte_place(int8, i % 4) ^ (int8 ? 128u : 0));
+    }
+}
+
+/* Scales of a channel are packed times this: words of int8 come out as bf16 of 1/64 of the code. */
+LAYOUT_FN float linear_channel_fold(const linear_weight *w) {
+    return w->format == WF_INT8 && w->type == DT_BF16 ? 64.f : 1.f;
 }
 #endif

@@ -249,7 +249,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     // Scales meet the sums of a granule, not each weight: fewer instructions.
     static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
-    static constexpr bool folded = F == WF_MXFP4; // sums come short of dequant_unfold
+    static constexpr bool folded = dequant_unfold<T, F>() != 1.f; // of sums too small by that
     const linear_args &p;
     const division &d;
     barriers &bar;

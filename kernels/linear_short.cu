@@ -61,7 +61,10 @@ __host__ __device__ constexpr int step_granules(int f, int g) {
 // Are codes multiplied as they lie, and products of a granule summed by themselves? What is too
 // much (zero points, 128 in bf16) is then taken from the sums by those of x, and the scale meets
 // the sums in f32. Else scales meet the codes.
-__host__ __device__ constexpr bool on_sums(int f, int g) { return f == WF_INT4 && g == 128; }
+// For granules of 64 experts' kernels have no registers.
+__host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
+    return f == WF_INT4 && g >= (experts ? 128 : 64);
+}
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
 // stage of W: [x, where it comes anew for each tile][codes][scales]. Else all of x lies at 0.
@@ -229,15 +232,16 @@ __device__ __forceinline__ void put_shared(uint32_t to, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
 }
 
-// Of the two granules of 128 inputs of a step, by one warp: [granule][NT] floats. x times one; of 8
-// rows two blocks of 16 inputs at once.
-enum { kXSumsGranules = 2 };
-template <typename T, int NT> __device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
+// Of the granules of a step, 128 or 64 inputs each, by one warp: [granule][NT] floats. x times one;
+// of 8 rows two blocks of 16 inputs at once.
+template <typename T, int NT, int G>
+__device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
     constexpr uint32_t one = half_pair<T>::bf16 ? 0x3f803f80u : 0x3c003c00u;
     int lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane)); // lest what follows from it be kept in registers
     const int m = lane / 8, row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
     const int chunk = NT == 8 ? m % 2 * 2 + m / 2 : m / 2; // of 16 bytes, where swizzles put it
+    constexpr int per = G == 128 ? 2 : 1;                  // units of a granule
     float c[4][4] = {};
 #pragma unroll
     for (int j = 0; j < NT / 4; j++)
@@ -249,25 +253,26 @@ template <typename T, int NT> __device__ __forceinline__ void sum_x(uint32_t x, 
             multiply(c[u], a, one, one, T{});
         }
 #pragma unroll
-    for (int i = 0; i < kXSumsGranules; i++) {
-        const float low = c[2 * i][0] + c[2 * i + 1][0], high = c[2 * i][2] + c[2 * i + 1][2];
-        const uint32_t at = to + (i * NT + lane / 4) * 4;
+    for (int i = 0; i < 4; i += per) {
+        const float low = per == 1 ? c[i][0] : c[i][0] + c[i + per - 1][0];
+        const float high = per == 1 ? c[i][2] : c[i][2] + c[i + per - 1][2];
+        const uint32_t at = to + (i / per * NT + lane / 4) * 4;
         if (lane % 4 == 0) {
             put_shared(at, NT == 8 ? low + high : low);
             if (NT == 16) put_shared(at + 32, high);
         }
     }
 }
-__host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows) {
-    return on_sums(f, g) ? kXSumsGranules * rows * 4 : 0;
+__host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows, bool experts = false) {
+    return on_sums(f, g, experts) ? 256 / g * rows * 4 : 0;
 }
 
 // --- Multiplying --------------------------------------------------------------------------------
 
-template <typename T, int F, int NT, int G> struct multiplier {
+template <typename T, int F, int NT, int G, bool kExperts = false> struct multiplier {
     static constexpr int U = step_units(F), bits = linear_code_bits(F), unit = 512 * bits,
                          R = NT / 2;
-    static constexpr bool kSums = on_sums(F, G), kFolded = F == WF_MXFP4;
+    static constexpr bool kSums = on_sums(F, G, kExperts), kFolded = dequant_unfold<T, F>() != 1.f;
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
     const linear_args &p;
@@ -331,7 +336,7 @@ template <typename T, int F, int NT, int G> struct multiplier {
                                             uint32_t scale_at) const {
         constexpr int rows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
         constexpr int inputs = G ? G : 1 << 20;                  // of a granule
-        if (kSums && u * 64 % inputs == 0)
+        if (kSums && u % 2 == 0)
             dequant_load_packed<F>(packed, scale_at + u * 64 / inputs * p.granule_bytes, at_scale,
                                    p.sym);
 #pragma unroll
@@ -389,13 +394,12 @@ template <typename T, int F, int NT, int G> struct multiplier {
     // This warpgroup's sums of a tile, two units at a time: converted, then multiplied, while other
     // warpgroups convert theirs.
     __device__ __forceinline__ void tile(float (&acc)[R], bool first) {
-        static_assert(!kSums || per == 2, "a granule is what is multiplied at once");
+        constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
         const bool leader = threadIdx.x % 32 == 0, fresh = first && !d.x_again;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
         uint4 chunk[2][bits / 4];
-        float granule[R], of_x[NT / 4]; // sums
-        float(&sums)[R] = kSums ? granule : acc;
+        float granule[kParts][R], of_x[NT / 4]; // sums
         dequant_packed packed;
         dequant_scales scales;
         if (own.steps > 0) barrier_wait(full + at.stage * 8, at.parity);
@@ -418,7 +422,8 @@ template <typename T, int F, int NT, int G> struct multiplier {
                 for (int j = 0; j < 8; j++) {
                     const uint64_t b =
                         group_descriptor_low(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2);
-                    if (kSums && j == 0)
+                    float(&sums)[R] = kSums ? granule[j * kParts / 8] : acc;
+                    if (kSums && j % (8 / kParts) == 0)
                         multiply_group<T, NT>::run_fresh(sums, a[j / 4][j % 4], b);
                     else
                         multiply_group<T, NT>::run(sums, a[j / 4][j % 4], b);
@@ -436,8 +441,16 @@ template <typename T, int F, int NT, int G> struct multiplier {
                                  d.x_again ? parity : 0);
                 if (kSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
-                group_pin(sums);
-                if (kSums) scaled(acc, sums, packed, of_x);
+                if (!kSums) group_pin(acc);
+                for (int i = 0; i < kParts && kSums; i++) group_pin(granule[i]);
+                for (int i = 0; i < kParts && kSums; i++) {
+                    if (i > 0) {
+                        load_x_sums(of_x, of_x_at + (u / per + i) * (NT * 4));
+                        dequant_load_packed<F>(packed, scale_at + (u / per + i) * p.granule_bytes,
+                                               at_scale, p.sym);
+                    }
+                    scaled(acc, granule[i], packed, of_x);
+                }
             }
             __syncwarp();
             if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
@@ -587,8 +600,8 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
                                                  : own.part * d.x_stages * x_bytes);
             barrier_wait((d.x_again ? bar.of(own.group, kFull) : bar.of(own.group, kX)) + index * 8,
                          d.x_again ? at.parity : 0);
-            sum_x<T, NT>(x + index * (d.x_again ? d.slot : x_bytes),
-                         base + d.at_x_sums + own.x_group * d.x_sums_stride + index * bytes);
+            sum_x<T, NT, G>(x + index * (d.x_again ? d.slot : x_bytes),
+                            base + d.at_x_sums + own.x_group * d.x_sums_stride + index * bytes);
             barrier_arrive(bar.of(own.group, kXSums) + index * 8); // every lane
             at.next(d.w_stages);
         }
@@ -596,10 +609,10 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
 }
 
 // Of a thread; so few for 8 rows that small kernels of others find room beside two CTAs.
-template <int NT> constexpr int kRegisters = NT == 8 ? 64 : 80;
+template <int NT, int G> constexpr int kRegisters = NT == 8 ? G == 64 ? 72 : 64 : 80;
 
 template <typename T, int F, int NT, int P, int G>
-__global__ void __maxnreg__(kRegisters<NT>)
+__global__ void __maxnreg__((kRegisters<NT, G>))
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                  const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -612,7 +625,7 @@ __global__ void __maxnreg__(kRegisters<NT>)
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
-    if (warp >= 4 * P) registers_down<kRegisters<NT> - 16>();
+    if (warp >= 4 * P) registers_down<kRegisters<NT, G> - 16>();
     if (warp >= 5 * P) {
         const duty own(d, warp - 5 * P);
         wait_for_previous();
@@ -627,7 +640,7 @@ __global__ void __maxnreg__(kRegisters<NT>)
         cluster_wait();
         return;
     }
-    registers_up<kRegisters<NT> + 8>();
+    registers_up<kRegisters<NT, G> + 8>();
     const duty own(d, warp / 4);
     multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
@@ -767,7 +780,7 @@ template <typename T, int F, int NT, int G>
 __device__ __forceinline__ void help_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint8_t *shared, const duty &own,
                                              const int32_t *table) {
-    constexpr int bytes = x_sums_bytes(F, G, NT);
+    constexpr int bytes = x_sums_bytes(F, G, NT, true);
     const uint32_t base = shared_address(shared);
     place at;
     for (int count = 0; count < own.tiles; count++)
@@ -782,8 +795,8 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
             proxy_fence();
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(bar.of(0, kFull) + at.stage * 8);
-            if (on_sums(F, G)) {
-                sum_x<T, NT>(base + at.stage * d.slot, base + d.at_x_sums + at.stage * bytes);
+            if (on_sums(F, G, true)) {
+                sum_x<T, NT, G>(base + at.stage * d.slot, base + d.at_x_sums + at.stage * bytes);
                 barrier_arrive(bar.of(0, kXSums) + at.stage * 8); // every lane
             }
             at.next(d.w_stages);
@@ -900,7 +913,7 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
         return;
     }
     own.half = warp / 4;
-    multiplier<T, F, NT, G> work = {p, d, bar, own};
+    multiplier<T, F, NT, G, true> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
     cluster_wait(); // all barriers of the cluster are there
@@ -942,8 +955,10 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
                                    : 79;
     if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
-    if (linear_code_bits(F) == 4 && !on_sums(F, G))
-        unit += unit / ((how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2));
+    if (linear_code_bits(F) == 4 && !on_sums(F, G)) {
+        const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
+        unit += F == WF_INT4 && !few ? unit * 3 / 4 : unit / part;
+    }
     if (how == kAlone && d.x_again) unit += few ? 7 : 10;
     if (how == kTwo && d.x_again && few) unit += 11;
     const int64_t work = rounds * (units * unit + (how == kAlone ? 300 : 0));
@@ -1120,7 +1135,7 @@ template <typename T, int F, int NT, int G> struct experts {
     // Among `most` clusters of c CTAs; about `tiles` tiles.
     static division divide(const linear_args *a, int c, int most, live how, int tiles) {
         constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
-        const int x_sum = x_sums_bytes(F, G, NT), table = (a->count + 1) * 8;
+        const int x_sum = x_sums_bytes(F, G, NT, true), table = (a->count + 1) * 8;
         division d = {};
         d.cluster = c;
         d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : 2;

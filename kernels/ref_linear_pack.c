@@ -61,14 +61,15 @@ static void word_pack(const linear_weight *w, uint8_t *at, const uint16_t code[8
     const bool int8 = w->format == WF_INT8;
     const int32_t bits = linear_layout_of(w).bits;
     if (bits == 16) memcpy(at, code, 16);
-    if (bits == 8)
-        for (int32_t i = 0; i < 8; i++)
-            at[linear_byte_place(int8, i)] = (uint8_t)(code[i] ^ (int8 ? 128 : 0));
-    if (bits == 4) {
+    if (bits <= 8) {
         uint8_t c[8];
+        uint32_t word[2];
         for (int32_t i = 0; i < 8; i++) c[i] = (uint8_t)code[i];
-        const uint32_t word = linear_pack4(c, w->format != WF_INT4, w->type == DT_BF16);
-        memcpy(at, &word, 4);
+        if (bits == 8)
+            linear_pack8(word, c, int8, w->type == DT_BF16);
+        else
+            word[0] = linear_pack4(c, w->format != WF_INT4, w->type == DT_BF16);
+        memcpy(at, word, (size_t)bits);
     }
 }
 
@@ -76,13 +77,14 @@ static void word_unpack(const linear_weight *w, uint16_t code[8], const uint8_t 
     const bool int8 = w->format == WF_INT8;
     const int32_t bits = linear_layout_of(w).bits;
     if (bits == 16) memcpy(code, at, 16);
-    if (bits == 8)
-        for (int32_t i = 0; i < 8; i++) code[i] = at[linear_byte_place(int8, i)] ^ (int8 ? 128 : 0);
-    if (bits == 4) {
+    if (bits <= 8) {
         uint8_t c[8];
-        uint32_t word;
-        memcpy(&word, at, 4);
-        linear_unpack4(c, word, w->format != WF_INT4, w->type == DT_BF16);
+        uint32_t word[2];
+        memcpy(word, at, (size_t)bits);
+        if (bits == 8)
+            linear_unpack8(c, word, int8, w->type == DT_BF16);
+        else
+            linear_unpack4(c, word[0], w->format != WF_INT4, w->type == DT_BF16);
         for (int32_t i = 0; i < 8; i++) code[i] = c[i];
     }
 }
@@ -140,7 +142,8 @@ static void scale_pack(const linear_weight *w, uint8_t *granule, const qmatrix *
         memcpy(granule + place / 16 * 4, pad ? &one : (const float *)q->scale + at, 4);
     } else {
         const uint8_t one = w->format == WF_MXFP4 ? 127 : 0x38;
-        granule[place] = pad ? one : ((const uint8_t *)q->scale)[at];
+        const uint8_t s = pad ? one : ((const uint8_t *)q->scale)[at];
+        granule[place] = w->format == WF_MXFP4 ? linear_e8m0_pack(s, w->type == DT_BF16) : s;
     }
 }
 
@@ -156,7 +159,9 @@ static void scale_unpack(const linear_weight *w, const uint8_t *granule, qmatrix
     } else if (w->format == WF_FP8B) {
         memcpy((float *)q->scale + at, granule + place / 16 * 4, 4);
     } else {
-        ((uint8_t *)q->scale)[at] = granule[place];
+        const uint8_t s = granule[place];
+        ((uint8_t *)q->scale)[at] =
+            w->format == WF_MXFP4 ? linear_e8m0_unpack(s, w->type == DT_BF16) : s;
     }
 }
 
@@ -167,9 +172,9 @@ static void channel_scales(const linear_weight *w, float *packed, float *canonic
             const int32_t row = linear_row(&l, b, i);
             float *at = packed + b * LINEAR_BLOCK + i;
             if (pack)
-                *at = row < 0 ? 0 : canonical[row];
+                *at = row < 0 ? 0 : canonical[row] * linear_channel_fold(w);
             else if (row >= 0)
-                canonical[row] = *at;
+                canonical[row] = *at / linear_channel_fold(w);
         }
 }
 

@@ -50,10 +50,15 @@ static void make(qmatrix *q, arena *a, const linear_weight *w, uint64_t seed) {
     const int64_t scales = dtype_bytes(q->scale_type, qmatrix_scale_count(&p, w->n, w->k));
     for (int64_t i = 0; i < codes + scales; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
-        if (i < codes)
-            q->code[i] = (uint8_t)(state >> 56);
-        else
-            ((uint8_t *)q->scale)[i - codes] = (uint8_t)(state >> 56);
+        uint8_t byte = (uint8_t)(state >> 56);
+        if (i < codes) {
+            q->code[i] = byte;
+            continue;
+        }
+        /* Scales that their packed form can hold (linear_e8m0_pack, linear_channel_fold). */
+        if (w->format == WF_MXFP4 && w->type == DT_F16) byte = (uint8_t)(100 + byte / 8);
+        if (w->format == WF_INT8 && (i - codes) % 4 == 3) byte &= 0xbf;
+        ((uint8_t *)q->scale)[i - codes] = byte;
     }
     for (int64_t i = 0; q->zero && i < qmatrix_zero_count(&p, w->n, w->k); i++)
         q->zero[i] = (uint8_t)(i * 5 % 16);
@@ -192,14 +197,25 @@ static void order_is_a_permutation(void **state) {
     uint64_t places = 0;
     for (int32_t i = 0; i < 64; i++) places |= (uint64_t)1 << linear_scale_place(i);
     assert_true(places == UINT64_MAX);
-    for (int32_t b = 0; b < 2; b++) { /* e2m1: 16 bits of four codes, none twice */
-        uint32_t bits = 0;
-        for (int32_t p = 0; p < 4; p++) {
-            const uint32_t mine = 1u << linear_e2m1_sign(b, p) | 7u << linear_e2m1_low(b, p);
-            assert_true((bits & mine) == 0);
-            bits |= mine;
+}
+
+/* Each bit of each code, beside others, comes back from its word; and a word with a bit turned
+ * holds other codes. */
+static void e2m1_words_hold_their_codes(void **state) {
+    (void)state;
+    uint32_t seed = 1;
+    for (int32_t n = 0; n < 20000; n++) {
+        const bool bf16 = n % 2;
+        uint8_t code[8], back[8];
+        for (int32_t i = 0; i < 8; i++) {
+            seed = seed * 1664525u + 1013904223u;
+            code[i] = n < 64 ? (uint8_t)(i == n / 8 ? 1 << n / 2 % 4 : 0) : (uint8_t)(seed >> 28);
         }
-        assert_true(bits == 0xffff);
+        const uint32_t word = linear_pack4(code, true, bf16);
+        linear_unpack4(back, word, true, bf16);
+        assert_memory_equal(back, code, 8);
+        linear_unpack4(back, word ^ 1u << n % 32, true, bf16);
+        assert_memory_not_equal(back, code, 8);
     }
 }
 
@@ -208,6 +224,7 @@ int main(void) {
         cmocka_unit_test(unpack_undoes_pack),
         cmocka_unit_test(refusals),
         cmocka_unit_test(order_is_a_permutation),
+        cmocka_unit_test(e2m1_words_hold_their_codes),
         cmocka_unit_test(plain_order),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
