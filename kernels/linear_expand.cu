@@ -29,6 +29,19 @@ __device__ __forceinline__ dequant_packed load_packed(const uint8_t *granule, in
     return s;
 }
 
+// The same scales in f32.
+template <typename T, int F>
+__device__ __forceinline__ void unpack(float (&scale)[2], const dequant_packed &from) {
+    if (F == WF_MXFP4 && !half_pair<T>::bf16) { // the upper bytes of halves, 2^12 times too large
+        const uint32_t pair = __byte_perm(from.scale, 0, 0x1404);
+        const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
+        scale[0] = __low2float(h) * 0x1p-12f;
+        scale[1] = __high2float(h) * 0x1p-12f;
+    } else {
+        dequant_unpack<F>(scale, from);
+    }
+}
+
 // A thread a lane of a strip and unit. Codes are exact in T; the product with the scale, in f32,
 // is rounded to T once.
 template <typename T, int F> __global__ void expand(const expand_args a) {
@@ -62,8 +75,8 @@ template <typename T, int F> __global__ void expand(const expand_args a) {
                 (int64_t)b * a.from.granules + (u * 64 + j * 16) / a.from.granule;
             const dequant_packed packed = load_packed<F>(scale + granule * a.from.granule_bytes,
                                                          strip * 16 + lane / 4 * 2, a.sym);
-            dequant_unpack<F>(of_row, packed);
-            if (F == WF_INT4) dequant_zeros<T>(s, packed.zero);
+            unpack<T, F>(of_row, packed);
+            if (F == WF_INT4) dequant_scales_of<T, F>(s, packed); // for its zeros
         }
         uint32_t pair[4];
         dequant_word<T, F, false>(pair, word + j * kWord, s);
