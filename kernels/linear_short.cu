@@ -13,8 +13,10 @@
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
 // counts the bytes), and are added there in order of K, the last tile's by the warps that multiply.
-// Clusters do not wait for each other, and there is no workspace: the bits are the same on every
-// run.
+// Where the last round of tiles would leave clusters idle, the tiles are one line of steps that is
+// cut evenly over the clusters: each ends the tile that the one before began. What it has of that
+// tile it does first of all, and leaves the sums in the workspace, where they have lain for long
+// when the other comes to them. Nobody waits, and the bits are the same on every run.
 //
 // Where a CTA takes half of an SM (P = 2), the CTAs of the next launch find room beside those that
 // still work and fill their rings. For that every launch has a CTA for each SM, if some have
@@ -71,6 +73,9 @@ __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
 struct division {
     int32_t cluster, clusters, cluster_log;
     int32_t tiles, steps;         // blocks, with gate and up pairs of them; of a tile
+    int32_t stride;               // tiles from one of a cluster to its next
+    int32_t line;                 // steps of a tile's longest part, where tiles are one line; or 0
+    int32_t share, rest;          // of the line: of each cluster, one more of the first so many
     int32_t groups;               // parts of K in a CTA
     int32_t halves;               // blocks of a tile: gate and up, or two of experts
     int32_t senders, senders_log; // sums of a chunk
@@ -112,6 +117,8 @@ struct duty {
     int begin, steps, tiles;     // the first step of K
     int x_group;                 // whose x
     int tile0;
+    int from, to;       // of the first tile its steps from here, of the last those before
+    int given, lacking; // 1: the cluster before begins the first tile; the next ends the last
     __device__ __forceinline__ void share(const division &d, int of) {
         tiles = tile0 < of ? (of - tile0 + d.clusters - 1) / d.clusters : 0;
     }
@@ -123,8 +130,28 @@ struct duty {
         const int i = rank * d.groups + part;
         begin = d.steps * i >> d.senders_log;
         steps = (d.steps * (i + 1) >> d.senders_log) - begin;
-        share(d, d.tiles);
         x_group = d.x_again ? group : part;
+        from = 0;
+        to = steps;
+        given = lacking = 0;
+        if (!d.line) {
+            share(d, d.tiles);
+            return;
+        }
+        const int at = tile0 * d.share + min(tile0, d.rest);
+        const int end = at + d.share + (tile0 < d.rest ? 1 : 0), last = (end - 1) / d.line;
+        tile0 = at / d.line;
+        tiles = last - tile0 + 1;
+        const int in_first = at - tile0 * d.line, in_last = end - last * d.line;
+        from = steps * in_first / d.line;
+        to = steps * in_last / d.line;
+        given = in_first > 0 ? 1 : 0;
+        lacking = in_last < d.line ? 1 : 0;
+    }
+    // Of tile number `count` of the CTA.
+    __device__ __forceinline__ int step0(int count) const { return count == 0 ? from : 0; }
+    __device__ __forceinline__ int step1(int count) const {
+        return count + 1 == tiles ? to : steps;
     }
 };
 
@@ -185,12 +212,12 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
                                      const duty &own) {
     constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
     constexpr int x_bytes = U * NT * 128;
-    const int total = own.steps * own.tiles;
+    const int total = own.steps * (own.tiles - 1) - own.from + own.to;
     const uint64_t policy = policy_evict_first();
     const uint32_t full = bar.of(own.group, kFull), empty = bar.of(own.group, kEmpty);
     const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
     const int bytes = U * unit + N * p.granule_bytes + (d.x_again ? x_bytes : 0);
-    int block = ((int)blockIdx.x >> d.cluster_log) + own.half * p.half_blocks, step = own.begin;
+    int block = own.tile0 + own.half * p.half_blocks, step = own.begin + own.from;
     place at;
     prefetch_map(&map);
     const auto load_w = [&] {
@@ -202,19 +229,21 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
     };
     const auto next = [&] {
         at.next(d.w_stages);
-        if (++step == own.begin + own.steps) step = own.begin, block += d.clusters;
+        if (++step == own.begin + own.steps) step = own.begin, block += d.stride;
     };
     const int early = min(total, d.early);
     for (int i = 0;; i++, next()) {
         if (i == early) { // x, all that stays or that of the stages asked for
             wait_for_previous();
             const int n = d.x_again ? early : own.half == 0 && total > 0 ? own.steps : 0;
-            for (int j = 0, s = own.begin; j < n; j++) {
-                const uint32_t there = d.x_again ? full + j * 8 : bar.of(own.group, kX) + j * 8;
+#pragma unroll 1
+            for (int j = 0, s = own.begin + own.from; j < n; j++) {
+                const int index = d.x_again ? j : s - own.begin;
+                const uint32_t there = (d.x_again ? full : bar.of(own.group, kX)) + index * 8;
                 if (!d.x_again) barrier_arrive_expect(there, x_bytes);
                 load_x<F, NT>(d, map, s,
                               d.x_again ? slots + j * d.slot
-                                        : base + (own.group * d.x_stages + j) * x_bytes,
+                                        : base + (own.group * d.x_stages + index) * x_bytes,
                               there);
                 if (++s == own.begin + own.steps) s = own.begin;
             }
@@ -391,9 +420,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
 
-    // This warpgroup's sums of a tile, two units at a time: converted, then multiplied, while other
-    // warpgroups convert theirs.
-    __device__ __forceinline__ void tile(float (&acc)[R], bool first) {
+    // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
+    // multiplied, while other warpgroups convert theirs. `first`: x may not have been waited for.
+    __device__ __forceinline__ void tile(float (&acc)[R], bool first, int step0, int step1) {
         constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
         const bool leader = threadIdx.x % 32 == 0, fresh = first && !d.x_again;
@@ -402,9 +431,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         float granule[kParts][R], of_x[NT / 4]; // sums
         dequant_packed packed;
         dequant_scales scales;
-        if (own.steps > 0) barrier_wait(full + at.stage * 8, at.parity);
-        for (int i = 0; i < 2 && kAhead && own.steps > 0; i++) load(chunk[i], i, code_at);
-        for (int step = 0; step < own.steps; step++) {
+        if (step0 < step1) barrier_wait(full + at.stage * 8, at.parity);
+        for (int i = 0; i < 2 && kAhead && step0 < step1; i++) load(chunk[i], i, code_at);
+        for (int step = step0; step < step1; step++) {
             const int index = d.x_again ? at.stage : step, stage = at.stage, parity = at.parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT);
@@ -432,9 +461,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 if (u + 2 == U) {
                     at.next(d.w_stages);
                     code_at = code + at.stage * d.slot;
-                    if (step + 1 < own.steps) barrier_wait(full + at.stage * 8, at.parity);
+                    if (step + 1 < step1) barrier_wait(full + at.stage * 8, at.parity);
                 }
-                for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < own.steps); i++)
+                for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
                 if (kSums && u == 0 && (first || d.x_again))
                     barrier_wait(x_full + (kXSums - kX) * kKind + index * 8,
@@ -492,8 +521,28 @@ __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int se
 struct target {
     int32_t expert, block, m0, m_end;
 };
-__device__ __forceinline__ target dense(const linear_args &p, const division &d, int count) {
-    return {0, ((int)blockIdx.x >> d.cluster_log) + count * d.clusters, 0, p.m};
+__device__ __forceinline__ target dense(const linear_args &p, const division &d, const duty &own,
+                                        int count) {
+    return {0, own.tile0 + count * d.stride, 0, p.m};
+}
+
+// A tile that two clusters share: one gives its sums to the one before, which had the first part of
+// K and adds them to its own. Given first of all and taken last of all, they are not waited for.
+enum sharing { kWhole, kGiven, kTaken };
+
+// A chunk that a cluster gives: where its sums lie, and whether they do.
+template <int NT>
+__device__ __forceinline__ float4 *given_sums(const linear_args &p, const division &d, int cluster,
+                                              int chunk) {
+    return reinterpret_cast<float4 *>(p.partial) +
+           ((cluster << chunks<NT>::log) + chunk) * d.halves * 32 + threadIdx.x % 32;
+}
+template <int NT>
+__device__ __forceinline__ int32_t *given_flag(const linear_args &p, int cluster, int chunk) {
+    return p.counters + (cluster << chunks<NT>::log) + chunk;
+}
+__device__ __forceinline__ void add_given(float (&c)[4], const float4 &v) {
+    c[0] += v.x, c[1] += v.y, c[2] += v.z, c[3] += v.w;
 }
 
 // A strip of a block and what its sums are multiplied with.
@@ -514,48 +563,65 @@ __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t 
     return at;
 }
 
-// This warp's chunks of `tile`, number `count` of the CTA: local ones from `first`, `warps` apart;
-// `more`: there is one after the next.
+// Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is one after the
+// next.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
                                        uint8_t *shared, int rank, const target &tile, int count,
-                                       bool more, int first, int warps) {
+                                       bool more, int local, sharing how) {
     const chunks<NT> way(d);
     const int lane = threadIdx.x % 32, turn = count % 2;
-    if (rank & ((1 << way.apart) - 1)) return;
-    for (int local = first; local < 1 << way.per; local += warps) {
-        const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8),
-                  strip = q / (NT / 8);
-        const int32_t m0 = tile.m0 + 8 * t;
-        const output_place to = output_of<T>(p, tile.expert, tile.block, strip, m0 < tile.m_end);
-        const output_place to_other =
-            output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
-                         d.halves == 2 && m0 < tile.m_end);
-        barrier_wait(bar.sums + turn * 8, count / 2 % 2);
-        if (local == 0 && lane == 0 && more)
-            barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
-        // Where the sums lay is free for what turns them.
-        uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
-        float *stage = reinterpret_cast<float *>(at);
-        const uint32_t from = shared_address(at) + lane * 16;
-        // Of two blocks side by side one may end a half of the matrix, with fewer rows.
-        if (to.there || to_other.there) {
-            float c[4], other[4];
-            sum_senders(c, from, d.senders);
-            if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
-            if (p.paired) {
-                linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
-            } else {
-                if (to.there)
-                    linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
-                if (to_other.there)
-                    linear_emit<T, false>(p, m0, tile.m_end, to_other.col, other, other, to_other.o,
-                                          to_other.o, stage);
-            }
+    const int cluster = (int)blockIdx.x >> d.cluster_log;
+    if (local >= 1 << way.per || rank & ((1 << way.apart) - 1)) return;
+    const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8), strip = q / (NT / 8);
+    const int32_t m0 = tile.m0 + 8 * t;
+    const output_place to = output_of<T>(p, tile.expert, tile.block, strip, m0 < tile.m_end);
+    const output_place to_other =
+        output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
+                     d.halves == 2 && m0 < tile.m_end);
+    const bool wanted = to.there || to_other.there;
+    if (how == kTaken && wanted) {
+        int32_t *flag = given_flag<NT>(p, cluster + 1, q);
+        while (counter_read(flag) == 0) {
         }
         __syncwarp();
-        if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + turn * 8, lane));
+        if (lane == 0) *flag = 0;
     }
+    barrier_wait(bar.sums + turn * 8, count / 2 % 2);
+    if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
+    // Where the sums lay is free for what turns them.
+    uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
+    float *stage = reinterpret_cast<float *>(at);
+    const uint32_t from = shared_address(at) + lane * 16;
+    // Of two blocks side by side one may end a half of the matrix, with fewer rows.
+    if (wanted) {
+        float c[4], other[4];
+        sum_senders(c, from, d.senders);
+        if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
+        if (how == kTaken) {
+            const float4 *sums = given_sums<NT>(p, d, cluster + 1, q);
+            add_given(c, __ldcg(sums));
+            if (d.halves == 2) add_given(other, __ldcg(sums + 32));
+        }
+        if (how == kGiven) {
+            float4 *sums = given_sums<NT>(p, d, cluster, q);
+            __stcg(sums, make_float4(c[0], c[1], c[2], c[3]));
+            if (d.halves == 2)
+                __stcg(sums + 32, make_float4(other[0], other[1], other[2], other[3]));
+            __threadfence();
+            __syncwarp();
+            if (lane == 0) atomicExch(given_flag<NT>(p, cluster, q), 1);
+        } else if (p.paired) {
+            linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
+        } else {
+            if (to.there) linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
+            if (to_other.there)
+                linear_emit<T, false>(p, m0, tile.m_end, to_other.col, other, other, to_other.o,
+                                      to_other.o, stage);
+        }
+    }
+    __syncwarp();
+    if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + turn * 8, lane));
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
@@ -586,14 +652,18 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
     constexpr int U = step_units(F), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
     place at;
     for (int count = 0; count < own.tiles; count++) {
-        for (int step = 0; step <= own.steps; step++) {
+        const int steps = d.x_again ? own.step1(count) - own.step0(count) : own.steps;
+        for (int step = 0; step <= steps; step++) {
             // Two steps in which those that multiply need no help.
-            if (step == min(own.steps, 2) && count > 0)
-                finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, count - 1), count - 1,
-                              count + 1 < own.tiles, own.group, P);
-            if (!on_sums(F, G) || step == own.steps) continue;
+            if (step == min(steps, 2) && count > 0)
+                for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
+                    finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, count - 1),
+                                  count - 1, count + 1 < own.tiles, local,
+                                  count == 1 && own.given ? kGiven : kWhole);
+            if (!on_sums(F, G) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
-            const int index = d.x_again ? at.stage : step;
+            const int turned = own.from + step - (own.from + step < own.steps ? 0 : own.steps);
+            const int index = d.x_again ? at.stage : turned;
             uint32_t base = shared_address(shared);
             asm volatile("" : "+r"(base)); // lest what follows from it be kept in registers
             const uint32_t x = base + (d.x_again ? d.at_w + own.group * d.w_stages * d.slot
@@ -648,15 +718,15 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     cluster_wait(); // all barriers of the cluster are there
     for (int count = 0; count < own.tiles; count++) {
         float acc[NT / 2] = {};
-        work.tile(acc, count == 0);
+        work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
         send<NT>(acc, d, bar, base, count % 2, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
-        finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own.tiles - 1), own.tiles - 1, false,
-                      warp, 4 * P);
+        finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, own.tiles - 1), own.tiles - 1,
+                      false, warp, own.lacking ? kTaken : kWhole);
 #endif
 }
 
@@ -786,10 +856,12 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     for (int count = 0; count < own.tiles; count++)
         for (int step = 0; step <= own.steps; step++) {
             // Two steps in which those that multiply need no help.
-            if (step == min(own.steps, 2) && count > 0 && d.cluster > 1)
-                finish<T, NT>(p, d, bar, shared, own.rank,
-                              locate<NT>(p, table, own.tile0 + (count - 1) * d.clusters), count - 1,
-                              count + 1 < own.tiles, 0, 1);
+            if (step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
+                const target done = locate<NT>(p, table, own.tile0 + (count - 1) * d.clusters);
+                for (int local = 0; local < 1 << chunks<NT>(d).per; local++)
+                    finish<T, NT>(p, d, bar, shared, own.rank, done, count - 1,
+                                  count + 1 < own.tiles, local, kWhole);
+            }
             if (step == own.steps) continue;
             barrier_wait(bar.of(0, kX) + at.stage * 8, at.parity);
             proxy_fence();
@@ -919,7 +991,7 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
     cluster_wait(); // all barriers of the cluster are there
     for (int count = 0; count < own.tiles; count++) {
         float acc[NT / 2] = {};
-        work.tile(acc, count == 0);
+        work.tile(acc, count == 0, 0, own.steps);
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         if (d.cluster == 1) {
@@ -933,7 +1005,7 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
     if (own.tiles > 0 && d.cluster > 1)
         finish<T, NT>(p, d, bar, shared, own.rank,
                       locate<NT>(p, table, own.tile0 + (own.tiles - 1) * d.clusters), own.tiles - 1,
-                      false, warp, 8);
+                      false, warp, kWhole);
 #endif
 }
 
@@ -942,10 +1014,11 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
 // How a CTA lives on its SM: beside one of the next launch, alone, or beside one of its own launch.
 enum live { kBeside, kAlone, kTwo };
 
-// About how many ns a problem takes, of which `units` are on a CTA of each of `rounds` tiles.
-// Measured on an H200: launches, x that stays, ends of tiles, and units of 64 x 64 with W4.
+// About how many ns a problem takes, of which `units` are on a CTA, in `rounds` tiles.
+// Measured on an H200: launches, x that stays, ends of tiles, units of 64 x 64 with W4, and what a
+// line takes longer than its units.
 template <typename T, int F, int NT, int G>
-int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) {
+int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, bool apart) {
     constexpr bool few = NT == 8, bf16 = half_pair<T>::bf16;
     // A CTA beside another of its launch gets half of the SM.
     int64_t unit = how == kTwo     ? few ? 119 : 154
@@ -959,9 +1032,14 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
         const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
         unit += F == WF_INT4 && !few ? unit * 3 / 4 : unit / part;
     }
-    if (how == kAlone && d.x_again) unit += few ? 7 : 10;
+    if (how == kAlone && d.x_again) unit += (few ? 7 : 10) * d.halves; // gate and up: x for each
     if (how == kTwo && d.x_again && few) unit += 11;
-    const int64_t work = rounds * (units * unit + (how == kAlone ? 300 : 0));
+    int64_t work = units * unit + (how == kAlone ? rounds * 300 : 0);
+    // In a chain of linears the second CTA on an SM comes to have a tile less, where half of the
+    // clusters have.
+    const int rest = d.tiles % d.clusters;
+    if (few && how == kTwo && !apart && !d.line && rounds > 1 && rest > 0 && rest <= d.clusters / 2)
+        work -= work / (2 * rounds);
     const int64_t ctas = d.clusters * d.cluster / (how == kTwo ? 2 : 1);
     const int64_t read = bytes / ((how == kBeside ? 29 : 33) * ctas);
     const int64_t x = how == kAlone ? d.x_stages * d.groups * NT * step_units(F) * 128 / 70 : 0;
@@ -969,7 +1047,12 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes) 
                            : how == kTwo ? few ? 1800 : 1600
                            : few         ? 1650
                                          : 2060;
-    return launch + x + (work > read ? work : read);
+    const int64_t line = !d.line                   ? 0
+                         : !few                    ? how == kAlone && d.cluster > 1 ? 1700 : 3500
+                         : how == kAlone           ? 2000
+                         : how == kBeside && apart ? 2600
+                                                   : 1300;
+    return launch + x + line + (work > read ? work : read);
 }
 
 // Stages that are asked for before the launch before has ended. x waits behind them, and so do
@@ -989,7 +1072,7 @@ template <int F, int NT, int G> int early_stages(const division &d, live how, in
 
 // The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
 template <typename T, int F, int NT, int P, int G>
-division divide(const linear_args *a, int c, int most, live how) {
+division divide(const linear_args *a, int c, int most, live how, bool line) {
     constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
     const int stage = U * unit + step_granules(F, G) * a->granule_bytes;
     const int x_sum = x_sums_bytes(F, G, NT), room = how == kAlone ? kRoom : kHalf;
@@ -1006,7 +1089,14 @@ division divide(const linear_args *a, int c, int most, live how) {
     d.sums_bytes = 512 * d.halves * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
-    const int all = rounds * part, want = all < 3 ? all : 3;
+    d.stride = most;
+    if (line) {
+        d.stride = 1;
+        d.line = part;
+        d.share = d.tiles * part / most;
+        d.rest = d.tiles * part % most;
+    }
+    const int all = line ? d.share + (d.rest > 0) : rounds * part, want = all < 3 ? all : 3;
     const int turns = rounds > 1 ? 2 : 1;
     const int left = room - bars_bytes(P) - turns * d.sums_bytes;
     d.x_stages = part;
@@ -1029,7 +1119,8 @@ division divide(const linear_args *a, int c, int most, live how) {
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < kApart) d.bytes = kApart;
     if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
-    d.cost = cost<T, F, NT, G>(d, how, rounds, part * U * P, (int64_t)a->blocks * a->units * unit);
+    d.cost = cost<T, F, NT, G>(d, how, rounds, all * U * P, (int64_t)a->blocks * a->units * unit,
+                               a->apart);
     return d;
 }
 
@@ -1089,8 +1180,13 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
             // Four warpgroups have the SM for themselves, two share it.
             for (const live how : {kBeside, kAlone, kTwo}) {
                 if ((how == kAlone) != (P == 4) || (how != kAlone && c > 2)) continue;
-                const division d = divide<T, F, NT, P, G>(args, c, most[how == kTwo][i], how);
-                if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
+                for (const bool line : {false, true}) {
+                    const int n = most[how == kTwo][i];
+                    const int tiles = args->paired ? args->half_blocks : args->blocks;
+                    if (line && (tiles < n || tiles % n == 0)) continue; // of two clusters at most
+                    const division d = divide<T, F, NT, P, G>(args, c, n, how, line);
+                    if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
+                }
             }
         }
         if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));

@@ -195,6 +195,29 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
+/* More tiles than clusters, and no multiple of them: linear_short may cut them as one line. */
+static void lines(int32_t f, dtype type) {
+    for (int32_t gated = 0; gated < 2; gated++) {
+        linear_weight w = weight_of(f, type, gated ? 17920 : 8960, gated ? 5120 : 10240, 1);
+        w.gated = gated;
+        linear_probe *p;
+        if (linear_probe_open(&p, &w, false, 33) != ST_OK) {
+            printf("FAIL open: %s\n", fail_message());
+            failures++;
+            return;
+        }
+        for (int32_t m = 1; m <= 16; m += 5) /* 1, 6; 11, 16 */
+            one(p, &w,
+                (linear_trial){.m = m,
+                               .y_type = type,
+                               .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
+                               .kernel = m <= 8 ? "short_8" : "short_16",
+                               .bias = true},
+                "line");
+        linear_probe_close(p);
+    }
+}
+
 static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
@@ -203,6 +226,7 @@ static int check(bool quick, const char *only) {
             shown = 0;
             variants(f, b ? DT_BF16 : DT_F16, quick);
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
+            lines(f, b ? DT_BF16 : DT_F16);
             printf("W%s %s: %d failures\n", formats[f].name, b ? "bf16" : "f16", failures - before);
             fflush(stdout);
         }
