@@ -727,7 +727,7 @@ __device__ __forceinline__ void clear_v(const uint32_t (&v_at)[R], const extent 
 // --- Joining -------------------------------------------------------------------------------------
 
 // A sum over tokens: this warp's dims (tiles of 16 from D / 64 * warp on) in mma's order, and for
-// this lane's columns the largest score and the sum of weights.
+// this lane's columns the largest score, to the next integer, and the sum of weights.
 template <int D, int H> struct sum {
     float x[D / 64][NT<H>][2 * NJ<H>];
     float m[NT<H>][NJ<H>], l[NT<H>][NJ<H>];
@@ -852,6 +852,8 @@ __device__ __forceinline__ void take_joint(sum<D, H> &s, const uint8_t *memory,
 #pragma unroll
             for (int j = 0; j < NJ<H>; j++) s.m[n][j] = fmaxf(s.m[n][j], w[k].x[2 * j]);
         }
+#pragma unroll
+        for (int j = 0; j < NJ<H>; j++) s.m[n][j] = ceilf(s.m[n][j]);
 #pragma unroll
         for (int i = 0; i < D / 64; i++)
 #pragma unroll
@@ -1004,8 +1006,9 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
 }
 
 // Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf. A thread
-// has four dims of a head, the D / 4 lanes of a head a record each to find its factors. AT_ONCE
-// records are under way.
+// has four dims of a head, the D / 4 lanes of a head a record each to find its factor. AT_ONCE
+// records are under way. Factors are powers of two, since scores' maxima are made integers: it does
+// not matter to a sum's bits which maximum it is over.
 template <int D, int AT_ONCE>
 __device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
                                              const tile_place &p, int prefix) {
@@ -1013,45 +1016,46 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
     const int lane = threadIdx.x % 32 % LANES;
-    const auto record = [&](int k) { return k ? min(k, n - 1) + prefix - 1 : 0; };
+    const int64_t second = n > 1 ? prefix * step : 0; // from the first
     for (int i0 = threadIdx.x / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
         const int i = i0 + threadIdx.x % 32, h = min(i / (D / 4), p.n_heads - 1);
         const int head = p.head0 + h, d = i % (D / 4) * 4;
-        const float *first = record_of<D>(a, run.slot, head);
+        const float *first = record_of<D>(a, run.slot, head), *at = first;
         float m = -INFINITY, l = 0.f;
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int k0 = 0; k0 < n; k0 += LANES) {
-            float2 w = __ldcg((const float2 *)(first + record(k0 + lane) * step + D));
-            float f = 0.f, g = 0.f;
+            const int slot = k0 + lane ? min(k0 + lane, n - 1) + prefix - 1 : 0;
+            float2 w = __ldcg((const float2 *)(first + slot * step + D));
+            float g = 0.f;
 #pragma unroll
             for (int k1 = 0; k1 < LANES; k1 += AT_ONCE) {
                 float4 y[AT_ONCE];
 #pragma unroll
-                for (int k = 0; k < AT_ONCE; k++)
-                    y[k] = __ldcg((const float4 *)(first + record(k0 + k1 + k) * step + d));
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const int nth = k0 + k1 + k;
+                    y[k] = __ldcg((const float4 *)(at + d));
+                    at += nth == 0 ? second : nth < n - 1 ? step : 0;
+                }
                 if (k1 == 0) {
                     if (k0 + lane >= n) w = make_float2(-INFINITY, 0.f);
-                    float next = fmaxf(m, w.x); // of the records up to this lane's
+                    float next = fmaxf(m, w.x);
 #pragma unroll
-                    for (int k = 1; k < LANES; k *= 2) {
-                        const float before = __shfl_up_sync(~0u, next, k, LANES);
-                        next = fmaxf(next, lane < k ? m : before);
-                    }
-                    const float before = __shfl_up_sync(~0u, next, 1, LANES);
-                    f = exp2_approx((lane ? before : m) - next);
+                    for (int k = 1; k < LANES; k *= 2)
+                        next = fmaxf(next, __shfl_xor_sync(~0u, next, k, LANES));
+                    const float f = exp2_approx(m - next);
+                    x.x *= f, x.y *= f, x.z *= f, x.w *= f, l *= f;
                     g = exp2_approx(w.x - next);
-                    w.y = __fmul_rn(w.y, g);
-                    m = __shfl_sync(~0u, next, LANES - 1, LANES);
+                    w.y *= g;
+                    m = next;
                 }
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; k++) {
-                    const float fk = __shfl_sync(~0u, f, k1 + k, LANES),
-                                gk = __shfl_sync(~0u, g, k1 + k, LANES);
-                    l = __fmaf_rn(l, fk, __shfl_sync(~0u, w.y, k1 + k, LANES));
-                    x.x = join2(x.x, fk, y[k].x, gk);
-                    x.y = join2(x.y, fk, y[k].y, gk);
-                    x.z = join2(x.z, fk, y[k].z, gk);
-                    x.w = join2(x.w, fk, y[k].w, gk);
+                    const float gk = __shfl_sync(~0u, g, k1 + k, LANES);
+                    l += __shfl_sync(~0u, w.y, k1 + k, LANES);
+                    x.x = __fmaf_rn(y[k].x, gk, x.x);
+                    x.y = __fmaf_rn(y[k].y, gk, x.y);
+                    x.z = __fmaf_rn(y[k].z, gk, x.z);
+                    x.w = __fmaf_rn(y[k].w, gk, x.w);
                 }
                 if (k0 + k1 + AT_ONCE >= n) break;
             }
