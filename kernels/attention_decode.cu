@@ -62,6 +62,10 @@ constexpr int unit_entries = D <= 128 && NT<H> == 1 && entry_tokens<D, H, C> < k
 template <int D, int H, kv_class C>
 constexpr int unit_tokens = entry_tokens<D, H, C> *unit_entries<D, H, C>;
 
+// Entries of V are half as long as those of K: slots are of either in turn, where that makes room
+// for more.
+template <int D, int H, kv_class C> constexpr bool in_turn = C == K8_V4 &&D == 128 && H == 4;
+
 struct decode_arguments {
     void *out;       // [T, H D]
     const void *qkv; // [T, (H + 2G) D]
@@ -81,6 +85,7 @@ struct decode_arguments {
     float odd;    // 16 where V has 4 bits, else 1: what codes at rows 8 .. 15 of a tile come times
     int quarters; // of the lanes of four whose columns are heads
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
+    int odd_bytes; // in turn: an odd slot, of V, begins so much later
 };
 
 // Formats of an instance, constants where there is one; may they be f?
@@ -767,7 +772,7 @@ __device__ __forceinline__ void add_leaf(sum<D, H> &to, const sum<D, H> &leaf) {
 
 // Results of two leaves at a time where that leaves enough memory for the rings.
 template <int D, int H, kv_class C>
-constexpr int joints = D <= 128 && NT<H> == 1 && !has_16(C) ? 2 : 1;
+constexpr int joints = D <= 128 && NT<H> == 1 && !has_16(C) && C != K8_V4 ? 2 : 1;
 
 // Block memory of the warps' results, [joints] of each: of a lane's heads and rows r, r + 8 of a
 // tile of dims [4 warps, D / 16, NT, 8 rows, quarters], and (m, l) [4 warps, NT, 4 quarters].
@@ -1080,7 +1085,7 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
 // WHOLE: an entry is K and V of a unit, else one of them.
-template <int D, int H, int UT, int R, bool WHOLE, bool BULK> struct feeder {
+template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> struct feeder {
     static constexpr int ET = UT / R, ENTRIES = WHOLE ? 1 : 2 * R; // of an entry; of a unit
     const decode_arguments &a;
     uint32_t memory;     // the block's
@@ -1248,12 +1253,15 @@ template <int D, int H, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         }
         if (!BULK) copy_async_arrive(bar);
     }
+    __device__ __forceinline__ uint32_t slot_at(int i) const {
+        return ring + i * a.slot_bytes + (IN_TURN ? i % 2 * a.odd_bytes : 0);
+    }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
         if (fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
         fresh = false;
-        const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
+        const uint32_t to = slot_at(slot), bar = full + 8 * slot;
         const int page = __shfl_sync(~0u, pages, nth % 32);
         if (!BULK || lane == 0) {
             if (WHOLE)
@@ -1328,7 +1336,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, H, UT, R, WHOLE, BULK> feed;
+    feeder<D, H, UT, R, WHOLE, in_turn<D, H, C>, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1346,7 +1354,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             const bool around = slot + r >= a.stages;
             const int i = around ? slot + r - a.stages : slot + r;
             barrier_wait(feed.full + 8 * i, parity ^ around);
-            at[r] = feed.ring + i * a.slot_bytes;
+            at[r] = feed.slot_at(i);
         }
     }
     // They have been read.
@@ -1530,6 +1538,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- Launch --------------------------------------------------------------------------------------
 
+// Slots of the rings for entries of k_bytes and so on.
+template <int D, int H, kv_class C> void set_slots(decode_arguments &a) {
+    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
+    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
+    if (in_turn<D, H, C>) {
+        a.odd_bytes = (int)div_up(k_entry - a.v_bytes, 256) * 128;
+        a.slot_bytes = (int)div_up(a.v_bytes, 128) * 128 + a.odd_bytes;
+    }
+}
+
 template <int D, int H, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
     constexpr int ET = entry_tokens<D, H, C>;
@@ -1562,9 +1581,7 @@ status launch(const attention_problem *p) {
     a.v_bytes = ET * attention_row_bytes(a.v, D);
     a.k_param = ET * attention_param_bytes(a.k);
     a.v_param_bytes = ET * attention_param_bytes(a.v);
-    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
-    a.slot_bytes = (int)div_up(entry, 128) * 128;
+    set_slots<D, H, C>(a);
     a.quarters = a.ratio >= 4 * NJ<H> ? 4 : (a.ratio + NJ<H> - 1) / NJ<H>;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched as many units ahead as
@@ -1573,9 +1590,10 @@ status launch(const attention_problem *p) {
     const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
               sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
     const int room = p->shared_bytes_sm / 2 - 1024;
+    const int some = in_turn<D, H, C> ? 2 : 1;
     int bytes = room + 1;
-    for (a.stages = 17; bytes > room && a.stages > 1;) {
-        a.stages--;
+    for (a.stages = 16 + some; bytes > room && a.stages > some;) {
+        a.stages -= some;
         a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
