@@ -62,6 +62,10 @@ constexpr int unit_entries = D <= 128 && NT<H> == 1 && entry_tokens<D, H, C> < k
 template <int D, int H, kv_class C>
 constexpr int unit_tokens = entry_tokens<D, H, C> *unit_entries<D, H, C>;
 
+// Entries of V are half as long as those of K: slots are of either in turn, where that makes room
+// for more.
+template <int D, int H, kv_class C> constexpr bool in_turn = C == K8_V4 &&D == 128 && H == 4;
+
 struct decode_arguments {
     void *out;       // [T, H D]
     const void *qkv; // [T, (H + 2G) D]
@@ -81,6 +85,7 @@ struct decode_arguments {
     float odd;    // 16 where V has 4 bits, else 1: what codes at rows 8 .. 15 of a tile come times
     int quarters; // of the lanes of four whose columns are heads
     int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
+    int odd_bytes; // in turn: an odd slot, of V, begins so much later
 };
 
 // Formats of an instance, constants where there is one; may they be f?
@@ -727,7 +732,7 @@ __device__ __forceinline__ void clear_v(const uint32_t (&v_at)[R], const extent 
 // --- Joining -------------------------------------------------------------------------------------
 
 // A sum over tokens: this warp's dims (tiles of 16 from D / 64 * warp on) in mma's order, and for
-// this lane's columns the largest score and the sum of weights.
+// this lane's columns the largest score, to the next integer, and the sum of weights.
 template <int D, int H> struct sum {
     float x[D / 64][NT<H>][2 * NJ<H>];
     float m[NT<H>][NJ<H>], l[NT<H>][NJ<H>];
@@ -767,7 +772,7 @@ __device__ __forceinline__ void add_leaf(sum<D, H> &to, const sum<D, H> &leaf) {
 
 // Results of two leaves at a time where that leaves enough memory for the rings.
 template <int D, int H, kv_class C>
-constexpr int joints = D <= 128 && NT<H> == 1 && !has_16(C) ? 2 : 1;
+constexpr int joints = D <= 128 && NT<H> == 1 && !has_16(C) && C != K8_V4 ? 2 : 1;
 
 // Block memory of the warps' results, [joints] of each: of a lane's heads and rows r, r + 8 of a
 // tile of dims [4 warps, D / 16, NT, 8 rows, quarters], and (m, l) [4 warps, NT, 4 quarters].
@@ -852,6 +857,8 @@ __device__ __forceinline__ void take_joint(sum<D, H> &s, const uint8_t *memory,
 #pragma unroll
             for (int j = 0; j < NJ<H>; j++) s.m[n][j] = fmaxf(s.m[n][j], w[k].x[2 * j]);
         }
+#pragma unroll
+        for (int j = 0; j < NJ<H>; j++) s.m[n][j] = ceilf(s.m[n][j]);
 #pragma unroll
         for (int i = 0; i < D / 64; i++)
 #pragma unroll
@@ -1004,8 +1011,9 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
 }
 
 // Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf. A thread
-// has four dims of a head, the D / 4 lanes of a head a record each to find its factors. AT_ONCE
-// records are under way.
+// has four dims of a head, the D / 4 lanes of a head a record each to find its factor. AT_ONCE
+// records are under way. Factors are powers of two, since scores' maxima are made integers: it does
+// not matter to a sum's bits which maximum it is over.
 template <int D, int AT_ONCE>
 __device__ __forceinline__ void join_records(const decode_arguments &a, const attention_run &run,
                                              const tile_place &p, int prefix) {
@@ -1013,45 +1021,46 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
     const int lane = threadIdx.x % 32 % LANES;
-    const auto record = [&](int k) { return k ? min(k, n - 1) + prefix - 1 : 0; };
+    const int64_t second = n > 1 ? prefix * step : 0; // from the first
     for (int i0 = threadIdx.x / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
         const int i = i0 + threadIdx.x % 32, h = min(i / (D / 4), p.n_heads - 1);
         const int head = p.head0 + h, d = i % (D / 4) * 4;
-        const float *first = record_of<D>(a, run.slot, head);
+        const float *first = record_of<D>(a, run.slot, head), *at = first;
         float m = -INFINITY, l = 0.f;
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int k0 = 0; k0 < n; k0 += LANES) {
-            float2 w = __ldcg((const float2 *)(first + record(k0 + lane) * step + D));
-            float f = 0.f, g = 0.f;
+            const int slot = k0 + lane ? min(k0 + lane, n - 1) + prefix - 1 : 0;
+            float2 w = __ldcg((const float2 *)(first + slot * step + D));
+            float g = 0.f;
 #pragma unroll
             for (int k1 = 0; k1 < LANES; k1 += AT_ONCE) {
                 float4 y[AT_ONCE];
 #pragma unroll
-                for (int k = 0; k < AT_ONCE; k++)
-                    y[k] = __ldcg((const float4 *)(first + record(k0 + k1 + k) * step + d));
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const int nth = k0 + k1 + k;
+                    y[k] = __ldcg((const float4 *)(at + d));
+                    at += nth == 0 ? second : nth < n - 1 ? step : 0;
+                }
                 if (k1 == 0) {
                     if (k0 + lane >= n) w = make_float2(-INFINITY, 0.f);
-                    float next = fmaxf(m, w.x); // of the records up to this lane's
+                    float next = fmaxf(m, w.x);
 #pragma unroll
-                    for (int k = 1; k < LANES; k *= 2) {
-                        const float before = __shfl_up_sync(~0u, next, k, LANES);
-                        next = fmaxf(next, lane < k ? m : before);
-                    }
-                    const float before = __shfl_up_sync(~0u, next, 1, LANES);
-                    f = exp2_approx((lane ? before : m) - next);
+                    for (int k = 1; k < LANES; k *= 2)
+                        next = fmaxf(next, __shfl_xor_sync(~0u, next, k, LANES));
+                    const float f = exp2_approx(m - next);
+                    x.x *= f, x.y *= f, x.z *= f, x.w *= f, l *= f;
                     g = exp2_approx(w.x - next);
-                    w.y = __fmul_rn(w.y, g);
-                    m = __shfl_sync(~0u, next, LANES - 1, LANES);
+                    w.y *= g;
+                    m = next;
                 }
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; k++) {
-                    const float fk = __shfl_sync(~0u, f, k1 + k, LANES),
-                                gk = __shfl_sync(~0u, g, k1 + k, LANES);
-                    l = __fmaf_rn(l, fk, __shfl_sync(~0u, w.y, k1 + k, LANES));
-                    x.x = join2(x.x, fk, y[k].x, gk);
-                    x.y = join2(x.y, fk, y[k].y, gk);
-                    x.z = join2(x.z, fk, y[k].z, gk);
-                    x.w = join2(x.w, fk, y[k].w, gk);
+                    const float gk = __shfl_sync(~0u, g, k1 + k, LANES);
+                    l += __shfl_sync(~0u, w.y, k1 + k, LANES);
+                    x.x = __fmaf_rn(y[k].x, gk, x.x);
+                    x.y = __fmaf_rn(y[k].y, gk, x.y);
+                    x.z = __fmaf_rn(y[k].z, gk, x.z);
+                    x.w = __fmaf_rn(y[k].w, gk, x.w);
                 }
                 if (k0 + k1 + AT_ONCE >= n) break;
             }
@@ -1076,7 +1085,7 @@ template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
 // WHOLE: an entry is K and V of a unit, else one of them.
-template <int D, int H, int UT, int R, bool WHOLE, bool BULK> struct feeder {
+template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> struct feeder {
     static constexpr int ET = UT / R, ENTRIES = WHOLE ? 1 : 2 * R; // of an entry; of a unit
     const decode_arguments &a;
     uint32_t memory;     // the block's
@@ -1244,12 +1253,15 @@ template <int D, int H, int UT, int R, bool WHOLE, bool BULK> struct feeder {
         }
         if (!BULK) copy_async_arrive(bar);
     }
+    __device__ __forceinline__ uint32_t slot_at(int i) const {
+        return ring + i * a.slot_bytes + (IN_TURN ? i % 2 * a.odd_bytes : 0);
+    }
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
         if (fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
         fresh = false;
-        const uint32_t to = ring + slot * a.slot_bytes, bar = full + 8 * slot;
+        const uint32_t to = slot_at(slot), bar = full + 8 * slot;
         const int page = __shfl_sync(~0u, pages, nth % 32);
         if (!BULK || lane == 0) {
             if (WHOLE)
@@ -1324,7 +1336,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, H, UT, R, WHOLE, BULK> feed;
+    feeder<D, H, UT, R, WHOLE, in_turn<D, H, C>, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1342,7 +1354,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             const bool around = slot + r >= a.stages;
             const int i = around ? slot + r - a.stages : slot + r;
             barrier_wait(feed.full + 8 * i, parity ^ around);
-            at[r] = feed.ring + i * a.slot_bytes;
+            at[r] = feed.slot_at(i);
         }
     }
     // They have been read.
@@ -1526,6 +1538,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- Launch --------------------------------------------------------------------------------------
 
+// Slots of the rings for entries of k_bytes and so on.
+template <int D, int H, kv_class C> void set_slots(decode_arguments &a) {
+    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
+    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = (int)div_up(entry, 128) * 128;
+    if (in_turn<D, H, C>) {
+        a.odd_bytes = (int)div_up(k_entry - a.v_bytes, 256) * 128;
+        a.slot_bytes = (int)div_up(a.v_bytes, 128) * 128 + a.odd_bytes;
+    }
+}
+
 template <int D, int H, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
     constexpr int ET = entry_tokens<D, H, C>;
@@ -1558,9 +1581,7 @@ status launch(const attention_problem *p) {
     a.v_bytes = ET * attention_row_bytes(a.v, D);
     a.k_param = ET * attention_param_bytes(a.k);
     a.v_param_bytes = ET * attention_param_bytes(a.v);
-    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
-    a.slot_bytes = (int)div_up(entry, 128) * 128;
+    set_slots<D, H, C>(a);
     a.quarters = a.ratio >= 4 * NJ<H> ? 4 : (a.ratio + NJ<H> - 1) / NJ<H>;
 
     // As many stages as half an SM's memory holds. q of a tile is fetched as many units ahead as
@@ -1569,9 +1590,10 @@ status launch(const attention_problem *p) {
     const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
               sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
     const int room = p->shared_bytes_sm / 2 - 1024;
+    const int some = in_turn<D, H, C> ? 2 : 1;
     int bytes = room + 1;
-    for (a.stages = 17; bytes > room && a.stages > 1;) {
-        a.stages--;
+    for (a.stages = 16 + some; bytes > room && a.stages > some;) {
+        a.stages -= some;
         a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
