@@ -50,7 +50,7 @@ struct linear_args {
     int32_t team;            // CTAs that share a tile; 1: as the walk says
     int32_t part, part_rest; // of a tile's steps: of each CTA of a team; one more of so many
     int32_t apart, routed;   // as in linear_problem
-    float *sums;             // linear_tall.cu's: zeros when no launch is under way
+    float *sums; // linear_tall.cu's and linear_mid.cu's: zeros when no launch is under way
 };
 
 // --- Walk ----------------------------------------------------------------------------------------

@@ -1,20 +1,13 @@
 // linear_mid.cu - y^T = W x^T for 17 to 64 rows of x, on sm_90, by wgmma.
 //
-// A cluster of S CTAs shares a tile (B blocks of 64 rows of W; with gate and up half of them each)
-// along K: CTA r has the r-th part of the steps. Cluster c takes tiles c, c + clusters, ...
-//
-// Or CTAs have shares of W instead, which fill more SMs: each so many halves of blocks, a half
-// being a block with half of the inputs. CTA c has those from c * share on, in tiles of B blocks;
-// the first and the last block may be a half. Of a block that two CTAs have, which are a cluster,
-// the first sends its sums as soon as it has them, and the second adds them to its own and
-// finishes. Warpgroups without a block or this half of it let the steps pass. That costs copies of
-// the part of a tile that is not multiplied, so it is for 4 bits; with gate and up it was slower.
+// Work is counted in steps: some units of 64 inputs of a tile (B blocks of 64 rows of W; with gate
+// and up half of them each). All steps of all tiles are one line, of which each CTA has an equal
+// part: the end of a tile, whole ones, the beginning of another, or a piece in the middle of one.
 //
 // Of a CTA's warps
 //
-//   4 B P multiply: warpgroup w has block w % B, and of every step the (w / B)-th of P parts. It
-//       turns codes of 32 inputs into A fragments while wgmma multiplies those before with x from
-//       shared memory
+//   4 B multiply: a warpgroup has a block of the tile. It turns codes of 32 inputs into A fragments
+//       while wgmma multiplies those before with x from shared memory
 //   1   has codes and scales brought into a ring. Weights depend on no kernel before this one and
 //       are asked for before waiting for it (programmatic dependent launch)
 //   1   has x brought into a ring of its own
@@ -23,20 +16,21 @@
 // few hundred cycles beside warps that multiply. What lies past K or the last block comes as zeros,
 // so that all steps are alike.
 //
-// Sums that must meet (of the CTAs of a cluster, of parts, of gate and up) go to the CTA that
-// finishes them, dealt out by 8 rows of x (st.async into its shared memory, whose barrier counts
-// the bytes), and are added there in a fixed order. Clusters do not wait for each other, and there
-// is no workspace: the bits are the same on every run.
+// Of a tile that several CTAs share, those whose part of the line ends in it finish it, some groups
+// of 8 rows of x each: the others have more to do. Sums travel through L2, in places of the
+// workspace that are zero but between a sum's sending and its reading: a sum of zero is sent as -0,
+// so each says by itself that it is there. They are added in order of K, so the bits are the same
+// on every run. All CTAs of a launch must fit the GPU at once.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// With four warpgroups a CTA has an SM (B P = 4), with two half of one, so that the next launch's
-// can load its weights beside it: for small matrices.
+// With four blocks a CTA has an SM, with two half of one, so that the next launch's can load its
+// weights beside it: for small matrices.
 //
 // The explicit list: format, type, x rows (NT), scale granule (0: none). Of each there are tiles of
-// B x P = 2 x 1, 2 x 2 and 4 x 1, of which mid_NT takes what should be the fastest.
+// two blocks and of four, of which mid_NT takes what should be faster.
 #ifndef MID_INSTANCES
 #define MID_ROWS(X, F, T, G) X(F, T, 32, G) X(F, T, 64, G)
 #define MID_TYPES(X, F, G)   MID_ROWS(X, F, F16, G) MID_ROWS(X, F, BF16, G)
@@ -53,85 +47,83 @@
 
 namespace {
 
-enum { kClusterMost = 6, kStagesMost = 16 }; // larger clusters find too few places
+enum { kStagesMost = 16, kGiveBytes = 1024 }; // kGiveBytes: of a warp, see emit
 
-// Units of K in a stage of W, at least what a scale covers, and in one of x: the longer, the fewer
+// Units of K in a step, at least what a scale covers, and in a stage of x: the longer, the fewer
 // instructions; the shorter, the sooner is one free.
-__host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
-    return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
+__host__ __device__ constexpr int step_units(int f, int blocks) {
+    return linear_code_bits(f) == 4 && blocks == 4 ? 4 : 2;
 }
-__host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    if (parts > 1 || (blocks == 4 && rows == 32)) return step_units(f, blocks, parts);
+__host__ __device__ constexpr int x_units(int f, int rows, int blocks) {
+    if (blocks == 4 && rows == 32) return step_units(f, blocks);
     return rows == 32 || (blocks == 4 && linear_code_bits(f) == 4) ? 2 : 1;
 }
-// Can CTAs have shares?
-__host__ __device__ constexpr bool has_shares(int f, int blocks, int parts) {
-    return blocks == 4 && parts == 1 && linear_code_bits(f) == 4;
-}
 // Granules of a step.
-__host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
-    return g ? step_units(f, blocks, parts) * 64 / g : 0;
+__host__ __device__ constexpr int step_granules(int f, int blocks, int g) {
+    return g ? step_units(f, blocks) * 64 / g : 0;
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
 // lies at 0).
 struct division {
-    int32_t cluster, clusters, tiles, steps; // steps of a tile
-    int32_t per, stride,
-        all;         // blocks, or pairs: of a tile; from one tile of a CTA to its next; all
-    int32_t share;   // 0, or halves of blocks that a CTA has
-    int32_t x_whole; // K is a multiple of 64: x comes as boxes of several units
-    int32_t x_rows;  // of a unit of x: those there are, in eights
+    int32_t ctas, each, more;            // with steps; of each, one more of the first so many
+    int32_t steps;                       // of a tile
+    int32_t per, all;                    // blocks, or pairs: of a tile; all
+    int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
+    int32_t x_rows;                      // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
-    int32_t meet;                        // sums travel
     int32_t groups;                      // of 8 rows of x
-    int32_t sums[kClusterMost]; // bytes of them that each CTA of a cluster receives for a tile
-    int32_t at_w, at_sums, at_half, at_turn, at_bars, bytes;
+    int32_t at_w, at_turn, at_bars, bytes;
     int64_t cost; // about, ns
 };
 
 // --- What a CTA has to do -----------------------------------------------------------------------
 
-struct part {
-    int32_t first, last; // block or pair: where the first tile begins, and the last of all tiles
-    int32_t begin, end;  // steps of K
-    int32_t share;       // as in division; the compiler knows where it is 0
-};
-__device__ __forceinline__ part part_of(const division &d, int rank, int share) {
-    const int32_t cta = blockIdx.x;
-    if (share)
-        return part{cta * share / 2, min(((cta + 1) * share - 1) / 2, d.all - 1), 0, d.steps,
-                    share};
-    return part{cta / d.cluster * d.per, d.all - 1, d.steps * rank / d.cluster,
-                d.steps * (rank + 1) / d.cluster, 0};
+// The first of a CTA's steps.
+__device__ __forceinline__ int first_step(const division &d, int cta) {
+    return cta * d.each + min(cta, d.more);
 }
 
-// Steps of block (or pair) v that this CTA has, and whether a half of it is another's.
-struct span {
-    int32_t begin, end;
-    bool no_first, no_second;
-};
-__device__ __forceinline__ span span_of(const division &d, const part &k, int v) {
-    span s = {k.begin, k.end, false, false};
-    if (k.share) {
-        s.no_first = 2 * v < (int)blockIdx.x * k.share;
-        s.no_second = 2 * v + 2 > ((int)blockIdx.x + 1) * k.share;
-        if (s.no_first) s.begin = d.steps / 2;
-        if (s.no_second) s.end = d.steps / 2;
+// Where a CTA is: the steps left, the tile and the step of it.
+struct place {
+    int left, tile, step;
+    __device__ __forceinline__ explicit place(const division &d) {
+        const int cta = blockIdx.x, begin = first_step(d, cta);
+        left = cta < d.ctas ? first_step(d, cta + 1) - begin : 0;
+        tile = begin / d.steps;
+        step = begin - tile * d.steps;
     }
-    return s;
-}
-// Of a tile.
-__device__ __forceinline__ span span_of_tile(const division &d, const part &k, int at) {
-    return k.share && at == k.last ? span_of(d, k, at) : span{k.begin, k.end, false, false};
-}
+    __device__ __forceinline__ int piece(const division &d) const { // steps of the tile at hand
+        return min(left, d.steps - step);
+    }
+    __device__ __forceinline__ void next(const division &d, int steps) {
+        left -= steps, step += steps;
+        if (step == d.steps) step = 0, tile++;
+    }
+};
 
-// Block of warpgroup wg, or one past the last, where it finishes none.
+// The CTAs that share this CTA's last tile: `n` from `first` on, of which the first `ends` have
+// their last step in it. `finish` of these finish it: 1, 2 or 4.
+struct sharers {
+    int first, n, ends, finish;
+    __device__ __forceinline__ sharers(const division &d, bool paired) {
+        const int cta = blockIdx.x, begin = (first_step(d, cta + 1) - 1) / d.steps * d.steps;
+        const int end = begin + d.steps;
+        int last = cta;
+        for (first = cta; first_step(d, first) > begin;) first--;
+        while (first_step(d, last + 1) < end) last++;
+        n = last - first + 1;
+        ends = first_step(d, last + 1) == end ? n : n - 1;
+        finish = ends >= 4 && !paired ? 4 : ends >= 2 ? 2 : 1;
+    }
+};
+
+// Block of warpgroup wg, or one past the last.
 template <int B>
-__device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, const part &k,
-                                            int at, int wg) {
-    const int32_t v = at + (p.paired ? wg / 2 : wg);
-    if (v > k.last || span_of(d, k, v).no_second) return p.blocks;
+__device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, int tile,
+                                            int wg) {
+    const int32_t v = tile * d.per + (p.paired ? wg / 2 : wg);
+    if (v >= d.all) return p.blocks;
     return p.paired ? v + wg % 2 * p.half_blocks : v;
 }
 
@@ -150,18 +142,11 @@ struct ring {
 
 struct barriers {
     ring w, x;
-    uint32_t sums, read; // sums complete; sums read by everybody
-    uint32_t half;       // sums of the other half of a block complete
 };
 __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
-    barriers b;
-    const uint32_t at = base + d.at_bars;
-    b.w = ring{at, at + d.w_stages * 8, d.w_stages, 0, 0};
-    b.x = ring{at + d.w_stages * 16, at + d.w_stages * 16 + d.x_stages * 8, d.x_stages, 0, 0};
-    b.sums = at + (d.w_stages + d.x_stages) * 16;
-    b.read = b.sums + 8;
-    b.half = b.sums + 16;
-    return b;
+    const uint32_t at = base + d.at_bars, at_x = at + d.w_stages * 16;
+    return barriers{{at, at + d.w_stages * 8, d.w_stages, 0, 0},
+                    {at_x, at_x + d.x_stages * 8, d.x_stages, 0, 0}};
 }
 
 // --- Loading ------------------------------------------------------------------------------------
@@ -190,46 +175,33 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The steps of a CTA, of its tiles one after the other.
-struct place {
-    int at, step, end;
-    __device__ __forceinline__ place(const division &d, const part &k) { go(d, k, k.first); }
-    __device__ __forceinline__ void go(const division &d, const part &k, int to) {
-        at = to;
-        if (at > k.last) return;
-        const span s = span_of_tile(d, k, at);
-        step = s.begin, end = s.end;
-    }
-    __device__ __forceinline__ void next(const division &d, const part &k) {
-        if (++step == end) go(d, k, at + d.stride);
-    }
-};
-
 // Codes and scales of all steps, by one thread.
-template <int F, int B, int P, int G>
+template <int F, int B, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
-                                             ring to, uint32_t base, const part &k) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
-    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+                                             ring to, uint32_t base) {
+    constexpr int U = step_units(F, B), code = B * U * 512 * linear_code_bits(F);
+    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
-    for (place i(d, k); i.at <= k.last; i.next(d, k), to.next()) {
+    for (place i(d); i.left > 0; i.next(d, 1), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
+        const int v = i.tile * d.per;
         to.wait_empty();
         barrier_arrive_expect(full, bytes);
-        copy_box<4>(stage, &m.code, 0, i.step * kRows, i.at, 0, full, policy);
-        if (G) copy_box<4>(stage + code, &m.scale, 0, i.step * kGranules, i.at, 0, full, policy);
+        copy_box<4>(stage, &m.code, 0, i.step * kRows, v, 0, full, policy);
+        if (G) copy_box<4>(stage + code, &m.scale, 0, i.step * kGranules, v, 0, full, policy);
     }
 }
 
 // x of all steps, by one thread.
-template <int F, int NT, int B, int P>
+template <int F, int NT, int B>
 __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring to,
-                                            uint32_t base, const part &k) {
-    constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
+                                            uint32_t base) {
+    constexpr int U = x_units(F, NT, B), kBoxes = step_units(F, B) / U;
     const uint64_t policy = policy_evict_normal();
+    place i(d);
     wait_for_previous();
-    for (place i(d, k); i.at <= k.last; i.next(d, k))
+    for (; i.left > 0; i.next(d, 1))
         for (int box = i.step * kBoxes; box < (i.step + 1) * kBoxes; box++, to.next()) {
             const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * (U * NT * 128);
             to.wait_empty();
@@ -244,8 +216,8 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 
 // --- Multiplying --------------------------------------------------------------------------------
 
-template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
-    static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
+template <typename T, int F, int NT, int B, int G> struct multiplier {
+    static constexpr int U = step_units(F, B), bits = linear_code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     // Scales meet the sums of a granule, not each weight: fewer instructions.
     static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
@@ -254,19 +226,16 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     const division &d;
     barriers &bar;
     uint32_t code, scale, x; // this lane's places in the first stages; x: low half of a descriptor
-    int place, first;        // first: of the units of a step
+    int place;
 
     __device__ __forceinline__ void begin(uint32_t base) {
-        const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int b = wg % B, at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
-        first = wg / B * (U / P);
-        code = base + d.at_w + (at * U + first) * unit + strip * (unit / 4) + lane * 16;
-        scale =
-            base + d.at_w + B * U * unit +
-            (at * step_granules(F, B, P, G) + (G ? first * 64 / (G ? G : 1) : 0)) * p.granule_bytes;
+        const int b = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
+        code = base + d.at_w + at * U * unit + strip * (unit / 4) + lane * 16;
+        scale = base + d.at_w + B * U * unit + at * step_granules(F, B, G) * p.granule_bytes;
         place = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
-        x = __shfl_sync(~0u, (base + first * d.x_rows * 128) >> 4 | 1u << 16, 0);
+        x = __shfl_sync(~0u, base >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(scale), "+r"(place));
     }
@@ -293,25 +262,9 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         }
     }
 
-    // Steps in which this warpgroup has no part.
-    __device__ __forceinline__ void skip(int steps) {
-        constexpr int kBoxes = U / x_units(F, NT, B, P);
-        const bool leader = threadIdx.x % 32 == 0;
-        for (; steps > 0; steps--, bar.w.next()) {
-            bar.w.wait_full();
-            if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
-            for (int i = 0; i < kBoxes; i++, bar.x.next()) {
-                bar.x.wait_full();
-                if (leader) barrier_arrive(bar.x.empty + bar.x.stage * 8);
-            }
-        }
-    }
-
     // This warpgroup's sums: 32 inputs are converted while the 32 before are multiplied.
-    __device__ __forceinline__ void tile(float (&acc)[NT / 2], const span &k) {
-        constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
-        constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
-        constexpr bool kAhead = NT * P < 128; // codes are loaded ahead, where registers suffice
+    __device__ __forceinline__ void tile(float (&acc)[NT / 2], int steps) {
+        constexpr int XU = x_units(F, NT, B), x_stage = XU * NT * 128;
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][2][4];
         float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
@@ -323,7 +276,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                 acc[i] = fmaf(part[i], scale_of[i / 2 % 2], acc[i]);
         };
         int last = -1; // stage of x that a wgmma in flight may read
-        for (int step = k.begin; step < k.end; step++) {
+        for (; steps > 0; steps--) {
             bar.w.wait_full();
             const uint32_t code_at = code + bar.w.stage * d.w_stage;
             const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
@@ -335,14 +288,13 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             };
             load(0, 0);
 #pragma unroll
-            for (int u = 0; u < N; u++)
+            for (int u = 0; u < U; u++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    if (!kAhead && u + h > 0 && (h == 0 || wide)) load(u, h);
                     convert(a[h], rows, later, u, h, chunk, scale_at);
-                    if (kAhead && h == 1 && u + 1 < N) load(u + 1, 0);
-                    if (kAhead && h == 0 && wide) load(u, 1);
-                    if (u == N - 1 && h == 1) { // the stage has been read
+                    if (h == 1 && u + 1 < U) load(u + 1, 0);
+                    if (h == 0 && wide) load(u, 1);
+                    if (u == U - 1 && h == 1) { // the stage has been read
                         __syncwarp();
                         if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
                         bar.w.next();
@@ -386,296 +338,282 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     }
 };
 
-// --- Sums of a tile -----------------------------------------------------------------------------
-
-// The groups of all rows (a row is a strip of a block; of two blocks with gate and up), row after
-// row, are dealt out: the t-th is finished by CTA t % S, as its number t / S. There:
-// [number][gate, up][sender][lane][4].
-struct row_of_sums {
-    int half, halves, part, owner, number; // the last two: of its first group
-};
-template <int B> __device__ __forceinline__ row_of_sums my_row(bool paired, const division &d) {
-    const int wg = threadIdx.x / 128, b = wg % B, strip = threadIdx.x / 32 % 4;
-    const int first = ((paired ? b / 2 : b) * 4 + strip) * d.groups, number = first / d.cluster;
-    return row_of_sums{paired ? b % 2 : 0, paired ? 2 : 1, wg / B, first - number * d.cluster,
-                       number};
-}
-
-template <int NT, int P>
-__device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
-                                     const barriers &bar, uint32_t base, int rank, int self,
-                                     const row_of_sums &r) {
-    const int lane = threadIdx.x % 32;
-    int owner = r.owner, number = r.number;
-#pragma unroll
-    for (int j = 0; j < NT / 8; j++) {
-        if (j < d.groups) {
-            const int at = ((number * r.halves + r.half) * d.cluster + rank) * P + r.part;
-            remote_store(remote_address(base + d.at_sums + at * 512 + lane * 16, self + owner),
-                         &acc[4 * j], remote_address(bar.sums, self + owner));
-        }
-        if (++owner == d.cluster) owner = 0, number++;
-    }
-}
-
-// The sums of the first half of a block's inputs, to the CTA that has the second: [strip][group]
-// [lane][4].
-template <int NT>
-__device__ __forceinline__ uint32_t place_of_half(const division &d, uint32_t base) {
-    return base + d.at_half + threadIdx.x / 32 % 4 * (NT / 8 * 512) + threadIdx.x % 32 * 16;
-}
-template <int NT>
-__device__ __forceinline__ void send_half(const float (&acc)[NT / 2], const division &d,
-                                          const barriers &bar, uint32_t base, int to) {
-    const uint32_t at = place_of_half<NT>(d, base);
-#pragma unroll
-    for (int j = 0; j < NT / 8; j++)
-        if (j < d.groups)
-            remote_store(remote_address(at + j * 512, to), &acc[4 * j],
-                         remote_address(bar.half, to));
-}
-template <int NT>
-__device__ __forceinline__ void add_half(float (&acc)[NT / 2], const division &d,
-                                         const barriers &bar, uint32_t base) {
-    const uint32_t at = place_of_half<NT>(d, base);
-    barrier_wait(bar.half, 0);
-#pragma unroll
-    for (int j = 0; j < NT / 8; j++)
-        if (j < d.groups) {
-            const uint4 v = shared_u128(at + j * 512);
-            acc[4 * j] += __uint_as_float(v.x), acc[4 * j + 1] += __uint_as_float(v.y);
-            acc[4 * j + 2] += __uint_as_float(v.z), acc[4 * j + 3] += __uint_as_float(v.w);
-        }
-}
-
-__device__ __forceinline__ void add_up(float (&c)[4], uint32_t from, int senders) {
-    c[0] = c[1] = c[2] = c[3] = 0.f;
-#pragma unroll 4
-    for (int i = 0; i < senders; i++) {
-        const uint4 v = shared_u128(from + i * 512);
-        c[0] += __uint_as_float(v.x), c[1] += __uint_as_float(v.y);
-        c[2] += __uint_as_float(v.z), c[3] += __uint_as_float(v.w);
-    }
-}
+// --- Ends of tiles ------------------------------------------------------------------------------
 
 // Where the block of this warp goes; of a pair, that of gate.
-struct place_of_block {
-    int32_t block, col;
+struct target {
+    int32_t block, col; // col: of this lane's four outputs
     bool there;
 };
 template <int B>
-__device__ __forceinline__ place_of_block place_of(const linear_args &p, const division &d,
-                                                   const part &k, int tile) {
-    const int wg = threadIdx.x / 128 % B, strip = threadIdx.x / 32 % 4;
-    place_of_block at;
-    at.block = block_of<B>(p, d, k, tile, p.paired ? wg & ~1 : wg);
-    const int32_t half = !p.paired && at.block >= p.half_blocks ? 1 : 0;
-    const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
-    at.there = at.block < p.blocks && in_half < p.half_rows;
-    at.col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
-    return at;
+__device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
+    const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4;
+    const int32_t block = block_of<B>(p, d, tile, p.paired ? wg & ~1 : wg);
+    const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
+    return target{block, half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
+                  block < p.blocks && in_half < p.half_rows};
 }
 
-// The groups of this warp's row that this CTA finishes. Of a pair, the warps of gate and of up take
-// turns.
-template <typename T, int B, int P>
-__device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
-                                       const part &k, uint32_t base, int rank, int tile, int count,
-                                       const row_of_sums &r, float *turn) {
-    const place_of_block at = place_of<B>(p, d, k, tile);
-    linear_outputs o = {}, o_up = {};
-    if (at.there) o = linear_outputs_of<T>(p, 0, at.block, at.col);
-    if (at.there && p.paired)
-        o_up = linear_outputs_of<T>(p, 0, at.block + p.half_blocks, at.col + p.half_rows);
-    int j = rank - r.owner, number = r.number; // of the first group here
-    if (j < 0) j += d.cluster, number++;
-    barrier_wait(bar.sums, count % 2);
-    if (threadIdx.x == 0 && tile + d.stride <= k.last)
-        barrier_arrive_expect(bar.sums, d.sums[rank]);
-    if (!at.there) return;
-    for (; j < d.groups; j += d.cluster, number++) {
-        if ((number & (r.halves * P - 1)) != r.part * r.halves + r.half) continue;
-        const uint32_t from =
-            base + d.at_sums + threadIdx.x % 32 * 16 + number * r.halves * d.cluster * P * 512;
-        float c[4], up[4];
-        add_up(c, from, d.cluster * P);
-        if (p.paired) {
-            add_up(up, from + d.cluster * P * 512, d.cluster * P);
-            linear_emit<T, true>(p, 8 * j, p.m, at.col, c, up, o, o_up, turn);
-        } else {
-            linear_emit<T, false>(p, 8 * j, p.m, at.col, c, c, o, o, turn);
-        }
+// Where sums meet: [CTA][its first piece, its last][warp][group][lane][4].
+template <int NT, int B>
+__device__ __forceinline__ float4 *meeting(const linear_args &p, int cta, int last, int warp) {
+    return reinterpret_cast<float4 *>(p.sums) +
+           ((cta * 2 + last) * (4 * B) + warp) * (NT / 8 * 32) + threadIdx.x % 32;
+}
+__device__ __forceinline__ void put_meeting(float4 *at, const float *v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v[0]),
+                 "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+}
+__device__ __forceinline__ void get_meeting(float *v, const float4 *at) {
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "l"(at)
+                 : "memory");
+}
+__device__ __forceinline__ bool is_there(const float *v) {
+    return __float_as_uint(v[0]) && __float_as_uint(v[1]) && __float_as_uint(v[2]) &&
+           __float_as_uint(v[3]);
+}
+
+// The sums of a piece that are for others to finish: all where the CTA goes on to another tile.
+template <int NT, int B>
+__device__ __forceinline__ void send(const float (&acc)[NT / 2], const linear_args &p, int groups,
+                                     bool last, const sharers &by) {
+    const int own = (int)blockIdx.x - by.first, warp = threadIdx.x / 32;
+    float4 *to = meeting<NT, B>(p, blockIdx.x, last, warp);
+#pragma unroll
+    for (int j = 0; j < NT / 8; j++) {
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = acc[4 * j + i] == 0.f ? -0.f : acc[4 * j + i];
+        if (j < groups && !(last && (j & (by.finish - 1)) == own)) put_meeting(to + j * 32, v);
     }
 }
 
-// A tile that is nobody else's.
-template <typename T, int NT, int B>
-__device__ __forceinline__ void finish_alone(float (&acc)[NT / 2], const linear_args &p,
-                                             const division &d, const part &k, int tile,
-                                             float *turn) {
-    const place_of_block at = place_of<B>(p, d, k, tile);
-    if (!at.there) return;
-    const linear_outputs o = linear_outputs_of<T>(p, 0, at.block, at.col);
+// Groups `own`, own + among, .. of 8 rows of x, whose sums lie at acc of groups 0, among, .. Of
+// gate and up one warp finishes the first half, one the second, and each gives the other its sums.
+template <typename T, int NT>
+__device__ __forceinline__ void emit(const float (&acc)[NT / 2], const linear_args &p,
+                                     const target &to, int own, int among, float *turn,
+                                     uint32_t give) {
+    const linear_outputs o = linear_outputs_of<T>(p, 0, to.block, to.col);
+    if (!p.paired) {
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++)
-        if (8 * j < p.m)
-            linear_emit<T, false>(p, 8 * j, p.m, at.col, &acc[4 * j], &acc[4 * j], o, o, turn);
+        for (int j = 0; j < NT / 8; j++)
+            if ((j & (among - 1)) == 0 && 8 * (j + own) < p.m)
+                linear_emit<T, false>(p, 8 * (j + own), p.m, to.col, &acc[4 * j], &acc[4 * j], o, o,
+                                      turn);
+        return;
+    }
+    const linear_outputs up =
+        linear_outputs_of<T>(p, 0, to.block + p.half_blocks, to.col + p.half_rows);
+    const int warp = threadIdx.x / 32, half = warp / 4 % 2;
+    const uint32_t take = give + (half ? -4 : 4) * kGiveBytes;
+#pragma unroll
+    for (int j = 0; j < NT / 16; j++) {
+        if (j & (among - 1)) continue;
+        float gate[4], v[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            gate[e] = half ? acc[4 * j + NT / 4 + e] : acc[4 * j + e]; // or up
+            v[e] = half ? acc[4 * j + e] : acc[4 * j + NT / 4 + e];
+        }
+        const uint32_t turns = j / among % 2 * 512; // in turn: one barrier is enough
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(give + turns), "f"(v[0]),
+                     "f"(v[1]), "f"(v[2]), "f"(v[3])
+                     : "memory");
+        asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp / 8 * 4 + warp % 4) : "memory");
+        const uint4 got = shared_u128(take + turns);
+        const float w[4] = {__uint_as_float(got.x), __uint_as_float(got.y), __uint_as_float(got.z),
+                            __uint_as_float(got.w)};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            v[e] = half ? gate[e] : w[e];
+            gate[e] = half ? w[e] : gate[e];
+        }
+        const int m0 = 8 * (j + half * (NT / 16) + own);
+        if (m0 < p.m) linear_emit<T, true>(p, m0, p.m, to.col, gate, v, o, up, turn);
+    }
+}
+
+// Of a tile that S CTAs finish, this one's groups of rows: its number, S more, .. Sums of the first
+// S sharers take the places of those that have been sent: at acc of group j come those of group
+// j / S * S + own, from sharer j % S.
+template <typename T, int NT, int B>
+__device__ __forceinline__ void finish(float (&acc)[NT / 2], const linear_args &p,
+                                       const division &d, const target &to, const sharers &by,
+                                       float *turn, uint32_t give) {
+    const int warp = threadIdx.x / 32, among = by.finish - 1;
+    int own = (int)blockIdx.x - by.first;
+    if (own > among) return;
+    const auto place_of = [&](int j, int s) {
+        asm volatile("" : "+r"(own)); // lest all addresses be kept
+        return meeting<NT, B>(p, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
+    };
+    const auto wanted = [&](int j) { return (j & among) != own && (j & ~among) + own < d.groups; };
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            if (wanted(j)) get_meeting(&acc[4 * j], place_of(j, j & among));
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            if (wanted(j)) all = all && is_there(&acc[4 * j]);
+    } while (!all);
+#pragma unroll
+    for (int apart = 1; apart < 4; apart *= 2)
+        if (by.finish > apart)
+#pragma unroll
+            for (int e = 0; e < NT / 2; e++)
+                if (e / 4 % (2 * apart) == 0) acc[e] += acc[e + 4 * apart];
+#pragma unroll 1
+    for (int s = by.finish; s < by.n; s++)
+#pragma unroll
+        for (int j0 = 0; j0 < NT / 8; j0 += 4) {
+            float v[16];
+            do {
+                all = true;
+#pragma unroll
+                for (int j = j0; j < j0 + 4; j++)
+                    if ((j & among) == 0 && j + own < d.groups)
+                        get_meeting(&v[4 * (j - j0)], place_of(j, s));
+#pragma unroll
+                for (int j = j0; j < j0 + 4; j++)
+                    if ((j & among) == 0 && j + own < d.groups)
+                        all = all && is_there(&v[4 * (j - j0)]);
+            } while (!all);
+#pragma unroll
+            for (int e = 0; e < 16; e++)
+                if ((e / 4 & among) == 0) acc[4 * j0 + e] += v[e];
+        }
+    emit<T, NT>(acc, p, to, own, by.finish, turn, give);
+    for (int s = 0; s < by.n; s++)
+        for (int j = own; j < d.groups && s != own; j += by.finish)
+            meeting<NT, B>(p, by.first + s, s < by.ends, warp)[j * 32] =
+                make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-template <int B, int P>
-__device__ __forceinline__ void init(const barriers &bar, const division &d, int rank) {
+template <int B> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
     for (int i = 0; i < d.w_stages; i++) {
         barrier_init(bar.w.full + i * 8, 1);
-        barrier_init(bar.w.empty + i * 8, 4 * B * P);
+        barrier_init(bar.w.empty + i * 8, 4 * B);
     }
     for (int i = 0; i < d.x_stages; i++) {
         barrier_init(bar.x.full + i * 8, 1);
-        barrier_init(bar.x.empty + i * 8, 4 * B * P);
+        barrier_init(bar.x.empty + i * 8, 4 * B);
     }
-    barrier_init(bar.sums, 1);
-    barrier_init(bar.read, 4 * B * P * d.cluster);
-    if (d.meet) barrier_arrive_expect(bar.sums, d.sums[rank]);
-    barrier_init(bar.half, 1);
-    barrier_arrive_expect(bar.half, 4 * d.groups * 512);
     barrier_init_fence();
 }
 
-template <typename T, int F, int NT, int B, int P, int G>
-__global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
+template <typename T, int F, int NT, int B, int G>
+__global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
     linear_mid(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                const __grid_constant__ maps m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     extern __shared__ uint8_t shared[];
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base = shared_address(start);
-    // Of those that share a tile; where they begin in the cluster.
-    constexpr bool kShares = has_shares(F, B, P);
-    const int share = kShares ? d.share : 0;
-    const int rank = share ? 0 : cluster_rank(), self = kShares ? cluster_rank() - rank : 0;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of(d, base);
+    sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     launch_dependents();
-    if (threadIdx.x == 128 * B * P) {
+    if (threadIdx.x == 128 * B) {
         prefetch_map(&m.code);
         if (G) prefetch_map(&m.scale);
-        init<B, P>(bar, d, rank);
-    } else if (threadIdx.x == 128 * B * P + 32) {
+        init<B>(bar, d);
+    } else if (threadIdx.x == 128 * B + 32) {
         prefetch_map(&m.x);
+    } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
+        *by = sharers(d, p.paired);
     }
     __syncthreads();
-    cluster_arrive();
-    const part k = part_of(d, rank, share);
-    if (warp >= 4 * B * P) {
-        if (threadIdx.x == 128 * B * P)
-            load_weights<F, B, P, G>(p, d, m, bar.w, base, k);
-        else if (threadIdx.x == 128 * B * P + 32)
-            load_inputs<F, NT, B, P>(d, m, bar.x, base, k);
-        __syncwarp();
-        cluster_wait();
+    if (warp >= 4 * B) {
+        if (threadIdx.x == 128 * B)
+            load_weights<F, B, G>(p, d, m, bar.w, base);
+        else if (threadIdx.x == 128 * B + 32)
+            load_inputs<F, NT, B>(d, m, bar.x, base);
         return;
     }
     float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
-    multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
+    const uint32_t give = base + d.at_turn + 4 * B * LINEAR_STAGE_FLOATS * 4 + warp * kGiveBytes +
+                          threadIdx.x % 32 * 16;
+    multiplier<T, F, NT, B, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
+    place i(d);
     wait_for_previous();
-    int count = 0;
-    for (int at = k.first; at <= k.last; at += d.stride, count++) {
+    while (i.left > 0) {
+        const int steps = i.piece(d), tile = i.tile;
         float acc[NT / 2] = {};
-        const int v = at + (p.paired ? warp / 4 % B / 2 : warp / 4 % B);
-        const bool none = kShares && v > k.last;
-        const span all = span_of_tile(d, k, at), own = none ? span{} : span_of(d, k, v);
-        if (kShares) work.skip(none ? all.end - all.begin : own.begin - all.begin);
-        if (!none) work.tile(acc, own);
-        if (count == 0) cluster_wait(); // all barriers of the cluster are there
-        if (own.no_second) send_half<NT>(acc, d, bar, base, self + 1);
-        if (own.no_first) add_half<NT>(acc, d, bar, base);
-        if (kShares && !none) work.skip(all.end - own.end);
-        if (!d.meet) {
-            finish_alone<T, NT, B>(acc, p, d, k, at, turn);
+        work.tile(acc, steps);
+        i.next(d, steps);
+        const target to = target_of<B>(p, d, tile);
+        if (!to.there) continue;
+        if (steps == d.steps) {
+            emit<T, NT>(acc, p, to, 0, 1, turn, give);
             continue;
         }
-        const row_of_sums row = my_row<B>(p.paired, d);
-        if (count > 0) barrier_wait(bar.read, (count - 1) % 2);
-        send<NT, P>(acc, d, bar, base, rank, self, row);
-        finish<T, B, P>(p, d, bar, k, base, rank, at, count, row, turn);
-        __syncwarp();
-        if (at + d.stride <= k.last && threadIdx.x % 32 < d.cluster)
-            remote_arrive(remote_address(bar.read, self + threadIdx.x % 32));
+        send<NT, B>(acc, p, d.groups, i.left == 0, *by);
+        if (i.left > 0) continue;
+        finish<T, NT, B>(acc, p, d, to, *by, turn, give);
+        return;
     }
-    if (kShares && count == 0) cluster_wait();
 #endif
 }
 
 // --- Launch -------------------------------------------------------------------------------------
 
-__host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 : 226) * 1024; }
+__host__ __device__ constexpr int room(int blocks) { return (blocks == 2 ? 113 : 226) * 1024; }
 
-// About how many ns a problem takes: `rounds` tiles a cluster, of each a CTA multiplies so many
-// units of 64 rows of W. Measured on an H200 with W4. Of CTAs that have half an SM two find a
-// place there before other SMs are used. Sums and the ends of a tile come on top.
-template <int F, int NT, int B, int P> int64_t cost(const division &d, int rounds, int64_t units) {
-    constexpr bool half = B * P == 2;
-    int64_t unit = half ? NT == 64 ? 118 : 90 : NT == 64 ? 108 : 88;
+// About how many ns a problem takes of which a CTA multiplies so many units of 64 rows of W.
+// Measured on an H200 with W4.
+template <int F, int NT, int B> int64_t cost(int64_t units) {
+    int64_t unit = B == 2 ? NT == 64 ? 139 : 102 : NT == 64 ? 116 : 78;
     if (unit < 512 * linear_code_bits(F) / 30)
         unit = 512 * linear_code_bits(F) / 30; // 30 bytes a ns and SM
-    if (half) unit *= 2;
-    const int64_t meet = half ? NT == 64 ? 5000 : 4200 : NT == 64 ? 6500 : 5000;
-    return units * unit + rounds * (d.meet ? meet : 3000);
+    return units * unit + (B == 2 ? NT == 64 ? 5000 : 3800 : NT == 64 ? 7500 : 7800);
 }
 
-// Among clusters of `size`, at most `most` of them at once, or with `share` halves of blocks a CTA;
-// no stages when there is no room.
-template <int F, int NT, int B, int P, int G>
-division divide(const linear_args *a, int size, int most, int share) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+// Among n_sms CTAs; no stages when there is no room.
+template <int F, int NT, int B, int G> division divide(const linear_args *a, int n_sms) {
+    constexpr int U = step_units(F, B), code = B * U * 512 * linear_code_bits(F);
     division d = {};
-    d.cluster = size;
     d.per = a->paired ? B / 2 : B;
     d.all = a->paired ? a->half_blocks : a->blocks;
-    d.tiles = (d.all + d.per - 1) / d.per;
     d.steps = (a->units + U - 1) / U;
+    const int total = (d.all + d.per - 1) / d.per * d.steps, most = (total + n_sms - 1) / n_sms;
+    d.ctas = (total + most - 1) / most;
+    d.each = total / d.ctas;
+    d.more = total % d.ctas;
     d.x_whole = a->k % 64 == 0;
     d.x_rows = (a->m + 7) / 8 * 8;
-    d.share = share;
-    const int rounds = share ? (share + 2 * d.per - 1) / (2 * d.per) : (d.tiles + most - 1) / most;
-    d.clusters = share ? (2 * d.all + share - 1) / share : (d.tiles + rounds - 1) / rounds;
-    d.stride = share ? d.per : d.clusters * d.per;
-    d.meet = size > 1 || P > 1 || a->paired;
     d.groups = (a->m + 7) / 8;
-    d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
-    const int x_stage = x_units(F, NT, B, P) * NT * 128,
-              dealt = 4 * B / (a->paired ? 2 : 1) * d.groups, each = (dealt + size - 1) / size,
-              sums = d.meet ? each * (a->paired ? 2 : 1) * size * P * 512 : 0;
-    const int turn = 4 * B * P * LINEAR_STAGE_FLOATS * 4, bars = 2 * kStagesMost * 16 + 24;
-    const int half = share % 2 ? 4 * (NT / 8) * 512 : 0;
-    const int left = room(B * P) - 1024 - sums - half - turn - bars;
-    const int steps = (d.steps + size - 1) / size;
+    d.w_stage = (code + B * step_granules(F, B, G) * a->granule_bytes + 127) / 128 * 128;
+    const int x_stage = x_units(F, NT, B) * NT * 128;
+    const int turn = 4 * B * (LINEAR_STAGE_FLOATS * 4 + (a->paired ? kGiveBytes : 0));
+    const int bars = 2 * kStagesMost * 16 + 16, left = room(B) - 1024 - turn - bars;
     // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
     // further away.
-    constexpr int kBoxes = U / x_units(F, NT, B, P);
+    constexpr int kBoxes = U / x_units(F, NT, B);
     const int both = d.w_stage + kBoxes * x_stage;
-    d.x_stages = B * P == 2 ? left * 45 / 100 / x_stage : left / both * kBoxes;
+    d.x_stages = B == 2 ? left * 45 / 100 / x_stage : left / both * kBoxes;
     if (d.x_stages < 2) d.x_stages = 2;
     if (d.x_stages > 8) d.x_stages = 8;
     d.w_stages = (left - d.x_stages * x_stage) / d.w_stage;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
-    if (d.w_stages > rounds * steps) d.w_stages = rounds * steps;
+    if (d.w_stages > most) d.w_stages = most;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
-    if (B * P == 4 && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
+    if (B == 4 && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
     if (d.x_stages > 8) d.x_stages = 8;
-    for (int i = 0; i < dealt; i++) d.sums[i % size] += (a->paired ? 2 : 1) * size * P * 512;
     d.at_w = d.x_stages * x_stage;
-    d.at_sums = d.at_w + d.w_stages * d.w_stage;
-    d.at_half = d.at_sums + sums;
-    d.at_turn = d.at_half + half;
+    d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    const int64_t halves = share ? share : 2 * rounds * B;
-    d.cost = cost<F, NT, B, P>(d, rounds, steps * U * halves / 2);
-    if (share && (!has_shares(F, B, P) || a->paired || d.steps < 2 || d.w_stages < 2))
-        d.w_stages = 0;
+    d.cost = cost<F, NT, B>((int64_t)most * U * B);
     return d;
 }
 
@@ -700,9 +638,9 @@ status encode(CUtensorMap *map, const tensor &t) {
     return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map: error %d", (int)r);
 }
 
-template <int F, int NT, int B, int P, int G>
+template <int F, int NT, int B, int G>
 status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
-    constexpr int U = step_units(F, B, P), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
+    constexpr int U = step_units(F, B), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = a->paired ? B / 2 : B;
     const cuuint64_t block = (cuuint64_t)a->units * kRows * 2048;
@@ -721,7 +659,7 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                                4,
                                {granule / 8, (cuuint64_t)a->granules, blocks, halves},
                                {granule, granule * a->granules, granule * a->granules * blocks},
-                               {(cuuint32_t)granule / 8, step_granules(F, B, P, G), at_once,
+                               {(cuuint32_t)granule / 8, step_granules(F, B, G), at_once,
                                 (cuuint32_t)halves}}));
     const cuuint64_t row = (cuuint64_t)a->ldx * 2, rows = (cuuint64_t)a->m, k = (cuuint64_t)a->k;
     tensor x = {a->x,
@@ -730,100 +668,47 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                 3,
                 {64, rows, k / 64},
                 {row, 128},
-                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
+                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B)}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
 
-// One shape of tiles: how it would cut a problem, and its launch.
-template <typename T, int F, int NT, int B, int P, int G> struct tiles {
-    static cudaLaunchConfig_t config_of(cudaLaunchAttribute *with, int size) {
-        with[0].id = cudaLaunchAttributeClusterDimension;
-        with[0].val.clusterDim = {(unsigned)size, 1, 1};
-        with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        with[1].val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.blockDim = dim3(128 * B * P + 64);
-        config.attrs = with;
-        return config;
-    }
-
-    static inline int most[kClusterMost + 1]; // clusters that the GPU holds at once
-
-    // No stages in d when nothing fits.
-    static status plan(division *d, const linear_args *args, int32_t n_sms) {
-        const auto kernel = linear_mid<T, F, NT, B, P, G>;
-        cudaError_t e =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room(B * P));
-        *d = {};
-        for (int size = 1; size <= kClusterMost && e == cudaSuccess; size++) {
-            cudaLaunchAttribute with[2];
-            cudaLaunchConfig_t config = config_of(with, size);
-            config.gridDim = dim3((unsigned)(n_sms / size * size));
-            config.dynamicSmemBytes = room(B * P);
-            config.numAttrs = 1;
-            if (!most[size]) e = cudaOccupancyMaxActiveClusters(&most[size], kernel, &config);
-            if (e != cudaSuccess || !most[size]) break;
-            const division other = divide<F, NT, B, P, G>(args, size, most[size], 0);
-            if (size > other.steps) break;
-            if (other.w_stages && (!d->w_stages || other.cost < d->cost)) *d = other;
-        }
-        if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
-        return ST_OK;
-    }
-
-    static status run(const division &d, const linear_args *args, kernel_stream stream) {
+// Tiles of B blocks: how they would cut a problem, and their launch.
+template <typename T, int F, int NT, int B, int G> struct tiles {
+    static status run(const division &d, const linear_args *args, int32_t n_sms,
+                      kernel_stream stream) {
+        const auto kernel = linear_mid<T, F, NT, B, G>;
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
-        TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
-        cudaLaunchAttribute with[2];
-        const int size = d.share % 2 ? 2 : d.cluster;
-        cudaLaunchConfig_t config = config_of(with, size);
-        config.gridDim = dim3((unsigned)((d.clusters * d.cluster + size - 1) / size * size));
+        TRY((encode_all<F, NT, B, G>(&m, args, d, half_pair<T>::bf16)));
+        cudaLaunchAttribute with;
+        with.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        with.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        // With half an SM each there is one for every SM, so that the next launch's finds the other
+        // half free everywhere.
+        config.gridDim = dim3((unsigned)(B == 2 ? n_sms : d.ctas));
+        config.blockDim = dim3(128 * B + 64);
         config.dynamicSmemBytes = (size_t)d.bytes;
         config.stream = (cudaStream_t)stream;
-        config.numAttrs = 2;
-        const cudaError_t e =
-            cudaLaunchKernelEx(&config, linear_mid<T, F, NT, B, P, G>, *args, d, m);
+        config.attrs = &with;
+        config.numAttrs = 1;
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room(B));
+        if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
-
-    // Shares of at least so many halves, as few as all CTAs find a place with at once.
-    static status plan_shares(division *d, const linear_args *args, int32_t n_sms, int least) {
-        TRY(plan(d, args, n_sms));
-        for (int share = least;; share++) {
-            *d = divide<F, NT, B, P, G>(args, 1, 1, share);
-            if (d->clusters <= (share % 2 ? 2 * most[2] : most[1])) return ST_OK;
-        }
-    }
-
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-        division d;
-        TRY(plan(&d, args, n_sms));
-        return run(d, args, stream);
-    }
-    static status launch_shares(const linear_args *args, int32_t n_sms, int32_t,
-                                kernel_stream stream) {
-        division d;
-        TRY(plan_shares(&d, args, n_sms, 1));
-        return run(d, args, stream);
+        return run(divide<F, NT, B, G>(args, n_sms), args, n_sms, stream);
     }
 };
 
 template <typename T, int F, int NT, int G>
 status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-    using half = tiles<T, F, NT, 2, 1, G>;
-    using two = tiles<T, F, NT, 2, 2, G>;
-    using four = tiles<T, F, NT, 4, 1, G>;
-    division a, b, c, shares;
-    TRY(half::plan(&a, args, n_sms));
-    TRY(two::plan(&b, args, n_sms));
-    TRY(four::plan(&c, args, n_sms));
-    TRY(four::plan_shares(&shares, args, n_sms, 5)); // of fewer than three blocks warps are idle
-    if (shares.w_stages && (!c.w_stages || shares.cost < c.cost)) c = shares;
-    if (!a.w_stages || (c.w_stages && c.cost < a.cost && c.cost <= b.cost))
-        return four::run(c, args, stream);
-    return b.w_stages && b.cost < a.cost ? two::run(b, args, stream) : half::run(a, args, stream);
+    const division two = divide<F, NT, 2, G>(args, n_sms), four = divide<F, NT, 4, G>(args, n_sms);
+    if (four.w_stages && (!two.w_stages || four.cost <= two.cost))
+        return tiles<T, F, NT, 4, G>::run(four, args, n_sms, stream);
+    return tiles<T, F, NT, 2, G>::run(two, args, n_sms, stream);
 }
 
 #define T_F16  __half
@@ -832,10 +717,8 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT }
 #define ROWS(F, T, NT, G)                                                                          \
     ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
-        ROW("mid_" #NT "x2x1", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),          \
-        ROW("mid_" #NT "x2x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),          \
-        ROW("mid_" #NT "x4x1", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),          \
-        ROW("mid_" #NT "shares", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch_shares)),
+        ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, G>::launch)),               \
+        ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, G>::launch)),
 const linear_variant rows[] = {MID_INSTANCES(ROWS)};
 
 } // namespace
