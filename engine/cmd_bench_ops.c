@@ -88,6 +88,14 @@ static status permute_launch(const bench *b, void *in, void *out, void *other) {
                               b->c->top_k, b->stream);
 }
 
+static status sort_launch(const bench *b, void *in, void *out, void *other) {
+    (void)out;
+    (void)other;
+    return kernel_moe_sort(b->start, b->slot_row, b->row_token, b->expert, b->weight, in, b->t,
+                           b->c->n_experts, b->c->top_k, true, true, b->c->n_experts, DT_F32,
+                           b->stream);
+}
+
 static double combine_bytes(const bench *b) {
     return b->c->n_experts ? 2.0 * (double)(slots(b) + b->t) * b->c->dim : 0;
 }
@@ -106,8 +114,9 @@ static status draw_launch(const bench *b, void *in, void *out, void *other) {
 static const operation operations[] = {
     {"norm_add", norm_bytes, norm_launch},          {"rows", rows_bytes, rows_launch},
     {"gated", gated_bytes, gated_launch},           {"moe_route", route_bytes, route_launch},
-    {"moe_permute", permute_bytes, permute_launch}, {"moe_combine", combine_bytes, combine_launch},
-    {"draw_greedy", draw_bytes, draw_launch},       {"draw_top_p", draw_bytes, draw_launch},
+    {"moe_permute", permute_bytes, permute_launch}, {"moe_sort", route_bytes, sort_launch},
+    {"moe_combine", combine_bytes, combine_launch}, {"draw_greedy", draw_bytes, draw_launch},
+    {"draw_top_p", draw_bytes, draw_launch},
 };
 
 static int ascending(const void *a, const void *b) {

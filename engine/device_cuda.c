@@ -719,11 +719,9 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
     CHECK(top_k == c->config.top_k);
     if (cudev_replayed(c)) return ST_OK;
     const int64_t t = rows_of(c, logits);
-    TRY(kernel_moe_route(c->expert, c->expert_weight, logits.data, t, logits.cols, top_k,
-                         kind == ROUTE_TOPK_SOFTMAX, normalise, cudev_linear_rows(logits.cols),
-                         DT_F32, c->stream));
-    return kernel_moe_permute(c->expert_start, c->slot_row, c->row_token, c->expert, t, logits.cols,
-                              top_k, c->stream);
+    return kernel_moe_sort(c->expert_start, c->slot_row, c->row_token, c->expert, c->expert_weight,
+                           logits.data, t, logits.cols, top_k, kind == ROUTE_TOPK_SOFTMAX,
+                           normalise, cudev_linear_rows(logits.cols), DT_F32, c->stream);
 }
 
 /* The rest of a problem whose rows are those that moe_route found; of tokens where gathered. */

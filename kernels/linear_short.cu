@@ -83,7 +83,9 @@ struct division {
     int32_t w_stages, slot;       // of a warpgroup; bytes of one
     int32_t early;                // stages asked for before the launch before has ended, and x
     int32_t x_stages, x_again;    // stages of a part's x, when it stays
-    int32_t x_whole;              // K is a multiple of 64: x comes as boxes of several units
+    int32_t x_part;               // of experts: stages of x that a tile wants
+    int32_t chunk;   // of experts: tiles that a CTA takes at once, and the last one by one
+    int32_t x_whole; // K is a multiple of 64: x comes as boxes of several units
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
     int32_t beside;        // bytes from a block's codes in a stage to those of the tile's next
@@ -298,6 +300,7 @@ __host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows, bool expe
 
 // --- Multiplying --------------------------------------------------------------------------------
 
+// Of experts x comes by copies of threads: it is there when its sums are.
 template <typename T, int F, int NT, int G, bool kExperts = false> struct multiplier {
     static constexpr int U = step_units(F), bits = linear_code_bits(F), unit = 512 * bits,
                          R = NT / 2;
@@ -311,23 +314,25 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     place at;
     uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
     uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
+    int x_first = 0;                 // experts: stage of x of the tile's first step
     int at_scale;
 
     __device__ __forceinline__ void begin(uint32_t base) {
         constexpr int x_bytes = U * NT * 128;
         const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
-        const uint32_t codes = slots + (d.x_again ? x_bytes : 0) + own.half * d.beside;
+        const uint32_t codes = slots + (!kExperts && d.x_again ? x_bytes : 0) + own.half * d.beside;
         code = codes + strip * (unit / 4) + lane * 16;
         scale = codes + U * unit;
         at_scale = strip * 16 + lane / 4 * 2;
-        const uint32_t first = d.x_again ? slots : base + own.part * d.x_stages * x_bytes;
+        const uint32_t first =
+            !kExperts && d.x_again ? slots : base + own.part * d.x_stages * x_bytes;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
-        x_step = (d.x_again ? d.slot : x_bytes) >> 4;
+        x_step = (!kExperts && d.x_again ? d.slot : x_bytes) >> 4;
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
         full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
-        x_full = __shfl_sync(~0u, bar.of(own.x_group, kX), 0);
+        x_full = __shfl_sync(~0u, bar.of(own.x_group, kExperts ? kXSums : kX), 0);
         // Opaque, lest they be computed anew for every step.
         asm volatile(""
                      : "+r"(code), "+r"(scale), "+r"(at_scale), "+r"(x_sums), "+r"(full),
@@ -421,11 +426,13 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     }
 
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
-    // multiplied, while other warpgroups convert theirs. `first`: x may not have been waited for.
-    __device__ __forceinline__ void tile(float (&acc)[R], bool first, int step0, int step1) {
+    // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
+    // x_parity: of its barriers.
+    __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
+                                         int x_parity = 0) {
         constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
-        const bool leader = threadIdx.x % 32 == 0, fresh = first && !d.x_again;
+        const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
         uint4 chunk[2][bits / 4];
         float granule[kParts][R], of_x[NT / 4]; // sums
@@ -434,7 +441,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         if (step0 < step1) barrier_wait(full + at.stage * 8, at.parity);
         for (int i = 0; i < 2 && kAhead && step0 < step1; i++) load(chunk[i], i, code_at);
         for (int step = step0; step < step1; step++) {
-            const int index = d.x_again ? at.stage : step, stage = at.stage, parity = at.parity;
+            const int stage = at.stage, parity = at.parity;
+            const int index = d.x_again ? stage : kExperts ? x_first + step : step;
+            const int parity_x = d.x_again ? parity : x_parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT);
 #pragma unroll
@@ -445,7 +454,8 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     convert(a[i], chunk[i], scales, packed, u + i, scale_at);
                     pin(a[i]);
                 }
-                if (u == 0 && fresh) barrier_wait(x_full + index * 8, 0);
+                if (u == 0 && fresh && (kExperts || !d.x_again))
+                    barrier_wait(x_full + index * 8, parity_x);
                 group_fence();
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -465,9 +475,8 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 }
                 for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (kSums && u == 0 && (first || d.x_again))
-                    barrier_wait(x_full + (kXSums - kX) * kKind + index * 8,
-                                 d.x_again ? parity : 0);
+                if (kSums && !kExperts && u == 0 && (fresh || d.x_again))
+                    barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
                 if (kSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
                 if (!kSums) group_pin(acc);
@@ -763,82 +772,207 @@ __device__ __forceinline__ void fill_table(const linear_args &p, const division 
 }
 
 // Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
+// Those that share rows of x are neighbours.
 template <int NT>
-__device__ __forceinline__ target locate(const linear_args &p, const int32_t *table, int t) {
+__device__ __forceinline__ target locate(const linear_args &p, const division &d,
+                                         const int32_t *table, int t) {
     const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
     const int32_t *row = table + p.count + 1;
     int e = __popc(__ballot_sync(~0u, table[min(lane * each, p.count)] <= t)) - 1;
     e *= each;
     e += __popc(__ballot_sync(~0u, lane < each && table[min(e + lane, p.count)] <= t)) - 1;
-    const int32_t row0 = row[e], row1 = row[e + 1], tiles = (row1 - row0 + NT - 1) / NT;
-    t -= table[e];
-    const int32_t n = tiles == 1 ? t : t / tiles; // those that share weights are neighbours
-    const int32_t m0 = row0 + (t - n * tiles) * NT;
-    return {e, p.paired ? n : 2 * n, m0, min(row1, m0 + NT)};
+    // From one lane, so that the compiler knows it for uniform.
+    t = __shfl_sync(~0u, t - table[e], 0);
+    const int32_t m = t < d.tiles ? 0 : t / d.tiles, n = t - m * d.tiles;
+    const int32_t m0 = __shfl_sync(~0u, row[e], 0) + m * NT;
+    return {e, p.paired ? n : 2 * n, m0, min(__shfl_sync(~0u, row[e + 1], 0), m0 + NT)};
 }
 
 // Of the kernel for experts: two warpgroups that multiply, a warp that loads, one that helps. (With
 // one warp more a thread would have 80 registers instead of 96.)
-enum { kExpertsThreads = 2 * 128 + 2 * 32 };
+enum { kExpertsThreads = 2 * 128 + 2 * 32, kToldReaders = 8 + 1 };
 
-// All steps, by one warp: weights of both blocks of a tile, and rows of x to where the copy engine
+// Where x of a CTA's tiles lies: tiles of the same rows are neighbours and find it where it is, for
+// others it comes to the next stages. Where it finds no room as a whole (x_again) it comes with
+// every step, and its stages are those of W. A stage of x that is free when one of W is, which
+// comes with it, has been free as long: there are as many at least.
+struct x_place {
+    int first = 0, parity = 0; // stage of the first step
+    int32_t m0 = -1;           // whose
+    // For the next tile: has x to come?
+    __device__ __forceinline__ bool next(const division &d, int32_t m) {
+        if (m == m0 && !d.x_again) return false;
+        if (m0 >= 0 && (first += d.x_part) == d.x_stages) first = 0, parity ^= 1;
+        m0 = m;
+        return true;
+    }
+};
+
+// Where a CTA's tiles are told of, a few of them ahead: the loading warp takes them, some at once
+// while there are many and the last one by one, as it comes to need them, for CTAs are not equally
+// fast. (The CTAs of a cluster have every so-manyth.)
+enum { kTold = 4, kToldBytes = kTold * 32 };
+struct told_tiles {
+    uint32_t at; // kTold times: told, read, the tile (no rows: the end)
+    __device__ __forceinline__ void init() const {
+        for (int i = 0; i < kTold; i++) {
+            barrier_init(at + i * 32, 1);
+            barrier_init(at + i * 32 + 8, kToldReaders);
+        }
+    }
+    // By a warp.
+    __device__ __forceinline__ void tell(int count, const target &tile) const {
+        const uint32_t to = at + count % kTold * 32;
+        barrier_wait(to + 8, count / kTold % 2 ^ 1);
+        if (threadIdx.x % 32 == 0) {
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16),
+                         "r"(tile.expert), "r"(tile.block), "r"(tile.m0), "r"(tile.m_end)
+                         : "memory");
+            barrier_arrive(to);
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ target get(int count) const {
+        const uint32_t from = at + count % kTold * 32;
+        barrier_wait(from, count / kTold % 2);
+        const uint4 v = shared_u128(from + 16);
+        // From one lane, so that the compiler knows it for uniform.
+        const auto all = [](uint32_t of) { return (int32_t)__shfl_sync(~0u, of, 0); };
+        const target tile = {all(v.x), all(v.y), all(v.z), all(v.w)};
+        if (threadIdx.x % 32 == 0) barrier_arrive(from + 8);
+        return tile;
+    }
+};
+
+// What of `tiles` tiles a CTA takes. The counter is zero before and after each launch.
+struct taker {
+    const linear_args &p;
+    int tiles, ctas, chunk, chunks, all; // chunks: of several tiles; all: takes that find one
+    int t, end, taken;
+    __device__ __forceinline__ taker(const linear_args &p, const division &d, int tiles, int cta)
+        : p(p), tiles(tiles), ctas(d.clusters) {
+        chunk = tiles >= (d.chunk + 1) * ctas ? d.chunk : 1;
+        t = min(cta * chunk, tiles);
+        end = min(t + chunk, tiles);
+        chunks = max((tiles - ctas) / chunk - ctas, 0);
+        all = max(tiles - ctas * chunk - chunks * (chunk - 1), 0);
+    }
+    // By one lane, when the launch before has ended: for when those it has are used up.
+    __device__ __forceinline__ void ask() {
+        taken = atomicAdd(p.counters, 1);
+        if (taken == all + ctas - 1) *p.counters = 0; // every CTA asks until it finds nothing
+    }
+    __device__ __forceinline__ int next() {
+        if (++t < end) return t;
+        taken = __shfl_sync(~0u, taken, 0);
+        if (taken >= all) return -1;
+        t = ctas * chunk + (taken < chunks ? taken * chunk : taken + chunks * (chunk - 1));
+        end = t + (taken < chunks ? chunk : 1);
+        return t;
+    }
+};
+
+template <int NT>
+__device__ __forceinline__ target tile_of(const linear_args &p, const division &d, const duty &own,
+                                          const int32_t *table, const told_tiles &told, int count) {
+    if (d.cluster == 1) return told.get(count);
+    if (count >= own.tiles) return {};
+    return locate<NT>(p, d, table, own.tile0 + count * d.clusters);
+}
+
+// Weights of a step of both blocks of a tile, by one thread.
+template <int F, int G>
+__device__ __forceinline__ void load_blocks(const linear_args &p, const division &d,
+                                            const target &tile, int step, uint32_t to,
+                                            uint32_t there, uint64_t policy) {
+    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    const int other = min(tile.block + (p.paired ? p.half_blocks : 1), p.blocks - 1);
+    const uint8_t *code = p.code + tile.expert * p.code_bytes;
+    const uint8_t *scale = p.scale + tile.expert * p.scale_bytes;
+    barrier_arrive_expect(there, 2 * (U * unit + N * p.granule_bytes));
+    load_weights<F, G>(p, code, scale, tile.block, step, to, there, policy);
+    load_weights<F, G>(p, code, scale, other, step, to + d.beside, there, policy);
+}
+
+// A step of a tile's rows of x, by one warp whose lane i knows row i, to where the copy engine
 // would put them. Rows that a tile has not are whatever lay there: nobody looks at what they give.
+template <typename T, int F, int NT>
+__device__ __forceinline__ void load_rows(const linear_args &p, int32_t row, int rows, int step,
+                                          uint32_t to, uint32_t there) {
+    constexpr int U = step_units(F), lanes = 8 * U, at_once = 32 / lanes; // of a row; rows
+    const int lane = threadIdx.x % 32, in = lane % lanes;
+    const int k = step * U * 64 + in * 8, bytes = k < p.k ? 16 : 0;
+    const T *from = static_cast<const T *>(p.x) + min(k, p.k - 8);
+    to += in / 8 * (NT * 128);
+    for (int r0 = 0; r0 < rows; r0 += at_once) {
+        const int i = r0 + lane / lanes;
+        const int32_t x_row = __shfl_sync(~0u, row, i);
+        if (i < rows)
+            copy_some(to + i * 128 + ((in % 8 ^ i % 8) << 4), from + x_row * p.ldx, bytes);
+    }
+    barrier_arrive_copies(there);
+}
+
+// All steps, by one warp, which takes the tiles, too.
 template <typename T, int F, int NT, int G>
 __device__ __forceinline__ void load_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint32_t base, const duty &own,
-                                             const int32_t *table) {
-    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
-    constexpr int lanes = 8 * U, at_once = 32 / lanes; // of a row of x; rows
-    const int lane = threadIdx.x % 32, in = lane % lanes;
+                                             const int32_t *table, const told_tiles &told) {
+    const int lane = threadIdx.x % 32;
     const uint64_t policy = policy_evict_first();
     const uint32_t full = bar.of(0, kFull), empty = bar.of(0, kEmpty);
     const auto weights = [&](const target &tile, int step, int stage) {
-        const int other = min(tile.block + (p.paired ? p.half_blocks : 1), p.blocks - 1);
-        const uint8_t *code = p.code + tile.expert * p.code_bytes;
-        const uint8_t *scale = p.scale + tile.expert * p.scale_bytes;
-        const uint32_t to = base + stage * d.slot + U * NT * 128, there = full + stage * 8;
-        barrier_arrive_expect(there, 2 * (U * unit + N * p.granule_bytes));
-        load_weights<F, G>(p, code, scale, tile.block, step, to, there, policy);
-        load_weights<F, G>(p, code, scale, other, step, to + d.beside, there, policy);
+        load_blocks<F, G>(p, d, tile, own.begin + step, base + d.at_w + stage * d.slot,
+                          full + stage * 8, policy);
     };
-    const auto tile_of = [&](int count) {
-        return locate<NT>(p, table, own.tile0 + count * d.clusters);
-    };
-    if (own.tiles == 0) return;
     const auto row_of = [&](const target &tile) { // of x, by lane
         const int32_t r = min(tile.m0 + lane, tile.m_end - 1);
         return p.x_row ? __ldcg(p.x_row + r) : r;
     };
-    target tile = tile_of(0), next = tile;
-    const int early = min(own.steps, d.w_stages); // steps whose weights wait for no kernel
-    if (lane == 0)
-        for (int i = 0; i < early; i++) weights(tile, own.begin + i, i);
+    taker take(p, d, table[p.count], own.tile0);
+    int t;
+    if (d.cluster > 1)
+        t = own.tiles > 0 && own.steps > 0 ? own.tile0 : -1;
+    else
+        t = take.t < take.end ? take.t : -1;
+    target tile, next = {};
+    if (t >= 0) next = locate<NT>(p, d, table, t);
+    if (d.cluster == 1) told.tell(0, next);
+    // Steps whose weights wait for no kernel. Where the routing was waited for they come with x.
+    const int early = p.routed ? min(own.steps, d.w_stages) : 0;
+    if (lane == 0 && next.m_end > 0)
+        for (int i = 0; i < early; i++) weights(next, i, i);
     wait_for_previous();
     place at;
-    int32_t row_next = row_of(tile);
-    for (int count = 0; count < own.tiles; count++) {
+    x_place x;
+    int32_t row_next = 0;
+    if (next.m_end > 0)
+        row_next = row_of(next);
+    else if (lane == 0 && d.cluster == 1)
+        take.ask();
+    for (int count = 0; next.m_end > 0; count++) {
         const int32_t row = row_next;
         tile = next;
-        if (count + 1 < own.tiles) {
-            next = tile_of(count + 1);
-            row_next = row_of(next);
-        }
-        const int rows = tile.m_end - tile.m0;
+        if (lane == 0 && d.cluster == 1 && take.t + 1 == take.end) take.ask();
+        const bool fresh = x.next(d, tile.m0);
         for (int step = 0; step < own.steps; step++, at.next(d.w_stages)) {
-            const int k = (own.begin + step) * U * 64 + in * 8, bytes = k < p.k ? 16 : 0;
-            const T *from = static_cast<const T *>(p.x) + min(k, p.k - 8);
-            const uint32_t to = base + at.stage * d.slot + in / 8 * (NT * 128);
-            barrier_wait(empty + at.stage * 8, at.parity ^ 1);
-            if (lane == 0 && (count > 0 || step >= early))
-                weights(tile, own.begin + step, at.stage);
-            __syncwarp();
-            for (int r0 = 0; r0 < rows; r0 += at_once) {
-                const int i = r0 + lane / lanes;
-                const int32_t x_row = __shfl_sync(~0u, row, i);
-                if (i < rows)
-                    copy_some(to + i * 128 + ((in % 8 ^ i % 8) << 4), from + x_row * p.ldx, bytes);
+            if (step == max(own.steps - 2, 0)) { // time to know what is next
+                t = d.cluster == 1                ? take.next()
+                    : t + d.clusters < take.tiles ? t + d.clusters
+                                                  : -1;
+                next = {};
+                if (t >= 0) next = locate<NT>(p, d, table, t);
+                if (d.cluster == 1) told.tell(count + 1, next);
+                if (next.m_end > 0) row_next = row_of(next);
             }
-            barrier_arrive_copies(bar.of(0, kX) + at.stage * 8);
+            barrier_wait(empty + at.stage * 8, at.parity ^ 1);
+            if (lane == 0 && (count > 0 || step >= early)) weights(tile, step, at.stage);
+            __syncwarp();
+            const int stage = d.x_again ? at.stage : x.first + step;
+            if (fresh)
+                load_rows<T, F, NT>(p, row, tile.m_end - tile.m0, own.begin + step,
+                                    base + stage * (step_units(F) * NT * 128),
+                                    bar.of(0, kX) + stage * 8);
         }
     }
 }
@@ -849,30 +983,36 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
 template <typename T, int F, int NT, int G>
 __device__ __forceinline__ void help_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint8_t *shared, const duty &own,
-                                             const int32_t *table) {
+                                             const int32_t *table, const told_tiles &told) {
     constexpr int bytes = x_sums_bytes(F, G, NT, true);
     const uint32_t base = shared_address(shared);
     place at;
-    for (int count = 0; count < own.tiles; count++)
+    x_place x;
+    for (int count = 0;; count++) {
+        const target tile = tile_of<NT>(p, d, own, table, told, count);
+        if (tile.m_end == 0) break;
+        const bool fresh = x.next(d, tile.m0);
         for (int step = 0; step <= own.steps; step++) {
             // Two steps in which those that multiply need no help.
             if (step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
-                const target done = locate<NT>(p, table, own.tile0 + (count - 1) * d.clusters);
+                const target done = locate<NT>(p, d, table, own.tile0 + (count - 1) * d.clusters);
                 for (int local = 0; local < 1 << chunks<NT>(d).per; local++)
                     finish<T, NT>(p, d, bar, shared, own.rank, done, count - 1,
                                   count + 1 < own.tiles, local, kWhole);
             }
             if (step == own.steps) continue;
-            barrier_wait(bar.of(0, kX) + at.stage * 8, at.parity);
-            proxy_fence();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(bar.of(0, kFull) + at.stage * 8);
-            if (on_sums(F, G, true)) {
-                sum_x<T, NT, G>(base + at.stage * d.slot, base + d.at_x_sums + at.stage * bytes);
-                barrier_arrive(bar.of(0, kXSums) + at.stage * 8); // every lane
-            }
+            const int stage = d.x_again ? at.stage : x.first + step;
+            const int parity = d.x_again ? at.parity : x.parity;
             at.next(d.w_stages);
+            if (!fresh) continue;
+            barrier_wait(bar.of(0, kX) + stage * 8, parity);
+            proxy_fence();
+            if (on_sums(F, G, true))
+                sum_x<T, NT, G>(base + stage * (step_units(F) * NT * 128),
+                                base + d.at_x_sums + stage * bytes);
+            barrier_arrive(bar.of(0, kXSums) + stage * 8); // every lane
         }
+    }
 }
 
 // An 8 x 8 matrix of 16 bits across a warp, turned.
@@ -894,7 +1034,8 @@ template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, flo
 template <typename T, int NT>
 __device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const linear_args &p,
                                            const target &tile, int half, uint32_t place) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strip = warp % 4, g = lane / 4;
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
     const int block = tile.block + half * (p.paired ? p.half_blocks : 1);
     const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
     const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
@@ -953,20 +1094,57 @@ __device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const lin
     }
 }
 
-// Tiles of two blocks (of gate and up one each), a warpgroup's each, with x for both; clusters take
-// them in turn, their CTAs a part of K each. The routing that a kernel before the one before has
-// written is read at once, and weights asked for; for the next launch to do so, too, it may begin
-// when this one's kernel before has ended.
+// What the warps that multiply do.
+template <typename T, int F, int NT, int G>
+__device__ __forceinline__ void
+multiply_experts(const linear_args &p, const division &d, const barriers &bar, uint8_t *shared,
+                 const duty &own, const int32_t *table, const told_tiles &told) {
+    const uint32_t base = shared_address(shared);
+    multiplier<T, F, NT, G, true> work = {p, d, bar, own};
+    work.begin(base);
+    wait_for_previous();
+    cluster_wait(); // all barriers of the cluster are there
+    x_place x;
+    for (int count = 0;; count++) {
+        const target tile = tile_of<NT>(p, d, own, table, told, count);
+        if (tile.m_end == 0) break;
+        float acc[NT / 2] = {};
+        const bool fresh = x.next(d, tile.m0);
+        work.x_first = x.first;
+        work.tile(acc, fresh, 0, own.steps, x.parity);
+#pragma unroll
+        for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
+        if (d.cluster == 1) {
+            finish_own<T, NT>(acc, p, tile, own.half, base + d.at_sums + count % 2 * d.sums_bytes);
+            continue;
+        }
+        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
+        send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+    }
+    if (own.tiles > 0 && d.cluster > 1)
+        finish<T, NT>(p, d, bar, shared, own.rank,
+                      locate<NT>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters),
+                      own.tiles - 1, false, threadIdx.x / 32, kWhole);
+}
+
+// Tiles of two blocks (of gate and up one each), a warpgroup's each, with x for both. Where tiles
+// are few the CTAs of a cluster share them, with a part of K each. The routing that a kernel before
+// the one before has written is read at once, and weights asked for; for the next launch to do so,
+// too, it may begin when this one's kernel before has ended.
 template <typename T, int F, int NT, int G>
 __global__ void __launch_bounds__(kExpertsThreads, 2)
     linear_experts(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t base = shared_address(shared), at = base + d.at_bars;
-    int32_t *table = reinterpret_cast<int32_t *>(shared + d.at_bars + bars_bytes(1));
+    int32_t *table = reinterpret_cast<int32_t *>(shared + d.at_bars + bars_bytes(1) + kToldBytes);
+    const told_tiles told = {at + bars_bytes(1)};
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
-    if (threadIdx.x == 256) init<NT, 1>(bar, d, 1 + 1, 8, 32);
+    if (threadIdx.x == 256) {
+        told.init();
+        init<NT, 1>(bar, d, 1, 8, 32);
+    }
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
     cluster_arrive();
@@ -976,36 +1154,16 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
         wait_for_previous();
         launch_dependents();
         cluster_wait();
-        help_experts<T, F, NT, G>(p, d, bar, shared, own, table);
+        help_experts<T, F, NT, G>(p, d, bar, shared, own, table, told);
         return;
     }
     if (warp == 8) {
-        load_experts<T, F, NT, G>(p, d, bar, base, own, table);
+        load_experts<T, F, NT, G>(p, d, bar, base, own, table, told);
         cluster_wait();
         return;
     }
     own.half = warp / 4;
-    multiplier<T, F, NT, G, true> work = {p, d, bar, own};
-    work.begin(base);
-    wait_for_previous();
-    cluster_wait(); // all barriers of the cluster are there
-    for (int count = 0; count < own.tiles; count++) {
-        float acc[NT / 2] = {};
-        work.tile(acc, count == 0, 0, own.steps);
-#pragma unroll
-        for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        if (d.cluster == 1) {
-            finish_own<T, NT>(acc, p, locate<NT>(p, table, own.tile0 + count * d.clusters),
-                              own.half, base + d.at_sums + count % 2 * d.sums_bytes);
-            continue;
-        }
-        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
-    }
-    if (own.tiles > 0 && d.cluster > 1)
-        finish<T, NT>(p, d, bar, shared, own.rank,
-                      locate<NT>(p, table, own.tile0 + (own.tiles - 1) * d.clusters), own.tiles - 1,
-                      false, warp, kWhole);
+    multiply_experts<T, F, NT, G>(p, d, bar, shared, own, table, told);
 #endif
 }
 
@@ -1170,7 +1328,7 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
             cudaLaunchAttribute with[2];
             cudaLaunchConfig_t config = config_of(with, c);
             config.numAttrs = 1;
-            for (int two = 0; two < (P == 2 ? 2 : 1) && e == cudaSuccess; two++) {
+            for (int two = 0; two < 2 && e == cudaSuccess; two++) {
                 config.gridDim = dim3((unsigned)((1 + two) * n_sms / c * c));
                 config.dynamicSmemBytes = two ? kHalf : kRoom;
                 if (!most[two][i])
@@ -1231,7 +1389,8 @@ template <typename T, int F, int NT, int G> struct experts {
     // Among `most` clusters of c CTAs; about `tiles` tiles.
     static division divide(const linear_args *a, int c, int most, live how, int tiles) {
         constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
-        const int x_sum = x_sums_bytes(F, G, NT, true), table = (a->count + 1) * 8;
+        const int x_sum = x_sums_bytes(F, G, NT, true);
+        const int table = kToldBytes + (a->count + 1) * 8;
         division d = {};
         d.cluster = c;
         d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : 2;
@@ -1243,14 +1402,23 @@ template <typename T, int F, int NT, int G> struct experts {
         d.senders = c;
         d.senders_log = d.cluster_log;
         d.sums_bytes = c == 1 ? NT * 256 : 512 * d.halves * d.senders << chunks<NT>(d).per;
-        d.x_again = 1;
         d.beside = (U * unit + step_granules(F, G) * a->granule_bytes + 127) / 128 * 128;
-        d.slot = (x_stage + 2 * d.beside + 1023) / 1024 * 1024;
+        d.slot = 2 * d.beside;
         const int left = kHalf - bars_bytes(1) - table - 2 * d.sums_bytes;
-        d.w_stages = min(left / (d.slot + x_sum), (int)kStagesMost);
-        d.at_sums = d.w_stages * d.slot;
+        d.x_part = (d.steps + c - 1) / c;
+        const int turns = d.x_part < 4 ? 2 : 1, steps_least = max(d.steps / c, 1);
+        d.x_stages = turns * d.x_part;
+        d.w_stages = min((left - d.x_stages * (x_stage + x_sum)) / d.slot, turns * steps_least);
+        if (d.w_stages < min(3, turns * steps_least) || d.x_stages > kStagesMost) {
+            d.x_again = 1;
+            d.w_stages = min(left / (d.slot + x_stage + x_sum), (int)kStagesMost);
+            d.x_stages = d.w_stages;
+        }
+        d.chunk = d.x_again ? 1 : 2;
+        d.at_w = d.x_stages * x_stage;
+        d.at_sums = d.at_w + d.w_stages * d.slot;
         d.at_x_sums = d.at_sums + 2 * d.sums_bytes;
-        d.at_bars = d.at_x_sums + d.w_stages * x_sum;
+        d.at_bars = d.at_x_sums + d.x_stages * x_sum;
         d.bytes = d.at_bars + bars_bytes(1) + table;
         if (how == kBeside && a->apart && d.bytes < kApart) d.bytes = kApart;
         // About how many ns, but for what all have in common; steps and tiles as timed on an H200.

@@ -4,6 +4,7 @@
 // permute is a counting sort in which every expert's block counts for itself: it reads all slots
 // twice (how many go to lower experts, then the rank of each of its own), which is X times as many
 // reads as need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
+// Of few tokens one block does both.
 #include "moe.h"
 #include "traits.cuh"
 
@@ -13,8 +14,8 @@
 namespace {
 
 constexpr int kWarpsPerBlock = 4; // of route
-constexpr int kPerLane = MOE_EXPERTS_MAX / 32;
-constexpr int kThreads = 512; // of permute
+constexpr int kThreads = 512;     // of permute, and of both at once: one an expert there
+constexpr int kFewTokens = 8;     // more of them are faster in two launches
 constexpr int kCombineThreads = 128;
 
 // The better of two experts: the larger logit, then the lower number. -1 is none.
@@ -22,19 +23,17 @@ __device__ __forceinline__ bool better(float a, int ea, float b, int eb) {
     return eb < 0 || (ea >= 0 && (a > b || (a == b && ea < eb)));
 }
 
-template <typename T>
-__global__ void __launch_bounds__(32 * kWarpsPerBlock)
-    route(int32_t *expert, float *weight, const T *logits, int64_t t, int n_experts, int top_k,
-          bool over_chosen, bool normalise, int64_t stride) {
-    const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
-    const int lane = (int)threadIdx.x;
-    if (token >= t) return;
-    follow_previous();
-    float x[kPerLane]; // expert i * 32 + lane
+// Of a token, by a warp: lane j < top_k gets the j-th best of up to 32 kPer experts and its weight.
+template <typename T, int kPer>
+__device__ __forceinline__ void route_token(int &expert, float &weight, const T *logits,
+                                            int n_experts, int top_k, bool over_chosen,
+                                            bool normalise) {
+    const int lane = (int)threadIdx.x % 32;
+    float x[kPer]; // expert i * 32 + lane
 #pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
+    for (int i = 0; i < kPer; i++) {
         const int e = i * 32 + lane;
-        x[i] = e < n_experts ? to_f32(logits[token * stride + e]) : -INFINITY;
+        x[i] = e < n_experts ? to_f32(logits[e]) : -INFINITY;
         if (isnan(x[i])) x[i] = -INFINITY;
     }
     uint32_t taken = 0;                      // bit i: expert i * 32 + lane is chosen
@@ -44,7 +43,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
         float best = -INFINITY;
         int at = -1;
 #pragma unroll
-        for (int i = 0; i < kPerLane; i++) {
+        for (int i = 0; i < kPer; i++) {
             const int e = i * 32 + lane;
             if (e < n_experts && !(taken >> i & 1) && better(x[i], e, best, at)) {
                 best = x[i];
@@ -72,13 +71,28 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
     if (!over_chosen && !normalise) {
         float all = 0.f;
 #pragma unroll
-        for (int i = 0; i < kPerLane; i++)
+        for (int i = 0; i < kPer; i++)
             if (i * 32 + lane < n_experts) all += expf(x[i] - largest);
         sum = warp_sum(all);
     }
+    expert = chosen_expert;
+    weight = e_chosen / sum;
+}
+
+template <typename T, int kPer>
+__global__ void __launch_bounds__(32 * kWarpsPerBlock)
+    route(int32_t *expert, float *weight, const T *logits, int64_t t, int n_experts, int top_k,
+          bool over_chosen, bool normalise, int64_t stride) {
+    const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
+    const int lane = (int)threadIdx.x;
+    if (token >= t) return;
+    follow_previous();
+    int e;
+    float w;
+    route_token<T, kPer>(e, w, logits + token * stride, n_experts, top_k, over_chosen, normalise);
     if (lane < top_k) {
-        expert[token * top_k + lane] = chosen_expert;
-        weight[token * top_k + lane] = e_chosen / sum;
+        expert[token * top_k + lane] = e;
+        weight[token * top_k + lane] = w;
     }
 }
 
@@ -124,6 +138,60 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Route and permute of at most kFewTokens tokens and kThreads slots.
+template <typename T, int kPer>
+__global__ void __launch_bounds__(kThreads)
+    route_few(int32_t *expert_start, int32_t *slot_row, int32_t *row_token, int32_t *expert,
+              float *weight, const T *logits, int t, int n_experts, int top_k, bool over_chosen,
+              bool normalise, int64_t stride) {
+    constexpr int kWarps = kThreads / 32;
+    __shared__ int16_t count[kWarps][MOE_EXPERTS_MAX]; // of an expert's among 32 slots
+    __shared__ int slot_expert[kThreads], start[MOE_EXPERTS_MAX], sums[kWarps];
+    const int s = (int)threadIdx.x, lane = s % 32, warp = s / 32, n_slots = t * top_k;
+    for (int i = 0; i * 32 < n_slots; i++) count[i][s] = 0;
+    follow_previous();
+    for (int token = warp; token < t; token += kWarps) {
+        int e;
+        float w;
+        route_token<T, kPer>(e, w, logits + token * stride, n_experts, top_k, over_chosen,
+                             normalise);
+        if (lane >= top_k) continue;
+        slot_expert[token * top_k + lane] = e;
+        expert[token * top_k + lane] = e;
+        weight[token * top_k + lane] = w;
+    }
+    __syncthreads();
+    const int mine = s < n_slots ? slot_expert[s] : -1;
+    const unsigned same = __match_any_sync(~0u, mine);
+    const int before = __popc(same & ((1u << lane) - 1)); // among the slots of this warp
+    if (mine >= 0 && before == 0) count[warp][mine] = (int16_t)__popc(same);
+    __syncthreads();
+    int all = 0; // of expert s; count becomes how many come in the warps before
+    for (int i = 0; i * 32 < n_slots; i++) {
+        const int16_t n = count[i][s];
+        count[i][s] = (int16_t)all;
+        all += n;
+    }
+    int end = all;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int up = __shfl_up_sync(~0u, end, d);
+        if (lane >= d) end += up;
+    }
+    if (lane == 31) sums[warp] = end;
+    __syncthreads();
+    for (int i = 0; i < warp; i++) end += sums[i];
+    start[s] = end - all;
+    if (s < n_experts) expert_start[s] = end - all;
+    if (s == n_experts - 1) expert_start[n_experts] = n_slots;
+    __syncthreads();
+    if (mine < 0) return;
+    const int row = start[mine] + count[warp][mine] + before;
+    slot_row[s] = row;
+    row_token[row] = s / top_k;
+}
+static_assert(kThreads >= MOE_EXPERTS_MAX, "a thread an expert");
+
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine(T *out, const T *y, const float *weight, const int32_t *slot_row, int top_k, int dim) {
@@ -146,13 +214,18 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 } // namespace
 
+static status check_route(int64_t t, int32_t n_experts, int32_t top_k, int64_t stride) {
+    if (t < 0 || n_experts < 1 || n_experts > MOE_EXPERTS_MAX || top_k < 1 || top_k > n_experts ||
+        top_k > MOE_TOP_K_MAX || stride < n_experts)
+        return FAIL(ST_SHAPE, "route: %d of %d experts", top_k, n_experts);
+    return ST_OK;
+}
+
 extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int64_t t,
                                    int32_t n_experts, int32_t top_k, bool over_chosen,
                                    bool normalise, int64_t stride, dtype type,
                                    kernel_stream stream) {
-    if (t < 0 || n_experts < 1 || n_experts > MOE_EXPERTS_MAX || top_k < 1 || top_k > n_experts ||
-        top_k > MOE_TOP_K_MAX || stride < n_experts)
-        return FAIL(ST_SHAPE, "route: %d of %d experts", top_k, n_experts);
+    TRY(check_route(t, n_experts, top_k, stride));
     if (t == 0) return ST_OK;
     const dim3 block(32, kWarpsPerBlock);
     const unsigned grid = (unsigned)div_up(t, kWarpsPerBlock);
@@ -160,7 +233,8 @@ extern "C" status kernel_moe_route(int32_t *expert, float *weight, const void *l
 #define X(name)                                                                                    \
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
-        return launch_early("moe_route", route<T>, grid, block, stream, expert, weight,            \
+        const auto kernel = n_experts <= 128 ? route<T, 4> : route<T, MOE_EXPERTS_MAX / 32>;       \
+        return launch_early("moe_route", kernel, grid, block, stream, expert, weight,              \
                             static_cast<const T *>(logits), t, n_experts, top_k, over_chosen,      \
                             normalise, stride);                                                    \
     }
@@ -179,6 +253,35 @@ extern "C" status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, i
     if (t == 0) return ST_OK;
     return launch_early("moe_permute", permute, (unsigned)n_experts, kThreads, stream, expert_start,
                         slot_row, row_token, expert, (int)(t * top_k), top_k);
+}
+
+extern "C" status kernel_moe_sort(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
+                                  int32_t *expert, float *weight, const void *logits, int64_t t,
+                                  int32_t n_experts, int32_t top_k, bool over_chosen,
+                                  bool normalise, int64_t stride, dtype type,
+                                  kernel_stream stream) {
+    TRY(check_route(t, n_experts, top_k, stride));
+    if (t == 0) return ST_OK;
+    if (t > kFewTokens || t * top_k > kThreads) {
+        TRY(kernel_moe_route(expert, weight, logits, t, n_experts, top_k, over_chosen, normalise,
+                             stride, type, stream));
+        return kernel_moe_permute(expert_start, slot_row, row_token, expert, t, n_experts, top_k,
+                                  stream);
+    }
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name: {                                                                              \
+        using T = typename element<DT_##name>::type;                                               \
+        const auto kernel =                                                                        \
+            n_experts <= 128 ? route_few<T, 4> : route_few<T, MOE_EXPERTS_MAX / 32>;               \
+        return launch_early("moe_sort", kernel, 1, kThreads, stream, expert_start, slot_row,       \
+                            row_token, expert, weight, static_cast<const T *>(logits), (int)t,     \
+                            n_experts, top_k, over_chosen, normalise, stride);                     \
+    }
+        ROUTE_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "route: logits of %s", dtype_text(type));
+    }
 }
 
 extern "C" status kernel_moe_combine(void *out, const void *y, const float *weight,

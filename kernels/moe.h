@@ -32,6 +32,12 @@ status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row
                           const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k,
                           kernel_stream stream);
 
+/* Both, in one launch where tokens are few. */
+status kernel_moe_sort(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
+                       int32_t *expert, float *weight, const void *logits, int64_t t,
+                       int32_t n_experts, int32_t top_k, bool over_chosen, bool normalise,
+                       int64_t stride, dtype type, kernel_stream stream);
+
 /* out[i] = sum over j < top_k of weight[i, j] y[slot_row[i, j]], in f32 in that order, rounded
  * once.
  *

@@ -360,7 +360,9 @@ static void test_gated(void **state) {
 
 /* --- Mixture of experts --------------------------------------------------------------------- */
 
-static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool normalise) {
+/* at_once: by kernel_moe_sort, else by route and permute. */
+static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool normalise,
+                     bool at_once) {
     const int64_t slots = t * k;
     enum { DIM = 72 };
     float *logits = normals(t * x, 2, 7), *w = host((size_t)slots, 4),
@@ -373,8 +375,13 @@ static void moe_case(int64_t t, int32_t x, int32_t k, bool over_chosen, bool nor
     void *dl = dev_copy(logits, (size_t)(t * x) * 4), *de = dev((size_t)slots * 4);
     void *dw = dev((size_t)slots * 4), *ds = dev((size_t)(x + 1) * 4), *dr = dev((size_t)slots * 4);
     void *dt = dev((size_t)slots * 4);
-    assert_ok(kernel_moe_route(de, dw, dl, t, x, k, over_chosen, normalise, x, DT_F32, NULL));
-    assert_ok(kernel_moe_permute(ds, dr, dt, de, t, x, k, NULL));
+    if (at_once) {
+        assert_ok(kernel_moe_sort(ds, dr, dt, de, dw, dl, t, x, k, over_chosen, normalise, x,
+                                  DT_F32, NULL));
+    } else {
+        assert_ok(kernel_moe_route(de, dw, dl, t, x, k, over_chosen, normalise, x, DT_F32, NULL));
+        assert_ok(kernel_moe_permute(ds, dr, dt, de, t, x, k, NULL));
+    }
     ref_moe_route(e, w, logits, t, x, k, over_chosen, normalise);
     ref_moe_permute(start, row, token, e, t, x, k);
     fetch(got, de, (size_t)slots * 4);
@@ -417,10 +424,12 @@ static void test_moe(void **state) {
     (void)state;
     static const int32_t shape[][2] = {{1, 1},  {4, 2},   {8, 2},   {32, 4},
                                        {33, 8}, {128, 8}, {512, 32}};
-    static const int64_t t[] = {1, 7, 64, 513, 3000};
+    static const int64_t t[] = {1, 7, 17, 32, 64, 513, 3000};
     for (int i = 0; i < COUNT_OF(shape); i++)
         for (int j = 0; j < COUNT_OF(t); j++)
-            moe_case(t[j], shape[i][0], shape[i][1], (i + j) % 2 == 0, (i + j) % 3 == 0);
+            for (int at_once = 0; at_once < 2; at_once++)
+                moe_case(t[j], shape[i][0], shape[i][1], (i + j) % 2 == 0, (i + j) % 3 == 0,
+                         at_once);
     assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 8, 9, true, true, 8, DT_F32, NULL),
                   ST_SHAPE);
     assert_status(kernel_moe_route(NULL, NULL, NULL, 1, 513, 9, true, true, 513, DT_F32, NULL),
