@@ -117,6 +117,7 @@ const preference preferences[] = {
     {90, 8, 62, "hopper_8x2"},
     {90, 16, 62, "hopper_16x1"},
     {90, 16, 62, "hopper_16x2"},
+    {90, 32, 26, "short_32"},
     {90, 32, 62, "mid_32"},
     {90, 32, 62, "words_32"},
     {90, 32, 62, "hopper_32x2"},

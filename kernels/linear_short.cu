@@ -32,7 +32,8 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// The explicit list: format, type, x rows (NT), scale granule (0: none).
+// The explicit lists: format, type, x rows (NT), scale granule (0: none). Of 32 rows where that is
+// faster than linear_mid.cu, and not for experts.
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
 #define SHORT_TYPES(X, F, G)   SHORT_ROWS(X, F, F16, G) SHORT_ROWS(X, F, BF16, G)
 #ifndef SHORT_INSTANCES
@@ -47,6 +48,13 @@
     SHORT_TYPES(X, FP8B, 128)                                                                      \
     SHORT_TYPES(X, 16, 0)
 #endif
+#ifndef SHORT_INSTANCES_32
+#define SHORT_INSTANCES_32(X)                                                                      \
+    X(INT4, F16, 32, 128)                                                                          \
+    X(INT4, BF16, 32, 128)                                                                         \
+    X(MXFP4, F16, 32, 32)                                                                          \
+    X(MXFP4, BF16, 32, 32)
+#endif
 
 namespace {
 
@@ -54,18 +62,23 @@ namespace {
 enum { kHalf = 113 * 1024, kRoom = 227 * 1024, kApart = 114 * 1024 };
 enum { kStagesMost = 16 };
 
-// Units of K in a step, at least what a scale covers.
-__host__ __device__ constexpr int step_units(int f) { return linear_code_bits(f) == 4 ? 4 : 2; }
-__host__ __device__ constexpr int step_granules(int f, int g) {
-    return g ? step_units(f) * 64 / g : 0;
+// Units of K in a step, at least what a scale covers, and fewer where x takes the room.
+__host__ __device__ constexpr int step_units(int f, int rows) {
+    return linear_code_bits(f) == 4 && rows <= 16 ? 4 : 2;
+}
+__host__ __device__ constexpr int step_granules(int f, int g, int rows) {
+    return g ? step_units(f, rows) * 64 / g : 0;
 }
 
-// Are codes multiplied as they lie, and products of a granule summed by themselves? What is too
-// much (zero points, 128 in bf16) is then taken from the sums by those of x, and the scale meets
-// the sums in f32. Else scales meet the codes.
-// For granules of 64 experts' kernels have no registers.
+// Are products of a granule summed by themselves, and does the scale meet those sums in f32? Else
+// it meets the codes. For granules of 64 experts' kernels have no registers.
 __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
     return f == WF_INT4 && g >= (experts ? 128 : 64);
+}
+// Are codes multiplied as they lie even, and is what is too much (zero points, 128 in bf16) taken
+// from the sums by those of x? Of more rows that costs more than it saves.
+__host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool experts = false) {
+    return on_sums(f, g, experts) && rows <= 16;
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
@@ -96,8 +109,8 @@ struct division {
 // chunk q by CTA q / per, or in large clusters by CTA q * apart (no division: clusters are powers
 // of two).
 template <int NT> struct chunks {
-    static constexpr int log = NT == 8 ? 2 : 3; // of all of them
-    int per, apart;                             // logarithms, one of them 0
+    static constexpr int log = NT == 8 ? 2 : NT == 16 ? 3 : 4; // of all of them
+    int per, apart;                                            // logarithms, one of them 0
     __host__ __device__ __forceinline__ explicit chunks(const division &d)
         : per(max(log - d.cluster_log, 0)), apart(max(d.cluster_log - log, 0)) {}
 };
@@ -182,7 +195,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
 template <int F, int NT>
 __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map, int step,
                                        uint32_t to, uint32_t bar) {
-    constexpr int U = step_units(F);
+    constexpr int U = step_units(F, NT);
     if (d.x_whole)
         copy_box(to, &map, step * U, bar);
     else
@@ -190,11 +203,12 @@ __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map
 }
 
 // Codes and scales of a step of a block of the matrix at `code` and `scale`.
-template <int F, int G>
+template <int F, int NT, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const uint8_t *code,
                                              const uint8_t *scale, int block, int step, uint32_t to,
                                              uint32_t there, uint64_t policy) {
-    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
+                  N = step_granules(F, G, NT);
     const int units = min(U, p.units - step * U);
     copy_bulk(to, code + ((int64_t)block * p.units + step * U) * unit, units * unit, there, policy);
     // What lies past K meets zeros of x, and may be anything but NaN.
@@ -212,7 +226,8 @@ template <int F, int NT, int G>
 __device__ __forceinline__ void load(const linear_args &p, const division &d,
                                      const CUtensorMap &map, const barriers &bar, uint32_t base,
                                      const duty &own) {
-    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
+                  N = step_granules(F, G, NT);
     constexpr int x_bytes = U * NT * 128;
     const int total = own.steps * (own.tiles - 1) - own.from + own.to;
     const uint64_t policy = policy_evict_first();
@@ -226,8 +241,9 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         const uint32_t there = full + at.stage * 8;
         barrier_wait(empty + at.stage * 8, at.parity ^ 1);
         barrier_arrive_expect(there, bytes);
-        load_weights<F, G>(p, p.code, p.scale, block, step,
-                           slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there, policy);
+        load_weights<F, NT, G>(p, p.code, p.scale, block, step,
+                               slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there,
+                               policy);
     };
     const auto next = [&] {
         at.next(d.w_stages);
@@ -295,16 +311,19 @@ __device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
     }
 }
 __host__ __device__ constexpr int x_sums_bytes(int f, int g, int rows, bool experts = false) {
-    return on_sums(f, g, experts) ? 256 / g * rows * 4 : 0;
+    return by_x_sums(f, g, rows, experts) ? 256 / g * rows * 4 : 0;
 }
 
 // --- Multiplying --------------------------------------------------------------------------------
 
+template <int N> struct number { static constexpr int value = N; };
+
 // Of experts x comes by copies of threads: it is there when its sums are.
 template <typename T, int F, int NT, int G, bool kExperts = false> struct multiplier {
-    static constexpr int U = step_units(F), bits = linear_code_bits(F), unit = 512 * bits,
+    static constexpr int U = step_units(F, NT), bits = linear_code_bits(F), unit = 512 * bits,
                          R = NT / 2;
     static constexpr bool kSums = on_sums(F, G, kExperts), kFolded = dequant_unfold<T, F>() != 1.f;
+    static constexpr bool kByXSums = by_x_sums(F, G, NT, kExperts);
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
     const linear_args &p;
@@ -354,7 +373,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     }
     // What all sums are to be multiplied with.
     static __device__ __forceinline__ float mend(int e) {
-        if (kSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
+        if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
         return dequant_unfold<T, F>();
     }
 
@@ -364,9 +383,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         for (int c = 0; c < bits / 4; c++) chunk[c] = shared_u128(code_at + u * unit + c * 512);
     }
 
-    // Unit u of a stage: A fragments. `scales` holds what the unit before had.
+    // Unit u of a stage: A fragments. `scales` or `rows_of` holds what the unit before had.
     __device__ __forceinline__ void convert(uint32_t (&a)[4][4], const uint4 (&chunk)[bits / 4],
-                                            dequant_scales &scales, dequant_packed &packed, int u,
+                                            dequant_scales &scales, dequant_rows &rows_of,
+                                            dequant_packed &packed, int u,
                                             uint32_t scale_at) const {
         constexpr int rows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
         constexpr int inputs = G ? G : 1 << 20;                  // of a granule
@@ -376,8 +396,13 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk) + j * (bits / 4);
-            if (kSums) {
+            if (kByXSums) {
                 raw(a[j], *word);
+                continue;
+            }
+            if (kSums) {
+                if (u * 64 % inputs == 0 && j == 0) rows_of = dequant_rows_of<T, F, false>(packed);
+                dequant_word<T, F, false>(a[j], word, dequant_scales_of(rows_of));
                 continue;
             }
             if (G && j * rows % 4 == 0 && (G <= 64 || u * 64 % inputs == 0)) {
@@ -410,6 +435,11 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                                                   const float (&of_x)[NT / 4]) {
         float s[2], z[2];
         dequant_unpack<F>(s, packed);
+        if (!kByXSums) {
+#pragma unroll
+            for (int e = 0; e < R; e++) acc[e] = fmaf(s[e / 2 % 2], sums[e], acc[e]);
+            return;
+        }
         if (bf16) { // 128 + z
             z[0] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7055));
             z[1] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7155));
@@ -438,6 +468,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         float granule[kParts][R], of_x[NT / 4]; // sums
         dequant_packed packed;
         dequant_scales scales;
+        dequant_rows rows_of;
         if (step0 < step1) barrier_wait(full + at.stage * 8, at.parity);
         for (int i = 0; i < 2 && kAhead && step0 < step1; i++) load(chunk[i], i, code_at);
         for (int step = step0; step < step1; step++) {
@@ -446,12 +477,12 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             const int parity_x = d.x_again ? parity : x_parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT);
-#pragma unroll
-            for (int u = 0; u < U; u += 2) {
+            const auto two_units = [&](auto first) { // a loop over u would not be unrolled
+                constexpr int u = decltype(first)::value;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (!kAhead) load(chunk[i], u + i, code_at);
-                    convert(a[i], chunk[i], scales, packed, u + i, scale_at);
+                    convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
                     pin(a[i]);
                 }
                 if (u == 0 && fresh && (kExperts || !d.x_again))
@@ -475,9 +506,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 }
                 for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (kSums && !kExperts && u == 0 && (fresh || d.x_again))
+                if (kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
                     barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
-                if (kSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
+                if (kByXSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
                 if (!kSums) group_pin(acc);
                 for (int i = 0; i < kParts && kSums; i++) group_pin(granule[i]);
@@ -489,7 +520,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     }
                     scaled(acc, granule[i], packed, of_x);
                 }
-            }
+            };
+            two_units(number<0>{});
+            if constexpr (U > 2) two_units(number<2>{});
             __syncwarp();
             if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
         }
@@ -497,6 +530,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 };
 
 // --- Sums of a tile -----------------------------------------------------------------------------
+
+// Tiles whose sums have a place of their own, in turn.
+__host__ __device__ constexpr int turns_of(int rows) { return rows <= 16 ? 2 : 1; }
 
 // To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
 template <int NT>
@@ -572,14 +608,14 @@ __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t 
     return at;
 }
 
-// Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is one after the
-// next.
+// Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is another whose
+// sums come to lie where its do.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
     const chunks<NT> way(d);
-    const int lane = threadIdx.x % 32, turn = count % 2;
+    const int lane = threadIdx.x % 32, turn = count % turns_of(NT);
     const int cluster = (int)blockIdx.x >> d.cluster_log;
     if (local >= 1 << way.per || rank & ((1 << way.apart) - 1)) return;
     const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8), strip = q / (NT / 8);
@@ -596,7 +632,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         __syncwarp();
         if (lane == 0) *flag = 0;
     }
-    barrier_wait(bar.sums + turn * 8, count / 2 % 2);
+    barrier_wait(bar.sums + turn * 8, count / turns_of(NT) % 2);
     if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
@@ -658,7 +694,7 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d, int
 template <typename T, int F, int NT, int P, int G>
 __device__ __forceinline__ void help(const linear_args &p, const division &d, const barriers &bar,
                                      uint8_t *shared, const duty &own) {
-    constexpr int U = step_units(F), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
+    constexpr int U = step_units(F, NT), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
     place at;
     for (int count = 0; count < own.tiles; count++) {
         const int steps = d.x_again ? own.step1(count) - own.step0(count) : own.steps;
@@ -667,9 +703,9 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
                     finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, count - 1),
-                                  count - 1, count + 1 < own.tiles, local,
+                                  count - 1, count + turns_of(NT) - 1 < own.tiles, local,
                                   count == 1 && own.given ? kGiven : kWhole);
-            if (!on_sums(F, G) || step == steps) continue;
+            if (!by_x_sums(F, G, NT) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
             const int turned = own.from + step - (own.from + step < own.steps ? 0 : own.steps);
             const int index = d.x_again ? at.stage : turned;
@@ -689,6 +725,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
 
 // Of a thread; so few for 8 rows that small kernels of others find room beside two CTAs.
 template <int NT, int G> constexpr int kRegisters = NT == 8 ? G == 64 ? 72 : 64 : 80;
+template <int NT, int G> constexpr int kFewer = kRegisters<NT, G> - (NT == 32 ? 24 : 16);
 
 template <typename T, int F, int NT, int P, int G>
 __global__ void __maxnreg__((kRegisters<NT, G>))
@@ -704,7 +741,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
-    if (warp >= 4 * P) registers_down<kRegisters<NT, G> - 16>();
+    if (warp >= 4 * P) registers_down<kFewer<NT, G>>();
     if (warp >= 5 * P) {
         const duty own(d, warp - 5 * P);
         wait_for_previous();
@@ -730,8 +767,10 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % 2, own.rank * d.groups + own.part, own.half, d.halves);
+        constexpr int turns = turns_of(NT);
+        if (count >= turns) barrier_wait(bar.read + count % turns * 8, count / turns % 2 ^ 1);
+        send<NT>(acc, d, bar, base, count % turns, own.rank * d.groups + own.part, own.half,
+                 d.halves);
     }
     if (own.tiles > 0)
         finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, own.tiles - 1), own.tiles - 1,
@@ -881,17 +920,18 @@ __device__ __forceinline__ target tile_of(const linear_args &p, const division &
 }
 
 // Weights of a step of both blocks of a tile, by one thread.
-template <int F, int G>
+template <int F, int NT, int G>
 __device__ __forceinline__ void load_blocks(const linear_args &p, const division &d,
                                             const target &tile, int step, uint32_t to,
                                             uint32_t there, uint64_t policy) {
-    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), N = step_granules(F, G);
+    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
+                  N = step_granules(F, G, NT);
     const int other = min(tile.block + (p.paired ? p.half_blocks : 1), p.blocks - 1);
     const uint8_t *code = p.code + tile.expert * p.code_bytes;
     const uint8_t *scale = p.scale + tile.expert * p.scale_bytes;
     barrier_arrive_expect(there, 2 * (U * unit + N * p.granule_bytes));
-    load_weights<F, G>(p, code, scale, tile.block, step, to, there, policy);
-    load_weights<F, G>(p, code, scale, other, step, to + d.beside, there, policy);
+    load_weights<F, NT, G>(p, code, scale, tile.block, step, to, there, policy);
+    load_weights<F, NT, G>(p, code, scale, other, step, to + d.beside, there, policy);
 }
 
 // A step of a tile's rows of x, by one warp whose lane i knows row i, to where the copy engine
@@ -899,7 +939,7 @@ __device__ __forceinline__ void load_blocks(const linear_args &p, const division
 template <typename T, int F, int NT>
 __device__ __forceinline__ void load_rows(const linear_args &p, int32_t row, int rows, int step,
                                           uint32_t to, uint32_t there) {
-    constexpr int U = step_units(F), lanes = 8 * U, at_once = 32 / lanes; // of a row; rows
+    constexpr int U = step_units(F, NT), lanes = 8 * U, at_once = 32 / lanes; // of a row; rows
     const int lane = threadIdx.x % 32, in = lane % lanes;
     const int k = step * U * 64 + in * 8, bytes = k < p.k ? 16 : 0;
     const T *from = static_cast<const T *>(p.x) + min(k, p.k - 8);
@@ -922,8 +962,8 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
     const uint64_t policy = policy_evict_first();
     const uint32_t full = bar.of(0, kFull), empty = bar.of(0, kEmpty);
     const auto weights = [&](const target &tile, int step, int stage) {
-        load_blocks<F, G>(p, d, tile, own.begin + step, base + d.at_w + stage * d.slot,
-                          full + stage * 8, policy);
+        load_blocks<F, NT, G>(p, d, tile, own.begin + step, base + d.at_w + stage * d.slot,
+                              full + stage * 8, policy);
     };
     const auto row_of = [&](const target &tile) { // of x, by lane
         const int32_t r = min(tile.m0 + lane, tile.m_end - 1);
@@ -971,7 +1011,7 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
             const int stage = d.x_again ? at.stage : x.first + step;
             if (fresh)
                 load_rows<T, F, NT>(p, row, tile.m_end - tile.m0, own.begin + step,
-                                    base + stage * (step_units(F) * NT * 128),
+                                    base + stage * (step_units(F, NT) * NT * 128),
                                     bar.of(0, kX) + stage * 8);
         }
     }
@@ -1008,7 +1048,7 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
             barrier_wait(bar.of(0, kX) + stage * 8, parity);
             proxy_fence();
             if (on_sums(F, G, true))
-                sum_x<T, NT, G>(base + stage * (step_units(F) * NT * 128),
+                sum_x<T, NT, G>(base + stage * (step_units(F, NT) * NT * 128),
                                 base + d.at_x_sums + stage * bytes);
             barrier_arrive(bar.of(0, kXSums) + stage * 8); // every lane
         }
@@ -1177,22 +1217,27 @@ enum live { kBeside, kAlone, kTwo };
 // line takes longer than its units.
 template <typename T, int F, int NT, int G>
 int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, bool apart) {
-    constexpr bool few = NT == 8, bf16 = half_pair<T>::bf16;
+    constexpr bool few = NT == 8, many = NT == 32, bf16 = half_pair<T>::bf16;
     // A CTA beside another of its launch gets half of the SM.
-    int64_t unit = how == kTwo     ? few ? 119 : 154
-                   : how == kAlone ? few ? 55 : 62
-                   : few           ? 73
-                   : rounds > 1    ? 106
-                                   : 79;
+    int64_t unit = how == kTwo          ? few    ? 119
+                                          : many ? 178
+                                                 : 154
+                   : how == kAlone      ? few    ? 55
+                                          : many ? 85
+                                                 : 62
+                   : few                ? 73
+                   : rounds > 1 || many ? 106
+                                        : 79;
     if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
     if (linear_code_bits(F) == 4 && !on_sums(F, G)) {
         const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
         unit += F == WF_INT4 && !few ? unit * 3 / 4 : unit / part;
     }
-    if (how == kAlone && d.x_again) unit += (few ? 7 : 10) * d.halves; // gate and up: x for each
+    if (how == kAlone && d.x_again && !many)
+        unit += (few ? 7 : 10) * d.halves; // gate and up: x for each
     if (how == kTwo && d.x_again && few) unit += 11;
-    int64_t work = units * unit + (how == kAlone ? rounds * 300 : 0);
+    int64_t work = units * unit + (how == kAlone ? rounds * (many ? 500 : 300) : 0);
     // In a chain of linears the second CTA on an SM comes to have a tile less, where half of the
     // clusters have.
     const int rest = d.tiles % d.clusters;
@@ -1200,10 +1245,16 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
         work -= work / (2 * rounds);
     const int64_t ctas = d.clusters * d.cluster / (how == kTwo ? 2 : 1);
     const int64_t read = bytes / ((how == kBeside ? 29 : 33) * ctas);
-    const int64_t x = how == kAlone ? d.x_stages * d.groups * NT * step_units(F) * 128 / 70 : 0;
-    const int64_t launch = how == kAlone ? d.cluster > 1 ? 3500 : 2500
-                           : how == kTwo ? few ? 1800 : 1600
+    const int64_t x =
+        how == kAlone && !many ? d.x_stages * d.groups * NT * step_units(F, NT) * 128 / 70 : 0;
+    const int64_t launch = how == kAlone ? many            ? 3900
+                                           : d.cluster > 1 ? 3500
+                                                           : 2500
+                           : how == kTwo ? few    ? 1800
+                                           : many ? 2700
+                                                  : 1600
                            : few         ? 1650
+                           : many        ? 2200
                                          : 2060;
     const int64_t line = !d.line                   ? 0
                          : !few                    ? how == kAlone && d.cluster > 1 ? 1700 : 3500
@@ -1231,8 +1282,8 @@ template <int F, int NT, int G> int early_stages(const division &d, live how, in
 // The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
 template <typename T, int F, int NT, int P, int G>
 division divide(const linear_args *a, int c, int most, live how, bool line) {
-    constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
-    const int stage = U * unit + step_granules(F, G) * a->granule_bytes;
+    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
+    const int stage = U * unit + step_granules(F, G, NT) * a->granule_bytes;
     const int x_sum = x_sums_bytes(F, G, NT), room = how == kAlone ? kRoom : kHalf;
     division d = {};
     d.cluster = c;
@@ -1255,7 +1306,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
         d.rest = d.tiles * part % most;
     }
     const int all = line ? d.share + (d.rest > 0) : rounds * part, want = all < 3 ? all : 3;
-    const int turns = rounds > 1 ? 2 : 1;
+    const int turns = rounds > 1 ? turns_of(NT) : 1;
     const int left = room - bars_bytes(P) - turns * d.sums_bytes;
     d.x_stages = part;
     d.slot = (stage + 127) / 128 * 128;
@@ -1341,7 +1392,8 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
                 for (const bool line : {false, true}) {
                     const int n = most[how == kTwo][i];
                     const int tiles = args->paired ? args->half_blocks : args->blocks;
-                    if (line && (tiles < n || tiles % n == 0)) continue; // of two clusters at most
+                    if (line && (NT > 16 || tiles < n || tiles % n == 0))
+                        continue; // of two clusters
                     const division d = divide<T, F, NT, P, G>(args, c, n, how, line);
                     if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
                 }
@@ -1354,7 +1406,7 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
     static status run(const division &d, const linear_args *args, kernel_stream stream) {
         if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
         CUtensorMap map;
-        TRY(encode_x(&map, args, half_pair<T>::bf16, NT, step_units(F)));
+        TRY(encode_x(&map, args, half_pair<T>::bf16, NT, step_units(F, NT)));
         cudaLaunchAttribute with[2];
         cudaLaunchConfig_t config = config_of(with, d.cluster);
         config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
@@ -1388,7 +1440,8 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
 template <typename T, int F, int NT, int G> struct experts {
     // Among `most` clusters of c CTAs; about `tiles` tiles.
     static division divide(const linear_args *a, int c, int most, live how, int tiles) {
-        constexpr int U = step_units(F), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
+        constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
+                      x_stage = U * NT * 128;
         const int x_sum = x_sums_bytes(F, G, NT, true);
         const int table = kToldBytes + (a->count + 1) * 8;
         division d = {};
@@ -1402,7 +1455,7 @@ template <typename T, int F, int NT, int G> struct experts {
         d.senders = c;
         d.senders_log = d.cluster_log;
         d.sums_bytes = c == 1 ? NT * 256 : 512 * d.halves * d.senders << chunks<NT>(d).per;
-        d.beside = (U * unit + step_granules(F, G) * a->granule_bytes + 127) / 128 * 128;
+        d.beside = (U * unit + step_granules(F, G, NT) * a->granule_bytes + 127) / 128 * 128;
         d.slot = 2 * d.beside;
         const int left = kHalf - bars_bytes(1) - table - 2 * d.sums_bytes;
         d.x_part = (d.steps + c - 1) / c;
@@ -1474,10 +1527,12 @@ template <typename T, int F, int NT, int G> struct experts {
 #define T_BF16 __nv_bfloat16
 #define ROW(NAME, F, T, NT, G, LAUNCH, MOST, EXPERTS)                                              \
     { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, MOST, false, EXPERTS }
+#define DENSE(F, T, NT, G)                                                                         \
+    ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>), NT, false),
 #define ROWS(F, T, NT, G)                                                                          \
-    ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>), NT, false),                     \
-        ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, G>::launch), 0, true),
-const linear_variant rows[] = {SHORT_INSTANCES(ROWS)};
+    DENSE(F, T, NT, G)                                                                             \
+    ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, G>::launch), 0, true),
+const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(DENSE)};
 
 } // namespace
 

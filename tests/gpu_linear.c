@@ -105,6 +105,7 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
 static const char *const kernels[] = {NULL,
                                       "short_8",
                                       "short_16",
+                                      "short_32",
                                       "mid_32x2",
                                       "mid_32x4",
                                       "mid_64x2",
