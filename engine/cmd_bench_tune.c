@@ -18,11 +18,12 @@ static const char *const formats[] = {
     "WFP8bA16", "WMXFP4A16", "WNVFP4A16", "W8A8",     "WFP8AFP8", "WFP8bAFP8",
 };
 
-/* Matrices of each size class (linear_size_class): of Llama-3.1, and one with a long inner width
- * (down of Llama-3.1-8B on two GPUs, down and gate_up of Qwen3-32B). */
+/* Matrices of each size class (linear_size_class), of Llama-3.1 and Qwen3-32B; 4096 x 7168 is down of
+ * Llama-3.1-8B on two GPUs. */
 static const int32_t shapes[][SHAPES][2] = {
     {{6144, 4096}, {4096, 4096}, {4096, 7168}},
-    {{28672, 4096}, {4096, 14336}, {5120, 25600}},
+    {{10240, 5120}, {4096, 14336}, {5120, 8192}},
+    {{28672, 4096}, {10240, 8192}, {5120, 25600}},
     {{57344, 8192}, {8192, 28672}, {51200, 5120}},
 };
 static const int32_t rows[] = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096};

@@ -46,7 +46,10 @@ static const tuned_row *nearest_gpu(const linear_problem *p) {
 
 int32_t linear_size_class(int32_t n, int32_t k) {
     const int64_t size = (int64_t)n * k;
-    return size < (int64_t)1 << 25 ? 25 : size < (int64_t)1 << 27 ? 27 : 40;
+    return size < (int64_t)1 << 25   ? 25
+           : size < (int64_t)1 << 26 ? 26
+           : size < (int64_t)1 << 27 ? 27
+                                     : 40;
 }
 
 /* Does a row fit better than the one found so far? Granules alike first, then the fewest rows that

@@ -436,7 +436,10 @@ static void test_checkpoint(void **state) {
     ids_free(&held_out);
 }
 
-/* Experts see rows of their own, and few: a token whose last one is a near-tie goes elsewhere. */
+/* Experts see rows of their own, and few: a token whose last one is a near-tie goes elsewhere, and
+ * GPTQ hands on what a code loses to those after it, so that one that differs moves others. The two
+ * differ in at most a quarter of the codes in which the host's differ from rounding alone (the twin:
+ * all of them). */
 static void test_experts(void **state) {
     (void)state;
     int32_t token[512];
@@ -455,8 +458,8 @@ static void test_experts(void **state) {
         const double twin = share_equal_codes(on_cpu, by_rtn, &o.precision);
         print_message("  %-4s %.4f of codes equal, %.4f of rtn's\n",
                       quantise_method_text((quantise_method)m), same, twin);
-        assert_more(same, 0.95);
-        assert_at_most(twin, 0.95);
+        assert_at_most(1 - same, (1 - twin) / 4);
+        assert_more(1 - twin, 0.1);
     }
 }
 
