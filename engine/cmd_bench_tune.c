@@ -18,8 +18,8 @@ static const char *const formats[] = {
     "WFP8bA16", "WMXFP4A16", "WNVFP4A16", "W8A8",     "WFP8AFP8", "WFP8bAFP8",
 };
 
-/* Matrices of each size class (linear_size_class), of Llama-3.1 and Qwen3-32B; 4096 x 7168 is down of
- * Llama-3.1-8B on two GPUs. */
+/* Matrices of each size class (linear_size_class), of Llama-3.1 and Qwen3-32B; 4096 x 7168 is down
+ * of Llama-3.1-8B on two GPUs. */
 static const int32_t shapes[][SHAPES][2] = {
     {{6144, 4096}, {4096, 4096}, {4096, 7168}},
     {{10240, 5120}, {4096, 14336}, {5120, 8192}},

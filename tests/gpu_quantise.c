@@ -437,9 +437,9 @@ static void test_checkpoint(void **state) {
 }
 
 /* Experts see rows of their own, and few: a token whose last one is a near-tie goes elsewhere, and
- * GPTQ hands on what a code loses to those after it, so that one that differs moves others. The two
- * differ in at most a quarter of the codes in which the host's differ from rounding alone (the twin:
- * all of them). */
+ * GPTQ hands on what a code loses to those after it, so that one that differs moves others. The
+ * two differ in at most a quarter of the codes in which the host's differ from rounding alone (the
+ * twin: all of them). */
 static void test_experts(void **state) {
     (void)state;
     int32_t token[512];
