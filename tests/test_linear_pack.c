@@ -55,9 +55,11 @@ static void make(qmatrix *q, arena *a, const linear_weight *w, uint64_t seed) {
             q->code[i] = byte;
             continue;
         }
-        /* Scales that their packed form can hold (linear_e8m0_pack, linear_channel_fold). */
+        /* Scales that their packed form can hold (linear_e8m0_pack, linear_channel_fold): those of
+         * channels are multiplied, which makes a NaN quiet, so none is. */
+        const bool of_channels = w->format == WF_INT8 || w->format == WF_FP8;
         if (w->format == WF_MXFP4 && w->type == DT_F16) byte = (uint8_t)(100 + byte / 8);
-        if (w->format == WF_INT8 && (i - codes) % 4 == 3) byte &= 0xbf;
+        if (of_channels && (i - codes) % 4 == 3) byte &= 0xbf;
         ((uint8_t *)q->scale)[i - codes] = byte;
     }
     for (int64_t i = 0; q->zero && i < qmatrix_zero_count(&p, w->n, w->k); i++)
