@@ -18,16 +18,14 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// The explicit list: format, type, x rows of a tile (N of the wgmma), blocks of a warpgroup,
-// units of a step, scale granule (0: none), KB of shared memory, CTAs that must fit an SM, CTAs
-// of the grid an SM.
+// The explicit list, of 4 bits what linear_mid.cu does not have: format, type, x rows of a tile (N
+// of the wgmma), blocks of a warpgroup, units of a step, scale granule (0: none), KB of shared
+// memory, CTAs that must fit an SM, CTAs of the grid an SM.
 #define HOPPER_TILES_4(X, F, T, G)                                                                 \
     X(F, T, 8, 1, 4, G, 100, 2, 2)                                                                 \
     X(F, T, 8, 2, 2, G, 100, 2, 2)                                                                 \
     X(F, T, 16, 1, 4, G, 100, 2, 2)                                                                \
-    X(F, T, 16, 2, 2, G, 100, 2, 2)                                                                \
-    X(F, T, 32, 2, 2, G, 210, 1, 1)                                                                \
-    X(F, T, 64, 2, 2, G, 210, 1, 1)
+    X(F, T, 16, 2, 2, G, 100, 2, 2)
 #define HOPPER_TILES_8(X, F, T, G)                                                                 \
     X(F, T, 8, 2, 1, G, 100, 2, 2)                                                                 \
     X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
