@@ -4,7 +4,8 @@ height = 420
 load plots."/common.gp"
 set ylabel "roofline time / step time"
 set yrange [0:1.05]
-set xtics rotate by -20 scale 0 noenhanced
+set xtics rotate by -30 scale 0 noenhanced
+set rmargin 9
 set key outside top center horizontal Left reverse maxrows 3
 set arrow 1 from graph 0, first 1 to graph 1, first 1 nohead lc rgb "#000000" lw 0.8 dt 2 front
 formats = "W16A16KV16 W4A16KV8"
