@@ -63,7 +63,8 @@ status kernel_rope_append(void *qkv, const attention_layer_params *l, const atte
 /* Baseline of an attention that knows 16 bits only: pages page[0 .. n_pages) of `from`, in any
  * format, written out as the same pages of `to`, whose K and V have 16 bits of `type` and memory of
  * its own. Values are code * scale + minimum in f32, rounded once. What lies past a sequence's end
- * is written out like the rest. head_dim is a multiple of 32; page is a device pointer. */
+ * is written out like the rest. head_dim is 32, 64, 128 or 256, else UNSUPPORTED; n_pages == 0
+ * launches nothing; page is a device pointer. */
 status kernel_attention_expand(const attention_cache *to, const attention_cache *from, dtype type,
                                int32_t n_kv_heads, int32_t head_dim, const int32_t *page,
                                int64_t n_pages, int32_t n_sms, kernel_stream stream);

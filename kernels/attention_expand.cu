@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256) expand_pages(expand_arguments a) {
 template <dtype dt, int D> status launch(const expand_arguments &a, int32_t n_sms, cudaStream_t s) {
     const int64_t blocks = a.n_pages < 8 * n_sms ? a.n_pages : 8 * n_sms;
     expand_pages<typename element<dt>::type, D><<<(unsigned)blocks, 256, 0, s>>>(a);
-    settle(s); // attention may read pages of former steps early
+    launch_nothing(s); // attention may read pages of former steps early
     return launched("attention_expand");
 }
 

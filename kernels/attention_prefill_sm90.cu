@@ -148,8 +148,8 @@ template <int D, kv_format F> struct share {
           own(PIECES == 8   ? thread % 2 + thread % 32 / 16 * 2
               : PIECES == 2 ? thread % 32 / 16 * 8 + thread % 8
                             : thread % 8) {}
-    // Whose parameters a lane brings, the first of them: those of the warp's tokens in order: the
-    // upper half of a warp has those of the block's second page.
+    // Of whose parameters a lane brings the first: the warp's tokens in order, so that the upper
+    // half of a warp has those of the block's second page.
     __device__ __forceinline__ int token(int lane) const {
         return first - own + lane % TOKENS + lane / TOKENS % STEPS * STEP;
     }

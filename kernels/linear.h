@@ -46,10 +46,10 @@ status linear_pack(const linear_weight *w, int32_t index, const qmatrix *q, kern
 status ref_linear_pack(const linear_weight *w, void *code, void *scale, const qmatrix *q);
 status ref_linear_unpack(const linear_weight *w, const void *code, const void *scale, qmatrix *q);
 
-/* Baseline of kernels that know W16 only: `from`, in any format, written out as `to`, which has
- * format WF_16, the same type, shape, count, gated and family, and its own device memory of
- * linear_pack_bytes. Values are code times scale in f32, rounded to the type once. Weights of
- * 8-bit products (linear_plain) are UNSUPPORTED. Asynchronous, and capturable. */
+/* Baseline of kernels that know W16 only: `from`, in any other format, written out as `to`, which
+ * has format WF_16, the same type, shape, count, gated and family, and its own device memory of
+ * linear_pack_bytes. Values are code times scale in f32, rounded to the type once. Other pairs, and
+ * weights of 8-bit products (linear_plain), are UNSUPPORTED. Asynchronous, and capturable. */
 status linear_expand(const linear_weight *to, const linear_weight *from, kernel_stream stream);
 
 typedef enum {

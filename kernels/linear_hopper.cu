@@ -31,7 +31,6 @@
     X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
     X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
     X(F, T, 64, 2, 1, G, 210, 1, 1)
-#define HOPPER_TILES_16(X, F, T, G) HOPPER_TILES_8(X, F, T, G)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
     HOPPER_TILES_4(X, INT4, F16, 128)                                                              \
@@ -48,8 +47,8 @@
     HOPPER_TILES_8(X, FP8, BF16, 0)                                                                \
     HOPPER_TILES_8(X, FP8B, F16, 128)                                                              \
     HOPPER_TILES_8(X, FP8B, BF16, 128)                                                             \
-    HOPPER_TILES_16(X, 16, F16, 0)                                                                 \
-    HOPPER_TILES_16(X, 16, BF16, 0)
+    HOPPER_TILES_8(X, 16, F16, 0)                                                                  \
+    HOPPER_TILES_8(X, 16, BF16, 0)
 #endif
 
 namespace {

@@ -119,7 +119,6 @@ struct sharers {
 };
 
 // Block of warpgroup wg, or one past the last.
-template <int B>
 __device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, int tile,
                                             int wg) {
     const int32_t v = tile * d.per + (p.paired ? wg / 2 : wg);
@@ -170,9 +169,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
                      "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar), "l"(policy)
                      : "memory");
-}
-__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Codes and scales of all steps, by one thread.
@@ -226,18 +222,18 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
     const division &d;
     barriers &bar;
     uint32_t code, scale, x; // this lane's places in the first stages; x: low half of a descriptor
-    int place;
+    int at_scale;
 
     __device__ __forceinline__ void begin(uint32_t base) {
         const int b = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const int at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
         code = base + d.at_w + at * U * unit + strip * (unit / 4) + lane * 16;
         scale = base + d.at_w + B * U * unit + at * step_granules(F, B, G) * p.granule_bytes;
-        place = strip * 16 + lane / 4 * 2;
+        at_scale = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, base >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
-        asm volatile("" : "+r"(code), "+r"(scale), "+r"(place));
+        asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale));
     }
 
     // Inputs 32 h .. 32 h + 31 of unit u: A fragments, from the codes in `chunk`.
@@ -252,7 +248,7 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
                 dequant_packed raw;
                 dequant_load_packed<F>(
                     raw, scale_at + (G < 128 ? u * kRows + j * kRows / 4 : u / 2) * p.granule_bytes,
-                    place, p.sym);
+                    at_scale, p.sym);
                 if (kLater) dequant_unpack<F>(later, raw);
                 rows = dequant_rows_of<T, F, folded>(raw);
             }
@@ -345,10 +341,9 @@ struct target {
     int32_t block, col; // col: of this lane's four outputs
     bool there;
 };
-template <int B>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
     const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4;
-    const int32_t block = block_of<B>(p, d, tile, p.paired ? wg & ~1 : wg);
+    const int32_t block = block_of(p, d, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
     return target{block, half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
@@ -551,7 +546,7 @@ __global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
         float acc[NT / 2] = {};
         work.tile(acc, steps);
         i.next(d, steps);
-        const target to = target_of<B>(p, d, tile);
+        const target to = target_of(p, d, tile);
         if (!to.there) continue;
         if (steps == d.steps) {
             emit<T, NT>(acc, p, to, 0, 1, turn, give);
@@ -675,7 +670,7 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
     return encode(&m->x, x);
 }
 
-// Tiles of B blocks: how they would cut a problem, and their launch.
+// Tiles of B blocks: their launch.
 template <typename T, int F, int NT, int B, int G> struct tiles {
     static status run(const division &d, const linear_args *args, int32_t n_sms,
                       kernel_stream stream) {

@@ -187,9 +187,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                  "l"(map), "r"(0), "r"(0), "r"(unit), "r"(bar)
                  : "memory");
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 // x of one step.
 template <int F, int NT>
@@ -1328,6 +1325,8 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < kApart) d.bytes = kApart;
     if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
+    // Of a CTA's last tile every warp that multiplies finishes one chunk at most.
+    if (1 << chunks<NT>(d).per > 4 * P) d.bytes = 0;
     d.cost = cost<T, F, NT, G>(d, how, rounds, all * U * P, (int64_t)a->blocks * a->units * unit,
                                a->apart);
     return d;

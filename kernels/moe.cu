@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Route and permute of at most kFewTokens tokens and kThreads slots.
+// Route and permute of at most kFewTokens tokens.
 template <typename T, int kPer>
 __global__ void __launch_bounds__(kThreads)
     route_few(int32_t *expert_start, int32_t *slot_row, int32_t *row_token, int32_t *expert,
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kThreads)
     slot_row[s] = row;
     row_token[row] = s / top_k;
 }
-static_assert(kThreads >= MOE_EXPERTS_MAX, "a thread an expert");
+static_assert(kThreads == MOE_EXPERTS_MAX, "a thread an expert");
+static_assert(kFewTokens * MOE_TOP_K_MAX <= kThreads, "a thread a slot");
 
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
@@ -262,7 +263,7 @@ extern "C" status kernel_moe_sort(int32_t *expert_start, int32_t *slot_row, int3
                                   kernel_stream stream) {
     TRY(check_route(t, n_experts, top_k, stride));
     if (t == 0) return ST_OK;
-    if (t > kFewTokens || t * top_k > kThreads) {
+    if (t > kFewTokens) {
         TRY(kernel_moe_route(expert, weight, logits, t, n_experts, top_k, over_chosen, normalise,
                              stride, type, stream));
         return kernel_moe_permute(expert_start, slot_row, row_token, expert, t, n_experts, top_k,

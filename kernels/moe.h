@@ -32,7 +32,8 @@ status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row
                           const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k,
                           kernel_stream stream);
 
-/* Both, in one launch where tokens are few. */
+/* kernel_moe_route, then kernel_moe_permute; of few tokens in one launch. Arguments, results and
+ * errors are theirs; t == 0 writes nothing. */
 status kernel_moe_sort(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
                        int32_t *expert, float *weight, const void *logits, int64_t t,
                        int32_t n_experts, int32_t top_k, bool over_chosen, bool normalise,

@@ -15,6 +15,12 @@ using tensor_map_encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuin
                                        CUtensorMapSwizzle, CUtensorMapL2promotion,
                                        CUtensorMapFloatOOBfill);
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 // DEVICE where the driver is older than tensor maps.
 inline status tensor_map_encoder(tensor_map_encode *encode) {
     static tensor_map_encode function = nullptr;

@@ -143,7 +143,7 @@ status launch_clusters(const char *what, void (*kernel)(P...), dim3 grid, dim3 b
 // What an early launch takes for constant may have been written by the kernel before this one: it
 // begins when that has ended, its stores done, and the early one cannot begin before it.
 template <typename = void> __global__ void nothing() {}
-static inline void settle(cudaStream_t s) { nothing<><<<1, 1, 0, s>>>(); }
+static inline void launch_nothing(cudaStream_t s) { nothing<><<<1, 1, 0, s>>>(); }
 
 template <typename... P, typename... A>
 status launch_early(const char *what, void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t s,

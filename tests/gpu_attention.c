@@ -288,7 +288,7 @@ static void check_expand(fixture *f, const test_batch *all) {
     float *k = mem_alloc((size_t)n, sizeof *k), *v = mem_alloc((size_t)n, sizeof *v);
     const status st =
         kernel_attention_expand(&wide, &f->cache, c->type, c->kv_heads, c->head_dim,
-                                all->device.page, all->page_start[c->n_seqs], 132, NULL);
+                                all->device.page, all->page_start[c->n_seqs], n_sms, NULL);
     check(st == ST_OK, c, "expand", fail_message(), st);
     CUDA(cudaDeviceSynchronize());
     load_pages(f, all, &wide, k, v);

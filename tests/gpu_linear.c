@@ -198,6 +198,20 @@ static void lines(int32_t f, dtype type) {
     }
 }
 
+/* So many tiles that each CTA has one, of few steps: linear_short does not cut K over CTAs. */
+static void whole_tiles(int32_t f, dtype type) {
+    const linear_weight w = weight_of(f, type, 4608, 768, 1);
+    linear_probe *p;
+    if (linear_probe_open(&p, &w, false, 35) != ST_OK) {
+        printf("FAIL open: %s\n", fail_message());
+        failures++;
+        return;
+    }
+    for (int32_t m = 17; m <= 32; m += 5) /* 17, 22, 27, 32 */
+        one(p, &w, (linear_trial){.m = m, .y_type = type, .kernel = "short_32"}, "whole");
+    linear_probe_close(p);
+}
+
 static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
@@ -207,6 +221,7 @@ static int check(bool quick, const char *only) {
             variants(f, b ? DT_BF16 : DT_F16, quick);
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
             lines(f, b ? DT_BF16 : DT_F16);
+            whole_tiles(f, b ? DT_BF16 : DT_F16);
             printf("W%s %s: %d failures\n", formats[f].name, b ? "bf16" : "f16", failures - before);
             fflush(stdout);
         }
