@@ -6,6 +6,9 @@
 
 typedef struct linear_args linear_args;
 
+/* The least shared memory of a CTA of which an SM has no two: see linear_problem.apart. */
+enum { LINEAR_APART_BYTES = 114 * 1024 };
+
 /* One row of a table of variants, best first: the first that accepts is launched. */
 typedef struct {
     const char *name;

@@ -562,8 +562,6 @@ __global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
 
 // --- Launch -------------------------------------------------------------------------------------
 
-// The least of which an SM has no two: see linear_problem.apart.
-enum { kApart = 114 * 1024 };
 __host__ __device__ constexpr int room(int blocks) { return (blocks == 2 ? 113 : 226) * 1024; }
 
 // About how many ns a problem takes of which a CTA multiplies so many units of 64 rows of W.
@@ -686,12 +684,14 @@ template <typename T, int F, int NT, int B, int G> struct tiles {
         // half free everywhere.
         config.gridDim = dim3((unsigned)(B == 2 ? n_sms : d.ctas));
         config.blockDim = dim3(128 * B + 64);
-        config.dynamicSmemBytes = (size_t)(args->apart && d.bytes < kApart ? kApart : d.bytes);
+        config.dynamicSmemBytes =
+            (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
         config.stream = (cudaStream_t)stream;
         config.attrs = &with;
         config.numAttrs = 1;
-        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             room(B) < kApart ? kApart : room(B));
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 room(B) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : room(B));
         if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }

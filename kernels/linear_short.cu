@@ -58,8 +58,8 @@
 
 namespace {
 
-// Shared memory of a CTA: two an SM, or one; the least of which an SM has no two.
-enum { kHalf = 113 * 1024, kRoom = 227 * 1024, kApart = 114 * 1024 };
+// Shared memory of a CTA: two an SM, or one.
+enum { kHalf = 113 * 1024, kRoom = 227 * 1024 };
 enum { kStagesMost = 16 };
 
 // Units of K in a step, at least what a scale covers, and fewer where x takes the room.
@@ -1323,7 +1323,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.at_x_sums = d.at_sums + turns * d.sums_bytes;
     d.at_bars = d.at_x_sums + (d.x_again ? P : d.groups) * d.x_sums_stride;
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
-    if (a->apart && how == kBeside && d.bytes < kApart) d.bytes = kApart;
+    if (a->apart && how == kBeside && d.bytes < LINEAR_APART_BYTES) d.bytes = LINEAR_APART_BYTES;
     if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
     // Of a CTA's last tile every warp that multiplies finishes one chunk at most.
     if (1 << chunks<NT>(d).per > 4 * P) d.bytes = 0;
@@ -1472,7 +1472,8 @@ template <typename T, int F, int NT, int G> struct experts {
         d.at_x_sums = d.at_sums + 2 * d.sums_bytes;
         d.at_bars = d.at_x_sums + d.x_stages * x_sum;
         d.bytes = d.at_bars + bars_bytes(1) + table;
-        if (how == kBeside && a->apart && d.bytes < kApart) d.bytes = kApart;
+        if (how == kBeside && a->apart && d.bytes < LINEAR_APART_BYTES)
+            d.bytes = LINEAR_APART_BYTES;
         // About how many ns, but for what all have in common; steps and tiles as timed on an H200.
         const int rounds = (tiles * d.tiles + most - 1) / most, steps = (d.steps + c - 1) / c;
         const int step = how == kTwo ? 1300 : 1150, end = c == 1 ? 1700 : how == kTwo ? 750 : 500;
