@@ -101,6 +101,15 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
                            .count = count};
 }
 
+/* A packed weight of noise, or NULL, counted as a failure. */
+static linear_probe *opened(const linear_weight *w, uint64_t seed) {
+    linear_probe *p;
+    if (linear_probe_open(&p, w, false, seed) == ST_OK) return p;
+    printf("FAIL open: %s\n", fail_message());
+    failures++;
+    return NULL;
+}
+
 /* The table's choice, and what it may not come to. */
 static const char *const kernels[] = {
     NULL,           "short_8",           "short_16",        "short_32",         "mid_32x2",
@@ -119,12 +128,8 @@ static void variants(int32_t f, dtype type, bool quick) {
         int32_t k = shapes[s][1] + (group <= 16 ? 16 : group <= 64 ? 64 : 0);
         if (formats[f].format == WF_FP8B) k = shapes[s][1] + 16;
         const linear_weight w = weight_of(f, type, shapes[s][0], k, 1);
-        linear_probe *p;
-        if (linear_probe_open(&p, &w, false, 1 + (uint64_t)s) != ST_OK) {
-            printf("FAIL open: %s\n", fail_message());
-            failures++;
-            return;
-        }
+        linear_probe *p = opened(&w, 1 + (uint64_t)s);
+        if (!p) return;
         for (int32_t family = 80; family <= 90; family += 10)
             for (const char *const *v = linear_variants(family); *v; v++)
                 for (int32_t i = quick ? 5 : 0; i < (int32_t)COUNT_OF(ms); i += quick ? 6 : 1)
@@ -149,12 +154,8 @@ static void gated_and_grouped(int32_t f, dtype type) {
             /* K: so much that few tiles are shared by many CTAs */
             linear_weight w = weight_of(f, type, gated ? 544 : 576, count > 1 ? 512 : 2560, count);
             w.gated = gated;
-            linear_probe *p;
-            if (linear_probe_open(&p, &w, false, 77) != ST_OK) {
-                printf("FAIL open: %s\n", fail_message());
-                failures++;
-                return;
-            }
+            linear_probe *p = opened(&w, 77);
+            if (!p) return;
             for (int32_t m = 1; m <= 700; m = m * 4 + 1)
                 for (int32_t gather = 0; gather < 2; gather++)
                     for (int32_t e = 0; e < 3 * N_KERNELS; e++) {
@@ -180,12 +181,8 @@ static void lines(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w = weight_of(f, type, gated ? 17920 : 8960, gated ? 5120 : 10240, 1);
         w.gated = gated;
-        linear_probe *p;
-        if (linear_probe_open(&p, &w, false, 33) != ST_OK) {
-            printf("FAIL open: %s\n", fail_message());
-            failures++;
-            return;
-        }
+        linear_probe *p = opened(&w, 33);
+        if (!p) return;
         for (int32_t m = 1; m <= 16; m += 5) /* 1, 6; 11, 16 */
             one(p, &w,
                 (linear_trial){.m = m,
@@ -201,12 +198,8 @@ static void lines(int32_t f, dtype type) {
 /* So many tiles that each CTA has one, of few steps: linear_short does not cut K over CTAs. */
 static void whole_tiles(int32_t f, dtype type) {
     const linear_weight w = weight_of(f, type, 4608, 768, 1);
-    linear_probe *p;
-    if (linear_probe_open(&p, &w, false, 35) != ST_OK) {
-        printf("FAIL open: %s\n", fail_message());
-        failures++;
-        return;
-    }
+    linear_probe *p = opened(&w, 35);
+    if (!p) return;
     for (int32_t m = 17; m <= 32; m += 5) /* 17, 22, 27, 32 */
         one(p, &w, (linear_trial){.m = m, .y_type = type, .kernel = "short_32"}, "whole");
     linear_probe_close(p);
@@ -361,10 +354,7 @@ static void try_shape(matrix_shape shape, int32_t i) {
     if (linear_pack_bytes(&w, &code_bytes, &scale_bytes) != ST_OK) {
         printf("refused: W%s n=%d k=%d: %s\n", formats[i % N_FORMATS].name, w.n, w.k,
                fail_message());
-    } else if (linear_probe_open(&p, &w, false, (uint64_t)i) != ST_OK) {
-        failures++;
-        printf("FAIL open: %s\n", fail_message());
-    } else {
+    } else if ((p = opened(&w, (uint64_t)i)) != NULL) {
         one(p, &w, t, "shapes");
         linear_probe_close(p);
     }
