@@ -6,8 +6,9 @@
 //
 // Of a CTA's warps
 //
-//   4 B multiply: a warpgroup has a block of the tile. It turns codes of 32 inputs into A fragments
-//       while wgmma multiplies those before with x from shared memory
+//   4 B P multiply: a warpgroup has a block of the tile and, of every step, one of P parts, whose
+//       sums meet in shared memory. It turns codes of 32 inputs into A fragments while wgmma
+//       multiplies those before with x from shared memory
 //   1   has codes and scales brought into a ring. Weights depend on no kernel before this one and
 //       are asked for before waiting for it (programmatic dependent launch)
 //   1   has x brought into a ring of its own
@@ -26,11 +27,12 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// With four blocks a CTA has an SM, with two half of one, so that the next launch's can load its
-// weights beside it: for small matrices.
+// With four warpgroups a CTA has an SM, with two half of one, so that the next launch's can load
+// its weights beside it: for small matrices. Two blocks in two parts are for those of middle size:
+// half the sums of four blocks travel, for twice the x.
 //
 // The explicit list: format, type, x rows (NT), scale granule (0: none). Of each there are tiles of
-// two blocks and of four, of which mid_NT takes what should be faster.
+// B x P = 2 x 1, 2 x 2 (4 bits) and 4 x 1, of which mid_NT takes what should be the fastest.
 #ifndef MID_INSTANCES
 #define MID_ROWS(X, F, T, G) X(F, T, 32, G) X(F, T, 64, G)
 #define MID_TYPES(X, F, G)   MID_ROWS(X, F, F16, G) MID_ROWS(X, F, BF16, G)
@@ -47,20 +49,22 @@
 
 namespace {
 
-enum { kStagesMost = 16, kGiveBytes = 1024 }; // kGiveBytes: of a warp, see emit
+enum { kStagesMost = 16, kGiveBytes = 1024 }; // kGiveBytes: of a warp, see exchange
 
 // Units of K in a step, at least what a scale covers, and in a stage of x: the longer, the fewer
 // instructions; the shorter, the sooner is one free.
-__host__ __device__ constexpr int step_units(int f, int blocks) {
-    return linear_code_bits(f) == 4 && blocks == 4 ? 4 : 2;
+__host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
+    return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
 }
-__host__ __device__ constexpr int x_units(int f, int rows, int blocks) {
-    if (blocks == 4 && rows == 32) return step_units(f, blocks);
+__host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
+    if (parts > 1 || (blocks == 4 && rows == 32)) return step_units(f, blocks, parts);
     return rows == 32 || (blocks == 4 && linear_code_bits(f) == 4) ? 2 : 1;
 }
+// Two parts of K in a CTA: of 8 bits they have not been timed.
+constexpr bool has_parts(int f) { return linear_code_bits(f) == 4; }
 // Granules of a step.
-__host__ __device__ constexpr int step_granules(int f, int blocks, int g) {
-    return g ? step_units(f, blocks) * 64 / g : 0;
+__host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
+    return g ? step_units(f, blocks, parts) * 64 / g : 0;
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
@@ -106,7 +110,7 @@ struct place {
 // their last step in it. `finish` of these finish it: 1, 2 or 4.
 struct sharers {
     int first, n, ends, finish;
-    __device__ __forceinline__ sharers(const division &d, bool paired) {
+    __device__ __forceinline__ sharers(const division &d, int most) {
         const int cta = blockIdx.x, begin = (first_step(d, cta + 1) - 1) / d.steps * d.steps;
         const int end = begin + d.steps;
         int last = cta;
@@ -114,7 +118,7 @@ struct sharers {
         while (first_step(d, last + 1) < end) last++;
         n = last - first + 1;
         ends = first_step(d, last + 1) == end ? n : n - 1;
-        finish = ends >= 4 && !paired ? 4 : ends >= 2 ? 2 : 1;
+        finish = ends >= 4 && most >= 4 ? 4 : ends >= 2 && most >= 2 ? 2 : 1;
     }
 };
 
@@ -172,11 +176,11 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
 }
 
 // Codes and scales of all steps, by one thread.
-template <int F, int B, int G>
+template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring to, uint32_t base) {
-    constexpr int U = step_units(F, B), code = B * U * 512 * linear_code_bits(F);
-    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, G);
+    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     for (place i(d); i.left > 0; i.next(d, 1), to.next()) {
@@ -190,10 +194,10 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
 }
 
 // x of all steps, by one thread.
-template <int F, int NT, int B>
+template <int F, int NT, int B, int P>
 __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring to,
                                             uint32_t base) {
-    constexpr int U = x_units(F, NT, B), kBoxes = step_units(F, B) / U;
+    constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
     const uint64_t policy = policy_evict_normal();
     place i(d);
     wait_for_previous();
@@ -212,8 +216,8 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 
 // --- Multiplying --------------------------------------------------------------------------------
 
-template <typename T, int F, int NT, int B, int G> struct multiplier {
-    static constexpr int U = step_units(F, B), bits = linear_code_bits(F), unit = 512 * bits;
+template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
+    static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     // Scales meet the sums of a granule, not each weight: fewer instructions.
     static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
@@ -225,13 +229,16 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
     int at_scale;
 
     __device__ __forceinline__ void begin(uint32_t base) {
-        const int b = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
-        code = base + d.at_w + at * U * unit + strip * (unit / 4) + lane * 16;
-        scale = base + d.at_w + B * U * unit + at * step_granules(F, B, G) * p.granule_bytes;
+        const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int b = wg % B, at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
+        const int first = wg / B * (U / P);                                // unit of a step
+        code = base + d.at_w + (at * U + first) * unit + strip * (unit / 4) + lane * 16;
+        scale =
+            base + d.at_w + B * U * unit +
+            (at * step_granules(F, B, P, G) + (G ? first * 64 / (G ? G : 1) : 0)) * p.granule_bytes;
         at_scale = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
-        x = __shfl_sync(~0u, base >> 4 | 1u << 16, 0);
+        x = __shfl_sync(~0u, (base + first * d.x_rows * 128) >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale));
     }
@@ -260,7 +267,8 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
 
     // This warpgroup's sums: 32 inputs are converted while the 32 before are multiplied.
     __device__ __forceinline__ void tile(float (&acc)[NT / 2], int steps) {
-        constexpr int XU = x_units(F, NT, B), x_stage = XU * NT * 128;
+        constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
+        constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][2][4];
         float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
@@ -284,13 +292,13 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
             };
             load(0, 0);
 #pragma unroll
-            for (int u = 0; u < U; u++)
+            for (int u = 0; u < N; u++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     convert(a[h], rows, later, u, h, chunk, scale_at);
-                    if (h == 1 && u + 1 < U) load(u + 1, 0);
+                    if (h == 1 && u + 1 < N) load(u + 1, 0);
                     if (h == 0 && wide) load(u, 1);
-                    if (u == U - 1 && h == 1) { // the stage has been read
+                    if (u == N - 1 && h == 1) { // the stage has been read
                         __syncwarp();
                         if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
                         bar.w.next();
@@ -336,25 +344,60 @@ template <typename T, int F, int NT, int B, int G> struct multiplier {
 
 // --- Ends of tiles ------------------------------------------------------------------------------
 
-// Where the block of this warp goes; of a pair, that of gate.
+// Where the block of this warp goes; of a pair, that of gate. R: rows of x that a warp has.
 struct target {
     int32_t block, col; // col: of this lane's four outputs
+    int32_t group;      // its first of 8 rows of x
     bool there;
 };
+template <int R, int B, int P>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
-    const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4;
+    const int wg = threadIdx.x / 128 % B, strip = threadIdx.x / 32 % 4;
     const int32_t block = block_of(p, d, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
     return target{block, half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
+                  P > 1 ? (int)threadIdx.x / (128 * B) * (R / 8) : 0,
                   block < p.blocks && in_half < p.half_rows};
 }
 
-// Where sums meet: [CTA][its first piece, its last][warp][group][lane][4].
+// Two warps exchange four sums of each lane. `give` is this one's place, `away` bytes from it is
+// the other's; `turn` counts exchanges: places are taken in turn, so that one barrier is enough.
+__device__ __forceinline__ float4 exchange(const float (&v)[4], uint32_t give, int away, int turn,
+                                           int barrier) {
+    give += turn % 2 * 512;
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(give), "f"(v[0]), "f"(v[1]),
+                 "f"(v[2]), "f"(v[3])
+                 : "memory");
+    asm volatile("barrier.sync %0, 64;" ::"r"(barrier) : "memory");
+    const uint4 got = shared_u128(give + away);
+    return make_float4(__uint_as_float(got.x), __uint_as_float(got.y), __uint_as_float(got.z),
+                       __uint_as_float(got.w));
+}
+
+// Of two parts of K one warp adds up the first half of the rows, one the second.
 template <int NT, int B>
+__device__ __forceinline__ void add_parts(float (&sum)[NT / 4], const float (&acc)[NT / 2],
+                                          uint32_t give) {
+    const int warp = threadIdx.x / 32, part = warp / (4 * B);
+#pragma unroll
+    for (int j = 0; j < NT / 16; j++) {
+        float v[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            v[e] = part ? acc[4 * j + e] : acc[4 * j + NT / 4 + e];
+            sum[4 * j + e] = part ? acc[4 * j + NT / 4 + e] : acc[4 * j + e];
+        }
+        const float4 w = exchange(v, give, (part ? -4 : 4) * B * kGiveBytes, j, 8 + warp % (4 * B));
+        sum[4 * j] += w.x, sum[4 * j + 1] += w.y, sum[4 * j + 2] += w.z, sum[4 * j + 3] += w.w;
+    }
+}
+
+// Where sums meet: [CTA][its first piece, its last][warp][group][lane][4].
+template <int R, int W>
 __device__ __forceinline__ float4 *meeting(const linear_args &p, int cta, int last, int warp) {
-    return reinterpret_cast<float4 *>(p.sums) +
-           ((cta * 2 + last) * (4 * B) + warp) * (NT / 8 * 32) + threadIdx.x % 32;
+    return reinterpret_cast<float4 *>(p.sums) + ((cta * 2 + last) * W + warp) * (R / 8 * 32) +
+           threadIdx.x % 32;
 }
 __device__ __forceinline__ void put_meeting(float4 *at, const float *v) {
     asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v[0]),
@@ -373,13 +416,13 @@ __device__ __forceinline__ bool is_there(const float *v) {
 }
 
 // The sums of a piece that are for others to finish: all where the CTA goes on to another tile.
-template <int NT, int B>
-__device__ __forceinline__ void send(const float (&acc)[NT / 2], const linear_args &p, int groups,
+template <int R, int W>
+__device__ __forceinline__ void send(const float (&acc)[R / 2], const linear_args &p, int groups,
                                      bool last, const sharers &by) {
     const int own = (int)blockIdx.x - by.first, warp = threadIdx.x / 32;
-    float4 *to = meeting<NT, B>(p, blockIdx.x, last, warp);
+    float4 *to = meeting<R, W>(p, blockIdx.x, last, warp);
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++) {
+    for (int j = 0; j < R / 8; j++) {
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = acc[4 * j + i] == 0.f ? -0.f : acc[4 * j + i];
@@ -389,46 +432,40 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const linear_ar
 
 // Groups `own`, own + among, .. of 8 rows of x, whose sums lie at acc of groups 0, among, .. Of
 // gate and up one warp finishes the first half, one the second, and each gives the other its sums.
-template <typename T, int NT>
-__device__ __forceinline__ void emit(const float (&acc)[NT / 2], const linear_args &p,
+template <typename T, int R>
+__device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_args &p,
                                      const target &to, int own, int among, float *turn,
                                      uint32_t give) {
     const linear_outputs o = linear_outputs_of<T>(p, 0, to.block, to.col);
     if (!p.paired) {
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++)
-            if ((j & (among - 1)) == 0 && 8 * (j + own) < p.m)
-                linear_emit<T, false>(p, 8 * (j + own), p.m, to.col, &acc[4 * j], &acc[4 * j], o, o,
-                                      turn);
+        for (int j = 0; j < R / 8; j++)
+            if ((j & (among - 1)) == 0 && 8 * (to.group + j + own) < p.m)
+                linear_emit<T, false>(p, 8 * (to.group + j + own), p.m, to.col, &acc[4 * j],
+                                      &acc[4 * j], o, o, turn);
         return;
     }
     const linear_outputs up =
         linear_outputs_of<T>(p, 0, to.block + p.half_blocks, to.col + p.half_rows);
     const int warp = threadIdx.x / 32, half = warp / 4 % 2;
-    const uint32_t take = give + (half ? -4 : 4) * kGiveBytes;
 #pragma unroll
-    for (int j = 0; j < NT / 16; j++) {
+    for (int j = 0; j < R / 16; j++) {
         if (j & (among - 1)) continue;
         float gate[4], v[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            gate[e] = half ? acc[4 * j + NT / 4 + e] : acc[4 * j + e]; // or up
-            v[e] = half ? acc[4 * j + e] : acc[4 * j + NT / 4 + e];
+            gate[e] = half ? acc[4 * j + R / 4 + e] : acc[4 * j + e]; // or up
+            v[e] = half ? acc[4 * j + e] : acc[4 * j + R / 4 + e];
         }
-        const uint32_t turns = j / among % 2 * 512; // in turn: one barrier is enough
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(give + turns), "f"(v[0]),
-                     "f"(v[1]), "f"(v[2]), "f"(v[3])
-                     : "memory");
-        asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp / 8 * 4 + warp % 4) : "memory");
-        const uint4 got = shared_u128(take + turns);
-        const float w[4] = {__uint_as_float(got.x), __uint_as_float(got.y), __uint_as_float(got.z),
-                            __uint_as_float(got.w)};
+        const float4 got =
+            exchange(v, give, (half ? -4 : 4) * kGiveBytes, j / among, warp / 8 * 4 + warp % 4);
+        const float w[4] = {got.x, got.y, got.z, got.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             v[e] = half ? gate[e] : w[e];
             gate[e] = half ? w[e] : gate[e];
         }
-        const int m0 = 8 * (j + half * (NT / 16) + own);
+        const int m0 = 8 * (to.group + j + half * (R / 16) + own);
         if (m0 < p.m) linear_emit<T, true>(p, m0, p.m, to.col, gate, v, o, up, turn);
     }
 }
@@ -436,80 +473,83 @@ __device__ __forceinline__ void emit(const float (&acc)[NT / 2], const linear_ar
 // Of a tile that S CTAs finish, this one's groups of rows: its number, S more, .. Sums of the first
 // S sharers take the places of those that have been sent: at acc of group j come those of group
 // j / S * S + own, from sharer j % S.
-template <typename T, int NT, int B>
-__device__ __forceinline__ void finish(float (&acc)[NT / 2], const linear_args &p,
-                                       const division &d, const target &to, const sharers &by,
-                                       float *turn, uint32_t give) {
+template <typename T, int R, int W>
+__device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p, const division &d,
+                                       const target &to, const sharers &by, float *turn,
+                                       uint32_t give) {
+    constexpr int kOnce = R / 8 < 4 ? R / 8 : 4; // groups of a sender asked for at once
     const int warp = threadIdx.x / 32, among = by.finish - 1;
+    const int groups = d.groups - to.group; // at most: all of this warp's
     int own = (int)blockIdx.x - by.first;
     if (own > among) return;
     const auto place_of = [&](int j, int s) {
         asm volatile("" : "+r"(own)); // lest all addresses be kept
-        return meeting<NT, B>(p, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
+        return meeting<R, W>(p, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
     };
-    const auto wanted = [&](int j) { return (j & among) != own && (j & ~among) + own < d.groups; };
+    const auto wanted = [&](int j) { return (j & among) != own && (j & ~among) + own < groups; };
     bool all;
     do {
         all = true;
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++)
+        for (int j = 0; j < R / 8; j++)
             if (wanted(j)) get_meeting(&acc[4 * j], place_of(j, j & among));
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++)
+        for (int j = 0; j < R / 8; j++)
             if (wanted(j)) all = all && is_there(&acc[4 * j]);
     } while (!all);
 #pragma unroll
-    for (int apart = 1; apart < 4; apart *= 2)
+    for (int apart = 1; apart < R / 8 && apart < 4; apart *= 2)
         if (by.finish > apart)
 #pragma unroll
-            for (int e = 0; e < NT / 2; e++)
+            for (int e = 0; e < R / 2; e++)
                 if (e / 4 % (2 * apart) == 0) acc[e] += acc[e + 4 * apart];
 #pragma unroll 1
     for (int s = by.finish; s < by.n; s++)
 #pragma unroll
-        for (int j0 = 0; j0 < NT / 8; j0 += 4) {
-            float v[16];
+        for (int j0 = 0; j0 < R / 8; j0 += kOnce) {
+            float v[4 * kOnce];
             do {
                 all = true;
 #pragma unroll
-                for (int j = j0; j < j0 + 4; j++)
-                    if ((j & among) == 0 && j + own < d.groups)
+                for (int j = j0; j < j0 + kOnce; j++)
+                    if ((j & among) == 0 && j + own < groups)
                         get_meeting(&v[4 * (j - j0)], place_of(j, s));
 #pragma unroll
-                for (int j = j0; j < j0 + 4; j++)
-                    if ((j & among) == 0 && j + own < d.groups)
+                for (int j = j0; j < j0 + kOnce; j++)
+                    if ((j & among) == 0 && j + own < groups)
                         all = all && is_there(&v[4 * (j - j0)]);
             } while (!all);
 #pragma unroll
-            for (int e = 0; e < 16; e++)
+            for (int e = 0; e < 4 * kOnce; e++)
                 if ((e / 4 & among) == 0) acc[4 * j0 + e] += v[e];
         }
-    emit<T, NT>(acc, p, to, own, by.finish, turn, give);
+    emit<T, R>(acc, p, to, own, by.finish, turn, give);
     for (int s = 0; s < by.n; s++)
-        for (int j = own; j < d.groups && s != own; j += by.finish)
-            meeting<NT, B>(p, by.first + s, s < by.ends, warp)[j * 32] =
+        for (int j = own; j < R / 8 && j < groups && s != own; j += by.finish)
+            meeting<R, W>(p, by.first + s, s < by.ends, warp)[j * 32] =
                 make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-template <int B> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
+template <int W> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
     for (int i = 0; i < d.w_stages; i++) {
         barrier_init(bar.w.full + i * 8, 1);
-        barrier_init(bar.w.empty + i * 8, 4 * B);
+        barrier_init(bar.w.empty + i * 8, W);
     }
     for (int i = 0; i < d.x_stages; i++) {
         barrier_init(bar.x.full + i * 8, 1);
-        barrier_init(bar.x.empty + i * 8, 4 * B);
+        barrier_init(bar.x.empty + i * 8, W);
     }
     barrier_init_fence();
 }
 
-template <typename T, int F, int NT, int B, int G>
-__global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
+template <typename T, int F, int NT, int B, int P, int G>
+__global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     linear_mid(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                const __grid_constant__ maps m) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)       // never launched, and empty, on other architectures
+    constexpr int W = 4 * B * P, R = NT / P; // warps that multiply, rows of x that each finishes
     extern __shared__ uint8_t shared[];
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base = shared_address(start);
@@ -517,27 +557,27 @@ __global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
     barriers bar = barriers_of(d, base);
     sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     launch_dependents();
-    if (threadIdx.x == 128 * B) {
+    if (threadIdx.x == 32 * W) {
         prefetch_map(&m.code);
         if (G) prefetch_map(&m.scale);
-        init<B>(bar, d);
-    } else if (threadIdx.x == 128 * B + 32) {
+        init<W>(bar, d);
+    } else if (threadIdx.x == 32 * W + 32) {
         prefetch_map(&m.x);
     } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
-        *by = sharers(d, p.paired);
+        *by = sharers(d, p.paired ? R / 16 : R / 8);
     }
     __syncthreads();
-    if (warp >= 4 * B) {
-        if (threadIdx.x == 128 * B)
-            load_weights<F, B, G>(p, d, m, bar.w, base);
-        else if (threadIdx.x == 128 * B + 32)
-            load_inputs<F, NT, B>(d, m, bar.x, base);
+    if (warp >= W) {
+        if (threadIdx.x == 32 * W)
+            load_weights<F, B, P, G>(p, d, m, bar.w, base);
+        else if (threadIdx.x == 32 * W + 32)
+            load_inputs<F, NT, B, P>(d, m, bar.x, base);
         return;
     }
     float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
-    const uint32_t give = base + d.at_turn + 4 * B * LINEAR_STAGE_FLOATS * 4 + warp * kGiveBytes +
-                          threadIdx.x % 32 * 16;
-    multiplier<T, F, NT, B, G> work = {p, d, bar, 0, 0, 0, 0};
+    const uint32_t give =
+        base + d.at_turn + W * LINEAR_STAGE_FLOATS * 4 + warp * kGiveBytes + threadIdx.x % 32 * 16;
+    multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
     place i(d);
     wait_for_previous();
@@ -546,15 +586,22 @@ __global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
         float acc[NT / 2] = {};
         work.tile(acc, steps);
         i.next(d, steps);
-        const target to = target_of(p, d, tile);
+        const target to = target_of<R, B, P>(p, d, tile);
         if (!to.there) continue;
+        float sum[R / 2];
+        if constexpr (P > 1) {
+            add_parts<NT, B>(sum, acc, give + (p.paired ? W * kGiveBytes : 0));
+        } else {
+#pragma unroll
+            for (int e = 0; e < R / 2; e++) sum[e] = acc[e];
+        }
         if (steps == d.steps) {
-            emit<T, NT>(acc, p, to, 0, 1, turn, give);
+            emit<T, R>(sum, p, to, 0, 1, turn, give);
             continue;
         }
-        send<NT, B>(acc, p, d.groups, i.left == 0, *by);
+        send<R, W>(sum, p, d.groups - to.group, i.left == 0, *by);
         if (i.left > 0) continue;
-        finish<T, NT, B>(acc, p, d, to, *by, turn, give);
+        finish<T, R, W>(sum, p, d, to, *by, turn, give);
         return;
     }
 #endif
@@ -562,20 +609,24 @@ __global__ void __launch_bounds__(128 * B + 64, B == 2 ? 2 : 1)
 
 // --- Launch -------------------------------------------------------------------------------------
 
-__host__ __device__ constexpr int room(int blocks) { return (blocks == 2 ? 113 : 226) * 1024; }
+__host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 : 226) * 1024; }
 
 // About how many ns a problem takes of which a CTA multiplies so many units of 64 rows of W.
-// Measured on an H200 with W4.
-template <int F, int NT, int B> int64_t cost(int64_t units) {
-    int64_t unit = B == 2 ? NT == 64 ? 139 : 102 : NT == 64 ? 116 : 78;
-    if (unit < 512 * linear_code_bits(F) / 30)
-        unit = 512 * linear_code_bits(F) / 30; // 30 bytes a ns and SM
-    return units * unit + (B == 2 ? NT == 64 ? 5000 : 3800 : NT == 64 ? 7500 : 7800);
+// Measured on an H200 with W4. With 8 bits no unit takes less than its bytes do, at 30 a ns and SM.
+template <int F, int NT, int B, int P> int64_t cost(int64_t units) {
+    constexpr bool few = NT == 32;
+    if (linear_code_bits(F) == 8)
+        return B == 4 ? units * 136 + (few ? 7800 : 7500)
+                      : units * (few ? 136 : 139) + (few ? 3800 : 5000);
+    return B == 4   ? units * (few ? 74 : 114) + (few ? 7900 : 6500)
+           : P == 2 ? units * (few ? 88 : 119) + (few ? 4900 : 5650)
+                    : units * (few ? 101 : 160) + (few ? 3600 : 3720);
 }
 
 // Among n_sms CTAs; no stages when there is no room.
-template <int F, int NT, int B, int G> division divide(const linear_args *a, int n_sms) {
-    constexpr int U = step_units(F, B), code = B * U * 512 * linear_code_bits(F);
+template <int F, int NT, int B, int P, int G> division divide(const linear_args *a, int n_sms) {
+    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+    constexpr bool half = B * P == 2;
     division d = {};
     d.per = a->paired ? B / 2 : B;
     d.all = a->paired ? a->half_blocks : a->blocks;
@@ -587,28 +638,29 @@ template <int F, int NT, int B, int G> division divide(const linear_args *a, int
     d.x_whole = a->k % 64 == 0;
     d.x_rows = (a->m + 7) / 8 * 8;
     d.groups = (a->m + 7) / 8;
-    d.w_stage = (code + B * step_granules(F, B, G) * a->granule_bytes + 127) / 128 * 128;
-    const int x_stage = x_units(F, NT, B) * NT * 128;
-    const int turn = 4 * B * (LINEAR_STAGE_FLOATS * 4 + (a->paired ? kGiveBytes : 0));
-    const int bars = 2 * kStagesMost * 16 + 16, left = room(B) - 1024 - turn - bars;
+    d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
+    const int x_stage = x_units(F, NT, B, P) * NT * 128;
+    const int exchanges = (a->paired ? 1 : 0) + (P > 1 ? 1 : 0);
+    const int turn = 4 * B * P * (LINEAR_STAGE_FLOATS * 4 + exchanges * kGiveBytes);
+    const int bars = 2 * kStagesMost * 16 + 16, left = room(B * P) - 1024 - turn - bars;
     // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
     // further away.
-    constexpr int kBoxes = U / x_units(F, NT, B);
+    constexpr int kBoxes = U / x_units(F, NT, B, P);
     const int both = d.w_stage + kBoxes * x_stage;
-    d.x_stages = B == 2 ? left * 45 / 100 / x_stage : left / both * kBoxes;
+    d.x_stages = half ? left * 45 / 100 / x_stage : left / both * kBoxes;
     if (d.x_stages < 2) d.x_stages = 2;
     if (d.x_stages > 8) d.x_stages = 8;
     d.w_stages = (left - d.x_stages * x_stage) / d.w_stage;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > most) d.w_stages = most;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
-    if (B == 4 && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
+    if (!half && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
     if (d.x_stages > 8) d.x_stages = 8;
     d.at_w = d.x_stages * x_stage;
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    d.cost = cost<F, NT, B>((int64_t)most * U * B);
+    d.cost = cost<F, NT, B, P>((int64_t)most * U * B);
     return d;
 }
 
@@ -633,9 +685,9 @@ status encode(CUtensorMap *map, const tensor &t) {
     return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map: error %d", (int)r);
 }
 
-template <int F, int NT, int B, int G>
+template <int F, int NT, int B, int P, int G>
 status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
-    constexpr int U = step_units(F, B), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
+    constexpr int U = step_units(F, B, P), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = a->paired ? B / 2 : B;
     const cuuint64_t block = (cuuint64_t)a->units * kRows * 2048;
@@ -654,7 +706,7 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                                4,
                                {granule / 8, (cuuint64_t)a->granules, blocks, halves},
                                {granule, granule * a->granules, granule * a->granules * blocks},
-                               {(cuuint32_t)granule / 8, step_granules(F, B, G), at_once,
+                               {(cuuint32_t)granule / 8, step_granules(F, B, P, G), at_once,
                                 (cuuint32_t)halves}}));
     const cuuint64_t row = (cuuint64_t)a->ldx * 2, rows = (cuuint64_t)a->m, k = (cuuint64_t)a->k;
     tensor x = {a->x,
@@ -663,49 +715,64 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                 3,
                 {64, rows, k / 64},
                 {row, 128},
-                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B)}};
+                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
 
-// Tiles of B blocks: their launch.
-template <typename T, int F, int NT, int B, int G> struct tiles {
+// Tiles of B blocks and P parts: their launch.
+template <typename T, int F, int NT, int B, int P, int G> struct tiles {
     static status run(const division &d, const linear_args *args, int32_t n_sms,
                       kernel_stream stream) {
-        const auto kernel = linear_mid<T, F, NT, B, G>;
+        const auto kernel = linear_mid<T, F, NT, B, P, G>;
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
-        TRY((encode_all<F, NT, B, G>(&m, args, d, half_pair<T>::bf16)));
+        TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
         cudaLaunchAttribute with;
         with.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         with.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config = {};
         // With half an SM each there is one for every SM, so that the next launch's finds the other
         // half free everywhere.
-        config.gridDim = dim3((unsigned)(B == 2 ? n_sms : d.ctas));
-        config.blockDim = dim3(128 * B + 64);
+        config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas));
+        config.blockDim = dim3(128 * B * P + 64);
         config.dynamicSmemBytes =
             (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
         config.stream = (cudaStream_t)stream;
         config.attrs = &with;
         config.numAttrs = 1;
-        cudaError_t e =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 room(B) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : room(B));
+        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             room(B * P) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES
+                                                                              : room(B * P));
         if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-        return run(divide<F, NT, B, G>(args, n_sms), args, n_sms, stream);
+        return run(divide<F, NT, B, P, G>(args, n_sms), args, n_sms, stream);
     }
 };
 
 template <typename T, int F, int NT, int G>
 status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-    const division two = divide<F, NT, 2, G>(args, n_sms), four = divide<F, NT, 4, G>(args, n_sms);
-    if (four.w_stages && (!two.w_stages || four.cost <= two.cost))
-        return tiles<T, F, NT, 4, G>::run(four, args, n_sms, stream);
-    return tiles<T, F, NT, 2, G>::run(two, args, n_sms, stream);
+    const auto better = [](const division &a, const division &b) { // no stages: it has no room
+        return a.w_stages && (!b.w_stages || a.cost <= b.cost);
+    };
+    const division half = divide<F, NT, 2, 1, G>(args, n_sms);
+    const division four = divide<F, NT, 4, 1, G>(args, n_sms);
+    if constexpr (has_parts(F)) {
+        const division two = divide<F, NT, 2, 2, G>(args, n_sms);
+        if (better(two, half) && !better(four, two))
+            return tiles<T, F, NT, 2, 2, G>::run(two, args, n_sms, stream);
+    }
+    if (better(four, half)) return tiles<T, F, NT, 4, 1, G>::run(four, args, n_sms, stream);
+    return tiles<T, F, NT, 2, 1, G>::run(half, args, n_sms, stream);
+}
+template <typename T, int F, int NT, int G>
+status launch_parts(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
+    if constexpr (has_parts(F))
+        return tiles<T, F, NT, 2, 2, G>::launch(args, n_sms, per_sm, stream);
+    else
+        return FAIL(ST_UNSUPPORTED, "linear_mid: parts of 8 bits");
 }
 
 #define T_F16  __half
@@ -714,8 +781,9 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT }
 #define ROWS(F, T, NT, G)                                                                          \
     ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
-        ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, G>::launch)),               \
-        ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, G>::launch)),
+        ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),            \
+        ROW("mid_" #NT "x2x2", F, T, NT, G, (launch_parts<T_##T, WF_##F, NT, G>)),                 \
+        ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
 const linear_variant rows[] = {MID_INSTANCES(ROWS)};
 
 } // namespace
