@@ -181,12 +181,17 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
                                              ring to, uint32_t base) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+    constexpr int kAsked = B == 4 ? 1 : 2; // stages, before the ring is full for once
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
+    int asked = 0;
     for (place i(d); i.left > 0; i.next(d, 1), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
         const int v = i.tile * d.per;
         to.wait_empty();
+        // Not all at once: the first of x would come after them.
+        if (asked >= kAsked && asked < to.stages) barrier_wait(full - kAsked * 8, 0);
+        asked++;
         barrier_arrive_expect(full, bytes);
         copy_box<4>(stage, &m.code, 0, i.step * kRows, v, 0, full, policy);
         if (G) copy_box<4>(stage + code, &m.scale, 0, i.step * kGranules, v, 0, full, policy);
