@@ -357,9 +357,12 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
     // Four codes of a row, four of eight rows on, and again: an A fragment.
     static __device__ __forceinline__ void raw(uint32_t (&a)[4], uint32_t word) {
-        if (bf16) { // plus 128
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word >> 4 * i, 0x43004300u);
+        if (bf16) { // plus 128; of rows g + 8 a quarter of that, for eight bits are a subnormal
+            const uint32_t high = word >> 8;
+            a[0] = and_or<0x000f000fu>(word, 0x43004300u);
+            a[1] = pair_fma<T>(word & 0x00f000f0u, 0x7f007f00u, 0x42004200u);
+            a[2] = and_or<0x000f000fu>(high, 0x43004300u);
+            a[3] = pair_fma<T>(high & 0x00f000f0u, 0x7f007f00u, 0x42004200u);
         } else { // subnormal: times 2^-24, of rows g + 8 times 2^-20
             const uint32_t high = word >> 8;
             a[0] = word & 0x000f000fu;
@@ -370,6 +373,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     }
     // What all sums are to be multiplied with.
     static __device__ __forceinline__ float mend(int e) {
+        if (kByXSums && bf16) return e / 2 % 2 ? 4.f : 1.f;
         if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
         return dequant_unfold<T, F>();
     }
@@ -437,9 +441,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             for (int e = 0; e < R; e++) acc[e] = fmaf(s[e / 2 % 2], sums[e], acc[e]);
             return;
         }
-        if (bf16) { // 128 + z
+        if (bf16) { // 128 + z, a quarter of that
             z[0] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7055));
-            z[1] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7155));
+            z[1] = __uint_as_float(__byte_perm(packed.zero, 0x42000000u, 0x7155));
         } else { // subnormal too
             const uint32_t pair = __byte_perm(packed.zero, 0, 0x4140);
             const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
