@@ -142,10 +142,18 @@ const preference preferences[] = {
     {80, 1 << 30, 62, "ampere_128x2"},
     {80, 1 << 30, 62, "ampere_128x1"},
 };
-// The same of problems with experts, before what linear_tuned.def has: that is of dense ones.
-const preference of_experts[] = {
-    {90, 4, 24, "experts_8"},   {90, 8, 22, "experts_16"},     {90, 4, 62, "hopper_8x2"},
-    {90, 8, 62, "hopper_16x2"}, {90, 1 << 30, 62, "tall_128"},
+// The same of problems with experts, before what linear_tuned.def has: that is of dense ones. With
+// `full`, of a row each in the mean only where the experts that are hit have tiles for three SMs of
+// two.
+struct preference_of_experts {
+    int32_t rows, size;
+    const char *name;
+    bool full;
+};
+const preference_of_experts of_experts[] = {
+    {1, 22, "experts_8", false},      {28, 62, "experts_32", true}, {4, 24, "experts_8", false},
+    {8, 22, "experts_16", false},     {4, 62, "hopper_8x2", false}, {8, 62, "hopper_16x2", false},
+    {1 << 30, 62, "tall_128", false},
 };
 
 bool gated(const linear_problem *p) {
@@ -178,11 +186,14 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
     const int64_t size = (int64_t)p->w->n * p->w->k;
-    for (const preference &c : of_experts) {
-        if (!p->expert_start || c.rows < rows || c.family > p->w->family || size >> c.size)
-            continue;
+    for (const preference_of_experts &c : of_experts) {
+        if (!p->expert_start || p->w->family < 90 || c.rows < rows || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
-        if (v) return v;
+        if (!v) continue;
+        const int32_t tiles = (l->blocks + v->blocks - 1) / v->blocks;
+        if (!c.full || rows > 1 ||
+            linear_experts_hit(p->w->count, p->m) * tiles * 2 >= 3 * p->n_sms)
+            return v;
     }
     const char *name;
     for (int32_t i = 0; p->w->family == 90 && (name = linear_tuned(p, i)) != nullptr; i++) {

@@ -4,7 +4,14 @@
 #define KERNEL_LINEAR_LAUNCH_H
 #include "linear_layout.h"
 
+#include <math.h>
+
 typedef struct linear_args linear_args;
+
+/* Experts that m rows hit, if each is as likely. */
+static inline double linear_experts_hit(int32_t count, int32_t m) {
+    return count * (1 - pow(1 - 1.0 / count, m));
+}
 
 /* The least shared memory of a CTA of which an SM has no two: see linear_problem.apart. */
 enum { LINEAR_APART_BYTES = 114 * 1024 };

@@ -33,7 +33,7 @@
 #include "tensor_map.cuh"
 
 // The explicit lists: format, type, x rows (NT), scale granule (0: none). Of 32 rows where that is
-// faster than linear_mid.cu, and not for experts.
+// faster than linear_mid.cu.
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
 #define SHORT_TYPES(X, F, G)   SHORT_ROWS(X, F, F16, G) SHORT_ROWS(X, F, BF16, G)
 #ifndef SHORT_INSTANCES
@@ -63,11 +63,11 @@ enum { kHalf = 113 * 1024, kRoom = 227 * 1024 };
 enum { kStagesMost = 16 };
 
 // Units of K in a step, at least what a scale covers, and fewer where x takes the room.
-__host__ __device__ constexpr int step_units(int f, int rows) {
-    return linear_code_bits(f) == 4 && rows <= 16 ? 4 : 2;
+__host__ __device__ constexpr int step_units(int f, int rows, bool experts = false) {
+    return linear_code_bits(f) == 4 && (rows <= 16 || experts) ? 4 : 2;
 }
-__host__ __device__ constexpr int step_granules(int f, int g, int rows) {
-    return g ? step_units(f, rows) * 64 / g : 0;
+__host__ __device__ constexpr int step_granules(int f, int g, int rows, bool experts = false) {
+    return g ? step_units(f, rows, experts) * 64 / g : 0;
 }
 
 // Are products of a granule summed by themselves, and does the scale meet those sums in f32? Else
@@ -76,9 +76,10 @@ __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
     return f == WF_INT4 && g >= (experts ? 128 : 64);
 }
 // Are codes multiplied as they lie even, and is what is too much (zero points, 128 in bf16) taken
-// from the sums by those of x? Of more rows that costs more than it saves.
+// from the sums by those of x? Of more rows that costs more than it saves, where not four blocks
+// have them in common.
 __host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool experts = false) {
-    return on_sums(f, g, experts) && rows <= 16;
+    return on_sums(f, g, experts) && (rows <= 16 || experts);
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
@@ -200,12 +201,11 @@ __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map
 }
 
 // Codes and scales of a step of a block of the matrix at `code` and `scale`.
-template <int F, int NT, int G>
+template <int F, int U, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const uint8_t *code,
                                              const uint8_t *scale, int block, int step, uint32_t to,
                                              uint32_t there, uint64_t policy) {
-    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
-                  N = step_granules(F, G, NT);
+    constexpr int unit = 512 * linear_code_bits(F), N = G ? U * 64 / G : 0; // granules
     const int units = min(U, p.units - step * U);
     copy_bulk(to, code + ((int64_t)block * p.units + step * U) * unit, units * unit, there, policy);
     // What lies past K meets zeros of x, and may be anything but NaN.
@@ -238,9 +238,8 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         const uint32_t there = full + at.stage * 8;
         barrier_wait(empty + at.stage * 8, at.parity ^ 1);
         barrier_arrive_expect(there, bytes);
-        load_weights<F, NT, G>(p, p.code, p.scale, block, step,
-                               slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there,
-                               policy);
+        load_weights<F, U, G>(p, p.code, p.scale, block, step,
+                              slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there, policy);
     };
     const auto next = [&] {
         at.next(d.w_stages);
@@ -279,31 +278,35 @@ __device__ __forceinline__ void put_shared(uint32_t to, float v) {
 // Of the granules of a step, 128 or 64 inputs each, by one warp: [granule][NT] floats. x times one;
 // of 8 rows two blocks of 16 inputs at once.
 template <typename T, int NT, int G>
-__device__ __forceinline__ void sum_x(uint32_t x, uint32_t to) {
+__device__ __forceinline__ void sum_x(uint32_t x, uint32_t to, int rows = NT) {
     constexpr uint32_t one = half_pair<T>::bf16 ? 0x3f803f80u : 0x3c003c00u;
     int lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane)); // lest what follows from it be kept in registers
     const int m = lane / 8, row = NT == 8 ? lane % 8 : m % 2 * 8 + lane % 8;
     const int chunk = NT == 8 ? m % 2 * 2 + m / 2 : m / 2; // of 16 bytes, where swizzles put it
     constexpr int per = G == 128 ? 2 : 1;                  // units of a granule
-    float c[4][4] = {};
 #pragma unroll
-    for (int j = 0; j < NT / 4; j++)
+    for (int row0 = 0; row0 < NT; row0 += 16) {
+        if (row0 >= rows) break;
+        float c[4][4] = {};
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            uint32_t a[4];
-            const int in = chunk + j * (NT == 8 ? 4 : 2);
-            load_matrices(a, x + u * (NT * 128) + row * 128 + (in ^ row % 8) * 16);
-            multiply(c[u], a, one, one, T{});
-        }
+        for (int j = 0; j < (NT == 8 ? 2 : 4); j++)
 #pragma unroll
-    for (int i = 0; i < 4; i += per) {
-        const float low = per == 1 ? c[i][0] : c[i][0] + c[i + per - 1][0];
-        const float high = per == 1 ? c[i][2] : c[i][2] + c[i + per - 1][2];
-        const uint32_t at = to + (i / per * NT + lane / 4) * 4;
-        if (lane % 4 == 0) {
-            put_shared(at, NT == 8 ? low + high : low);
-            if (NT == 16) put_shared(at + 32, high);
+            for (int u = 0; u < 4; u++) {
+                uint32_t a[4];
+                const int in = chunk + j * (NT == 8 ? 4 : 2);
+                load_matrices(a, x + u * (NT * 128) + (row0 + row) * 128 + (in ^ row % 8) * 16);
+                multiply(c[u], a, one, one, T{});
+            }
+#pragma unroll
+        for (int i = 0; i < 4; i += per) {
+            const float low = per == 1 ? c[i][0] : c[i][0] + c[i + per - 1][0];
+            const float high = per == 1 ? c[i][2] : c[i][2] + c[i + per - 1][2];
+            const uint32_t at = to + (i / per * NT + row0 + lane / 4) * 4;
+            if (lane % 4 == 0) {
+                put_shared(at, NT == 8 ? low + high : low);
+                if (NT > 8) put_shared(at + 32, high);
+            }
         }
     }
 }
@@ -317,8 +320,8 @@ template <int N> struct number { static constexpr int value = N; };
 
 // Of experts x comes by copies of threads: it is there when its sums are.
 template <typename T, int F, int NT, int G, bool kExperts = false> struct multiplier {
-    static constexpr int U = step_units(F, NT), bits = linear_code_bits(F), unit = 512 * bits,
-                         R = NT / 2;
+    static constexpr int U = step_units(F, NT, kExperts), bits = linear_code_bits(F),
+                         unit = 512 * bits, R = NT / 2;
     static constexpr bool kSums = on_sums(F, G, kExperts), kFolded = dequant_unfold<T, F>() != 1.f;
     static constexpr bool kByXSums = by_x_sums(F, G, NT, kExperts);
     static constexpr bool bf16 = half_pair<T>::bf16;
@@ -357,9 +360,12 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
     // Four codes of a row, four of eight rows on, and again: an A fragment.
     static __device__ __forceinline__ void raw(uint32_t (&a)[4], uint32_t word) {
-        if (bf16) { // plus 128
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(word >> 4 * i, 0x43004300u);
+        if (bf16) { // plus 128; of rows g + 8 a quarter of that, for eight bits are a subnormal
+            const uint32_t high = word >> 8;
+            a[0] = and_or<0x000f000fu>(word, 0x43004300u);
+            a[1] = pair_fma<T>(word & 0x00f000f0u, 0x7f007f00u, 0x42004200u);
+            a[2] = and_or<0x000f000fu>(high, 0x43004300u);
+            a[3] = pair_fma<T>(high & 0x00f000f0u, 0x7f007f00u, 0x42004200u);
         } else { // subnormal: times 2^-24, of rows g + 8 times 2^-20
             const uint32_t high = word >> 8;
             a[0] = word & 0x000f000fu;
@@ -370,6 +376,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     }
     // What all sums are to be multiplied with.
     static __device__ __forceinline__ float mend(int e) {
+        if (kByXSums && bf16) return e / 2 % 2 ? 4.f : 1.f;
         if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
         return dequant_unfold<T, F>();
     }
@@ -417,9 +424,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
     }
 
-    static __device__ __forceinline__ void load_x_sums(float (&of_x)[NT / 4], uint32_t from) {
+    template <int N>
+    static __device__ __forceinline__ void load_x_sums(float (&of_x)[N / 4], uint32_t from) {
 #pragma unroll
-        for (int t = 0; t < NT / 8; t++)
+        for (int t = 0; t < N / 8; t++)
             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                          : "=f"(of_x[2 * t]), "=f"(of_x[2 * t + 1])
                          : "r"(from + t * 32)
@@ -427,19 +435,20 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     }
 
     // A granule whose sums are there, and those of its x.
-    static __device__ __forceinline__ void scaled(float (&acc)[R], const float (&sums)[R],
+    template <int N>
+    static __device__ __forceinline__ void scaled(float (&acc)[R], const float (&sums)[N / 2],
                                                   const dequant_packed &packed,
-                                                  const float (&of_x)[NT / 4]) {
+                                                  const float (&of_x)[N / 4]) {
         float s[2], z[2];
         dequant_unpack<F>(s, packed);
         if (!kByXSums) {
 #pragma unroll
-            for (int e = 0; e < R; e++) acc[e] = fmaf(s[e / 2 % 2], sums[e], acc[e]);
+            for (int e = 0; e < N / 2; e++) acc[e] = fmaf(s[e / 2 % 2], sums[e], acc[e]);
             return;
         }
-        if (bf16) { // 128 + z
+        if (bf16) { // 128 + z, a quarter of that
             z[0] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7055));
-            z[1] = __uint_as_float(__byte_perm(packed.zero, 0x43000000u, 0x7155));
+            z[1] = __uint_as_float(__byte_perm(packed.zero, 0x42000000u, 0x7155));
         } else { // subnormal too
             const uint32_t pair = __byte_perm(packed.zero, 0, 0x4140);
             const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
@@ -447,7 +456,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             z[1] = __high2float(h) * 16.f;
         }
 #pragma unroll
-        for (int e = 0; e < R; e++)
+        for (int e = 0; e < N / 2; e++)
             acc[e] =
                 fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
@@ -455,6 +464,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
     // x_parity: of its barriers.
+    template <int N = NT>
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
         constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
@@ -462,7 +472,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
         uint4 chunk[2][bits / 4];
-        float granule[kParts][R], of_x[NT / 4]; // sums
+        float granule[kParts][N / 2], of_x[N / 4]; // sums
         dequant_packed packed;
         dequant_scales scales;
         dequant_rows rows_of;
@@ -473,7 +483,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             const int index = d.x_again ? stage : kExperts ? x_first + step : step;
             const int parity_x = d.x_again ? parity : x_parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
-            const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT);
+            const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT, kExperts);
             const auto two_units = [&](auto first) { // a loop over u would not be unrolled
                 constexpr int u = decltype(first)::value;
 #pragma unroll
@@ -489,11 +499,11 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 for (int j = 0; j < 8; j++) {
                     const uint64_t b =
                         group_descriptor_low(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2);
-                    float(&sums)[R] = kSums ? granule[j * kParts / 8] : acc;
+                    float *sums = kSums ? granule[j * kParts / 8] : acc;
                     if (kSums && j % (8 / kParts) == 0)
-                        multiply_group<T, NT>::run_fresh(sums, a[j / 4][j % 4], b);
+                        multiply_group<T, N>::run_fresh(sums, a[j / 4][j % 4], b);
                     else
-                        multiply_group<T, NT>::run(sums, a[j / 4][j % 4], b);
+                        multiply_group<T, N>::run(sums, a[j / 4][j % 4], b);
                 }
                 group_commit();
                 if (u + 2 == U) {
@@ -505,17 +515,17 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     load(chunk[i], (u + 2 + i) % U, code_at);
                 if (kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
                     barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
-                if (kByXSums) load_x_sums(of_x, of_x_at + u / per * (NT * 4));
+                if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
                 if (!kSums) group_pin(acc);
                 for (int i = 0; i < kParts && kSums; i++) group_pin(granule[i]);
                 for (int i = 0; i < kParts && kSums; i++) {
                     if (i > 0) {
-                        load_x_sums(of_x, of_x_at + (u / per + i) * (NT * 4));
+                        load_x_sums<N>(of_x, of_x_at + (u / per + i) * (NT * 4));
                         dequant_load_packed<F>(packed, scale_at + (u / per + i) * p.granule_bytes,
                                                at_scale, p.sym);
                     }
-                    scaled(acc, granule[i], packed, of_x);
+                    scaled<N>(acc, granule[i], packed, of_x);
                 }
             };
             two_units(number<0>{});
@@ -809,7 +819,7 @@ __device__ __forceinline__ void fill_table(const linear_args &p, const division 
 
 // Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
 // Those that share rows of x are neighbours.
-template <int NT>
+template <int NT, int P>
 __device__ __forceinline__ target locate(const linear_args &p, const division &d,
                                          const int32_t *table, int t) {
     const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
@@ -821,12 +831,20 @@ __device__ __forceinline__ target locate(const linear_args &p, const division &d
     t = __shfl_sync(~0u, t - table[e], 0);
     const int32_t m = t < d.tiles ? 0 : t / d.tiles, n = t - m * d.tiles;
     const int32_t m0 = __shfl_sync(~0u, row[e], 0) + m * NT;
-    return {e, p.paired ? n : 2 * n, m0, min(__shfl_sync(~0u, row[e + 1], 0), m0 + NT)};
+    return {e, p.paired ? n * (P / 2) : n * P, m0, min(__shfl_sync(~0u, row[e + 1], 0), m0 + NT)};
 }
 
-// Of the kernel for experts: two warpgroups that multiply, a warp that loads, one that helps. (With
-// one warp more a thread would have 80 registers instead of 96.)
-enum { kExpertsThreads = 2 * 128 + 2 * 32, kToldReaders = 8 + 1 };
+// Block i of a tile of P, of gate and up half of them each: of the matrix, or not there.
+template <int P>
+__device__ __forceinline__ int32_t block_of(const linear_args &p, const target &tile, int i) {
+    if (!p.paired) return tile.block + i < p.blocks ? tile.block + i : -1;
+    const int32_t block = tile.block + i % (P / 2);
+    return block < p.half_blocks ? block + i / (P / 2) * p.half_blocks : -1;
+}
+
+// Of the kernel for experts: P warpgroups that multiply, and warps that load and help: of two of
+// each. (With one warp more a thread of two CTAs would have 80 registers instead of 96.)
+template <int P> constexpr int kExpertsThreads = P == 2 ? 2 * 128 + 2 * 32 : P * 128 + 4 * 32;
 
 // Where x of a CTA's tiles lies: tiles of the same rows are neighbours and find it where it is, for
 // others it comes to the next stages. Where it finds no room as a whole (x_again) it comes with
@@ -850,10 +868,10 @@ struct x_place {
 enum { kTold = 4, kToldBytes = kTold * 32 };
 struct told_tiles {
     uint32_t at; // kTold times: told, read, the tile (no rows: the end)
-    __device__ __forceinline__ void init() const {
+    __device__ __forceinline__ void init(int readers) const {
         for (int i = 0; i < kTold; i++) {
             barrier_init(at + i * 32, 1);
-            barrier_init(at + i * 32 + 8, kToldReaders);
+            barrier_init(at + i * 32 + 8, readers);
         }
     }
     // By a warp.
@@ -880,101 +898,119 @@ struct told_tiles {
     }
 };
 
-// What of `tiles` tiles a CTA takes. The counter is zero before and after each launch.
+// What of `tiles` tiles a CTA takes, now t, -1 when there is none. The counter is zero before and
+// after each launch.
 struct taker {
     const linear_args &p;
+    bool by_count;                       // not in turn
     int tiles, ctas, chunk, chunks, all; // chunks: of several tiles; all: takes that find one
     int t, end, taken;
-    __device__ __forceinline__ taker(const linear_args &p, const division &d, int tiles, int cta)
-        : p(p), tiles(tiles), ctas(d.clusters) {
+    __device__ __forceinline__ taker(const linear_args &p, const division &d, const duty &own,
+                                     int tiles)
+        : p(p), by_count(d.cluster == 1), tiles(tiles), ctas(d.clusters) {
         chunk = tiles >= (d.chunk + 1) * ctas ? d.chunk : 1;
-        t = min(cta * chunk, tiles);
+        t = own.tile0 * chunk;
         end = min(t + chunk, tiles);
         chunks = max((tiles - ctas) / chunk - ctas, 0);
         all = max(tiles - ctas * chunk - chunks * (chunk - 1), 0);
+        if (!by_count) t = own.tile0;
+        if (t >= tiles || own.steps == 0) t = -1;
     }
-    // By one lane, when the launch before has ended: for when those it has are used up.
+    // By one lane, when the launch before has ended, with each tile and where there is none at all:
+    // for when those that are taken are used up.
     __device__ __forceinline__ void ask() {
+        if (!by_count || (t >= 0 && t + 1 < end)) return;
         taken = atomicAdd(p.counters, 1);
         if (taken == all + ctas - 1) *p.counters = 0; // every CTA asks until it finds nothing
     }
-    __device__ __forceinline__ int next() {
-        if (++t < end) return t;
-        taken = __shfl_sync(~0u, taken, 0);
-        if (taken >= all) return -1;
-        t = ctas * chunk + (taken < chunks ? taken * chunk : taken + chunks * (chunk - 1));
-        end = t + (taken < chunks ? chunk : 1);
-        return t;
+    __device__ __forceinline__ void next() {
+        if (!by_count) {
+            t = t + ctas < tiles ? t + ctas : -1;
+        } else if (++t == end) {
+            taken = __shfl_sync(~0u, taken, 0);
+            t = ctas * chunk + (taken < chunks ? taken * chunk : taken + chunks * (chunk - 1));
+            end = t + (taken < chunks ? chunk : 1);
+            if (taken >= all) t = -1;
+        }
     }
 };
 
-template <int NT>
+template <int NT, int P>
 __device__ __forceinline__ target tile_of(const linear_args &p, const division &d, const duty &own,
                                           const int32_t *table, const told_tiles &told, int count) {
-    if (d.cluster == 1) return told.get(count);
+    if (P > 2 || d.cluster == 1) return told.get(count);
     if (count >= own.tiles) return {};
-    return locate<NT>(p, d, table, own.tile0 + count * d.clusters);
+    return locate<NT, P>(p, d, table, own.tile0 + count * d.clusters);
 }
 
-// Weights of a step of both blocks of a tile, by one thread.
-template <int F, int NT, int G>
+// Weights of a step of blocks [B0, B1) of a tile, by one thread.
+template <int F, int NT, int G, int P, int B0, int B1>
 __device__ __forceinline__ void load_blocks(const linear_args &p, const division &d,
                                             const target &tile, int step, uint32_t to,
                                             uint32_t there, uint64_t policy) {
-    constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
-                  N = step_granules(F, G, NT);
-    const int other = min(tile.block + (p.paired ? p.half_blocks : 1), p.blocks - 1);
+    constexpr int U = step_units(F, NT, true), unit = 512 * linear_code_bits(F);
+    constexpr int N = step_granules(F, G, NT, true);
     const uint8_t *code = p.code + tile.expert * p.code_bytes;
     const uint8_t *scale = p.scale + tile.expert * p.scale_bytes;
-    barrier_arrive_expect(there, 2 * (U * unit + N * p.granule_bytes));
-    load_weights<F, NT, G>(p, code, scale, tile.block, step, to, there, policy);
-    load_weights<F, NT, G>(p, code, scale, other, step, to + d.beside, there, policy);
+    barrier_arrive_expect(there, (B1 - B0) * (U * unit + N * p.granule_bytes));
+#pragma unroll
+    for (int i = B0; i < B1; i++)
+        load_weights<F, U, G>(p, code, scale, max(block_of<P>(p, tile, i), 0), step,
+                              to + i * d.beside, there, policy);
 }
 
-// A step of a tile's rows of x, by one warp whose lane i knows row i, to where the copy engine
-// would put them. Rows that a tile has not are whatever lay there: nobody looks at what they give.
+// A step of a tile's rows of x, by one warp, to where the copy engine would put them. Lane i knows
+// where row i begins in x, in pieces of 16 bytes. Rows that a tile has not are whatever lay there:
+// nobody looks at what they give.
 template <typename T, int F, int NT>
-__device__ __forceinline__ void load_rows(const linear_args &p, int32_t row, int rows, int step,
+__device__ __forceinline__ void load_rows(const linear_args &p, uint32_t row, int rows, int step,
                                           uint32_t to, uint32_t there) {
-    constexpr int U = step_units(F, NT), lanes = 8 * U, at_once = 32 / lanes; // of a row; rows
-    const int lane = threadIdx.x % 32, in = lane % lanes;
-    const int k = step * U * 64 + in * 8, bytes = k < p.k ? 16 : 0;
-    const T *from = static_cast<const T *>(p.x) + min(k, p.k - 8);
-    to += in / 8 * (NT * 128);
-    for (int r0 = 0; r0 < rows; r0 += at_once) {
-        const int i = r0 + lane / lanes;
-        const int32_t x_row = __shfl_sync(~0u, row, i);
-        if (i < rows)
-            copy_some(to + i * 128 + ((in % 8 ^ i % 8) << 4), from + x_row * p.ldx, bytes);
+    constexpr int U = step_units(F, NT, true);
+    const int lane = threadIdx.x % 32, chunk = lane % 8, in = lane / 8; // four rows at once
+    const int k = step * U * 64 + chunk * 8;
+    const uint4 *from = static_cast<const uint4 *>(p.x) + k / 8;
+    const uint32_t even = to + in * 128 + ((chunk ^ in) << 4);
+    const uint32_t odd = to + (in + 4) * 128 + ((chunk ^ (in + 4)) << 4);
+#pragma unroll
+    for (int r0 = 0; r0 < NT; r0 += 4) {
+        const uint32_t at = __shfl_sync(~0u, row, r0 + in);
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (r0 + in < rows)
+                copy_some((r0 % 8 ? odd : even) + u * (NT * 128) + r0 / 8 * 1024, from + at + u * 8,
+                          k + u * 64 < p.k ? 16 : 0);
     }
     barrier_arrive_copies(there);
 }
 
-// All steps, by one warp, which takes the tiles, too.
-template <typename T, int F, int NT, int G>
+// All steps, by one warp: weights of blocks [B0, B1) of a tile, with kRows rows of x; with kTakes
+// it takes the tiles.
+template <typename T, int F, int NT, int P, int G, int B0, int B1, bool kRows, bool kTakes>
 __device__ __forceinline__ void load_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint32_t base, const duty &own,
                                              const int32_t *table, const told_tiles &told) {
     const int lane = threadIdx.x % 32;
+    const bool tells = kTakes && d.cluster == 1;
     const uint64_t policy = policy_evict_first();
     const uint32_t full = bar.of(0, kFull), empty = bar.of(0, kEmpty);
     const auto weights = [&](const target &tile, int step, int stage) {
-        load_blocks<F, NT, G>(p, d, tile, own.begin + step, base + d.at_w + stage * d.slot,
-                              full + stage * 8, policy);
+        if (B0 < B1)
+            load_blocks<F, NT, G, P, B0, B1>(p, d, tile, own.begin + step,
+                                             base + d.at_w + stage * d.slot, full + stage * 8,
+                                             policy);
+        else // keeps up with the others, for parities tell two rounds
+            barrier_arrive(full + stage * 8);
     };
-    const auto row_of = [&](const target &tile) { // of x, by lane
+    const auto row_of = [&](const target &tile) { // of x, by lane: where it begins
+        if (!kRows || tile.m_end == 0) return 0u;
         const int32_t r = min(tile.m0 + lane, tile.m_end - 1);
-        return p.x_row ? __ldcg(p.x_row + r) : r;
+        return (uint32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / 8));
     };
-    taker take(p, d, table[p.count], own.tile0);
-    int t;
-    if (d.cluster > 1)
-        t = own.tiles > 0 && own.steps > 0 ? own.tile0 : -1;
-    else
-        t = take.t < take.end ? take.t : -1;
-    target tile, next = {};
-    if (t >= 0) next = locate<NT>(p, d, table, t);
-    if (d.cluster == 1) told.tell(0, next);
+    taker take(p, d, own, table[p.count]);
+    const auto taken = [&] { return take.t < 0 ? target{} : locate<NT, P>(p, d, table, take.t); };
+    target next = taken();
+    if (tells) told.tell(0, next);
+    if (!kTakes) told.get(0);
     // Steps whose weights wait for no kernel. Where the routing was waited for they come with x.
     const int early = p.routed ? min(own.steps, d.w_stages) : 0;
     if (lane == 0 && next.m_end > 0)
@@ -982,33 +1018,31 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
     wait_for_previous();
     place at;
     x_place x;
-    int32_t row_next = 0;
-    if (next.m_end > 0)
-        row_next = row_of(next);
-    else if (lane == 0 && d.cluster == 1)
-        take.ask();
-    for (int count = 0; next.m_end > 0; count++) {
-        const int32_t row = row_next;
-        tile = next;
-        if (lane == 0 && d.cluster == 1 && take.t + 1 == take.end) take.ask();
-        const bool fresh = x.next(d, tile.m0);
+    uint32_t row_next = row_of(next);
+    for (int count = 0;; count++) {
+        const uint32_t row = row_next;
+        const target tile = next;
+        if (kTakes && lane == 0 && (count == 0 || tile.m_end > 0)) take.ask();
+        if (tile.m_end == 0) break;
+        const bool fresh = kRows && x.next(d, tile.m0);
         for (int step = 0; step < own.steps; step++, at.next(d.w_stages)) {
             if (step == max(own.steps - 2, 0)) { // time to know what is next
-                t = d.cluster == 1                ? take.next()
-                    : t + d.clusters < take.tiles ? t + d.clusters
-                                                  : -1;
-                next = {};
-                if (t >= 0) next = locate<NT>(p, d, table, t);
-                if (d.cluster == 1) told.tell(count + 1, next);
-                if (next.m_end > 0) row_next = row_of(next);
+                if (kTakes) take.next();
+                next = kTakes ? taken() : told.get(count + 1);
+                if (tells) told.tell(count + 1, next);
+                row_next = row_of(next);
             }
-            barrier_wait(empty + at.stage * 8, at.parity ^ 1);
-            if (lane == 0 && (count > 0 || step >= early)) weights(tile, step, at.stage);
-            __syncwarp();
+            // Nothing is waited for by those: others may have brought what was missing, and the
+            // stage may be read already, whose phase this parity would not stand for.
+            if (count > 0 || step >= early) {
+                barrier_wait(empty + at.stage * 8, at.parity ^ 1);
+                if (lane == 0) weights(tile, step, at.stage);
+                __syncwarp();
+            }
             const int stage = d.x_again ? at.stage : x.first + step;
             if (fresh)
                 load_rows<T, F, NT>(p, row, tile.m_end - tile.m0, own.begin + step,
-                                    base + stage * (step_units(F, NT) * NT * 128),
+                                    base + stage * (step_units(F, NT, true) * NT * 128),
                                     bar.of(0, kX) + stage * 8);
         }
     }
@@ -1017,7 +1051,7 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
 // A warp that makes x visible to the tensor cores (those that multiply would wait for all else they
 // have under way), sums it, where that is wanted, and finishes all tiles but the last where a
 // cluster shares them.
-template <typename T, int F, int NT, int G>
+template <typename T, int F, int NT, int P, int G>
 __device__ __forceinline__ void help_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint8_t *shared, const duty &own,
                                              const int32_t *table, const told_tiles &told) {
@@ -1026,13 +1060,14 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     place at;
     x_place x;
     for (int count = 0;; count++) {
-        const target tile = tile_of<NT>(p, d, own, table, told, count);
+        const target tile = tile_of<NT, P>(p, d, own, table, told, count);
         if (tile.m_end == 0) break;
         const bool fresh = x.next(d, tile.m0);
         for (int step = 0; step <= own.steps; step++) {
             // Two steps in which those that multiply need no help.
-            if (step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
-                const target done = locate<NT>(p, d, table, own.tile0 + (count - 1) * d.clusters);
+            if (P == 2 && step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
+                const target done =
+                    locate<NT, P>(p, d, table, own.tile0 + (count - 1) * d.clusters);
                 for (int local = 0; local < 1 << chunks<NT>(d).per; local++)
                     finish<T, NT>(p, d, bar, shared, own.rank, done, count - 1,
                                   count + 1 < own.tiles, local, kWhole);
@@ -1044,9 +1079,9 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
             if (!fresh) continue;
             barrier_wait(bar.of(0, kX) + stage * 8, parity);
             proxy_fence();
-            if (on_sums(F, G, true))
-                sum_x<T, NT, G>(base + stage * (step_units(F, NT) * NT * 128),
-                                base + d.at_x_sums + stage * bytes);
+            if (by_x_sums(F, G, NT, true))
+                sum_x<T, NT, G>(base + stage * (step_units(F, NT, true) * NT * 128),
+                                base + d.at_x_sums + stage * bytes, tile.m_end - tile.m0);
             barrier_arrive(bar.of(0, kXSums) + stage * 8); // every lane
         }
     }
@@ -1065,18 +1100,21 @@ template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, flo
     return r;
 }
 
+template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finished at once
+
 // A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.
 // Of gate and up the warp of the gate finishes outputs g and that of up g + 8; what the other needs
-// passes through `place`, of which there is another for the next tile.
-template <typename T, int NT>
+// passes through one of two places in turn, kPlaceRows at a time. rounds: how often it did.
+template <typename T, int NT, int P>
 __device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const linear_args &p,
-                                           const target &tile, int half, uint32_t place) {
+                                           const target &tile, int number, uint32_t places,
+                                           int &rounds) {
     const int lane = threadIdx.x % 32, g = lane / 4;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
-    const int block = tile.block + half * (p.paired ? p.half_blocks : 1);
+    const int block = block_of<P>(p, tile, number), half = number / (P / 2);
     const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
     const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
-    if (block >= p.blocks || in_half >= p.half_rows) return;
+    if (block < 0 || in_half >= p.half_rows) return;
     float scale[2] = {1.f, 1.f}, bias[2] = {0.f, 0.f}; // of outputs g and g + 8
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -1094,29 +1132,35 @@ __device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const lin
         return fmaf(acc[4 * j + e], scale[e / 2], bias[e / 2]);
     };
     if (p.paired) {
-        const uint32_t mine = place + (warp * 32 + lane) * 8;
-        const uint32_t other = place + ((warp ^ 4) * 32 + lane) * 8;
+        constexpr int J = kPlaceRows<NT> / 8;
+        const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 2 * P) * 32 + lane) * 8;
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++) // what this warp does not finish
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(mine + j * 2048),
-                         "f"(half ? value(j, 0) : value(j, 2)),
-                         "f"(half ? value(j, 1) : value(j, 3))
-                         : "memory");
-        asm volatile("barrier.sync %0, 64;" ::"r"(1 + strip) : "memory");
+        for (int j0 = 0; j0 < NT / 8; j0 += J) {
+            if (8 * j0 >= rows) break;
+            const uint32_t at = places + rounds++ % 2 * (kPlaceRows<NT> * P * 128);
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++, y += 8 * p.ldy) {
-            if (8 * j >= rows) break;
-            float v[2], w[2];
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(w[0]), "=f"(w[1])
-                         : "r"(other + j * 2048)
-                         : "memory");
+            for (int j = 0; j < J; j++) // what this warp does not finish
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + mine + j * (P * 1024)),
+                             "f"(half ? value(j0 + j, 0) : value(j0 + j, 2)),
+                             "f"(half ? value(j0 + j, 1) : value(j0 + j, 3))
+                             : "memory");
+            asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp % (2 * P)) : "memory");
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                v[i] = half ? linear_gate(w[i], value(j, 2 + i), p.epilogue, p.limit)
-                            : linear_gate(value(j, i), w[i], p.epilogue, p.limit);
-            const uint32_t out = turned(pair_of<T>(v[0], v[1]));
-            if (8 * j + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
+            for (int j = 0; j < J; j++, y += 8 * p.ldy) {
+                const int row0 = 8 * (j0 + j);
+                if (row0 >= rows) break;
+                float v[2], w[2];
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(w[0]), "=f"(w[1])
+                             : "r"(at + other + j * (P * 1024))
+                             : "memory");
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
+                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
+                const uint32_t out = turned(pair_of<T>(v[0], v[1]));
+                if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
+            }
         }
     } else {
 #pragma unroll
@@ -1132,7 +1176,7 @@ __device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const lin
 }
 
 // What the warps that multiply do.
-template <typename T, int F, int NT, int G>
+template <typename T, int F, int NT, int P, int G>
 __device__ __forceinline__ void
 multiply_experts(const linear_args &p, const division &d, const barriers &bar, uint8_t *shared,
                  const duty &own, const int32_t *table, const told_tiles &told) {
@@ -1142,34 +1186,54 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
     wait_for_previous();
     cluster_wait(); // all barriers of the cluster are there
     x_place x;
+    int rounds = 0;
     for (int count = 0;; count++) {
-        const target tile = tile_of<NT>(p, d, own, table, told, count);
+        const target tile = tile_of<NT, P>(p, d, own, table, told, count);
         if (tile.m_end == 0) break;
         float acc[NT / 2] = {};
         const bool fresh = x.next(d, tile.m0);
         work.x_first = x.first;
-        work.tile(acc, fresh, 0, own.steps, x.parity);
+        const auto sum = [&](auto rows) {
+            work.template tile<decltype(rows)::value>(acc, fresh, 0, own.steps, x.parity);
+        };
+        if constexpr (NT <= 16) {
+            sum(number<NT>{});
+        } else { // products of as many rows as there are, rounded up to eight
+            const int rows = tile.m_end - tile.m0;
+            if (rows <= 8)
+                sum(number<8>{});
+            else if (rows <= 16)
+                sum(number<16>{});
+            else if (rows <= 24)
+                sum(number<24>{});
+            else
+                sum(number<32>{});
+        }
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        if (d.cluster == 1) {
-            finish_own<T, NT>(acc, p, tile, own.half, base + d.at_sums + count % 2 * d.sums_bytes);
+        if (P > 2 || d.cluster == 1) {
+            finish_own<T, NT, P>(acc, p, tile, own.half, base + d.at_sums, rounds);
             continue;
         }
-        if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+        if constexpr (P == 2) {
+            if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
+            send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+        }
     }
-    if (own.tiles > 0 && d.cluster > 1)
-        finish<T, NT>(p, d, bar, shared, own.rank,
-                      locate<NT>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters),
-                      own.tiles - 1, false, threadIdx.x / 32, kWhole);
+    if constexpr (P == 2)
+        if (own.tiles > 0 && d.cluster > 1)
+            finish<T, NT>(p, d, bar, shared, own.rank,
+                          locate<NT, P>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters),
+                          own.tiles - 1, false, threadIdx.x / 32, kWhole);
 }
 
-// Tiles of two blocks (of gate and up one each), a warpgroup's each, with x for both. Where tiles
-// are few the CTAs of a cluster share them, with a part of K each. The routing that a kernel before
-// the one before has written is read at once, and weights asked for; for the next launch to do so,
-// too, it may begin when this one's kernel before has ended.
-template <typename T, int F, int NT, int G>
-__global__ void __launch_bounds__(kExpertsThreads, 2)
+// Tiles of P blocks (of gate and up half of them each), a warpgroup's each, with x for all. Up to
+// 16 rows two CTAs share an SM; where tiles are few, the CTAs of a cluster a tile, with a part of K
+// each. The routing that a kernel before the one before has written is read at once, and weights
+// asked for; for the next launch to do so, too, it may begin when this one's kernel before has
+// ended.
+template <typename T, int F, int NT, int P, int G>
+__global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     linear_experts(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -1178,29 +1242,38 @@ __global__ void __launch_bounds__(kExpertsThreads, 2)
     const told_tiles told = {at + bars_bytes(1)};
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
-    if (threadIdx.x == 256) {
-        told.init();
-        init<NT, 1>(bar, d, 1, 8, 32);
+    if (threadIdx.x == 128 * P) {
+        told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
+        init<NT, 1>(bar, d, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
     }
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
     cluster_arrive();
     duty own(d, 0);
     own.share(d, table[p.count]);
-    if (warp == 9) {
+    if (P > 2 && warp >= 4 * P) registers_down<64>();
+    if (warp == 4 * P + 1) {
         wait_for_previous();
         launch_dependents();
         cluster_wait();
-        help_experts<T, F, NT, G>(p, d, bar, shared, own, table, told);
+        help_experts<T, F, NT, P, G>(p, d, bar, shared, own, table, told);
         return;
     }
-    if (warp == 8) {
-        load_experts<T, F, NT, G>(p, d, bar, base, own, table, told);
+    if (warp >= 4 * P) {
+        if (P == 2)
+            load_experts<T, F, NT, P, G, 0, 2, true, true>(p, d, bar, base, own, table, told);
+        else if (warp == 4 * P)
+            load_experts<T, F, NT, P, G, 0, 2, false, true>(p, d, bar, base, own, table, told);
+        else if (warp == 4 * P + 2)
+            load_experts<T, F, NT, P, G, 2, 4, false, false>(p, d, bar, base, own, table, told);
+        else
+            load_experts<T, F, NT, P, G, 0, 0, true, false>(p, d, bar, base, own, table, told);
         cluster_wait();
         return;
     }
+    if (P > 2) registers_up<104>();
     own.half = warp / 4;
-    multiply_experts<T, F, NT, G>(p, d, bar, shared, own, table, told);
+    multiply_experts<T, F, NT, P, G>(p, d, bar, shared, own, table, told);
 #endif
 }
 
@@ -1436,27 +1509,28 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
 }
 
 // Problems of experts: how they are cut, and the launch.
-template <typename T, int F, int NT, int G> struct experts {
+template <typename T, int F, int NT, int P, int G> struct experts {
     // Among `most` clusters of c CTAs; about `tiles` tiles.
     static division divide(const linear_args *a, int c, int most, live how, int tiles) {
-        constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
+        constexpr int U = step_units(F, NT, true), unit = 512 * linear_code_bits(F),
                       x_stage = U * NT * 128;
-        const int x_sum = x_sums_bytes(F, G, NT, true);
-        const int table = kToldBytes + (a->count + 1) * 8;
+        const int x_sum = x_sums_bytes(F, G, NT, true), table = kToldBytes + (a->count + 1) * 8;
         division d = {};
         d.cluster = c;
         d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : 2;
         d.clusters = most;
-        d.tiles = a->paired ? a->half_blocks : (a->blocks + 1) / 2; // of an expert's rows
+        // Of an expert's rows.
+        d.tiles = a->paired ? (a->half_blocks + P / 2 - 1) / (P / 2) : (a->blocks + P - 1) / P;
         d.steps = (a->units + U - 1) / U;
         d.groups = 1;
         d.halves = 2;
         d.senders = c;
         d.senders_log = d.cluster_log;
-        d.sums_bytes = c == 1 ? NT * 256 : 512 * d.halves * d.senders << chunks<NT>(d).per;
-        d.beside = (U * unit + step_granules(F, G, NT) * a->granule_bytes + 127) / 128 * 128;
-        d.slot = 2 * d.beside;
-        const int left = kHalf - bars_bytes(1) - table - 2 * d.sums_bytes;
+        d.sums_bytes =
+            c == 1 ? kPlaceRows<NT> * P * 128 : 512 * d.halves * d.senders << chunks<NT>(d).per;
+        d.beside = (U * unit + step_granules(F, G, NT, true) * a->granule_bytes + 127) / 128 * 128;
+        d.slot = P * d.beside;
+        const int left = (P == 2 ? kHalf : kRoom) - bars_bytes(1) - table - 2 * d.sums_bytes;
         d.x_part = (d.steps + c - 1) / c;
         const int turns = d.x_part < 4 ? 2 : 1, steps_least = max(d.steps / c, 1);
         d.x_stages = turns * d.x_part;
@@ -1482,12 +1556,12 @@ template <typename T, int F, int NT, int G> struct experts {
     }
 
     static status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
-        const auto kernel = linear_experts<T, F, NT, G>;
+        const auto kernel = linear_experts<T, F, NT, P, G>;
         static int most[2][3]; // clusters of 1, 2, 4 that the GPU holds at once, a CTA an SM; two
         cudaError_t e =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
-        // Experts that so many rows hit, if each is as likely: the rest has one row more each.
-        const double hit = a->count * (1 - pow(1 - 1.0 / a->count, a->m));
+        // Rows past an expert's first are one more each.
+        const double hit = linear_experts_hit(a->count, a->m);
         const int tiles = (int)ceil(hit + max(0.0, a->m - hit * NT) / NT);
         division best = {};
         cudaLaunchAttribute with[2];
@@ -1495,10 +1569,10 @@ template <typename T, int F, int NT, int G> struct experts {
         with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         with[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config = {};
-        config.blockDim = dim3(kExpertsThreads);
+        config.blockDim = dim3(kExpertsThreads<P>);
         config.attrs = with;
-        for (int i = 0; i < 3 && e == cudaSuccess; i++)
-            for (int two = 0; two < 2 && e == cudaSuccess; two++) {
+        for (int i = 0; i < (P == 2 ? 3 : 1) && e == cudaSuccess; i++)
+            for (int two = 0; two < (P == 2 ? 2 : 1) && e == cudaSuccess; two++) {
                 const int c = 1 << i;
                 with[0].val.clusterDim = {(unsigned)c, 1, 1};
                 config.numAttrs = 1;
@@ -1529,10 +1603,11 @@ template <typename T, int F, int NT, int G> struct experts {
     { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, MOST, false, EXPERTS }
 #define DENSE(F, T, NT, G)                                                                         \
     ROW("short_" #NT, F, T, NT, G, (launch<T_##T, WF_##F, NT, G>), NT, false),
-#define ROWS(F, T, NT, G)                                                                          \
-    DENSE(F, T, NT, G)                                                                             \
-    ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, G>::launch), 0, true),
-const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(DENSE)};
+#define GROUPED(F, T, NT, P, G)                                                                    \
+    ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, P, G>::launch), 0, true),
+#define ROWS(F, T, NT, G)    DENSE(F, T, NT, G) GROUPED(F, T, NT, 2, G)
+#define ROWS_32(F, T, NT, G) DENSE(F, T, NT, G) GROUPED(F, T, NT, 4, G)
+const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(ROWS_32)};
 
 } // namespace
 

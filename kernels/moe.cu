@@ -18,9 +18,13 @@ constexpr int kThreads = 512;     // of permute, and of both at once: one an exp
 constexpr int kFewTokens = 8;     // more of them are faster in two launches
 constexpr int kCombineThreads = 128;
 
-// The better of two experts: the larger logit, then the lower number. -1 is none.
-__device__ __forceinline__ bool better(float a, int ea, float b, int eb) {
-    return eb < 0 || (ea >= 0 && (a > b || (a == b && ea < eb)));
+// Logits as integers of the same order, -0 as 0; none is 0, so that 0 stands for what is taken.
+__device__ __forceinline__ uint32_t ordered(float v) {
+    const uint32_t bits = __float_as_uint(v + 0.f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float unordered(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
 // Of a token, by a warp: lane j < top_k gets the j-th best of up to 32 kPer experts and its weight.
@@ -30,39 +34,32 @@ __device__ __forceinline__ void route_token(int &expert, float &weight, const T 
                                             bool normalise) {
     const int lane = (int)threadIdx.x % 32;
     float x[kPer]; // expert i * 32 + lane
+    uint32_t key[kPer];
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
         const int e = i * 32 + lane;
         x[i] = e < n_experts ? to_f32(logits[e]) : -INFINITY;
         if (isnan(x[i])) x[i] = -INFINITY;
+        key[i] = e < n_experts ? ordered(x[i]) : 0;
     }
-    uint32_t taken = 0;                      // bit i: expert i * 32 + lane is chosen
     float chosen = -INFINITY, largest = 0.f; // lane j keeps the j-th best
     int chosen_expert = 0;
     for (int j = 0; j < top_k; j++) {
-        float best = -INFINITY;
-        int at = -1;
+        uint32_t best = key[0];
 #pragma unroll
-        for (int i = 0; i < kPer; i++) {
-            const int e = i * 32 + lane;
-            if (e < n_experts && !(taken >> i & 1) && better(x[i], e, best, at)) {
-                best = x[i];
-                at = e;
-            }
-        }
+        for (int i = 1; i < kPer; i++) best = max(best, key[i]);
+        best = __reduce_max_sync(~0u, best);
+        int at = MOE_EXPERTS_MAX; // the lowest of the best
 #pragma unroll
-        for (int d = 16; d > 0; d >>= 1) {
-            const float other = __shfl_xor_sync(~0u, best, d);
-            const int other_at = __shfl_xor_sync(~0u, at, d);
-            if (better(other, other_at, best, at)) {
-                best = other;
-                at = other_at;
-            }
-        }
-        if (at % 32 == lane) taken |= 1u << (at / 32);
-        if (j == 0) largest = best;
+        for (int i = kPer - 1; i >= 0; i--)
+            if (key[i] == best) at = i * 32 + lane;
+        at = __reduce_min_sync(~0u, at);
+#pragma unroll
+        for (int i = 0; i < kPer; i++)
+            if (at == i * 32 + lane) key[i] = 0;
+        if (j == 0) largest = unordered(best);
         if (lane == j) {
-            chosen = best;
+            chosen = unordered(best);
             chosen_expert = at;
         }
     }

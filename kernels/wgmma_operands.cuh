@@ -8,6 +8,7 @@
 
 #define PLACES_4  "%0, %1, %2, %3"
 #define PLACES_8  PLACES_4 ", %4, %5, %6, %7"
+#define PLACES_12 PLACES_8 ", %8, %9, %10, %11"
 #define PLACES_16 PLACES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define PLACES_24 PLACES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define PLACES_32                                                                                  \
@@ -27,6 +28,7 @@
               "%125, %126, %127"
 #define SUMS_4(kind, i)   kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3])
 #define SUMS_8(kind, i)   SUMS_4(kind, i), SUMS_4(kind, i + 4)
+#define SUMS_12(kind, i)  SUMS_8(kind, i), SUMS_4(kind, i + 8)
 #define SUMS_16(kind, i)  SUMS_8(kind, i), SUMS_8(kind, i + 8)
 #define SUMS_24(kind, i)  SUMS_16(kind, i), SUMS_8(kind, i + 16)
 #define SUMS_32(kind, i)  SUMS_16(kind, i), SUMS_16(kind, i + 16)
