@@ -1,7 +1,7 @@
 /* capacity.c - see capacity.h. Sums of exact terms; nothing here is estimated. */
 #include "capacity.h"
 
-#include "kernel.h"
+#include "attention.h"
 #include <math.h>
 
 #define GIB (1.0 / (1 << 30))
@@ -10,13 +10,24 @@ int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp) {
     return model_kv_token_bytes(c, p, tp) * KV_PAGE_TOKENS;
 }
 
+int32_t wide_pages(const model_config *c, const precision *p, int32_t tp, int32_t max_tokens,
+                   int32_t ctx_max) {
+    bool codes = false;
+    for (int32_t i = 0; i < c->n_layers; i++) {
+        const kv_pair f = precision_kv(p, i);
+        codes |= f.k != KF_16 && f.v != KF_16;
+    }
+    const int32_t ratio = c->n_heads / tp / model_kv_heads(c, tp);
+    return codes ? (int32_t)attention_wide_pages(max_tokens, ctx_max, ratio) : 0;
+}
+
 /* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is
  * counted although a plan with the fused operation does without, so that a plan never changes the
  * number of pages. Then the tables of a batch: ids, positions, two words of the KV append for each
  * token; start, length and the sampler's 64 bytes for each sequence; experts and their weights for
  * each token. */
-int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, int32_t max_seqs,
-                        int32_t max_samples) {
+int64_t workspace_bytes(const model_config *c, const precision *p, int32_t tp, int32_t max_tokens,
+                        int32_t max_seqs, int32_t max_samples) {
     const bool moe = c->n_experts > 0;
     const int64_t k = moe ? c->top_k : 1, ffn = (moe ? c->expert_dim : c->ffn_dim) / tp;
     const int64_t h = c->n_heads / tp, g = model_kv_heads(c, tp), dim = c->dim;
@@ -25,9 +36,11 @@ int64_t workspace_bytes(const model_config *c, int32_t tp, int32_t max_tokens, i
                           + h * c->head_dim           /* attn */
                           + k * 3 * ffn               /* gate_up, gated */
                           + (moe ? c->n_experts + k * dim : 0) /* router, expert_y */;
+    const int32_t pages = wide_pages(c, p, tp, max_tokens, c->ctx_max);
+    const int64_t wide = pages * attention_page_bytes(KF_16, KF_16, (int32_t)g, c->head_dim);
     const int64_t tables = 16 + (moe ? k * 12 : 0);
     return max_tokens * (2 * token + tables) + max_samples * (2 * dim + 4 * (int64_t)c->vocab) +
-           max_seqs * (int64_t)(3 * 4 + 64);
+           max_seqs * (int64_t)(3 * 4 + 64) + wide;
 }
 
 /* "Llama-3.1-70B W16A16KV16 tp 1: weights 131.4 GiB + workspace 2.1 GiB, usable 20.3 GiB (90 % of
@@ -53,7 +66,7 @@ status capacity_compute(capacity *out, const model_config *c, const precision *p
     CHECK(fraction > 0 && fraction <= 1);
     CHECK(usable >= 0);
     capacity m = {.weight_bytes = model_weight_bytes(c, p, tp),
-                  .workspace_bytes = workspace_bytes(c, tp, max_tokens, max_seqs, max_seqs),
+                  .workspace_bytes = workspace_bytes(c, p, tp, max_tokens, max_seqs, max_seqs),
                   .page_bytes = kv_page_bytes(c, p, tp)};
     int64_t pages = pages_wanted;
     if (usable > 0) {

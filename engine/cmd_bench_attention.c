@@ -3,7 +3,8 @@
  *
  * Data are random (never zeros) and appended by the kernel that serving uses. KV sets rotate
  * through at least 512 MB, so that no cache of the GPU helps; runs are replays of a CUDA graph that
- * goes over all sets; the time is the median of the replays over the number of launches. The read
+ * goes over all sets; the time is the median of the replays over the number of launches, with what
+ * a launch writes out at 16 bit first (`kernel` says so), as the engine has it. The read
  * ceiling is measured in the same process. rel_err = ||out - ref|| / ||ref|| over sampled heads,
  * against the f64 definition over the dequantised cache. */
 #include "attention.h"
@@ -97,11 +98,13 @@ static int64_t pages_before(const bench_case *c, int32_t s) {
 typedef struct {
     bench_memory m;
     attention_layer_params l;
-    attention_cache cache, wide;  /* wide: at 16 bit, where expand_first */
+    attention_cache cache, wide;  /* wide: a set at 16 bit, where expand_first */
+    int32_t *in_order;            /* device: [set_pages] 0, 1, ..: the pages of `wide` */
     attention_batch host, device; /* device.page: of set 0 */
     int32_t *ints, *page;         /* host memory of the above; page ids of all sets */
     uint16_t *q;                  /* host [rows, (H + 2G) D] */
-    void *qkv, *out, *plan, *workspace;
+    void *qkv, *out;
+    attention_work work;
     int64_t set_pages, page_bytes;
     int32_t n_sets;
 } bench_run;
@@ -218,12 +221,35 @@ static status make_plan(bench_run *r, const bench_case *c, const bench_gpu *g) {
     const int64_t bytes = attention_plan_bytes(c->batch, r->host.n_tokens, r->set_pages);
     void *plan = mem_alloc((size_t)bytes, 1);
     if (!plan) return FAIL(ST_NOMEM, "plan of %lld bytes", (long long)bytes);
-    int64_t used = 0;
-    status st =
-        attention_plan_make(plan, &used, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
-                            !c->expand_first && c->k == KF_4 && c->v == KF_4, g->n_sms);
-    if (st == ST_OK) st = take_copy(&r->m, &r->plan, plan, used);
+    const bool codes = c->k != KF_16 && c->v != KF_16;
+    const int32_t longest = (int32_t)i64_max(c->ctx, c->last);
+    int64_t room = attention_wide_pages(r->host.n_tokens, longest, c->heads / c->kv_heads);
+    if (!codes || c->expand_first || c->kernel || c->family == 80) room = 0;
+    status st = attention_plan_make(
+        plan, &r->work.counts, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
+        !c->expand_first && c->k == KF_4 && c->v == KF_4, (int32_t)room, g->n_sms);
+    void *copy = NULL;
+    if (st == ST_OK) st = take_copy(&r->m, &copy, plan, r->work.counts.bytes);
+    r->work.plan = copy;
     mem_free(plan);
+    TRY(st);
+    if (room == 0) return ST_OK;
+    const int64_t wide = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
+    return take(&r->m, &r->work.wide, room * wide);
+}
+
+/* expand_first: one set's pages at 16 bit, in order. */
+static status take_wide(bench_run *r, const bench_case *c) {
+    const int64_t bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
+    r->wide = (attention_cache){NULL, bytes, KF_16, KF_16};
+    TRY(take(&r->m, &r->wide.base, r->set_pages * bytes));
+    int32_t *in_order = mem_alloc((size_t)r->set_pages, sizeof *in_order);
+    if (!in_order) return FAIL(ST_NOMEM, "page table");
+    for (int32_t i = 0; i < r->set_pages; i++) in_order[i] = i;
+    void *copy;
+    const status st = take_copy(&r->m, &copy, in_order, r->set_pages * (int64_t)sizeof *in_order);
+    if (st == ST_OK) r->in_order = copy;
+    mem_free(in_order);
     return st;
 }
 
@@ -237,11 +263,7 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     TRY(describe_layer(r, c));
     TRY(take(&r->m, &base, n_pages * r->page_bytes));
     r->cache = (attention_cache){base, r->page_bytes, c->k, c->v};
-    if (c->expand_first) {
-        const int64_t bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
-        r->wide = (attention_cache){NULL, bytes, KF_16, KF_16};
-        TRY(take(&r->m, &r->wide.base, n_pages * bytes));
-    }
+    if (c->expand_first) TRY(take_wide(r, c));
     TRY(fill_cache(r, c, pages));
 
     const int64_t rows = r->host.n_tokens,
@@ -250,8 +272,8 @@ static status open_run(bench_run *r, const bench_case *c, const bench_gpu *g) {
     TRY(take(&r->m, &r->out, rows * c->heads * c->head_dim * 2));
     TRY(make_plan(r, c, g));
     const int64_t bytes = attention_workspace_bytes(c->batch, r->set_pages, c->heads, c->head_dim);
-    TRY(take(&r->m, &r->workspace, bytes));
-    CUDA(cudaMemset(r->workspace, 0, (size_t)bytes));
+    TRY(take(&r->m, &r->work.workspace, bytes));
+    CUDA(cudaMemset(r->work.workspace, 0, (size_t)bytes));
     return ST_OK;
 }
 
@@ -266,11 +288,13 @@ static status launch(bench_run *r, const bench_case *c, const bench_gpu *g, int3
                      cudaStream_t stream) {
     attention_batch b = r->device;
     b.page += set * r->set_pages;
-    if (c->expand_first)
-        TRY(kernel_attention_expand(&r->wide, &r->cache, c->type, c->kv_heads, c->head_dim, b.page,
-                                    r->set_pages, g->n_sms, stream));
+    if (c->expand_first) {
+        TRY(kernel_attention_expand(&r->wide, &r->cache, c->kv_heads, c->head_dim, b.page,
+                                    (int32_t)r->set_pages, stream));
+        b.page = r->in_order;
+    }
     return kernel_attention(r->out, r->qkv, &r->l, c->expand_first ? &r->wide : &r->cache, &b,
-                            r->plan, r->workspace, c->kernel, c->family, g->sm, g->n_sms, stream);
+                            &r->work, c->kernel, c->family, g->sm, g->n_sms, stream);
 }
 
 static int compare_float(const void *a, const void *b) {
@@ -406,10 +430,11 @@ static status bench_one(const bench_case *c, const bench_gpu *g) {
             c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
             c->head_dim, c->batch, c->ctx, length_of(c, c->batch - 1), c->n_new, us, gbs,
             gbs / g->read_gbs * 100, tflops,
-            c->expand_first ? "expand_first"
-            : c->kernel     ? c->kernel
-            : c->family     ? (c->family == 80 ? "family80" : "family90")
-                            : "best",
+            c->expand_first        ? "expand_first"
+            : c->kernel            ? c->kernel
+            : c->family            ? (c->family == 80 ? "family80" : "family90")
+            : r.work.counts.n_wide ? "best, written out"
+                                   : "best",
             rel_err);
         fflush(stdout);
     }
@@ -498,7 +523,7 @@ int bench_attention(int argc, char **argv) {
         {"--shapes", CLI_TEXT, &shapes, "BxC", "a list instead; BxC+L: and one of L"},
         {"--new", CLI_INT, &n_new, "N", "prefill: new tokens (default: all)"},
         {"--window", CLI_INT, &window, "N", "sliding window"},
-        {"--kernel", CLI_TEXT, &kernel, "NAME", "force a variant"},
+        {"--kernel", CLI_TEXT, &kernel, "NAME", "force a variant, pages as they are"},
         {"--kernel-family", CLI_TEXT, &family, "F", "ampere or hopper"},
         {"--expand-first", CLI_FLAG, &expand_first, NULL,
          "baseline: write the cache out at 16 bit before each launch"},
@@ -525,6 +550,8 @@ int bench_attention(int argc, char **argv) {
     else
         snprintf(list, sizeof list, "%lldx%lld", (long long)batch, (long long)ctx);
     snprintf(formats, sizeof formats, "%s", kv);
+    if (st == ST_OK && expand_first && c.type != DT_F16)
+        st = FAIL(ST_UNSUPPORTED, "--expand-first: values are numbers of fp16");
     bench_gpu g = {0};
     struct cudaDeviceProp prop;
     if (st == ST_OK && cudaGetDeviceProperties(&prop, 0) != cudaSuccess)

@@ -98,8 +98,8 @@ typedef struct {
 enum { CUDEV_PLANS_MAX = 4 };
 typedef struct {
     int32_t window;
-    bool kv4;     /* of all its layers */
-    void *device; /* attention_plan_bytes */
+    bool kv4;            /* of all its layers */
+    attention_work work; /* of the step */
 } cudev_plan;
 
 /* Arrays of a step on the device: one block, laid out for padded counts, one copy. */
@@ -166,6 +166,8 @@ typedef struct {
     attention_cache cache[MODEL_LAYERS_MAX];
     float *rope; /* [ctx, D / 2, 2] */
     void *linear_space, *attention_space;
+    void *wide_space; /* pages of one layer at 16 bit, for prefill chunks of many rows; or NULL */
+    int32_t wide_pages;
     void *expanded; /* options.dequant_first: the largest weight at 16 bit */
     cudev_plan plan[CUDEV_PLANS_MAX];
     int32_t n_plans;

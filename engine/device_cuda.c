@@ -232,7 +232,7 @@ static status setup_plans(cudev *c) {
         c->plan[p].window = m->window[i];
         c->plan[p].kv4 = kv4;
         c->n_plans++;
-        TRY(take(c, bytes + 16, "attention plan", &c->plan[p].device));
+        TRY(take(c, bytes + 16, "attention plan", &c->plan[p].work.plan));
     }
     return ST_OK;
 }
@@ -273,6 +273,9 @@ static status setup_spaces(cudev *c, int64_t rows) {
         attention_workspace_bytes(c->max_seqs, c->max_page_ids, c->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
     TRY(take(c, attention + 256, "workspace of attention", &c->attention_space));
+    c->wide_pages = wide_pages(m, &c->precision, c->base.options.tp, c->max_tokens, c->ctx_max);
+    const int64_t wide = attention_page_bytes(KF_16, KF_16, c->n_kv_heads, m->head_dim);
+    if (c->wide_pages) TRY(take(c, c->wide_pages * wide, "pages at 16 bit", &c->wide_space));
     CUDA_TRY(cudaMemsetAsync(c->linear_space, 0, (size_t)linear + 256, c->stream), "workspace");
     CUDA_TRY(cudaMemsetAsync(c->attention_space, 0, (size_t)attention + 256, c->stream),
              "workspace");
@@ -325,8 +328,9 @@ static status cuda_setup(device *d, const device_setup *s) {
     CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
     cudev_load_done(c);
     /* Buffers follow: reserve for them too. Logits and router logits are f32 here. */
-    const int64_t expected = workspace_bytes(m, tp, s->max_tokens, s->max_seqs, s->max_samples) +
-                             2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
+    const int64_t expected =
+        workspace_bytes(m, s->precision, tp, s->max_tokens, s->max_seqs, s->max_samples) +
+        2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)64 << 20);
     TRY(cudev_slab_reserve(&c->run, (size_t)expected, "workspace"));
     TRY(setup_rope(c));
     TRY(setup_plans(c));
@@ -448,11 +452,13 @@ static status upload_step(cudev *c) {
     const model_config *m = &c->config;
     const attention_batch a = attention_of(c, &h, false);
     for (int32_t i = 0; i < c->n_plans; i++) {
-        int64_t used;
-        TRY(attention_plan_make(c->at->plan[i], &used, &a, c->n_heads, c->n_kv_heads, m->head_dim,
-                                c->plan[i].window, c->plan[i].kv4, c->n_sms));
-        copy[1 + i] = (rows_copy){
-            .to = c->plan[i].device, .from = c->at->plan[i], .bytes = div_up(used, 16) * 16};
+        attention_work *w = &c->plan[i].work;
+        TRY(attention_plan_make(c->at->plan[i], &w->counts, &a, c->n_heads, c->n_kv_heads,
+                                m->head_dim, c->plan[i].window, c->plan[i].kv4, c->wide_pages,
+                                c->n_sms));
+        copy[1 + i] = (rows_copy){.to = (void *)(uintptr_t)w->plan,
+                                  .from = c->at->plan[i],
+                                  .bytes = div_up(w->counts.bytes, 16) * 16};
     }
     if (n_seen)
         CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->at->seen,
@@ -698,8 +704,11 @@ static status cuda_attention(device *d, tensor out, tensor qkv, const attention_
     const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
     int32_t p = 0;
     while (c->plan[p].window != a->window) p++;
-    return kernel_attention(out.data, qkv.data, &l, &c->cache[a->layer], &b, c->plan[p].device,
-                            c->attention_space, NULL, c->family, c->sm, c->n_sms, c->stream);
+    attention_work w = c->plan[p].work;
+    w.workspace = c->attention_space;
+    w.wide = c->wide_space;
+    return kernel_attention(out.data, qkv.data, &l, &c->cache[a->layer], &b, &w, NULL, c->family,
+                            c->sm, c->n_sms, c->stream);
 }
 
 static status cuda_gated(device *d, tensor out, tensor gate_up, activation_kind kind, float limit) {

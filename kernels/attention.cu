@@ -17,12 +17,12 @@ bool decodes(const attention_problem *p) {
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
 // no single one takes both.
 const attention_variant variants[] = {
-    {"decode_bulk", 90, 90, 129, true, false, decodes, attention_decode_bulk_launch},
-    {"prefill_wgmma", 90, 90, 90, false, true, wide, attention_prefill_sm90_launch},
-    {"decode_async", 80, 80, 129, true, false, decodes, attention_decode_async_launch},
-    {"prefill_mma", 80, 80, 129, false, true, attention_prefill_mma_accepts,
+    {"decode_bulk", 90, 90, 129, true, false, false, decodes, attention_decode_bulk_launch},
+    {"prefill_wgmma", 90, 90, 90, false, true, true, wide, attention_prefill_sm90_launch},
+    {"decode_async", 80, 80, 129, true, false, false, decodes, attention_decode_async_launch},
+    {"prefill_mma", 80, 80, 129, false, true, false, attention_prefill_mma_accepts,
      attention_prefill_mma_launch},
-    {"plain", 80, 80, 129, true, true, any, attention_plain_launch},
+    {"plain", 80, 80, 129, true, true, false, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
 
@@ -50,6 +50,18 @@ status check(const attention_problem *p) {
     return ST_OK;
 }
 
+// Chunks of many rows over their pages written out, then the others.
+status launch_prefills(attention_problem *p, const attention_variant *f) {
+    const bool codes = p->c.k != KF_16 && p->c.v != KF_16;
+    if (!f->wide || !p->wide.base || !codes || p->counts.n_wide == 0)
+        return f->launch(p, false, true);
+    TRY(attention_widen(p));
+    p->tiles = TILES_WIDE;
+    TRY(f->launch(p, false, true));
+    p->tiles = TILES_NARROW;
+    return p->counts.n_tiles > p->counts.n_wide ? f->launch(p, false, true) : ST_OK;
+}
+
 } // namespace
 
 extern "C" const char *const *attention_variants(void) {
@@ -60,18 +72,20 @@ extern "C" const char *const *attention_variants(void) {
 
 extern "C" status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                                    const attention_cache *c, const attention_batch *b,
-                                   const void *plan, void *workspace, const char *kernel,
-                                   int32_t family, int32_t sm, int32_t n_sms,
-                                   kernel_stream stream) {
-    const attention_problem p = {
+                                   const attention_work *work, const char *kernel, int32_t family,
+                                   int32_t sm, int32_t n_sms, kernel_stream stream) {
+    attention_problem p = {
         out,
         qkv,
         *l,
         *c,
         *b,
         attention_layout_of(c->k, c->v, l->n_kv_heads, l->head_dim),
-        (const attention_plan *)plan,
-        workspace,
+        {work->wide, attention_page_bytes(KF_16, KF_16, l->n_kv_heads, l->head_dim), KF_16, KF_16},
+        (const attention_plan *)work->plan,
+        work->counts,
+        TILES_ALL,
+        work->workspace,
         sm,
         n_sms,
         shared_bytes_of(sm),
@@ -86,6 +100,5 @@ extern "C" status kernel_attention(void *out, const void *qkv, const attention_l
                     kernel ? kernel : "", kv_format_text(c->k), kv_format_text(c->v), sm);
     if (d && d == f) return d->launch(&p, true, true);
     if (d) TRY(d->launch(&p, true, false));
-    if (f) TRY(f->launch(&p, false, true));
-    return ST_OK;
+    return f ? launch_prefills(&p, f) : ST_OK;
 }

@@ -60,20 +60,43 @@ typedef struct {
 status kernel_rope_append(void *qkv, const attention_layer_params *l, const attention_cache *c,
                           const attention_batch *b, kernel_stream stream);
 
-/* Baseline of an attention that knows 16 bits only: pages page[0 .. n_pages) of `from`, in any
- * format, written out as the same pages of `to`, whose K and V have 16 bits of `type` and memory of
- * its own. Values are code * scale + minimum in f32, rounded once. What lies past a sequence's end
- * is written out like the rest. head_dim is 32, 64, 128 or 256, else UNSUPPORTED; n_pages == 0
- * launches nothing; page is a device pointer. */
-status kernel_attention_expand(const attention_cache *to, const attention_cache *from, dtype type,
+/* Baseline of an attention that knows 16 bits only: page i of `to`, which has memory of its own, is
+ * page[i] of `from` with codes as their values in fp16, rounded once. What lies past a sequence's
+ * end is written out like the rest. K and V of `from` are codes and head_dim is 64, 128 or 256,
+ * else UNSUPPORTED; n_pages == 0 launches nothing; page is a device pointer. */
+status kernel_attention_expand(const attention_cache *to, const attention_cache *from,
                                int32_t n_kv_heads, int32_t head_dim, const int32_t *page,
-                               int64_t n_pages, int32_t n_sms, kernel_stream stream);
+                               int32_t n_pages, kernel_stream stream);
 
 /* --- Plan: the split of the work -----------------------------------------------------------------
  *
  * Made once a step on the host, read by every layer of that window. How a sequence is split depends
  * on its own length (and on H, G, D, window, kv4) alone, and the parts are joined in a fixed order:
  * a result has the same bits in any batch. */
+
+enum {
+    ATTENTION_WIDE_PAGES = 1024, /* most pages that a batch has written out, */
+    ATTENTION_WIDE_CHUNKS = 32   /* and chunks that see them */
+};
+
+/* Of a plan, what the host has to know. A chunk of many rows has the pages that it sees written out
+ * at 16 bit before it, where there are codes and room: the same bits, but less work a row. */
+typedef struct {
+    int64_t bytes, tiles_at; /* of the whole; where tiles begin */
+    int32_t n_tiles, n_wide; /* tiles of chunks; of them those with their pages written out */
+    int32_t n_wide_chunks, n_wide_pages, first_wide; /* first_wide: in `page`, of the first chunk */
+} attention_counts;
+
+/* A plan on the device, and the memory that goes with it. */
+typedef struct {
+    const void *plan; /* device: counts.bytes of what attention_plan_make made */
+    void *workspace;  /* attention_workspace_bytes */
+    void *wide;       /* pages of 16 bit, as many as the plan was made for, or NULL */
+    attention_counts counts;
+} attention_work;
+
+/* Most pages that a batch of so many tokens has written out. */
+int64_t attention_wide_pages(int32_t max_tokens, int32_t ctx_max, int32_t ratio);
 
 /* Most bytes of a plan. max_pages: entries of `page` of all sequences together. */
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages);
@@ -82,22 +105,22 @@ int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_p
 int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n_heads,
                                   int32_t head_dim);
 
-/* Fill `host`; *used bytes of it are what the caller copies to the device. kv_len, seq_start and
+/* Fill `host`; counts->bytes of it are what the caller copies to the device. kv_len, seq_start and
  * page_start of `b` are host pointers here, the others are not read. A graph that was captured with
- * a plan runs with any later plan written to the same place, as long as n_decodes and
- * n_seqs - n_decodes are zero or not as they were. kv4: K and V of every layer that reads the plan
- * have 4 bits; a hint. n_sms as for kernel_attention. */
-status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window, bool kv4,
-                           int32_t n_sms);
+ * a plan of decodes runs with any later one written to the same place. kv4: K and V of every layer
+ * that reads the plan have 4 bits; a hint. wide_pages: room for pages written out. n_sms as for
+ * kernel_attention. */
+status attention_plan_make(void *host, attention_counts *counts, const attention_batch *b,
+                           int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window,
+                           bool kv4, int32_t wide_pages, int32_t n_sms);
 
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
- * once. q is read from qkv [T, (H + 2G) D]. plan: the device copy. kernel: NULL, or the name of a
+ * once. q is read from qkv [T, (H + 2G) D]. kernel: NULL, or the name of a
  * variant that must be the one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the
  * choice, 0 takes the best for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
-                        const attention_cache *c, const attention_batch *b, const void *plan,
-                        void *workspace, const char *kernel, int32_t family, int32_t sm,
+                        const attention_cache *c, const attention_batch *b,
+                        const attention_work *work, const char *kernel, int32_t family, int32_t sm,
                         int32_t n_sms, kernel_stream stream);
 
 /* Names of the variants, best first, NULL at the end. */

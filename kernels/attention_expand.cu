@@ -1,103 +1,153 @@
-// attention_expand.cu - pages of a quantised cache written out at 16 bit: what comes before an
-// attention that knows no other formats.
-#include "attention_device.cuh"
-
-#define ATTENTION_EXPAND_INSTANCES(X)                                                              \
-    X(F16, 32) X(BF16, 32) X(F16, 64) X(F16, 128) X(F16, 256) X(BF16, 64) X(BF16, 128) X(BF16, 256)
+// attention_expand.cu - pages of a quantised cache written out at 16 bit, codes as their values in
+// fp16: before prefill chunks of many rows (attention_widen), and before an attention that knows no
+// other formats (the baseline). A block has K or V of one head of a page.
+#include "attention_codes.cuh"
 
 namespace {
 
 struct expand_arguments {
-    uint8_t *to;
     const uint8_t *from;
-    int64_t to_bytes, from_bytes; // of a page
-    attention_layout to_layout, from_layout;
+    uint8_t *to;
+    int64_t from_bytes, to_bytes; // of a page
+    attention_layout layout;      // of `from`
     kv_format k, v;
     const int32_t *page;
-    int64_t n_pages;
-    int n_kv_heads;
+    const attention_chunk *chunk; // [n_chunks] which of them, where there are several;
+    int n_chunks, first;          // or pages from `first` on
+    bool in_order;                // else eight values of 4 bits are in the order of eight_of
 };
 
-// Eight neighbours of a token's row, from `at` on.
-template <typename T, int D>
-__device__ __forceinline__ pack<T> values(const uint8_t *codes, const uint8_t *params, kv_format f,
-                                          int token, int at) {
-    if (f == KF_16)
-        return load_pack(reinterpret_cast<const T *>(codes + code_at(2 * D, token, 2 * at)));
-    const uint8_t *from =
-        codes + (f == KF_4 ? code_at(D / 2, token, at / 2) : code_at(D, token, at));
-    const float s = f == KF_FP8 ? __half2float(((const __half *)params)[token])
-                                : __low2float(((const __half2 *)params)[token]);
-    const float m = f == KF_FP8 ? 0.f : __high2float(((const __half2 *)params)[token]);
-    const uint2 bits = f == KF_4 ? make_uint2(*(const uint32_t *)from, 0) : *(const uint2 *)from;
-    pack<T> out;
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        const uint32_t eight = (e < 4 ? bits.x : bits.y) >> e % 4 * 8 & 255u;
-        const float value = f == KF_FP8 ? e4m3_value(eight) * s
-                            : f == KF_8 ? (float)eight * s + m
-                                        : (float)(bits.x >> 4 * e & 15u) * s + m;
-        out.v[e] = from_f32<T>(value);
-    }
-    return out;
-}
+constexpr int kThreads = 256;
 
-// A thread eight values of K or V of a token and head; a block of pages at a time.
-template <typename T, int D>
-__global__ void __launch_bounds__(256) expand_pages(expand_arguments a) {
-    constexpr int pieces = D / 8;
-    const int of_page = 2 * a.n_kv_heads * kPage * pieces;
-    for (int64_t p = blockIdx.x; p < a.n_pages; p += gridDim.x) {
-        const int64_t page = a.page[p];
-        for (int i = (int)threadIdx.x; i < of_page; i += (int)blockDim.x) {
-            const int at = i % pieces * 8, token = i / pieces % kPage, part = i / pieces / kPage;
-            const int g = part / 2;
-            const bool of_v = part % 2;
-            const attention_layout &l = a.from_layout;
-            const uint8_t *base = a.from + page * a.from_bytes;
-            const uint8_t *codes = base + g * l.head_bytes + (of_v ? l.v_code : 0);
-            const uint8_t *params =
-                base + l.param_base + (int64_t)g * l.param_bytes + (of_v ? l.v_param : 0);
-            uint8_t *to = a.to + page * a.to_bytes + g * a.to_layout.head_bytes +
-                          (of_v ? a.to_layout.v_code : 0);
-            store_pack(reinterpret_cast<T *>(to + code_at(2 * D, token, 2 * at)),
-                       values<T, D>(codes, params, of_v ? a.v : a.k, token, at));
+// A thread's pieces of 16 bytes of K or V of a head of a page, so many tokens apart that all lie
+// alike in the swizzle: all its loads are under way at once.
+template <int D> struct share {
+    static constexpr int ROW = D / 8, STEP = kThreads / ROW, N = kPage / STEP;
+    static_assert(STEP % 8 == 0, "groups of eight tokens");
+    uint2 code[N];
+    uint32_t param[N];
+    template <kv_format F>
+    __device__ __forceinline__ void load(const uint8_t *codes, const uint8_t *params, int thread) {
+        constexpr int BYTES = F == KF_4 ? D / 2 : D, PARAM = F == KF_FP8 ? 2 : 4;
+        const int token = thread / ROW, piece = thread % ROW;
+        codes += code_at(BYTES, token, BYTES / ROW * piece);
+        params += token * PARAM;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (F == KF_4)
+                code[n].x = __ldg((const uint32_t *)(codes + n * STEP * BYTES));
+            else
+                code[n] = __ldg((const uint2 *)(codes + n * STEP * BYTES));
+            param[n] = F == KF_FP8 ? __ldg((const uint16_t *)(params + n * STEP * PARAM))
+                                   : __ldg((const uint32_t *)(params + n * STEP * PARAM));
         }
     }
+    template <kv_format F>
+    __device__ __forceinline__ void store(uint8_t *to, int thread, bool in_order) const {
+        to += code_at(2 * D, thread / ROW, thread % ROW * 16);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const __half2 both = half2_of(param[n]);
+            const __half2 s = __low2half2(both), m = __high2half2(both);
+            uint4 x;
+            if (F == KF_4) {
+                x = eight_of<true>(code[n].x, s, m);
+                if (in_order) x = from_nibbles(x);
+            } else {
+                const uint2 lo = four_of<F, true>(code[n].x, s, m);
+                const uint2 hi = four_of<F, true>(code[n].y, s, m);
+                x = make_uint4(lo.x, lo.y, hi.x, hi.y);
+            }
+            *(uint4 *)(to + n * STEP * 2 * D) = x;
+        }
+    }
+};
+
+template <int D, kv_format F>
+__device__ __forceinline__ void expand(uint8_t *to, const uint8_t *codes, const uint8_t *params,
+                                       bool in_order) {
+    share<D> x;
+    x.template load<F>(codes, params, (int)threadIdx.x);
+    x.template store<F>(to, (int)threadIdx.x, in_order);
 }
 
-template <dtype dt, int D> status launch(const expand_arguments &a, int32_t n_sms, cudaStream_t s) {
-    const int64_t blocks = a.n_pages < 8 * n_sms ? a.n_pages : 8 * n_sms;
-    expand_pages<typename element<dt>::type, D><<<(unsigned)blocks, 256, 0, s>>>(a);
-    launch_nothing(s); // attention may read pages of former steps early
-    return launched("attention_expand");
+template <int D> __global__ void __launch_bounds__(kThreads) expand_pages(expand_arguments a) {
+    const int at = (int)blockIdx.x, g = (int)blockIdx.y / 2;
+    const bool of_v = blockIdx.y % 2;
+    int from = a.first;
+    if (a.n_chunks > 1) {
+        int chunk = a.n_chunks - 1;
+        while (chunk > 0 && a.chunk[chunk].to > at) chunk--;
+        from = a.chunk[chunk].from - a.chunk[chunk].to;
+    }
+    const uint8_t *page = a.from + a.page[from + at] * a.from_bytes;
+    const uint8_t *codes = page + g * a.layout.head_bytes + (of_v ? a.layout.v_code : 0);
+    const uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                            (of_v ? a.layout.v_param : 0);
+    uint8_t *to = a.to + at * a.to_bytes + (int64_t)blockIdx.y * (2 * D * kPage);
+    // In this order: who is launched early may take what came before this kernel as done.
+    wait_for_previous();
+    launch_dependents();
+    switch (of_v ? a.v : a.k) {
+    case KF_8: return expand<D, KF_8>(to, codes, params, a.in_order);
+    case KF_4: return expand<D, KF_4>(to, codes, params, a.in_order);
+    default: return expand<D, KF_FP8>(to, codes, params, a.in_order);
+    }
+}
+
+status launch(const expand_arguments &a, int32_t n_kv_heads, int32_t head_dim, int32_t n_pages,
+              cudaStream_t s) {
+    const auto kernel = head_dim == 64    ? expand_pages<64>
+                        : head_dim == 128 ? expand_pages<128>
+                        : head_dim == 256 ? expand_pages<256>
+                                          : nullptr;
+    if (!kernel) return FAIL(ST_UNSUPPORTED, "attention_expand with head_dim %d", head_dim);
+    return launch_early("attention_expand", kernel,
+                        dim3((unsigned)n_pages, 2 * (unsigned)n_kv_heads), dim3(kThreads), s, a);
 }
 
 } // namespace
 
 extern "C" status kernel_attention_expand(const attention_cache *to, const attention_cache *from,
-                                          dtype type, int32_t n_kv_heads, int32_t head_dim,
-                                          const int32_t *page, int64_t n_pages, int32_t n_sms,
-                                          kernel_stream stream) {
+                                          int32_t n_kv_heads, int32_t head_dim, const int32_t *page,
+                                          int32_t n_pages, kernel_stream stream) {
     if (n_pages == 0) return ST_OK;
+    if (from->k == KF_16 || from->v == KF_16)
+        return FAIL(ST_UNSUPPORTED, "attention_expand of 16 bit");
     const expand_arguments a = {
-        (uint8_t *)to->base,
         (const uint8_t *)from->base,
-        to->page_bytes,
+        (uint8_t *)to->base,
         from->page_bytes,
-        attention_layout_of(to->k, to->v, n_kv_heads, head_dim),
+        to->page_bytes,
         attention_layout_of(from->k, from->v, n_kv_heads, head_dim),
         from->k,
         from->v,
         page,
-        n_pages,
-        n_kv_heads,
+        nullptr,
+        1,
+        0,
+        true,
     };
-#define X(type_name, dim)                                                                          \
-    if (to->k == KF_16 && to->v == KF_16 && type == DT_##type_name && head_dim == dim)             \
-        return launch<DT_##type_name, dim>(a, n_sms, (cudaStream_t)stream);
-    ATTENTION_EXPAND_INSTANCES(X)
-#undef X
-    return FAIL(ST_UNSUPPORTED, "attention_expand to K%sV%s of %s, head_dim %d",
-                kv_format_text(to->k), kv_format_text(to->v), dtype_text(type), head_dim);
+    TRY(launch(a, n_kv_heads, head_dim, n_pages, (cudaStream_t)stream));
+    launch_nothing((cudaStream_t)stream); // decodes read pages of former steps early
+    return launched("attention_expand");
+}
+
+extern "C" status attention_widen(const attention_problem *p) {
+    const attention_counts *c = &p->counts;
+    const expand_arguments a = {
+        (const uint8_t *)p->c.base,
+        (uint8_t *)p->wide.base,
+        p->c.page_bytes,
+        p->wide.page_bytes,
+        p->layout,
+        p->c.k,
+        p->c.v,
+        p->b.page,
+        p->plan->chunk,
+        c->n_wide_chunks,
+        c->first_wide,
+        false,
+    };
+    return launch(a, p->l.n_kv_heads, p->l.head_dim, c->n_wide_pages, (cudaStream_t)p->stream);
 }

@@ -79,6 +79,12 @@ int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_p
            tiles * (int64_t)sizeof(attention_tile);
 }
 
+int64_t attention_wide_pages(int32_t max_tokens, int32_t ctx_max, int32_t ratio) {
+    const int64_t chunks =
+        i64_min((int64_t)max_tokens * ratio / ATTENTION_WIDE_ROWS, ATTENTION_WIDE_CHUNKS);
+    return i64_min(chunks * div_up(ctx_max, P), ATTENTION_WIDE_PAGES);
+}
+
 int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n_heads,
                                   int32_t head_dim) {
     const int64_t slots = max_seqs + max_pages / (ATTENTION_LEAF_MIN / P);
@@ -229,27 +235,63 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
     return s.n;
 }
 
-static int32_t plan_prefills(attention_tile *tile, const attention_batch *b, int32_t ratio) {
-    int32_t n = 0;
-    for (int32_t s = b->n_decodes; s < b->n_seqs; s++) {
-        const int32_t n_tokens = b->seq_start[s + 1] - b->seq_start[s];
-        const int32_t n_rows = n_tokens * ratio;
-        /* The last rows see most: they are handed out first. */
-        for (int32_t row = (int32_t)(div_up(n_rows, ATTENTION_TILE_ROWS) - 1) * ATTENTION_TILE_ROWS;
-             row >= 0; row -= ATTENTION_TILE_ROWS)
-            tile[n++] = (attention_tile){.token0 = b->seq_start[s],
-                                         .n_rows = n_rows,
-                                         .row0 = row,
-                                         .position = b->kv_len[s] - n_tokens,
-                                         .page_at = b->page_start[s],
-                                         .kv_len = b->kv_len[s]};
-    }
+/* Tiles of sequence s. wide_at: where its page 0 would lie among pages written out. */
+static int32_t plan_chunk(attention_tile *tile, const attention_batch *b, int32_t s, int32_t ratio,
+                          int32_t wide_at) {
+    const int32_t n_tokens = b->seq_start[s + 1] - b->seq_start[s], n_rows = n_tokens * ratio;
+    const int32_t n = (int32_t)div_up(n_rows, ATTENTION_TILE_ROWS);
+    /* The last rows see most: they are handed out first. */
+    for (int32_t i = 0; i < n; i++)
+        tile[i] = (attention_tile){.token0 = b->seq_start[s],
+                                   .n_rows = n_rows,
+                                   .row0 = (n - 1 - i) * ATTENTION_TILE_ROWS,
+                                   .position = b->kv_len[s] - n_tokens,
+                                   .page_at = b->page_start[s],
+                                   .kv_len = b->kv_len[s],
+                                   .wide_at = wide_at};
     return n;
 }
 
-status attention_plan_make(void *host, int64_t *used, const attention_batch *b, int32_t n_heads,
-                           int32_t n_kv_heads, int32_t head_dim, int32_t window, bool kv4,
-                           int32_t n_sms) {
+/* Is a chunk's cache written out? Then its pages are counted, from the first block of tokens that
+ * it sees on (blocks are of up to two pages). */
+static bool is_wide(attention_chunk *chunk, attention_counts *c, const attention_batch *b,
+                    int32_t s, int32_t ratio, int32_t window, int32_t wide_pages) {
+    const int32_t n_tokens = b->seq_start[s + 1] - b->seq_start[s];
+    const int32_t position = b->kv_len[s] - n_tokens;
+    const bool cut = window > 0 && position >= window;
+    const int32_t unseen = cut ? (position - window + 1) / (2 * P) * 2 : 0;
+    const int32_t pages = (int32_t)div_up(b->kv_len[s], P) - unseen;
+    if (n_tokens * ratio < ATTENTION_WIDE_ROWS || pages > wide_pages - c->n_wide_pages ||
+        c->n_wide_chunks == ATTENTION_WIDE_CHUNKS)
+        return false;
+    if (c->n_wide_chunks == 0) c->first_wide = b->page_start[s] + unseen;
+    chunk[c->n_wide_chunks++] =
+        (attention_chunk){.to = c->n_wide_pages, .from = b->page_start[s] + unseen};
+    c->n_wide_pages += pages;
+    return true;
+}
+
+/* Tiles of chunks, first those of which the pages are written out. */
+static void plan_prefills(attention_tile *tile, attention_chunk *chunk, attention_counts *c,
+                          const attention_batch *b, int32_t ratio, int32_t window,
+                          int32_t wide_pages) {
+    for (int32_t s = b->n_decodes; s < b->n_seqs; s++)
+        if (is_wide(chunk, c, b, s, ratio, window, wide_pages)) {
+            const int32_t i = c->n_wide_chunks - 1;
+            c->n_wide += plan_chunk(tile + c->n_wide, b, s, ratio,
+                                    chunk[i].to - (chunk[i].from - b->page_start[s]));
+        }
+    c->n_tiles = c->n_wide;
+    for (int32_t s = b->n_decodes, i = 0; s < b->n_seqs; s++)
+        if (i < c->n_wide_chunks && chunk[i].from < b->page_start[s + 1])
+            i++;
+        else
+            c->n_tiles += plan_chunk(tile + c->n_tiles, b, s, ratio, 0);
+}
+
+status attention_plan_make(void *host, attention_counts *counts, const attention_batch *b,
+                           int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window,
+                           bool kv4, int32_t wide_pages, int32_t n_sms) {
     if (n_kv_heads <= 0 || n_heads % n_kv_heads || n_heads / n_kv_heads > 64)
         return FAIL(ST_SHAPE, "attention of %d heads over %d", n_heads, n_kv_heads);
     if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256)
@@ -259,12 +301,21 @@ status attention_plan_make(void *host, int64_t *used, const attention_batch *b, 
         n_kv_heads * (int32_t)div_up(ratio, attention_tile_heads(ratio, head_dim));
     attention_plan *plan = host;
     attention_run *run = (attention_run *)(void *)(plan + 1);
-    *plan = (attention_plan){.n_decodes = b->n_decodes};
+    *plan = (attention_plan){0};
     if (b->n_decodes)
         plan->n_runs = plan_decodes(run, b, n_tiles, window, kv4, attention_decode_blocks(n_sms));
-    plan->tiles_at = (int32_t)((int64_t)sizeof *plan + plan->n_runs * (int64_t)sizeof *run);
-    attention_tile *tile = (attention_tile *)(void *)((uint8_t *)host + plan->tiles_at);
-    plan->n_tiles = plan_prefills(tile, b, ratio);
-    *used = plan->tiles_at + plan->n_tiles * (int64_t)sizeof *tile;
+    *counts = (attention_counts){0};
+    attention_tile *tile = (attention_tile *)(void *)(run + plan->n_runs);
+    plan_prefills(tile, plan->chunk, counts, b, ratio, window, wide_pages);
+    const int32_t n[TILES_KINDS] = {counts->n_tiles, counts->n_wide,
+                                    counts->n_tiles - counts->n_wide};
+    for (int32_t i = 0; i < TILES_KINDS; i++) {
+        const uint8_t *list = (const uint8_t *)&plan->tiles[i];
+        plan->tiles[i].n = n[i];
+        plan->tiles[i].at =
+            (int32_t)((uint8_t *)(tile + (i == TILES_NARROW ? counts->n_wide : 0)) - list);
+    }
+    counts->tiles_at = (uint8_t *)tile - (uint8_t *)host;
+    counts->bytes = (uint8_t *)(tile + counts->n_tiles) - (uint8_t *)host;
     return ST_OK;
 }

@@ -12,7 +12,8 @@ enum {
     ATTENTION_LEAF_MIN = 256,   /* tokens of a leaf: a page for each of a block's warps */
     ATTENTION_LONE_MAX = 128,   /* tokens of a leaf that one warp does: two pages */
     ATTENTION_BLOCKS_MAX = 512, /* of a decode's launch */
-    ATTENTION_TILE_ROWS = 128   /* query rows (tokens x heads of a group) of a prefill tile */
+    ATTENTION_TILE_ROWS = 128,  /* query rows (tokens x heads of a group) of a prefill tile */
+    ATTENTION_WIDE_ROWS = 2048  /* of a chunk whose pages are written out at 16 bit, and more */
 };
 
 /* A decode is one work list a block. A sequence has `n` leaves of `leaf` tokens for every tile (up
@@ -42,12 +43,29 @@ typedef struct {
     int32_t position; /* of the chunk's first token */
     int32_t page_at;
     int32_t kv_len;
-    int32_t pad[2];
+    int32_t wide_at; /* page_at in the pages written out: they are numbered as they lie */
+    int32_t pad;
 } attention_tile;
 
+/* Which tiles a launch has: all, or those of chunks with their pages written out, or the others. */
+typedef enum { TILES_ALL, TILES_WIDE, TILES_NARROW, TILES_KINDS } attention_tiles;
+
+/* Tiles of a launch. */
 typedef struct {
-    int32_t n_runs, n_tiles, n_decodes;
-    int32_t tiles_at; /* bytes from the plan's base; runs follow the plan itself */
+    int32_t n, at; /* where they begin, in bytes from here */
+} attention_tile_list;
+
+/* A chunk of which the pages are written out: its first page among them, and that page's place in
+ * `page`. */
+typedef struct {
+    int32_t to, from;
+} attention_chunk;
+
+/* Runs follow the plan itself, then tiles. */
+typedef struct {
+    int32_t n_runs, pad;
+    attention_tile_list tiles[TILES_KINDS];
+    attention_chunk chunk[ATTENTION_WIDE_CHUNKS];
 } attention_plan;
 
 /* Heads of a group that one pass over its K and V serves: columns of the mma tile. */
@@ -102,7 +120,10 @@ typedef struct {
     attention_cache c;
     attention_batch b;
     attention_layout layout;
+    attention_cache wide; /* pages written out: at 16 bit, fp16 where the cache has codes */
     const attention_plan *plan;
+    attention_counts counts;
+    attention_tiles tiles; /* of this launch; TILES_WIDE see `wide` */
     void *workspace;
     int32_t sm, n_sms, shared_bytes_sm; /* shared memory of an SM */
     kernel_stream stream;
@@ -113,11 +134,14 @@ typedef struct {
     const char *name;
     int32_t family; /* 80 or 90 */
     int32_t sm_min, sm_max;
-    bool decode, prefill;
+    bool decode, prefill, wide;                  /* wide: it can read pages written out */
     bool (*accepts)(const attention_problem *p); /* no side effects */
     status (*launch)(const attention_problem *p, bool decode, bool prefill);
 } attention_variant;
 
+/* The plan's chunks' pages to p->wide, as the kernels that read codes would have them in shared
+ * memory. A launch behind it may begin when what came before it has ended. */
+status attention_widen(const attention_problem *p);
 status attention_plain_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_prefill_sm90_launch(const attention_problem *p, bool decode, bool prefill);

@@ -20,12 +20,19 @@ struct prefill_arguments {
     int64_t page_bytes;
     attention_layout layout;
     kv_format k, v;
-    const attention_plan *plan;
+    const attention_tile_list *tiles;
     const int32_t *page;
     int n_heads, n_kv_heads, ratio, window;
     bool bf16;
+    bool wide;   // base, page_bytes and layout are of pages written out at 16 bit
     float scale; // times log2(e)
 };
+
+// Which tiles, from memory: as arguments they would take registers that codes need.
+__device__ __forceinline__ int count_of(const prefill_arguments &a) { return a.tiles->n; }
+__device__ __forceinline__ const attention_tile *tiles_of(const prefill_arguments &a) {
+    return (const attention_tile *)((const uint8_t *)a.tiles + a.tiles->at);
+}
 
 // One work item: which rows, and the blocks of tokens they see.
 struct tile_work {
@@ -55,14 +62,12 @@ __device__ __forceinline__ int item_of(int round) {
     const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
     return round * (int)gridDim.x + i;
 }
-template <int BN>
-__device__ __forceinline__ tile_work work_of(const prefill_arguments &a, int item) {
+template <int BN, typename A> __device__ __forceinline__ tile_work work_of(const A &a, int item) {
     tile_work w = {};
     w.t.kv_len = 1; // of no item: whoever looks ahead finds page 0
     w.last = -1;
-    if (item >= a.plan->n_tiles * a.n_kv_heads) return w;
-    w.t =
-        ((const attention_tile *)((const uint8_t *)a.plan + a.plan->tiles_at))[item / a.n_kv_heads];
+    if (item >= count_of(a) * a.n_kv_heads) return w;
+    w.t = tiles_of(a)[item / a.n_kv_heads];
     w.g = item % a.n_kv_heads;
     const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
     const int p_first = w.t.position + w.t.row0 / a.ratio;
@@ -224,12 +229,13 @@ inline prefill_arguments prefill_arguments_of(const attention_problem *p) {
     a.out = p->out;
     a.qkv = p->qkv;
     a.sinks = l->sinks;
-    a.base = (const uint8_t *)p->c.base;
-    a.page_bytes = p->c.page_bytes;
-    a.layout = p->layout;
+    const attention_cache *from = p->tiles == TILES_WIDE ? &p->wide : &p->c;
+    a.base = (const uint8_t *)from->base;
+    a.page_bytes = from->page_bytes;
+    a.layout = attention_layout_of(from->k, from->v, l->n_kv_heads, l->head_dim);
     a.k = p->c.k;
     a.v = p->c.v;
-    a.plan = p->plan;
+    a.tiles = &p->plan->tiles[p->tiles];
     a.page = p->b.page;
     a.n_heads = l->n_heads;
     a.n_kv_heads = l->n_kv_heads;

@@ -10,8 +10,10 @@
 // and take turns, so that one warpgroup's softmax runs under the other's products.
 //
 // Codes become values of fp16 on the way, exactly but for KV8's largest (ref_kv_quantize), so that
-// the consumers' work is the same for all formats. q of a bf16 model becomes fp16 where K is codes:
+// the consumers' work is the same for all formats; for chunks of many rows attention_widen has
+// written them out before, with the same bits. q of a bf16 model becomes fp16 where K is codes:
 // exact for elements of 2^-14 to 65504, and to 2^-25 below.
+#include "attention_codes.cuh"
 #include "attention_prefill.cuh"
 #include "attention_wgmma.cuh"
 
@@ -27,6 +29,20 @@ struct alignas(16) control {
     uint64_t full[2][kStages], empty[2][kStages]; // of K, of V
     uint64_t landed;
 };
+
+// Where K and V come from: pages of 16 bits as they lie, or of codes, or of codes that have been
+// written out at 16 bit, in order: each once instead of once for every 128 rows.
+enum source_kind { PLAIN, CODES, WIDE };
+template <source_kind> struct arguments : prefill_arguments {};
+// One load after another less before the first copy.
+template <> struct arguments<WIDE> : prefill_arguments {
+    const attention_tile *tile;
+    int n_tiles;
+};
+__device__ __forceinline__ int count_of(const arguments<WIDE> &a) { return a.n_tiles; }
+__device__ __forceinline__ const attention_tile *tiles_of(const arguments<WIDE> &a) {
+    return a.tile;
+}
 
 // Tokens of a block, and items whose q is in memory.
 template <int D> constexpr int kBlock = D == 256 ? 64 : 128;
@@ -67,66 +83,6 @@ __device__ __forceinline__ void copy_async_or_zero(uint32_t to, const void *from
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(any ? 16 : 0)
                  : "memory");
-}
-
-// --- Codes to fp16 ------------------------------------------------------------------------------
-
-__device__ __forceinline__ __half2 half2_of(uint32_t x) {
-    return *reinterpret_cast<const __half2 *>(&x);
-}
-__device__ __forceinline__ uint32_t bits_of(__half2 x) {
-    return *reinterpret_cast<const uint32_t *>(&x);
-}
-// LARGE: of scales so large that 1024 of them is no number of fp16.
-template <kv_format F> __device__ __forceinline__ bool is_large(uint32_t param) {
-    return F != KF_FP8 && !__hle(__low2half(half2_of(param)), __float2half(32.f));
-}
-// What makes values of a token's codes: x * scale + minimum for x = 1024 + code (LARGE: the code;
-// KF_FP8: the value, x * scale), that minimum being less 1024 scales. From the parameters as they
-// are stored.
-template <kv_format F, bool LARGE>
-__device__ __forceinline__ uint32_t multipliers_of(uint32_t param) {
-    if (F == KF_FP8 || LARGE) return param;
-    const __half2 x = half2_of(param);
-    const __half s = __low2half(x);
-    return bits_of(__halves2half2(s, __hfma(s, __float2half(-1024.f), __high2half(x))));
-}
-template <bool LARGE>
-__device__ __forceinline__ uint32_t value_of(uint32_t x, __half2 s, __half2 m) {
-    const __half2 c = LARGE ? __hsub2(half2_of(x), __float2half2_rn(1024.f)) : half2_of(x);
-    return bits_of(__hfma2(c, s, m));
-}
-// Four codes, the bytes of w.
-template <kv_format F, bool LARGE>
-__device__ __forceinline__ uint2 four_of(uint32_t w, __half2 s, __half2 m) {
-    uint32_t x[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (F == KF_FP8) {
-            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x[i]) : "h"((uint16_t)(w >> i * 16)));
-            x[i] = bits_of(__hmul2(half2_of(x[i]), s));
-        } else {
-            x[i] = value_of<LARGE>(__byte_perm(w, 0x64u, i ? 0x4342 : 0x4140), s, m);
-        }
-    return make_uint2(x[0], x[1]);
-}
-// Eight codes, the nibbles of w, in the order 0 4 1 5 2 6 3 7.
-template <bool LARGE> __device__ __forceinline__ uint4 eight_of(uint32_t w, __half2 s, __half2 m) {
-    uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x[i] = value_of<LARGE>((w >> 4 * i & 0x000f000fu) | 0x64006400u, s, m);
-    return make_uint4(x[0], x[1], x[2], x[3]);
-}
-// 16 bytes to that order of nibbles, and back.
-__device__ __forceinline__ uint4 to_nibbles(uint4 x) {
-    return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
-                      __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
-}
-
-__device__ __forceinline__ uint4 from_nibbles(uint4 x) {
-    return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
-                      __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
 // A thread's share of a block [BN, D] of codes: pieces of 16 bytes. A thread keeps its place in the
@@ -262,10 +218,11 @@ __device__ __forceinline__ void convert(uint32_t put, int own, const in_flight<D
 // Physical page of a block, the first in the lower half of a warp and the second in the upper one;
 // past the end of the sequence the last one again. One load a lane, and not one value a warp: that
 // would be waited for.
-template <int BN>
+template <int BN, source_kind KIND>
 __device__ __forceinline__ int look_up(const prefill_arguments &a, int page_at, int kv_len,
                                        int block) {
     constexpr int PAGES = BN / kPage;
+    if (KIND == WIDE) return 0; // bring_pages knows
     const int page = block * PAGES + (PAGES > 1 ? thread_anew() / 16 % 2 : 0);
     return a.page[page_at + min(page, (int)((uint32_t)(kv_len - 1) / kPage))];
 }
@@ -287,10 +244,22 @@ __device__ __forceinline__ void copy_pages(const prefill_arguments &a, const til
                       BYTES, barrier);
 }
 
+// 16 bytes of q as fp16 and in the order of the nibbles, where K is such.
+__device__ __forceinline__ uint4 make_piece(const prefill_arguments &a, uint4 x) {
+    uint32_t *word = (uint32_t *)&x;
+    if (a.bf16 && a.k != KF_16)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
+            word[e] = pack2<__half>(y.x, y.y);
+        }
+    return a.k == KF_4 ? to_nibbles(x) : x;
+}
+
 // An item's q is on its way to its slot, once consumers have left it; positions and the item itself
 // are there.
-template <int D>
-__device__ __forceinline__ void bring_rows(const prefill_arguments &a, uint8_t *memory, control *c,
+template <int D, source_kind KIND>
+__device__ __forceinline__ void bring_rows(const arguments<KIND> &a, uint8_t *memory, control *c,
                                            int round) {
     constexpr int Q = kQ<D>, LANES = D / 8;
     const int slot = round % Q, thread = thread_anew() % 128, lane = thread % 32;
@@ -321,19 +290,21 @@ __device__ __forceinline__ void bring_rows(const prefill_arguments &a, uint8_t *
 
 // A stage is written: every thread says so, or where there are codes a lane of each warp, since
 // registers are few there.
-template <bool CODES> constexpr int kArrivals = CODES ? 4 : 128;
-template <bool CODES> __device__ __forceinline__ void arrive(uint32_t full, int thread) {
-    if (CODES) __syncwarp();
-    if (!CODES || thread % 32 == 0) barrier_arrive(full);
+template <source_kind KIND> constexpr int kArrivals = KIND == CODES ? 4 : 128;
+template <source_kind KIND> __device__ __forceinline__ void arrive(uint32_t full, int thread) {
+    if (KIND == CODES) __syncwarp();
+    if (KIND != CODES || thread % 32 == 0) barrier_arrive(full);
 }
 
 // A 16-bit block, of V with zeros behind the end of the sequence.
-template <int D, bool CODES>
+template <int D, source_kind KIND>
 __device__ __forceinline__ void
 bring_pages(const prefill_arguments &a, const tile_work &w, control *c, int block, int page,
             bool value, uint32_t to, uint32_t full, uint32_t &n_landed, int thread) {
     constexpr int BN = kBlock<D>;
-    const int id[2] = {__shfl_sync(~0u, page, 0), __shfl_sync(~0u, page, 16)};
+    const int wide = w.t.wide_at + block * (BN / kPage);
+    const int id[2] = {KIND == WIDE ? wide : __shfl_sync(~0u, page, 0),
+                       KIND == WIDE ? wide + 1 : __shfl_sync(~0u, page, 16)};
     const int n_valid = min(BN, w.t.kv_len - block * BN);
     const bool tail = value && n_valid < BN;
     if (thread == 0) copy_pages<D>(a, w, block, id, value, to, tail ? shared_at(&c->landed) : full);
@@ -344,14 +315,14 @@ bring_pages(const prefill_arguments &a, const tile_work &w, control *c, int bloc
                          make_uint4(0, 0, 0, 0));
         fence_async_proxy();
     }
-    if (tail || thread >= 128 / kArrivals<CODES>) arrive<CODES>(full, thread);
+    if (tail || thread >= 128 / kArrivals<KIND>) arrive<KIND>(full, thread);
 }
 
 // The stream of K or of V: blocks of all items in order through kStages stages. Pages are looked up
 // two blocks ahead, codes and parameters read one ahead, across items. V's producer asks for the
 // next item's q after an item's third block, when consumers have left the item before.
-template <int D, kv_format F, bool CODES>
-__device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *memory, control *c,
+template <int D, kv_format F, source_kind KIND>
+__device__ __forceinline__ void produce(const arguments<KIND> &a, uint8_t *memory, control *c,
                                         bool value) {
     using S = share<D, F>;
     constexpr int BN = kBlock<D>, TILE = BN * 2 * D;
@@ -365,9 +336,10 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
     tile_work w = work_of<BN>(a, item_of(0)), next = {};
     // Where pages are looked up: `look` is in the item of kv_len and page_at.
     int look = w.first, kv_len = w.t.kv_len, page_at = w.t.page_at;
-    int page = look_up<BN>(a, page_at, kv_len, look++);
-    int ahead = look_up<BN>(a, page_at, kv_len, look++);
-    if (value) bring_rows<D>(a, memory, c, 0);
+    int page = look_up<BN, KIND>(a, page_at, kv_len, look++);
+    int ahead = look_up<BN, KIND>(a, page_at, kv_len, look++);
+    if (value) bring_rows<D, KIND>(a, memory, c, 0);
+    if (KIND == WIDE) wait_for_previous(); // for pages; q was there before that began
     source from = source_of<D, F>(a, w.g, value, thread_anew() % 128);
     in_flight<D> x;
     read_block<D, F>(x, from, page, page_bytes, 0);
@@ -377,8 +349,8 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
             const uint32_t full = shared_at(&c->full[value][s]);
             barrier_wait(shared_at(&c->empty[value][s]), count / kStages & 1 ^ 1);
             if (F == KF_16) {
-                bring_pages<D, CODES>(a, w, c, block, page, value, to, full, n_landed,
-                                      thread_anew() % 128);
+                bring_pages<D, KIND>(a, w, c, block, page, value, to, full, n_landed,
+                                     thread_anew() % 128);
             } else {
                 const int n_valid = w.t.kv_len - block * BN;
                 convert<D, F>(put + s * TILE, own, x, n_valid, 0);
@@ -387,32 +359,32 @@ __device__ __forceinline__ void produce(const prefill_arguments &a, uint8_t *mem
                     convert<D, F>(put + s * TILE, own, x, n_valid, 1);
                 }
                 fence_async_proxy();
-                arrive<CODES>(full, thread_anew() % 128);
+                arrive<KIND>(full, thread_anew() % 128);
             }
             if (block == w.first) next = work_of<BN>(a, item_of(round));
             if (block == max(w.last - 1, w.first))
                 look = next.first, kv_len = next.t.kv_len, page_at = next.t.page_at;
-            if (w.first == w.last) ahead = look_up<BN>(a, page_at, kv_len, look++);
+            if (w.first == w.last) ahead = look_up<BN, KIND>(a, page_at, kv_len, look++);
             if (value && block == (kQ<D> == 1 ? w.last : min(w.first + 2, w.last)))
-                bring_rows<D>(a, memory, c, round);
+                bring_rows<D, KIND>(a, memory, c, round);
             page = ahead;
             if (block == w.last) from = source_of<D, F>(a, next.g, value, thread_anew() % 128);
             read_block<D, F>(x, from, page, page_bytes, 0);
-            ahead = look_up<BN>(a, page_at, kv_len, look++);
+            ahead = look_up<BN, KIND>(a, page_at, kv_len, look++);
         }
         w = next;
     }
 }
 
-template <int D, bool CODES>
-__device__ __forceinline__ void produce_any(const prefill_arguments &a, uint8_t *memory, control *c,
+template <int D, source_kind KIND>
+__device__ __forceinline__ void produce_any(const arguments<KIND> &a, uint8_t *memory, control *c,
                                             bool value) {
-    if (!CODES) return produce<D, KF_16, CODES>(a, memory, c, value);
+    if (KIND != CODES) return produce<D, KF_16, KIND>(a, memory, c, value);
     switch (value ? a.v : a.k) {
-    case KF_16: return produce<D, KF_16, CODES>(a, memory, c, value);
-    case KF_8: return produce<D, KF_8, CODES>(a, memory, c, value);
-    case KF_4: return produce<D, KF_4, CODES>(a, memory, c, value);
-    default: return produce<D, KF_FP8, CODES>(a, memory, c, value);
+    case KF_16: return produce<D, KF_16, KIND>(a, memory, c, value);
+    case KF_8: return produce<D, KF_8, KIND>(a, memory, c, value);
+    case KF_4: return produce<D, KF_4, KIND>(a, memory, c, value);
+    default: return produce<D, KF_FP8, KIND>(a, memory, c, value);
     }
 }
 
@@ -471,23 +443,14 @@ template <int R, int N> __device__ __forceinline__ void settle_all(float (&o)[N]
     for (int n = 0; n < N; n++) settle(o[n]);
 }
 
-// A group's rows of q as fp16 and in the order of the nibbles, where K is such.
+// A group's rows of q as the product with K wants them.
 template <int D>
 __device__ __forceinline__ void make_rows(const prefill_arguments &a, uint32_t q_at, int thread) {
-    const bool as_f16 = a.bf16 && a.k != KF_16;
-    if (!as_f16 && a.k != KF_4) return;
+    if (!(a.bf16 && a.k != KF_16) && a.k != KF_4) return;
 #pragma unroll 8
     for (int i = 0; i < D / 16; i++) {
         const uint32_t at = q_at + (i * 128 + thread) * 16;
-        uint4 x = load_shared(at);
-        uint32_t *word = (uint32_t *)&x;
-        if (as_f16)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&word[e]);
-                word[e] = pack2<__half>(y.x, y.y);
-            }
-        store_shared(at, a.k == KF_4 ? to_nibbles(x) : x);
+        store_shared(at, make_piece(a, load_shared(at)));
     }
 }
 
@@ -556,7 +519,7 @@ attend(const prefill_arguments &a, control *c, int group, int thread, int slot, 
     if (thread == 0) barrier_arrive(shared_at(&c->empty[1][before]));
 }
 
-template <int D, typename TK, typename TV, bool CODES>
+template <int D, typename TK, typename TV, source_kind KIND>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
     constexpr int R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1, Q = kQ<D>;
@@ -572,9 +535,9 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         const int first = __shfl_sync(~0u, c->work[slot].first, 0);
         const int last = __shfl_sync(~0u, c->work[slot].last, 0);
         if (last < first) break;
-        if (CODES) make_rows<D>(a, q_at, thread);
+        if (KIND != PLAIN) make_rows<D>(a, q_at, thread);
         fence_async_proxy(); // of q
-        if (CODES) group_sync<128>(3 + group);
+        if (KIND != PLAIN) group_sync<128>(3 + group);
         row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {0.f, 0.f}};
         float o[N][R];
 #pragma unroll
@@ -586,7 +549,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         const auto sums = [&](int h) { return row_sums{quad_sum(r.l[h]), 0.f}; };
         store_rows<D>(a, c->work[slot], o, r, q_at + thread / 32 * 16 * 2 * D, r0, lane, 1.f, sums,
                       [&](uint4 &x) {
-                          if (CODES && a.v == KF_4) x = from_nibbles(x);
+                          if (KIND != PLAIN && a.v == KF_4) x = from_nibbles(x);
                       });
         fence_async_proxy(); // q of a later item follows what was written and read here
         barrier_arrive(shared_at(&c->q_empty[slot]));
@@ -594,8 +557,8 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
     if (group == 0) turn_wait(0); // what group 1 gave last
 }
 
-template <int D, typename TK, typename TV, bool CODES>
-__global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_arguments a) {
+template <int D, typename TK, typename TV, source_kind KIND>
+__global__ void __launch_bounds__(kThreads, 1) attend_prefill(const arguments<KIND> a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
     extern __shared__ __align__(1024) uint8_t memory[];
     control *c = control_of<D>(memory);
@@ -608,8 +571,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
         for (int i = 0; i < kStages; i++) {
             // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->full[0][i]), kArrivals<CODES>);
-            barrier_init(shared_at(&c->full[1][i]), kArrivals<CODES>);
+            barrier_init(shared_at(&c->full[0][i]), kArrivals<KIND>);
+            barrier_init(shared_at(&c->full[1][i]), kArrivals<KIND>);
             barrier_init(shared_at(&c->empty[0][i]), 2);
             barrier_init(shared_at(&c->empty[1][i]), 2);
         }
@@ -622,36 +585,53 @@ __global__ void __launch_bounds__(kThreads, 1) attend_prefill(const prefill_argu
             asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
         else
             asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        produce_any<D, CODES>(a, memory, c, group == 1);
+        produce_any<D, KIND>(a, memory, c, group == 1);
     } else {
         if (D == 256)
             asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         else
             asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-        consume<D, TK, TV, CODES>(a, memory, c, group - 2, thread);
+        consume<D, TK, TV, KIND>(a, memory, c, group - 2, thread);
     }
 #endif
 }
 
-template <int D, typename TK, typename TV, bool CODES = true>
+template <int D, typename TK, typename TV, source_kind KIND = CODES>
 status launch(const attention_problem *p) {
     const int bytes =
         kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
-    const auto kernel = attend_prefill<D, TK, TV, CODES>;
+    const auto kernel = attend_prefill<D, TK, TV, KIND>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "attention_prefill, %d bytes: %s", bytes, cudaGetErrorString(e));
-    kernel<<<p->n_sms, kThreads, bytes, p->stream>>>(prefill_arguments_of(p));
+    arguments<KIND> a;
+    (prefill_arguments &)a = prefill_arguments_of(p);
+    if constexpr (KIND == WIDE) {
+        a.tile = (const attention_tile *)((const uint8_t *)p->plan + p->counts.tiles_at);
+        a.n_tiles = p->counts.n_wide;
+    }
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)p->n_sms);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = (cudaStream_t)p->stream;
+    config.attrs = &early;
+    config.numAttrs = KIND == WIDE ? 1 : 0; // the others wait for nothing
+    (void)cudaLaunchKernelEx(&config, kernel, a);
     return launched("attention_prefill");
 }
 
 template <int D> status launch_types(const attention_problem *p) {
     const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
     const bool f16 = p->l.type == DT_F16;
+    if (p->tiles == TILES_WIDE) return launch<D, __half, __half, WIDE>(p);
     if (k && v)
-        return f16 ? launch<D, __half, __half, false>(p)
-                   : launch<D, __nv_bfloat16, __nv_bfloat16, false>(p);
+        return f16 ? launch<D, __half, __half, PLAIN>(p)
+                   : launch<D, __nv_bfloat16, __nv_bfloat16, PLAIN>(p);
     if (f16 || !(k || v)) return launch<D, __half, __half>(p);
     return k ? launch<D, __nv_bfloat16, __half>(p) : launch<D, __half, __nv_bfloat16>(p);
 }

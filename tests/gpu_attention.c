@@ -21,7 +21,7 @@ typedef struct {
     const char *name;
     dtype type;
     int32_t heads, kv_heads, head_dim, window;
-    float sigma; /* of the input */
+    float sigma, mean; /* of the input */
     bool sinks, norms;
     kv_format k, v;
     int32_t n_seqs, n_decodes;
@@ -191,9 +191,9 @@ static void check(bool good, const attention_case *c, const char *variant, const
            kv_format_text(c->v), what, value);
 }
 
-/* What a cache holds, dequantised: to_k, to_v [all tokens, G, D]. */
+/* What a cache holds, dequantised: to_k, to_v [all tokens, G, D]. type: of 16-bit parts. */
 static void load_pages(const fixture *f, const test_batch *all, const attention_cache *cache,
-                       float *to_k, float *to_v) {
+                       dtype type, float *to_k, float *to_v) {
     const attention_case *c = f->c;
     const int32_t g_d = c->kv_heads * c->head_dim;
     uint8_t *pool = host_copy(cache->base, cache->page_bytes * f->n_pages);
@@ -203,8 +203,8 @@ static void load_pages(const fixture *f, const test_batch *all, const attention_
             float *k = mem_alloc((size_t)P * (size_t)g_d, sizeof *k),
                   *v = mem_alloc((size_t)P * (size_t)g_d, sizeof *v);
             const int32_t page = all->page[all->page_start[s] + at / P];
-            attention_unpack_page(k, v, pool + page * cache->page_bytes, cache->k, cache->v,
-                                  c->type, c->kv_heads, c->head_dim);
+            attention_unpack_page(k, v, pool + page * cache->page_bytes, cache->k, cache->v, type,
+                                  c->kv_heads, c->head_dim);
             const int64_t n = i64_min(P, c->kv_len[s] - at) * g_d;
             memcpy(to_k + (int64_t)(all->first[s] + at) * g_d, k, (size_t)n * sizeof *k);
             memcpy(to_v + (int64_t)(all->first[s] + at) * g_d, v, (size_t)n * sizeof *v);
@@ -269,13 +269,10 @@ static void check_append(fixture *f, const test_batch *all) {
     check(worst_kv <= 1, c, "append", "KV error over its limit:", worst_kv);
 }
 
-/* Values of n that are not those of `want` rounded to 16 bit. */
-static int64_t differing(const float *got, const float *want, int64_t n, dtype type) {
+/* Values of n that are not those of `want` rounded to fp16. */
+static int64_t differing(const float *got, const float *want, int64_t n) {
     int64_t wrong = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint16_t bits = type == DT_F16 ? f16_from_f32(want[i]) : bf16_from_f32(want[i]);
-        wrong += !(value16(bits, type) == got[i]);
-    }
+    for (int64_t i = 0; i < n; i++) wrong += !(f32_from_f16(f16_from_f32(want[i])) == got[i]);
     return wrong;
 }
 
@@ -285,18 +282,22 @@ static void check_expand(fixture *f, const test_batch *all) {
     const int64_t n = all->host.n_tokens * (int64_t)c->kv_heads * c->head_dim;
     const int64_t bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, c->head_dim);
     const attention_cache wide = {device_bytes(bytes * f->n_pages, 0xff), bytes, KF_16, KF_16};
+    int32_t *pages = ints(f->n_pages);
+    for (int32_t i = 0; i < f->n_pages; i++) pages[i] = i;
+    int32_t *device_pages = device_copy(pages, f->n_pages * (int64_t)sizeof *pages);
     float *k = mem_alloc((size_t)n, sizeof *k), *v = mem_alloc((size_t)n, sizeof *v);
-    const status st =
-        kernel_attention_expand(&wide, &f->cache, c->type, c->kv_heads, c->head_dim,
-                                all->device.page, all->page_start[c->n_seqs], n_sms, NULL);
+    const status st = kernel_attention_expand(&wide, &f->cache, c->kv_heads, c->head_dim,
+                                              device_pages, f->n_pages, NULL);
     check(st == ST_OK, c, "expand", fail_message(), st);
     CUDA(cudaDeviceSynchronize());
-    load_pages(f, all, &wide, k, v);
-    const int64_t wrong = differing(k, f->k, n, c->type) + differing(v, f->v, n, c->type);
+    load_pages(f, all, &wide, DT_F16, k, v);
+    const int64_t wrong = differing(k, f->k, n) + differing(v, f->v, n);
     check(wrong == 0, c, "expand", "values that differ:", (double)wrong);
     k[n / 2] += fabsf(k[n / 2]) + 1; /* twin */
-    check(differing(k, f->k, n, c->type) > 0, c, "expand", "a moved value went unseen", 0);
+    check(differing(k, f->k, n) > 0, c, "expand", "a moved value went unseen", 0);
     CUDA(cudaFree(wide.base));
+    CUDA(cudaFree(device_pages));
+    mem_free(pages);
     mem_free(k);
     mem_free(v);
 }
@@ -320,7 +321,7 @@ static void open_fixture(fixture *f, const attention_case *c) {
             f->rope[p * d + 2 * e] = (float)cos(angle);
             f->rope[p * d + 2 * e + 1] = (float)sin(angle);
         }
-    f->qkv = random_16(n_tokens * heads * d, c->type, c->sigma, 0);
+    f->qkv = random_16(n_tokens * heads * d, c->type, c->sigma, c->mean);
     if (c->norms)
         f->q_norm = random_16(d, c->type, 0.1f, 1), f->k_norm = random_16(d, c->type, 0.1f, 1);
     if (c->sinks) f->sinks = random_16(c->heads, c->type, 1, 2);
@@ -344,9 +345,9 @@ static void open_fixture(fixture *f, const attention_case *c) {
     f->turned = host_copy(f->device_qkv, n_tokens * heads * d * 2);
     f->k = mem_alloc((size_t)kv, sizeof(float));
     f->v = mem_alloc((size_t)kv, sizeof(float));
-    load_pages(f, &all, &f->cache, f->k, f->v);
+    load_pages(f, &all, &f->cache, c->type, f->k, f->v);
     check_append(f, &all);
-    if (n_tokens <= 8192) check_expand(f, &all);
+    if (n_tokens <= 8192 && c->k != KF_16 && c->v != KF_16) check_expand(f, &all);
     int64_t pages = all.page_start[c->n_seqs];
     f->workspace = device_bytes(attention_workspace_bytes(c->n_seqs, pages, c->heads, d), 0);
     free_batch(&all);
@@ -363,6 +364,19 @@ static void close_fixture(fixture *f) {
     for (int32_t i = 0; i < COUNT_OF(device); i++) CUDA(cudaFree(device[i]));
     void *host[] = {f->qkv, f->turned, f->k, f->v, f->q_norm, f->k_norm, f->sinks, f->rope};
     for (int32_t i = 0; i < COUNT_OF(host); i++) mem_free(host[i]);
+}
+
+static int32_t wide_pages;   /* room for pages written out */
+static int64_t wide_touched; /* of them, by the last call */
+
+static int64_t pages_touched(const uint8_t *pages, int64_t n, int64_t bytes) {
+    int64_t touched = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = 0;
+        while (at < bytes && pages[i * bytes + at] == 0xff) at++;
+        touched += at < bytes;
+    }
+    return touched;
 }
 
 /* Attention of sequences from..to by one variant; returns out [T, H D] (NULL when it refuses). */
@@ -384,18 +398,28 @@ static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t t
     const int64_t plan_bytes =
         attention_plan_bytes(to - from, b.host.n_tokens, b.page_start[to - from]);
     void *plan = mem_alloc((size_t)plan_bytes, 1);
-    int64_t used = 0;
-    status st = attention_plan_make(plan, &used, &b.host, c->heads, c->kv_heads, d, c->window,
-                                    c->k == KF_4 && c->v == KF_4, n_sms);
-    CHECK(st == ST_OK && used <= plan_bytes);
-    void *device_plan = device_copy(plan, used);
-    st = kernel_attention(out, device_q, &f->l, &f->cache, &b.device, device_plan, f->workspace,
-                          variant, 0, sm, n_sms, NULL);
+    const int64_t wide_bytes = attention_page_bytes(KF_16, KF_16, c->kv_heads, d);
+    attention_work work = {.workspace = f->workspace};
+    status st = attention_plan_make(plan, &work.counts, &b.host, c->heads, c->kv_heads, d,
+                                    c->window, c->k == KF_4 && c->v == KF_4, wide_pages, n_sms);
+    CHECK(st == ST_OK && work.counts.bytes <= plan_bytes);
+    CHECK(work.counts.n_wide_pages <= wide_pages);
+    void *device_plan = device_copy(plan, work.counts.bytes);
+    work.plan = device_plan;
+    work.wide = wide_pages ? device_bytes(wide_pages * wide_bytes, 0xff) : NULL;
+    st = kernel_attention(out, device_q, &f->l, &f->cache, &b.device, &work, variant, 0, sm, n_sms,
+                          NULL);
     uint16_t *result = NULL;
     if (st != ST_UNSUPPORTED) {
         check(st == ST_OK, c, variant, fail_message(), st);
         CUDA(cudaDeviceSynchronize());
         result = host_copy(out, n_out * 2);
+    }
+    if (wide_pages) {
+        uint8_t *pages = host_copy(work.wide, wide_pages * wide_bytes);
+        wide_touched = pages_touched(pages, wide_pages, wide_bytes);
+        mem_free(pages);
+        CUDA(cudaFree(work.wide));
     }
     CUDA(cudaFree(device_q));
     CUDA(cudaFree(out));
@@ -464,6 +488,35 @@ static int64_t rows_of(const attention_case *c, int32_t to) {
     return n;
 }
 
+/* With room for all pages to be written out, and for those of the first long chunk, the bits are
+ * those of `out`. The twin: how many have been written says which way it went. */
+static void check_wide(fixture *f, const char *name, const uint16_t *out) {
+    const attention_case *c = f->c;
+    const int64_t n = rows_of(c, c->n_seqs) * c->heads * c->head_dim;
+    const bool able = (!name || !strcmp(name, "prefill_wgmma")) && sm == 90;
+    int32_t first = 0, all = 0;
+    for (int32_t s = c->n_decodes; s < c->n_seqs; s++) {
+        if (c->n_new[s] * (c->heads / c->kv_heads) < 2048) continue;
+        const int32_t position = c->kv_len[s] - c->n_new[s];
+        const bool cut = c->window > 0 && position >= c->window;
+        const int32_t pages =
+            (int32_t)div_up(c->kv_len[s], P) - (cut ? (position - c->window + 1) / (2 * P) * 2 : 0);
+        if (!first) first = pages;
+        all += pages;
+    }
+    const bool codes = c->k != KF_16 && c->v != KF_16;
+    const int32_t rooms[] = {all, first};
+    for (int32_t i = 0; i < 2 && rooms[i]; i++) {
+        wide_pages = rooms[i];
+        uint16_t *got = attend(f, name, 0, c->n_seqs);
+        wide_pages = 0;
+        check(!memcmp(out, got, (size_t)n * 2), c, name, "differs written out: pages", rooms[i]);
+        check(wide_touched == (able && codes ? rooms[i] : 0), c, name,
+              "pages written out:", (double)wide_touched);
+        mem_free(got);
+    }
+}
+
 static void run_case(const attention_case *c) {
     fixture f;
     open_fixture(&f, c);
@@ -490,6 +543,7 @@ static void run_case(const attention_case *c) {
         const int64_t row = (int64_t)c->heads * c->head_dim, n = rows_of(c, c->n_seqs) * row;
         check(!memcmp(out, again, (size_t)n * 2), c, *name, "differs from run to run", 0);
         mem_free(again);
+        check_wide(&f, *name, out);
         for (int32_t s = 0; s < c->n_seqs && c->n_seqs > 1;
              s += (int32_t)i64_max(1, c->n_seqs / 4)) {
             uint16_t *alone = attend(&f, *name, s, s + 1);
@@ -557,6 +611,31 @@ static void many(dtype type, kv_format k, kv_format v) {
     add(&p, 1100, 500);
     add(&p, 64, 64);
     run_case(&p);
+}
+
+/* Decodes, short chunks and long ones in one call; a prompt, and chunks behind what is cached. */
+static void long_chunks(dtype type, kv_format k, kv_format v, int32_t head_dim, int32_t window) {
+    attention_case c = base_case("long chunks", type, k, v);
+    c.head_dim = head_dim;
+    c.window = window;
+    c.sinks = window > 0;
+    add(&c, 700, 1);
+    add(&c, 64, 1);
+    add(&c, 333, 70);
+    add(&c, 1203, 600);
+    add(&c, 640, 640);
+    add(&c, 100, 100);
+    run_case(&c);
+}
+
+/* Minima of V so many scales below zero that 1024 scales less would be no number of fp16. */
+static void far_minima(dtype type, kv_format f) {
+    attention_case c = base_case("far minima", type, f, f);
+    c.sigma = 0.05f;
+    c.mean = -3;
+    add(&c, 100, 30);
+    add(&c, 700, 520);
+    run_case(&c);
 }
 
 static void features(dtype type, kv_format f) {
@@ -639,10 +718,12 @@ static void large_values(dtype type, kv_format f) {
     run_case(&c);
 }
 
-/* gpu_attention [--quick | --least]: all cases, a fifth, or those that compute-sanitizer can do. */
+/* gpu_attention [--quick | --least | --long]: all cases, a fifth, those that compute-sanitizer can
+ * do, or chunks with their pages written out. */
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
     const bool for_sanitizer = argc > 1 && !strcmp(argv[1], "--least");
+    const bool only_long = argc > 1 && !strcmp(argv[1], "--long");
     struct cudaDeviceProp prop;
     if (cudaGetDeviceProperties(&prop, 0) != cudaSuccess) {
         printf("skipped: no device\n");
@@ -654,6 +735,16 @@ int main(int argc, char **argv) {
     for (int32_t f = 0; for_sanitizer && f < KF_COUNT; f++)
         least((kv_format)f), tiny(types[f % 2], (kv_format)f);
     for (int32_t i = 0; !for_sanitizer && i < 2; i++) {
+        for (int32_t f = 0; f < KF_COUNT; f++) {
+            const kv_format k = (kv_format)f, other = (kv_format)((f + 1) % KF_COUNT);
+            long_chunks(types[i], k, k, 128, f % 2 ? 200 : 0);
+            if (quick) continue;
+            long_chunks(types[i], k, other, 128, f % 2 ? 0 : 200);
+            long_chunks(types[i], k, k, 64, 0);
+            long_chunks(types[i], k, other, 256, 100);
+        }
+        far_minima(types[i], KF_8), far_minima(types[i], KF_4);
+        if (only_long) continue;
         for (int32_t f = 0; f < KF_COUNT; f++)
             if (!quick || i == f % 2)
                 many(types[i], (kv_format)f, (kv_format)f), large_values(types[i], (kv_format)f);

@@ -32,10 +32,10 @@ static planned plan_of(int32_t n_seqs, int32_t kv_heads, const int32_t *kv_len, 
                                .kv_len = p.kv_len,
                                .page_start = page};
     const int64_t bytes = attention_plan_bytes(n_seqs, n_seqs, pages);
-    int64_t used;
+    attention_counts counts;
     p.plan = mem_alloc((size_t)bytes, 1);
-    assert_ok(attention_plan_make(p.plan, &used, &b, HEADS, kv_heads, 128, window, kv4, SMS));
-    assert_true(used <= bytes);
+    assert_ok(attention_plan_make(p.plan, &counts, &b, HEADS, kv_heads, 128, window, kv4, 0, SMS));
+    assert_true(counts.bytes <= bytes);
     p.run = (attention_run *)(void *)(p.plan + 1);
     return p;
 }
@@ -150,10 +150,48 @@ static void test_shares_are_even(void **state) {
     }
 }
 
+/* A decode, a short chunk, a chunk behind cached pages and a prompt: the last two have the pages
+ * that they see written out, as far as there is room; the twin has room for one page less. */
+static void test_pages_written_out(void **state) {
+    (void)state;
+    static const int32_t kv_len[] = {700, 333, 1203, 640}, start[] = {0, 1, 71, 671, 1311};
+    static const int32_t page[] = {0, 11, 17, 36, 46};
+    static const struct {
+        int32_t window, room, chunks, pages, tiles; /* tiles: 128 rows, 4 heads a group */
+    } rows[] = {{0, 29, 2, 29, 39},   {0, 28, 1, 19, 19}, {0, 18, 1, 10, 20},
+                {200, 23, 2, 23, 39}, {0, 9, 0, 0, 0},    {0, 0, 0, 0, 0}};
+    const attention_batch b = {.n_seqs = 4,
+                               .n_tokens = 1311,
+                               .n_decodes = 1,
+                               .seq_start = start,
+                               .kv_len = kv_len,
+                               .page_start = page};
+    void *plan = mem_alloc((size_t)attention_plan_bytes(4, 1311, 46), 1);
+    for (int32_t i = 0; i < COUNT_OF(rows); i++) {
+        attention_counts c;
+        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 128, rows[i].window, false, rows[i].room,
+                                      SMS));
+        assert_int_equal(c.n_wide_chunks, rows[i].chunks);
+        assert_int_equal(c.n_wide_pages, rows[i].pages);
+        assert_int_equal(c.n_wide, rows[i].tiles);
+        assert_int_equal(c.n_tiles, 3 + 19 + 20);
+        /* A tile's page lies where its chunk's was written. */
+        const attention_tile *tile = (attention_tile *)(void *)((uint8_t *)plan + c.tiles_at);
+        const attention_chunk *chunk = ((attention_plan *)plan)->chunk;
+        for (int32_t t = 0, k = 0; t < c.n_wide; t++) {
+            if (tile[t].page_at + chunk[k].to - chunk[k].from != tile[t].wide_at) k++;
+            assert_true(k < c.n_wide_chunks);
+            assert_int_equal(tile[t].page_at + chunk[k].to - chunk[k].from, tile[t].wide_at);
+        }
+    }
+    mem_free(plan);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_leaf_once),
         cmocka_unit_test(test_shares_are_even),
+        cmocka_unit_test(test_pages_written_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -41,15 +41,21 @@ static void pages_have_exact_bytes(void **state) {
 static void workspace_is_the_sum_of_the_buffers(void **state) {
     (void)state;
     const model_config c = model("Llama-3.1-8B"); /* E 4096, F 14336, V 128256 */
+    const precision p = format("W16A16KV16"), codes = format("W16A16KV[16x31,4x1]");
     const int64_t token = 3 * 4096 + (32 + 16) * 128 + 32 * 128 + 3 * 14336;
-    assert_int_equal(workspace_bytes(&c, 1, 8192, 256, 256),
+    assert_int_equal(workspace_bytes(&c, &p, 1, 8192, 256, 256),
                      8192 * (2 * token + 16) + 256 * (2 * 4096 + 4 * 128256) + 256 * 76);
     const int64_t half = 3 * 4096 + (16 + 8) * 128 + 16 * 128 + 3 * 7168;
-    assert_int_equal(workspace_bytes(&c, 2, 100, 10, 10),
+    assert_int_equal(workspace_bytes(&c, &p, 2, 100, 10, 10),
                      100 * (2 * half + 16) + 10 * (2 * 4096 + 4 * 128256) + 10 * 76);
+    /* Of chunks of 512 tokens and more (32 / 8 heads) pages are written out, 1024 at most. */
+    const int64_t page = 64 * 8 * 2 * 256, none = workspace_bytes(&c, &p, 1, 1024, 10, 10);
+    assert_int_equal(workspace_bytes(&c, &codes, 1, 1024, 10, 10) - none, 1024 * page);
+    assert_int_equal(wide_pages(&c, &codes, 1, 1100, 8191), 2 * 128);
+    assert_int_equal(wide_pages(&c, &codes, 1, 511, 8191), 0);
     const model_config moe = model("Qwen3-30B-A3B"); /* E 2048, 32 heads, 4 KV, X 128, k 8, F 768 */
     const int64_t routed = 3 * 2048 + (32 + 8) * 128 + 32 * 128 + 8 * 3 * 768 + 128 + 8 * 2048;
-    assert_int_equal(workspace_bytes(&moe, 1, 7, 3, 2),
+    assert_int_equal(workspace_bytes(&moe, &p, 1, 7, 3, 2),
                      7 * (2 * routed + 16 + 96) + 2 * (2 * 2048 + 4 * (int64_t)moe.vocab) + 3 * 76);
 }
 
@@ -58,7 +64,7 @@ static void the_last_page_fits_to_the_byte(void **state) {
     (void)state;
     const model_config c = model("Llama-3.1-8B");
     const precision p = format("W4A16KV8");
-    const int64_t fixed = model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, 1, 2048, 64, 64);
+    const int64_t fixed = model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 2048, 64, 64);
     const int64_t page = kv_page_bytes(&c, &p, 1), n = 1000;
     capacity m;
     assert_ok(capacity_compute(&m, &c, &p, 1, fixed + n * page, 1, 2048, 64, 0, 1));
