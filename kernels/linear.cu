@@ -234,7 +234,7 @@ status check(const linear_problem *p) {
 
 // Of the workspace: flags; of each SM, sums that are zeros between launches, and two tiles of the
 // CTAs of an SM.
-constexpr int64_t kFlagBytes = 64 * 1024, kSumsBytes = 128 * 1024, kTileBytes = 256 * 1024;
+constexpr int64_t kFlagBytes = 64 * 1024, kSumsBytes = LINEAR_SUMS_BYTES, kTileBytes = 256 * 1024;
 uint8_t *tiles_of(const linear_problem *p) {
     return static_cast<uint8_t *>(p->workspace) + kFlagBytes + p->n_sms * kSumsBytes;
 }

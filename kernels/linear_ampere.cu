@@ -478,6 +478,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere(const __grid_constant__ linear_args p) {
     using S = tile<F, NT, R, XS, KU, FINE>;
     constexpr int stages = stages_of(S::bytes, kStages, kCtas, kSharedBytes);
+    static_assert(linear_part_bytes<S::rows, R>(kCtas) <= LINEAR_SUMS_BYTES, "no room for sums");
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
@@ -507,7 +508,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (s.step1 - s.step0 == p.steps || linear_share<S::rows, R>(acc, p, walk, s, later))
             linear_finish<T, S::rows, R, S::groups>(acc, p, s, turn[threadIdx.x / 32]);
     }
-    linear_finish_all<T, S::rows, R, S::groups>(p, walk, later, turn[threadIdx.x / 32]);
+    linear_finish_all<T, S::rows, R, S::groups>(p, later, turn[threadIdx.x / 32]);
 }
 
 // Of an SM.
@@ -706,7 +707,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (s.step1 - s.step0 == p.steps || linear_share<NT / 2, R>(sum, p, walk, s, later))
             linear_finish<T, NT / 2, R, 1>(sum, p, s, turn[warp]);
     }
-    linear_finish_all<T, NT / 2, R, 1>(p, walk, later, turn[warp]);
+    linear_finish_all<T, NT / 2, R, 1>(p, later, turn[warp]);
 }
 
 template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>
