@@ -345,8 +345,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
         F == WF_INT4 && !FINE && !sums; // scales unpacked as late as can be
     // Inputs are replaced by the next atom's right after their last use: half the registers, and 4
     // to 8 % faster with 128 x rows a warp, 1 to 2 % with 64, but 3 % slower with three blocks.
-    // Codes of 8 bits take the registers with which that would come.
-    static constexpr bool rolls = S::rows >= 64 && R < 3 && bits != 8;
+    static constexpr bool rolls = S::rows >= 64 && R < 3;
     const source &in;
     uint32_t a[2][4], b[rolls ? 1 : 2][source::words];
     uint4 chunk[R];
@@ -420,6 +419,8 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
                  const reader<T, F, NT, R, XS, KU, FINE> &in, uint32_t shared) {
     using S = tile<F, NT, R, XS, KU, FINE>;
     using O = operands<T, F, NT, R, XS, KU, FINE>;
+    // The compiler moves no product over a branch, and then has registers enough.
+    constexpr bool kApart = S::rows == 128 && O::bits == 8;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     const auto after = [&](uint32_t stage) {
         return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;
@@ -441,7 +442,7 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
         for (int i = 0; i < O::atoms * R; i++) {
             const int r = i % R, j = i / R;
             if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
-            if (r == 0 && j == O::atoms - 1) turn();
+            if (r == 0 && j == O::atoms - 1 && (!kApart || step + 1 < s.step1)) turn();
             o.prepare(read, i);
             o.multiply_all(acc, read, i);
         }
