@@ -1512,8 +1512,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     attention_run copy = *at;
     // What this step has not written needs no waiting for the kernel before this one.
     int slot = 0;
-    if (BULK)
-        while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
+    while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
     wait_for_previous();
     launch_dependents();
     while (slot < a.stages) feed.fetch(slot++);
@@ -1615,7 +1614,7 @@ status launch(const attention_problem *p) {
     config.dynamicSmemBytes = (size_t)bytes;
     config.stream = (cudaStream_t)p->stream;
     config.attrs = &early;
-    config.numAttrs = BULK ? 1 : 0;
+    config.numAttrs = early_launches();
     e = cudaLaunchKernelEx(&config, kernel, a);
     return e == cudaSuccess ? ST_OK
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));

@@ -102,13 +102,15 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 // --- Choice ------------------------------------------------------------------------------------
 
 // Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
-// on average) and n k below two to the power `size`; with `one_wave`, where there are tiles of 64
-// rows of W for one SM in eight at least and for all at most. A gated epilogue wants two blocks a
-// warpgroup and goes on to the next name that has them.
+// on average) and n k below two to the power `size`. ONE_WAVE: where there are tiles of 64 rows of
+// W for one SM in eight at least and for all at most. FILLS: where tiles, shared by as many SMs
+// each as there are for it, leave one SM in sixteen idle at most. A gated epilogue wants two blocks
+// a warpgroup and goes on to the next name that has them.
+enum condition { ALWAYS, ONE_WAVE, FILLS };
 struct preference {
     int32_t family, rows, size;
     const char *name;
-    bool one_wave;
+    condition where;
 };
 const preference preferences[] = {
     {90, 8, 62, "short_8"},
@@ -129,16 +131,17 @@ const preference preferences[] = {
     {90, 512, 25, "tall_128"},
     {90, 1 << 30, 62, "wide_256"},
     {90, 1 << 30, 62, "tall_128"},
-    {80, 8, 62, "ampere_strips_8", true},
+    {80, 8, 62, "ampere_strips_8", ONE_WAVE},
     {80, 8, 62, "ampere_8x1"},
-    {80, 16, 26, "ampere_strips_16", true},
+    {80, 16, 26, "ampere_strips_16", ONE_WAVE},
     {80, 16, 62, "ampere_split_16x2"},
     {80, 16, 62, "ampere_16x2"},
-    {80, 32, 26, "ampere_strips_32", true},
+    {80, 32, 26, "ampere_strips_32", ONE_WAVE},
     {80, 32, 62, "ampere_32x2"},
-    {80, 64, 25, "ampere_strips_32", true},
+    {80, 64, 25, "ampere_strips_32", ONE_WAVE},
     {80, 64, 62, "ampere_64x2"},
-    {80, 512, 26, "ampere_128x1"},
+    {80, 512, 25, "ampere_64x2", FILLS},
+    {80, 512, 25, "ampere_128x192", FILLS},
     {80, 1 << 30, 62, "ampere_128x2"},
     {80, 1 << 30, 62, "ampere_128x1"},
 };
@@ -182,6 +185,14 @@ const linear_variant *named(const char *name, const linear_problem *p, const lin
     return nullptr;
 }
 
+bool holds(condition c, const linear_variant *v, const linear_problem *p, const linear_layout *l) {
+    const int32_t tiles_x = (p->m + v->rows_x - 1) / v->rows_x, sms = p->n_sms;
+    if (c == ONE_WAVE) return tiles_x * l->blocks <= sms && tiles_x * l->blocks * 8 >= sms;
+    const int32_t tiles = tiles_x * ((l->blocks + v->blocks - 1) / v->blocks);
+    const int32_t busy = tiles < sms ? sms / tiles * tiles : tiles;
+    return c == ALWAYS || busy * 16 >= (busy + sms - 1) / sms * sms * 15;
+}
+
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
@@ -204,8 +215,7 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
         if (c.rows < rows || c.family > p->w->family || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
         if (!v) continue;
-        const int32_t tiles = (p->m + v->rows_x - 1) / v->rows_x * l->blocks;
-        if (!c.one_wave || (tiles <= p->n_sms && tiles * 8 >= p->n_sms)) return v;
+        if (holds(c.where, v, p, l)) return v;
     }
     return nullptr;
 }
@@ -234,7 +244,7 @@ status check(const linear_problem *p) {
 
 // Of the workspace: flags; of each SM, sums that are zeros between launches, and two tiles of the
 // CTAs of an SM.
-constexpr int64_t kFlagBytes = 64 * 1024, kSumsBytes = 128 * 1024, kTileBytes = 256 * 1024;
+constexpr int64_t kFlagBytes = 64 * 1024, kSumsBytes = LINEAR_SUMS_BYTES, kTileBytes = 256 * 1024;
 uint8_t *tiles_of(const linear_problem *p) {
     return static_cast<uint8_t *>(p->workspace) + kFlagBytes + p->n_sms * kSumsBytes;
 }

@@ -18,18 +18,22 @@
 
 // The explicit lists. Tiles: name, format, type, x rows, blocks of a warp, parts that the x rows
 // are split in among warps, units of a step (at 4 bits), stages and CTAs an SM at most, granules of
-// less than 64 inputs. A tile is 128 or 256 rows of W; the small ones are for small matrices.
-// Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last GPU. Strips: name,
-// format, type, x rows of a tile, warps, x rows of a problem at most, fine, first and last GPU.
+// less than 64 inputs. A tile is 128, 192 or 256 rows of W; of weights of 16 bits 128x2 would not
+// fit 100 KB an SM. Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last
+// GPU. Strips: name, format, type, x rows of a tile, warps, x rows of a problem at most, fine,
+// first and last GPU.
 #define AMPERE_TILES(X, F, T, FINE)                                                                \
     X("ampere_8x1", F, T, 8, 1, 1, 4, 4, 2, FINE)                                                  \
     X("ampere_16x2", F, T, 16, 2, 1, 1, 6, 2, FINE)                                                \
     X("ampere_32x2", F, T, 32, 2, 1, 1, 5, 2, FINE)                                                \
-    X("ampere_64x2", F, T, 64, 2, 1, 1, 4, 1, FINE)                                                \
-    X("ampere_128x1", F, T, 128, 2, 2, 1, 5, 1, FINE)
-#define AMPERE_TALL(X, F, T, FINE)                                                                 \
+    X("ampere_64x2", F, T, 64, 2, 1, 1, 4, 1, FINE)
+#define AMPERE_CODES(X, F, T, FINE)                                                                \
     AMPERE_TILES(X, F, T, FINE)                                                                    \
+    X("ampere_128x192", F, T, 128, 3, 2, 1, 5, 1, FINE)                                            \
     X("ampere_128x2", F, T, 128, 2, 1, 1, 4, 1, FINE)
+#define AMPERE_VALUES(X, F, T, FINE)                                                               \
+    AMPERE_TILES(X, F, T, FINE)                                                                    \
+    X("ampere_128x1", F, T, 128, 2, 2, 1, 5, 1, FINE)
 #define AMPERE_SPLIT(X, F, T, FINE) X("ampere_split_16x2", F, T, 16, 2, 4, 1, FINE, 90, 103)
 #define AMPERE_STRIPS(X, F, T, FINE)                                                               \
     X("ampere_strips_8", F, T, 8, 16, 8, FINE, 80, SM_ANY)                                         \
@@ -39,14 +43,14 @@
 #define AMPERE_TYPES(M, X, F, FINE) M(X, F, F16, FINE) M(X, F, BF16, FINE)
 #ifndef AMPERE_INSTANCES
 #define AMPERE_INSTANCES(X)                                                                        \
-    AMPERE_TYPES(AMPERE_TALL, X, INT4, false)                                                      \
-    AMPERE_TYPES(AMPERE_TILES, X, INT4, true)                                                      \
-    AMPERE_TYPES(AMPERE_TALL, X, INT8, false)                                                      \
-    AMPERE_TYPES(AMPERE_TALL, X, FP8, false)                                                       \
-    AMPERE_TYPES(AMPERE_TALL, X, FP8B, false)                                                      \
-    AMPERE_TYPES(AMPERE_TALL, X, MXFP4, true)                                                      \
-    AMPERE_TYPES(AMPERE_TALL, X, NVFP4, true)                                                      \
-    AMPERE_TYPES(AMPERE_TILES, X, 16, false)
+    AMPERE_TYPES(AMPERE_CODES, X, INT4, false)                                                     \
+    AMPERE_TYPES(AMPERE_CODES, X, INT4, true)                                                      \
+    AMPERE_TYPES(AMPERE_CODES, X, INT8, false)                                                     \
+    AMPERE_TYPES(AMPERE_CODES, X, FP8, false)                                                      \
+    AMPERE_TYPES(AMPERE_CODES, X, FP8B, false)                                                     \
+    AMPERE_TYPES(AMPERE_CODES, X, MXFP4, true)                                                     \
+    AMPERE_TYPES(AMPERE_CODES, X, NVFP4, true)                                                     \
+    AMPERE_TYPES(AMPERE_VALUES, X, 16, false)
 #define AMPERE_SPLIT_INSTANCES(X)                                                                  \
     AMPERE_TYPES(AMPERE_SPLIT, X, INT4, false)                                                     \
     AMPERE_TYPES(AMPERE_SPLIT, X, INT4, true)                                                      \
@@ -94,10 +98,6 @@ template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
     static constexpr int scale_block = KU * unit_scale_bytes(F, FINE);
     static constexpr int scale = (blocks * scale_block + 127) / 128 * 128;
     static constexpr int bytes = code + x + scale;
-    // With 128 rows of x a warp the barrier of a step stands two products earlier, and in a branch,
-    // over which the compiler moves no product. Else it puts nearly all of a step before the
-    // barrier, and the tensor cores idle there.
-    static constexpr bool tall = rows == 128;
 };
 
 // What a thread copies of every step, N threads together: KU units out of STRIDE. Places are in 16
@@ -300,10 +300,14 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(x), "+r"(scale), "+r"(place));
     }
-    __device__ __forceinline__ void inputs(uint32_t (&b)[words], uint32_t stage, int atom) const {
+    __device__ __forceinline__ void some_inputs(uint32_t (&b)[words], uint32_t stage, int atom,
+                                                int i) const {
         const uint32_t at = (stage + x + atom / 4 * NT * 128) ^ (atom % 4 * 32);
+        load_matrices(&b[4 * i], at + i * 2048);
+    }
+    __device__ __forceinline__ void inputs(uint32_t (&b)[words], uint32_t stage, int atom) const {
 #pragma unroll
-        for (int i = 0; i < words / 4; i++) load_matrices(&b[4 * i], at + i * 2048);
+        for (int i = 0; i < words / 4; i++) some_inputs(b, stage, atom, i);
     }
     // The 16 bytes of the warp's block r that atom begins, if one does.
     __device__ __forceinline__ void codes(uint4 &chunk, uint32_t stage, int atom, int r) const {
@@ -339,8 +343,11 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
     static constexpr bool sums = F == WF_INT4 && !FINE && S::rows <= 16; // see raw_codes
     static constexpr bool late =
         F == WF_INT4 && !FINE && !sums; // scales unpacked as late as can be
+    // Inputs are replaced by the next atom's right after their last use: half the registers, and 4
+    // to 8 % faster with 128 x rows a warp, 1 to 2 % with 64, but 3 % slower with three blocks.
+    static constexpr bool rolls = S::rows >= 64 && R < 3;
     const source &in;
-    uint32_t a[2][4], b[2][source::words];
+    uint32_t a[2][4], b[rolls ? 1 : 2][source::words];
     uint4 chunk[R];
     dequant_scales scales[R];
     dequant_packed packed[R];
@@ -367,7 +374,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
     // Beside product i: what the next atom, of `stage`, needs, and the fragment of i + 1.
     __device__ __forceinline__ void prepare(uint32_t stage, int i) {
         const int r = i % R, next = (i / R + 1) % atoms;
-        if (r == 0 && next % once == 0) in.inputs(b[next / once % 2], stage, next);
+        if (!rolls && r == 0 && next % once == 0) in.inputs(b[next / once % 2], stage, next);
         in.codes(chunk[r], stage, next, r);
         if (late) {
             if (next % 4 == 0) in.packed(packed[r], stage, next, r);
@@ -380,9 +387,9 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
         }
         fragment(i + 1);
     }
-    __device__ __forceinline__ void multiply_all(float (&acc)[R][n], int i) {
+    __device__ __forceinline__ void multiply_all(float (&acc)[R][n], uint32_t stage, int i) {
         const int r = i % R, j = i / R;
-        const uint32_t *x = &b[j / once % 2][j % once * 2];
+        const uint32_t *x = &b[rolls ? 0 : j / once % 2][j % once * 2];
         const uint32_t one = raw_codes<T>::one, ones[4] = {one, one, one, one};
 #pragma unroll
         for (int k = 0; k < S::rows / 8; k++) {
@@ -400,6 +407,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
             } else {
                 multiply(&acc[r][4 * k], a[i % 2], b0, b1, T{});
             }
+            if (rolls && r == R - 1 && k % 2) in.some_inputs(b[0], stage, (j + 1) % atoms, k / 2);
         }
     }
 };
@@ -411,6 +419,8 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
                  const reader<T, F, NT, R, XS, KU, FINE> &in, uint32_t shared) {
     using S = tile<F, NT, R, XS, KU, FINE>;
     using O = operands<T, F, NT, R, XS, KU, FINE>;
+    // The compiler moves no product over a branch, and then has registers enough.
+    constexpr bool kApart = S::rows == 128 && O::bits == 8;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     const auto after = [&](uint32_t stage) {
         return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;
@@ -432,10 +442,9 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
         for (int i = 0; i < O::atoms * R; i++) {
             const int r = i % R, j = i / R;
             if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
-            if (!S::tall && r == 0 && j == O::atoms - 1) turn();
+            if (r == 0 && j == O::atoms - 1 && (!kApart || step + 1 < s.step1)) turn();
             o.prepare(read, i);
-            if (S::tall && r == R - 1 && j == O::atoms - 2 && step + 1 < s.step1) turn();
-            o.multiply_all(acc, i);
+            o.multiply_all(acc, read, i);
         }
     }
     if constexpr (O::sums) finish_units<T>(acc);
@@ -478,6 +487,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere(const __grid_constant__ linear_args p) {
     using S = tile<F, NT, R, XS, KU, FINE>;
     constexpr int stages = stages_of(S::bytes, kStages, kCtas, kSharedBytes);
+    static_assert(linear_part_bytes<S::rows, R>(kCtas) <= LINEAR_SUMS_BYTES, "no room for sums");
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
@@ -507,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (s.step1 - s.step0 == p.steps || linear_share<S::rows, R>(acc, p, walk, s, later))
             linear_finish<T, S::rows, R, S::groups>(acc, p, s, turn[threadIdx.x / 32]);
     }
-    linear_finish_all<T, S::rows, R, S::groups>(p, walk, later, turn[threadIdx.x / 32]);
+    linear_finish_all<T, S::rows, R, S::groups>(p, later, turn[threadIdx.x / 32]);
 }
 
 // Of an SM.
@@ -706,7 +716,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         if (s.step1 - s.step0 == p.steps || linear_share<NT / 2, R>(sum, p, walk, s, later))
             linear_finish<T, NT / 2, R, 1>(sum, p, s, turn[warp]);
     }
-    linear_finish_all<T, NT / 2, R, 1>(p, walk, later, turn[warp]);
+    linear_finish_all<T, NT / 2, R, 1>(p, later, turn[warp]);
 }
 
 template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>

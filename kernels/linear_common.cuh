@@ -17,7 +17,7 @@
 #define LINEAR_COMMON_CUH
 #include "linear_dequant.cuh"
 
-enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8 };
+enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8, LINEAR_SUMS_BYTES = 256 * 1024 };
 
 __host__ __device__ constexpr int linear_code_bits(int format) {
     return format == WF_16                                                 ? 16
@@ -50,7 +50,7 @@ struct linear_args {
     int32_t team;            // CTAs that share a tile; 1: as the walk says
     int32_t part, part_rest; // of a tile's steps: of each CTA of a team; one more of so many
     int32_t apart, routed;   // as in linear_problem
-    float *sums; // linear_tall.cu's and linear_mid.cu's: zeros when no launch is under way
+    float *sums;             // zeros when no launch is under way
 };
 
 // --- Walk ----------------------------------------------------------------------------------------
@@ -371,7 +371,8 @@ __device__ __forceinline__ int32_t counter_read(const int32_t *counter) {
 // What a CTA must come back to: at most the tile that its cut begins in and the one that it ends
 // in. Kept in shared memory, by warp; m_end is 0 where there is none.
 struct linear_shared {
-    linear_segment tile[2]; // the one it begins in, the one it ends in
+    linear_segment tile[2];             // the one it begins in, the one it ends in
+    int32_t owner[2], rank[2], size[2]; // of its CTAs: the first, which this is, how many
 };
 
 __device__ __forceinline__ void linear_shared_init(linear_shared *shared) {
@@ -444,6 +445,64 @@ __device__ __forceinline__ void linear_collect(float (&acc)[R][NT / 2], const li
         *counter = 0; // for the next launch, which writes after this one ended
 }
 
+// Sums of a tile that all its CTAs finish: a CTA's lie where zeros were, and nothing of them is +0;
+// who wants them reads until they are there, and leaves zeros. That saves the way to L2 of a fence
+// and of a counter. (A CTA that adds alone takes longer to leave zeros than to wait for those.)
+
+// Strong, for it may be read meanwhile: each word is either what was there or what is stored.
+__device__ __forceinline__ void linear_store_part(float4 *to, float4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+// What lies there, or -0 where it is not wanted: as C it is a predicate of each load that lives on.
+__device__ __forceinline__ float4 linear_load_part(const float4 *from, bool wanted) {
+    float4 v;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+                 "mov.f32 %0, 0f80000000;\nmov.f32 %1, 0f80000000;\n"
+                 "mov.f32 %2, 0f80000000;\nmov.f32 %3, 0f80000000;\n"
+                 "@p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from), "r"((int)wanted)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ float linear_never_zero(float v) { // the least there is instead
+    return __uint_as_float(max(__float_as_uint(v), 1u));
+}
+__device__ __forceinline__ bool linear_is_there(float4 v) {
+    return min(min(__float_as_uint(v.x), __float_as_uint(v.y)),
+               min(__float_as_uint(v.z), __float_as_uint(v.w))) != 0;
+}
+
+// Sums of groups of eight x rows of a CTA, 32 apart: of the tile that it begins (tail) or ends in.
+template <int NT, int R>
+__device__ __forceinline__ float4 *linear_part(const linear_args &p, int32_t cta, bool tail) {
+    return reinterpret_cast<float4 *>(p.sums) +
+           ((int64_t)(cta * 2 + tail) * LINEAR_WARPS + threadIdx.x / 32) * (R * NT / 8) * 32 +
+           threadIdx.x % 32;
+}
+// Bytes of `sums` that the CTAs of an SM take, at most LINEAR_SUMS_BYTES.
+template <int NT, int R> __host__ __device__ constexpr int linear_part_bytes(int ctas) {
+    return ctas * 2 * LINEAR_WARPS * (R * NT / 8) * 512;
+}
+
+template <int NT, int R>
+__device__ __forceinline__ void linear_put_part(const float (&acc)[R][NT / 2], const linear_args &p,
+                                                int32_t cta, const linear_segment &s) {
+    float4 *to = linear_part<NT, R>(p, cta, s.step0 == 0);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            if (s.m0 + 8 * j < s.m_end)
+                linear_store_part(to + (r * (NT / 8) + j) * 32,
+                                  make_float4(linear_never_zero(acc[r][4 * j]),
+                                              linear_never_zero(acc[r][4 * j + 1]),
+                                              linear_never_zero(acc[r][4 * j + 2]),
+                                              linear_never_zero(acc[r][4 * j + 3])));
+}
+
 // What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
 // tile.
 template <int NT, int R, typename W>
@@ -451,75 +510,111 @@ __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const line
                                              const W &walk, const linear_segment &s,
                                              linear_shared *later) {
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
-    if (n > LINEAR_OWNER_ADDS || s.step0 > 0) {
+    if (n > LINEAR_OWNER_ADDS) {
+        linear_put_part<NT, R>(acc, p, walk.cta, s);
+        if (threadIdx.x % 32 == 0) {
+            const int at = s.step0 == 0;
+            later->tile[at] = s;
+            later->owner[at] = owner;
+            later->rank[at] = walk.cta - owner;
+            later->size[at] = n;
+        }
+        return false;
+    }
+    if (s.step0 > 0) {
         linear_deposit<NT, R>(acc, p, walk.cta, owner, s);
-        if (n > LINEAR_OWNER_ADDS && threadIdx.x % 32 == 0) later->tile[s.step0 == 0] = s;
         return false;
     }
     linear_collect<NT, R>(acc, p, s, owner, n);
     return true;
 }
 
-// One group of eight x rows of a block, of all n CTAs; several loads in flight: this is all
-// latency.
-template <int NT, int R>
-__device__ __forceinline__ void linear_sum(float (&c)[4], const linear_args &p, int32_t owner,
-                                           int32_t n, int32_t group) {
-    constexpr int kFlight = R == 1 ? 8 : NT == 16 ? 2 : 4;
-    for (int i0 = 0; i0 < n; i0 += kFlight) {
-        float4 v[kFlight];
+// Groups of eight x rows of a block that a CTA finishes together: group j of block r; r < 0: none.
+template <int AT> struct linear_groups { int32_t r[AT], j[AT]; };
+
+// Their sums over all n CTAs. PARTS of each are under way: this is all latency.
+template <int NT, int R, int AT>
+__device__ __forceinline__ void linear_take_parts(float (&c)[AT][4], const linear_args &p,
+                                                  const linear_groups<AT> &g, int32_t owner,
+                                                  int32_t n) {
+    constexpr int PARTS = NT == 16 || NT == 32 ? 2 : 4, SLOT = LINEAR_WARPS * (R * NT / 8) * 32;
+    float4 *tile = linear_part<NT, R>(p, owner, true);
+    for (int32_t i0 = 0; i0 < n; i0 += PARTS) {
+        const auto part = [&](int a, int i) { // the first CTA begins the tile, the others end it
+            return tile +
+                   ((i0 + i ? 2 * (i0 + i) - 1 : 0) * SLOT + (g.r[a] * (NT / 8) + g.j[a]) * 32);
+        };
+        const auto wanted = [&](int a, int i) { return g.r[a] >= 0 && i0 + i < n; };
+        float4 v[AT][PARTS];
+        bool there;
+        do {
+            there = true;
 #pragma unroll
-        for (int i = 0; i < kFlight; i++)
-            if (i0 + i < n)
-                v[i] = __ldcg(linear_slot<NT, R>(p, owner + i0 + i, i0 + i == 0) + group * 32);
+            for (int k = 0; k < AT * PARTS; k++)
+                v[k / PARTS][k % PARTS] =
+                    linear_load_part(part(k / PARTS, k % PARTS), wanted(k / PARTS, k % PARTS));
 #pragma unroll
-        for (int i = 0; i < kFlight; i++)
-            if (i0 + i < n) c[0] += v[i].x, c[1] += v[i].y, c[2] += v[i].z, c[3] += v[i].w;
+            for (int k = 0; k < AT * PARTS; k++)
+                there = there && linear_is_there(v[k / PARTS][k % PARTS]);
+        } while (!__all_sync(~0u, there));
+#pragma unroll
+        for (int a = 0; a < AT; a++)
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) {
+                if (wanted(a, i)) __stcg(part(a, i), make_float4(0, 0, 0, 0));
+                c[a][0] += v[a][i].x, c[a][1] += v[a][i].y;
+                c[a][2] += v[a][i].z, c[a][3] += v[a][i].w;
+            }
     }
 }
 
-// This CTA's part of a shared tile: every n-th group of eight x rows of a block.
-template <typename T, int NT, int R, int GROUPS, typename W>
-__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const W &walk,
-                                                     const linear_segment &s, float *stage) {
-    const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
+// This CTA's part of a shared tile: every n-th group, with gate and up of one at once.
+template <typename T, int NT, int R, int GROUPS>
+__device__ __forceinline__ void linear_finish_shared(const linear_args &p, const linear_segment &s,
+                                                     int32_t owner, int32_t rank, int32_t n,
+                                                     float *stage) {
+    constexpr int N = R * NT / 8, AT = N == 1 ? 1 : N < 4 || NT < 32 ? 2 : 4;
     const bool gated = R > 1 && p.paired;
-    int32_t *counter = linear_counter(p, owner);
-    linear_await(counter, n);
-    const int groups_m = min(NT / 8, (s.m_end - s.m0 + 7) / 8);
-    const int groups = (gated ? R / 2 : R) * groups_m;
-    for (int g = walk.cta - owner; g < groups; g += n) {
-        const int r = g / groups_m * (gated ? 2 : 1), j = g % groups_m;
-        const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
-        if (!at.there) continue;
-        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-        const int32_t m0 = s.m0 + 8 * j;
-        float c[4] = {}, up[4] = {};
-        linear_sum<NT, R>(c, p, owner, n, r * (NT / 8) + j);
-        if (gated) {
-            linear_sum<NT, R>(up, p, owner, n, (r + 1) * (NT / 8) + j);
-            linear_emit<T, true>(
-                p, m0, s.m_end, at.col, c, up, o,
-                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows),
-                stage);
-        } else {
-            linear_emit<T, false>(p, m0, s.m_end, at.col, c, c, o, o, stage);
+    const int32_t groups_m = min(NT / 8, (s.m_end - s.m0 + 7) / 8);
+    const int32_t groups = (gated ? R / 2 : R) * groups_m;
+    for (int32_t g0 = rank; g0 < groups; g0 += n * (gated ? AT / 2 : AT)) {
+        float c[AT][4] = {};
+        linear_groups<AT> group;
+#pragma unroll
+        for (int a = 0; a < AT; a++) {
+            const int32_t g = g0 + (gated ? a / 2 : a) * n, r = g / groups_m;
+            group.r[a] = g >= groups ? -1 : gated ? 2 * r + a % 2 : r;
+            group.j[a] = g - r * groups_m;
+        }
+        linear_take_parts<NT, R>(c, p, group, owner, n);
+#pragma unroll
+        for (int a = 0; a < AT; a++) {
+            if (group.r[a] < 0 || (gated && a % 2)) continue;
+            const linear_place at = linear_place_of<R, GROUPS>(p, s, group.r[a]);
+            if (!at.there) continue;
+            const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+            const int32_t m0 = s.m0 + 8 * group.j[a];
+            if (AT > 1 && gated)
+                linear_emit<T, true>(p, m0, s.m_end, at.col, c[a], c[a + 1 < AT ? a + 1 : a], o,
+                                     linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks,
+                                                          at.col + p.half_rows),
+                                     stage);
+            else
+                linear_emit<T, false>(p, m0, s.m_end, at.col, c[a], c[a], o, o, stage);
         }
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && atomicAdd(counter + 1, 1) == n - 1) {
-        counter[0] = 0; // for the next launch, which writes after this one has ended
-        counter[1] = 0;
-    }
 }
 
-template <typename T, int NT, int R, int GROUPS = 2, typename W>
-__device__ __forceinline__ void linear_finish_all(const linear_args &p, const W &walk,
-                                                  const linear_shared *shared, float *stage) {
+template <typename T, int NT, int R, int GROUPS = 2>
+__device__ __forceinline__ void linear_finish_all(const linear_args &p, const linear_shared *shared,
+                                                  float *stage) {
     __syncwarp();
+#pragma unroll 1
     for (int i = 0; i < 2; i++) {
         const linear_segment s = shared->tile[i];
-        if (s.m_end) linear_finish_shared<T, NT, R, GROUPS>(p, walk, s, stage);
+        if (s.m_end)
+            linear_finish_shared<T, NT, R, GROUPS>(p, s, shared->owner[i], shared->rank[i],
+                                                   shared->size[i], stage);
     }
 }
 #endif

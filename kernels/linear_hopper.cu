@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
         if (s.step1 - s.step0 == p.steps || linear_share<NT, R>(acc, p, walk, s, later))
             linear_finish<T, NT, R>(acc, p, s, turn);
     }
-    linear_finish_all<T, NT, R>(p, walk, later, turn);
+    linear_finish_all<T, NT, R>(p, later, turn);
 #endif
 }
 
