@@ -1510,10 +1510,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     const attention_run *at = a.runs + blockIdx.x;
     attention_run copy = *at;
-    // What this step has not written needs no waiting for the kernel before this one.
+    // What this step has not written needs no waiting for the kernel before this one; but a unit at
+    // a time, or the last reads of that one stand in line behind these.
     int slot = 0;
     if (BULK)
-        while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
+        while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) {
+            if (slot >= feed.ENTRIES) barrier_wait(feed.full + 8 * (slot - feed.ENTRIES), 0);
+            feed.fetch(slot++);
+        }
     wait_for_previous();
     launch_dependents();
     while (slot < a.stages) feed.fetch(slot++);
