@@ -1273,6 +1273,12 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         }
         if (++entry == ENTRIES) entry = 0, next_unit();
     }
+    // The page after those in the ring, to L2, if the tile is long enough to be paid for by memory.
+    __device__ __forceinline__ void look_ahead() {
+        const int page = __shfl_sync(~0u, pages, nth % 32);
+        if (!done && entry == 0 && stop - token > 4 * stride && lane == 0)
+            prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+    }
     // Is the entry free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const {
         return token + (WHOLE ? UT : (entry % R + 1) * ET) < RUN(run, end);
@@ -1340,6 +1346,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
+    bool begun = false; // with its first tile
 
     // Barriers of a joint: all warps have put, all have taken.
     __device__ __forceinline__ uint32_t put_bar(int at) const {
@@ -1451,6 +1458,9 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         const bool head = from == 0, whole = head && to == run.n;
         query<D, H> q;
         get_query(q, run.row, place_of<H>(a, tile), n_q);
+        // Memory has nothing to do until the rings' first units have been read.
+        if (BULK && UT == kPage && !begun) feed.look_ahead();
+        begun = true;
         sum<D, H> here;
         sum<D, H> &all =
             all_bytes<D, H, C, BULK> == 0
@@ -1510,9 +1520,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     const attention_run *at = a.runs + blockIdx.x;
     attention_run copy = *at;
-    // What this step has not written needs no waiting for the kernel before this one.
+    // What this step has not written needs no waiting for the kernel before this one; but a unit at
+    // a time, or the last reads of that one stand in line behind these.
     int slot = 0;
-    while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) feed.fetch(slot++);
+    while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) {
+        if (BULK && slot >= feed.ENTRIES) barrier_wait(feed.full + 8 * (slot - feed.ENTRIES), 0);
+        feed.fetch(slot++);
+    }
     wait_for_previous();
     launch_dependents();
     while (slot < a.stages) feed.fetch(slot++);

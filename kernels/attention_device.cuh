@@ -154,6 +154,12 @@ __device__ __forceinline__ void copy_bulk_once(uint32_t to, const void *from, ui
                  : "memory");
 #endif
 }
+// Bytes that will be read soon: to L2.
+__device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
