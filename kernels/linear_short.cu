@@ -94,6 +94,7 @@ struct division {
     int32_t halves;               // blocks of a tile: gate and up, or two of experts
     int32_t senders, senders_log; // sums of a chunk
     int32_t sums_bytes;           // of all chunks (pairs of them, when gated) that a CTA finishes
+    int32_t turns_log;            // of tiles, one or two, whose sums have a place of their own
     int32_t w_stages, slot;       // of a warpgroup; bytes of one
     int32_t early;                // stages asked for before the launch before has ended, and x
     int32_t x_stages, x_again;    // stages of a part's x, when it stays
@@ -538,9 +539,6 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
 // --- Sums of a tile -----------------------------------------------------------------------------
 
-// Tiles whose sums have a place of their own, in turn.
-__host__ __device__ constexpr int turns_of(int rows) { return rows <= 16 ? 2 : 1; }
-
 // To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
 template <int NT>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
@@ -622,7 +620,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
     const chunks<NT> way(d);
-    const int lane = threadIdx.x % 32, turn = count % turns_of(NT);
+    const int lane = threadIdx.x % 32, turn = count & d.turns_log;
     const int cluster = (int)blockIdx.x >> d.cluster_log;
     if (local >= 1 << way.per || rank & ((1 << way.apart) - 1)) return;
     const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8), strip = q / (NT / 8);
@@ -639,7 +637,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         __syncwarp();
         if (lane == 0) *flag = 0;
     }
-    barrier_wait(bar.sums + turn * 8, count / turns_of(NT) % 2);
+    barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
     if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
@@ -710,7 +708,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
                     finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, count - 1),
-                                  count - 1, count + turns_of(NT) - 1 < own.tiles, local,
+                                  count - 1, count + d.turns_log < own.tiles, local,
                                   count == 1 && own.given ? kGiven : kWhole);
             if (!by_x_sums(F, G, NT) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
@@ -774,10 +772,9 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        constexpr int turns = turns_of(NT);
-        if (count >= turns) barrier_wait(bar.read + count % turns * 8, count / turns % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % turns, own.rank * d.groups + own.part, own.half,
-                 d.halves);
+        const int turn = count & d.turns_log;
+        if (count > d.turns_log) barrier_wait(bar.read + turn * 8, count >> d.turns_log & 1 ^ 1);
+        send<NT>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
         finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, own.tiles - 1), own.tiles - 1,
@@ -1376,16 +1373,22 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
         d.rest = d.tiles * part % most;
     }
     const int all = line ? d.share + (d.rest > 0) : rounds * part, want = all < 3 ? all : 3;
-    const int turns = rounds > 1 ? turns_of(NT) : 1;
-    const int left = room - bars_bytes(P) - turns * d.sums_bytes;
+    // Two tiles' sums have places in turn, or where x then finds no room those of one.
+    const int turns_log = NT <= 16 && rounds > 1 ? 1 : 0;
+    const int least = how == kAlone && NT == 16 && U == 4 ? min(want, 2) : want;
+    const auto left = [&] { return room - bars_bytes(P) - (d.sums_bytes << d.turns_log); };
     d.x_stages = part;
     d.slot = (stage + 127) / 128 * 128;
-    d.w_stages = (left - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
-    if (d.w_stages < want || part > kStagesMost) {
+    for (d.turns_log = turns_log;; d.turns_log--) {
+        d.w_stages = (left() - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
+        if (d.w_stages >= want || d.turns_log == 0) break;
+    }
+    if (d.w_stages < least || part > kStagesMost) {
+        d.turns_log = turns_log;
         d.x_again = 1;
         d.x_stages = 0;
         d.slot = (x_stage + stage + 1023) / 1024 * 1024;
-        d.w_stages = left / (P * (d.slot + x_sum));
+        d.w_stages = left() / (P * (d.slot + x_sum));
     }
     if (d.w_stages > all) d.w_stages = all;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
@@ -1393,7 +1396,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.x_sums_stride = (d.x_again ? d.w_stages : part) * x_sum;
     d.at_w = d.x_stages * d.groups * x_stage;
     d.at_sums = d.at_w + d.w_stages * P * d.slot;
-    d.at_x_sums = d.at_sums + turns * d.sums_bytes;
+    d.at_x_sums = d.at_sums + (d.sums_bytes << d.turns_log);
     d.at_bars = d.at_x_sums + (d.x_again ? P : d.groups) * d.x_sums_stride;
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < LINEAR_APART_BYTES) d.bytes = LINEAR_APART_BYTES;
@@ -1526,6 +1529,7 @@ template <typename T, int F, int NT, int P, int G> struct experts {
         d.halves = 2;
         d.senders = c;
         d.senders_log = d.cluster_log;
+        d.turns_log = 1;
         d.sums_bytes =
             c == 1 ? kPlaceRows<NT> * P * 128 : 512 * d.halves * d.senders << chunks<NT>(d).per;
         d.beside = (U * unit + step_granules(F, G, NT, true) * a->granule_bytes + 127) / 128 * 128;
