@@ -101,6 +101,7 @@ struct division {
     int32_t x_part;               // of experts: stages of x that a tile wants
     int32_t chunk;   // of experts: tiles that a CTA takes at once, and the last one by one
     int32_t x_whole; // K is a multiple of 64: x comes as boxes of several units
+    uint32_t x_high; // GROUP_DESCRIPTOR_HIGH
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
     int32_t beside;        // bytes from a block's codes in a stage to those of the tile's next
@@ -334,6 +335,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     place at;
     uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
     uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
+    uint32_t x_high;                 // of x's descriptors: from memory, lest it be made for each
     int x_first = 0;                 // experts: stage of x of the tile's first step
     int at_scale;
 
@@ -350,6 +352,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
         x_step = (!kExperts && d.x_again ? d.slot : x_bytes) >> 4;
+        x_high = __shfl_sync(~0u, d.x_high, 0);
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
         full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
         x_full = __shfl_sync(~0u, bar.of(own.x_group, kExperts ? kXSums : kX), 0);
@@ -464,8 +467,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
-    // x_parity: of its barriers.
-    template <int N = NT>
+    // x_parity: of its barriers. N: rows of x that are multiplied. kThere: all of x is there and
+    // stays, and was waited for.
+    template <int N = NT, bool kThere = false>
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
         constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
@@ -481,7 +485,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         for (int i = 0; i < 2 && kAhead && step0 < step1; i++) load(chunk[i], i, code_at);
         for (int step = step0; step < step1; step++) {
             const int stage = at.stage, parity = at.parity;
-            const int index = d.x_again ? stage : kExperts ? x_first + step : step;
+            const int index = !kThere && d.x_again ? stage : kExperts ? x_first + step : step;
             const int parity_x = d.x_again ? parity : x_parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT, kExperts);
@@ -493,13 +497,13 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
                     pin(a[i]);
                 }
-                if (u == 0 && fresh && (kExperts || !d.x_again))
+                if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
                     barrier_wait(x_full + index * 8, parity_x);
                 group_fence();
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     const uint64_t b =
-                        group_descriptor_low(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2);
+                        group_descriptor_of(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2, x_high);
                     float *sums = kSums ? granule[j * kParts / 8] : acc;
                     if (kSums && j % (8 / kParts) == 0)
                         multiply_group<T, N>::run_fresh(sums, a[j / 4][j % 4], b);
@@ -514,7 +518,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 }
                 for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
+                if (!kThere && kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
                     barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
                 if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
@@ -769,7 +773,10 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     cluster_wait(); // all barriers of the cluster are there
     for (int count = 0; count < own.tiles; count++) {
         float acc[NT / 2] = {};
-        work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
+        if (d.x_again || count <= own.given)
+            work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
+        else
+            work.template tile<NT, true>(acc, false, 0, own.step1(count));
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         const int turn = count & d.turns_log;
@@ -1364,6 +1371,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.halves = a->paired ? 2 : 1;
     d.sums_bytes = 512 * d.halves * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
+    d.x_high = GROUP_DESCRIPTOR_HIGH;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
     d.stride = most;
     if (line) {
@@ -1375,7 +1383,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     const int all = line ? d.share + (d.rest > 0) : rounds * part, want = all < 3 ? all : 3;
     // Two tiles' sums have places in turn, or where x then finds no room those of one.
     const int turns_log = NT <= 16 && rounds > 1 ? 1 : 0;
-    const int least = how == kAlone && NT == 16 && U == 4 ? min(want, 2) : want;
+    const int least = how == kAlone && c > 1 && NT == 16 && U == 4 ? min(want, 2) : want;
     const auto left = [&] { return room - bars_bytes(P) - (d.sums_bytes << d.turns_log); };
     d.x_stages = part;
     d.slot = (stage + 127) / 128 * 128;
@@ -1536,6 +1544,7 @@ template <typename T, int F, int NT, int P, int G> struct experts {
         d.slot = P * d.beside;
         const int left = (P == 2 ? kHalf : kRoom) - bars_bytes(1) - table - 2 * d.sums_bytes;
         d.x_part = (d.steps + c - 1) / c;
+        d.x_high = GROUP_DESCRIPTOR_HIGH;
         const int turns = d.x_part < 4 ? 2 : 1, steps_least = max(d.steps / c, 1);
         d.x_stages = turns * d.x_part;
         d.w_stages = min((left - d.x_stages * (x_stage + x_sum)) / d.slot, turns * steps_least);
