@@ -94,12 +94,14 @@ struct division {
     int32_t halves;               // blocks of a tile: gate and up, or two of experts
     int32_t senders, senders_log; // sums of a chunk
     int32_t sums_bytes;           // of all chunks (pairs of them, when gated) that a CTA finishes
+    int32_t turns_log;            // of tiles, one or two, whose sums have a place of their own
     int32_t w_stages, slot;       // of a warpgroup; bytes of one
     int32_t early;                // stages asked for before the launch before has ended, and x
     int32_t x_stages, x_again;    // stages of a part's x, when it stays
     int32_t x_part;               // of experts: stages of x that a tile wants
     int32_t chunk;   // of experts: tiles that a CTA takes at once, and the last one by one
     int32_t x_whole; // K is a multiple of 64: x comes as boxes of several units
+    uint32_t x_high; // GROUP_DESCRIPTOR_HIGH
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
     int32_t beside;        // bytes from a block's codes in a stage to those of the tile's next
@@ -333,6 +335,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     place at;
     uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
     uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
+    uint32_t x_high;                 // of x's descriptors: from memory, lest it be made for each
     int x_first = 0;                 // experts: stage of x of the tile's first step
     int at_scale;
 
@@ -349,6 +352,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
         x_step = (!kExperts && d.x_again ? d.slot : x_bytes) >> 4;
+        x_high = __shfl_sync(~0u, d.x_high, 0);
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
         full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
         x_full = __shfl_sync(~0u, bar.of(own.x_group, kExperts ? kXSums : kX), 0);
@@ -463,8 +467,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
-    // x_parity: of its barriers.
-    template <int N = NT>
+    // x_parity: of its barriers. N: rows of x that are multiplied. kThere: all of x is there and
+    // stays, and was waited for.
+    template <int N = NT, bool kThere = false>
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
         constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
@@ -480,7 +485,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         for (int i = 0; i < 2 && kAhead && step0 < step1; i++) load(chunk[i], i, code_at);
         for (int step = step0; step < step1; step++) {
             const int stage = at.stage, parity = at.parity;
-            const int index = d.x_again ? stage : kExperts ? x_first + step : step;
+            const int index = !kThere && d.x_again ? stage : kExperts ? x_first + step : step;
             const int parity_x = d.x_again ? parity : x_parity;
             const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT, kExperts);
@@ -492,13 +497,13 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
                     pin(a[i]);
                 }
-                if (u == 0 && fresh && (kExperts || !d.x_again))
+                if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
                     barrier_wait(x_full + index * 8, parity_x);
                 group_fence();
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     const uint64_t b =
-                        group_descriptor_low(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2);
+                        group_descriptor_of(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2, x_high);
                     float *sums = kSums ? granule[j * kParts / 8] : acc;
                     if (kSums && j % (8 / kParts) == 0)
                         multiply_group<T, N>::run_fresh(sums, a[j / 4][j % 4], b);
@@ -513,7 +518,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 }
                 for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
+                if (!kThere && kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
                     barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
                 if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
                 group_wait<0>();
@@ -537,9 +542,6 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 };
 
 // --- Sums of a tile -----------------------------------------------------------------------------
-
-// Tiles whose sums have a place of their own, in turn.
-__host__ __device__ constexpr int turns_of(int rows) { return rows <= 16 ? 2 : 1; }
 
 // To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
 template <int NT>
@@ -622,7 +624,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
     const chunks<NT> way(d);
-    const int lane = threadIdx.x % 32, turn = count % turns_of(NT);
+    const int lane = threadIdx.x % 32, turn = count & d.turns_log;
     const int cluster = (int)blockIdx.x >> d.cluster_log;
     if (local >= 1 << way.per || rank & ((1 << way.apart) - 1)) return;
     const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8), strip = q / (NT / 8);
@@ -639,7 +641,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         __syncwarp();
         if (lane == 0) *flag = 0;
     }
-    barrier_wait(bar.sums + turn * 8, count / turns_of(NT) % 2);
+    barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
     if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
@@ -710,7 +712,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
                     finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, count - 1),
-                                  count - 1, count + turns_of(NT) - 1 < own.tiles, local,
+                                  count - 1, count + d.turns_log < own.tiles, local,
                                   count == 1 && own.given ? kGiven : kWhole);
             if (!by_x_sums(F, G, NT) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
@@ -771,13 +773,15 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     cluster_wait(); // all barriers of the cluster are there
     for (int count = 0; count < own.tiles; count++) {
         float acc[NT / 2] = {};
-        work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
+        if (d.x_again || count <= own.given)
+            work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
+        else
+            work.template tile<NT, true>(acc, false, 0, own.step1(count));
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        constexpr int turns = turns_of(NT);
-        if (count >= turns) barrier_wait(bar.read + count % turns * 8, count / turns % 2 ^ 1);
-        send<NT>(acc, d, bar, base, count % turns, own.rank * d.groups + own.part, own.half,
-                 d.halves);
+        const int turn = count & d.turns_log;
+        if (count > d.turns_log) barrier_wait(bar.read + turn * 8, count >> d.turns_log & 1 ^ 1);
+        send<NT>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
         finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, own.tiles - 1), own.tiles - 1,
@@ -1367,6 +1371,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.halves = a->paired ? 2 : 1;
     d.sums_bytes = 512 * d.halves * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
+    d.x_high = GROUP_DESCRIPTOR_HIGH;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
     d.stride = most;
     if (line) {
@@ -1376,16 +1381,22 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
         d.rest = d.tiles * part % most;
     }
     const int all = line ? d.share + (d.rest > 0) : rounds * part, want = all < 3 ? all : 3;
-    const int turns = rounds > 1 ? turns_of(NT) : 1;
-    const int left = room - bars_bytes(P) - turns * d.sums_bytes;
+    // Two tiles' sums have places in turn, or where x then finds no room those of one.
+    const int turns_log = NT <= 16 && rounds > 1 ? 1 : 0;
+    const int least = how == kAlone && c > 1 && NT == 16 && U == 4 ? min(want, 2) : want;
+    const auto left = [&] { return room - bars_bytes(P) - (d.sums_bytes << d.turns_log); };
     d.x_stages = part;
     d.slot = (stage + 127) / 128 * 128;
-    d.w_stages = (left - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
-    if (d.w_stages < want || part > kStagesMost) {
+    for (d.turns_log = turns_log;; d.turns_log--) {
+        d.w_stages = (left() - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
+        if (d.w_stages >= want || d.turns_log == 0) break;
+    }
+    if (d.w_stages < least || part > kStagesMost) {
+        d.turns_log = turns_log;
         d.x_again = 1;
         d.x_stages = 0;
         d.slot = (x_stage + stage + 1023) / 1024 * 1024;
-        d.w_stages = left / (P * (d.slot + x_sum));
+        d.w_stages = left() / (P * (d.slot + x_sum));
     }
     if (d.w_stages > all) d.w_stages = all;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
@@ -1393,7 +1404,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.x_sums_stride = (d.x_again ? d.w_stages : part) * x_sum;
     d.at_w = d.x_stages * d.groups * x_stage;
     d.at_sums = d.at_w + d.w_stages * P * d.slot;
-    d.at_x_sums = d.at_sums + turns * d.sums_bytes;
+    d.at_x_sums = d.at_sums + (d.sums_bytes << d.turns_log);
     d.at_bars = d.at_x_sums + (d.x_again ? P : d.groups) * d.x_sums_stride;
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < LINEAR_APART_BYTES) d.bytes = LINEAR_APART_BYTES;
@@ -1526,12 +1537,14 @@ template <typename T, int F, int NT, int P, int G> struct experts {
         d.halves = 2;
         d.senders = c;
         d.senders_log = d.cluster_log;
+        d.turns_log = 1;
         d.sums_bytes =
             c == 1 ? kPlaceRows<NT> * P * 128 : 512 * d.halves * d.senders << chunks<NT>(d).per;
         d.beside = (U * unit + step_granules(F, G, NT, true) * a->granule_bytes + 127) / 128 * 128;
         d.slot = P * d.beside;
         const int left = (P == 2 ? kHalf : kRoom) - bars_bytes(1) - table - 2 * d.sums_bytes;
         d.x_part = (d.steps + c - 1) / c;
+        d.x_high = GROUP_DESCRIPTOR_HIGH;
         const int turns = d.x_part < 4 ? 2 : 1, steps_least = max(d.steps / c, 1);
         d.x_stages = turns * d.x_part;
         d.w_stages = min((left - d.x_stages * (x_stage + x_sum)) / d.slot, turns * steps_least);

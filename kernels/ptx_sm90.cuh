@@ -149,10 +149,14 @@ template <int N> __device__ __forceinline__ void group_pin(float (&acc)[N]) {
 // Rows of 128 bytes, 8 of them 1024 bytes, 128-byte swizzle (PTX ISA 8.5, section 9.7.14.5.1).
 // Sixteen 2-byte elements further along a row are 32 bytes further. Shared addresses have 18
 // bits.
-__device__ __forceinline__ uint64_t group_descriptor_low(uint32_t low) { // at >> 4 | 1 << 16
+enum { GROUP_DESCRIPTOR_HIGH = 64 | 1 << 30 };
+__device__ __forceinline__ uint64_t group_descriptor_of(uint32_t low, uint32_t high) {
     uint64_t d;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "n"(64 | 1 << 30));
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(high));
     return d;
+}
+__device__ __forceinline__ uint64_t group_descriptor_low(uint32_t low) { // at >> 4 | 1 << 16
+    return group_descriptor_of(low, GROUP_DESCRIPTOR_HIGH);
 }
 __device__ __forceinline__ uint64_t group_descriptor(uint32_t at) {
     return group_descriptor_low(at >> 4 | 1u << 16);
