@@ -1,13 +1,15 @@
 // linear_dequant.cuh - codes to f16 or bf16 pairs in registers, in the order of the A fragment.
 //
 // A lane's word holds 8 codes = 4 pairs; pairs 0 and 2 belong to row g of the strip, 1 and 3 to
-// row g+8. Integers meet the bits of a power of two whose last mantissa place is worth one (1024
-// and 64 in f16, 128 in bf16), which makes the code a number with one LOP3; subtracting that
-// power plus the zero point is exact. Floats are moved onto the fields of the wider type and
+// row g+8. Integers of 4 bits are subnormals as they lie, in bf16 also of the exponent that goes on
+// from them: c 2^-24 in f16, c 2^-133 in bf16, or 16 times that. What makes numbers of 2^-9 and
+// 2^-6 of them subtracts the zero point too, exactly; the scale takes in what is missing, so in f16
+// it is to be below 128. Instructions that read one register instead of two leave the tensor cores
+// more of the registers' time. Floats are moved onto the fields of the wider type and
 // multiplied by the power of two that mends the exponent, which is exact too, subnormals
 // included. Only the product with the scale rounds.
 //
-// Instructions for 8 weights, scale included: u4 f16 13, bf16 15; e2m1 16, folded 12; s8 8; e4m3
+// Instructions for 8 weights, scale included: u4 13; e2m1 16, folded 12; s8 8; e4m3
 // f16 4, bf16 12.
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
@@ -52,6 +54,12 @@ __device__ __forceinline__ uint32_t pair_fma(uint32_t a, uint32_t b, uint32_t c)
         __hfma2(*reinterpret_cast<P *>(&a), *reinterpret_cast<P *>(&b), *reinterpret_cast<P *>(&c));
     return *reinterpret_cast<const uint32_t *>(&r);
 }
+
+// The largest power of two, less by 2^kLess, twice: 2^15 in f16 and 2^127 in bf16.
+template <typename T, bool kMinus = false, int kLess = 0>
+constexpr uint32_t kPairTop = (half_pair<T>::bf16 ? 0x7f007f00u - kLess * 0x00800080u
+                                                  : 0x78007800u - kLess * 0x04000400u) |
+                              (kMinus ? 0x80008000u : 0u);
 
 // Of the low or the high half of v.
 template <bool kHigh = false> __device__ __forceinline__ uint32_t e4m3_pair_f16(uint32_t v) {
@@ -197,14 +205,16 @@ struct dequant_rows {
 template <typename T, int F, bool kFolded>
 __device__ __forceinline__ dequant_rows dequant_rows_of(const dequant_packed &from) {
     dequant_rows r;
-    if (F == WF_INT4 && half_pair<T>::bf16) {
-        const __half2 h = *reinterpret_cast<const __half2 *>(&from.scale);
-        const __nv_bfloat162 b = __floats2bfloat162_rn(__low2float(h), __high2float(h));
-        r.scale = *reinterpret_cast<const uint32_t *>(&b);
-        r.zero = __byte_perm(from.zero, 0x43u, 0x4140); // 128 + z
-    } else if (F == WF_INT4) {
-        r.scale = from.scale; // 1024 + z, 64 + z
-        r.zero = and_or<0x0ff00000u>(from.zero << 12, and_or<0xffu>(from.zero, 0x54006400u));
+    if (F == WF_INT4) {
+        constexpr bool bf16 = half_pair<T>::bf16;
+        uint32_t scale = from.scale;
+        if (bf16) {
+            const __half2 h = *reinterpret_cast<const __half2 *>(&scale);
+            const __nv_bfloat162 b = __floats2bfloat162_rn(__low2float(h), __high2float(h));
+            scale = *reinterpret_cast<const uint32_t *>(&b);
+        }
+        r.scale = pair_mul<T>(scale, bf16 ? 0x42804280u : 0x60006000u); // 2^6 s, 2^9 s
+        r.zero = pair_mul<T>(__byte_perm(from.zero, 0, 0x4140), kPairTop<T, true>);
     } else {
         r.zero = 0; // only integers have any
         r.scale = dequant_scale_pair<T, F, kFolded>(from);
@@ -232,6 +242,7 @@ __device__ __forceinline__ void dequant_load_scales(dequant_scales &s, uint32_t 
 
 // Words without their scale are exact but for this factor: f16 keeps e2m1 as it lies.
 template <typename T, int F> __device__ __forceinline__ constexpr float dequant_factor() {
+    if (F == WF_INT4) return half_pair<T>::bf16 ? 64.f : 512.f;
     return (F == WF_MXFP4 || F == WF_NVFP4) && !half_pair<T>::bf16 ? 16384.f : 1.f;
 }
 
@@ -244,20 +255,11 @@ __device__ __forceinline__ void dequant_word(uint32_t a[4], const uint32_t *word
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = word[i];
     } else if (F == WF_INT4) {
-        const uint32_t v = word[0];
-        if (bf16) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = and_or<0x000f000fu>(v >> 4 * i, 0x43004300u);
-        } else {
-            const uint32_t high = v >> 8;
-            a[0] = and_or<0x000f000fu>(v, 0x64006400u);
-            a[1] = and_or<0x00f000f0u>(v, 0x54005400u);
-            a[2] = and_or<0x000f000fu>(high, 0x64006400u);
-            a[3] = and_or<0x00f000f0u>(high, 0x54005400u);
-        }
+        const uint32_t v = word[0], high = v >> 8;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i] = pair_sub<T>(a[i], s.zero[i % 2]);
+            const uint32_t code = (i / 2 ? high : v) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+            a[i] = pair_fma<T>(code, i % 2 ? kPairTop<T, false, 4> : kPairTop<T>, s.zero[i % 2]);
             if (kScaled) a[i] = pair_mul<T>(a[i], s.scale[i % 2]);
         }
     } else if (F == WF_MXFP4 || F == WF_NVFP4) {

@@ -57,8 +57,18 @@ __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
     return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    if (parts > 1 || (blocks == 4 && rows == 32)) return step_units(f, blocks, parts);
-    return rows == 32 || (blocks == 4 && linear_code_bits(f) == 4) ? 2 : 1;
+    return blocks * parts == 4 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
+}
+// Scales meet the sums of a granule, not each weight: fewer instructions, and for 64 rows more
+// registers than warps that load leave, so that those give some of theirs. `groups`: warpgroups.
+__host__ __device__ constexpr bool scaled_later(int f, int rows, int groups, int g) {
+    return f == WF_INT4 && g == 128 && (rows == 32 || groups == 4);
+}
+__host__ __device__ constexpr bool registers_given(int f, int rows, int groups, int g) {
+    return scaled_later(f, rows, groups, g) && rows == 64;
+}
+__host__ __device__ constexpr int threads(int f, int rows, int groups, int g) {
+    return 128 * groups + (registers_given(f, rows, groups, g) ? 128 : 64);
 }
 // Two parts of K in a CTA: of 8 bits they have not been timed.
 constexpr bool has_parts(int f) { return linear_code_bits(f) == 4; }
@@ -143,11 +153,13 @@ struct ring {
     }
 };
 
+// With four warpgroups a stage of W and one of x are a step each, and one ring: fewer instructions.
+template <int W> constexpr bool kOneRing = W == 16;
 struct barriers {
     ring w, x;
 };
-__device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
-    const uint32_t at = base + d.at_bars, at_x = at + d.w_stages * 16;
+template <int W> __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
+    const uint32_t at = base + d.at_bars, at_x = at + (kOneRing<W> ? 0 : d.w_stages * 16);
     return barriers{{at, at + d.w_stages * 8, d.w_stages, 0, 0},
                     {at_x, at_x + d.x_stages * 8, d.x_stages, 0, 0}};
 }
@@ -224,9 +236,10 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
-    // Scales meet the sums of a granule, not each weight: fewer instructions.
-    static constexpr bool kLater = F == WF_INT4 && G == 128 && NT == 32;
-    static constexpr bool folded = dequant_unfold<T, F>() != 1.f; // of sums too small by that
+    static constexpr bool kLater = scaled_later(F, NT, B *P, G), kOne = kOneRing<4 * B * P>;
+    static constexpr bool folded = dequant_unfold<T, F>() != 1.f;
+    // What sums are too small by.
+    static constexpr float mend = kLater ? dequant_factor<T, F>() : dequant_unfold<T, F>();
     const linear_args &p;
     const division &d;
     barriers &bar;
@@ -284,12 +297,13 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             for (int i = 0; i < NT / 2 && kLater; i++)
                 acc[i] = fmaf(part[i], scale_of[i / 2 % 2], acc[i]);
         };
+        ring &from = kOne ? bar.w : bar.x;
         int last = -1; // stage of x that a wgmma in flight may read
         for (; steps > 0; steps--) {
             bar.w.wait_full();
             const uint32_t code_at = code + bar.w.stage * d.w_stage;
             const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
-            uint32_t x_at = 0;
+            uint64_t x_at = 0; // of the unit at hand
             dequant_rows rows;
             uint4 chunk;
             const auto load = [&](int u, int h) {
@@ -303,15 +317,18 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     convert(a[h], rows, later, u, h, chunk, scale_at);
                     if (h == 1 && u + 1 < N) load(u + 1, 0);
                     if (h == 0 && wide) load(u, 1);
-                    if (u == N - 1 && h == 1) { // the stage has been read
+                    if (!kOne && u == N - 1 && h == 1) { // the stage has been read
                         __syncwarp();
                         if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
                         bar.w.next();
                     }
                     const bool fresh = h == 0 && u % XU == 0;
                     if (fresh) {
-                        bar.x.wait_full();
-                        x_at = __shfl_sync(~0u, x + bar.x.stage * (x_stage / 16), 0);
+                        if (!kOne) from.wait_full();
+                        x_at = group_descriptor_low(
+                            __shfl_sync(~0u, x + from.stage * (x_stage / 16), 0));
+                    } else if (h == 0) {
+                        x_at += (uint32_t)d.x_rows * 8;
                     }
                     if (kLater && u % 2 == 0 && h == 0) {
                         add_part();
@@ -320,8 +337,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     group_fence();
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const uint64_t to =
-                            group_descriptor_low(x_at + u % XU * d.x_rows * 8 + (2 * h + i) * 2);
+                        const uint64_t to = x_at + (2 * h + i) * 2;
                         if constexpr (!kLater)
                             multiply_group<T, NT>::run(acc, a[h][i], to);
                         else if (u % 2 == 0 && h == 0 && i == 0)
@@ -332,9 +348,9 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     group_commit();
                     group_wait<1>();
                     if (fresh) {
-                        if (last >= 0 && leader) barrier_arrive(bar.x.empty + last * 8);
-                        last = bar.x.stage;
-                        bar.x.next();
+                        if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
+                        last = from.stage;
+                        from.next();
                     }
                 }
         }
@@ -342,8 +358,8 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         group_wait<0>();
         group_pin(acc);
 #pragma unroll
-        for (int i = 0; i < NT / 2 && folded; i++) acc[i] *= dequant_unfold<T, F>();
-        if (last >= 0 && leader) barrier_arrive(bar.x.empty + last * 8);
+        for (int i = 0; i < NT / 2 && mend != 1.f; i++) acc[i] *= mend;
+        if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
     }
 };
 
@@ -539,10 +555,10 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
 
 template <int W> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
     for (int i = 0; i < d.w_stages; i++) {
-        barrier_init(bar.w.full + i * 8, 1);
+        barrier_init(bar.w.full + i * 8, kOneRing<W> ? 2 : 1);
         barrier_init(bar.w.empty + i * 8, W);
     }
-    for (int i = 0; i < d.x_stages; i++) {
+    for (int i = 0; i < d.x_stages && !kOneRing<W>; i++) {
         barrier_init(bar.x.full + i * 8, 1);
         barrier_init(bar.x.empty + i * 8, W);
     }
@@ -550,7 +566,7 @@ template <int W> __device__ __forceinline__ void init(const barriers &bar, const
 }
 
 template <typename T, int F, int NT, int B, int P, int G>
-__global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads(F, NT, B *P, G), B *P == 2 ? 2 : 1)
     linear_mid(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                const __grid_constant__ maps m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)       // never launched, and empty, on other architectures
@@ -559,7 +575,7 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base = shared_address(start);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    barriers bar = barriers_of(d, base);
+    barriers bar = barriers_of<W>(d, base);
     sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     launch_dependents();
     if (threadIdx.x == 32 * W) {
@@ -572,16 +588,16 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
         *by = sharers(d, p.paired ? R / 16 : R / 8);
     }
     __syncthreads();
+    constexpr bool kGiven = registers_given(F, NT, B * P, G);
     if (warp >= W) {
+        if (kGiven) registers_down<24>();
         if (threadIdx.x == 32 * W)
             load_weights<F, B, P, G>(p, d, m, bar.w, base);
         else if (threadIdx.x == 32 * W + 32)
             load_inputs<F, NT, B, P>(d, m, bar.x, base);
         return;
     }
-    float *turn = reinterpret_cast<float *>(start + d.at_turn) + warp * LINEAR_STAGE_FLOATS;
-    const uint32_t give =
-        base + d.at_turn + W * LINEAR_STAGE_FLOATS * 4 + warp * kGiveBytes + threadIdx.x % 32 * 16;
+    if (kGiven) registers_up<112>();
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
     place i(d);
@@ -593,6 +609,12 @@ __global__ void __launch_bounds__(128 * B * P + 64, B *P == 2 ? 2 : 1)
         i.next(d, steps);
         const target to = target_of<R, B, P>(p, d, tile);
         if (!to.there) continue;
+        int thread;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); // lest these be kept all the time
+        float *turn =
+            reinterpret_cast<float *>(start + d.at_turn) + thread / 32 * LINEAR_STAGE_FLOATS;
+        const uint32_t give = base + d.at_turn + W * LINEAR_STAGE_FLOATS * 4 +
+                              thread / 32 * kGiveBytes + thread % 32 * 16;
         float sum[R / 2];
         if constexpr (P > 1) {
             add_parts<NT, B>(sum, acc, give + (p.paired ? W * kGiveBytes : 0));
@@ -648,19 +670,16 @@ template <int F, int NT, int B, int P, int G> division divide(const linear_args 
     const int exchanges = (a->paired ? 1 : 0) + (P > 1 ? 1 : 0);
     const int turn = 4 * B * P * (LINEAR_STAGE_FLOATS * 4 + exchanges * kGiveBytes);
     const int bars = 2 * kStagesMost * 16 + 16, left = room(B * P) - 1024 - turn - bars;
-    // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
-    // further away.
-    constexpr int kBoxes = U / x_units(F, NT, B, P);
-    const int both = d.w_stage + kBoxes * x_stage;
-    d.x_stages = half ? left * 45 / 100 / x_stage : left / both * kBoxes;
+    // Of what half an SM has room for x gets less than half, since W comes from further away.
+    d.x_stages = left * 45 / 100 / x_stage;
     if (d.x_stages < 2) d.x_stages = 2;
     if (d.x_stages > 8) d.x_stages = 8;
     d.w_stages = (left - d.x_stages * x_stage) / d.w_stage;
+    if (!half) d.w_stages = left / (d.w_stage + x_stage);
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > most) d.w_stages = most;
+    if (!half) d.x_stages = d.w_stages;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
-    if (!half && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
-    if (d.x_stages > 8) d.x_stages = 8;
     d.at_w = d.x_stages * x_stage;
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
@@ -740,7 +759,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         // With half an SM each there is one for every SM, so that the next launch's finds the other
         // half free everywhere.
         config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas));
-        config.blockDim = dim3(128 * B * P + 64);
+        config.blockDim = dim3(threads(F, NT, B * P, G));
         config.dynamicSmemBytes =
             (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
         config.stream = (cudaStream_t)stream;

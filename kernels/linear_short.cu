@@ -382,6 +382,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     static __device__ __forceinline__ float mend(int e) {
         if (kByXSums && bf16) return e / 2 % 2 ? 4.f : 1.f;
         if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
+        if (kSums && !kByXSums) return dequant_factor<T, F>();
         return dequant_unfold<T, F>();
     }
 
