@@ -13,7 +13,7 @@ enum {
     ATTENTION_LONE_MAX = 128,   /* tokens of a leaf that one warp does: two pages */
     ATTENTION_BLOCKS_MAX = 512, /* of a decode's launch */
     ATTENTION_TILE_ROWS = 128,  /* query rows (tokens x heads of a group) of a prefill tile */
-    ATTENTION_WIDE_ROWS = 2048  /* of a chunk whose pages are written out at 16 bit, and more */
+    ATTENTION_WIDE_ROWS = 1024  /* of a chunk whose pages are written out at 16 bit, and more */
 };
 
 /* A decode is one work list a block. A sequence has `n` leaves of `leaf` tokens for every tile (up

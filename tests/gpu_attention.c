@@ -496,7 +496,7 @@ static void check_wide(fixture *f, const char *name, const uint16_t *out) {
     const bool able = (!name || !strcmp(name, "prefill_wgmma")) && sm == 90;
     int32_t first = 0, all = 0;
     for (int32_t s = c->n_decodes; s < c->n_seqs; s++) {
-        if (c->n_new[s] * (c->heads / c->kv_heads) < 2048) continue;
+        if (c->n_new[s] * (c->heads / c->kv_heads) < 1024) continue;
         const int32_t position = c->kv_len[s] - c->n_new[s];
         const bool cut = c->window > 0 && position >= c->window;
         const int32_t pages =

@@ -28,7 +28,14 @@
 
 #define TINY "workloads/tiny"
 
-enum { TEXT_SEQS = 8, TEXT_TOKENS = 128, PROMPTS = 200, PROMPT_LEAST = 16, NEW = 32 };
+enum {
+    TEXT_SEQS = 8,
+    TEXT_TOKENS = 128,
+    LONG_TOKENS = 1400,
+    PROMPTS = 200,
+    PROMPT_LEAST = 16,
+    NEW = 32
+};
 
 static const double bound = 3e-3;
 static ids held_out;
@@ -54,27 +61,34 @@ static int teardown(void **state) {
 
 /* --- Logits --------------------------------------------------------------------------------- */
 
-/* Of TEXT_SEQS stretches of text: half of each in one chunk, a few decode steps of all, the rest.
- * [TEXT_SEQS * TEXT_TOKENS, V] in the order of steps; NULL when the device refuses the format. */
+/* Held-out text: so many stretches of so many tokens. */
+typedef struct {
+    int32_t seqs, tokens;
+} stretches;
+
+static const stretches many = {TEXT_SEQS, TEXT_TOKENS}, one_long = {1, LONG_TOKENS};
+
+/* Half of each stretch in one chunk, a few decode steps of all, the rest.
+ * [seqs * tokens, V] in the order of steps; NULL when the device refuses the format. */
 static float *logits_in(const char *dir, const char *device_name, const char *format,
-                        device_options o, int64_t *n) {
-    static const int32_t chunk[] = {TEXT_TOKENS / 2, 1, 1, 1, TEXT_TOKENS / 2 - 3};
+                        device_options o, stretches t, int64_t *n) {
+    const int32_t chunk[] = {t.tokens / 2, 1, 1, 1, t.tokens / 2 - 3};
     run r;
     float *x = NULL;
     if (run_open(&r, device_name, dir, format, o) == ST_OK) {
         const int32_t *token[TEXT_SEQS];
         int32_t m[TEXT_SEQS], at[TEXT_SEQS] = {0};
         int64_t rows = 0;
-        *n = (int64_t)TEXT_SEQS * TEXT_TOKENS * r.c.vocab;
+        *n = (int64_t)t.seqs * t.tokens * r.c.vocab;
         x = malloc((size_t)*n * sizeof *x);
         assert_non_null(x);
-        assert_true(held_out.length >= TEXT_SEQS * TEXT_TOKENS);
-        for (int32_t s = 0; s < TEXT_SEQS; s++) token[s] = held_out.data + s * TEXT_TOKENS;
+        assert_true(held_out.length >= t.seqs * t.tokens);
+        for (int32_t s = 0; s < t.seqs; s++) token[s] = held_out.data + s * t.tokens;
         for (int32_t i = 0; i < COUNT_OF(chunk); i++) {
-            for (int32_t s = 0; s < TEXT_SEQS; s++) m[s] = chunk[i];
-            step(&r, TEXT_SEQS, m, at, token, NULL, NULL, x + rows * r.c.vocab);
-            for (int32_t s = 0; s < TEXT_SEQS; s++) at[s] += chunk[i];
-            rows += (int64_t)TEXT_SEQS * chunk[i];
+            for (int32_t s = 0; s < t.seqs; s++) m[s] = chunk[i];
+            step(&r, t.seqs, m, at, token, NULL, NULL, x + rows * r.c.vocab);
+            for (int32_t s = 0; s < t.seqs; s++) at[s] += chunk[i];
+            rows += (int64_t)t.seqs * chunk[i];
         }
     } else {
         print_message("  %-16s refused: %s\n", format, fail_message());
@@ -84,7 +98,7 @@ static float *logits_in(const char *dir, const char *device_name, const char *fo
 }
 
 static float *logits_of(const char *device_name, const char *format, device_options o, int64_t *n) {
-    return logits_in(TINY, device_name, format, o, n);
+    return logits_in(TINY, device_name, format, o, many, n);
 }
 
 static const device_options one_thread = {.threads = 1};
@@ -154,6 +168,38 @@ static void test_formats(void **state) {
     free(exact);
 }
 
+/* Chunks of 700 and 697 tokens, of which attention on the GPU has the pages written out at 16 bit
+ * first (attention_plan.h: 1024 rows, two heads a group). With bf16 activations what those are off
+ * by comes on top. */
+static void test_long_chunks(void **state) {
+    (void)state;
+    static const char *const formats[] = {"W16A16KV8", "W16A16KVFP8", "W16A16K8V4", "W16A16KV4"};
+    int64_t n;
+    int failures = 0;
+    float *exact = logits_in(TINY, "cpu", "W16A16KV16", one_thread, one_long, &n);
+    for (int i = 0; i < COUNT_OF(formats); i++) {
+        float *same = logits_in(TINY, "cpu", formats[i], one_thread, one_long, &n);
+        const double own = relative_error(same, exact, n);
+        free(same);
+        for (int k = 0; k < 4; k++) {
+            const device_options o = {.kernel_family = k < 2 ? 0 : 80};
+            forced = k % 2 ? DT_BF16 : DT_F16;
+            float *got = logits_in(TINY, "cuda", formats[i], o, one_long, &n);
+            assert_non_null(got);
+            const double e = relative_error(got, exact, n);
+            const double most = 2 * own + (k % 2 ? bound : 0);
+            print_message("  %-16s %s%s %.2e, cpu %.2e%s\n", formats[i], k % 2 ? "bf16" : "f16",
+                          k < 2 ? "" : " ampere", e, own, e <= most ? "" : "  FAILED");
+            failures += !(e <= most);
+            got[n / 2] += 1e5f; /* twin */
+            failures += relative_error(got, exact, n) <= most;
+            free(got);
+        }
+    }
+    free(exact);
+    assert_int_equal(failures, 0);
+}
+
 /* --- Layouts ------------------------------------------------------------------------------- */
 
 /* The checkpoint written in a layout of other tools, then its codes as they stand on both devices.
@@ -170,8 +216,8 @@ static double error_of_layout(save_layout layout, const char *format) {
     assert_ok(quantise_checkpoint(&q));
     snprintf(activations, sizeof activations, "%sA16KV16", format);
     forced = DT_F16;
-    float *got = logits_in(dir, "cuda", activations, (device_options){0}, &n);
-    float *want = logits_in(dir, "cpu", activations, one_thread, &n);
+    float *got = logits_in(dir, "cuda", activations, (device_options){0}, many, &n);
+    float *want = logits_in(dir, "cpu", activations, one_thread, many, &n);
     assert_non_null(got);
     const double e = relative_error(got, want, n);
     free(want);
@@ -417,9 +463,10 @@ int main(void) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),   cmocka_unit_test(test_formats),
-        cmocka_unit_test(test_layouts),  cmocka_unit_test(test_text),
-        cmocka_unit_test(test_repeated), cmocka_unit_test(test_soak),
+        cmocka_unit_test(test_logits),      cmocka_unit_test(test_formats),
+        cmocka_unit_test(test_long_chunks), cmocka_unit_test(test_layouts),
+        cmocka_unit_test(test_text),        cmocka_unit_test(test_repeated),
+        cmocka_unit_test(test_soak),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -48,11 +48,11 @@ static void workspace_is_the_sum_of_the_buffers(void **state) {
     const int64_t half = 3 * 4096 + (16 + 8) * 128 + 16 * 128 + 3 * 7168;
     assert_int_equal(workspace_bytes(&c, &p, 2, 100, 10, 10),
                      100 * (2 * half + 16) + 10 * (2 * 4096 + 4 * 128256) + 10 * 76);
-    /* Of chunks of 512 tokens and more (32 / 8 heads) pages are written out, 1024 at most. */
+    /* Of chunks of 256 tokens and more (32 / 8 heads) pages are written out, 1024 at most. */
     const int64_t page = 64 * 8 * 2 * 256, none = workspace_bytes(&c, &p, 1, 1024, 10, 10);
     assert_int_equal(workspace_bytes(&c, &codes, 1, 1024, 10, 10) - none, 1024 * page);
-    assert_int_equal(wide_pages(&c, &codes, 1, 1100, 8191), 2 * 128);
-    assert_int_equal(wide_pages(&c, &codes, 1, 511, 8191), 0);
+    assert_int_equal(wide_pages(&c, &codes, 1, 1100, 8191), 4 * 128);
+    assert_int_equal(wide_pages(&c, &codes, 1, 255, 8191), 0);
     const model_config moe = model("Qwen3-30B-A3B"); /* E 2048, 32 heads, 4 KV, X 128, k 8, F 768 */
     const int64_t routed = 3 * 2048 + (32 + 8) * 128 + 32 * 128 + 8 * 3 * 768 + 128 + 8 * 2048;
     assert_int_equal(workspace_bytes(&moe, &p, 1, 7, 3, 2),
