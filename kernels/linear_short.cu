@@ -774,7 +774,8 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     cluster_wait(); // all barriers of the cluster are there
     for (int count = 0; count < own.tiles; count++) {
         float acc[NT / 2] = {};
-        if (d.x_again || count <= own.given)
+        // (With words of 16 bits two loops would want registers that there are not.)
+        if (linear_code_bits(F) == 16 || d.x_again || count <= own.given)
             work.tile(acc, count <= own.given, own.step0(count), own.step1(count));
         else
             work.template tile<NT, true>(acc, false, 0, own.step1(count));
