@@ -60,15 +60,15 @@ __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts
     return blocks * parts == 4 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
 }
 // Scales meet the sums of a granule, not each weight: fewer instructions, and for 64 rows more
-// registers than warps that load leave, so that those give some of theirs. `groups`: warpgroups.
-__host__ __device__ constexpr bool scaled_later(int f, int rows, int groups, int g) {
-    return f == WF_INT4 && g == 128 && (rows == 32 || groups == 4);
+// registers than warps that load leave, so that those give some of theirs.
+__host__ __device__ constexpr bool scaled_later(int f, int rows, int blocks, int g) {
+    return f == WF_INT4 && g == 128 && (rows == 32 || blocks == 4);
 }
-__host__ __device__ constexpr bool registers_given(int f, int rows, int groups, int g) {
-    return scaled_later(f, rows, groups, g) && rows == 64;
+__host__ __device__ constexpr bool registers_given(int f, int rows, int blocks, int g) {
+    return scaled_later(f, rows, blocks, g) && rows == 64;
 }
-__host__ __device__ constexpr int threads(int f, int rows, int groups, int g) {
-    return 128 * groups + (registers_given(f, rows, groups, g) ? 128 : 64);
+__host__ __device__ constexpr int threads(int f, int rows, int blocks, int parts, int g) {
+    return 128 * blocks * parts + (registers_given(f, rows, blocks, g) ? 128 : 64);
 }
 // Two parts of K in a CTA: of 8 bits they have not been timed.
 constexpr bool has_parts(int f) { return linear_code_bits(f) == 4; }
@@ -153,13 +153,13 @@ struct ring {
     }
 };
 
-// With four warpgroups a stage of W and one of x are a step each, and one ring: fewer instructions.
-template <int W> constexpr bool kOneRing = W == 16;
+// With four blocks a stage of W and one of x are a step each, and one ring: fewer instructions.
+template <int B> constexpr bool kOneRing = B == 4;
 struct barriers {
     ring w, x;
 };
-template <int W> __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
-    const uint32_t at = base + d.at_bars, at_x = at + (kOneRing<W> ? 0 : d.w_stages * 16);
+template <int B> __device__ __forceinline__ barriers barriers_of(const division &d, uint32_t base) {
+    const uint32_t at = base + d.at_bars, at_x = at + (kOneRing<B> ? 0 : d.w_stages * 16);
     return barriers{{at, at + d.w_stages * 8, d.w_stages, 0, 0},
                     {at_x, at_x + d.x_stages * 8, d.x_stages, 0, 0}};
 }
@@ -236,7 +236,7 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
-    static constexpr bool kLater = scaled_later(F, NT, B *P, G), kOne = kOneRing<4 * B * P>;
+    static constexpr bool kLater = scaled_later(F, NT, B, G), kOne = kOneRing<B>;
     static constexpr bool folded = dequant_unfold<T, F>() != 1.f;
     // What sums are too small by.
     static constexpr float mend = kLater ? dequant_factor<T, F>() : dequant_unfold<T, F>();
@@ -553,12 +553,13 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-template <int W> __device__ __forceinline__ void init(const barriers &bar, const division &d) {
+template <int B, int W>
+__device__ __forceinline__ void init(const barriers &bar, const division &d) {
     for (int i = 0; i < d.w_stages; i++) {
-        barrier_init(bar.w.full + i * 8, kOneRing<W> ? 2 : 1);
+        barrier_init(bar.w.full + i * 8, kOneRing<B> ? 2 : 1);
         barrier_init(bar.w.empty + i * 8, W);
     }
-    for (int i = 0; i < d.x_stages && !kOneRing<W>; i++) {
+    for (int i = 0; i < d.x_stages && !kOneRing<B>; i++) {
         barrier_init(bar.x.full + i * 8, 1);
         barrier_init(bar.x.empty + i * 8, W);
     }
@@ -566,7 +567,7 @@ template <int W> __device__ __forceinline__ void init(const barriers &bar, const
 }
 
 template <typename T, int F, int NT, int B, int P, int G>
-__global__ void __launch_bounds__(threads(F, NT, B *P, G), B *P == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     linear_mid(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                const __grid_constant__ maps m) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)       // never launched, and empty, on other architectures
@@ -575,20 +576,20 @@ __global__ void __launch_bounds__(threads(F, NT, B *P, G), B *P == 2 ? 2 : 1)
     uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
     const uint32_t base = shared_address(start);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    barriers bar = barriers_of<W>(d, base);
+    barriers bar = barriers_of<B>(d, base);
     sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     launch_dependents();
     if (threadIdx.x == 32 * W) {
         prefetch_map(&m.code);
         if (G) prefetch_map(&m.scale);
-        init<W>(bar, d);
+        init<B, W>(bar, d);
     } else if (threadIdx.x == 32 * W + 32) {
         prefetch_map(&m.x);
     } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
         *by = sharers(d, p.paired ? R / 16 : R / 8);
     }
     __syncthreads();
-    constexpr bool kGiven = registers_given(F, NT, B * P, G);
+    constexpr bool kGiven = registers_given(F, NT, B, G);
     if (warp >= W) {
         if (kGiven) registers_down<24>();
         if (threadIdx.x == 32 * W)
@@ -670,16 +671,19 @@ template <int F, int NT, int B, int P, int G> division divide(const linear_args 
     const int exchanges = (a->paired ? 1 : 0) + (P > 1 ? 1 : 0);
     const int turn = 4 * B * P * (LINEAR_STAGE_FLOATS * 4 + exchanges * kGiveBytes);
     const int bars = 2 * kStagesMost * 16 + 16, left = room(B * P) - 1024 - turn - bars;
-    // Of what half an SM has room for x gets less than half, since W comes from further away.
-    d.x_stages = left * 45 / 100 / x_stage;
+    // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
+    // further away.
+    const int both = left / (d.w_stage + U / x_units(F, NT, B, P) * x_stage);
+    d.x_stages = half ? left * 45 / 100 / x_stage : both;
     if (d.x_stages < 2) d.x_stages = 2;
     if (d.x_stages > 8) d.x_stages = 8;
-    d.w_stages = (left - d.x_stages * x_stage) / d.w_stage;
-    if (!half) d.w_stages = left / (d.w_stage + x_stage);
+    d.w_stages = kOneRing<B> ? both : (left - d.x_stages * x_stage) / d.w_stage;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     if (d.w_stages > most) d.w_stages = most;
-    if (!half) d.x_stages = d.w_stages;
+    if (kOneRing<B>) d.x_stages = d.w_stages;
     if (left - d.x_stages * x_stage < d.w_stage) d.w_stages = 0;
+    if (P > 1 && d.x_stages < 8) d.x_stages = (left - d.w_stages * d.w_stage) / x_stage;
+    if (d.x_stages > 8) d.x_stages = 8;
     d.at_w = d.x_stages * x_stage;
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
@@ -759,7 +763,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         // With half an SM each there is one for every SM, so that the next launch's finds the other
         // half free everywhere.
         config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas));
-        config.blockDim = dim3(threads(F, NT, B * P, G));
+        config.blockDim = dim3(threads(F, NT, B, P, G));
         config.dynamicSmemBytes =
             (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
         config.stream = (cudaStream_t)stream;
