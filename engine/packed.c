@@ -699,6 +699,11 @@ static status check_row(const packed_matrix *m, int32_t r) {
             if (!(s >= 0 && isfinite(s)))
                 return FAIL(ST_FORMAT, "tensor '%s': scale of row %d, group %d is %g", m->name, r,
                             g, (double)s);
+            if (m->format == WF_INT4 && s >= 128)
+                return FAIL(ST_UNSUPPORTED,
+                            "tensor '%s': scale of row %d, group %d is %g; of 4 bits they must be "
+                            "below 128",
+                            m->name, r, g, (double)s);
         }
         if (m->zero.data && m->sym && zero_at(m, r, g) != middle)
             return FAIL(ST_FORMAT,
@@ -709,7 +714,8 @@ static status check_row(const packed_matrix *m, int32_t r) {
     return ST_OK;
 }
 
-/* Scales [groups] of a row: finite, and negative only as -0, seen in their bits. */
+/* Scales [groups] of a row: finite, and negative only as -0, seen in their bits. Those of WF_INT4
+ * are below 128, since kernels of fp16 multiply by 512 of them (linear_dequant.cuh). */
 #define SCALES_FINE(type, most, sign)                                                              \
     do {                                                                                           \
         const type *v = (const type *)m->scale + at;                                               \
@@ -720,16 +726,17 @@ static status check_row(const packed_matrix *m, int32_t r) {
 static bool row_is_fine(const packed_matrix *m, int32_t r) {
     const int32_t groups = groups_of(m), middle = m->format == WF_INT4 ? 8 : 128;
     const int64_t at = r / m->block_n * m->scale_n_stride;
+    const bool small = m->format == WF_INT4;
     int fine = 1;
     for (int32_t g = 0; g < groups && m->zero.data && m->sym; g++)
         fine &= zero_at(m, r, g) == middle;
     if (r % m->block_n) return fine;
     switch (m->scale_type) {
-    case DT_F16: SCALES_FINE(uint16_t, 0x7bff, 0x8000); break;
-    case DT_BF16: SCALES_FINE(uint16_t, 0x7f7f, 0x8000); break;
+    case DT_F16: SCALES_FINE(uint16_t, small ? 0x57ff : 0x7bff, 0x8000); break;
+    case DT_BF16: SCALES_FINE(uint16_t, small ? 0x42ff : 0x7f7f, 0x8000); break;
     case DT_E4M3: SCALES_FINE(uint8_t, 0x7e, 0x80); break;
     case DT_UE8M0: SCALES_FINE(uint8_t, 0xfe, 0xfe); break;
-    default: SCALES_FINE(uint32_t, 0x7f7fffffu, 0x80000000u);
+    default: SCALES_FINE(uint32_t, small ? 0x42ffffffu : 0x7f7fffffu, 0x80000000u);
     }
     return fine;
 }

@@ -612,6 +612,9 @@ static void test_refusals_others(void **state) {
     bad[385] = 0xbc00;
     refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {2, 384}, .data = bad}, ST_FORMAT,
            "is -1");
+    bad[385] = 0x5800;
+    refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {2, 384}, .data = bad},
+           ST_UNSUPPORTED, "is 128; of 4 bits");
     round_trip(&(layout_case){SAVE_COMPRESSED, "W4g64", false, false});
     refuse(&(change){.old = "\"pack-quantized\"", .now = "\"marlin-24\""}, ST_UNSUPPORTED,
            "marlin-24");
