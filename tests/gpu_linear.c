@@ -176,19 +176,22 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-/* More tiles than clusters, and no multiple of them: linear_short may cut them as one line. */
+/* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
+ * CTA of linear_mid has a tile and little of the next. */
 static void lines(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w = weight_of(f, type, gated ? 17920 : 8960, gated ? 5120 : 10240, 1);
         w.gated = gated;
         linear_probe *p = opened(&w, 33);
         if (!p) return;
-        for (int32_t m = 1; m <= 16; m += 5) /* 1, 6; 11, 16 */
+        for (int32_t m = 1; m <= 31; m += 5) /* 1, 6; 11, 16; 21, 26, 31 */
             one(p, &w,
                 (linear_trial){.m = m,
                                .y_type = type,
                                .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                               .kernel = m <= 8 ? "short_8" : "short_16",
+                               .kernel = m <= 8    ? "short_8"
+                                         : m <= 16 ? "short_16"
+                                                   : "mid_32x2x2",
                                .bias = true},
                 "line");
         linear_probe_close(p);
