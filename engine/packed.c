@@ -699,7 +699,7 @@ static status check_row(const packed_matrix *m, int32_t r) {
             if (!(s >= 0 && isfinite(s)))
                 return FAIL(ST_FORMAT, "tensor '%s': scale of row %d, group %d is %g", m->name, r,
                             g, (double)s);
-            if (m->format == WF_INT4 && s >= 128)
+            if (m->format == WF_INT4 && s >= 127.96875f) /* of which fp16 makes 128 */
                 return FAIL(ST_UNSUPPORTED,
                             "tensor '%s': scale of row %d, group %d is %g; of 4 bits they must be "
                             "below 128",
@@ -715,7 +715,7 @@ static status check_row(const packed_matrix *m, int32_t r) {
 }
 
 /* Scales [groups] of a row: finite, and negative only as -0, seen in their bits. Those of WF_INT4
- * are below 128, since kernels of fp16 multiply by 512 of them (linear_dequant.cuh). */
+ * are below 128 when rounded to fp16: its kernels multiply by 512 of them (linear_dequant.cuh). */
 #define SCALES_FINE(type, most, sign)                                                              \
     do {                                                                                           \
         const type *v = (const type *)m->scale + at;                                               \
@@ -736,7 +736,7 @@ static bool row_is_fine(const packed_matrix *m, int32_t r) {
     case DT_BF16: SCALES_FINE(uint16_t, small ? 0x42ff : 0x7f7f, 0x8000); break;
     case DT_E4M3: SCALES_FINE(uint8_t, 0x7e, 0x80); break;
     case DT_UE8M0: SCALES_FINE(uint8_t, 0xfe, 0xfe); break;
-    default: SCALES_FINE(uint32_t, small ? 0x42ffffffu : 0x7f7fffffu, 0x80000000u);
+    default: SCALES_FINE(uint32_t, small ? 0x42ffefffu : 0x7f7fffffu, 0x80000000u);
     }
     return fine;
 }

@@ -115,9 +115,9 @@ status attention_plan_make(void *host, attention_counts *counts, const attention
                            bool kv4, int32_t wide_pages, int32_t n_sms);
 
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
- * once. q is read from qkv [T, (H + 2G) D]. kernel: NULL, or the name of a
- * variant that must be the one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the
- * choice, 0 takes the best for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
+ * once. q is read from qkv [T, (H + 2G) D]. kernel: NULL, or the name of a variant that must be the
+ * one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the choice, 0 takes the best
+ * for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                         const attention_cache *c, const attention_batch *b,
                         const attention_work *work, const char *kernel, int32_t family, int32_t sm,

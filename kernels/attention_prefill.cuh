@@ -16,15 +16,14 @@ struct prefill_arguments {
     void *out;       // [T, H D]
     const void *qkv; // [T, (H + 2G) D]
     const void *sinks;
-    const uint8_t *base;
+    const uint8_t *base; // with page_bytes and layout of the cache, or of pages written out
     int64_t page_bytes;
     attention_layout layout;
-    kv_format k, v;
+    kv_format k, v; // of the cache
     const attention_tile_list *tiles;
     const int32_t *page;
     int n_heads, n_kv_heads, ratio, window;
     bool bf16;
-    bool wide;   // base, page_bytes and layout are of pages written out at 16 bit
     float scale; // times log2(e)
 };
 

@@ -146,8 +146,8 @@ const preference preferences[] = {
     {80, 1 << 30, 62, "ampere_128x1"},
 };
 // The same of problems with experts, before what linear_tuned.def has: that is of dense ones. With
-// `full`, of a row each in the mean only where the experts that are hit have tiles for three SMs of
-// two.
+// `full`, of a row each in the mean only where the experts that are hit have three tiles for two
+// SMs at least.
 struct preference_of_experts {
     int32_t rows, size;
     const char *name;

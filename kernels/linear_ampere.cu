@@ -217,8 +217,8 @@ struct loader {
 // With few rows of x, 4-bit integers are multiplied as they lie: in f16 their bits are subnormals,
 // q 2^-24 in the low nibble of a half and q 2^-20 in the next; in bf16 they follow 128. So
 //     y = s (sum_k q_k x_k - z sum_k x_k)
-// costs five (seven) instructions for 8 weights instead of 13 (15); sum_k x_k comes of one more
-// product, with a matrix of ones, for all rows of W.
+// costs five (seven) instructions for 8 weights instead of 13; sum_k x_k comes of one more product,
+// with a matrix of ones, for all rows of W.
 template <typename T> struct raw_codes {
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr uint32_t one = bf16 ? 0x3f803f80u : 0x3c003c00u;

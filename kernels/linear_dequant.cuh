@@ -9,8 +9,7 @@
 // multiplied by the power of two that mends the exponent, which is exact too, subnormals
 // included. Only the product with the scale rounds.
 //
-// Instructions for 8 weights, scale included: u4 13; e2m1 16, folded 12; s8 8; e4m3
-// f16 4, bf16 12.
+// Instructions for 8 weights, scale included: u4 13; e2m1 16, folded 12; s8 8; e4m3 f16 4, bf16 12.
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
 #include "linear_layout.h"

@@ -31,17 +31,20 @@
 // its weights beside it: for small matrices. Two blocks in two parts are for those of middle size:
 // half the sums of four blocks travel, for twice the x.
 //
-// The explicit list: format, type, x rows (NT), scale granule (0: none). Of each there are tiles of
-// B x P = 2 x 1, 2 x 2 (4 bits) and 4 x 1, of which mid_NT takes what should be the fastest.
-#ifndef MID_INSTANCES
+// The explicit lists: format, type, x rows (NT), scale granule (0: none). Of each there are tiles
+// of B x P = 2 x 1, 4 x 1 and, of 4 bits, 2 x 2, of which mid_NT takes what should be the fastest.
 #define MID_ROWS(X, F, T, G) X(F, T, 32, G) X(F, T, 64, G)
 #define MID_TYPES(X, F, G)   MID_ROWS(X, F, F16, G) MID_ROWS(X, F, BF16, G)
+#ifndef MID_INSTANCES
 #define MID_INSTANCES(X)                                                                           \
     MID_TYPES(X, INT4, 128)                                                                        \
     MID_TYPES(X, INT4, 64)                                                                         \
     MID_TYPES(X, INT4, 32)                                                                         \
     MID_TYPES(X, MXFP4, 32)                                                                        \
-    MID_TYPES(X, NVFP4, 16)                                                                        \
+    MID_TYPES(X, NVFP4, 16)
+#endif
+#ifndef MID_INSTANCES_8
+#define MID_INSTANCES_8(X)                                                                         \
     MID_TYPES(X, INT8, 0)                                                                          \
     MID_TYPES(X, FP8, 0)                                                                           \
     MID_TYPES(X, FP8B, 128)
@@ -623,13 +626,15 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
 #pragma unroll
             for (int e = 0; e < R / 2; e++) sum[e] = acc[e];
         }
+        // Where gate and up meet once a tile, the next tile's are in the other place.
+        const uint32_t place_of_pair = give + (R == 16 ? tile % 2 * 512 : 0);
         if (steps == d.steps) {
-            emit<T, R>(sum, p, to, 0, 1, turn, give);
+            emit<T, R>(sum, p, to, 0, 1, turn, place_of_pair);
             continue;
         }
         send<R, W>(sum, p, d.groups - to.group, i.left == 0, *by);
         if (i.left > 0) continue;
-        finish<T, R, W>(sum, p, d, to, *by, turn, give);
+        finish<T, R, W>(sum, p, d, to, *by, turn, place_of_pair);
         return;
     }
 #endif
@@ -795,24 +800,19 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     if (better(four, half)) return tiles<T, F, NT, 4, 1, G>::run(four, args, n_sms, stream);
     return tiles<T, F, NT, 2, 1, G>::run(half, args, n_sms, stream);
 }
-template <typename T, int F, int NT, int G>
-status launch_parts(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    if constexpr (has_parts(F))
-        return tiles<T, F, NT, 2, 2, G>::launch(args, n_sms, per_sm, stream);
-    else
-        return FAIL(ST_UNSUPPORTED, "linear_mid: parts of 8 bits");
-}
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(NAME, F, T, NT, G, LAUNCH)                                                             \
     { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT }
-#define ROWS(F, T, NT, G)                                                                          \
+#define ROWS_8(F, T, NT, G)                                                                        \
     ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
         ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),            \
-        ROW("mid_" #NT "x2x2", F, T, NT, G, (launch_parts<T_##T, WF_##F, NT, G>)),                 \
         ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
-const linear_variant rows[] = {MID_INSTANCES(ROWS)};
+#define ROWS(F, T, NT, G)                                                                          \
+    ROWS_8(F, T, NT, G)                                                                            \
+    ROW("mid_" #NT "x2x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),
+const linear_variant rows[] = {MID_INSTANCES(ROWS) MID_INSTANCES_8(ROWS_8)};
 
 } // namespace
 

@@ -542,13 +542,6 @@ __device__ __forceinline__ float4 load_part(const float4 *from, uint32_t own, in
     return v;
 }
 
-// Strong, for it may be read meanwhile: each word is either what was there or what is stored.
-__device__ __forceinline__ void store_part(float4 *to, float4 v) {
-    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
-                 "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-}
-
 // Where the stages were: what two parts exchange, 512 bytes a group, and behind it, by warp, a
 // CTA's own sums of the groups that it finishes, in the groups' order.
 template <int B> constexpr int kKept = kOwn<B> / 2 * 512;
@@ -586,8 +579,7 @@ __device__ __forceinline__ void merge(float (&own)[1][kOwn<2> * 4],
 
 // Sums of a team's CTAs in the workspace: part i of group j of warp `from`, from slot + i kSlot on.
 // CTAs of tiles of 256 rows count there what has arrived. For tiles of 128 rows it lies where zeros
-// were, and nothing of it is +0: who wants it reads until it is there, and leaves zeros. That saves
-// the way to L2 of a fence and of a counter, but reading again is too much of larger sums.
+// were, as in linear_common.cuh; reading again is too much of larger sums.
 template <int B>
 __device__ __forceinline__ float4 *team_slot(const linear_args &p, int32_t cta, bool tail) {
     if (B == 4) return linear_slot<8 * kOwn<B>, 1, kWarps>(p, cta, tail);
@@ -613,9 +605,6 @@ template <int B> struct team_group {
             if (i < size && i != rank) __stcg(part(i), make_float4(0, 0, 0, 0));
     }
 };
-__device__ __forceinline__ float never_zero(float v) { // the least there is instead
-    return __uint_as_float(max(__float_as_uint(v), 1u));
-}
 template <int MOST> __device__ __forceinline__ bool all_there(const float4 (&v)[MOST]) {
     uint32_t least = ~0u;
 #pragma unroll
@@ -680,12 +669,13 @@ __device__ __forceinline__ void team_deposit(const float (&acc)[1][kOwn<B> * 4],
         float4 v =
             make_float4(acc[0][4 * j], acc[0][4 * j + 1], acc[0][4 * j + 2], acc[0][4 * j + 3]);
         if (B == 2)
-            v = make_float4(never_zero(v.x), never_zero(v.y), never_zero(v.z), never_zero(v.w));
+            v = make_float4(linear_never_zero(v.x), linear_never_zero(v.y), linear_never_zero(v.z),
+                            linear_never_zero(v.w));
         if (j < groups && finisher == rank) {
             shared_put(kept, v);
             kept += 512;
         } else if (j < groups) {
-            store_part(slot + j * 32, v);
+            linear_store_part(slot + j * 32, v);
         }
         if (!p.paired || j % 2) finisher = finisher + 1 == size ? 0 : finisher + 1;
     }

@@ -112,12 +112,11 @@ static linear_probe *opened(const linear_weight *w, uint64_t seed) {
 
 /* The table's choice, and what it may not come to. */
 static const char *const kernels[] = {
-    NULL,         "short_8",    "short_16",   "ampere_16x2",    "ampere_split_16x2",
-    "short_32",   "mid_32x2",   "mid_32x4",   "ampere_64x2",    "ampere_strips_8",
-    "mid_64x2",   "mid_64x4",   "wide_256",   "ampere_128x1",   "ampere_strips_16",
-    "words_32",   "words_64",   "experts_8",  "ampere_128x2",   "ampere_strips_32",
-    "experts_16", "experts_32", "hopper_8x2", "ampere_128x192", "hopper_16x2",
-    "tall_128"};
+    NULL,       "mid_32x4", "mid_32x2x2", "ampere_16x2", "ampere_128x1",    "ampere_strips_32",
+    "short_8",  "words_32", "mid_64x2x2", "experts_16",  "ampere_128x192",  "ampere_split_16x2",
+    "short_16", "mid_64x2", "tall_128",   "hopper_8x2",  "ampere_strips_8", "ampere_strips_16",
+    "short_32", "mid_64x4", "experts_8",  "ampere_64x2", "ampere_128x2",    "mid_32x2",
+    "wide_256", "words_64", "experts_32", "hopper_16x2"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -177,19 +176,22 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-/* More tiles than clusters, and no multiple of them: linear_short may cut them as one line. */
+/* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
+ * CTA of linear_mid has a tile and little of the next. */
 static void lines(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w = weight_of(f, type, gated ? 17920 : 8960, gated ? 5120 : 10240, 1);
         w.gated = gated;
         linear_probe *p = opened(&w, 33);
         if (!p) return;
-        for (int32_t m = 1; m <= 16; m += 5) /* 1, 6; 11, 16 */
+        for (int32_t m = 1; m <= 31; m += 5) /* 1, 6; 11, 16; 21, 26, 31 */
             one(p, &w,
                 (linear_trial){.m = m,
                                .y_type = type,
                                .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                               .kernel = m <= 8 ? "short_8" : "short_16",
+                               .kernel = m <= 8    ? "short_8"
+                                         : m <= 16 ? "short_16"
+                                                   : "mid_32x2x2",
                                .bias = true},
                 "line");
         linear_probe_close(p);

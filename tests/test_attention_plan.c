@@ -157,9 +157,9 @@ static void test_pages_written_out(void **state) {
     static const int32_t kv_len[] = {700, 333, 1203, 640}, start[] = {0, 1, 71, 671, 1311};
     static const int32_t page[] = {0, 11, 17, 36, 46};
     static const struct {
-        int32_t window, room, chunks, pages, tiles; /* tiles: 128 rows, 4 heads a group */
-    } rows[] = {{0, 29, 2, 29, 39},   {0, 28, 1, 19, 19}, {0, 18, 1, 10, 20},
-                {200, 23, 2, 23, 39}, {0, 9, 0, 0, 0},    {0, 0, 0, 0, 0}};
+        int32_t window, room, chunks, pages, tiles, first; /* tiles: 128 rows, 4 heads a group */
+    } rows[] = {{0, 29, 2, 29, 39, 17},   {0, 28, 1, 19, 19, 17}, {0, 18, 1, 10, 20, 36},
+                {200, 23, 2, 23, 39, 23}, {0, 9, 0, 0, 0, 0},     {0, 0, 0, 0, 0, 0}};
     const attention_batch b = {.n_seqs = 4,
                                .n_tokens = 1311,
                                .n_decodes = 1,
@@ -175,9 +175,11 @@ static void test_pages_written_out(void **state) {
         assert_int_equal(c.n_wide_pages, rows[i].pages);
         assert_int_equal(c.n_wide, rows[i].tiles);
         assert_int_equal(c.n_tiles, 3 + 19 + 20);
+        assert_int_equal(c.first_wide, rows[i].first);
         /* A tile's page lies where its chunk's was written. */
         const attention_tile *tile = (attention_tile *)(void *)((uint8_t *)plan + c.tiles_at);
         const attention_chunk *chunk = ((attention_plan *)plan)->chunk;
+        assert_true(!c.n_wide_chunks || (chunk[0].to == 0 && chunk[0].from == c.first_wide));
         for (int32_t t = 0, k = 0; t < c.n_wide; t++) {
             if (tile[t].page_at + chunk[k].to - chunk[k].from != tile[t].wide_at) k++;
             assert_true(k < c.n_wide_chunks);

@@ -615,6 +615,13 @@ static void test_refusals_others(void **state) {
     bad[385] = 0x5800;
     refuse(&(change){.name = UP ".scales", .type = DT_F16, .dim = {2, 384}, .data = bad},
            ST_UNSUPPORTED, "is 128; of 4 bits");
+    static uint32_t large[2 * 384]; /* f32: the last below what rounds to 128, and the first */
+    for (int32_t i = 0; i < 2 * 384; i++) large[i] = 0x3f800000;
+    for (uint32_t i = 0; i < 2; i++) {
+        large[385] = 0x42ffefff + i;
+        refuse(&(change){.name = UP ".scales", .type = DT_F32, .dim = {2, 384}, .data = large},
+               i ? ST_UNSUPPORTED : ST_OK, "is 127.969; of 4 bits");
+    }
     round_trip(&(layout_case){SAVE_COMPRESSED, "W4g64", false, false});
     refuse(&(change){.old = "\"pack-quantized\"", .now = "\"marlin-24\""}, ST_UNSUPPORTED,
            "marlin-24");
