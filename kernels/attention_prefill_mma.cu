@@ -12,7 +12,9 @@
 // Two blocks share an SM where its memory allows, and run under each other's waits.
 //
 // Codes become their values, which are numbers of fp16 by how they are quantised; q of a bf16 model
-// is made fp16 as well, times a power of two of its row, which is exact.
+// is made fp16 as well, times a power of two of its row, which is exact. For chunks of many rows
+// attention_widen has written those values out: they are copied like any cache of 16 bits, with the
+// same result.
 #include "attention_codes.cuh"
 #include "attention_prefill.cuh"
 
@@ -120,11 +122,11 @@ __device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *raw, con
 // --- Rows and products ---------------------------------------------------------------------------
 
 // A warp's 16 rows of q, and what is kept of them.
-template <int D>
+template <int D, bool WIDE>
 __device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
                                        uint32_t q_at, row_facts *facts, int r0, int lane) {
     constexpr int LANES = D / 8; // of a row
-    const bool to_half = a.bf16 && a.k != KF_16;
+    const bool to_half = a.bf16 && (WIDE || a.k != KF_16);
     load_rows<D, 4>(a, w, q_at, facts->position + r0, r0, lane, [&](uint4 &x, int r) {
         float f = 1.f;
         uint32_t *word = (uint32_t *)&x;
@@ -329,7 +331,7 @@ attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_argument
     }
 }
 
-template <int D, int MT, typename TK, typename TV>
+template <int D, int MT, typename TK, typename TV, bool WIDE>
 __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
     attend_prefill_mma(const prefill_arguments a, const mma_layout at) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
@@ -343,30 +345,39 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
         const tile_work w = part_of<ROWS>(a, item_of(round));
         if (w.last < w.first) break;
         if (threadIdx.x == 0) *work = w;
-        const int32_t *pages = a.page + w.t.page_at;
-        page_turn p = {w.first, 0, pages[w.first], q_all + ROWS * 2 * D};
+        const auto page_of = [&](int block) {
+            return WIDE ? w.t.wide_at + block : a.page[w.t.page_at + block];
+        };
+        page_turn p = {w.first, 0, page_of(w.first), q_all + ROWS * 2 * D};
         p.k_to = p.k_at + at.turn_k;
         p.v_at = p.k_to + kPage * 2 * D;
         p.v_to = p.v_at + at.turn_v;
         const auto n_valid = [&](int block) { return min(kPage, w.t.kv_len - block * kPage); };
-        copy_page<D>(a, p.next, w.g, false, k16 ? p.k_at : q_all + at.raw_k_at,
-                     q_all + at.param_k_at, n_valid(w.first));
-        if (!v16 || at.turn_v)
-            copy_page<D>(a, p.next, w.g, true, v16 ? p.v_at : q_all + at.raw_v_at,
-                         q_all + at.param_v_at, n_valid(w.first));
+        const auto first_page = [&] {
+            copy_page<D>(a, p.next, w.g, false, k16 ? p.k_at : q_all + at.raw_k_at,
+                         q_all + at.param_k_at, n_valid(w.first));
+            if (!v16 || at.turn_v)
+                copy_page<D>(a, p.next, w.g, true, v16 ? p.v_at : q_all + at.raw_v_at,
+                             q_all + at.param_v_at, n_valid(w.first));
+        };
+        if (!WIDE) first_page();
         float o[MT][1][D / 2];
         row_state r[MT];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            load_q<D>(a, w, q_all, facts, r0 + m * 16, lane);
+            load_q<D, WIDE>(a, w, q_all, facts, r0 + m * 16, lane);
 #pragma unroll
             for (int h = 0; h < 2; h++) r[m].m[h] = -INFINITY, r[m].l[h] = 0.f;
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[m][0][i] = 0.f;
         }
+        if (WIDE) {
+            wait_for_previous(); // for pages; q was there before that began
+            first_page();
+        }
         for (; p.block <= w.last; p.block++) {
             p.now = p.next;
-            if (p.block < w.last) p.next = pages[p.block + 1];
+            if (p.block < w.last) p.next = page_of(p.block + 1);
             open_page<D>(a, at, memory, w, p);
             attend_page<D, MT, TK, TV>(o, r, a, at, memory, w, p);
             const uint32_t k_at = p.k_at, v_at = p.v_at;
@@ -404,31 +415,43 @@ int blocks_of(const attention_problem *p, const mma_layout &at) {
     return fit < most ? fit : most;
 }
 
-template <int D, int MT, typename TK, typename TV> status launch_rows(const attention_problem *p) {
+template <int D, int MT, typename TK, typename TV, bool WIDE>
+status launch_rows(const attention_problem *p) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
     mma_layout at = layout_of(p, ROWS, true);
     const mma_layout small = layout_of(p, ROWS, false);
     if (blocks_of(p, at) < blocks_of(p, small)) at = small;
-    const auto kernel = attend_prefill_mma<D, MT, TK, TV>;
+    const auto kernel = attend_prefill_mma<D, MT, TK, TV, WIDE>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "prefill_mma, %d bytes: %s", at.bytes, cudaGetErrorString(e));
-    kernel<<<p->n_sms * blocks_of(p, at), 32 * kWarps<D>, at.bytes, p->stream>>>(
-        prefill_arguments_of(p), at);
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(p->n_sms * blocks_of(p, at)));
+    config.blockDim = dim3(32 * kWarps<D>);
+    config.dynamicSmemBytes = (size_t)at.bytes;
+    config.stream = (cudaStream_t)p->stream;
+    config.attrs = &early;
+    config.numAttrs = WIDE && early_launches(); // the others wait for nothing
+    (void)cudaLaunchKernelEx(&config, kernel, prefill_arguments_of(p), at);
     return launched("prefill_mma");
 }
 
-template <int D, typename TK, typename TV> status launch(const attention_problem *p) {
+template <int D, typename TK, typename TV, bool WIDE = false>
+status launch(const attention_problem *p) {
     // Items of whole tiles, as if all chunks were one; half ones where each block has one at most.
     const int64_t rows = (int64_t)p->b.n_tokens * p->l.n_heads;
     if (kTilesMost<D> == 2 && rows <= (int64_t)2 * kRows * p->n_sms)
-        return launch_rows<D, 1, TK, TV>(p);
-    return launch_rows<D, kTilesMost<D>, TK, TV>(p);
+        return launch_rows<D, 1, TK, TV, WIDE>(p);
+    return launch_rows<D, kTilesMost<D>, TK, TV, WIDE>(p);
 }
 
 template <int D> status launch_types(const attention_problem *p) {
     const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
+    if (p->tiles == TILES_WIDE) return launch<D, __half, __half, true>(p);
     if (p->l.type == DT_F16 || !(k || v)) return launch<D, __half, __half>(p);
     if (k)
         return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
@@ -441,12 +464,14 @@ extern "C" bool attention_prefill_mma_accepts(const attention_problem *p) {
     return p->l.head_dim >= 64 && blocks_of(p, layout_of(p, kRows, false)) > 0;
 }
 
-extern "C" status attention_prefill_mma_launch(const attention_problem *p, bool, bool) {
-    switch (p->l.head_dim) {
+extern "C" status attention_prefill_mma_launch(const attention_problem *problem, bool, bool) {
+    attention_problem p = *problem;
+    if (p.tiles == TILES_WIDE) p.c = p.wide;
+    switch (p.l.head_dim) {
 #ifndef ATTENTION_ONLY_128
-    case 64: return launch_types<64>(p);
-    case 256: return launch_types<256>(p);
+    case 64: return launch_types<64>(&p);
+    case 256: return launch_types<256>(&p);
 #endif
-    default: return launch_types<128>(p);
+    default: return launch_types<128>(&p);
     }
 }
