@@ -224,7 +224,7 @@ static status make_plan(bench_run *r, const bench_case *c, const bench_gpu *g) {
     const bool codes = c->k != KF_16 && c->v != KF_16;
     const int32_t longest = (int32_t)i64_max(c->ctx, c->last);
     int64_t room = attention_wide_pages(r->host.n_tokens, longest, c->heads / c->kv_heads);
-    if (!codes || c->expand_first || c->kernel || c->family == 80) room = 0;
+    if (!codes || c->expand_first || c->kernel) room = 0;
     status st = attention_plan_make(
         plan, &r->work.counts, &r->host, c->heads, c->kv_heads, c->head_dim, c->window,
         !c->expand_first && c->k == KF_4 && c->v == KF_4, (int32_t)room, g->n_sms);
@@ -422,20 +422,19 @@ static status bench_one(const bench_case *c, const bench_gpu *g) {
                   "d,"
                   "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"last\":%d,\"new\":%d,\"us\":%.2f,"
                   "\"gbs\":%.1f,"
-                  "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n"
+                  "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s%s\",\"rel_err\":%.3g}\n"
                 : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d last %-6d new %-5d %10.2f us %8.1f "
                   "GB/s %5.1f%% "
                   "of "
-                  "read %7.1f TFLOP/s  %s  rel_err %.3g\n",
+                  "read %7.1f TFLOP/s  %s%s  rel_err %.3g\n",
             c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
             c->head_dim, c->batch, c->ctx, length_of(c, c->batch - 1), c->n_new, us, gbs,
             gbs / g->read_gbs * 100, tflops,
-            c->expand_first        ? "expand_first"
-            : c->kernel            ? c->kernel
-            : c->family            ? (c->family == 80 ? "family80" : "family90")
-            : r.work.counts.n_wide ? "best, written out"
-                                   : "best",
-            rel_err);
+            c->expand_first ? "expand_first"
+            : c->kernel     ? c->kernel
+            : c->family     ? (c->family == 80 ? "family80" : "family90")
+                            : "best",
+            r.work.counts.n_wide ? ", written out" : "", rel_err);
         fflush(stdout);
     }
     close_run(&r);

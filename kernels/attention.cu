@@ -17,12 +17,12 @@ bool decodes(const attention_problem *p) {
 // Best first: the first that accepts is launched, once for decodes and once for prefill chunks if
 // no single one takes both.
 const attention_variant variants[] = {
-    {"decode_bulk", 90, 90, 129, true, false, false, decodes, attention_decode_bulk_launch},
-    {"prefill_wgmma", 90, 90, 90, false, true, true, wide, attention_prefill_sm90_launch},
-    {"decode_async", 80, 80, 129, true, false, false, decodes, attention_decode_async_launch},
-    {"prefill_mma", 80, 80, 129, false, true, false, attention_prefill_mma_accepts,
+    {"decode_bulk", 90, 90, 129, true, false, WIDE_NEVER, decodes, attention_decode_bulk_launch},
+    {"prefill_wgmma", 90, 90, 90, false, true, WIDE_NIBBLES, wide, attention_prefill_sm90_launch},
+    {"decode_async", 80, 80, 129, true, false, WIDE_NEVER, decodes, attention_decode_async_launch},
+    {"prefill_mma", 80, 80, 129, false, true, WIDE_ORDER, attention_prefill_mma_accepts,
      attention_prefill_mma_launch},
-    {"plain", 80, 80, 129, true, true, false, any, attention_plain_launch},
+    {"plain", 80, 80, 129, true, true, WIDE_NEVER, any, attention_plain_launch},
 };
 constexpr int kVariants = (int)(sizeof variants / sizeof *variants);
 
@@ -53,9 +53,9 @@ status check(const attention_problem *p) {
 // Chunks of many rows over their pages written out, then the others.
 status launch_prefills(attention_problem *p, const attention_variant *f) {
     const bool codes = p->c.k != KF_16 && p->c.v != KF_16;
-    if (!f->wide || !p->wide.base || !codes || p->counts.n_wide == 0)
+    if (f->wide == WIDE_NEVER || !p->wide.base || !codes || p->counts.n_wide == 0)
         return f->launch(p, false, true);
-    TRY(attention_widen(p));
+    TRY(attention_widen(p, f->wide));
     p->tiles = TILES_WIDE;
     TRY(f->launch(p, false, true));
     p->tiles = TILES_NARROW;

@@ -133,7 +133,7 @@ extern "C" status kernel_attention_expand(const attention_cache *to, const atten
     return launched("attention_expand");
 }
 
-extern "C" status attention_widen(const attention_problem *p) {
+extern "C" status attention_widen(const attention_problem *p, attention_wide order) {
     const attention_counts *c = &p->counts;
     const expand_arguments a = {
         (const uint8_t *)p->c.base,
@@ -147,7 +147,7 @@ extern "C" status attention_widen(const attention_problem *p) {
         p->plan->chunk,
         c->n_wide_chunks,
         c->first_wide,
-        false,
+        order == WIDE_ORDER,
     };
     return launch(a, p->l.n_kv_heads, p->l.head_dim, c->n_wide_pages, (cudaStream_t)p->stream);
 }

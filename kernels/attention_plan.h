@@ -129,19 +129,23 @@ typedef struct {
     kernel_stream stream;
 } attention_problem;
 
+/* Pages written out: values of 4 bits lie as eight_of makes them, or as the others do, in order. */
+typedef enum { WIDE_NEVER, WIDE_NIBBLES, WIDE_ORDER } attention_wide;
+
 /* A variant runs decodes, prefill chunks or both; the first that accepts is launched. */
 typedef struct {
     const char *name;
     int32_t family; /* 80 or 90 */
     int32_t sm_min, sm_max;
-    bool decode, prefill, wide;                  /* wide: it can read pages written out */
+    bool decode, prefill;
+    attention_wide wide;                         /* which pages written out it reads */
     bool (*accepts)(const attention_problem *p); /* no side effects */
     status (*launch)(const attention_problem *p, bool decode, bool prefill);
 } attention_variant;
 
 /* The plan's chunks' pages to p->wide, as the kernels that read codes would have them in shared
  * memory. A launch behind it may begin when what came before it has ended. */
-status attention_widen(const attention_problem *p);
+status attention_widen(const attention_problem *p, attention_wide order);
 status attention_plain_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_decode_bulk_launch(const attention_problem *p, bool decode, bool prefill);
 status attention_prefill_sm90_launch(const attention_problem *p, bool decode, bool prefill);

@@ -2,8 +2,7 @@
 // in, the maxima of the softmax, rows of results out.
 //
 // Rows are heads of a group times tokens, so that one reading (and one conversion) of K and V
-// serves all heads of the group. How codes become fp16, and where what makes them values enters, is
-// each kernel's own.
+// serves all heads of the group. How codes become values in fp16 is each kernel's own.
 #ifndef AMALGAM_ATTENTION_PREFILL_CUH
 #define AMALGAM_ATTENTION_PREFILL_CUH
 #include "attention_device.cuh"
@@ -38,11 +37,6 @@ struct tile_work {
     attention_tile t;
     int g, first, last; // blocks of BN tokens; last < first: no more items
 };
-
-// Of a format's codes.
-__host__ __device__ constexpr float middle_of(kv_format f) {
-    return f == KF_8 ? 128.f : f == KF_4 ? 8.f : 0.f;
-}
 
 // threadIdx.x read anew: what follows from it is not kept in registers all the time.
 __device__ __forceinline__ int thread_anew() {
@@ -118,10 +112,10 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// This lane's two rows, r and r + 8 of its warp's 16: the largest score, and sums over the weights
-// of its tokens, where the kernel keeps them here.
+// This lane's two rows, r and r + 8 of its warp's 16: the largest score, and the sum of its tokens'
+// weights.
 struct row_state {
-    float m[2], l[2], z[2];
+    float m[2], l[2];
 };
 
 // Scores of BN tokens, `token` and on, that a row does not see. position: of the lane's first row.
@@ -159,7 +153,6 @@ __device__ __forceinline__ bool raise_max(const float (&s)[BN / 2], row_state &r
                 shrink[h] = exp2_approx(r.m[h] - top[h]);
                 r.m[h] = top[h];
                 r.l[h] *= shrink[h];
-                r.z[h] *= shrink[h];
             }
         }
     }
@@ -168,16 +161,12 @@ __device__ __forceinline__ bool raise_max(const float (&s)[BN / 2], row_state &r
 // What scores are taken from: nothing may be visible yet.
 __device__ __forceinline__ float reference_of(float m) { return m == -INFINITY ? 0.f : m; }
 
-// What results of codes take to become values: o * unit + z, all over l.
-struct row_sums {
-    float l, z;
-};
-// The warp's 16 rows of the result through its rows of q to 16-byte stores. sums(h): of the lane's
-// row h, but for the sink. turn(x) puts 16 bytes' elements in order.
-template <int D, int R, int N, typename F, typename G>
-__device__ __forceinline__ void
-store_rows(const prefill_arguments &a, const tile_work &w, float (&o)[N][R], const row_state &r,
-           uint32_t q_rows, int r0, int lane, float unit, const F &sums, const G &turn) {
+// The warp's 16 rows of the result, o over the sum of weights, through its rows of q to 16-byte
+// stores. turn(x) puts 16 bytes' elements in order.
+template <int D, int R, int N, typename F>
+__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
+                                           float (&o)[N][R], const row_state &r, uint32_t q_rows,
+                                           int r0, int lane, const F &turn) {
     constexpr int LANES = D / 8;
     // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
     const int own = w.t.row0 + r0 + lane % 16;
@@ -191,16 +180,16 @@ store_rows(const prefill_arguments &a, const tile_work &w, float (&o)[N][R], con
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
-        row_sums of = sums(h);
-        if (a.sinks) of.l += exp2_approx(row_sink - r.m[h]);
-        const float f = 1.f / of.l;
+        float l = quad_sum(r.l[h]);
+        if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
+        const float f = 1.f / l;
         const int row = lane / 4 + 8 * h;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < R / 4; i++) {
-                const float x = (o[n][4 * i + 2 * h] * unit + of.z) * f;
-                const float y = (o[n][4 * i + 2 * h + 1] * unit + of.z) * f;
+                const float x = o[n][4 * i + 2 * h] * f;
+                const float y = o[n][4 * i + 2 * h + 1] * f;
                 const uint32_t at = q_rows + code_at(2 * D, row, n * 256 + i * 16);
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + lane % 4 * 4),
                              "r"(a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y))

@@ -11,14 +11,11 @@
 //
 // Two blocks share an SM where its memory allows, and run under each other's waits.
 //
-// Codes become fp16 in one of two ways. Values: code * scale + minimum, rounded once; q of a bf16
-// model is made fp16 as well, times a power of two of its row, which is exact. FOLD, for fp16
-// models, whose bound leaves no room for those two roundings: the tiles hold the codes themselves,
-// counted from their middle, which are exact, and the parameters enter the softmax. With
-// k = s (c - mid) + z, v = s' (c' - mid' + r), s' r = minimum' + mid' s':
-//
-//     y_j = s_j (q.c_j) + z_j sum(q) + log2 s'_j      (times scale and log2 e where due)
-//     p_j = 2^(y_j - m)     l = sum p_j / s'_j     out = (sum p_j c'_j + sum p_j r_j) / l
+// Codes become their values, which are numbers of fp16 by how they are quantised; q of a bf16 model
+// is made fp16 as well, times a power of two of its row, which is exact. For chunks of many rows
+// attention_widen has written those values out: they are copied like any cache of 16 bits, with the
+// same result.
+#include "attention_codes.cuh"
 #include "attention_prefill.cuh"
 
 namespace {
@@ -33,31 +30,16 @@ template <int D> constexpr int kTokens = D == 128 ? 32 : kPage;
 
 struct mma_layout {
     int raw_k_at, raw_v_at, param_k_at, param_v_at; // raw codes and parameters, in block memory
-    int facts_at, columns_at, bytes;
+    int facts_at, bytes;
     int turn_k, turn_v; // bytes from a page's tile to the next page's; 0: there is one tile
 };
 
-// Of an item's rows: the scale of their scores (over the power of two that q was multiplied by),
-// the sum of q (FOLD), the position.
+// Of an item's rows: the scale of their scores (over the power of two that q was multiplied by)
+// and the position.
 struct row_facts {
-    float scale[kRows], sum[kRows];
+    float scale[kRows];
     int position[kRows];
 };
-
-// FOLD: what a block's tokens bring to the softmax, two neighbours a record.
-struct column_block {
-    float4 score[64];  // s, s, z, z of K, times scale
-    float2 log2_v[64]; // log2 s'
-    float4 weight[64]; // 1 / s', 1 / s', r, r
-};
-struct columns { // from an even token on
-    const float4 *score;
-    const float2 *log2_v;
-    const float4 *weight;
-};
-__device__ __forceinline__ columns columns_from(const column_block *c, int token) {
-    return {c->score + token / 2, c->log2_v + token / 2, c->weight + token / 2};
-}
 
 // 16 bytes, or zeros.
 __device__ __forceinline__ void copy_or_zero(uint32_t to, const void *from, bool exists) {
@@ -94,61 +76,11 @@ __device__ __forceinline__ void copy_page(const prefill_arguments &a, int page, 
         copy_async(param_to + thread * 16, param + thread * 16);
 }
 
-__device__ __forceinline__ uint32_t param_of(const uint8_t *param, kv_format f, int token) {
-    return f == KF_16    ? 0x3c00u // 1 and 0
-           : f == KF_FP8 ? ((const uint16_t *)param)[token]
-                         : ((const uint32_t *)param)[token];
-}
-
 // --- Codes to fp16 ------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t bits_of(__half2 x) {
-    return *reinterpret_cast<const uint32_t *>(&x);
-}
-
-// How a code's value comes about: its middle (FOLD), or one fused multiply-add.
-template <bool FOLD> struct code_scale {
-    __half2 s, m;
-    // 1024 + code in both halves to the code less MID, or to code * s + m.
-    template <int MID> __device__ __forceinline__ uint32_t of_magic(uint32_t magic) const {
-        const __half2 c = __hsub2(*reinterpret_cast<const __half2 *>(&magic),
-                                  __float2half2_rn(1024.f + (FOLD ? MID : 0)));
-        return bits_of(FOLD ? c : __hfma2(c, s, m));
-    }
-    __device__ __forceinline__ uint32_t of_e4m3(uint16_t pair) const {
-        uint32_t h;
-#if __CUDA_ARCH__ >= 890
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(pair));
-#else
-        const uint32_t x = __byte_perm(pair, 0, 0x1404); // e4m3_value, two at a time
-        h = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
-        h = bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), __float2half2_rn(256.f)));
-#endif
-        return FOLD ? h : bits_of(__hmul2(*reinterpret_cast<const __half2 *>(&h), s));
-    }
-};
-
-// Eight codes to 16 bytes: `lo` and `hi` are their bytes, or `lo` alone their nibbles.
-template <kv_format F, bool FOLD>
-__device__ __forceinline__ uint4 eight_of(uint32_t lo, uint32_t hi, const code_scale<FOLD> &c) {
-    if (F == KF_FP8)
-        return make_uint4(c.of_e4m3((uint16_t)lo), c.of_e4m3((uint16_t)(lo >> 16)),
-                          c.of_e4m3((uint16_t)hi), c.of_e4m3((uint16_t)(hi >> 16)));
-    constexpr int MID = (int)middle_of(F);
-    if (F == KF_4) {
-        const uint32_t even = lo & 0x0f0f0f0fu, odd = lo >> 4 & 0x0f0f0f0fu;
-        lo = __byte_perm(even, odd, 0x5140), hi = __byte_perm(even, odd, 0x7362);
-    }
-    const uint32_t top = 0x64646464u;
-    return make_uint4(c.template of_magic<MID>(__byte_perm(lo, top, 0x4140)),
-                      c.template of_magic<MID>(__byte_perm(lo, top, 0x4342)),
-                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4140)),
-                      c.template of_magic<MID>(__byte_perm(hi, top, 0x4342)));
-}
 
 // Raw codes of a page to the tile at `to`, 16 bytes a thread at a time; eight neighbours take the
 // eight tokens of a group. Rows from n_valid on become zero.
-template <int D, kv_format F, bool FOLD>
+template <int D, kv_format F>
 __device__ __forceinline__ void convert_page(uint32_t to, const uint8_t *raw, const uint8_t *param,
                                              int n_valid) {
     constexpr int THREADS = 32 * kWarps<D>, ROW = F == KF_4 ? D / 2 : D, PIECES = ROW / 16;
@@ -158,59 +90,45 @@ __device__ __forceinline__ void convert_page(uint32_t to, const uint8_t *raw, co
         const int token = i / (8 * PIECES) * 8 + i % 8, piece = i / 8 % PIECES;
         const uint4 x = *(const uint4 *)(raw + code_at(ROW, token, piece * 16));
         const uint32_t w[4] = {x.x, x.y, x.z, x.w};
-        const uint32_t both = param_of(param, F, token);
-        code_scale<FOLD> c;
-        c.s = __low2half2(*reinterpret_cast<const __half2 *>(&both));
-        c.m = __high2half2(*reinterpret_cast<const __half2 *>(&both));
+        const uint32_t both =
+            F == KF_FP8 ? ((const uint16_t *)param)[token] : ((const uint32_t *)param)[token];
+        const __half2 s = __low2half2(half2_of(both)), m = __high2half2(half2_of(both));
 #pragma unroll
         for (int j = 0; j < DIMS / 8; j++) {
-            uint4 y = F == KF_4 ? eight_of<F>(w[j], 0, c)
-                                : eight_of<F>(w[2 * j % 4], w[(2 * j + 1) % 4], c);
+            uint4 y;
+            if (F == KF_4) {
+                y = from_nibbles(eight_of<true>(w[j], s, m));
+            } else {
+                const uint2 lo = four_of<F, true>(w[2 * j % 4], s, m);
+                const uint2 hi = four_of<F, true>(w[(2 * j + 1) % 4], s, m);
+                y = make_uint4(lo.x, lo.y, hi.x, hi.y);
+            }
             if (token >= n_valid) y = make_uint4(0, 0, 0, 0);
             store_shared(to + code_at(2 * D, token, piece * DIMS * 2 + j * 16), y);
         }
     }
 }
-template <int D, bool FOLD>
+template <int D>
 __device__ __forceinline__ void convert_any(uint32_t to, const uint8_t *raw, const uint8_t *param,
                                             kv_format f, int n_valid) {
     if (f == KF_8)
-        convert_page<D, KF_8, FOLD>(to, raw, param, n_valid);
+        convert_page<D, KF_8>(to, raw, param, n_valid);
     else if (f == KF_4)
-        convert_page<D, KF_4, FOLD>(to, raw, param, n_valid);
+        convert_page<D, KF_4>(to, raw, param, n_valid);
     else if (f == KF_FP8)
-        convert_page<D, KF_FP8, FOLD>(to, raw, param, n_valid);
-}
-
-// FOLD: one token's record for the softmax; zeros where there is no token.
-__device__ __forceinline__ void write_column(column_block *c, const prefill_arguments &a, int token,
-                                             uint32_t k_param, uint32_t v_param, bool exists) {
-    const float2 k = __half22float2(*reinterpret_cast<const __half2 *>(&k_param));
-    const float2 v = __half22float2(*reinterpret_cast<const __half2 *>(&v_param));
-    float s = v.x; // a vector of one value has scale 0 and codes 0: any scale will do
-    if (s == 0.f) s = v.y == 0.f ? 0x1p-24f : fabsf(v.y) * 0x1p-8f;
-    float log2_s;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(log2_s) : "f"(s));
-    const float inverse = __fdividef(1.f, s);
-    const int i = token / 2, j = token % 2;
-    float *score = (float *)&c->score[i], *weight = (float *)&c->weight[i];
-    score[j] = exists ? k.x * a.scale : 0.f;
-    score[2 + j] = exists ? (k.y + middle_of(a.k) * k.x) * a.scale : 0.f;
-    ((float *)&c->log2_v[i])[j] = exists ? log2_s : 0.f;
-    weight[j] = exists ? inverse : 0.f;
-    weight[2 + j] = exists ? v.y * inverse + middle_of(a.v) : 0.f;
+        convert_page<D, KF_FP8>(to, raw, param, n_valid);
 }
 
 // --- Rows and products ---------------------------------------------------------------------------
 
 // A warp's 16 rows of q, and what is kept of them.
-template <int D, bool FOLD>
+template <int D, bool WIDE>
 __device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_work &w,
                                        uint32_t q_at, row_facts *facts, int r0, int lane) {
     constexpr int LANES = D / 8; // of a row
-    const bool to_half = a.bf16 && a.k != KF_16;
+    const bool to_half = a.bf16 && (WIDE || a.k != KF_16);
     load_rows<D, 4>(a, w, q_at, facts->position + r0, r0, lane, [&](uint4 &x, int r) {
-        float f = 1.f, total = 0.f;
+        float f = 1.f;
         uint32_t *word = (uint32_t *)&x;
         if (to_half) {
             float amax = 0.f;
@@ -232,66 +150,29 @@ __device__ __forceinline__ void load_q(const prefill_arguments &a, const tile_wo
                 word[e] = pack2<__half>(y.x * f, y.y * f);
             }
         }
-        if (FOLD) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 y = __half22float2(*(const __half2 *)&word[e]);
-                total += y.x + y.y;
-            }
-#pragma unroll
-            for (int d = LANES / 2; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-        }
-        if (lane % LANES == 0) facts->scale[r] = a.scale / f, facts->sum[r] = total;
+        if (lane % LANES == 0) facts->scale[r] = a.scale / f;
     });
 }
 
-// FOLD: scores of codes to y.
-template <int BN>
-__device__ __forceinline__ void fold_scores(float (&s)[BN / 2], const columns &c,
-                                            const row_facts *facts, int row, int quarter) {
-    const float q_sum[2] = {facts->sum[row], facts->sum[row + 8]};
-#pragma unroll
-    for (int i = 0; i < BN / 8; i++) {
-        const float4 k = c.score[4 * i + quarter];
-        const float2 v = c.log2_v[4 * i + quarter];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            s[4 * i + 2 * h] = s[4 * i + 2 * h] * k.x + (k.z * q_sum[h] + v.x);
-            s[4 * i + 2 * h + 1] = s[4 * i + 2 * h + 1] * k.y + (k.w * q_sum[h] + v.y);
-        }
-    }
-}
-
 // Scores of BN tokens to weights, in place; true when rows' results so far must shrink. `row`: the
-// lane's first, of the item's. c: from these tokens on.
-template <int BN, bool FOLD>
+// lane's first, of the item's.
+template <int BN>
 __device__ __forceinline__ bool weigh(float (&s)[BN / 2], row_state &r, float (&shrink)[2],
-                                      const columns &c, const row_facts *facts, int row, int token,
-                                      int window, bool edge, int lane) {
-    const int quarter = lane % 4;
-    if (FOLD) fold_scores<BN>(s, c, facts, row, quarter);
+                                      const row_facts *facts, int row, int token, int window,
+                                      bool edge, int lane) {
     if (edge) hide<BN>(s, facts->position + row, token, window, lane);
-    const float scale[2] = {FOLD ? 1.f : facts->scale[row], FOLD ? 1.f : facts->scale[row + 8]};
+    const float scale[2] = {facts->scale[row], facts->scale[row + 8]};
     const bool moved = raise_max<BN>(s, r, shrink, scale);
     const float from[2] = {reference_of(r.m[0]), reference_of(r.m[1])};
 #pragma unroll
-    for (int i = 0; i < BN / 8; i++) {
-        float4 v;
-        if (FOLD) v = c.weight[4 * i + quarter];
+    for (int i = 0; i < BN / 8; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float &x = s[4 * i + 2 * h], &y = s[4 * i + 2 * h + 1];
-            if (FOLD) {
-                x = exp2_approx(x - from[h]), y = exp2_approx(y - from[h]);
-                r.l[h] = r.l[h] + x * v.x + y * v.y;
-                r.z[h] = r.z[h] + x * v.z + y * v.w;
-            } else {
-                x = exp2_approx(x * scale[h] - from[h]);
-                y = exp2_approx(y * scale[h] - from[h]);
-                r.l[h] += x + y;
-            }
+            x = exp2_approx(x * scale[h] - from[h]);
+            y = exp2_approx(y * scale[h] - from[h]);
+            r.l[h] += x + y;
         }
-    }
     return moved;
 }
 
@@ -371,7 +252,7 @@ struct page_turn {
 
 // Tiles of a page: codes converted, and on their way what the next page needs and has room, or this
 // one's 16-bit V.
-template <int D, bool FOLD>
+template <int D>
 __device__ __forceinline__ void open_page(const prefill_arguments &a, const mma_layout &at,
                                           uint8_t *memory, const tile_work &w, const page_turn &p) {
     const uint8_t *raw_k = memory + at.raw_k_at, *raw_v = memory + at.raw_v_at;
@@ -388,13 +269,8 @@ __device__ __forceinline__ void open_page(const prefill_arguments &a, const mma_
         copy_page<D>(a, p.now, w.g, true, p.v_at, 0, n_valid);
     }
     if (k16 && v16) return;
-    if (!k16) convert_any<D, FOLD>(p.k_at, raw_k, param_k, a.k, n_valid);
-    if (!v16) convert_any<D, FOLD>(p.v_at, raw_v, param_v, a.v, n_valid);
-    const int thread = threadIdx.x;
-    if (FOLD && thread < kPage)
-        write_column((column_block *)(memory + at.columns_at), a, thread,
-                     param_of(param_k, a.k, thread), param_of(param_v, a.v, thread),
-                     thread < n_valid);
+    if (!k16) convert_any<D>(p.k_at, raw_k, param_k, a.k, n_valid);
+    if (!v16) convert_any<D>(p.v_at, raw_v, param_v, a.v, n_valid);
     __syncthreads();
     if (!more) return;
     if (!k16) copy_page<D>(a, p.next, w.g, false, shared_at(raw_k), shared_at(param_k), 0);
@@ -416,14 +292,13 @@ __device__ __forceinline__ tile_work part_of(const prefill_arguments &a, int i) 
 }
 
 // o and r of this warp's rows over a page.
-template <int D, int MT, typename TK, typename TV, bool FOLD>
+template <int D, int MT, typename TK, typename TV>
 __device__ __forceinline__ void
 attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_arguments &a,
             const mma_layout &at, uint8_t *memory, const tile_work &w, const page_turn &p) {
     constexpr int BN = kTokens<D>;
     const uint32_t q_all = shared_at(memory);
     const row_facts *facts = (const row_facts *)(memory + at.facts_at);
-    const column_block *column = (const column_block *)(memory + at.columns_at); // FOLD
     const int lane = threadIdx.x % 32, r0 = threadIdx.x / 32 * MT * 16;
 #pragma unroll 1
     for (int part = 0; part < kPage / BN; part++) {
@@ -440,8 +315,8 @@ attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_argument
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             float shrink[2];
-            if (weigh<BN, FOLD>(s[m], r[m], shrink, columns_from(column, part * BN), facts,
-                                r0 + m * 16 + lane / 4, token, a.window, edge, lane)) {
+            if (weigh<BN>(s[m], r[m], shrink, facts, r0 + m * 16 + lane / 4, token, a.window, edge,
+                          lane)) {
 #pragma unroll
                 for (int i = 0; i < D / 2; i++) o[m][0][i] *= shrink[i / 2 % 2];
             }
@@ -456,7 +331,7 @@ attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_argument
     }
 }
 
-template <int D, int MT, typename TK, typename TV, bool FOLD>
+template <int D, int MT, typename TK, typename TV, bool WIDE>
 __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
     attend_prefill_mma(const prefill_arguments a, const mma_layout at) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
@@ -470,45 +345,49 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
         const tile_work w = part_of<ROWS>(a, item_of(round));
         if (w.last < w.first) break;
         if (threadIdx.x == 0) *work = w;
-        const int32_t *pages = a.page + w.t.page_at;
-        page_turn p = {w.first, 0, pages[w.first], q_all + ROWS * 2 * D};
+        const auto page_of = [&](int block) {
+            return WIDE ? w.t.wide_at + block : a.page[w.t.page_at + block];
+        };
+        page_turn p = {w.first, 0, page_of(w.first), q_all + ROWS * 2 * D};
         p.k_to = p.k_at + at.turn_k;
         p.v_at = p.k_to + kPage * 2 * D;
         p.v_to = p.v_at + at.turn_v;
         const auto n_valid = [&](int block) { return min(kPage, w.t.kv_len - block * kPage); };
-        copy_page<D>(a, p.next, w.g, false, k16 ? p.k_at : q_all + at.raw_k_at,
-                     q_all + at.param_k_at, n_valid(w.first));
-        if (!v16 || at.turn_v)
-            copy_page<D>(a, p.next, w.g, true, v16 ? p.v_at : q_all + at.raw_v_at,
-                         q_all + at.param_v_at, n_valid(w.first));
+        const auto first_page = [&] {
+            copy_page<D>(a, p.next, w.g, false, k16 ? p.k_at : q_all + at.raw_k_at,
+                         q_all + at.param_k_at, n_valid(w.first));
+            if (!v16 || at.turn_v)
+                copy_page<D>(a, p.next, w.g, true, v16 ? p.v_at : q_all + at.raw_v_at,
+                             q_all + at.param_v_at, n_valid(w.first));
+        };
+        if (!WIDE) first_page();
         float o[MT][1][D / 2];
         row_state r[MT];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            load_q<D, FOLD>(a, w, q_all, facts, r0 + m * 16, lane);
+            load_q<D, WIDE>(a, w, q_all, facts, r0 + m * 16, lane);
 #pragma unroll
-            for (int h = 0; h < 2; h++) r[m].m[h] = -INFINITY, r[m].l[h] = r[m].z[h] = 0.f;
+            for (int h = 0; h < 2; h++) r[m].m[h] = -INFINITY, r[m].l[h] = 0.f;
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[m][0][i] = 0.f;
         }
+        if (WIDE) {
+            wait_for_previous(); // for pages; q was there before that began
+            first_page();
+        }
         for (; p.block <= w.last; p.block++) {
             p.now = p.next;
-            if (p.block < w.last) p.next = pages[p.block + 1];
-            open_page<D, FOLD>(a, at, memory, w, p);
-            attend_page<D, MT, TK, TV, FOLD>(o, r, a, at, memory, w, p);
+            if (p.block < w.last) p.next = page_of(p.block + 1);
+            open_page<D>(a, at, memory, w, p);
+            attend_page<D, MT, TK, TV>(o, r, a, at, memory, w, p);
             const uint32_t k_at = p.k_at, v_at = p.v_at;
             p.k_at = p.k_to, p.v_at = p.v_to;
             p.k_to = k_at, p.v_to = v_at;
         }
 #pragma unroll
         for (int m = 0; m < MT; m++)
-            store_rows<D>(
-                a, *work, o[m], r[m], q_all + (r0 + m * 16) * 2 * D, r0 + m * 16, lane, 1.f,
-                [&](int h) {
-                    const float l = quad_sum(r[m].l[h]);
-                    return row_sums{l, FOLD ? quad_sum(r[m].z[h]) : 0.f};
-                },
-                [](uint4 &) {});
+            store_rows<D>(a, *work, o[m], r[m], q_all + (r0 + m * 16) * 2 * D, r0 + m * 16, lane,
+                          [](uint4 &) {});
         __syncthreads(); // K and V tiles have been read by all
     }
 }
@@ -525,8 +404,7 @@ mma_layout layout_of(const attention_problem *p, int rows, bool ahead) {
     at.param_k_at = at.raw_v_at + (v == KF_16 ? 0 : kPage * attention_row_bytes(v, d));
     at.param_v_at = at.param_k_at + kPage * attention_param_bytes(k);
     at.facts_at = at.param_v_at + kPage * attention_param_bytes(v);
-    at.columns_at = at.facts_at + (int)div_up(sizeof(row_facts) + sizeof(tile_work), 16) * 16;
-    at.bytes = at.columns_at + (int)sizeof(column_block);
+    at.bytes = at.facts_at + (int)sizeof(row_facts) + (int)sizeof(tile_work);
     return at;
 }
 
@@ -537,38 +415,47 @@ int blocks_of(const attention_problem *p, const mma_layout &at) {
     return fit < most ? fit : most;
 }
 
-template <int D, int MT, typename TK, typename TV, bool FOLD>
+template <int D, int MT, typename TK, typename TV, bool WIDE>
 status launch_rows(const attention_problem *p) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
     mma_layout at = layout_of(p, ROWS, true);
     const mma_layout small = layout_of(p, ROWS, false);
     if (blocks_of(p, at) < blocks_of(p, small)) at = small;
-    const auto kernel = attend_prefill_mma<D, MT, TK, TV, FOLD>;
+    const auto kernel = attend_prefill_mma<D, MT, TK, TV, WIDE>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "prefill_mma, %d bytes: %s", at.bytes, cudaGetErrorString(e));
-    kernel<<<p->n_sms * blocks_of(p, at), 32 * kWarps<D>, at.bytes, p->stream>>>(
-        prefill_arguments_of(p), at);
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(p->n_sms * blocks_of(p, at)));
+    config.blockDim = dim3(32 * kWarps<D>);
+    config.dynamicSmemBytes = (size_t)at.bytes;
+    config.stream = (cudaStream_t)p->stream;
+    config.attrs = &early;
+    config.numAttrs = WIDE && early_launches(); // the others wait for nothing
+    (void)cudaLaunchKernelEx(&config, kernel, prefill_arguments_of(p), at);
     return launched("prefill_mma");
 }
 
-template <int D, typename TK, typename TV, bool FOLD = false>
+template <int D, typename TK, typename TV, bool WIDE = false>
 status launch(const attention_problem *p) {
     // Items of whole tiles, as if all chunks were one; half ones where each block has one at most.
     const int64_t rows = (int64_t)p->b.n_tokens * p->l.n_heads;
     if (kTilesMost<D> == 2 && rows <= (int64_t)2 * kRows * p->n_sms)
-        return launch_rows<D, 1, TK, TV, FOLD>(p);
-    return launch_rows<D, kTilesMost<D>, TK, TV, FOLD>(p);
+        return launch_rows<D, 1, TK, TV, WIDE>(p);
+    return launch_rows<D, kTilesMost<D>, TK, TV, WIDE>(p);
 }
 
 template <int D> status launch_types(const attention_problem *p) {
     const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
-    if (p->l.type == DT_F16)
-        return k && v ? launch<D, __half, __half>(p) : launch<D, __half, __half, true>(p);
+    if (p->tiles == TILES_WIDE) return launch<D, __half, __half, true>(p);
+    if (p->l.type == DT_F16 || !(k || v)) return launch<D, __half, __half>(p);
     if (k)
         return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
-    return v ? launch<D, __half, __nv_bfloat16>(p) : launch<D, __half, __half>(p);
+    return launch<D, __half, __nv_bfloat16>(p);
 }
 
 } // namespace
@@ -577,10 +464,14 @@ extern "C" bool attention_prefill_mma_accepts(const attention_problem *p) {
     return p->l.head_dim >= 64 && blocks_of(p, layout_of(p, kRows, false)) > 0;
 }
 
-extern "C" status attention_prefill_mma_launch(const attention_problem *p, bool, bool) {
-    switch (p->l.head_dim) {
-    case 64: return launch_types<64>(p);
-    case 128: return launch_types<128>(p);
-    default: return launch_types<256>(p);
+extern "C" status attention_prefill_mma_launch(const attention_problem *problem, bool, bool) {
+    attention_problem p = *problem;
+    if (p.tiles == TILES_WIDE) p.c = p.wide;
+    switch (p.l.head_dim) {
+#ifndef ATTENTION_ONLY_128
+    case 64: return launch_types<64>(&p);
+    case 256: return launch_types<256>(&p);
+#endif
+    default: return launch_types<128>(&p);
     }
 }

@@ -538,7 +538,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         if (KIND != PLAIN) make_rows<D>(a, q_at, thread);
         fence_async_proxy(); // of q
         if (KIND != PLAIN) group_sync<128>(3 + group);
-        row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {0.f, 0.f}};
+        row_state r = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
         float o[N][R];
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -546,8 +546,7 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
             for (int i = 0; i < R; i++) o[n][i] = 0.f;
         attend<D, TK, TV>(a, c, group, thread, slot, first, last, place_of(q_at), k_place, count, o,
                           r);
-        const auto sums = [&](int h) { return row_sums{quad_sum(r.l[h]), 0.f}; };
-        store_rows<D>(a, c->work[slot], o, r, q_at + thread / 32 * 16 * 2 * D, r0, lane, 1.f, sums,
+        store_rows<D>(a, c->work[slot], o, r, q_at + thread / 32 * 16 * 2 * D, r0, lane,
                       [&](uint4 &x) {
                           if (KIND != PLAIN && a.v == KF_4) x = from_nibbles(x);
                       });

@@ -366,6 +366,10 @@ static void close_fixture(fixture *f) {
     for (int32_t i = 0; i < COUNT_OF(host); i++) mem_free(host[i]);
 }
 
+/* What is asked for: NULL, the best for each phase; the same of the Ampere family; variants. */
+static const char AMPERE[] = "ampere";
+static const char *names[16] = {NULL, AMPERE};
+
 static int32_t wide_pages;   /* room for pages written out */
 static int64_t wide_touched; /* of them, by the last call */
 
@@ -379,7 +383,7 @@ static int64_t pages_touched(const uint8_t *pages, int64_t n, int64_t bytes) {
     return touched;
 }
 
-/* Attention of sequences from..to by one variant; returns out [T, H D] (NULL when it refuses). */
+/* Attention of sequences from..to by one of `names`: out [T, H D], or NULL when it refuses. */
 static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t to) {
     const attention_case *c = f->c;
     const int32_t d = c->head_dim, heads = c->heads + 2 * c->kv_heads;
@@ -407,8 +411,9 @@ static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t t
     void *device_plan = device_copy(plan, work.counts.bytes);
     work.plan = device_plan;
     work.wide = wide_pages ? device_bytes(wide_pages * wide_bytes, 0xff) : NULL;
-    st = kernel_attention(out, device_q, &f->l, &f->cache, &b.device, &work, variant, 0, sm, n_sms,
-                          NULL);
+    const bool ampere = variant == AMPERE;
+    st = kernel_attention(out, device_q, &f->l, &f->cache, &b.device, &work,
+                          ampere ? NULL : variant, ampere ? 80 : 0, sm, n_sms, NULL);
     uint16_t *result = NULL;
     if (st != ST_UNSUPPORTED) {
         check(st == ST_OK, c, variant, fail_message(), st);
@@ -493,7 +498,7 @@ static int64_t rows_of(const attention_case *c, int32_t to) {
 static void check_wide(fixture *f, const char *name, const uint16_t *out) {
     const attention_case *c = f->c;
     const int64_t n = rows_of(c, c->n_seqs) * c->heads * c->head_dim;
-    const bool able = (!name || !strcmp(name, "prefill_wgmma")) && sm == 90;
+    const bool able = !name || strcmp(name, "plain");
     int32_t first = 0, all = 0;
     for (int32_t s = c->n_decodes; s < c->n_seqs; s++) {
         if (c->n_new[s] * (c->heads / c->kv_heads) < 1024) continue;
@@ -523,9 +528,6 @@ static void run_case(const attention_case *c) {
     const bool decode_only = c->n_decodes == c->n_seqs;
     const double limit = c->type == DT_F16 ? 3e-4 : 2.5e-3;
     int32_t index = 0;
-    const char *names[16] = {0}; /* NULL, the best for each phase, then every variant by name */
-    for (int32_t i = 1; i < COUNT_OF(names) && attention_variants()[i - 1]; i++)
-        names[i] = attention_variants()[i - 1];
     for (const char **name = names; name == names || *name; name++, index++) {
         uint16_t *out = attend(&f, *name, 0, c->n_seqs);
         if (!out) continue;
@@ -731,6 +733,8 @@ int main(int argc, char **argv) {
     }
     sm = prop.major * 10 + prop.minor;
     n_sms = prop.multiProcessorCount;
+    for (int32_t i = 2; i + 1 < COUNT_OF(names) && attention_variants()[i - 2]; i++)
+        names[i] = attention_variants()[i - 2];
     static const dtype types[] = {DT_F16, DT_BF16};
     for (int32_t f = 0; for_sanitizer && f < KF_COUNT; f++)
         least((kv_format)f), tiny(types[f % 2], (kv_format)f);
@@ -764,13 +768,13 @@ int main(int argc, char **argv) {
             long_context(types[i], (kv_format)f);
         }
     }
-    for (int32_t i = 0; i == 0 || attention_variants()[i - 1]; i++)
+    for (int32_t i = 0; i == 0 || names[i]; i++)
         for (int32_t d = 0; d < 2; d++)
             printf("{\"kind\":\"attention_error\",\"kernel\":\"%s\",\"phase\":\"%s\",\"fp16_kv16\":"
                    "%.3g,"
                    "\"fp16_quantised\":%.3g,\"bf16_kv16\":%.3g,\"bf16_quantised\":%.3g}\n",
-                   i ? attention_variants()[i - 1] : "best", d ? "decode" : "mixed",
-                   worst[i][d][0][0], worst[i][d][0][1], worst[i][d][1][0], worst[i][d][1][1]);
+                   names[i] ? names[i] : "best", d ? "decode" : "mixed", worst[i][d][0][0],
+                   worst[i][d][0][1], worst[i][d][1][0], worst[i][d][1][1]);
     printf("%d checks: %d passed, %d failed\n", n_run, n_run - n_failed, n_failed);
     return n_failed ? 1 : 0;
 }
