@@ -327,8 +327,8 @@ static status cuda_setup(device *d, const device_setup *s) {
     c->max_page_ids = s->max_seqs * div_up(c->ctx_max, KV_PAGE_TOKENS);
     CUDA_TRY(cudaStreamSynchronize(c->stream), "weights");
     cudev_load_done(c);
-    /* Buffers follow: reserve for them too. Logits and router logits are f32 here, and kernels share
-     * sums among themselves: linears up to half a megabyte an SM, attention some megabytes. */
+    /* Buffers follow: reserve for them too. Logits and router logits are f32 here, and CTAs share
+     * sums: those of linears up to half a megabyte an SM, of attention some megabytes. */
     const int64_t expected =
         workspace_bytes(m, s->precision, tp, s->max_tokens, s->max_seqs, s->max_samples) +
         2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)128 << 20);
