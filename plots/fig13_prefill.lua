@@ -7,9 +7,9 @@ local KVS = { "KV16", "KV8", "KVFP8", "K8V4", "KV4" }
 return {
   experiment = "e08_attention",
   title = "Prefill attention by KV format",
-  caption = "Causal prefill attention of one sequence straight from the paged cache (32 query and "
-    .. "8 KV heads, head dim 128, bf16): arithmetic of the two products a second, measured. Dashed "
-    .. "and dotted: cuDNN and TurboMind on 16-bit caches, run once by the same method on another "
+  caption = "Causal prefill attention of one sequence over the paged cache (32 query and 8 KV "
+    .. "heads, head dim 128, bf16): arithmetic of the two products a second, measured; where codes "
+    .. "are written out at 16 bit first, that is within the time. Dashed and dotted: cuDNN and TurboMind on 16-bit caches, run once by the same method on another "
     .. "H200 (plots/peers.lua).",
   build = function(data)
     local rows = {}
