@@ -9,8 +9,8 @@ return {
   title = "Prefill attention by KV format",
   caption = "Causal prefill attention of one sequence over the paged cache (32 query and 8 KV "
     .. "heads, head dim 128, bf16): arithmetic of the two products a second, measured; where codes "
-    .. "are written out at 16 bit first, that is within the time. Dashed and dotted: cuDNN and TurboMind on 16-bit caches, run once by the same method on another "
-    .. "H200 (plots/peers.lua).",
+    .. "are written out at 16 bit first, that is within the time. Dashed and dotted: cuDNN and "
+    .. "TurboMind on 16-bit caches, run once by the same method on another H200 (plots/peers.lua).",
   build = function(data)
     local rows = {}
     for at, kv in ipairs(KVS) do
