@@ -493,7 +493,7 @@ static int64_t rows_of(const attention_case *c, int32_t to) {
     return n;
 }
 
-/* With room for all pages to be written out, and for those of the first long chunk, the bits are
+/* With room for all pages to be written out (of chunks of 1024 rows), and for those of the first, the bits are
  * those of `out`. The twin: how many have been written says which way it went. */
 static void check_wide(fixture *f, const char *name, const uint16_t *out) {
     const attention_case *c = f->c;
