@@ -493,8 +493,9 @@ static int64_t rows_of(const attention_case *c, int32_t to) {
     return n;
 }
 
-/* With room for all pages to be written out (of chunks of 1024 rows), and for those of the first, the bits are
- * those of `out`. The twin: how many have been written says which way it went. */
+/* With room for all pages to be written out (of chunks of 1024 rows), and for those of the first
+ * such chunk, the bits are those of `out`. The twin: how many have been written says which way it
+ * went. */
 static void check_wide(fixture *f, const char *name, const uint16_t *out) {
     const attention_case *c = f->c;
     const int64_t n = rows_of(c, c->n_seqs) * c->heads * c->head_dim;
