@@ -17,6 +17,7 @@
  * sim. With 8-bit activations operations of linears count half, such units being twice as fast. */
 #include "cli.h"
 #include "engine.h"
+#include "made_batch.h"
 #include "nvml.h"
 
 #include <math.h>
@@ -41,62 +42,6 @@ typedef struct {
 typedef struct {
     int32_t n_seqs, ctx, n_new;
 } step_shape;
-
-/* --- One batch ------------------------------------------------------------------------------ */
-
-typedef struct {
-    arena a;
-    batch b;
-    int32_t *token, *position, *seq_start, *kv_len, *page_start, *page;
-    int64_t *id;
-    sample_row *sample;
-    sampled *drawn;
-} step_batch;
-
-static const sampling greedy = {.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
-
-static status step_batch_open(step_batch *s, int32_t n_seqs, int32_t ctx, int32_t n_new,
-                              int32_t n_pages, int32_t vocab) {
-    const int32_t each = (int32_t)div_up(ctx, KV_PAGE_TOKENS), n = n_seqs * n_new;
-    TRY(arena_open(&s->a, (size_t)1 << 30));
-    s->token = arena_array(&s->a, int32_t, (size_t)n);
-    s->position = arena_array(&s->a, int32_t, (size_t)n);
-    s->seq_start = arena_array(&s->a, int32_t, (size_t)n_seqs + 1);
-    s->kv_len = arena_array(&s->a, int32_t, (size_t)n_seqs);
-    s->page_start = arena_array(&s->a, int32_t, (size_t)n_seqs + 1);
-    s->page = arena_array(&s->a, int32_t, (size_t)n_seqs * (size_t)each);
-    s->id = arena_array(&s->a, int64_t, (size_t)n_seqs);
-    s->sample = arena_array(&s->a, sample_row, (size_t)n_seqs);
-    s->drawn = arena_array(&s->a, sampled, (size_t)n_seqs);
-    if (!s->drawn) return FAIL(ST_NOMEM, "a batch of %d x %d", n_seqs, ctx);
-    for (int32_t q = 0; q < n_seqs; q++) {
-        for (int32_t i = 0; i < n_new; i++) {
-            s->token[q * n_new + i] =
-                (int32_t)((uint32_t)(q * 7919 + i * 104729 + 17) % (uint32_t)vocab);
-            s->position[q * n_new + i] = ctx - n_new + i;
-        }
-        s->id[q] = q;
-        s->kv_len[q] = ctx;
-        s->seq_start[q + 1] = (q + 1) * n_new;
-        s->page_start[q + 1] = (q + 1) * each;
-        for (int32_t i = 0; i < each; i++) /* neighbours in time lie apart, as in a used pool */
-            s->page[q * each + i] = (int32_t)(((int64_t)i * n_seqs + q) % n_pages);
-        s->sample[q] = (sample_row){.row = (q + 1) * n_new - 1, .seq = q, .params = &greedy};
-    }
-    s->b = (batch){.n_seqs = n_seqs,
-                   .n_tokens = n,
-                   .n_samples = n_seqs,
-                   .n_decodes = n_new == 1 ? n_seqs : 0,
-                   .token = s->token,
-                   .position = s->position,
-                   .seq_start = s->seq_start,
-                   .kv_len = s->kv_len,
-                   .page_start = s->page_start,
-                   .page = s->page,
-                   .id = s->id,
-                   .sample = s->sample};
-    return ST_OK;
-}
 
 /* --- The step ------------------------------------------------------------------------------- */
 
@@ -176,7 +121,7 @@ static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kin
 }
 
 /* Share of the experts that a step reads, in the mean over layers. */
-static status expert_share(engine *e, step_batch *s, double *share) {
+static status expert_share(engine *e, made_batch *s, double *share) {
     const model_config *c = engine_config(e);
     device *d = engine_device(e);
     *share = 1;
@@ -191,10 +136,11 @@ static status expert_share(engine *e, step_batch *s, double *share) {
     if (!routed.logits) return FAIL(ST_NOMEM, "router logits of %d tokens", s->b.n_tokens);
     watched.moe_route = route_seen;
     d->ops = &watched;
+    const sampling *draw = s->sample[0].params;
     for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = NULL; /* hence no graph */
     int64_t cost;
     const status st = forward_step(engine_forward(e), &s->b, s->drawn, &cost);
-    for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = &greedy;
+    for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = draw;
     d->ops = routed.own;
     mem_free(routed.logits);
     if (st == ST_OK && !routed.unclear)
@@ -276,10 +222,10 @@ static void print_step(const arguments *a, const engine *e, const step_shape *s,
 
 static status one_step(const arguments *a, engine *e, const step_shape *s) {
     const model_config *c = engine_config(e);
-    step_batch b = {0};
+    made_batch b = {0};
     double us[3], share, bytes, flops, kv_bytes, kv_flops;
     status st =
-        step_batch_open(&b, s->n_seqs, s->ctx, s->n_new, engine_capacity(e)->n_pages, c->vocab);
+        made_batch_open(&b, s->n_seqs, s->ctx, s->n_new, engine_capacity(e)->n_pages, c->vocab);
     if (st == ST_OK) st = expert_share(e, &b, &share);
     if (st == ST_OK) st = time_steps(e, &b.b, b.drawn, (int32_t)a->steps, us);
     if (st == ST_OK) {
@@ -290,7 +236,7 @@ static status one_step(const arguments *a, engine *e, const step_shape *s) {
         print_step(a, e, s, us, share, bytes + kv_bytes / (double)a->tp,
                    flops + kv_flops / (double)a->tp);
     }
-    arena_close(&b.a);
+    made_batch_close(&b);
     return st;
 }
 

@@ -108,6 +108,7 @@ static status start(const arguments *a, parts *p) {
     o.policy.prefix_cache = !a->no_prefix_cache;
     o.max_requests = (int32_t)(a->max_seqs + a->max_queue);
     TRY(engine_open(&p->engine, &o, NULL, NULL));
+    TRY(engine_warm(p->engine));
     const model_config *c = engine_config(p->engine);
     TRY(service_open(&p->service, p->engine, p->tok, o.max_requests));
 

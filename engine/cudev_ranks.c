@@ -468,6 +468,10 @@ static void ranks_explain(device *d, const char *what, const weight *w, int64_t 
     device_cuda.explain(g->rank[0], what, w ? share(w, 0) : NULL, n_rows, buf, n);
 }
 
+static int32_t ranks_padded_rows(device *d, int32_t rows) {
+    return device_cuda.padded_rows(self(d)->rank[0], rows);
+}
+
 static status ranks_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops) {
     ranks *g = self(d);
     TRY(use(g, 0));
@@ -483,6 +487,7 @@ static const device_ops device_ranks = {
     .memory = ranks_memory,
     .weight_load = ranks_weight_load,
     .setup = ranks_setup,
+    .padded_rows = ranks_padded_rows,
     .buffer = ranks_buffer,
     .begin = ranks_begin,
     .embed = ranks_embed,

@@ -483,6 +483,11 @@ static status finished(cudev *c, int64_t step, cudaError_t e) {
     return dead(c);
 }
 
+static int32_t cuda_padded_rows(device *d, int32_t rows) {
+    const cudev_graph *g = cudev_graphs_find(&self(d)->graphs, rows);
+    return g ? g->n_rows : rows;
+}
+
 /* A step of decodes of which each draws: what graphs are for. */
 static bool decodes_alone(const batch *b) {
     if (b->n_decodes != b->n_seqs || b->n_samples != b->n_seqs) return false;
@@ -874,6 +879,7 @@ const device_ops device_cuda = {
     .weight_load = cudev_weight_load,
     .load_times = cudev_load_times,
     .setup = cuda_setup,
+    .padded_rows = cuda_padded_rows,
     .buffer = cuda_buffer,
     .begin = cuda_begin,
     .embed = cuda_embed,

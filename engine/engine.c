@@ -3,6 +3,7 @@
 
 #include "formats.h"
 #include "kernel.h"
+#include "made_batch.h"
 #include "sampler.h"
 #include "trace.h"
 
@@ -165,6 +166,32 @@ void engine_close(engine *e) {
 }
 
 void engine_set_hooks(engine *e, const engine_hooks *h) { e->hooks = *h; }
+
+/* Twice: a graph is captured the second time. */
+static status warm_step(engine *e, int32_t n_seqs, int32_t n_new) {
+    made_batch m;
+    int64_t cost;
+    status st = made_batch_open(&m, n_seqs, n_new, n_new, e->capacity.n_pages, e->config.vocab);
+    for (int32_t i = 0; i < 2 && st == ST_OK; i++)
+        st = forward_step(e->forward, &m.b, m.drawn, &cost);
+    made_batch_close(&m);
+    return st;
+}
+
+status engine_warm(engine *e) {
+    const sched_policy *p = &e->options.policy;
+    if (!e->device->ops->padded_rows) return ST_OK;
+    TRY(engine_settle(e));
+    int32_t longest = e->options.ctx_max < p->token_budget ? e->options.ctx_max : p->token_budget;
+    if (longest / KV_PAGE_TOKENS > e->capacity.n_pages)
+        longest = e->capacity.n_pages * KV_PAGE_TOKENS;
+    for (int32_t n = 16; n < longest * 2; n *= 2) TRY(warm_step(e, 1, n < longest ? n : longest));
+    for (int32_t n = 0; n < p->max_seqs;) { /* where there is no padding, by a sixteenth */
+        n = e->device->ops->padded_rows(e->device, n + 1 + n / 16);
+        TRY(warm_step(e, n < p->max_seqs ? n : p->max_seqs, 1));
+    }
+    return engine_reset(e);
+}
 
 status engine_reset(engine *e) {
     TRY(engine_settle(e));

@@ -75,6 +75,13 @@ status engine_settle(engine *e);
  * that is refused is logged as such, and the run goes on. */
 status engine_serve(engine *e, arena *a, const workload *w, request_log *log);
 
+/* Before the first run, where a server or a benchmark is to be at its speed from the first request
+ * on: run what a device finds cold (device_ops.padded_rows), each kernel's first launch and each
+ * graph's capture. Decode steps of every padded number of sequences, and chunks of 16, 32, 64, ...
+ * tokens up to the budget. Then engine_reset. Some dozens of short steps; nothing where no device
+ * is cold. */
+status engine_warm(engine *e);
+
 /* Before an independent run on the same engine: drop the prefix cache, restart the clock. */
 status engine_reset(engine *e);
 

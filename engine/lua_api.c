@@ -476,7 +476,7 @@ static int l_serve(lua_State *L) {
     observed seen = {.n = w.n};
     const engine_hooks hooks = {.user = &seen, .finished = observe_finished};
     if (strcmp(o.device, "cuda") == 0) engine_set_hooks(s->engine, &hooks);
-    if (engine_serve(s->engine, &s->memory, &w, log) != ST_OK ||
+    if (engine_warm(s->engine) != ST_OK || engine_serve(s->engine, &s->memory, &w, log) != ST_OK ||
         metrics_compute(&m, log, w.n, &limits) != ST_OK)
         return luaL_error(L, "%s", fail_message());
 
