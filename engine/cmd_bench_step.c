@@ -14,7 +14,9 @@
  * to: on cuda a step before the timed ones sees which (random weights send tokens to fewer than
  * chance would); on sim as many as independent choices hit on average.
  * Both ceilings are the device's own: measured in the same process on cuda, from the data sheet on
- * sim. With 8-bit activations operations of linears count half, such units being twice as fast. */
+ * sim. With 8-bit activations operations of linears count half, such units being twice as fast.
+ * serial_us is the same of each operation by itself, added up: one that waits for the last bytes of
+ * the one before cannot hide its arithmetic under them. */
 #include "cli.h"
 #include "engine.h"
 #include "made_batch.h"
@@ -148,30 +150,50 @@ static status expert_share(engine *e, made_batch *s, double *share) {
     return st;
 }
 
-/* Bytes of weights that a step of n tokens reads on one rank, and operations of its products. */
-static void count_weights(const model_config *c, const model_weights *w, int64_t n, int64_t n_seqs,
-                          double share, double *bytes, double *flops) {
-    *bytes = (double)w->head.bytes + (double)w->norm.bytes + (double)n * c->dim * 2;
-    *flops = 2.0 * (double)n_seqs * (double)w->head.n * w->head.k;
+/* What a step must do: bytes read, operations, and us of its operations one after another, each at
+ * the longer of its bytes' and its arithmetic's time. */
+typedef struct {
+    double read_gbs, matrix_tflops;
+    double bytes, flops, serial_us;
+} step_work;
+
+static double roofline_us(const step_work *w, double bytes, double flops) {
+    return fmax(bytes / w->read_gbs * 1e-3, flops / w->matrix_tflops * 1e-6);
+}
+
+static void add_operation(step_work *w, double bytes, double flops) {
+    w->bytes += bytes;
+    w->flops += flops;
+    w->serial_us += roofline_us(w, bytes, flops);
+}
+
+/* Products of n tokens on one rank; units for 8-bit activations are twice as fast. */
+static void add_weights(step_work *w, const engine *e, int64_t n, int64_t n_seqs, double share) {
+    const model_config *c = engine_config(e);
+    const model_weights *all = forward_weights(engine_forward((engine *)e));
+    const double each = engine_precision(e)->act != AF_16 ? 1 : 2;
+    add_operation(w, (double)all->norm.bytes + (double)n * c->dim * 2, 0);
+    add_operation(w, (double)all->head.bytes,
+                  each * (double)n_seqs * (double)all->head.n * all->head.k);
     for (int32_t l = 0; l < c->n_layers; l++) {
-        const layer_weights *layer = &w->layer[l];
+        const layer_weights *layer = &all->layer[l];
 #define X(field, ...)                                                                              \
     {                                                                                              \
         const weight *x = &layer->field;                                                           \
         const bool experts = x->count > 1;                                                         \
-        *bytes += (experts ? share : 1) * (double)x->bytes;                                        \
-        if (x->n > 1) *flops += 2.0 * (double)n * (experts ? c->top_k : 1) * (double)x->n * x->k;  \
+        const double rows = x->n > 1 ? (double)n * (experts ? c->top_k : 1) : 0;                   \
+        add_operation(w, (experts ? share : 1) * (double)x->bytes,                                 \
+                      each * rows * (double)x->n * x->k);                                          \
     }
 #include "layer.def"
 #undef X
     }
 }
 
-/* Bytes of KV that are read, and operations of the scores and sums, of all ranks. */
-static void count_attention(const model_config *c, const precision *p, const step_shape *s,
-                            double *bytes, double *flops) {
+/* KV that is read, and operations of the scores and sums, by one of tp ranks. */
+static void add_attention(step_work *w, const model_config *c, const precision *p,
+                          const step_shape *s, int64_t tp) {
     const int32_t n_seqs = s->n_seqs, ctx = s->ctx, n_new = s->n_new;
-    *bytes = *flops = 0;
     for (int32_t l = 0; l < c->n_layers; l++) {
         const kv_pair f = precision_kv(p, l);
         const int64_t row = kv_format_bytes((kv_format)f.k, c->head_dim) +
@@ -179,8 +201,8 @@ static void count_attention(const model_config *c, const precision *p, const ste
         const double window = c->window[l] ? fmin(c->window[l] + n_new - 1, ctx) : ctx;
         const double seen =
             c->window[l] ? fmin(c->window[l], ctx - (n_new - 1) / 2.0) : ctx - (n_new - 1) / 2.0;
-        *bytes += (double)n_seqs * window * c->n_kv_heads * (double)row;
-        *flops += 4.0 * n_seqs * n_new * seen * c->n_heads * c->head_dim;
+        add_operation(w, (double)n_seqs * window * c->n_kv_heads * (double)row / (double)tp,
+                      4.0 * n_seqs * n_new * seen * c->n_heads * c->head_dim / (double)tp);
     }
 }
 
@@ -191,7 +213,7 @@ static int32_t pages_of(const step_shape *s) {
 }
 
 static void print_step(const arguments *a, const engine *e, const step_shape *s, const double us[3],
-                       double share, double bytes, double flops) {
+                       double share, const step_work *w) {
     char name[PRECISION_NAME_MAX];
     char clocks[112] = ""; /* right after the last step */
     nvml_state gpu;
@@ -200,41 +222,40 @@ static void print_step(const arguments *a, const engine *e, const step_shape *s,
                  a->json ? ",\"sm_clock_mhz\":%d,\"power_w\":%.0f,\"throttle_bits\":%lld"
                          : "; SM clock %d MHz, %.0f W, throttle bits %lld",
                  gpu.sm_clock_mhz, gpu.power_mw * 1e-3, (long long)gpu.throttle_bits);
-    const double read_us = bytes / a->read_gbs * 1e-3;
-    const double matrix_us = flops / a->matrix_tflops * 1e-6, roof = fmax(read_us, matrix_us);
+    const double roof = roofline_us(w, w->bytes, w->flops);
     const char *model = engine_config(e)->name;
     precision_name(engine_precision(e), name);
     if (a->json)
         printf("{\"kind\":\"step\",\"model\":\"%s\",\"precision\":\"%s\",\"batch\":%d,\"ctx\":%d,"
                "\"new\":%d,\"us\":%.1f,\"us_p25\":%.1f,\"us_p75\":%.1f,\"roofline_us\":%.1f,"
-               "\"ratio\":%.3f,\"bytes\":%.0f,\"flops\":%.0f,\"experts_share\":%.3f,"
+               "\"ratio\":%.3f,\"serial_us\":%.1f,\"bytes\":%.0f,\"flops\":%.0f,"
+               "\"experts_share\":%.3f,"
                "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f%s}\n",
                model, name, s->n_seqs, s->ctx, s->n_new, us[0], us[1], us[2], roof, us[0] / roof,
-               bytes, flops, share, a->read_gbs, a->matrix_tflops, clocks);
+               w->serial_us, w->bytes, w->flops, share, a->read_gbs, a->matrix_tflops, clocks);
     else
         printf(
             "%-18s %-14s batch %4d ctx %6d new %5d  %9.1f us (%.1f .. %.1f)  roofline %9.1f us  "
-            "ratio %.3f  (%.3g bytes, %.3g operations, experts %.2f, %.0f GB/s, %.0f TFLOP/s%s)\n",
+            "ratio %.3f  (of operations in turn %.3f; %.3g bytes, %.3g operations, experts %.2f, "
+            "%.0f GB/s, %.0f TFLOP/s%s)\n",
             model, name, s->n_seqs, s->ctx, s->n_new, us[0], us[1], us[2], roof, us[0] / roof,
-            bytes, flops, share, a->read_gbs, a->matrix_tflops, clocks);
+            us[0] / w->serial_us, w->bytes, w->flops, share, a->read_gbs, a->matrix_tflops, clocks);
     fflush(stdout);
 }
 
 static status one_step(const arguments *a, engine *e, const step_shape *s) {
     const model_config *c = engine_config(e);
     made_batch b = {0};
-    double us[3], share, bytes, flops, kv_bytes, kv_flops;
+    double us[3], share;
     status st =
         made_batch_open(&b, s->n_seqs, s->ctx, s->n_new, engine_capacity(e)->n_pages, c->vocab);
     if (st == ST_OK) st = expert_share(e, &b, &share);
     if (st == ST_OK) st = time_steps(e, &b.b, b.drawn, (int32_t)a->steps, us);
     if (st == ST_OK) {
-        const int32_t n = s->n_seqs * s->n_new;
-        count_weights(c, forward_weights(engine_forward(e)), n, s->n_seqs, share, &bytes, &flops);
-        count_attention(c, engine_precision(e), s, &kv_bytes, &kv_flops);
-        if (engine_precision(e)->act != AF_16) flops /= 2;
-        print_step(a, e, s, us, share, bytes + kv_bytes / (double)a->tp,
-                   flops + kv_flops / (double)a->tp);
+        step_work w = {.read_gbs = a->read_gbs, .matrix_tflops = a->matrix_tflops};
+        add_weights(&w, e, s->n_seqs * s->n_new, s->n_seqs, share);
+        add_attention(&w, c, engine_precision(e), s, a->tp);
+        print_step(a, e, s, us, share, &w);
     }
     made_batch_close(&b);
     return st;

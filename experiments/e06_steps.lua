@@ -3,7 +3,8 @@
 --- A decode step of 1, 16 and 64 sequences of 4096 tokens and a prefill of 8192 tokens (of as
 --- many as the model reads, if fewer), with random weights made in the format, against the
 --- roofline: the bytes that the step must read over the read ceiling, or its operations over the
---- matrix rate, whichever is longer. On the simulator, the default, step and ceilings are
+--- matrix rate, whichever is longer; and beside it the same of each operation by itself, added up
+--- (serial_us). On the simulator, the default, step and ceilings are
 --- predicted from the data sheet; `amalgam run e06 --device cuda` measures all three in one
 --- process on the GPU at hand.
 
@@ -49,6 +50,7 @@ return {
       local name = line.new > 1 and "prefill" or ("b%d"):format(math.tointeger(line.batch))
       metrics[name .. "_us"] = line.us
       metrics[name .. "_roofline_us"] = line.roofline_us
+      metrics[name .. "_serial_us"] = line.serial_us
       metrics[name .. "_roofline_share"] = line.roofline_us / line.us
       metrics.read_gb_per_s, metrics.matrix_tflops = line.read_gb_per_s, line.matrix_tflops
       if line.new > 1 then metrics.prefill_tokens = line.new end
