@@ -1634,25 +1634,48 @@ status launch(const attention_problem *p) {
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }
 
+// Pairs of formats with an instance of their own. An instance is two seconds of compiling, so sizes
+// of no usual model, and on GPUs without bulk copies FP8, whose conversion is no instruction there,
+// and 8 with 4 bits have what serves any pair of codes.
+template <int D, bool BULK> constexpr bool own_instance(kv_class c) {
+    return c >= CODES || (D <= 128 && (c == KV_4 || c == KV_8)) || (D == 128 && BULK);
+}
+
 template <int D, int H, bool BULK> status launch_formats(const attention_problem *p) {
     const kv_format k = p->c.k, v = p->c.v;
     const bool half = p->l.type == DT_F16;
-    if (k == KF_4 && v == KF_4) return launch<D, H, KV_4, __half, BULK>(p);
-    if (k == KF_8 && v == KF_8) return launch<D, H, KV_8, __half, BULK>(p);
-    if (k == KF_FP8 && v == KF_FP8) return launch<D, H, KV_FP8, __half, BULK>(p);
-    if (k == KF_8 && v == KF_4) return launch<D, H, K8_V4, __half, BULK>(p);
-    if (k != KF_16 && v != KF_16) return launch<D, H, CODES, __half, BULK>(p);
-    if (k == KF_16 && v == KF_16)
+    const kv_class c = k == KF_16 && v == KF_16     ? KV_16
+                       : k == KF_16 || v == KF_16   ? ANY
+                       : k == KF_4 && v == KF_4     ? KV_4
+                       : k == KF_8 && v == KF_8     ? KV_8
+                       : k == KF_FP8 && v == KF_FP8 ? KV_FP8
+                       : k == KF_8 && v == KF_4     ? K8_V4
+                                                    : CODES;
+    switch (own_instance<D, BULK>(c) ? c : CODES) {
+#define OF(C) own_instance<D, BULK>(C) ? C : CODES
+    case KV_4: return launch<D, H, OF(KV_4), __half, BULK>(p);
+    case KV_8: return launch<D, H, OF(KV_8), __half, BULK>(p);
+    case KV_FP8: return launch<D, H, OF(KV_FP8), __half, BULK>(p);
+    case K8_V4: return launch<D, H, OF(K8_V4), __half, BULK>(p);
+#undef OF
+    case CODES: return launch<D, H, CODES, __half, BULK>(p);
+    case KV_16:
         return half ? launch<D, H, KV_16, __half, BULK>(p)
                     : launch<D, H, KV_16, __nv_bfloat16, BULK>(p);
-    return half ? launch<D, H, ANY, __half, BULK>(p) : launch<D, H, ANY, __nv_bfloat16, BULK>(p);
+    default:
+        return half ? launch<D, H, ANY, __half, BULK>(p)
+                    : launch<D, H, ANY, __nv_bfloat16, BULK>(p);
+    }
 }
 
+// attention_tile_heads, or 4 where a group has no more.
 template <int D, bool BULK> status launch_heads(const attention_problem *p) {
     const int ratio = p->l.n_heads / p->l.n_kv_heads;
-    if constexpr (D <= 128)
+    if constexpr (D == 128)
         if (ratio > 8) return launch_formats<D, 16, BULK>(p);
-    return ratio > 4 ? launch_formats<D, 8, BULK>(p) : launch_formats<D, 4, BULK>(p);
+    if constexpr (D != 64)
+        if (ratio <= 4) return launch_formats<D, 4, BULK>(p);
+    return launch_formats<D, 8, BULK>(p);
 }
 
 template <bool BULK> status launch_sizes(const attention_problem *p) {

@@ -70,7 +70,7 @@ typedef struct {
 
 /* Heads of a group that one pass over its K and V serves: columns of the mma tile. */
 static inline int32_t attention_tile_heads(int32_t ratio, int32_t head_dim) {
-    return ratio > 8 && head_dim <= 128 ? 16 : 8;
+    return ratio > 8 && head_dim == 128 ? 16 : 8;
 }
 /* Blocks of a decode's launch: two an SM. */
 static inline int32_t attention_decode_blocks(int32_t n_sms) {
