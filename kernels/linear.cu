@@ -115,9 +115,7 @@ struct preference {
 const preference preferences[] = {
     {90, 8, 62, "short_8"},
     {90, 16, 62, "short_16"},
-    {90, 8, 62, "hopper_8x1"},
     {90, 8, 62, "hopper_8x2"},
-    {90, 16, 62, "hopper_16x1"},
     {90, 16, 62, "hopper_16x2"},
     {90, 32, 26, "short_32"},
     {90, 32, 62, "mid_32"},

@@ -18,37 +18,33 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// The explicit list, of 4 bits what linear_mid.cu does not have: format, type, x rows of a tile (N
+// The explicit list, of codes what linear_mid.cu does not have: format, type, x rows of a tile (N
 // of the wgmma), blocks of a warpgroup, units of a step, scale granule (0: none), KB of shared
 // memory, CTAs that must fit an SM, CTAs of the grid an SM.
-#define HOPPER_TILES_4(X, F, T, G)                                                                 \
-    X(F, T, 8, 1, 4, G, 100, 2, 2)                                                                 \
-    X(F, T, 8, 2, 2, G, 100, 2, 2)                                                                 \
-    X(F, T, 16, 1, 4, G, 100, 2, 2)                                                                \
-    X(F, T, 16, 2, 2, G, 100, 2, 2)
-#define HOPPER_TILES_8(X, F, T, G)                                                                 \
-    X(F, T, 8, 2, 1, G, 100, 2, 2)                                                                 \
-    X(F, T, 16, 2, 1, G, 100, 2, 2)                                                                \
-    X(F, T, 32, 2, 1, G, 210, 1, 1)                                                                \
-    X(F, T, 64, 2, 1, G, 210, 1, 1)
+#define HOPPER_TILES(X, F, T, KU, G)                                                               \
+    X(F, T, 8, 2, KU, G, 100, 2, 2) X(F, T, 16, 2, KU, G, 100, 2, 2)
+#define HOPPER_TILES_16(X, T)                                                                      \
+    HOPPER_TILES(X, 16, T, 1, 0)                                                                   \
+    X(16, T, 32, 2, 1, 0, 210, 1, 1)                                                               \
+    X(16, T, 64, 2, 1, 0, 210, 1, 1)
 #ifndef HOPPER_INSTANCES
 #define HOPPER_INSTANCES(X)                                                                        \
-    HOPPER_TILES_4(X, INT4, F16, 128)                                                              \
-    HOPPER_TILES_4(X, INT4, BF16, 128)                                                             \
-    HOPPER_TILES_4(X, INT4, F16, 64)                                                               \
-    HOPPER_TILES_4(X, INT4, BF16, 64)                                                              \
-    HOPPER_TILES_4(X, INT4, F16, 32)                                                               \
-    HOPPER_TILES_4(X, INT4, BF16, 32)                                                              \
-    HOPPER_TILES_4(X, MXFP4, F16, 32)                                                              \
-    HOPPER_TILES_4(X, MXFP4, BF16, 32)                                                             \
-    HOPPER_TILES_8(X, INT8, F16, 0)                                                                \
-    HOPPER_TILES_8(X, INT8, BF16, 0)                                                               \
-    HOPPER_TILES_8(X, FP8, F16, 0)                                                                 \
-    HOPPER_TILES_8(X, FP8, BF16, 0)                                                                \
-    HOPPER_TILES_8(X, FP8B, F16, 128)                                                              \
-    HOPPER_TILES_8(X, FP8B, BF16, 128)                                                             \
-    HOPPER_TILES_8(X, 16, F16, 0)                                                                  \
-    HOPPER_TILES_8(X, 16, BF16, 0)
+    HOPPER_TILES(X, INT4, F16, 2, 128)                                                             \
+    HOPPER_TILES(X, INT4, BF16, 2, 128)                                                            \
+    HOPPER_TILES(X, INT4, F16, 2, 64)                                                              \
+    HOPPER_TILES(X, INT4, BF16, 2, 64)                                                             \
+    HOPPER_TILES(X, INT4, F16, 2, 32)                                                              \
+    HOPPER_TILES(X, INT4, BF16, 2, 32)                                                             \
+    HOPPER_TILES(X, MXFP4, F16, 2, 32)                                                             \
+    HOPPER_TILES(X, MXFP4, BF16, 2, 32)                                                            \
+    HOPPER_TILES(X, INT8, F16, 1, 0)                                                               \
+    HOPPER_TILES(X, INT8, BF16, 1, 0)                                                              \
+    HOPPER_TILES(X, FP8, F16, 1, 0)                                                                \
+    HOPPER_TILES(X, FP8, BF16, 1, 0)                                                               \
+    HOPPER_TILES(X, FP8B, F16, 1, 128)                                                             \
+    HOPPER_TILES(X, FP8B, BF16, 1, 128)                                                            \
+    HOPPER_TILES_16(X, F16)                                                                        \
+    HOPPER_TILES_16(X, BF16)
 #endif
 
 namespace {
@@ -284,8 +280,6 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     while (walk.next(s)) {
         constexpr bool kMma = NT <= kMmaRows;
         float acc[R][NT / 2] = {};
-        constexpr bool kOdd = kMma && R == 1; // odd atoms apart, for shorter chains of mma.sync
-        float odd[kOdd ? NT / 2 : 1] = {};
         uint32_t a[2][4][4];
         int last = -1; // the stage that the wgmmas in flight may still read
         for (int step = s.step0; step < s.step1; step++) {
@@ -327,8 +321,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                                 if constexpr (kMma)
 #pragma unroll
                                     for (int t = 0; t < NT / 8; t++)
-                                        multiply(kOdd && j % 2 ? &odd[4 * t] : &acc[r][4 * t], f[j],
-                                                 b[j][t][0], b[j][t][1], T{});
+                                        multiply(&acc[r][4 * t], f[j], b[j][t][0], b[j][t][1], T{});
                             }
                             // 16-bit codes are fragments as they are: a load before the wait
                             // would fall on registers that a wgmma in flight still reads.
@@ -370,10 +363,6 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                 stage_at = base_at;
                 scale_at = scale_in;
             }
-        }
-        if constexpr (kOdd) {
-#pragma unroll
-            for (int i = 0; i < NT / 2; i++) acc[0][i] += odd[i];
         }
         if constexpr (!kMma) {
             group_wait<0>();
