@@ -252,7 +252,7 @@ static status ask(engine *e, const tokenizer *t, arena *a, question *q, int32_t 
         TRY(corpus_task_make(a, kind, corpus_task_defaults(), seed, i, &q[i].task));
         TRY(tokenizer_encode(t, q[i].task.prompt, q[i].task.prompt_bytes, TOKENIZER_PARSE_SPECIAL,
                              &q[i].prompt));
-        output_open(&q[i].out, t, NULL, 0);
+        output_open(&q[i].out, t, NULL, 0, true);
         const request r = {.id = i,
                            .prompt = q[i].prompt.data,
                            .n_prompt = (int32_t)q[i].prompt.length,

@@ -7,6 +7,7 @@
 #include "load.h"
 #include "metrics.h"
 #include "server.h"
+#include "utf8.h"
 
 #include <curl/curl.h>
 #include <netinet/in.h>
@@ -377,6 +378,84 @@ static void draws_follow_the_seed(void **state) {
     assert_int_equal(json_array_size(at(l, "text_offset")), 24);
     assert_int_equal(json_object_size(json_array_get(at(l, "top_logprobs"), 0)), 3);
     for (int32_t i = 0; i < 3; i++) json_decref(v[i]);
+}
+
+/* Characters of the first n bytes. */
+static json_int_t count_chars(const char *s, size_t n) {
+    json_int_t chars = 0;
+    for (size_t i = 0; i < n; i++) chars += (s[i] & 0xC0) != 0x80;
+    return chars;
+}
+
+/* Offsets count characters: at each of them the text goes on with its token, where that is plain
+ * ASCII. Bytes are those of the text, where characters are split over tokens, too. */
+static void tokens_are_found_in_the_text(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{%s,\"max_tokens\":300,\"seed\":11,\"ignore_eos\":true,"
+                              "\"return_token_ids\":true,\"logprobs\":%s}";
+    char body[512];
+    snprintf(body, sizeof body, ask, "\"prompt\":\"x\"", "1");
+    json_t *v = call_json(f->url, "/v1/completions", body, 200);
+    const char *s = words(at(choice(v, 0), "text"));
+    const json_t *l = at(choice(v, 0), "logprobs");
+    int32_t n_found = 0, n_shifted = 0;
+    for (size_t i = 0; i < json_array_size(at(l, "tokens")); i++) {
+        const char *token = words(json_array_get(at(l, "tokens"), i));
+        const json_int_t offset = json_integer_value(json_array_get(at(l, "text_offset"), i));
+        if (token[0] == '<' || count_chars(token, strlen(token)) != (json_int_t)strlen(token))
+            continue;
+        const char *here = s;
+        for (json_int_t k = 0; k < offset; k++)
+            while ((*++here & 0xC0) == 0x80) {
+            }
+        n_found += strncmp(here, token, strlen(token)) == 0;
+        n_shifted += here - s != offset && strncmp(here, token, strlen(token)) == 0;
+    }
+    assert_true(n_found > 100);
+    assert_true(n_shifted > 50); /* the twin: as bytes those offsets are wrong */
+    json_decref(v);
+
+    snprintf(body, sizeof body, ask, "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]",
+             "true");
+    v = call_json(f->url, "/v1/chat/completions", body, 200);
+    l = at(at(choice(v, 0), "logprobs"), "content");
+    text bytes = {0}, repaired = {0};
+    for (size_t i = 0; i < json_array_size(l); i++) {
+        const json_t *id = json_array_get(at(choice(v, 0), "token_ids"), i),
+                     *list = at(json_array_get(l, i), "bytes");
+        if (tokenizer_is_special(f->tok, (int32_t)json_integer_value(id))) continue;
+        for (size_t k = 0; k < json_array_size(list); k++)
+            text_bytes(&bytes, &(char){(char)json_integer_value(json_array_get(list, k))}, 1);
+    }
+    utf8_repair(&repaired, bytes.data, bytes.length);
+    assert_string_equal(repaired.data, words(at(at(choice(v, 0), "message"), "content")));
+    assert_false(utf8_valid(bytes.data, bytes.length)); /* there were parts of characters */
+    text_free(&bytes);
+    text_free(&repaired);
+    json_decref(v);
+}
+
+/* The end tokens of the tokenizer's files end a text as well, unless none shall. */
+static void the_tokenizer_knows_ends(void **state) {
+    (void)state;
+    tokenizer *tok;
+    assert_ok(tokenizer_open(&tok, "workloads/tiny"));
+    const api_model m = {.model = "tiny", .tok = tok, .ctx_max = 100, .vocab = 2048, .n_max = 1};
+    int32_t n;
+    const int32_t *eos = tokenizer_eos(tok, &n);
+    assert_true(n > 0);
+    static const char *const asks[] = {"{\"prompt\":\"a\",\"stop_token_ids\":[7]}",
+                                       "{\"prompt\":\"a\",\"stop_token_ids\":[7],"
+                                       "\"ignore_eos\":true}"};
+    for (int32_t i = 0; i < 2; i++) {
+        api_request r;
+        assert_ok(api_parse(&r, &m, false, asks[i], strlen(asks[i]), 1));
+        assert_int_equal(r.n_stop_tokens, i ? 1 : 1 + n);
+        assert_int_equal(r.stop_token[0], 7);
+        for (int32_t k = 1; k < r.n_stop_tokens; k++) assert_int_equal(r.stop_token[k], eos[k - 1]);
+        api_request_free(&r);
+    }
+    tokenizer_close(tok);
 }
 
 /* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
@@ -1146,6 +1225,8 @@ int main(void) {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(draws_follow_the_seed),
+        cmocka_unit_test(tokens_are_found_in_the_text),
+        cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(what_is_wrong_is_said),
