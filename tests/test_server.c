@@ -981,6 +981,27 @@ static int run_command(const char *line, text *said) {
     return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
 }
 
+/* Commands of C and of Lua, with more and with less than a buffer of output. */
+static void what_cannot_be_written_is_said(void **state) {
+    (void)state;
+    static const char *const commands[] = {"formats", "corpus --bytes 100000", "run e03 --list",
+                                           "tokenize --model workloads/tiny --text x"};
+    const char *binary = getenv("AMALGAM_BINARY");
+    char line[512];
+    text said = {0};
+    for (int32_t i = 0; i < COUNT_OF(commands); i++) {
+        snprintf(line, sizeof line, "%s %s 2>&1 >/dev/full", binary ? binary : "build/amalgam",
+                 commands[i]);
+        assert_int_equal(run_command(line, &said), 1);
+        assert_non_null(strstr(said.data, "amalgam: standard output"));
+        snprintf(line, sizeof line, "%s %s 2>&1 >/dev/null", binary ? binary : "build/amalgam",
+                 commands[i]);
+        assert_int_equal(run_command(line, &said), 0);
+        assert_int_equal(said.length, 0);
+    }
+    text_free(&said);
+}
+
 static void check_result_keys(const char *path) {
     json_t *result;
     assert_ok(json_file(&result, path));
@@ -1276,6 +1297,7 @@ int main(void) {
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
+        cmocka_unit_test(what_cannot_be_written_is_said),
         cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };
