@@ -110,6 +110,21 @@ test.case("rows hold what DESIGN says", function()
   test.equal(row.metrics.time_ms, row.key.a * 10)
 end)
 
+test.case("two runs at once do each point once", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(_, point)
+    local until_s = os.clock() + 0.2
+    while os.clock() < until_s do end
+    return { status = "ok", metrics = { x = point.a } }
+  end }]])
+  local command = ("'%s' --root '%s' run %s --results %s/both --jobs 1 > %s/said%%d 2>&1"):format(
+    os.getenv("AMALGAM_BINARY") or "build/amalgam", identity.root, path, dir, dir)
+  os.execute(("%s & %s; wait"):format(command:format(1), command:format(2)))
+  test.equal(#amalgam.rows(file_of("both")), 5, "rows")
+  test.contains(amalgam.read_file(dir .. "/said1") .. amalgam.read_file(dir .. "/said2"),
+    "another run adds to these rows")
+end)
+
 test.case("a torn last line costs its own point only", function()
   local path = write(HEAD .. BODY .. RUN)
   run(path, "torn")
