@@ -314,6 +314,26 @@ test.case("compare refuses another definition and names what is missing", functi
   test.equal((compared(base)), 2)
 end)
 
+test.case("compare takes git's names for versions, and names those that there are", function()
+  local git = io.popen("git rev-parse --short=12 HEAD 2>/dev/null")
+  local head = git and git:read("l")
+  if git then git:close() end
+  local row = amalgam.json_encode({ experiment = "e95", definition = "d", machine = "m", time = "1",
+    origin = "predicted", status = "ok", key = { p = 1 }, metrics = { x_ms = 1 } }) .. "\n"
+  amalgam.write_file(dir .. "/versions/e95/m/0123abcd0123.jsonl", row)
+  if head then
+    amalgam.write_file(("%s/versions/e95/m/%s.jsonl"):format(dir, head), row)
+    local status, said = compared("HEAD", "0123", "--results", dir .. "/versions")
+    test.equal(status, 0)
+    test.contains(said, "1 same")
+  end
+  local status, said = compared("0123", "nothing", "--results", dir .. "/versions")
+  test.equal(status, 2)
+  test.contains(said, "no rows of 'nothing'")
+  test.contains(said, "0123abcd0123")
+  test.equal((compared("0123", "'; echo", "--results", dir .. "/versions")), 2)
+end)
+
 test.case("compare takes predictions exactly", function()
   local function predicted(path, x)
     amalgam.write_file(path, amalgam.json_encode({ experiment = "e92", definition = "d",
