@@ -431,9 +431,9 @@ static void accept_job(service *s, job *j) {
         end_job(s, j, ST_INTERRUPTED, "the client went away");
         return;
     }
-    if (j->n_choices > s->max_requests) /* no 429: to come again would be in vain */
-        st = FAIL(ST_RANGE, "%d answers in a request; this server holds %d", j->n_choices,
-                  s->max_requests);
+    const int32_t most = sched_holds(engine_sched(s->engine));
+    if (j->n_choices > most) /* no 429: to come again would be in vain */
+        st = FAIL(ST_RANGE, "%d answers in a request; this server takes %d", j->n_choices, most);
     for (int32_t i = 0; st == ST_OK && i < j->n_choices; i++) st = submit_choice(s, &j->choice[i]);
     if (st != ST_OK) {
         char why[256];
