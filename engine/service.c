@@ -414,7 +414,7 @@ static void publish(service *s) {
         c->finish = c->ending;
         /* Only the last of its choices in the list may end a job: the others point to it. */
         const bool ends = j->accepted && j->n_finished == j->n_choices && j->n_touched == 0;
-        if (!ends && j->request.stream) wake(j); /* others want only the end */
+        if (!ends && j->accepted && j->request.stream) wake(j); /* others want only the end */
         pthread_mutex_unlock(&j->lock);
         if (!ends) continue;
         const bool gone = atomic_load(&j->cancelled);

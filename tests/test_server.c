@@ -817,6 +817,71 @@ static void a_full_queue_is_429(void **state) {
     close_fixture(&f, 5);
 }
 
+/* A job, and whether it was ever woken before it was known whether it is taken. */
+typedef struct {
+    job *j;
+    bool early;
+} watched;
+
+static void note_wake(void *user) { /* with the job's lock held */
+    watched *w = user;
+    w->early |= !w->j->accepted && !w->j->done;
+    w->j->waiting = true;
+}
+
+static void submit_watched(const fixture *f, watched *w, int32_t n, int32_t max_new) {
+    char body[160];
+    api_request r;
+    const api_model m = {
+        .model = "tiny", .tok = f->tok, .ctx_max = 16384, .vocab = 1005, .n_max = 8};
+    snprintf(body, sizeof body,
+             "{\"prompt\":\"a\",\"stream\":true,\"ignore_eos\":true,\"n\":%d,\"max_tokens\":%d}", n,
+             max_new);
+    assert_ok(api_parse(&r, &m, false, body, strlen(body), 1));
+    *w = (watched){0};
+    assert_ok(job_new(&w->j, &r, f->tok, note_wake, w));
+    w->j->waiting = true;
+    service_submit(f->service, w->j);
+}
+
+static status wait_watched(watched *w) {
+    for (bool done = false; !done;) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000L}, NULL);
+        pthread_mutex_lock(&w->j->lock);
+        done = w->j->done;
+        pthread_mutex_unlock(&w->j->lock);
+    }
+    return w->j->st;
+}
+
+/* A stream whose first answer is taken and whose second is refused begins with 429: it must not be
+ * woken for the cancellation of the first, or else 200 goes out. */
+static void a_stream_begins_when_all_of_it_is_taken(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 4, NULL);
+    watched filler[4], w;
+    submit_watched(&f, &filler[0], 1, 12000);
+    wait_metric(f.url, "vllm:num_requests_running", 1, 20);
+    for (int32_t i = 1; i < 4; i++) submit_watched(&f, &filler[i], 1, 12000);
+    wait_metric(f.url, "vllm:num_requests_waiting", 3, 20);
+    submit_watched(&f, &w, 3, 4);
+    assert_int_equal(wait_watched(&w), ST_OOM);
+    assert_false(w.early);
+    job_release(w.j);
+    for (int32_t i = 0; i < 4; i++) {
+        service_cancel(f.service, filler[i].j);
+        (void)wait_watched(&filler[i]);
+        assert_false(filler[i].early);
+        job_release(filler[i].j);
+    }
+    submit_watched(&f, &w, 3, 4); /* and when there is room it streams */
+    assert_ok(wait_watched(&w));
+    assert_int_equal(w.j->choice[2].n_ready, 4);
+    job_release(w.j);
+    close_fixture(&f, 5);
+}
+
 static void the_key_is_wanted(void **state) {
     (void)state;
     fixture f;
@@ -1297,6 +1362,7 @@ int main(void) {
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_full_queue_is_429),
+        cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
