@@ -519,7 +519,7 @@ static int l_bench_serve(lua_State *L) {
     if (dir && tokenizer_open(&s->tokenizer, dir) != ST_OK)
         return luaL_error(L, "%s", fail_message());
     o.tok = s->tokenizer;
-    char name[128];
+    char name[LOAD_NAME_MAX];
     int32_t vocab = 0;
     opt_i32(L, 1, "vocab", 0, 1 << 24, &vocab);
     if (!vocab && dir) vocab = tokenizer_vocab_size(s->tokenizer);
