@@ -982,6 +982,7 @@ static pid_t start_command(const char *model, FILE **said) {
     const char *binary = getenv("AMALGAM_BINARY");
     const pid_t pid = fork();
     if (pid == 0) {
+        signal(SIGINT, SIG_DFL); /* a shell's background job inherits that it is ignored */
         dup2(out[1], STDOUT_FILENO);
         close(out[0]);
         close(out[1]);
