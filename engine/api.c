@@ -265,7 +265,7 @@ static status take_stops(api_request *r, const api_model *m, const json_t *body)
     const size_t n = json_is_array(v) ? json_array_size(v) : v ? 1 : 0;
     if (n > API_STOPS_MAX) return FAIL(ST_RANGE, "'stop': more than %d strings", API_STOPS_MAX);
     r->stop = mem_alloc(n + 1, sizeof *r->stop);
-    r->stop_token = mem_alloc(API_STOP_TOKENS_MAX, sizeof *r->stop_token);
+    r->stop_token = mem_alloc(API_STOP_TOKENS_MAX + TOKENIZER_EOS_MAX, sizeof *r->stop_token);
     if (!r->stop || !r->stop_token) return FAIL(ST_NOMEM, "stop strings");
     for (size_t i = 0; i < n; i++) TRY(add_stop(r, json_is_array(v) ? json_array_get(v, i) : v));
     if (!list) return ST_OK;
@@ -278,6 +278,13 @@ static status take_stops(api_request *r, const api_model *m, const json_t *body)
         r->stop_token[r->n_stop_tokens++] = all.data[i];
     ids_free(&all);
     return st;
+}
+
+/* What the tokenizer's files name as the end of a text ends one; config.json need not have it. */
+static void add_end_tokens(api_request *r, const api_model *m) {
+    int32_t n = 0;
+    const int32_t *eos = m->tok && !r->ignore_eos ? tokenizer_eos(m->tok, &n) : NULL;
+    for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
 /* Output tokens of each prompt: what was asked for, or (chat) what the context leaves. */
@@ -382,6 +389,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(take_sampling(r, body, seed));
     TRY(take_logprobs(r, body));
     TRY(take_stops(r, m, body));
+    add_end_tokens(r, m);
     TRY(r->chat ? take_messages(r, m, body) : take_prompts(r, m, body));
     return take_max_new(r, m, body);
 }

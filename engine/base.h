@@ -84,7 +84,8 @@ void *mem_resize(void *old, size_t count, size_t size);
 void mem_free(void *p);
 
 /* Fault injection for tests: the n-th allocation from now (1 = the next one, arenas included)
- * fails, once. 0 switches off. Returns the number of allocations seen since the last call. */
+ * fails, once. 0 switches off. Returns the number of allocations since the last call, up to that
+ * one. */
 int64_t mem_fail_at(int64_t n);
 
 /* --- Strings that grow ------------------------------------------------------------------------ */

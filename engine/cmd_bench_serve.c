@@ -151,7 +151,7 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
                             .tok = *tok,
                             .max_concurrency = (int32_t)a->concurrency,
                             .timeout_s = a->timeout_s};
-    char model[128];
+    char model[LOAD_NAME_MAX];
     int32_t vocab = 0;
     const int32_t known = a->vocab ? (int32_t)a->vocab : *tok ? tokenizer_vocab_size(*tok) : 0;
     if (!a->model || !known) TRY(load_ask_model(model, sizeof model, &vocab, &o));

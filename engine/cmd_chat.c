@@ -139,7 +139,7 @@ static status turn(talk *t, const char *line) {
     ids prompt = {0};
     request_log log = {0};
     t->st = ST_OK;
-    output_open(&t->out, t->tok, NULL, 0);
+    output_open(&t->out, t->tok, NULL, 0, false);
     status st = add_message(t, "user", line, strlen(line));
     if (st == ST_OK) st = encode(t, &prompt);
     if (st == ST_OK) st = generate(t, &prompt, &log);

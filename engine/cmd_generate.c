@@ -83,7 +83,7 @@ static status generation_open(generation *g, const arguments *a) {
                     (long long)g->prompt.length, ctx_max);
     for (int32_t i = 0; i < a->stop.n; i++)
         if (!a->stop.item[i][0]) return FAIL(ST_USAGE, "--stop: an empty string ends nothing");
-    output_open(&g->out, g->tokenizer, a->stop.item, a->stop.n);
+    output_open(&g->out, g->tokenizer, a->stop.item, a->stop.n, true);
     return ST_OK;
 }
 

@@ -3,6 +3,7 @@
 #include "cli.h"
 #include "server.h"
 
+#include <semaphore.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -15,13 +16,29 @@ typedef struct {
     bool synthetic, no_prefix_cache;
 } arguments;
 
+enum { SECONDS_MAX = 1000000 };
+
 typedef struct {
     engine *engine;
     tokenizer *tok;
     chat_template *tpl;
     service *service;
     server *server;
+    char name[256];
 } parts;
+
+static sem_t ended; /* a signal has come that ends the server */
+
+static void on_end(int number) {
+    (void)number;
+    (void)sem_post(&ended);
+}
+
+static void end_on_signals(void (*handler)(int)) {
+    const struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+    (void)sigaction(SIGINT, &action, NULL);
+    (void)sigaction(SIGTERM, &action, NULL);
+}
 
 static status check(const arguments *a) {
     const struct {
@@ -47,8 +64,10 @@ static status check(const arguments *a) {
             return FAIL(ST_USAGE, "%s %lld is outside %lld to %lld", ranges[i].name,
                         (long long)ranges[i].value, (long long)ranges[i].lo,
                         (long long)ranges[i].hi);
-    if (!(a->request_timeout_s > 0) || !(a->grace_s >= 0))
-        return FAIL(ST_USAGE, "--request-timeout and --grace are seconds");
+    if (!(a->request_timeout_s > 0 && a->request_timeout_s <= SECONDS_MAX) ||
+        !(a->grace_s >= 0 && a->grace_s <= SECONDS_MAX))
+        return FAIL(ST_USAGE, "--request-timeout and --grace are seconds, %d at most", SECONDS_MAX);
+    if (a->api_key && !a->api_key[0]) return FAIL(ST_USAGE, "--api-key is empty");
     return ST_OK;
 }
 
@@ -88,8 +107,27 @@ static status choose_pages(const arguments *a, const char *dir, int32_t *pages) 
     return ST_OK;
 }
 
+/* The last part of the folder's path, also where a shell has completed it with a slash. */
+static const char *name_of(const char *model, char name[static 256]) {
+    size_t n = strlen(model);
+    while (n > 1 && model[n - 1] == '/') n--;
+    size_t from = n;
+    while (from > 0 && model[from - 1] != '/') from--;
+    snprintf(name, 256, "%.*s", (int)(n - from), model + from);
+    return name[0] ? name : model;
+}
+
 static status start(const arguments *a, parts *p) {
     char dir[1024];
+    server_options so = SERVER_OPTIONS_DEFAULT;
+    so.host = a->host;
+    so.port = (int32_t)a->port;
+    so.api_key = a->api_key;
+    so.max_body_bytes = a->max_body_mib << 20;
+    so.max_connections = (int32_t)a->max_connections;
+    so.request_timeout_s = a->request_timeout_s;
+    so.threads = (int32_t)a->http_threads;
+    TRY(server_check(&so)); /* before the weights are read, which takes minutes */
     TRY(model_dir(dir, sizeof dir, a->model));
     TRY(open_text(p, dir));
     engine_options o = ENGINE_OPTIONS_DEFAULT;
@@ -114,10 +152,7 @@ static status start(const arguments *a, parts *p) {
 
     int32_t n_eos = 0;
     const int32_t *eos = p->tok ? tokenizer_eos(p->tok, &n_eos) : NULL;
-    const char *slash = strrchr(a->model, '/');
-    const api_model m = {.model = a->name             ? a->name
-                                  : slash && slash[1] ? slash + 1
-                                                      : a->model,
+    const api_model m = {.model = a->name ? a->name : name_of(a->model, p->name),
                          .tok = p->tok,
                          .tpl = p->tpl,
                          .bos = piece_or_empty(p->tok, p->tok ? tokenizer_bos(p->tok) : -1),
@@ -125,14 +160,7 @@ static status start(const arguments *a, parts *p) {
                          .ctx_max = a->ctx && a->ctx < c->ctx_max ? (int32_t)a->ctx : c->ctx_max,
                          .vocab = c->vocab,
                          .n_max = (int32_t)a->max_n};
-    server_options so = SERVER_OPTIONS_DEFAULT;
-    so.host = a->host;
-    so.port = (int32_t)a->port;
-    so.api_key = a->api_key;
-    so.max_body_bytes = a->max_body_mib << 20;
-    so.max_connections = (int32_t)a->max_connections;
-    so.request_timeout_s = a->request_timeout_s;
-    so.threads = (int32_t)a->http_threads;
+    end_on_signals(on_end); /* while the model was loading they did what signals do */
     TRY(server_open(&p->server, &so, p->service, &m));
     const bool bare6 = strchr(a->host, ':') != NULL;
     char format[PRECISION_NAME_MAX];
@@ -151,19 +179,15 @@ static status run(const arguments *a) {
         files.rlim_cur = files.rlim_max;
         (void)setrlimit(RLIMIT_NOFILE, &files);
     }
-    sigset_t ends;
-    sigemptyset(&ends);
-    sigaddset(&ends, SIGTERM);
-    sigaddset(&ends, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ends, NULL); /* before any thread: all of them inherit it */
     parts p = {0};
+    (void)sem_init(&ended, 0, 0);
     const status st = start(a, &p);
     if (st == ST_OK) {
-        int signal;
-        sigwait(&ends, &signal);
+        while (sem_wait(&ended) != 0) {
+        }
         fprintf(stderr, "amalgam: shutting down, %d requests in flight; once more to stop now\n",
                 service_alive(p.service));
-        pthread_sigmask(SIG_UNBLOCK, &ends, NULL); /* the next one does what signals do */
+        end_on_signals(SIG_DFL); /* the next one ends all at once */
     }
     server_close(p.server, a->grace_s);
     service_close(p.service);

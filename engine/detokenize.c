@@ -283,6 +283,11 @@ void detokenize_close(detokenize_state *s) {
     *s = (detokenize_state){0};
 }
 
+void detokenize_continue(detokenize_state *s) {
+    s->started = true;
+    memset(s->strip, 0, sizeof s->strip); /* one that is not fused counts anew with each token */
+}
+
 status detokenize_push(detokenize_state *s, const detokenizer *d, const char *token, size_t n,
                        text *out) {
     run r = {d, s, out};
@@ -303,4 +308,25 @@ status detokenize_flush(detokenize_state *s, const detokenizer *d, text *out) {
     TRY(finish(&r));
     detokenize_reset(s, d);
     return ST_OK;
+}
+
+status detokenize_bytes(const detokenizer *d, const char *token, size_t n, text *out) {
+    for (int32_t i = 0; i < d->n_steps; i++) {
+        const int32_t byte =
+            d->steps[i].kind == DETOKENIZE_BYTE_FALLBACK ? fallback_byte(token, n) : -1;
+        if (d->steps[i].kind == DETOKENIZE_BYTE_LEVEL) {
+            hold_bytes(out, token, n);
+            return text_status(out);
+        }
+        if (byte < 0) continue;
+        text_bytes(out, &(char){(char)byte}, 1);
+        return text_status(out);
+    }
+    detokenize_state s = {0};
+    detokenize_reset(&s, d);
+    detokenize_continue(&s);
+    status st = detokenize_push(&s, d, token, n, out);
+    if (st == ST_OK) st = detokenize_flush(&s, d, out);
+    detokenize_close(&s);
+    return st;
 }

@@ -58,6 +58,9 @@ typedef struct {
 
 /* Ready for a new sequence, memory kept. Call it once on a zeroed state before the first push. */
 void detokenize_reset(detokenize_state *s, const detokenizer *d);
+/* The sequence goes on where another text ended: nothing is done to its beginning, so that the
+ * space stays that Strip or Metaspace would take. After a reset, before the first push. */
+void detokenize_continue(detokenize_state *s);
 void detokenize_close(detokenize_state *s); /* idempotent */
 
 /* Append what the token's text (n bytes of UTF-8) makes certain; after the last token, the rest.
@@ -65,6 +68,10 @@ void detokenize_close(detokenize_state *s); /* idempotent */
 status detokenize_push(detokenize_state *s, const detokenizer *d, const char *token, size_t n,
                        text *out);
 status detokenize_flush(detokenize_state *s, const detokenizer *d, text *out);
+
+/* Append the bytes that a token adds to a text that has begun, as they are: those of a part of a
+ * character are no UTF-8. */
+status detokenize_bytes(const detokenizer *d, const char *token, size_t n, text *out);
 
 #ifdef __cplusplus
 }

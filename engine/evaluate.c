@@ -96,6 +96,13 @@ static status check_text(engine *e, const int32_t *token, int64_t n, int32_t win
     return ST_OK;
 }
 
+/* A sum of logarithms of probabilities: everything that is no number in a model ends up in it. */
+static status check_sum(double sum) {
+    if (isfinite(sum)) return ST_OK;
+    return FAIL(ST_FORMAT, "the logits are no numbers: a weight or a scale is not finite, or the "
+                           "activations overflow");
+}
+
 status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
                            int32_t stride, perplexity_result *out) {
     *out = (perplexity_result){.nll = NAN, .perplexity = NAN};
@@ -111,6 +118,7 @@ status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t w
     }
     arena_close(&w.memory);
     TRY(st);
+    TRY(check_sum(sum));
     out->n_scored = n - 1;
     out->nll = -sum / (double)out->n_scored;
     out->perplexity = exp(out->nll);
@@ -186,6 +194,8 @@ status evaluate_agreement(engine *e, engine *reference, const int32_t *token, in
     arena_close(&x.memory);
     arena_close(&y.memory);
     TRY(st);
+    TRY(check_sum(r.perplexity));
+    TRY(check_sum(r.reference_perplexity));
     r.agreement /= (double)r.n;
     r.kl_nats /= (double)r.n;
     r.perplexity = exp(r.perplexity / (double)r.n);
@@ -252,7 +262,7 @@ static status ask(engine *e, const tokenizer *t, arena *a, question *q, int32_t 
         TRY(corpus_task_make(a, kind, corpus_task_defaults(), seed, i, &q[i].task));
         TRY(tokenizer_encode(t, q[i].task.prompt, q[i].task.prompt_bytes, TOKENIZER_PARSE_SPECIAL,
                              &q[i].prompt));
-        output_open(&q[i].out, t, NULL, 0);
+        output_open(&q[i].out, t, NULL, 0, true);
         const request r = {.id = i,
                            .prompt = q[i].prompt.data,
                            .n_prompt = (int32_t)q[i].prompt.length,

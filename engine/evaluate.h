@@ -16,7 +16,7 @@ typedef struct {
  * stride tokens of context (fewer only near the beginning). The engine must be idle and opened with
  * max_samples and token_budget of at least `window`; its KV pages are used directly, so quantised
  * KV is read back by every query as in serving. Logits are turned into log-probabilities in double.
-  */
+ * FORMAT when they are no numbers. */
 status evaluate_perplexity(engine *e, const int32_t *token, int64_t n, int32_t window,
                            int32_t stride, perplexity_result *out);
 

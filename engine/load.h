@@ -25,8 +25,10 @@ typedef struct {
     double timeout_s;        /* of a request; 0 = none */
 } load_options;
 
+enum { LOAD_NAME_MAX = 1024 }; /* of a model: may be the path of a folder */
+
 typedef struct {
-    char model[128];
+    char model[LOAD_NAME_MAX];
     int64_t n_failed, n_events;
     char failure[256]; /* of the first that failed; "" */
     double lag_p50_s, lag_p99_s, lag_max_s, gap_mean_s;

@@ -519,7 +519,7 @@ static int l_bench_serve(lua_State *L) {
     if (dir && tokenizer_open(&s->tokenizer, dir) != ST_OK)
         return luaL_error(L, "%s", fail_message());
     o.tok = s->tokenizer;
-    char name[128];
+    char name[LOAD_NAME_MAX];
     int32_t vocab = 0;
     opt_i32(L, 1, "vocab", 0, 1 << 24, &vocab);
     if (!vocab && dir) vocab = tokenizer_vocab_size(s->tokenizer);
@@ -1054,30 +1054,40 @@ static int l_write_file(lua_State *L) {
     return 0;
 }
 
-/* lock(path, "exclusive" or "shared", wait): flock on the file, held until the program ends. False
- * when another program has it and `wait` is false. A lock taken before is given up for the new
- * kind. */
+/* lock(path, "exclusive", "shared" or "none", wait): flock on the file, held until "none" or the
+ * end of the program. False when another program has it and `wait` is false. */
 static int l_lock(lua_State *L) {
-    static const char *const kinds[] = {"exclusive", "shared", NULL};
-    static char held[4096];
-    static int fd = -1;
+    static const char *const kinds[] = {"exclusive", "shared", "none", NULL};
+    static const int operations[] = {LOCK_EX, LOCK_SH, LOCK_UN};
+    static struct {
+        char path[4096];
+        int fd;
+    } held[4];
     const char *path = luaL_checkstring(L, 1);
-    const int kind = luaL_checkoption(L, 2, NULL, kinds) == 0 ? LOCK_EX : LOCK_SH;
+    const int operation = operations[luaL_checkoption(L, 2, NULL, kinds)];
     const bool wait = lua_toboolean(L, 3);
-    if (fd < 0 || strcmp(held, path) != 0) {
+    int32_t i = 0, vacant = -1;
+    for (; i < COUNT_OF(held) && strcmp(held[i].path, path) != 0; i++)
+        if (!held[i].path[0]) vacant = i;
+    if (i == COUNT_OF(held)) {
         const char *slash = strrchr(path, '/');
         char dir[4096];
+        if (vacant < 0 || strlen(path) >= sizeof dir) return luaL_error(L, "%s: no lock", path);
         snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
         if (file_make_dirs(dir) != ST_OK) return luaL_error(L, "%s", fail_message());
-        if (fd >= 0) close(fd);
-        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-        if (fd < 0) return luaL_error(L, "%s: %s", path, strerror(errno));
-        snprintf(held, sizeof held, "%s", path);
+        i = vacant;
+        held[i].fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (held[i].fd < 0) return luaL_error(L, "%s: %s", path, strerror(errno));
+        snprintf(held[i].path, sizeof held[i].path, "%s", path);
     }
     int result;
-    do result = flock(fd, kind | (wait ? 0 : LOCK_NB));
+    do result = flock(held[i].fd, operation | (wait ? 0 : LOCK_NB));
     while (result != 0 && errno == EINTR && wait);
     if (result != 0 && errno != EWOULDBLOCK) return luaL_error(L, "%s: %s", path, strerror(errno));
+    if (operation == LOCK_UN) {
+        close(held[i].fd);
+        held[i].path[0] = 0;
+    }
     lua_pushboolean(L, result == 0);
     return 1;
 }

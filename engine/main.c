@@ -4,8 +4,10 @@
 #include "lua_api.h"
 #include "version.h"
 
+#include <errno.h>
 #include <lauxlib.h>
 #include <lualib.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,6 +99,19 @@ static void idle_threads_sleep(char **argv) {
     execv(path, argv); /* on failure: go on as we are */
 }
 
+/* What could not be written is a failure, a full disk under a file above all. Who closed the pipe
+ * (`| head`) has what they wanted: no word about that. */
+static int written(int code) {
+    const bool flushed = fflush(stdout) == 0;
+    const int why = errno;
+    if (flushed && !ferror(stdout)) return code;
+    struct pollfd out = {.fd = STDOUT_FILENO};
+    if (code == 0 && !(poll(&out, 1, 0) > 0 && out.revents & POLLERR))
+        fprintf(stderr, "amalgam: standard output%s%s\n", flushed ? "" : ": ",
+                flushed ? "" : strerror(why));
+    return code ? code : 1;
+}
+
 int main(int argc, char **argv) {
     idle_threads_sleep(argv);
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
@@ -114,8 +129,8 @@ int main(int argc, char **argv) {
     }
     for (int32_t i = 0; i < COUNT_OF(commands); i++) {
         if (strcmp(commands[i].name, argv[at]) != 0) continue;
-        if (commands[i].run) return commands[i].run(argc - at, argv + at);
-        return lua_api_main(commands[i].module, argc - at - 1, argv + at + 1);
+        if (commands[i].run) return written(commands[i].run(argc - at, argv + at));
+        return written(lua_api_main(commands[i].module, argc - at - 1, argv + at + 1));
     }
     return cli_exit(FAIL(ST_USAGE, "unknown command '%s' (amalgam --help lists them)", argv[at]));
 }

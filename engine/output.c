@@ -3,10 +3,12 @@
 
 #include <string.h>
 
-void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops) {
+void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops,
+                 bool continues) {
     *o = (output){.stop = stop, .n_stops = n_stops};
     for (int32_t i = 0; i < n_stops; i++) CHECK(stop[i][0]);
     tokenizer_stream_open(&o->stream, t, true);
+    if (continues) tokenizer_stream_continue(&o->stream);
 }
 
 void output_close(output *o) {

@@ -13,8 +13,10 @@ typedef struct {
     bool stopped;
 } output;
 
-/* `stop` (n_stops strings, none empty) stays the caller's. */
-void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops);
+/* `stop` (n_stops strings, none empty) stays the caller's. `continues`: the text goes on after a
+ * prompt, so that the space at its beginning belongs to it; an answer is a text of its own. */
+void output_open(output *o, const tokenizer *t, const char *const *stop, int32_t n_stops,
+                 bool continues);
 void output_close(output *o); /* idempotent */
 
 /* One more token. *stopped when a stop string has appeared: the text then ends before it and takes

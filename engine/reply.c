@@ -1,6 +1,8 @@
 /* reply.c - see reply.h. */
 #include "reply.h"
 
+#include "utf8.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -33,71 +35,60 @@ static void put_usage(text *t, const job *j) {
              (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
 }
 
-/* A token as text; what is no complete text on its own, as the vocabulary writes it. */
-static void token_text(const reply_head *h, int32_t id, text *out) {
-    if (h->tok) (void)tokenizer_decode(h->tok, &id, 1, false, out);
-    const bool whole =
-        out->length > 0 && strlen(out->data) == out->length && !strstr(out->data, "\xEF\xBF\xBD");
-    if (whole) return;
+/* A token as text; what is no complete text on its own, as the vocabulary writes it. `bytes`: those
+ * that it adds to the text, where characters are split over tokens, too. */
+static void put_token(text *t, const reply_head *h, int32_t id, text *bytes) {
     const char *piece = h->tok ? tokenizer_piece(h->tok, id) : NULL;
-    text_clear(out);
+    text_clear(bytes);
     if (piece)
-        text_add(out, "%s", piece);
+        (void)tokenizer_token_bytes(h->tok, id, bytes);
     else
-        text_add(out, "%d", id);
+        text_add(bytes, "%d", id);
+    const bool whole = bytes->length > 0 && utf8_valid(bytes->data, bytes->length) &&
+                       strlen(bytes->data) == bytes->length; /* many readers take no U+0000 */
+    const char *shown = whole ? bytes->data : piece ? piece : "";
+    api_put_string(t, shown, whole ? bytes->length : strlen(shown));
 }
 
 /* JSON has no infinities; OpenAI's own floor is -9999. */
 static double shown_logprob(float v) { return isfinite(v) ? (double)v : -9999.0; }
 
-static void put_token(text *t, const reply_head *h, int32_t id) {
-    text piece = {0};
-    token_text(h, id, &piece);
-    api_put_string(t, piece.data ? piece.data : "", piece.length);
-    text_free(&piece);
-}
-
-static void put_chat_logprob(text *t, const reply_head *h, int32_t id, float logprob) {
-    text piece = {0};
-    token_text(h, id, &piece);
+static void put_chat_logprob(text *t, const reply_head *h, int32_t id, float logprob, text *bytes) {
     text_add(t, "{\"token\":");
-    api_put_string(t, piece.data ? piece.data : "", piece.length);
+    put_token(t, h, id, bytes);
     text_add(t, ",\"logprob\":%.9g,\"bytes\":[", shown_logprob(logprob));
-    for (size_t i = 0; i < piece.length; i++)
-        text_add(t, "%s%d", i ? "," : "", (int)(unsigned char)piece.data[i]);
+    for (size_t i = 0; i < bytes->length; i++)
+        text_add(t, "%s%d", i ? "," : "", (int)(unsigned char)bytes->data[i]);
     text_add(t, "]");
-    text_free(&piece);
 }
 
-/* Tokens [from, to) of a choice. */
-static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
-                         int32_t to) {
-    const api_request *r = &c->job->request;
-    if (!r->logprobs) {
-        text_add(t, "\"logprobs\":null");
-        return;
-    }
-    if (r->chat) {
-        text_add(t, "\"logprobs\":{\"content\":[");
-        for (int32_t i = from; i < to; i++) {
-            if (i > from) text_add(t, ",");
-            put_chat_logprob(t, h, c->token[i].id, c->token[i].logprob);
-            text_add(t, ",\"top_logprobs\":[");
-            for (int32_t k = 0; k < r->n_top && c->top_id[i * r->n_top + k] >= 0; k++) {
-                if (k) text_add(t, ",");
-                put_chat_logprob(t, h, c->top_id[i * r->n_top + k],
-                                 c->top_logprob[i * r->n_top + k]);
-                text_add(t, "}");
-            }
-            text_add(t, "]}");
+/* Of tokens [from, to), as chat completions have it. */
+static void put_chat_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
+                              int32_t to, text *bytes) {
+    const int32_t n_top = c->job->request.n_top;
+    text_add(t, "\"logprobs\":{\"content\":[");
+    for (int32_t i = from; i < to; i++) {
+        if (i > from) text_add(t, ",");
+        put_chat_logprob(t, h, c->token[i].id, c->token[i].logprob, bytes);
+        text_add(t, ",\"top_logprobs\":[");
+        for (int32_t k = 0; k < n_top && c->top_id[i * n_top + k] >= 0; k++) {
+            if (k) text_add(t, ",");
+            put_chat_logprob(t, h, c->top_id[i * n_top + k], c->top_logprob[i * n_top + k], bytes);
+            text_add(t, "}");
         }
         text_add(t, "]}");
-        return;
     }
+    text_add(t, "]}");
+}
+
+/* And as completions do. */
+static void put_text_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
+                              int32_t to, text *bytes) {
+    const int32_t n_top = c->job->request.n_top;
     text_add(t, "\"logprobs\":{\"tokens\":[");
     for (int32_t i = from; i < to; i++) {
         if (i > from) text_add(t, ",");
-        put_token(t, h, c->token[i].id);
+        put_token(t, h, c->token[i].id, bytes);
     }
     text_add(t, "],\"token_logprobs\":[");
     for (int32_t i = from; i < to; i++)
@@ -105,17 +96,30 @@ static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int3
     text_add(t, "],\"top_logprobs\":[");
     for (int32_t i = from; i < to; i++) {
         text_add(t, "%s{", i > from ? "," : "");
-        for (int32_t k = 0; k < r->n_top && c->top_id[i * r->n_top + k] >= 0; k++) {
+        for (int32_t k = 0; k < n_top && c->top_id[i * n_top + k] >= 0; k++) {
             if (k) text_add(t, ",");
-            put_token(t, h, c->top_id[i * r->n_top + k]);
-            text_add(t, ":%.9g", shown_logprob(c->top_logprob[i * r->n_top + k]));
+            put_token(t, h, c->top_id[i * n_top + k], bytes);
+            text_add(t, ":%.9g", shown_logprob(c->top_logprob[i * n_top + k]));
         }
         text_add(t, "}");
     }
     text_add(t, "],\"text_offset\":[");
     for (int32_t i = from; i < to; i++)
-        text_add(t, "%s%zu", i > from ? "," : "", i ? c->token[i - 1].text_end : (size_t)0);
+        text_add(t, "%s%d", i > from ? "," : "", i ? c->token[i - 1].chars_end : 0);
     text_add(t, "]}");
+}
+
+static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
+                         int32_t to) {
+    const api_request *r = &c->job->request;
+    text bytes = {0};
+    if (!r->logprobs)
+        text_add(t, "\"logprobs\":null");
+    else if (r->chat)
+        put_chat_logprobs(t, h, c, from, to, &bytes);
+    else
+        put_text_logprobs(t, h, c, from, to, &bytes);
+    text_free(&bytes);
 }
 
 static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {

@@ -159,7 +159,10 @@ static status read_entries(safetensors *s, shard *f, const json_t *header, int64
 static status read_file(safetensors *s, shard *f, const char *path) {
     TRY(file_map_open(&f->map, path));
     const size_t size = f->map.size;
+    static const char pointer[] = "version https://git-lfs";
     if (size < 8) return FAIL(ST_FORMAT, "%s: %zu bytes are no safetensors file", path, size);
+    if (size >= sizeof pointer && memcmp(f->map.data, pointer, sizeof pointer - 1) == 0)
+        return FAIL(ST_FORMAT, "%s: a pointer of Git LFS, not the file itself: git lfs pull", path);
     uint64_t header_bytes = 0;
     for (int i = 7; i >= 0; i--) header_bytes = header_bytes << 8 | f->map.data[i];
     if (header_bytes > HEADER_BYTES_MAX)

@@ -737,6 +737,11 @@ const request *sched_request(const sched *s, const batch *b, int32_t seq) {
     return p->slot[seq] == NONE ? NULL : &s->slot[p->slot[seq]].request;
 }
 
+int32_t sched_holds(const sched *s) {
+    const int32_t queue = s->policy.max_queue, all = s->limits.n_requests;
+    return queue && queue < all ? queue : all;
+}
+
 int32_t sched_waiting(const sched *s) { return s->waiting.n; }
 int32_t sched_running(const sched *s) { return s->n_running; }
 int32_t sched_alive(const sched *s) { return s->waiting.n + s->n_running + s->finished.n; }

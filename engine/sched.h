@@ -88,6 +88,8 @@ status sched_cancel(sched *s, int64_t id, int64_t now_ns);
  * n_output]; both it and log->token_ns are valid until the next sched_add. */
 bool sched_take_finished(sched *s, request_log *log, const int32_t **token);
 
+/* Requests that are taken at once when there are no others. */
+int32_t sched_holds(const sched *s);
 int32_t sched_waiting(const sched *s);
 int32_t sched_running(const sched *s);
 int64_t sched_preemptions(const sched *s);

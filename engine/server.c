@@ -13,6 +13,7 @@
 #include "version.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <microhttpd.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -523,17 +524,37 @@ static status address_of(const server_options *o, struct sockaddr_storage *out) 
     snprintf(port, sizeof port, "%d", o->port);
     if (o->port < 0 || o->port > 65535) return FAIL(ST_RANGE, "port %d", o->port);
     if (getaddrinfo(o->host, port, &hints, &found) != 0 || !found)
-        return FAIL(ST_RANGE, "'%s' is no IP address", o->host);
+        return FAIL(ST_RANGE, "'%s' is no IP address (127.0.0.1: this machine alone)", o->host);
     memset(out, 0, sizeof *out);
     memcpy(out, found->ai_addr, found->ai_addrlen);
     freeaddrinfo(found);
     return ST_OK;
 }
 
+/* By trying it: whoever listens there refuses us the address. */
+static status check_free(const server_options *o, const struct sockaddr_storage *address) {
+    const int fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const socklen_t n =
+        address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
+    status st = ST_OK;
+    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    if (fd < 0 || bind(fd, (const struct sockaddr *)address, n) != 0)
+        st = FAIL(ST_IO, "cannot listen on %s port %d: %s", o->host, o->port, strerror(errno));
+    if (fd >= 0) close(fd);
+    return st;
+}
+
+status server_check(const server_options *o) {
+    struct sockaddr_storage address;
+    TRY(address_of(o, &address));
+    return check_free(o, &address);
+}
+
 static status start(server *s) {
     const server_options *o = &s->options;
     struct sockaddr_storage address;
     TRY(address_of(o, &address));
+    TRY(check_free(o, &address));
     unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ITC;
     if (address.ss_family == AF_INET6) flags |= MHD_USE_IPv6;
     s->daemon =

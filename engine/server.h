@@ -31,6 +31,8 @@ typedef struct {
 
 typedef struct server server;
 
+/* Could server_open listen at this address now? IO with the reason, RANGE. */
+status server_check(const server_options *o);
 /* Listen and serve from threads of its own. The service and all of `model` stay the caller's. IO
  * when the address cannot be had; RANGE. */
 status server_open(server **out, const server_options *o, service *s, const api_model *model);

@@ -105,7 +105,7 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
         choice[i].n_prompt = (int32_t)j->request.prompt[i / j->request.n].length;
         if (tok)
             output_open(&choice[i].out, tok, (const char *const *)j->request.stop,
-                        j->request.n_stops);
+                        j->request.n_stops, !j->request.chat);
     }
     *out = j;
     return ST_OK;
@@ -174,15 +174,17 @@ static status push_token(const service *s, job_choice *c, const sampled *t, bool
     if (s->tok) {
         size_t n;
         TRY(output_push(&c->out, t->token, stopped));
-        output_take(&c->out, &n);
+        const char *shown = output_take(&c->out, &n);
         c->text_end += n;
+        for (size_t i = 0; i < n; i++) c->chars_end += (shown[i] & 0xC0) != 0x80;
     } else {
         text_add(&c->out.text, " %d", t->token);
         TRY(text_status(&c->out.text));
         c->text_end = c->out.text.length;
+        c->chars_end = (int32_t)c->text_end;
     }
-    c->token[c->n_tokens] =
-        (job_token){.id = t->token, .logprob = t->logprob, .text_end = c->text_end};
+    c->token[c->n_tokens] = (job_token){
+        .id = t->token, .logprob = t->logprob, .chars_end = c->chars_end, .text_end = c->text_end};
     for (int32_t i = 0; i < n_top; i++) {
         const size_t at = (size_t)c->n_tokens * (size_t)n_top + (size_t)i;
         c->top_id[at] = i < t->n_top ? t->top_token[i] : -1;
@@ -412,7 +414,7 @@ static void publish(service *s) {
         c->finish = c->ending;
         /* Only the last of its choices in the list may end a job: the others point to it. */
         const bool ends = j->accepted && j->n_finished == j->n_choices && j->n_touched == 0;
-        if (!ends && j->request.stream) wake(j); /* others want only the end */
+        if (!ends && j->accepted && j->request.stream) wake(j); /* others want only the end */
         pthread_mutex_unlock(&j->lock);
         if (!ends) continue;
         const bool gone = atomic_load(&j->cancelled);
@@ -429,9 +431,9 @@ static void accept_job(service *s, job *j) {
         end_job(s, j, ST_INTERRUPTED, "the client went away");
         return;
     }
-    if (j->n_choices > s->max_requests) /* no 429: to come again would be in vain */
-        st = FAIL(ST_RANGE, "%d answers in a request; this server holds %d", j->n_choices,
-                  s->max_requests);
+    const int32_t most = sched_holds(engine_sched(s->engine));
+    if (j->n_choices > most) /* no 429: to come again would be in vain */
+        st = FAIL(ST_RANGE, "%d answers in a request; this server takes %d", j->n_choices, most);
     for (int32_t i = 0; st == ST_OK && i < j->n_choices; i++) st = submit_choice(s, &j->choice[i]);
     if (st != ST_OK) {
         char why[256];

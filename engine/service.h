@@ -19,7 +19,8 @@
 typedef struct {
     int32_t id;
     float logprob;
-    size_t text_end; /* bytes of the choice's text that can be shown after it */
+    size_t text_end;   /* bytes of the choice's text that can be shown after it */
+    int32_t chars_end; /* the same in characters, which clients count */
 } job_token;
 
 /* One of the answers of a job. What the engine thread has published: n_ready tokens, and finish. */
@@ -32,6 +33,7 @@ typedef struct job_choice {
     float *top_logprob; /* the same */
     int32_t n_tokens, n_ready, size;
     size_t text_end;      /* of all that can be shown */
+    int32_t chars_end;    /* the same in characters */
     finish_reason finish; /* NONE while it runs; shown with the last tokens, never before them */
     finish_reason ending; /* engine thread: the finish to be published */
     int32_t n_prompt, n_cached;

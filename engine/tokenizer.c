@@ -10,7 +10,7 @@
 
 #include <string.h>
 
-enum { TEMPLATE_IDS_MAX = 16, EOS_MAX = 32, CHAT_TEMPLATES_MAX = 16 };
+enum { TEMPLATE_IDS_MAX = 16, CHAT_TEMPLATES_MAX = 16 };
 
 struct tokenizer {
     arena memory;
@@ -22,7 +22,7 @@ struct tokenizer {
     int32_t before[TEMPLATE_IDS_MAX], after[TEMPLATE_IDS_MAX]; /* of the post_processor */
     int32_t n_before, n_after;
     bool has_template;
-    int32_t bos, eos[EOS_MAX], n_eos;
+    int32_t bos, eos[TOKENIZER_EOS_MAX], n_eos;
     struct {
         const char *name, *source;
     } chat[CHAT_TEMPLATES_MAX];
@@ -129,7 +129,9 @@ static status read_tokenizer(tokenizer *t, const char *path) {
 /* --- Reading the files beside it -------------------------------------------------------------- */
 
 static void add_eos(tokenizer *t, int64_t id) {
-    if (id < 0 || id > INT32_MAX || t->n_eos == EOS_MAX || tokenizer_is_eos(t, (int32_t)id)) return;
+    if (id < 0 || id > INT32_MAX || t->n_eos == TOKENIZER_EOS_MAX ||
+        tokenizer_is_eos(t, (int32_t)id))
+        return;
     t->eos[t->n_eos++] = (int32_t)id;
 }
 
@@ -340,6 +342,8 @@ void tokenizer_stream_open(tokenizer_stream *s, const tokenizer *t, bool skip_sp
     detokenize_reset(&s->state, &t->decoder);
 }
 
+void tokenizer_stream_continue(tokenizer_stream *s) { detokenize_continue(&s->state); }
+
 status tokenizer_stream_push(tokenizer_stream *s, int32_t id, text *out) {
     const tokenizer *t = s->t;
     if (!tokenizer_piece(t, id) || (s->skip_special && tokenizer_is_special(t, id))) return ST_OK;
@@ -362,6 +366,12 @@ status tokenizer_decode(const tokenizer *t, const int32_t *id, int64_t n, bool s
     if (st == ST_OK) st = tokenizer_stream_flush(&s, out);
     tokenizer_stream_close(&s);
     return st;
+}
+
+status tokenizer_token_bytes(const tokenizer *t, int32_t id, text *out) {
+    if (!tokenizer_piece(t, id)) return ST_OK;
+    const piece *p = &t->model.pieces[id];
+    return detokenize_bytes(&t->decoder, p->data, (size_t)p->length, out);
 }
 
 /* --- Asking ----------------------------------------------------------------------------------- */

@@ -24,6 +24,8 @@
 extern "C" {
 #endif
 
+enum { TOKENIZER_EOS_MAX = 32 };
+
 typedef struct tokenizer tokenizer;
 
 /* Open the folder. IO when tokenizer.json cannot be read; FORMAT, RANGE, UNSUPPORTED (with the name
@@ -59,10 +61,15 @@ typedef struct {
 } tokenizer_stream;
 
 void tokenizer_stream_open(tokenizer_stream *s, const tokenizer *t, bool skip_special);
+/* Before the first push: the text is the continuation of another (detokenize_continue). */
+void tokenizer_stream_continue(tokenizer_stream *s);
 status tokenizer_stream_push(tokenizer_stream *s, int32_t id, text *out);
 /* End of the sequence: append what was held back, then be ready for the next one. */
 status tokenizer_stream_flush(tokenizer_stream *s, text *out);
 void tokenizer_stream_close(tokenizer_stream *s); /* idempotent */
+
+/* Append the bytes of one token within a text (detokenize_bytes); an id without one has none. */
+status tokenizer_token_bytes(const tokenizer *t, int32_t id, text *out);
 
 /* Highest id + 1, holes included. A model's embedding may have more rows. */
 int32_t tokenizer_vocab_size(const tokenizer *t);

@@ -252,10 +252,10 @@ function amalgam.write_file(path, data) end
 ---@return string[] # sorted, without hidden names; folders end in "/"
 function amalgam.list(dir) end
 
----Take a lock on a file until the program ends.
+---Take a lock on a file until "none" gives it back or the program ends.
 ---@param path string made when missing
----@param kind "exclusive"|"shared"
----@param wait boolean
+---@param kind "exclusive"|"shared"|"none"
+---@param wait? boolean
 ---@return boolean # false: another program has it (only when not waiting)
 function amalgam.lock(path, kind, wait) end
 

@@ -15,8 +15,9 @@ local M = {}
 local USAGE = [[
 usage: amalgam compare BASE HEAD [options]
 
-BASE and HEAD are versions as results/ names its files (the beginning of a commit is enough, the
-newest "-dirty-" form is taken only when written out), or .jsonl files.
+BASE and HEAD are versions as results/ names its files (the beginning of a commit is enough, a
+"-dirty-" form is taken only when written out), what git takes for a commit (HEAD~1, a tag), or
+.jsonl files.
 
   --json          one object per metric and point, then one "summary" object
   --all           print unchanged metrics too, and every point that cannot be told
@@ -64,7 +65,56 @@ local function parse(args)
   return o
 end
 
---- Rows of one side, newest last. A name is a .jsonl file or the beginning of a version.
+--- The commit that git knows by this name, as versions begin with it; nil when it knows none.
+---@param name string
+---@return string|nil
+local function commit_of(name)
+  if not name:find("^[%w_][%w_./~^@{}-]*$") then return nil end
+  local git = io.popen(("git -C '%s' rev-parse --verify --quiet --short=12 '%s^{commit}' 2>&1")
+    :format(amalgam.identity().root:gsub("'", "'\\''"), name))
+  local commit = git and git:read("l")
+  if git then git:close() end
+  return commit and commit:match("^%x+$")
+end
+
+--- The versions that have rows, the newest first.
+---@param o table
+---@param dir string
+---@return string
+local function newest(o, dir)
+  local time = {}
+  for _, row in ipairs(library.read(dir, function(e)
+    return not o.only or e:sub(1, #o.only) == o.only
+  end)) do
+    local before, at = time[row.version] or "", row.time or ""
+    time[row.version] = at > before and at or before
+  end
+  local versions = experiment.sorted_keys(time)
+  table.sort(versions, function(x, y) return time[x] > time[y] end)
+  return #versions == 0 and "there are none at all"
+    or "the newest are of " .. table.concat(versions, ", ", 1, math.min(#versions, 6))
+end
+
+--- Rows of the versions that begin with `name`, and those versions.
+---@param name string
+---@param o table
+---@param dir string
+---@return Row[]
+---@return string[]
+local function of_version(name, o, dir)
+  local seen = {}
+  local rows = library.read(dir, function(e, _, version)
+    if o.only and e:sub(1, #o.only) ~= o.only then return false end
+    local whole = version == name
+    local prefix = version:sub(1, #name) == name
+      and (not version:find("-dirty-", 1, true) or name:find("-dirty-", 1, true) ~= nil)
+    if whole or prefix then seen[version] = true end
+    return whole or prefix
+  end)
+  return rows, experiment.sorted_keys(seen)
+end
+
+--- Rows of one side, newest last. A name is a .jsonl file, the beginning of a version or git's.
 ---@param name string
 ---@param o table
 ---@param dir string
@@ -73,23 +123,20 @@ local function side(name, o, dir)
   local rows = {}
   if name:find("%.jsonl$") then
     library.read_file(name, rows, name)
-  else
-    local seen = {}
-    rows = library.read(dir, function(e, _, version)
-      if o.only and e:sub(1, #o.only) ~= o.only then return false end
-      local whole = version == name
-      local prefix = version:sub(1, #name) == name
-        and (not version:find("-dirty-", 1, true) or name:find("-dirty-", 1, true) ~= nil)
-      if whole or prefix then seen[version] = true end
-      return whole or prefix
-    end)
-    local versions = experiment.sorted_keys(seen)
-    if #versions > 1 then
-      experiment.refuse("compare: '%s' is more than one version: %s", name,
-        table.concat(versions, ", "))
-    end
+    if #rows == 0 then experiment.refuse("compare: no rows in %s", name) end
+    return rows
   end
-  if #rows == 0 then experiment.refuse("compare: no rows of '%s' in %s", name, dir) end
+  local versions
+  rows, versions = of_version(name, o, dir)
+  local commit = #rows == 0 and commit_of(name)
+  if commit then rows, versions = of_version(commit, o, dir) end
+  if #versions > 1 then
+    experiment.refuse("compare: '%s' is more than one version: %s", name,
+      table.concat(versions, ", "))
+  end
+  if #rows == 0 then
+    experiment.refuse("compare: no rows of '%s' in %s; %s", name, dir, newest(o, dir))
+  end
   return rows
 end
 

@@ -271,6 +271,21 @@ local function take_lock(root, jobs)
   amalgam.lock(path, kind, true)
 end
 
+--- One writer of a results file at a time: two runs of an experiment would do every point twice.
+--- Taken after the device lock and given back before the next experiment wants that, or else two
+--- runs could wait for each other.
+---@param root string
+---@param path string of the rows
+---@return string lock
+local function take_rows(root, path)
+  local lock = ("%s/build/%s.lock"):format(root, amalgam.hash(path))
+  if not amalgam.lock(lock, "exclusive", false) then
+    print("waiting: another run adds to these rows")
+    amalgam.lock(lock, "exclusive", true)
+  end
+  return lock
+end
+
 ---@param n integer
 ---@param one string
 ---@return string
@@ -440,6 +455,14 @@ local function run_one(name, o)
     print(("  not run: %s"):format(why))
     return true
   end
+  local alone, rows_lock = spec.jobs == "alone", nil
+  for _, entry in ipairs(todo) do alone = alone or entry.key.device == "cuda" end
+  if #todo > 0 then
+    take_lock(identity.root, alone and "alone" or "parallel")
+    rows_lock = take_rows(identity.root, path)
+    latest, n_other, n_broken = rows_before(path, loaded.definition) -- what is there by now
+    todo, n_finished, n_retried = remaining(points, latest, o)
+  end
   if n_broken > 0 then
     print(("  %s of %s cannot be read (a killed run leaves one) and is left out"):format(
       count(n_broken, "line"), shown))
@@ -458,17 +481,20 @@ local function run_one(name, o)
   local started = os.time()
   local tally = new_tally()
   if #todo > 0 then
-    local alone = spec.jobs == "alone"
-    for _, entry in ipairs(todo) do alone = alone or entry.key.device == "cuda" end
-    take_lock(identity.root, alone and "alone" or "parallel")
     local jobs = alone and 1 or o.jobs or identity.provenance.cores
     local context = {
       id = spec.id, path = path, definition = loaded.definition, identity = identity,
       gpu = identity.provenance.gpu and identity.provenance.gpu.name or nil,
       origin = spec.origin, run = amalgam.hash(identity.time .. loaded.definition .. os.clock()),
     }
-    tally = run_all(loaded, todo, context, math.min(jobs, 64), o.seconds)
+    local ok, result = pcall(run_all, loaded, todo, context, math.min(jobs, 64), o.seconds)
+    if not ok then
+      amalgam.lock(rows_lock, "none")
+      error(result, 0)
+    end
+    tally = result
   end
+  if rows_lock then amalgam.lock(rows_lock, "none") end
   if tally.later > 0 then
     print(("  %s left after %d s: the same command goes on"):format(count(tally.later, "point"),
       o.seconds))

@@ -12,13 +12,13 @@
 
 #include <string.h>
 
-enum { N = 12, NEW = 24, LONGEST = 150, SEQS = 8, TOKENS = 64 };
+enum { N = 12, NEW = 24, LONGEST = 150, SEQS = 8, TOKENS = 64, TOKENS_MAX = 128 };
 
 /* --- The device ------------------------------------------------------------------------------ */
 
 static device_ops ops;
 static sampled result[2][SEQS];
-static int32_t n_result[2], fed[TOKENS];
+static int32_t n_result[2], fed[TOKENS_MAX];
 static int64_t begun, ended, n_fed;
 static batch resolved;
 static int32_t shift; /* twin: what another sample drew is fed */
@@ -33,7 +33,7 @@ static status ahead_open(device **out, const device_options *o) {
 static status ahead_begin(device *d, const batch *b) {
     const sampled *before = result[~begun & 1];
     assert_true(begun - ended < 2);
-    assert_true(b->n_tokens <= TOKENS);
+    assert_true(b->n_tokens <= TOKENS_MAX);
     resolved = *b;
     resolved.token = fed;
     for (int32_t t = 0; t < b->n_tokens; t++) {
@@ -96,6 +96,9 @@ typedef struct {
     int32_t hook;  /* the hook ends a request after so many tokens; 0 = never */
     int32_t pages; /* 0 = enough */
     bool cancel;   /* request 2, after its 5th token */
+    const char *precision;
+    int32_t seqs, tokens; /* 0 = SEQS, TOKENS */
+    bool whole, no_cache; /* prompts in one piece; nothing shared */
 } conditions;
 
 typedef struct {
@@ -135,8 +138,11 @@ static void run(bool lockstep, const conditions *c, outputs *o) {
     options.model = "workloads/tiny";
     options.device = "ahead";
     options.device_options.lockstep = lockstep;
-    options.policy.max_seqs = SEQS;
-    options.policy.token_budget = TOKENS;
+    options.precision = c->precision ? c->precision : "W16";
+    options.policy.max_seqs = c->seqs ? c->seqs : SEQS;
+    options.policy.token_budget = c->tokens ? c->tokens : TOKENS;
+    options.policy.chunked_prefill = !c->whole;
+    options.policy.prefix_cache = !c->no_cache;
     options.ctx_max = LONGEST;
     options.pages = c->pages ? c->pages : 3 * SEQS;
     engine *e;
@@ -225,6 +231,40 @@ static void the_same_with_too_few_pages(void **state) {
     assert_true(ahead.n_preempted > 0);
 }
 
+/* What a request gets is its own: neighbours, sizes of chunks, shared prefixes and being computed
+ * again change no token of it. */
+static void company_changes_nothing(void **state) {
+    (void)state;
+    static const char *const precisions[] = {"W16", "W4A8KV4"};
+    const conditions companies[] = {{.tokens = 9},
+                                    {.whole = true, .tokens = TOKENS_MAX},
+                                    {.seqs = 3, .tokens = 17},
+                                    {.pages = 7},
+                                    {.pages = 5, .tokens = 11},
+                                    {.no_cache = true, .pages = 7},
+                                    {.cancel = true}};
+    const sampling drawn = {
+        .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = -1};
+    int32_t n_preempted = 0;
+    for (int32_t i = 0; i < COUNT_OF(precisions); i++) {
+        run(true,
+            &(conditions){
+                .how = drawn, .stop = -1, .precision = precisions[i], .seqs = 1, .no_cache = true},
+            &behind);
+        for (int32_t k = 0; k < COUNT_OF(companies); k++) {
+            conditions c = companies[k];
+            c.how = drawn;
+            c.stop = -1;
+            c.precision = precisions[i];
+            run(k & 1, &c, &ahead);
+            n_preempted += ahead.n_preempted;
+            assert_int_equal(differing(&ahead, &behind),
+                             c.cancel); /* the twin: the one cut short */
+        }
+    }
+    assert_true(n_preempted > 0);
+}
+
 static void cancels_what_is_under_way(void **state) {
     (void)state;
     const conditions c = {.how = greedy, .stop = -1, .cancel = true};
@@ -249,6 +289,7 @@ int main(void) {
         cmocka_unit_test(the_same_tokens),
         cmocka_unit_test(the_same_ends),
         cmocka_unit_test(the_same_with_too_few_pages),
+        cmocka_unit_test(company_changes_nothing),
         cmocka_unit_test(cancels_what_is_under_way),
         cmocka_unit_test(another_token_is_noticed),
     };

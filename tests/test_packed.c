@@ -941,6 +941,45 @@ static void test_agreement(void **state) {
     engine_close(reference);
 }
 
+/* Weights that are no numbers are said, not scored. */
+static void test_broken_weights(void **state) {
+    (void)state;
+    static const char *const names[] = {"config.json", "model.safetensors"};
+    for (int32_t broken = 0; broken < 2; broken++) {
+        for (int32_t i = 0; i < 2; i++) {
+            char from[128], to[128], *data;
+            size_t n;
+            snprintf(from, sizeof from, "%s/%s", plain, names[i]);
+            snprintf(to, sizeof to, "%s/%s", packed, names[i]);
+            assert_ok(file_read(&data, &n, from));
+            const size_t header = 8 + (size_t)(uint8_t)data[0] + 256 * (size_t)(uint8_t)data[1] +
+                                  65536 * (size_t)(uint8_t)data[2];
+            if (i == 1 && broken) memset(data + header, 0xFF, n - header); /* NaN in any type */
+            assert_ok(file_write(to, data, n));
+            mem_free(data);
+        }
+        engine_options o = ENGINE_OPTIONS_DEFAULT;
+        engine *e, *reference;
+        perplexity_result p;
+        agreement_result r;
+        int32_t token[40];
+        for (int32_t i = 0; i < 40; i++) token[i] = (i * 29 + i / 3) % 64;
+        o.device_options.threads = 1;
+        o.ctx_max = o.policy.token_budget = o.max_samples = 64;
+        o.policy.max_seqs = 1;
+        o.model = plain;
+        assert_ok(engine_open(&reference, &o, NULL, NULL));
+        o.model = packed;
+        assert_ok(engine_open(&e, &o, NULL, NULL));
+        const status want = broken ? ST_FORMAT : ST_OK;
+        assert_status(evaluate_perplexity(e, token, 40, 32, 16, &p), want);
+        assert_status(evaluate_agreement(e, reference, token, 40, 32, 16, &r), want);
+        assert_status(evaluate_agreement(reference, e, token, 40, 32, 16, &r), want);
+        engine_close(e);
+        engine_close(reference);
+    }
+}
+
 /* What is written scores the text as the evaluation does. */
 static void test_logits_file(void **state) {
     (void)state;
@@ -1022,6 +1061,7 @@ int main(void) {
         cmocka_unit_test(test_awq),
         cmocka_unit_test(test_quantise_checkpoint),
         cmocka_unit_test(test_agreement),
+        cmocka_unit_test(test_broken_weights),
         cmocka_unit_test(test_logits_file),
     };
     return cmocka_run_group_tests(tests, make_folders, remove_folders);

@@ -138,6 +138,17 @@ static void test_lying_length(void **state) {
 static const char small[] =
     "{" TENSOR("a", "F32", "[2,3]", "0", "24") "," TENSOR("b", "BF16", "[4]", "24", "32") "}";
 
+/* What a clone without Git LFS leaves. */
+static void test_pointer(void **state) {
+    (void)state;
+    static const char words[] =
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    safetensors *s;
+    assert_ok(file_write(in_dir("pointer.safetensors"), words, sizeof words - 1));
+    assert_status(safetensors_open(&s, in_dir("pointer.safetensors")), ST_FORMAT);
+    assert_non_null(strstr(fail_message(), "git lfs pull"));
+}
+
 static void test_truncation(void **state) {
     (void)state;
     write_file("whole.safetensors", small, 32);
@@ -340,10 +351,11 @@ static int remove_dir(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reads),        cmocka_unit_test(test_lies),
-        cmocka_unit_test(test_lying_length), cmocka_unit_test(test_truncation),
-        cmocka_unit_test(test_bit_flips),    cmocka_unit_test(test_round_trip),
-        cmocka_unit_test(test_index),        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_reads),         cmocka_unit_test(test_lies),
+        cmocka_unit_test(test_lying_length),  cmocka_unit_test(test_pointer),
+        cmocka_unit_test(test_truncation),    cmocka_unit_test(test_bit_flips),
+        cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_index),
+        cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

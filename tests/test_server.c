@@ -7,6 +7,7 @@
 #include "load.h"
 #include "metrics.h"
 #include "server.h"
+#include "utf8.h"
 
 #include <curl/curl.h>
 #include <netinet/in.h>
@@ -379,6 +380,84 @@ static void draws_follow_the_seed(void **state) {
     for (int32_t i = 0; i < 3; i++) json_decref(v[i]);
 }
 
+/* Characters of the first n bytes. */
+static json_int_t count_chars(const char *s, size_t n) {
+    json_int_t chars = 0;
+    for (size_t i = 0; i < n; i++) chars += (s[i] & 0xC0) != 0x80;
+    return chars;
+}
+
+/* Offsets count characters: at each of them the text goes on with its token, where that is plain
+ * ASCII. Bytes are those of the text, where characters are split over tokens, too. */
+static void tokens_are_found_in_the_text(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{%s,\"max_tokens\":300,\"seed\":11,\"ignore_eos\":true,"
+                              "\"return_token_ids\":true,\"logprobs\":%s}";
+    char body[512];
+    snprintf(body, sizeof body, ask, "\"prompt\":\"x\"", "1");
+    json_t *v = call_json(f->url, "/v1/completions", body, 200);
+    const char *s = words(at(choice(v, 0), "text"));
+    const json_t *l = at(choice(v, 0), "logprobs");
+    int32_t n_found = 0, n_shifted = 0;
+    for (size_t i = 0; i < json_array_size(at(l, "tokens")); i++) {
+        const char *token = words(json_array_get(at(l, "tokens"), i));
+        const json_int_t offset = json_integer_value(json_array_get(at(l, "text_offset"), i));
+        if (token[0] == '<' || count_chars(token, strlen(token)) != (json_int_t)strlen(token))
+            continue;
+        const char *here = s;
+        for (json_int_t k = 0; k < offset; k++)
+            while ((*++here & 0xC0) == 0x80) {
+            }
+        n_found += strncmp(here, token, strlen(token)) == 0;
+        n_shifted += here - s != offset && strncmp(here, token, strlen(token)) == 0;
+    }
+    assert_true(n_found > 100);
+    assert_true(n_shifted > 50); /* the twin: as bytes those offsets are wrong */
+    json_decref(v);
+
+    snprintf(body, sizeof body, ask, "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]",
+             "true");
+    v = call_json(f->url, "/v1/chat/completions", body, 200);
+    l = at(at(choice(v, 0), "logprobs"), "content");
+    text bytes = {0}, repaired = {0};
+    for (size_t i = 0; i < json_array_size(l); i++) {
+        const json_t *id = json_array_get(at(choice(v, 0), "token_ids"), i),
+                     *list = at(json_array_get(l, i), "bytes");
+        if (tokenizer_is_special(f->tok, (int32_t)json_integer_value(id))) continue;
+        for (size_t k = 0; k < json_array_size(list); k++)
+            text_bytes(&bytes, &(char){(char)json_integer_value(json_array_get(list, k))}, 1);
+    }
+    utf8_repair(&repaired, bytes.data, bytes.length);
+    assert_string_equal(repaired.data, words(at(at(choice(v, 0), "message"), "content")));
+    assert_false(utf8_valid(bytes.data, bytes.length)); /* there were parts of characters */
+    text_free(&bytes);
+    text_free(&repaired);
+    json_decref(v);
+}
+
+/* The end tokens of the tokenizer's files end a text as well, unless none shall. */
+static void the_tokenizer_knows_ends(void **state) {
+    (void)state;
+    tokenizer *tok;
+    assert_ok(tokenizer_open(&tok, "workloads/tiny"));
+    const api_model m = {.model = "tiny", .tok = tok, .ctx_max = 100, .vocab = 2048, .n_max = 1};
+    int32_t n;
+    const int32_t *eos = tokenizer_eos(tok, &n);
+    assert_true(n > 0);
+    static const char *const asks[] = {"{\"prompt\":\"a\",\"stop_token_ids\":[7]}",
+                                       "{\"prompt\":\"a\",\"stop_token_ids\":[7],"
+                                       "\"ignore_eos\":true}"};
+    for (int32_t i = 0; i < 2; i++) {
+        api_request r;
+        assert_ok(api_parse(&r, &m, false, asks[i], strlen(asks[i]), 1));
+        assert_int_equal(r.n_stop_tokens, i ? 1 : 1 + n);
+        assert_int_equal(r.stop_token[0], 7);
+        for (int32_t k = 1; k < r.n_stop_tokens; k++) assert_int_equal(r.stop_token[k], eos[k - 1]);
+        api_request_free(&r);
+    }
+    tokenizer_close(tok);
+}
+
 /* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
 static void stop_strings_cut_and_never_leak(void **state) {
     const fixture *f = *state;
@@ -728,10 +807,78 @@ static void a_full_queue_is_429(void **state) {
     close_crowd(c);
     json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2}", 200));
     /* What can never be held is no matter of waiting. */
-    json_t *v =
-        call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2,\"n\":4}", 400);
-    assert_non_null(strstr(words(at(at(v, "error"), "message")), "this server holds 3"));
-    json_decref(v);
+    for (int32_t n = 2; n <= 4; n++) {
+        snprintf(body, sizeof body, "{\"prompt\":\"a\",\"max_tokens\":2,\"n\":%d}", n);
+        json_t *v = call_json(f.url, "/v1/completions", body, n <= 2 ? 200 : 400);
+        if (n > 2)
+            assert_non_null(strstr(words(at(at(v, "error"), "message")), "this server takes 2"));
+        json_decref(v);
+    }
+    close_fixture(&f, 5);
+}
+
+/* A job, and whether it was ever woken before it was known whether it is taken. */
+typedef struct {
+    job *j;
+    bool early;
+} watched;
+
+static void note_wake(void *user) { /* with the job's lock held */
+    watched *w = user;
+    w->early |= !w->j->accepted && !w->j->done;
+    w->j->waiting = true;
+}
+
+static void submit_watched(const fixture *f, watched *w, int32_t n, int32_t max_new) {
+    char body[160];
+    api_request r;
+    const api_model m = {
+        .model = "tiny", .tok = f->tok, .ctx_max = 16384, .vocab = 1005, .n_max = 8};
+    snprintf(body, sizeof body,
+             "{\"prompt\":\"a\",\"stream\":true,\"ignore_eos\":true,\"n\":%d,\"max_tokens\":%d}", n,
+             max_new);
+    assert_ok(api_parse(&r, &m, false, body, strlen(body), 1));
+    *w = (watched){0};
+    assert_ok(job_new(&w->j, &r, f->tok, note_wake, w));
+    w->j->waiting = true;
+    service_submit(f->service, w->j);
+}
+
+static status wait_watched(watched *w) {
+    for (bool done = false; !done;) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000L}, NULL);
+        pthread_mutex_lock(&w->j->lock);
+        done = w->j->done;
+        pthread_mutex_unlock(&w->j->lock);
+    }
+    return w->j->st;
+}
+
+/* A stream whose first answer is taken and whose second is refused begins with 429: it must not be
+ * woken for the cancellation of the first, or else 200 goes out. */
+static void a_stream_begins_when_all_of_it_is_taken(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 4, NULL);
+    watched filler[4], w;
+    submit_watched(&f, &filler[0], 1, 12000);
+    wait_metric(f.url, "vllm:num_requests_running", 1, 20);
+    for (int32_t i = 1; i < 4; i++) submit_watched(&f, &filler[i], 1, 12000);
+    wait_metric(f.url, "vllm:num_requests_waiting", 3, 20);
+    submit_watched(&f, &w, 3, 4);
+    assert_int_equal(wait_watched(&w), ST_OOM);
+    assert_false(w.early);
+    job_release(w.j);
+    for (int32_t i = 0; i < 4; i++) {
+        service_cancel(f.service, filler[i].j);
+        (void)wait_watched(&filler[i]);
+        assert_false(filler[i].early);
+        job_release(filler[i].j);
+    }
+    submit_watched(&f, &w, 3, 4); /* and when there is room it streams */
+    assert_ok(wait_watched(&w));
+    assert_int_equal(w.j->choice[2].n_ready, 4);
+    job_release(w.j);
     close_fixture(&f, 5);
 }
 
@@ -792,7 +939,8 @@ static void a_port_has_one_server(void **state) {
     server *second;
     const api_model m = {.model = "tiny", .ctx_max = 16384, .vocab = 1005, .n_max = 8};
     assert_status(server_open(&second, &so, f.service, &m), ST_IO);
-    assert_non_null(strstr(fail_message(), "cannot listen"));
+    assert_non_null(strstr(fail_message(), "Address already in use"));
+    assert_status(server_check(&so), ST_IO);
     server_close(f.server, 0); /* and is free again at once */
     assert_ok(server_open(&f.server, &so, f.service, &m));
     close_fixture(&f, 0);
@@ -827,29 +975,63 @@ static void shutdown_finishes_or_reports(void **state) {
     }
 }
 
-/* The command: it says where it listens, and SIGTERM ends it with status 0. */
-static void the_command_serves_until_sigterm(void **state) {
-    (void)state;
-    char line[256] = "", *url;
-    int out[2], status_;
+/* `amalgam serve` of a model with random weights; *said reads its standard output. */
+static pid_t start_command(const char *model, FILE **said) {
+    int out[2];
     assert_int_equal(pipe(out), 0);
     const char *binary = getenv("AMALGAM_BINARY");
     const pid_t pid = fork();
     if (pid == 0) {
+        signal(SIGINT, SIG_DFL); /* a shell's background job inherits that it is ignored */
         dup2(out[1], STDOUT_FILENO);
         close(out[0]);
         close(out[1]);
-        execl(binary ? binary : "build/amalgam", "amalgam", "serve", "--model", model_folder,
+        execl(binary ? binary : "build/amalgam", "amalgam", "serve", "--model", model,
               "--synthetic", "--threads", "1", "--port", "0", "--pages", "64", (char *)NULL);
         _exit(127);
     }
     close(out[1]);
-    FILE *said = fdopen(out[0], "r");
+    *said = fdopen(out[0], "r");
+    return pid;
+}
+
+/* Weights of 7B parameters take a minute to make: that can be ended, too. */
+static void the_command_ends_while_it_loads(void **state) {
+    (void)state;
+    FILE *said;
+    int status_ = 0;
+    const pid_t pid = start_command("Qwen2.5-7B", &said);
+    nanosleep(&(struct timespec){.tv_nsec = 500000000L}, NULL);
+    assert_int_equal(waitpid(pid, &status_, WNOHANG), 0);
+    assert_int_equal(kill(pid, SIGINT), 0);
+    pid_t ended = 0;
+    for (int32_t i = 0; i < 500 && ended == 0; i++) {
+        nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
+        ended = waitpid(pid, &status_, WNOHANG);
+    }
+    if (ended == 0) {
+        kill(pid, SIGKILL);
+        waitpid(pid, &status_, 0);
+    }
+    fclose(said);
+    assert_int_equal(ended, pid);
+    assert_true(WIFSIGNALED(status_));
+}
+
+/* The command: it says where it listens, and SIGTERM ends it with status 0. */
+static void the_command_serves_until_sigterm(void **state) {
+    (void)state;
+    char line[256] = "", folder[256], *url;
+    int status_;
+    FILE *said;
+    snprintf(folder, sizeof folder, "%s/", model_folder); /* the model's name has no slash */
+    const pid_t pid = start_command(folder, &said);
     assert_non_null(fgets(line, sizeof line, said));
     url = strstr(line, "http://");
     assert_non_null(url);
     url[strcspn(url, "\r\n")] = 0;
-    json_decref(call_json(url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2}", 200));
+    json_decref(call_json(url, "/v1/completions",
+                          "{\"model\":\"serve_model\",\"prompt\":\"a\",\"max_tokens\":2}", 200));
     assert_int_equal(kill(pid, SIGTERM), 0);
     assert_int_equal(waitpid(pid, &status_, 0), pid);
     assert_true(WIFEXITED(status_));
@@ -866,6 +1048,27 @@ static int run_command(const char *line, text *said) {
     for (size_t n; (n = fread(buf, 1, sizeof buf, f)) > 0;) text_bytes(said, buf, n);
     const int status_ = pclose(f);
     return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
+}
+
+/* Commands of C and of Lua, with more and with less than a buffer of output. */
+static void what_cannot_be_written_is_said(void **state) {
+    (void)state;
+    static const char *const commands[] = {"formats", "corpus --bytes 100000", "run e03 --list",
+                                           "tokenize --model workloads/tiny --text x"};
+    const char *binary = getenv("AMALGAM_BINARY");
+    char line[512];
+    text said = {0};
+    for (int32_t i = 0; i < COUNT_OF(commands); i++) {
+        snprintf(line, sizeof line, "%s %s 2>&1 >/dev/full", binary ? binary : "build/amalgam",
+                 commands[i]);
+        assert_int_equal(run_command(line, &said), 1);
+        assert_non_null(strstr(said.data, "amalgam: standard output"));
+        snprintf(line, sizeof line, "%s %s 2>&1 >/dev/null", binary ? binary : "build/amalgam",
+                 commands[i]);
+        assert_int_equal(run_command(line, &said), 0);
+        assert_int_equal(said.length, 0);
+    }
+    text_free(&said);
 }
 
 static void check_result_keys(const char *path) {
@@ -1124,10 +1327,13 @@ static void strangers_are_read_carefully(void **state) {
     wo.vocab = 100;
     assert_ok(workload_make(&w, &a, &wo));
     request_log *log = arena_array(&a, request_log, N + 1);
-    const load_options o = {.url = url, .model = "tiny"};
+    char folder[300] = ""; /* a server's model may be the path of a folder */
+    memset(folder, 'm', sizeof folder - 1);
+    const load_options o = {.url = url, .model = folder};
     assert_ok(load_ask_model(name, sizeof name, &vocab, &o));
     assert_int_equal(vocab, 777);
     assert_ok(load_run(&r, &a, &o, &w, log));
+    assert_string_equal(r.model, folder);
     assert_int_equal(r.n_failed, 1);
     assert_string_equal(r.failure, "the stream was cut off");
     assert_int_equal(log[N].finish, FINISH_REFUSED);
@@ -1146,6 +1352,8 @@ int main(void) {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(draws_follow_the_seed),
+        cmocka_unit_test(tokens_are_found_in_the_text),
+        cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(what_is_wrong_is_said),
@@ -1158,9 +1366,12 @@ int main(void) {
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_full_queue_is_429),
+        cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
+        cmocka_unit_test(what_cannot_be_written_is_said),
+        cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };
     signal(SIGPIPE, SIG_IGN);

@@ -110,6 +110,21 @@ test.case("rows hold what DESIGN says", function()
   test.equal(row.metrics.time_ms, row.key.a * 10)
 end)
 
+test.case("two runs at once do each point once", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(_, point)
+    local until_s = os.clock() + 0.2
+    while os.clock() < until_s do end
+    return { status = "ok", metrics = { x = point.a } }
+  end }]])
+  local command = ("'%s' --root '%s' run %s --results %s/both --jobs 1 > %s/said%%d 2>&1"):format(
+    os.getenv("AMALGAM_BINARY") or "build/amalgam", identity.root, path, dir, dir)
+  os.execute(("%s & %s; wait"):format(command:format(1), command:format(2)))
+  test.equal(#amalgam.rows(file_of("both")), 5, "rows")
+  test.contains(amalgam.read_file(dir .. "/said1") .. amalgam.read_file(dir .. "/said2"),
+    "another run adds to these rows")
+end)
+
 test.case("a torn last line costs its own point only", function()
   local path = write(HEAD .. BODY .. RUN)
   run(path, "torn")
@@ -297,6 +312,26 @@ test.case("compare refuses another definition and names what is missing", functi
   test.contains(said, "the definition changed")
   test.equal((compared(base, dir .. "/nothing.jsonl")), 2)
   test.equal((compared(base)), 2)
+end)
+
+test.case("compare takes git's names for versions, and names those that there are", function()
+  local git = io.popen("git rev-parse --short=12 HEAD 2>/dev/null")
+  local head = git and git:read("l")
+  if git then git:close() end
+  local row = amalgam.json_encode({ experiment = "e95", definition = "d", machine = "m", time = "1",
+    origin = "predicted", status = "ok", key = { p = 1 }, metrics = { x_ms = 1 } }) .. "\n"
+  amalgam.write_file(dir .. "/versions/e95/m/0123abcd0123.jsonl", row)
+  if head then
+    amalgam.write_file(("%s/versions/e95/m/%s.jsonl"):format(dir, head), row)
+    local status, said = compared("HEAD", "0123", "--results", dir .. "/versions")
+    test.equal(status, 0)
+    test.contains(said, "1 same")
+  end
+  local status, said = compared("0123", "nothing", "--results", dir .. "/versions")
+  test.equal(status, 2)
+  test.contains(said, "no rows of 'nothing'")
+  test.contains(said, "0123abcd0123")
+  test.equal((compared("0123", "'; echo", "--results", dir .. "/versions")), 2)
 end)
 
 test.case("compare takes predictions exactly", function()

@@ -364,6 +364,81 @@ static void byte_runs_are_held_back_only_as_long_as_needed(void **state) {
     tokenizer_close(t);
 }
 
+/* The text of the tokens from `from` on, in a stream that goes on or in one that begins. */
+static void add_rest(const tokenizer *t, const ids *list, int64_t from, bool continues, text *out) {
+    tokenizer_stream s;
+    tokenizer_stream_open(&s, t, true);
+    if (continues) tokenizer_stream_continue(&s);
+    for (int64_t i = from; i < list->length; i++)
+        assert_ok(tokenizer_stream_push(&s, list->data[i], out));
+    assert_ok(tokenizer_stream_flush(&s, out));
+    tokenizer_stream_close(&s);
+}
+
+/* Wherever a text is cut, its beginning and its continuation are the text. */
+static void a_continuation_keeps_its_first_space(void **state) {
+    (void)state;
+    static const char whole[] = "Once upon a time there was";
+    for (size_t f = 0; f < COUNT_OF(families); f++) {
+        tokenizer *t = open_family(families[f]);
+        ids list = {0};
+        text got = {0};
+        int32_t n_lost = 0; /* the twin: where a text of its own begins, Strip takes the space */
+        assert_ok(tokenizer_encode(t, whole, sizeof whole - 1, 0, &list));
+        for (int64_t cut = 1; cut < list.length; cut++)
+            for (int32_t continues = 0; continues < 2; continues++) {
+                text_clear(&got);
+                assert_ok(tokenizer_decode(t, list.data, cut, true, &got));
+                add_rest(t, &list, cut, continues, &got);
+                if (continues)
+                    assert_string_equal(got.data, whole);
+                else
+                    n_lost += strcmp(got.data, whole) != 0;
+            }
+        assert_int_equal(n_lost > 0,
+                         !strcmp(families[f], "llama2") || !strcmp(families[f], "mistral"));
+        text_free(&got);
+        ids_free(&list);
+        tokenizer_close(t);
+    }
+}
+
+/* The bytes of all tokens together are the text, also where a character is cut. */
+static void bytes_of_tokens_are_the_text(void **state) {
+    (void)state;
+    json_t *corpus = read_lines(VECTORS "/corpus.jsonl");
+    for (size_t f = 0; f < COUNT_OF(families); f++) {
+        tokenizer *t = open_family(families[f]);
+        ids list = {0};
+        text got = {0}, want = {0}, repaired = {0};
+        int32_t n_parts = 0; /* tokens that are no text on their own */
+        for (size_t i = 0; i < json_array_size(corpus); i++) {
+            const json_t *s = json_find(json_array_get(corpus, i), "text");
+            ids_clear(&list);
+            text_clear(&got);
+            text_clear(&want);
+            assert_ok(tokenizer_encode(t, json_string_value(s), json_string_length(s), 0, &list));
+            add_rest(t, &list, 0, true, &want);
+            for (int64_t k = 0; k < list.length; k++) {
+                const size_t from = got.length;
+                if (tokenizer_is_special(t, list.data[k])) continue;
+                assert_ok(tokenizer_token_bytes(t, list.data[k], &got));
+                n_parts += got.length > from && !utf8_valid(got.data + from, got.length - from);
+            }
+            text_clear(&repaired); /* byte-level families make ill-formed text of "<café>" */
+            utf8_repair(&repaired, got.data ? got.data : "", got.length);
+            assert_true(same_text(&repaired, want.data ? want.data : "", want.length));
+        }
+        assert_true(n_parts > 0);
+        text_free(&got);
+        text_free(&want);
+        text_free(&repaired);
+        ids_free(&list);
+        tokenizer_close(t);
+    }
+    json_decref(corpus);
+}
+
 static void special_tokens_are_parsed_only_when_asked(void **state) {
     (void)state;
     static const char s[] = "a<|eot_id|>b";
@@ -399,6 +474,8 @@ int main(void) {
         cmocka_unit_test(ill_formed_bytes_become_replacement_characters),
         cmocka_unit_test(random_bytes_come_back_as_their_repair),
         cmocka_unit_test(byte_runs_are_held_back_only_as_long_as_needed),
+        cmocka_unit_test(a_continuation_keeps_its_first_space),
+        cmocka_unit_test(bytes_of_tokens_are_the_text),
         cmocka_unit_test(special_tokens_are_parsed_only_when_asked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
