@@ -103,9 +103,9 @@ status pack_plain(const linear_weight *w, const qmatrix *q, cudaStream_t stream)
 
 // Where linear_tuned.def has nothing: best first for problems of up to `rows` x rows (an expert's,
 // on average) and n k below two to the power `size`. ONE_WAVE: where there are tiles of 64 rows of
-// W for one SM in eight at least and for all at most. FILLS: where tiles, shared by as many SMs
-// each as there are for it, leave one SM in sixteen idle at most. A gated epilogue wants two blocks
-// a warpgroup and goes on to the next name that has them.
+// W for one SM in eight at least and for all at most. FILLS: where there is no more than a tile an
+// SM, and tiles, shared by as many SMs each as there are for it, leave one SM in sixteen idle at
+// most. A gated epilogue wants two blocks a warpgroup and goes on to the next name that has them.
 enum condition { ALWAYS, ONE_WAVE, FILLS };
 struct preference {
     int32_t family, rows, size;
@@ -138,8 +138,11 @@ const preference preferences[] = {
     {80, 32, 62, "ampere_32x2"},
     {80, 64, 25, "ampere_strips_32", ONE_WAVE},
     {80, 64, 62, "ampere_64x2"},
+    {80, 512, 25, "ampere_units_64x128", FILLS},
+    {80, 512, 25, "ampere_units_64x192", FILLS},
+    {80, 512, 25, "ampere_units_128x128", FILLS},
+    {80, 256, 26, "ampere_units_128x128", FILLS},
     {80, 512, 25, "ampere_64x2", FILLS},
-    {80, 512, 25, "ampere_128x192", FILLS},
     {80, 1 << 30, 62, "ampere_128x2"},
     {80, 1 << 30, 62, "ampere_128x1"},
 };
@@ -187,8 +190,7 @@ bool holds(condition c, const linear_variant *v, const linear_problem *p, const 
     const int32_t tiles_x = (p->m + v->rows_x - 1) / v->rows_x, sms = p->n_sms;
     if (c == ONE_WAVE) return tiles_x * l->blocks <= sms && tiles_x * l->blocks * 8 >= sms;
     const int32_t tiles = tiles_x * ((l->blocks + v->blocks - 1) / v->blocks);
-    const int32_t busy = tiles < sms ? sms / tiles * tiles : tiles;
-    return c == ALWAYS || busy * 16 >= (busy + sms - 1) / sms * sms * 15;
+    return c == ALWAYS || (tiles <= sms && sms / tiles * tiles * 16 >= sms * 15);
 }
 
 const linear_variant *choose(const linear_problem *p, const linear_layout *l) {

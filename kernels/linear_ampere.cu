@@ -2,7 +2,9 @@
 // any GPU from sm_80. Weights go from shared memory to registers as they lie there (16 bytes a
 // lane), x through ldmatrix from rows of 128 bytes whose 16-byte chunks are swapped by row.
 //
-//   tiles    eight warps share a tile of W and walk along K together; CTAs may share one
+//   tiles    eight warps share a tile of W and walk along K together; CTAs may share one. Where it
+//            is small, four warps take every second unit each (UNITS): so an SM has one, of all of
+//            K or half, and fewer sums travel
 //   split    the warps of a CTA share out K; CTAs may share a tile
 //   strips   the same, and a tile is so narrow that a CTA has all of K: small matrices, few rows
 //
@@ -16,24 +18,25 @@
 #include "mma_sync.cuh"
 #include "traits.cuh"
 
-// The explicit lists. Tiles: name, format, type, x rows, blocks of a warp, parts that the x rows
-// are split in among warps, units of a step (at 4 bits), stages and CTAs an SM at most, granules of
+// The explicit lists. Tiles: name, format, type, x rows, blocks of a warp, what the two groups of
+// four warps share out, units of a step (at 4 bits), stages and CTAs an SM at most, granules of
 // less than 64 inputs. A tile is 128, 192 or 256 rows of W; of weights of 16 bits 128x2 would not
 // fit 100 KB an SM. Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last
 // GPU. Strips: name, format, type, x rows of a tile, warps, x rows of a problem at most, fine,
-// first and last GPU.
+// first and last GPU. SMALL, split and strips are for formats that dense models of 4 bits come in.
 #define AMPERE_TILES(X, F, T, FINE)                                                                \
-    X("ampere_8x1", F, T, 8, 1, 1, 4, 4, 2, FINE)                                                  \
-    X("ampere_16x2", F, T, 16, 2, 1, 1, 6, 2, FINE)                                                \
-    X("ampere_32x2", F, T, 32, 2, 1, 1, 5, 2, FINE)                                                \
-    X("ampere_64x2", F, T, 64, 2, 1, 1, 4, 1, FINE)
+    X("ampere_8x1", F, T, 8, 1, BLOCKS, 4, 4, 2, FINE)                                             \
+    X("ampere_16x2", F, T, 16, 2, BLOCKS, 1, 6, 2, FINE)                                           \
+    X("ampere_32x2", F, T, 32, 2, BLOCKS, 1, 5, 2, FINE)                                           \
+    X("ampere_64x2", F, T, 64, 2, BLOCKS, 1, 4, 1, FINE)
 #define AMPERE_CODES(X, F, T, FINE)                                                                \
-    AMPERE_TILES(X, F, T, FINE)                                                                    \
-    X("ampere_128x192", F, T, 128, 3, 2, 1, 5, 1, FINE)                                            \
-    X("ampere_128x2", F, T, 128, 2, 1, 1, 4, 1, FINE)
+    AMPERE_TILES(X, F, T, FINE) X("ampere_128x2", F, T, 128, 2, BLOCKS, 1, 4, 1, FINE)
 #define AMPERE_VALUES(X, F, T, FINE)                                                               \
-    AMPERE_TILES(X, F, T, FINE)                                                                    \
-    X("ampere_128x1", F, T, 128, 2, 2, 1, 5, 1, FINE)
+    AMPERE_TILES(X, F, T, FINE) X("ampere_128x1", F, T, 128, 2, ROWS, 1, 5, 1, FINE)
+#define AMPERE_SMALL(X, F, T, FINE)                                                                \
+    X("ampere_units_64x128", F, T, 64, 2, UNITS, 2, 4, 1, FINE)                                    \
+    X("ampere_units_64x192", F, T, 64, 3, UNITS, 2, 4, 1, FINE)                                    \
+    X("ampere_units_128x128", F, T, 128, 2, UNITS, 2, 4, 1, FINE)
 #define AMPERE_SPLIT(X, F, T, FINE) X("ampere_split_16x2", F, T, 16, 2, 4, 1, FINE, 90, 103)
 #define AMPERE_STRIPS(X, F, T, FINE)                                                               \
     X("ampere_strips_8", F, T, 8, 16, 8, FINE, 80, SM_ANY)                                         \
@@ -44,6 +47,7 @@
 #ifndef AMPERE_INSTANCES
 #define AMPERE_INSTANCES(X)                                                                        \
     AMPERE_TYPES(AMPERE_CODES, X, INT4, false)                                                     \
+    AMPERE_TYPES(AMPERE_SMALL, X, INT4, false)                                                     \
     AMPERE_TYPES(AMPERE_CODES, X, INT4, true)                                                      \
     AMPERE_TYPES(AMPERE_CODES, X, INT8, false)                                                     \
     AMPERE_TYPES(AMPERE_CODES, X, FP8, false)                                                      \
@@ -54,13 +58,11 @@
 #define AMPERE_SPLIT_INSTANCES(X)                                                                  \
     AMPERE_TYPES(AMPERE_SPLIT, X, INT4, false)                                                     \
     AMPERE_TYPES(AMPERE_SPLIT, X, INT4, true)                                                      \
-    AMPERE_TYPES(AMPERE_SPLIT, X, MXFP4, true)                                                     \
-    AMPERE_TYPES(AMPERE_SPLIT, X, NVFP4, true)
+    AMPERE_TYPES(AMPERE_SPLIT, X, MXFP4, true)
 #define AMPERE_STRIPS_INSTANCES(X)                                                                 \
     AMPERE_TYPES(AMPERE_STRIPS, X, INT4, false)                                                    \
     AMPERE_TYPES(AMPERE_STRIPS, X, INT4, true)                                                     \
-    AMPERE_TYPES(AMPERE_STRIPS, X, MXFP4, true)                                                    \
-    AMPERE_TYPES(AMPERE_STRIPS, X, NVFP4, true)
+    AMPERE_TYPES(AMPERE_STRIPS, X, MXFP4, true)
 #endif
 
 namespace {
@@ -90,10 +92,18 @@ template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// What the two groups of four warps of a CTA share out: blocks of W, rows of x, or units of a step,
+// whose sums meet in shared memory at a tile's end.
+enum share { BLOCKS, ROWS, UNITS };
+
 // One stage: code [blocks][KU units], x [KU units][NT][128 bytes], scale [blocks][granules].
-template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
-    static constexpr int groups = 2 / XS, blocks = R * groups, rows = NT / XS; // rows: of a warp
-    static constexpr int unit = 512 * linear_code_bits(F);                     // bytes of a block
+template <int F, int NT, int R, share SH, int KU, bool FINE> struct tile {
+    static constexpr int groups = SH == BLOCKS ? 2 : 1, blocks = R * groups;
+    static constexpr int rows = SH == ROWS ? NT / 2 : NT;   // of x, that a warp multiplies
+    static constexpr int own = SH == BLOCKS ? NT : NT / 2;  // and finishes
+    static constexpr int units = SH == UNITS ? KU / 2 : KU; // of a step, that a warp multiplies
+    static_assert(units > 0, "nothing to share out");
+    static constexpr int unit = 512 * linear_code_bits(F); // bytes of a block
     static constexpr int code = blocks * KU * unit, x = KU * NT * 128;
     static constexpr int scale_block = KU * unit_scale_bytes(F, FINE);
     static constexpr int scale = (blocks * scale_block + 127) / 128 * 128;
@@ -102,10 +112,10 @@ template <int F, int NT, int R, int XS, int KU, bool FINE> struct tile {
 
 // What a thread copies of every step, N threads together: KU units out of STRIDE. Places are in 16
 // bytes from the matrix's start.
-template <typename T, int F, int NT, int R, int XS, int KU, bool FINE, int N = kThreads,
+template <typename T, int F, int NT, int R, share SH, int KU, bool FINE, int N = kThreads,
           int STRIDE = KU>
 struct loader {
-    using S = tile<F, NT, R, XS, KU, FINE>;
+    using S = tile<F, NT, R, SH, KU, FINE>;
     static constexpr int kCode = (S::code / 16 + N - 1) / N;
     static constexpr int kX = (S::x / 16 + N - 1) / N;
     static constexpr int kScale = (S::blocks * S::scale_block / 16 + N - 1) / N;
@@ -274,8 +284,8 @@ __device__ __forceinline__ void multiply_anew(float *c, const uint32_t *a, uint3
 }
 
 // What this lane reads of a stage, 16 inputs (an atom, 0 .. 4 KU - 1) at a time.
-template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct reader {
-    using S = tile<F, NT, R, XS, KU, FINE>;
+template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct reader {
+    using S = tile<F, NT, R, SH, KU, FINE>;
     static constexpr int bits = linear_code_bits(F);
     static constexpr int atoms = S::rows == 8 ? 2 : 1; // of one ldmatrix
     static constexpr int words = S::rows / 4 * atoms;
@@ -286,12 +296,14 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
     __device__ __forceinline__ explicit reader(const linear_args &p) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip = warp % 4;
         const int slot0 = S::groups == 1 ? 0 : warp / 4 * R;
-        const int row0 = XS == 1 ? 0 : warp / 4 * S::rows;
-        code = slot0 * KU * S::unit + strip * (S::unit / 4) + lane * 16;
+        const int row0 = SH == ROWS ? warp / 4 * S::rows : 0;
+        const int unit0 = SH == UNITS ? warp / 4 * S::units : 0;
+        code = (slot0 * KU + unit0) * S::unit + strip * (S::unit / 4) + lane * 16;
         const int row = atoms == 2 ? lane % 8 : lane / 16 * 8 + lane % 8;
         const int c = atoms == 2 ? lane / 8 : lane / 8 % 2;
-        x = S::code + (row0 + row) * 128 + ((c ^ row % 8) << 4);
-        scale = S::code + S::x + slot0 * S::scale_block;
+        x = S::code + (unit0 * NT + row0 + row) * 128 + ((c ^ row % 8) << 4);
+        scale = S::code + S::x + slot0 * S::scale_block +
+                (unit0 * 64 >> p.granule_shift) * p.granule_bytes;
         place = strip * 16 + lane / 4 * 2;
         granule = p.granule;
         granule_shift = p.granule_shift;
@@ -316,7 +328,7 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
                                 atom % 4 * bits / 16 * 512);
     }
     __device__ __forceinline__ uint32_t scales_at(uint32_t stage, int atom, int r) const {
-        const int at = FINE || KU > 1 ? (atom * 16 >> granule_shift) * granule_bytes : 0;
+        const int at = FINE || S::units > 1 ? (atom * 16 >> granule_shift) * granule_bytes : 0;
         return stage + scale + r * S::scale_block + at;
     }
     // Its scales over a whole unit, which atom begins.
@@ -335,10 +347,10 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct re
 };
 
 // A warp's operands: fragments in use and next, and what they come from.
-template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct operands {
-    using S = tile<F, NT, R, XS, KU, FINE>;
-    using source = reader<T, F, NT, R, XS, KU, FINE>;
-    static constexpr int bits = linear_code_bits(F), atoms = 4 * KU, once = source::atoms;
+template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct operands {
+    using S = tile<F, NT, R, SH, KU, FINE>;
+    using source = reader<T, F, NT, R, SH, KU, FINE>;
+    static constexpr int bits = linear_code_bits(F), atoms = 4 * S::units, once = source::atoms;
     static constexpr int n = S::rows / 2;                                // sums of a block
     static constexpr bool sums = F == WF_INT4 && !FINE && S::rows <= 16; // see raw_codes
     static constexpr bool late =
@@ -412,13 +424,13 @@ template <typename T, int F, int NT, int R, int XS, int KU, bool FINE> struct op
     }
 };
 
-template <typename T, int F, int NT, int R, int XS, int KU, bool FINE, int kStages>
+template <typename T, int F, int NT, int R, share SH, int KU, bool FINE, int kStages>
 __device__ __forceinline__ void
-multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
-                 loader<T, F, NT, R, XS, KU, FINE> &from,
-                 const reader<T, F, NT, R, XS, KU, FINE> &in, uint32_t shared) {
-    using S = tile<F, NT, R, XS, KU, FINE>;
-    using O = operands<T, F, NT, R, XS, KU, FINE>;
+multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segment &s,
+                 loader<T, F, NT, R, SH, KU, FINE> &from,
+                 const reader<T, F, NT, R, SH, KU, FINE> &in, uint32_t shared) {
+    using S = tile<F, NT, R, SH, KU, FINE>;
+    using O = operands<T, F, NT, R, SH, KU, FINE>;
     // The compiler moves no product over a branch, and then has registers enough.
     constexpr bool kApart = S::rows == 128 && O::bits == 8;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
@@ -452,6 +464,43 @@ multiply_segment(float (&acc)[R][NT / XS / 2], const linear_segment &s,
     __syncthreads();
 }
 
+// Sums of what a warp finishes: its own, or, where they are of half of the inputs, those of half of
+// the x rows, the first of which the first four warps take: own[r][i] of all inputs.
+template <int R, int N, int M>
+__device__ __forceinline__ void own_sums(float (&own)[R][M], const float (&acc)[R][N],
+                                         float4 *shared) {
+    if constexpr (M == N) {
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < N; i++) own[r][i] = acc[r][i];
+    } else {
+        static_assert(2 * M == N, "");
+        const bool second = threadIdx.x >= 128;
+        float4 *to = shared + (threadIdx.x ^ 128), *from = shared + threadIdx.x;
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < M; i += 4)
+                to[(r * M + i) / 4 * kThreads] =
+                    second ? make_float4(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3])
+                           : make_float4(acc[r][M + i], acc[r][M + i + 1], acc[r][M + i + 2],
+                                         acc[r][M + i + 3]);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < M; i += 4) {
+                const float4 other = from[(r * M + i) / 4 * kThreads];
+                own[r][i] = (second ? acc[r][M + i] : acc[r][i]) + other.x;
+                own[r][i + 1] = (second ? acc[r][M + i + 1] : acc[r][i + 1]) + other.y;
+                own[r][i + 2] = (second ? acc[r][M + i + 2] : acc[r][i + 2]) + other.z;
+                own[r][i + 3] = (second ? acc[r][M + i + 3] : acc[r][i + 3]) + other.w;
+            }
+        __syncthreads(); // the next tile's first steps come here
+    }
+}
+
 // Stages of so many bytes in the shared memory of an SM: as many as asked for, with `ctas` CTAs an
 // SM if three stages of each fit, else with one. Less than two: not on this GPU.
 __host__ __device__ constexpr int stages_of(int bytes, int wanted, int ctas, int sm_bytes) {
@@ -461,13 +510,16 @@ __host__ __device__ constexpr int stages_of(int bytes, int wanted, int ctas, int
                                  : stages_of(bytes, wanted, 1, sm_bytes);
 }
 // Shared memory of an SM (CUDA C++ Programming Guide, table of compute capabilities).
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr int kSharedLeast = 100 * 1024;
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 constexpr int kSharedBytes = 228 * 1024;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
 constexpr int kSharedBytes = 164 * 1024;
 #else
-constexpr int kSharedBytes = 100 * 1024;
+constexpr int kSharedBytes = kSharedLeast;
 #endif
+// What the table has from sm_90 on, or where there is more shared memory, needs no code elsewhere.
+constexpr bool kSplitHere = kSharedBytes == 228 * 1024, kStrips32Here = kSharedBytes > kSharedLeast;
 
 // The next launch may begin to load its weights; where its tiles and rows come from the launch
 // before, this one waits for that. With experts the next may begin only then, since it may read the
@@ -482,12 +534,14 @@ __device__ __forceinline__ void begin_launch(int32_t *tile_start, const linear_a
     }
 }
 
-template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
+template <typename T, int F, int NT, int R, share SH, int KU, int kStages, int kCtas, bool FINE>
 __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere(const __grid_constant__ linear_args p) {
-    using S = tile<F, NT, R, XS, KU, FINE>;
+    using S = tile<F, NT, R, SH, KU, FINE>;
     constexpr int stages = stages_of(S::bytes, kStages, kCtas, kSharedBytes);
-    static_assert(linear_part_bytes<S::rows, R>(kCtas) <= LINEAR_SUMS_BYTES, "no room for sums");
+    static_assert(linear_part_bytes<S::own, R>(kCtas) <= LINEAR_SUMS_BYTES, "no room for sums");
+    static_assert(stages_of(S::bytes, kStages, kCtas, kSharedLeast) >= 2, "not on every GPU");
+    static_assert(SH != UNITS || kThreads * R * S::own * 2 <= 2 * S::bytes, "no room for halves");
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
@@ -498,8 +552,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
     linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s, next;
-    loader<T, F, NT, R, XS, KU, FINE> from(p);
-    const reader<T, F, NT, R, XS, KU, FINE> in(p);
+    loader<T, F, NT, R, SH, KU, FINE> from(p);
+    const reader<T, F, NT, R, SH, KU, FINE> in(p);
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared);
     bool more = walk.next(next);
     const auto begin = [&] { // what comes next is on its way while a tile is finished
@@ -508,16 +562,17 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     };
     if (more) begin();
     while (more) {
-        float acc[R][S::rows / 2] = {};
+        float acc[R][S::rows / 2] = {}, own[R][S::own / 2];
         s = next;
-        multiply_segment<T, F, NT, R, XS, KU, FINE, stages>(acc, s, from, in, ring);
+        multiply_segment<T, F, NT, R, SH, KU, FINE, stages>(acc, s, from, in, ring);
+        own_sums(own, acc, reinterpret_cast<float4 *>(shared));
         more = walk.next(next);
         if (more) begin();
-        if (XS > 1) s.m0 += threadIdx.x / 128 * S::rows; // what is this warp's
-        if (s.step1 - s.step0 == p.steps || linear_share<S::rows, R>(acc, p, walk, s, later))
-            linear_finish<T, S::rows, R, S::groups>(acc, p, s, turn[threadIdx.x / 32]);
+        if (SH != BLOCKS) s.m0 += threadIdx.x / 128 * S::own; // what is this warp's
+        if (s.step1 - s.step0 == p.steps || linear_share<S::own, R>(own, p, walk, s, later))
+            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[threadIdx.x / 32]);
     }
-    linear_finish_all<T, S::rows, R, S::groups>(p, later, turn[threadIdx.x / 32]);
+    linear_finish_all<T, S::own, R, S::groups>(p, later, turn[threadIdx.x / 32]);
 }
 
 // Of an SM.
@@ -560,10 +615,10 @@ status launch_stages(K kernel, int bytes, int least, int wanted, int ctas, const
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
 }
 
-template <typename T, int F, int NT, int R, int XS, int KU, int kStages, int kCtas, bool FINE>
+template <typename T, int F, int NT, int R, share SH, int KU, int kStages, int kCtas, bool FINE>
 status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
-    return launch_stages(linear_ampere<T, F, NT, R, XS, KU, kStages, kCtas, FINE>,
-                         tile<F, NT, R, XS, KU, FINE>::bytes, 0, kStages, kCtas, args, n_sms,
+    return launch_stages(linear_ampere<T, F, NT, R, SH, KU, kStages, kCtas, FINE>,
+                         tile<F, NT, R, SH, KU, FINE>::bytes, 0, kStages, kCtas, args, n_sms,
                          per_sm, stream);
 }
 
@@ -678,9 +733,10 @@ __device__ __forceinline__ void add_warps(float (&sum)[R][NT / 4],
 template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>
 __global__ void __launch_bounds__(kThreads, kCtas)
     linear_ampere_split(const __grid_constant__ linear_args p) {
-    using S = tile<F, NT, R, 2, 1, FINE>;
+    using S = tile<F, NT, R, ROWS, 1, FINE>;
     constexpr int fit = stages_of(LINEAR_WARPS * S::bytes, kStages, kCtas, kSharedBytes);
     constexpr int stages = fit < 2 ? 2 : fit; // never launched where two do not fit
+    if (!kSplitHere) return;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ int32_t tile_start[LINEAR_EXPERTS_MAX + 1];
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
@@ -693,7 +749,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
     linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s;
-    loader<T, F, NT, R, 2, 1, FINE, 32, LINEAR_WARPS> from(p);
+    loader<T, F, NT, R, ROWS, 1, FINE, 32, LINEAR_WARPS> from(p);
     while (walk.next(s)) {
         float acc[R * 4][NT / 2] = {}, sum[R][NT / 4];
         from.begin(s, s.step0 * LINEAR_WARPS + warp);
@@ -722,7 +778,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 template <typename T, int F, int NT, int R, int kStages, int kCtas, bool FINE>
 status launch_split(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     return launch_stages(linear_ampere_split<T, F, NT, R, kStages, kCtas, FINE>,
-                         LINEAR_WARPS * tile<F, NT, R, 2, 1, FINE>::bytes,
+                         LINEAR_WARPS * tile<F, NT, R, ROWS, 1, FINE>::bytes,
                          LINEAR_WARPS * R * 64 * NT * 4, kStages, kCtas, args, n_sms, per_sm,
                          stream);
 }
@@ -864,10 +920,7 @@ __device__ __forceinline__ void finish_strips(const linear_args &p, int32_t tile
             const int32_t up = strip + p.half_blocks * 4;
             const float4 u = linear_affine(
                 sum(s + n, m), linear_outputs_of<T>(p, 0, up / 4, col + p.half_rows, up % 4));
-            v = make_float4(linear_gate(v.x, u.x, p.epilogue, p.limit),
-                            linear_gate(v.y, u.y, p.epilogue, p.limit),
-                            linear_gate(v.z, u.z, p.epilogue, p.limit),
-                            linear_gate(v.w, u.w, p.epilogue, p.limit));
+            v = linear_gate_all(v, u, p);
         }
         linear_put<T>(p, m0 + m, col, v);
     }
@@ -884,6 +937,7 @@ __global__ void __launch_bounds__(32 * W, 1)
     using S = strips_stage<F, NT, STRIPS, FINE>;
     constexpr int fit = stages_of(W * S::bytes, kStripStages, 1, kSharedBytes);
     constexpr int stages = fit < 2 ? 2 : fit; // never launched where two do not fit
+    if (NT == 32 && !kStrips32Here) return;
     extern __shared__ __align__(128) uint8_t shared[];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -936,6 +990,9 @@ status launch_strips(const linear_args *args, int32_t n_sms, int32_t per_sm, ker
         SIZE(4), SIZE(3), SIZE(2)
 #undef SIZE
     };
+    static_assert(NT == 32 || stages_of(W * strips_stage<F, NT, 2, FINE>::bytes, kStripStages, 1,
+                                        kSharedLeast) >= 2,
+                  "not on every GPU");
     int sm_bytes = 0, best = -1, least = 0;
     TRY(shared_bytes(&sm_bytes));
     for (int i = 0; i < 3; i++) {
@@ -952,8 +1009,10 @@ status launch_strips(const linear_args *args, int32_t n_sms, int32_t per_sm, ker
                          args, n_sms, per_sm, stream, 32 * W);
 }
 
-constexpr int units_of(int f, int at_4_bits) {
-    return at_4_bits * 4 > linear_code_bits(f) ? at_4_bits * 4 / linear_code_bits(f) : 1;
+constexpr int units_of(int f, int at_4_bits, share sh) {
+    const int least = sh == UNITS ? 2 : 1;
+    return at_4_bits * 4 > least * linear_code_bits(f) ? at_4_bits * 4 / linear_code_bits(f)
+                                                       : least;
 }
 // What a granule may be; formats that have one granule take any row.
 constexpr int granule_least(int f, bool fine) { return f == WF_INT4 ? (fine ? 16 : 64) : 0; }
@@ -961,21 +1020,21 @@ constexpr int granule_most(int f, bool fine) { return f == WF_INT4 ? (fine ? 32 
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(NAME, F, T, NT, R, XS, KU4, STAGES, CTAS, FINE)                                        \
+#define ROW(NAME, F, T, NT, R, SH, KU4, STAGES, CTAS, FINE)                                        \
     {NAME,                                                                                         \
      80,                                                                                           \
      SM_ANY,                                                                                       \
      WF_##F,                                                                                       \
      DT_##T,                                                                                       \
      NT,                                                                                           \
-     R * 2 / XS,                                                                                   \
-     units_of(WF_##F, KU4),                                                                        \
+     SH == BLOCKS ? R * 2 : R,                                                                     \
+     units_of(WF_##F, KU4, SH),                                                                    \
      granule_least(WF_##F, FINE),                                                                  \
      granule_most(WF_##F, FINE),                                                                   \
      CTAS,                                                                                         \
-     launch<T_##T, WF_##F, NT, R, XS, units_of(WF_##F, KU4), STAGES, CTAS, FINE>,                  \
+     launch<T_##T, WF_##F, NT, R, SH, units_of(WF_##F, KU4, SH), STAGES, CTAS, FINE>,              \
      0,                                                                                            \
-     XS > 1},
+     SH != BLOCKS},
 #define SPLIT_ROW(NAME, F, T, NT, R, STAGES, CTAS, FINE, SM_MIN, SM_MAX)                           \
     {NAME,                                                                                         \
      SM_MIN,                                                                                       \

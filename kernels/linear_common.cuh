@@ -225,6 +225,12 @@ __device__ __forceinline__ float linear_gate(float g, float u, int epilogue, flo
     return __fdividef(1.f, 1.f + __expf(-1.702f * g)) * g * (u + 1.f);
 }
 
+__device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, const linear_args &p) {
+    return make_float4(
+        linear_gate(g.x, u.x, p.epilogue, p.limit), linear_gate(g.y, u.y, p.epilogue, p.limit),
+        linear_gate(g.z, u.z, p.epilogue, p.limit), linear_gate(g.w, u.w, p.epilogue, p.limit));
+}
+
 enum {
     LINEAR_STAGE_FLOATS = 8 * 20
 }; // one warp's 8 x rows of 16 outputs, rows padded by one vector
@@ -331,7 +337,8 @@ linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const 
     if (row < m_end) linear_put<T>(p, row, col, v);
 }
 
-// Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp.
+// Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp. Whether it is gated is
+// asked of each group of rows: loops of their own would be half as much code again.
 template <typename T, int NT, int R, int GROUPS = 2>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
                                               const linear_segment &s, float *stage) {
@@ -339,23 +346,23 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (gated && r % 2) continue;
+        const bool pair = r % 2 == 0 && r + 1 < R && gated;
         const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
         if (!at.there) continue;
         const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-        if (r + 1 < R && gated) {
-            const linear_outputs up =
-                linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
+        linear_outputs up = o;
+        if (pair)
+            up = linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
 #pragma unroll
-            for (int j = 0; j < NT / 8; j++)
-                if (s.m0 + 8 * j < s.m_end)
-                    linear_emit<T, true>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
-                                         &acc[r + 1 < R ? r + 1 : r][4 * j], o, up, stage);
-        } else {
-#pragma unroll
-            for (int j = 0; j < NT / 8; j++)
-                if (s.m0 + 8 * j < s.m_end)
-                    linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[r][4 * j],
-                                          &acc[r][4 * j], o, o, stage);
+        for (int j = 0; j < NT / 8; j++) {
+            if (s.m0 + 8 * j >= s.m_end) continue;
+            float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
+            if (pair)
+                v = linear_gate_all(
+                    v, linear_affine(linear_turn(&acc[r + 1 < R ? r + 1 : r][4 * j], stage), up),
+                    p);
+            const int32_t row = s.m0 + 8 * j + threadIdx.x % 32 / 4;
+            if (row < s.m_end) linear_put<T>(p, row, at.col, v);
         }
     }
 }
@@ -396,6 +403,14 @@ __device__ __forceinline__ int32_t *linear_counter(const linear_args &p, int32_t
 
 enum { LINEAR_OWNER_ADDS = 3 }; // CTAs of a tile up to which its first adds all
 
+// What this warp has stored is there.
+template <int W = LINEAR_WARPS>
+__device__ __forceinline__ void linear_announce(const linear_args &p, int32_t owner) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter<W>(p, owner), 1);
+}
+
 template <int NT, int R, int W = LINEAR_WARPS>
 __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const linear_args &p,
                                                int32_t cta, int32_t owner,
@@ -409,9 +424,7 @@ __device__ __forceinline__ void linear_deposit(float (&acc)[R][NT / 2], const li
                 __stcg(slot + (r * (NT / 8) + j) * 32,
                        make_float4(acc[r][4 * j], acc[r][4 * j + 1], acc[r][4 * j + 2],
                                    acc[r][4 * j + 3]));
-    __threadfence();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) atomicAdd(linear_counter<W>(p, owner), 1);
+    linear_announce<W>(p, owner);
 }
 
 // Wait until n CTAs have deposited.
@@ -487,10 +500,10 @@ template <int NT, int R> __host__ __device__ constexpr int linear_part_bytes(int
     return ctas * 2 * LINEAR_WARPS * (R * NT / 8) * 512;
 }
 
+// Sums to where others find them; s: which rows there are.
 template <int NT, int R>
-__device__ __forceinline__ void linear_put_part(const float (&acc)[R][NT / 2], const linear_args &p,
-                                                int32_t cta, const linear_segment &s) {
-    float4 *to = linear_part<NT, R>(p, cta, s.step0 == 0);
+__device__ __forceinline__ void linear_put_part(const float (&acc)[R][NT / 2], float4 *to,
+                                                const linear_segment &s) {
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -504,29 +517,31 @@ __device__ __forceinline__ void linear_put_part(const float (&acc)[R][NT / 2], c
 }
 
 // What to do with the sums of a segment that is not a whole tile; true: acc now holds the whole
-// tile.
+// tile. Either way that sums travel is one piece of code, for it is a large one.
 template <int NT, int R, typename W>
 __device__ __forceinline__ bool linear_share(float (&acc)[R][NT / 2], const linear_args &p,
                                              const W &walk, const linear_segment &s,
                                              linear_shared *later) {
     const int32_t owner = walk.holder(s.line), n = walk.holder(s.line + p.steps - 1) - owner + 1;
-    if (n > LINEAR_OWNER_ADDS) {
-        linear_put_part<NT, R>(acc, p, walk.cta, s);
+    const bool all = n > LINEAR_OWNER_ADDS, first = s.step0 == 0;
+    if (!all && first) {
+        linear_collect<NT, R>(acc, p, s, owner, n);
+        return true;
+    }
+    linear_put_part<NT, R>(
+        acc, all ? linear_part<NT, R>(p, walk.cta, first) : linear_slot<NT, R>(p, walk.cta, first),
+        s);
+    if (all) {
         if (threadIdx.x % 32 == 0) {
-            const int at = s.step0 == 0;
-            later->tile[at] = s;
-            later->owner[at] = owner;
-            later->rank[at] = walk.cta - owner;
-            later->size[at] = n;
+            later->tile[first] = s;
+            later->owner[first] = owner;
+            later->rank[first] = walk.cta - owner;
+            later->size[first] = n;
         }
-        return false;
+    } else {
+        linear_announce(p, owner);
     }
-    if (s.step0 > 0) {
-        linear_deposit<NT, R>(acc, p, walk.cta, owner, s);
-        return false;
-    }
-    linear_collect<NT, R>(acc, p, s, owner, n);
-    return true;
+    return false;
 }
 
 // Groups of eight x rows of a block that a CTA finishes together: group j of block r; r < 0: none.
@@ -590,17 +605,20 @@ __device__ __forceinline__ void linear_finish_shared(const linear_args &p, const
 #pragma unroll
         for (int a = 0; a < AT; a++) {
             if (group.r[a] < 0 || (gated && a % 2)) continue;
+            const bool pair = a % 2 == 0 && a + 1 < AT && gated;
             const linear_place at = linear_place_of<R, GROUPS>(p, s, group.r[a]);
             if (!at.there) continue;
-            const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-            const int32_t m0 = s.m0 + 8 * group.j[a];
-            if (AT > 1 && gated)
-                linear_emit<T, true>(p, m0, s.m_end, at.col, c[a], c[a + 1 < AT ? a + 1 : a], o,
-                                     linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks,
-                                                          at.col + p.half_rows),
-                                     stage);
-            else
-                linear_emit<T, false>(p, m0, s.m_end, at.col, c[a], c[a], o, o, stage);
+            float4 v = linear_affine(linear_turn(c[a], stage),
+                                     linear_outputs_of<T>(p, s.expert, at.block, at.col));
+            if (pair)
+                v = linear_gate_all(
+                    v,
+                    linear_affine(linear_turn(c[a + 1 < AT ? a + 1 : a], stage),
+                                  linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks,
+                                                       at.col + p.half_rows)),
+                    p);
+            const int32_t row = s.m0 + 8 * group.j[a] + threadIdx.x % 32 / 4;
+            if (row < s.m_end) linear_put<T>(p, row, at.col, v);
         }
     }
 }
