@@ -2,8 +2,8 @@
  * results to compare with, times. What `amalgam bench linear` and tests/gpu_linear.c are made of.
  *
  * Method of timing: random data; the packed weights are copied until they exceed 260 MB and
- * launches take them in turn, so that no cache holds them; launches are replayed as a CUDA graph;
- * median of the replays. */
+ * launches take them in turn, so that no cache holds them; launches are replayed as a CUDA graph,
+ * after a rest where they are bound by arithmetic; median of the replays. */
 #ifndef KERNEL_LINEAR_PROBE_H
 #define KERNEL_LINEAR_PROBE_H
 #include "linear.h"
