@@ -1562,10 +1562,31 @@ template <int D, int H, kv_class C> void set_slots(decode_arguments &a) {
     }
 }
 
+// As many stages as `room` holds, and where things are in block memory: its bytes. q of a tile is
+// fetched as many units ahead as the stages hold, and read by the slowest warp.
+template <int D, int H, kv_class C, bool BULK> int lay_out(decode_arguments &a, int room) {
+    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, H, C>; // of a unit
+    a.q_bytes = (a.ratio < 8 * NT<H> ? a.ratio : 8 * NT<H>)*q_row_bytes<D>();
+    const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
+              sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
+    const int some = in_turn<D, H, C> ? 2 : 1;
+    int bytes = room + 1;
+    for (a.stages = 16 + some; bytes > room && a.stages > some;) {
+        a.stages -= some;
+        a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
+        a.q_at = kWarps * a.stages * a.slot_bytes;
+        a.joint_at = a.q_at + a.q_slots * a.q_bytes;
+        a.sums_at = a.joint_at + joint;
+        a.all_at = a.sums_at + sums;
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, H, C, BULK> + 16; // a flag before them
+        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, H, C>);
+    }
+    return bytes;
+}
+
 template <int D, int H, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
     constexpr int ET = entry_tokens<D, H, C>;
-    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, H, C>; // of a unit
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1597,24 +1618,14 @@ status launch(const attention_problem *p) {
     set_slots<D, H, C>(a);
     a.quarters = a.ratio >= 4 * NJ<H> ? 4 : (a.ratio + NJ<H> - 1) / NJ<H>;
 
-    // As many stages as half an SM's memory holds. q of a tile is fetched as many units ahead as
-    // they hold, and read by the slowest warp.
-    a.q_bytes = (a.ratio < 8 * NT<H> ? a.ratio : 8 * NT<H>)*q_row_bytes<D>();
-    const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
-              sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
-    const int room = p->shared_bytes_sm / 2 - 1024;
-    const int some = in_turn<D, H, C> ? 2 : 1;
-    int bytes = room + 1;
-    for (a.stages = 16 + some; bytes > room && a.stages > some;) {
-        a.stages -= some;
-        a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
-        a.q_at = kWarps * a.stages * a.slot_bytes;
-        a.joint_at = a.q_at + a.q_slots * a.q_bytes;
-        a.sums_at = a.joint_at + joint;
-        a.all_at = a.sums_at + sums;
-        a.barriers_at = a.all_at + kThreads * all_bytes<D, H, C, BULK> + 16; // a flag before them
-        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, H, C>);
+    // Two blocks an SM; one where half of its memory does not hold what is attended at once.
+    int room = p->shared_bytes_sm / 2 - 1024, bytes = lay_out<D, H, C, BULK>(a, room);
+    if (bytes > room || a.stages < unit_entries<D, H, C>) {
+        room = p->shared_bytes_sm - 1024;
+        bytes = lay_out<D, H, C, BULK>(a, room);
     }
+    if (bytes > room || a.stages < unit_entries<D, H, C>)
+        return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages in %d bytes", a.stages, room);
     const auto kernel = attend_decode<D, H, C, T, BULK>;
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
