@@ -4,6 +4,10 @@
 // and up half of them each). All steps of all tiles are one line, of which each CTA has an equal
 // part: the end of a tile, whole ones, the beginning of another, or a piece in the middle of one.
 //
+// Where there are blocks enough, work is dealt out in rounds instead: of each tile all blocks but
+// one (with gate and up, all pairs but one) are the CTA's own, whole, and only what takes the last
+// place is cut as such a line. Then few sums travel, and while their CTA multiplies.
+//
 // Of a CTA's warps
 //
 //   4 B P multiply: a warpgroup has a block of the tile and, of every step, one of P parts, whose
@@ -86,6 +90,7 @@ struct division {
     int32_t ctas, each, more;            // with steps; of each, one more of the first so many
     int32_t steps;                       // of a tile
     int32_t per, all;                    // blocks, or pairs: of a tile; all
+    int32_t rounds;                      // tiles that each CTA has whole; 0: all are of the line
     int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
     int32_t x_rows;                      // of a unit of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
@@ -101,12 +106,17 @@ __device__ __forceinline__ int first_step(const division &d, int cta) {
     return cta * d.each + min(cta, d.more);
 }
 
-// Where a CTA is: the steps left, the tile and the step of it.
+// Whether tiles may be dealt out in rounds. (Of FP8B scales of three blocks would lie where no copy
+// can go, of the others of 8 bits rounds have not been timed.)
+template <int F, int B> constexpr bool kRounds = B == 4 && linear_code_bits(F) == 4;
+
+// Where a CTA is, or, with rounds, those of its warps that have whole tiles: the steps left, the
+// tile and the step of it.
 struct place {
     int left, tile, step;
-    __device__ __forceinline__ explicit place(const division &d) {
-        const int cta = blockIdx.x, begin = first_step(d, cta);
-        left = cta < d.ctas ? first_step(d, cta + 1) - begin : 0;
+    __device__ __forceinline__ explicit place(const division &d, bool whole = false) {
+        const int cta = blockIdx.x, begin = whole ? cta * d.rounds * d.steps : first_step(d, cta);
+        left = whole ? d.rounds * d.steps : cta < d.ctas ? first_step(d, cta + 1) - begin : 0;
         tile = begin / d.steps;
         step = begin - tile * d.steps;
     }
@@ -135,17 +145,25 @@ struct sharers {
     }
 };
 
-// Block of warpgroup wg, or one past the last.
+// With rounds: whether a warpgroup has whole tiles, not a part of the line.
+__device__ __forceinline__ bool has_whole(const linear_args &p, const division &d, int wg) {
+    return (p.paired ? wg / 2 : wg) < d.per;
+}
+
+// Block of warpgroup wg, or one past the last. With rounds those of the line come after the others.
+template <bool kMay>
 __device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, int tile,
                                             int wg) {
-    const int32_t v = tile * d.per + (p.paired ? wg / 2 : wg);
+    const int32_t v = kMay && d.rounds && !has_whole(p, d, wg)
+                          ? d.ctas * d.rounds * d.per + tile
+                          : tile * d.per + (p.paired ? wg / 2 : wg);
     if (v >= d.all) return p.blocks;
     return p.paired ? v + wg % 2 * p.half_blocks : v;
 }
 
 // A ring of stages: where the next one is, and how often the ring went round.
 struct ring {
-    uint32_t full, empty; // barriers, one a stage
+    uint32_t full, empty; // barriers, one a stage; with rounds, those who have whole tiles
     int stages, stage, parity;
     __device__ __forceinline__ void next() {
         if (++stage == stages) stage = 0, parity ^= 1;
@@ -153,6 +171,11 @@ struct ring {
     __device__ __forceinline__ void wait_full() const { barrier_wait(full + stage * 8, parity); }
     __device__ __forceinline__ void wait_empty() const {
         barrier_wait(empty + stage * 8, parity ^ 1);
+    }
+    // With rounds, those who have parts of the line.
+    __device__ __forceinline__ uint32_t others() const { return empty + stages * 8; }
+    __device__ __forceinline__ void wait_others() const {
+        barrier_wait(others() + stage * 8, parity ^ 1);
     }
 };
 
@@ -172,7 +195,7 @@ template <int B> __device__ __forceinline__ barriers barriers_of(const division 
 // Tensor maps: codes [half][block][unit, in rows of 2 KB][2 KB], scales [half][block][granule]
 // [bytes], x [units][rows][64] or, where K ends within a unit, [rows][K].
 struct maps {
-    CUtensorMap code, scale, x;
+    CUtensorMap code, scale, x, code_one, scale_one; // with rounds, also of one block or pair
 };
 
 template <int D>
@@ -188,6 +211,56 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
                      "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar), "l"(policy)
                      : "memory");
+}
+
+// With rounds: of all blocks a CTA goes through K from where its part of the line begins, so that
+// the part is multiplied first.
+struct walk {
+    place whole, part; // part.step: that of both
+    int more;          // steps of the part whose stages are not known to be free again
+    __device__ __forceinline__ explicit walk(const division &d, const ring &to)
+        : whole(d, true), part(d), more(part.left + to.stages) {}
+    __device__ __forceinline__ void wait(const ring &to) {
+        to.wait_empty();
+        if (more-- > 0) to.wait_others();
+    }
+    __device__ __forceinline__ void next(const division &d) {
+        whole.left--;
+        part.next(d, 1);
+        if (whole.left % d.steps == 0) whole.tile++;
+    }
+};
+
+// With rounds: codes and scales of all steps, by one thread.
+template <int F, int B, int P, int G>
+__device__ __forceinline__ void load_rounds(const linear_args &p, const division &d, const maps &m,
+                                            ring to, uint32_t base) {
+    constexpr int U = step_units(F, B, P), unit = 512 * linear_code_bits(F);
+    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+    const int scales = kGranules * p.granule_bytes, halves = p.paired ? 2 : 1;
+    const uint64_t policy = policy_evict_first();
+    const int line = d.ctas * d.rounds * d.per;
+    int asked = 0;
+    for (walk i(d, to); i.whole.left > 0; i.next(d), to.next()) {
+        const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
+        const bool part = i.part.left > 0;
+        i.wait(to);
+        if (asked >= 1 && asked < to.stages) barrier_wait(full - 8, 0); // as load_weights
+        asked++;
+        barrier_arrive_expect(full, (part ? B : d.per * halves) * (U * unit + scales));
+        const int at = i.part.step;
+        copy_box<4>(stage, &m.code, 0, at * kRows, i.whole.tile * d.per, 0, full, policy);
+        if (G)
+            copy_box<4>(stage + B * U * unit, &m.scale, 0, at * kGranules, i.whole.tile * d.per, 0,
+                        full, policy);
+        if (!part) continue;
+        const int behind = d.per * halves;
+        copy_box<4>(stage + behind * U * unit, &m.code_one, 0, at * kRows, line + i.part.tile, 0,
+                    full, policy);
+        if (G)
+            copy_box<4>(stage + B * U * unit + behind * scales, &m.scale_one, 0, at * kGranules,
+                        line + i.part.tile, 0, full, policy);
+    }
 }
 
 // Codes and scales of all steps, by one thread.
@@ -221,6 +294,16 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
     const uint64_t policy = policy_evict_normal();
     place i(d);
     wait_for_previous();
+    if (kRounds<F, B> && d.rounds) {
+        for (walk j(d, to); j.whole.left > 0; j.next(d), to.next()) {
+            const uint32_t full = to.full + to.stage * 8;
+            j.wait(to);
+            barrier_arrive_expect(full, U * d.x_rows * 128);
+            copy_box<3>(base + to.stage * (U * NT * 128), &m.x, 0, 0, j.part.step * U, 0, full,
+                        policy);
+        }
+        return;
+    }
     for (; i.left > 0; i.next(d, 1))
         for (int box = i.step * kBoxes; box < (i.step + 1) * kBoxes; box++, to.next()) {
             const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * (U * NT * 128);
@@ -232,6 +315,18 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
                 for (int u = 0; u < U; u++)
                     copy_tile(stage + u * d.x_rows * 128, &m.x, (box * U + u) * 64, 0, full);
         }
+}
+
+// Threads 0 and 32 of those that load.
+template <int F, int NT, int B, int P, int G>
+__device__ __forceinline__ void load(const linear_args &p, const division &d, const maps &m,
+                                     const barriers &bar, uint32_t base, int thread) {
+    if (kRounds<F, B> && d.rounds && thread == 0)
+        load_rounds<F, B, P, G>(p, d, m, bar.w, base);
+    else if (thread == 0)
+        load_weights<F, B, P, G>(p, d, m, bar.w, base);
+    else if (thread == 32)
+        load_inputs<F, NT, B, P>(d, m, bar.x, base);
 }
 
 // --- Multiplying --------------------------------------------------------------------------------
@@ -251,8 +346,10 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 
     __device__ __forceinline__ void begin(uint32_t base) {
         const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int b = wg % B, at = p.paired ? b % 2 * (B / 2) + b / 2 : b; // place in a stage
-        const int first = wg / B * (U / P);                                // unit of a step
+        const int b = wg % B, at = p.paired && !(kRounds<F, B> && d.rounds)
+                                       ? b % 2 * (B / 2) + b / 2
+                                       : b; // place in a stage
+        const int first = wg / B * (U / P); // unit of a step
         code = base + d.at_w + (at * U + first) * unit + strip * (unit / 4) + lane * 16;
         scale =
             base + d.at_w + B * U * unit +
@@ -374,10 +471,10 @@ struct target {
     int32_t group;      // its first of 8 rows of x
     bool there;
 };
-template <int R, int B, int P>
+template <int R, int B, int P, bool kMay>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
     const int wg = threadIdx.x / 128 % B, strip = threadIdx.x / 32 % 4;
-    const int32_t block = block_of(p, d, tile, p.paired ? wg & ~1 : wg);
+    const int32_t block = block_of<kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
     return target{block, half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
@@ -557,10 +654,11 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
 // --- The kernel ---------------------------------------------------------------------------------
 
 template <int B, int W>
-__device__ __forceinline__ void init(const barriers &bar, const division &d) {
+__device__ __forceinline__ void init(const barriers &bar, const division &d, int whole) {
     for (int i = 0; i < d.w_stages; i++) {
         barrier_init(bar.w.full + i * 8, kOneRing<B> ? 2 : 1);
-        barrier_init(bar.w.empty + i * 8, W);
+        barrier_init(bar.w.empty + i * 8, whole);
+        if (whole < W) barrier_init(bar.w.others() + i * 8, W - whole);
     }
     for (int i = 0; i < d.x_stages && !kOneRing<B>; i++) {
         barrier_init(bar.x.full + i * 8, 1);
@@ -581,11 +679,12 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of<B>(d, base);
     sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
+    const bool rounds = kRounds<F, B> && d.rounds;
     launch_dependents();
     if (threadIdx.x == 32 * W) {
         prefetch_map(&m.code);
         if (G) prefetch_map(&m.scale);
-        init<B, W>(bar, d);
+        init<B, W>(bar, d, rounds ? d.per * (p.paired ? 8 : 4) : W);
     } else if (threadIdx.x == 32 * W + 32) {
         prefetch_map(&m.x);
     } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
@@ -594,24 +693,23 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     __syncthreads();
     constexpr bool kGiven = registers_given(F, NT, B, G);
     if (warp >= W) {
-        if (kGiven) registers_down<24>();
-        if (threadIdx.x == 32 * W)
-            load_weights<F, B, P, G>(p, d, m, bar.w, base);
-        else if (threadIdx.x == 32 * W + 32)
-            load_inputs<F, NT, B, P>(d, m, bar.x, base);
+        if (kGiven) registers_down<32>();
+        load<F, NT, B, P, G>(p, d, m, bar, base, threadIdx.x - 32 * W);
         return;
     }
     if (kGiven) registers_up<112>();
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
-    place i(d);
+    const bool whole = rounds && has_whole(p, d, warp / 4);
+    if (rounds && !whole) bar.w.empty = bar.w.others();
+    place i(d, whole);
     wait_for_previous();
     while (i.left > 0) {
         const int steps = i.piece(d), tile = i.tile;
         float acc[NT / 2] = {};
         work.tile(acc, steps);
         i.next(d, steps);
-        const target to = target_of<R, B, P>(p, d, tile);
+        const target to = target_of<R, B, P, kRounds<F, B>>(p, d, tile);
         if (!to.there) continue;
         int thread;
         asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); // lest these be kept all the time
@@ -651,21 +749,38 @@ template <int F, int NT, int B, int P> int64_t cost(int64_t units) {
     if (linear_code_bits(F) == 8)
         return B == 4 ? units * 136 + (few ? 7800 : 7500)
                       : units * (few ? 136 : 139) + (few ? 3800 : 5000);
-    return B == 4   ? units * (few ? 74 : 114) + (few ? 7900 : 6500)
+    return B == 4   ? units * (few ? 74 : 111) + (few ? 7900 : 6700)
            : P == 2 ? units * (few ? 88 : 119) + (few ? 4900 : 5650)
                     : units * (few ? 101 : 160) + (few ? 3600 : 3720);
 }
 
-// Among n_sms CTAs; no stages when there is no room.
-template <int F, int NT, int B, int P, int G> division divide(const linear_args *a, int n_sms) {
+// The same of d's rounds and as many more steps of the line.
+template <int NT> int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
+    const int64_t whole = (int64_t)d.per * d.rounds * d.steps, part = (steps + d.ctas - 1) / d.ctas;
+    const int64_t n = (whole + part) * units * (paired ? 2 : 1);
+    return NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
+                    : n * (paired ? 116 : 114) + (paired ? 4500 : 3500);
+}
+
+// Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
+template <int F, int NT, int B, int P, int G>
+division divide(const linear_args *a, int n_sms, bool in_rounds) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr bool half = B * P == 2;
     division d = {};
     d.per = a->paired ? B / 2 : B;
     d.all = a->paired ? a->half_blocks : a->blocks;
     d.steps = (a->units + U - 1) / U;
-    const int total = (d.all + d.per - 1) / d.per * d.steps, most = (total + n_sms - 1) / n_sms;
+    int total = (d.all + d.per - 1) / d.per * d.steps, most = (total + n_sms - 1) / n_sms;
     d.ctas = (total + most - 1) / most;
+    if (in_rounds) { // of the line is what is left when all but one of each tile are whole
+        d.ctas = n_sms;
+        d.rounds = (d.all + d.per * n_sms - 1) / (d.per * n_sms);
+        d.per--;
+        total = (d.all - n_sms * d.rounds * d.per) * d.steps;
+        most = d.rounds * d.steps;
+        if (total < n_sms || a->k % 64) return division{};
+    }
     d.each = total / d.ctas;
     d.more = total % d.ctas;
     d.x_whole = a->k % 64 == 0;
@@ -693,7 +808,8 @@ template <int F, int NT, int B, int P, int G> division divide(const linear_args 
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    d.cost = cost<F, NT, B, P>((int64_t)most * U * B);
+    d.cost = in_rounds ? cost_of_rounds<NT>(d, total, U, a->paired)
+                       : cost<F, NT, B, P>((int64_t)most * U * B);
     return d;
 }
 
@@ -722,25 +838,29 @@ template <int F, int NT, int B, int P, int G>
 status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
     constexpr int U = step_units(F, B, P), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
-    const cuuint32_t at_once = a->paired ? B / 2 : B;
+    const cuuint32_t at_once = d.rounds ? d.per : a->paired ? B / 2 : B;
     const cuuint64_t block = (cuuint64_t)a->units * kRows * 2048;
-    TRY(encode(&m->code, {a->code,
-                          CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
-                          CU_TENSOR_MAP_SWIZZLE_NONE,
-                          4,
-                          {256, (cuuint64_t)a->units * kRows, blocks, halves},
-                          {2048, block, block * blocks},
-                          {256, U * kRows, at_once, (cuuint32_t)halves}}));
+    tensor code = {a->code,
+                   CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+                   CU_TENSOR_MAP_SWIZZLE_NONE,
+                   4,
+                   {256, (cuuint64_t)a->units * kRows, blocks, halves},
+                   {2048, block, block * blocks},
+                   {256, U * kRows, at_once, (cuuint32_t)halves}};
     const cuuint64_t granule = (cuuint64_t)a->granule_bytes;
-    if (G)
-        TRY(encode(&m->scale, {a->scale,
-                               CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
-                               CU_TENSOR_MAP_SWIZZLE_NONE,
-                               4,
-                               {granule / 8, (cuuint64_t)a->granules, blocks, halves},
-                               {granule, granule * a->granules, granule * a->granules * blocks},
-                               {(cuuint32_t)granule / 8, step_granules(F, B, P, G), at_once,
-                                (cuuint32_t)halves}}));
+    tensor scale = {
+        a->scale,
+        CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+        CU_TENSOR_MAP_SWIZZLE_NONE,
+        4,
+        {granule / 8, (cuuint64_t)a->granules, blocks, halves},
+        {granule, granule * a->granules, granule * a->granules * blocks},
+        {(cuuint32_t)granule / 8, step_granules(F, B, P, G), at_once, (cuuint32_t)halves}};
+    TRY(encode(&m->code, code));
+    if (G) TRY(encode(&m->scale, scale));
+    code.box[2] = scale.box[2] = 1;
+    if (d.rounds) TRY(encode(&m->code_one, code));
+    if (d.rounds && G) TRY(encode(&m->scale_one, scale));
     const cuuint64_t row = (cuuint64_t)a->ldx * 2, rows = (cuuint64_t)a->m, k = (cuuint64_t)a->k;
     tensor x = {a->x,
                 bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -751,6 +871,15 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                 {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
+}
+
+// The way that should be the faster.
+template <int F, int NT, int B, int P, int G>
+division divide_best(const linear_args *a, int n_sms) {
+    const division line = divide<F, NT, B, P, G>(a, n_sms, false);
+    if (!kRounds<F, B>) return line;
+    const division rounds = divide<F, NT, B, P, G>(a, n_sms, true);
+    return rounds.w_stages && rounds.cost < line.cost ? rounds : line;
 }
 
 // Tiles of B blocks and P parts: their launch.
@@ -781,7 +910,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-        return run(divide<F, NT, B, P, G>(args, n_sms), args, n_sms, stream);
+        return run(divide_best<F, NT, B, P, G>(args, n_sms), args, n_sms, stream);
     }
 };
 
@@ -790,10 +919,10 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     const auto better = [](const division &a, const division &b) { // no stages: it has no room
         return a.w_stages && (!b.w_stages || a.cost <= b.cost);
     };
-    const division half = divide<F, NT, 2, 1, G>(args, n_sms);
-    const division four = divide<F, NT, 4, 1, G>(args, n_sms);
+    const division half = divide_best<F, NT, 2, 1, G>(args, n_sms);
+    const division four = divide_best<F, NT, 4, 1, G>(args, n_sms);
     if constexpr (has_parts(F)) {
-        const division two = divide<F, NT, 2, 2, G>(args, n_sms);
+        const division two = divide_best<F, NT, 2, 2, G>(args, n_sms);
         if (better(two, half) && !better(four, two))
             return tiles<T, F, NT, 2, 2, G>::run(two, args, n_sms, stream);
     }

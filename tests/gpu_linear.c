@@ -208,6 +208,26 @@ static void whole_tiles(int32_t f, dtype type) {
     linear_probe_close(p);
 }
 
+/* More blocks than CTAs, so that linear_mid's have some whole and of others a part of K, which for
+ * some ends with one block and begins with the next. */
+static void rounds(int32_t f, dtype type) {
+    for (int32_t gated = 0; gated < 2; gated++) {
+        linear_weight w = weight_of(f, type, 28672, 1152, 1);
+        w.gated = gated;
+        linear_probe *p = opened(&w, 37);
+        if (!p) return;
+        for (int32_t m = 19; m <= 64; m += 15) /* 19; 34, 49, 64 */
+            one(p, &w,
+                (linear_trial){.m = m,
+                               .y_type = type,
+                               .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
+                               .kernel = m <= 32 ? "mid_32x4" : "mid_64x4",
+                               .bias = true},
+                "rounds");
+        linear_probe_close(p);
+    }
+}
+
 static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
@@ -218,6 +238,7 @@ static int check(bool quick, const char *only) {
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
             lines(f, b ? DT_BF16 : DT_F16);
             whole_tiles(f, b ? DT_BF16 : DT_F16);
+            rounds(f, b ? DT_BF16 : DT_F16);
             printf("W%s %s: %d failures\n", formats[f].name, b ? "bf16" : "f16", failures - before);
             fflush(stdout);
         }
