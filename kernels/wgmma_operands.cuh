@@ -10,9 +10,12 @@
 #define PLACES_8  PLACES_4 ", %4, %5, %6, %7"
 #define PLACES_12 PLACES_8 ", %8, %9, %10, %11"
 #define PLACES_16 PLACES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PLACES_20 PLACES_16 ", %16, %17, %18, %19"
 #define PLACES_24 PLACES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define PLACES_28 PLACES_24 ", %24, %25, %26, %27"
 #define PLACES_32                                                                                  \
     PLACES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PLACES_36 PLACES_32 ", %32, %33, %34, %35"
 #define PLACES_40 PLACES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define PLACES_48 PLACES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define PLACES_56 PLACES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -30,8 +33,11 @@
 #define SUMS_8(kind, i)   SUMS_4(kind, i), SUMS_4(kind, i + 4)
 #define SUMS_12(kind, i)  SUMS_8(kind, i), SUMS_4(kind, i + 8)
 #define SUMS_16(kind, i)  SUMS_8(kind, i), SUMS_8(kind, i + 8)
+#define SUMS_20(kind, i)  SUMS_16(kind, i), SUMS_4(kind, i + 16)
 #define SUMS_24(kind, i)  SUMS_16(kind, i), SUMS_8(kind, i + 16)
+#define SUMS_28(kind, i)  SUMS_24(kind, i), SUMS_4(kind, i + 24)
 #define SUMS_32(kind, i)  SUMS_16(kind, i), SUMS_16(kind, i + 16)
+#define SUMS_36(kind, i)  SUMS_32(kind, i), SUMS_4(kind, i + 32)
 #define SUMS_40(kind, i)  SUMS_32(kind, i), SUMS_8(kind, i + 32)
 #define SUMS_48(kind, i)  SUMS_32(kind, i), SUMS_16(kind, i + 32)
 #define SUMS_56(kind, i)  SUMS_32(kind, i), SUMS_24(kind, i + 32)

@@ -1,0 +1,663 @@
+// linear_experts.cu - y^T = W x^T of experts with many rows each, on sm_90: a tile is four blocks
+// of 64 rows of W (of gate and up two each) and all of an expert's rows, or an even part of them
+// when they are more than a stage of x holds.
+//
+// Of a CTA's warps
+//
+//   16  multiply: a warpgroup has a block. It turns codes of a unit into A fragments, has the
+//       tensor cores multiply them with as many rows of x as the tile has, rounded up to eight,
+//       and waits: the other three are converting meanwhile
+//   1   takes tiles, by a counter, for CTAs are not equally fast, and has their weights brought as
+//       boxes of the tensor copy engine
+//   2   gather rows of x to where the copy engine would put them
+//   1   makes those visible to the tensor cores: a fence waits for all that its warp has under way
+//
+// Weights and x of a step of 128 inputs are a stage of one ring.
+#include "linear_common.cuh"
+#include "linear_launch.h"
+#include "ptx_sm90.cuh"
+#include "tensor_map.cuh"
+
+// The explicit list: format, type, scale granule.
+#ifndef EXPERTS_INSTANCES
+#define EXPERTS_TYPES(X, F, G) X(F, F16, G) X(F, BF16, G)
+#define EXPERTS_INSTANCES(X)                                                                       \
+    EXPERTS_TYPES(X, INT4, 128)                                                                    \
+    EXPERTS_TYPES(X, MXFP4, 32)
+#endif
+
+namespace {
+
+constexpr int kRows = 128;                  // of x: of a tile at most
+constexpr int kBlocks = 4, kUnits = 2;      // of W of a tile; of a step
+constexpr int kWarps = 4 * kBlocks;         // that multiply
+constexpr int kThreads = 32 * kWarps + 128; // a whole warpgroup, which gives registers away
+constexpr int kMathRegisters = 112, kLoadRegisters = 32;
+static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
+                  kThreads * (65536 / kThreads / 8 * 8),
+              "registers_up would wait for ever");
+constexpr int kCode = kBlocks * kUnits * 2048; // bytes of a stage's codes
+constexpr int kPlaceRows = 16;                 // of x, finished at once
+constexpr int kPlaces = 2 * kPlaceRows * kBlocks * 128;
+constexpr int kStagesMost = 12, kTold = 4;
+// Barriers of a stage: full, empty, x has landed.
+constexpr int kEmpty = kStagesMost * 8, kLanded = 2 * kEmpty, kBars = 3 * kEmpty;
+constexpr int kToldBytes = kTold * 32, kRowList = 2 * 64 * 4;
+constexpr int kRoom = 226 * 1024;
+
+// Rows of products, with and without those that the eight before take too.
+#define EXPERTS_SMALL(ONE, TWO) TWO(16) ONE(24) ONE(32) ONE(40) ONE(48) ONE(56) ONE(64)
+#define EXPERTS_LARGE(ONE, TWO) ONE(72) ONE(80) TWO(96) TWO(112) TWO(128)
+
+// How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
+// lies at 0).
+struct division {
+    int32_t rows;                 // of a stage of x
+    int32_t tiles, steps, stages; // tiles: of an expert's rows
+    int32_t x_stage, scale_stage; // bytes
+    int32_t at_code, at_scale, at_places, at_bars, bytes;
+};
+
+// Tensor maps: codes [expert][half][block][unit][2 KB], scales [expert][half][block][granule][..].
+struct maps {
+    CUtensorMap code, scale;
+};
+
+// Rows [m0, m_end) of an expert, by blocks from `block` on; no rows: the end.
+struct target {
+    int32_t expert, block, m0, m_end;
+};
+
+// --- Tiles --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int parts_of(const division &d, int rows) {
+    return (rows + d.rows - 1) / d.rows;
+}
+
+// In shared memory: where an expert's rows begin, [count + 1]; the experts, those with the most
+// rows first, so that CTAs end alike, [count]; where the tiles of these begin, [count + 1].
+struct expert_table {
+    int32_t *row, *order, *start;
+    __device__ __forceinline__ expert_table(int32_t *at, int count)
+        : row(at), order(at + count + 1), start(at + 2 * count + 1) {}
+    __device__ __forceinline__ int tiles(const division &d, int e) const {
+        return parts_of(d, row[e + 1] - row[e]) * d.tiles;
+    }
+};
+__host__ __device__ constexpr int table_bytes(int count) { return (3 * count + 2) * 4; }
+
+// By all threads of the CTA. The routing may have been written since it was last read from here.
+__device__ __forceinline__ void fill_table(const linear_args &p, const division &d,
+                                           const expert_table &table) {
+    for (int i = threadIdx.x; i <= p.count; i += kThreads)
+        table.row[i] = __ldcg(p.expert_start + i);
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.count; e += kThreads) {
+        const int rows = table.row[e + 1] - table.row[e];
+        int rank = 0, before = table.row[0];
+#pragma unroll 8
+        for (int i = 0; i < p.count; i++) {
+            const int end = table.row[i + 1], other = end - before;
+            rank += other + (i < e) > rows;
+            before = end;
+        }
+        table.order[rank] = e;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x, each = (p.count + 31) / 32;
+        const int i0 = min(lane * each, p.count), i1 = min(i0 + each, p.count);
+        int32_t own = 0, sum;
+        for (int i = i0; i < i1; i++) own += table.tiles(d, table.order[i]);
+        sum = own;
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            const int32_t before = __shfl_up_sync(~0u, sum, i);
+            if (lane >= i) sum += before;
+        }
+        if (lane == 31) table.start[p.count] = sum;
+        sum -= own;
+        for (int i = i0; i < i1; i++) {
+            table.start[i] = sum;
+            sum += table.tiles(d, table.order[i]);
+        }
+    }
+    __syncthreads();
+}
+
+// Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
+// Those that share weights are neighbours.
+__device__ __forceinline__ target locate(const linear_args &p, const division &d,
+                                         const expert_table &table, int t) {
+    const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
+    int i = __popc(__ballot_sync(~0u, table.start[min(lane * each, p.count)] <= t)) - 1;
+    i *= each;
+    i += __popc(__ballot_sync(~0u, lane < each && table.start[min(i + lane, p.count)] <= t)) - 1;
+    const int e = table.order[i], row = table.row[e], rows = table.row[e + 1] - row;
+    t -= table.start[i];
+    const int parts = parts_of(d, rows), n = t / parts;
+    const int each_part = ((rows + parts - 1) / parts + 7) / 8 * 8;
+    const int32_t m0 = row + (t - n * parts) * each_part;
+    return {e, n * (p.paired ? kBlocks / 2 : kBlocks), m0, min(row + rows, m0 + each_part)};
+}
+
+// Block i of a tile: of the matrix, or not there.
+__device__ __forceinline__ int32_t block_of(const linear_args &p, const target &tile, int i) {
+    if (!p.paired) return tile.block + i < p.blocks ? tile.block + i : -1;
+    const int32_t block = tile.block + i % (kBlocks / 2);
+    return block < p.half_blocks ? block + i / (kBlocks / 2) * p.half_blocks : -1;
+}
+
+// Where a CTA's tiles are told of, a few of them ahead.
+struct told_tiles {
+    uint32_t at; // kTold times: told, read, the tile
+    __device__ __forceinline__ void init(int readers) const {
+        for (int i = 0; i < kTold; i++) {
+            barrier_init(at + i * 32, 1);
+            barrier_init(at + i * 32 + 8, readers);
+        }
+    }
+    // By a warp.
+    __device__ __forceinline__ void tell(int count, const target &tile) const {
+        const uint32_t to = at + count % kTold * 32;
+        barrier_wait(to + 8, count / kTold % 2 ^ 1);
+        if (threadIdx.x % 32 == 0) {
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16),
+                         "r"(tile.expert), "r"(tile.block), "r"(tile.m0), "r"(tile.m_end)
+                         : "memory");
+            barrier_arrive(to);
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ target get(int count) const {
+        barrier_wait(at + count % kTold * 32, count / kTold % 2);
+        return again(count);
+    }
+    __device__ __forceinline__ void done(int count) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(at + count % kTold * 32 + 8);
+    }
+    __device__ __forceinline__ target again(int count) const { // what was got
+        const uint32_t from = at + count % kTold * 32;
+        const uint4 v = shared_u128(from + 16);
+        // From one lane, so that the compiler knows it for uniform.
+        const auto all = [](uint32_t of) { return (int32_t)__shfl_sync(~0u, of, 0); };
+        return {all(v.x), all(v.y), all(v.z), all(v.w)};
+    }
+};
+
+// --- Loading ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int y, int z, int e,
+                                         uint32_t bar, uint64_t policy) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %2, %5}], [%6], %7;" ::"r"(to),
+                 "l"(map), "r"(0), "r"(y), "r"(z), "r"(e), "r"(bar), "l"(policy)
+                 : "memory");
+}
+
+// Where a warp is in the ring.
+struct ring {
+    uint32_t full; // barriers of the first stage
+    int stage, parity;
+    __device__ __forceinline__ void next(const division &d) {
+        if (++stage == d.stages) stage = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void wait_empty() const {
+        barrier_wait(full + kEmpty + stage * 8, parity ^ 1);
+    }
+};
+
+// Takes the tiles and has their weights brought, by one warp. The counter is zero before and after
+// each launch.
+template <int F, int G>
+__device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
+                                             ring to, uint32_t base, const expert_table &table,
+                                             const told_tiles &told) {
+    constexpr int kGranules = kUnits * 64 / G;
+    const int tiles = table.start[p.count], ctas = (int)gridDim.x, more = max(tiles - ctas, 0);
+    const int lane = threadIdx.x % 32, ask_at = max(d.steps - 4, 0);
+    const uint64_t policy = policy_evict_first();
+    const auto weights = [&](const target &tile, int step, int stage) {
+        const uint32_t full = to.full + stage * 8;
+        barrier_arrive_expect(full, kCode + kBlocks * kGranules * p.granule_bytes);
+        copy_box(base + d.at_code + stage * kCode, &m.code, step * kUnits, tile.block, tile.expert,
+                 full, policy);
+        copy_box(base + d.at_scale + stage * d.scale_stage, &m.scale, step * kGranules, tile.block,
+                 tile.expert, full, policy);
+    };
+    const auto tile_of = [&](int t) { return t < tiles ? locate(p, d, table, t) : target{}; };
+    target tile = tile_of((int)blockIdx.x);
+    told.tell(0, tile);
+    // Steps whose weights wait for no kernel, and for no stage.
+    const int early = p.routed && tile.m_end > 0 ? min(d.steps, d.stages) : 0;
+    if (lane == 0)
+        for (int i = 0; i < early; i++) weights(tile, i, i);
+    wait_for_previous();
+    int taken = 0;
+    const auto ask = [&] {
+        if (lane == 0) {
+            taken = atomicAdd(p.counters, 1);
+            if (taken == more + ctas - 1) *p.counters = 0; // every CTA asks until it finds nothing
+        }
+    };
+    if (tile.m_end == 0) ask();
+    for (int count = 0; tile.m_end > 0; count++) {
+        for (int step = 0; step < d.steps; step++, to.next(d)) {
+            if (step == ask_at) ask();
+            if (count == 0 && step < early) continue;
+            to.wait_empty();
+            if (lane == 0) weights(tile, step, to.stage);
+            __syncwarp();
+        }
+        tile = tile_of(ctas + __shfl_sync(~0u, taken, 0));
+        told.tell(count + 1, tile);
+    }
+}
+
+// Rows of x in the swizzle of the copy engine, by two warps: `half` takes four rows of each eight.
+// A row past the tile's last is the last again: nobody looks at what it gives.
+__device__ __forceinline__ void gather(const linear_args &p, const division &d, ring to,
+                                       uint32_t base, int32_t *rows, int half,
+                                       const told_tiles &told) {
+    const int lane = threadIdx.x % 32, chunk = lane % 8, row = half * 4 + lane / 8;
+    const uint32_t to_in = base + row * 128 + ((chunk ^ row) << 4), unit = d.rows * 128;
+    wait_for_previous();
+    for (int count = 0;; count++) {
+        const target tile = told.get(count);
+        if (tile.m_end == 0) break;
+        const int eights = (tile.m_end - tile.m0 + 7) / 8;
+        __syncwarp();
+        // In pieces of 16 bytes: 16 eights of the first of this warp's rows, of the second, ..
+        for (int i = lane; i < 64; i += 32) {
+            const int r = min(tile.m0 + i % 16 * 8 + half * 4 + i / 16, tile.m_end - 1);
+            rows[i] = (int32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / 8));
+        }
+        told.done(count);
+        for (int step = 0; step < d.steps; step++, to.next(d)) {
+            const int k = step * kUnits * 64 + chunk * 8;
+            const uint4 *from = static_cast<const uint4 *>(p.x) + min(k, p.k - 8) / 8;
+            const int first = k < p.k ? 16 : 0, second = k + 64 < p.k ? 16 : 0, on = second / 2;
+            uint32_t at = to_in + to.stage * d.x_stage;
+            to.wait_empty();
+#pragma unroll 2
+            for (int e = 0; e < eights; e += 2, at += 2048) {
+                const uint2 i = *reinterpret_cast<const uint2 *>(rows + lane / 8 * 16 + e);
+                copy_some(at, from + i.x, first);
+                copy_some(at + unit, from + i.x + on, second);
+                if (e + 1 == eights) break;
+                copy_some(at + 1024, from + i.y, first);
+                copy_some(at + 1024 + unit, from + i.y + on, second);
+            }
+            barrier_arrive_copies(to.full + kLanded + to.stage * 8);
+        }
+    }
+}
+
+// Makes x visible to the tensor cores, by one warp.
+__device__ __forceinline__ void show(const division &d, ring to, const told_tiles &told) {
+    for (int count = 0; told.get(count).m_end > 0; count++) {
+        told.done(count);
+        for (int step = 0; step < d.steps; step++, to.next(d)) {
+            barrier_wait(to.full + kLanded + to.stage * 8, to.parity);
+            proxy_fence();
+            if (threadIdx.x % 32 == 0) barrier_arrive(to.full + to.stage * 8);
+        }
+    }
+}
+
+// --- Multiplying --------------------------------------------------------------------------------
+
+// Scales meet the sums of a granule, not each weight, where there are registers for both sums:
+// fewer instructions.
+__host__ __device__ constexpr bool scaled_later(int f, int n) { return f == WF_INT4 && n <= 64; }
+
+template <typename T, int F, int G> struct multiplier {
+    static constexpr bool kFolded = dequant_unfold<T, F>() != 1.f;
+    const linear_args &p;
+    const division &d;
+    ring from;
+    uint32_t code, scale, x; // this lane's places in the first stages; x: low half of a descriptor
+    int at_scale;
+
+    __device__ __forceinline__ void begin(uint32_t base) {
+        const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        code = base + d.at_code + wg * (kUnits * 2048) + strip * 512 + lane * 16;
+        scale = base + d.at_scale + wg * (kUnits * 64 / G) * p.granule_bytes;
+        at_scale = strip * 16 + lane / 4 * 2;
+        // From one lane, so that the compiler knows it for uniform: descriptors are.
+        x = __shfl_sync(~0u, base >> 4 | 1u << 16, 0);
+        // Opaque, lest they be computed anew for every unit.
+        asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale));
+    }
+
+    // Unit u: A fragments of its four atoms of 16 inputs.
+    template <bool kLater>
+    __device__ __forceinline__ void convert(uint32_t (&a)[4][4], dequant_rows &rows,
+                                            float (&later)[2], int u, const uint4 &chunk,
+                                            uint32_t scale_at) const {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int input = u * 64 + j * 16;
+            if (input % G == 0) {
+                dequant_packed raw;
+                dequant_load_packed<F>(raw, scale_at + input / G * p.granule_bytes, at_scale,
+                                       p.sym);
+                if (kLater) dequant_unpack<F>(later, raw);
+                rows = dequant_rows_of<T, F, kFolded>(raw);
+            }
+            dequant_word<T, F, !kLater, kFolded>(
+                a[j], reinterpret_cast<const uint32_t *>(&chunk) + j, dequant_scales_of(rows));
+        }
+    }
+
+    // This warpgroup's sums. While it converts a unit the tensor cores are at those of others.
+    template <int N, int R> __device__ __forceinline__ void tile(float (&acc)[R]) {
+        constexpr bool kLater = scaled_later(F, N);
+        // What sums are too small by.
+        constexpr float mend = kLater ? dequant_factor<T, F>() : dequant_unfold<T, F>();
+        const bool leader = threadIdx.x % 32 == 0;
+        float part[kLater ? N / 2 : 1] = {}, later[2]; // of a granule
+#pragma unroll 1
+        for (int steps = d.steps; steps > 0; steps--) {
+            const uint32_t code_at = code + from.stage * kCode;
+            const uint32_t scale_at = scale + from.stage * d.scale_stage;
+            const uint32_t x_stage = __shfl_sync(~0u, x + from.stage * (d.x_stage / 16), 0);
+            barrier_wait(from.full + from.stage * 8, from.parity);
+            dequant_rows rows;
+#pragma unroll
+            for (int u = 0; u < kUnits; u++) {
+                uint32_t a[4][4];
+                convert<kLater>(a, rows, later, u, shared_u128(code_at + u * 2048), scale_at);
+                const uint64_t x_at = group_descriptor_low(x_stage + u * d.rows * 8);
+                group_fence();
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    if constexpr (!kLater)
+                        multiply_group<T, N>::run(acc, a[j], x_at + j * 2);
+                    else if (u == 0 && j == 0)
+                        multiply_group<T, N>::run_fresh(part, a[j], x_at + j * 2);
+                    else
+                        multiply_group<T, N>::run(part, a[j], x_at + j * 2);
+                }
+                group_commit();
+                group_wait<0>();
+            }
+            if (leader) barrier_arrive(from.full + kEmpty + from.stage * 8);
+            if (kLater)
+                group_pin(part);
+            else
+                group_pin(acc);
+#pragma unroll
+            for (int i = 0; i < N / 2 && kLater; i++)
+                acc[i] = fmaf(part[i], later[i / 2 % 2], acc[i]);
+            from.next(d);
+        }
+#pragma unroll
+        for (int i = 0; i < N / 2 && mend != 1.f; i++) acc[i] *= mend;
+    }
+};
+
+// --- Ends of tiles ------------------------------------------------------------------------------
+
+// An 8 x 8 matrix of 16 bits across a warp, turned.
+__device__ __forceinline__ uint32_t turned(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, float high) {
+    const T v[2] = {linear_round<T>(low), linear_round<T>(high)};
+    uint32_t r;
+    memcpy(&r, v, 4);
+    return r;
+}
+
+// By the warps that have summed it. Of gate and up the warp of the gate finishes outputs g and that
+// of up g + 8; what the other needs passes through one of two places in turn, kPlaceRows at a time.
+// rounds: how often it did.
+template <typename T, int R>
+__device__ __forceinline__ void finish(const float (&acc)[R], const linear_args &p,
+                                       const target &tile, uint32_t places, int &rounds) {
+    constexpr int J = kPlaceRows / 8, kEight = kWarps * 256; // bytes of eight rows
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
+    const int block = block_of(p, tile, warp / 4), half = warp / 8;
+    const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
+    const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
+    if (block < 0 || in_half >= p.half_rows) return;
+    float bias[2] = {0.f, 0.f}; // of outputs g and g + 8
+    if (p.bias)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            bias[i] = linear_f32(static_cast<const T *>(
+                p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + g + 8 * i]);
+    const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
+    T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
+    const auto value = [&](int j, int e) { return acc[4 * j + e] + bias[e / 2]; };
+    if (p.paired) {
+        const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 8) * 32 + lane) * 8;
+#pragma unroll
+        for (int j0 = 0; j0 < R / 4; j0 += J) {
+            if (8 * j0 >= rows) break;
+            const uint32_t at = places + rounds++ % 2 * (kPlaces / 2);
+#pragma unroll
+            for (int j = 0; j < J; j++) // what this warp does not finish
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + mine + j * kEight),
+                             "f"(half ? value(j0 + j, 0) : value(j0 + j, 2)),
+                             "f"(half ? value(j0 + j, 1) : value(j0 + j, 3))
+                             : "memory");
+            asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp % 8) : "memory");
+#pragma unroll
+            for (int j = 0; j < J; j++, y += 8 * p.ldy) {
+                const int row0 = 8 * (j0 + j);
+                if (row0 >= rows) break;
+                float v[2], w[2];
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(w[0]), "=f"(w[1])
+                             : "r"(at + other + j * kEight)
+                             : "memory");
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
+                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
+                const uint32_t out = turned(pair_of<T>(v[0], v[1]));
+                if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < R / 4; j++, y += 8 * p.ldy) {
+            if (8 * j >= rows) break;
+            const uint32_t low = turned(pair_of<T>(value(j, 0), value(j, 1)));
+            const uint32_t high = turned(pair_of<T>(value(j, 2), value(j, 3)));
+            if (8 * j + g >= rows) continue;
+            *reinterpret_cast<uint32_t *>(y) = low;
+            *reinterpret_cast<uint32_t *>(y + 8) = high;
+        }
+    }
+}
+
+// --- The kernel ---------------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // empty on other architectures
+template <typename T, int F, int G>
+__device__ __forceinline__ void multiply(const linear_args &p, const division &d, ring from,
+                                         uint32_t base, const told_tiles &told) {
+    multiplier<T, F, G> work = {p, d, from, 0, 0, 0, 0};
+    work.begin(base);
+    wait_for_previous();
+    int rounds = 0;
+#pragma unroll 1
+    for (int count = 0;; count++) {
+        const target tile = told.get(count);
+        if (tile.m_end == 0) break;
+        const int eights = (tile.m_end - tile.m0 + 7) / 8;
+        const auto end = [&](const auto &acc) {
+            finish<T>(acc, p, told.again(count), base + d.at_places, rounds);
+        };
+#define ROWS(n)                                                                                    \
+    case (n) / 8:                                                                                  \
+        work.template tile<n>(acc);                                                                \
+        break;
+#define ROWS_16(n)                                                                                 \
+    case (n) / 8 - 1: ROWS(n)
+        if (eights <= 8) {
+            float acc[32] = {};
+            switch (eights) { EXPERTS_SMALL(ROWS, ROWS_16) }
+            end(acc);
+        } else {
+            float acc[64] = {};
+            switch (eights) { EXPERTS_LARGE(ROWS, ROWS_16) }
+            end(acc);
+        }
+        told.done(count);
+#undef ROWS
+#undef ROWS_16
+    }
+}
+#endif
+
+template <typename T, int F, int G>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_experts_many(const __grid_constant__ linear_args p, const __grid_constant__ division d,
+                        const __grid_constant__ maps m) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ uint8_t shared[];
+    uint8_t *start = shared + ((1024 - (shared_address(shared) & 1023)) & 1023);
+    const uint32_t base = shared_address(start), bars = base + d.at_bars;
+    const ring both = {bars, 0, 0};
+    const told_tiles told = {bars + kBars};
+    int32_t *rows = reinterpret_cast<int32_t *>(start + d.at_bars + kBars + kToldBytes);
+    const expert_table table(rows + kRowList / 4, p.count);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (threadIdx.x == 32 * kWarps) {
+        prefetch_map(&m.code);
+        prefetch_map(&m.scale);
+        told.init(kWarps + 3);
+        for (int i = 0; i < d.stages; i++) {
+            barrier_init(both.full + i * 8, 2);
+            barrier_init(both.full + kEmpty + i * 8, kWarps);
+            barrier_init(both.full + kLanded + i * 8, 2 * 32);
+        }
+        barrier_init_fence();
+    }
+    if (!p.routed) wait_for_previous();
+    fill_table(p, d, table);
+    if (warp >= kWarps) {
+        registers_down<kLoadRegisters>();
+        if (warp == kWarps) {
+            load_weights<F, G>(p, d, m, both, base, table, told);
+        } else if (warp == kWarps + 1) {
+            wait_for_previous();
+            launch_dependents(); // which may read the routing at once (linear_problem.routed)
+            show(d, both, told);
+        } else {
+            const int half = warp - kWarps - 2;
+            gather(p, d, both, base, rows + half * 64, half, told);
+        }
+        return;
+    }
+    registers_up<kMathRegisters>();
+    multiply<T, F, G>(p, d, both, base, told);
+#endif
+}
+
+// --- Launch -------------------------------------------------------------------------------------
+
+template <int F, int G> division divide(const linear_args *a) {
+    division d = {};
+    // Three deviations above the mean, if an expert is as likely as another: so many rows have
+    // nearly all of them.
+    const double mean = (double)a->m / a->count;
+    const int most = (int)(mean + 3 * sqrt(mean)) + 1;
+    d.rows = most >= kRows ? kRows : most <= 32 ? 32 : (most + 15) / 16 * 16;
+    d.tiles = a->paired ? (a->half_blocks + 1) / 2 : (a->blocks + kBlocks - 1) / kBlocks;
+    d.steps = (a->units + kUnits - 1) / kUnits;
+    d.x_stage = d.rows * kUnits * 128;
+    d.scale_stage = (kBlocks * (kUnits * 64 / G) * a->granule_bytes + 127) / 128 * 128;
+    const int table = table_bytes(a->count);
+    const int fixed = kPlaces + kBars + kToldBytes + kRowList + table + 1024;
+    d.stages = (kRoom - fixed) / (d.x_stage + kCode + d.scale_stage);
+    if (d.stages > kStagesMost) d.stages = kStagesMost;
+    d.at_code = d.stages * d.x_stage;
+    d.at_scale = d.at_code + d.stages * kCode;
+    d.at_places = d.at_scale + d.stages * d.scale_stage;
+    d.at_bars = d.at_places + kPlaces;
+    d.bytes = d.at_bars + kBars + kToldBytes + kRowList + table + 1024;
+    return d;
+}
+
+status encode(CUtensorMap *map, const void *at, const cuuint64_t (&size)[5],
+              const cuuint64_t (&stride)[4], const cuuint32_t (&box)[5]) {
+    tensor_map_encode function;
+    TRY(tensor_map_encoder(&function));
+    const cuuint32_t every[5] = {1, 1, 1, 1, 1};
+    const CUresult r =
+        function(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 5, const_cast<void *>(at), size, stride, box,
+                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map: error %d", (int)r);
+}
+
+template <int G> status encode_all(maps *m, const linear_args *a) {
+    const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
+    const cuuint32_t at_once = kBlocks / (cuuint32_t)halves;
+    const cuuint64_t block = (cuuint64_t)a->units * 2048, granule = (cuuint64_t)a->granule_bytes;
+    const cuuint64_t of_block = granule * a->granules, count = (cuuint64_t)a->count;
+    TRY(encode(&m->code, a->code, {256, (cuuint64_t)a->units, blocks, halves, count},
+               {2048, block, block * blocks, (cuuint64_t)a->code_bytes},
+               {256, kUnits, at_once, (cuuint32_t)halves, 1}));
+    return encode(&m->scale, a->scale,
+                  {granule / 8, (cuuint64_t)a->granules, blocks, halves, count},
+                  {granule, of_block, of_block * blocks, (cuuint64_t)a->scale_bytes},
+                  {(cuuint32_t)granule / 8, kUnits * 64 / G, at_once, (cuuint32_t)halves, 1});
+}
+
+template <typename T, int F, int G>
+status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
+    const auto kernel = linear_experts_many<T, F, G>;
+    maps m = {};
+    TRY(encode_all<G>(&m, args));
+    const division d = divide<F, G>(args);
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)n_sms);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = (size_t)d.bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_experts: %s", cudaGetErrorString(e));
+}
+
+#define T_F16  __half
+#define T_BF16 __nv_bfloat16
+#define ROW(F, T, G)                                                                               \
+    {"experts_128",                                                                                \
+     90,                                                                                           \
+     90,                                                                                           \
+     WF_##F,                                                                                       \
+     DT_##T,                                                                                       \
+     kRows,                                                                                        \
+     kBlocks,                                                                                      \
+     kUnits,                                                                                       \
+     G,                                                                                            \
+     G,                                                                                            \
+     1,                                                                                            \
+     launch<T_##T, WF_##F, G>,                                                                     \
+     0,                                                                                            \
+     false,                                                                                        \
+     true},
+const linear_variant rows[] = {EXPERTS_INSTANCES(ROW)};
+
+} // namespace
+
+extern "C" linear_table linear_experts_table(void) {
+    return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
+}
