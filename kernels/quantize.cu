@@ -250,24 +250,33 @@ __global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser
     }
 }
 
-// Sixteen lanes a span of 128 inputs.
-template <typename T, act_format A>
-__global__ void __launch_bounds__(kThreads) quantize_spans(const activation_quantiser a) {
-    const int spans = (a.k + kSpan - 1) / kSpan;
-    const int64_t span = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 16;
-    const int row = (int)(span / spans), g = (int)(span % spans);
-    const int col = g * kSpan + (int)threadIdx.x % 16 * 8, rows = a.value ? a.m : a.m_pad;
+// LANES threads a span of 128 inputs, in vectors of eight that lie LANES apart. Grid: (rows, spans).
+constexpr int kSpanThreads = 128;
+template <typename T, act_format A, int LANES>
+__global__ void __launch_bounds__(kSpanThreads) quantize_spans(const activation_quantiser a) {
+    constexpr int kVectors = kSpan / 8 / LANES;
+    const int row = (int)blockIdx.x, lane = (int)threadIdx.x % LANES;
+    const int g = ((int)blockIdx.y * kSpanThreads + (int)threadIdx.x) / LANES;
+    const int col = g * kSpan + lane * 8;
+    eight<T, A> e[kVectors];
     begin_early();
-    eight<T, A> e;
-    e.x = {};
-    if (row < a.m && col < a.k) e.x = load_pack(row_of<T>(a, row) + col);
-    uint32_t most = e.magnitudes();
+    const T *x = row_of<T>(a, row);
+    uint32_t most = 0;
 #pragma unroll
-    for (int d = 8; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
+    for (int i = 0; i < kVectors; i++) {
+        e[i].x = {};
+        if (row < a.m && col + i * LANES * 8 < a.k) e[i].x = load_pack(x + col + i * LANES * 8);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; i++) most = __vmaxu2(most, e[i].magnitudes());
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
+    if (g * kSpan >= a.k) return;
     const float s = span_scale<T, A>(max(most >> 16, most & 0xffffu));
-    if (row >= rows) return;
-    if (threadIdx.x % 16 == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = s;
-    if (col < a.k) store_eight(a, row, col, e, s);
+    if (lane == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = s;
+#pragma unroll
+    for (int i = 0; i < kVectors; i++)
+        if (col + i * LANES * 8 < a.k) store_eight(a, row, col + i * LANES * 8, e[i], s);
 }
 
 template <typename T, act_format A>
@@ -276,17 +285,23 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
     const bool spans = A == AF_FP8 && a.group == kSpan;
     // One vector a thread has the answer soonest; more let more rows run at once.
     const bool few = rows <= 256 && vectors <= 1024;
-    const int per = spans || few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
+    const int per = few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
+    // So many spans that fewer threads for each fill the SMs too, with less to do in all.
+    const int lanes = rows * div_up(a.k, kSpan) >= 8192 ? 4 : 16;
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t c = {};
-    c.gridDim = dim3((unsigned)(spans ? div_up(rows * div_up(a.k, kSpan), kThreads / 16) : rows));
-    c.blockDim = dim3((unsigned)(spans ? kThreads : div_up(div_up(vectors, per), 32) * 32));
+    c.gridDim = dim3((unsigned)rows);
+    c.blockDim = dim3((unsigned)(div_up(div_up(vectors, per), 32) * 32));
+    if (spans) {
+        c.gridDim.y = (unsigned)div_up(div_up(a.k, kSpan) * lanes, kSpanThreads);
+        c.blockDim = dim3(kSpanThreads);
+    }
     c.stream = stream;
     c.attrs = &early;
     c.numAttrs = a.sm >= 90 ? 1 : 0;
-    auto *const kernel = spans      ? quantize_spans<T, A>
+    auto *const kernel = spans ? (lanes == 4 ? quantize_spans<T, A, 4> : quantize_spans<T, A, 16>)
                          : per == 1 ? quantize_rows<T, A, 1>
                          : per == 4 ? quantize_rows<T, A, 4>
                                     : quantize_rows<T, A, 8>;
