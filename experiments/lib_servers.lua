@@ -112,7 +112,7 @@ end
 local function list()
   for _, name in ipairs(M.names()) do
     local server = M.load(name)
-    print(("%-10s %s, %s: %s"):format(name, server.title, server.version,
+    print(("%-12s %s, %s: %s"):format(name, server.title, server.version,
       table.concat(M.precisions(server), " ")))
   end
 end
