@@ -250,7 +250,8 @@ __global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser
     }
 }
 
-// LANES threads a span of 128 inputs, in vectors of eight that lie LANES apart. Grid: (rows, spans).
+// LANES threads a span of 128 inputs, in vectors of eight that lie LANES apart. Grid: (rows,
+// spans).
 constexpr int kSpanThreads = 128;
 template <typename T, act_format A, int LANES>
 __global__ void __launch_bounds__(kSpanThreads) quantize_spans(const activation_quantiser a) {
