@@ -23,7 +23,8 @@
 // less than 64 inputs. A tile is 128, 192 or 256 rows of W; of weights of 16 bits 128x2 would not
 // fit 100 KB an SM. Split: name, format, type, x rows, blocks, stages, CTAs, fine, first and last
 // GPU. Strips: name, format, type, x rows of a tile, warps, x rows of a problem at most, fine,
-// first and last GPU. SMALL, split and strips are for formats that dense models of 4 bits come in.
+// first and last GPU. Split and strips are for formats that dense models of 4 bits come in, SMALL
+// for the commonest of them.
 #define AMPERE_TILES(X, F, T, FINE)                                                                \
     X("ampere_8x1", F, T, 8, 1, BLOCKS, 4, 4, 2, FINE)                                             \
     X("ampere_16x2", F, T, 16, 2, BLOCKS, 1, 6, 2, FINE)                                           \
