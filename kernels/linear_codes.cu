@@ -53,9 +53,11 @@ template <int NT> constexpr int kWStages = NT <= 16 ? 6 : NT <= 32 ? 5 : 4;
 template <int NT> constexpr int kXStages = NT <= 8 ? 8 : NT <= 16 ? 6 : NT <= 32 ? 7 : 5;
 template <int NT> constexpr int ring_bytes = kWStages<NT> *kWBytes + kXStages<NT> *kXBytes<NT>;
 template <int NT> constexpr int sums_bytes = kPitch *NT * 4;
+template <int NT> constexpr int scale_bytes = kXStages<NT> *NT * 4; // of x, FP8b
 template <int NT>
-constexpr int shared_bytes = 1024 +
-                             (ring_bytes<NT> > sums_bytes<NT> ? ring_bytes<NT> : sums_bytes<NT>);
+constexpr int shared_bytes = 1024 + (ring_bytes<NT> + scale_bytes<NT> > sums_bytes<NT>
+                                         ? ring_bytes<NT> + scale_bytes<NT>
+                                         : sums_bytes<NT>);
 constexpr int kAlone = 114 * 1024; // the least of which an SM has no two
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
@@ -67,6 +69,11 @@ __device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
     return g / (1.f + expf(-1.702f * g)) * (u + 1.f);
 }
 
+__device__ __forceinline__ float2 shared_float2(uint32_t at) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
+    return v;
+}
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -170,39 +177,37 @@ __device__ __forceinline__ void copy_weights(const CUtensorMap *map, ring_at<kWS
     }
 }
 
-template <int NT>
-__device__ __forceinline__ void copy_inputs(const CUtensorMap *map, ring_at<kXStages<NT>> at,
-                                            uint32_t ring, const part &p, int x_rows) {
+// Scales of FP8b come with the codes that they scale; those of rows past m_pad are anything.
+template <weight_format F, int NT>
+__device__ __forceinline__ void copy_inputs(const codes_args &a, const CUtensorMap *map,
+                                            ring_at<kXStages<NT>> at, uint32_t ring,
+                                            uint32_t scales, const part &p) {
+    const int bytes = F == WF_FP8B ? 4 * min(a.x_rows, a.m_pad - p.m0) : 0;
+    const float *scale = a.x_scale + (int64_t)p.from * a.m_pad + p.m0;
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
     wait_for_previous();
-    for (int i = 0; i < p.steps; i++, at.next()) {
+    for (int i = 0; i < p.steps; i++, at.next(), scale += a.m_pad) {
         const uint32_t bar = at.full + at.stage * 8;
         at.wait_empty();
-        barrier_arrive_expect(bar, x_rows * kStep);
+        barrier_arrive_expect(bar, a.x_rows * kStep + bytes);
         copy_tile(ring + at.stage * kXBytes<NT>, map, (p.from + i) * kStep, p.m0, bar);
+        if (F == WF_FP8B)
+            copy_bulk(scales + at.stage * NT * 4, scale, bytes, bar, policy_evict_normal());
     }
 }
 
-// x rows of one group of wgmma: all, but where their sums, those of the steps before and the scales
-// of FP8b do not fit the registers of two CTAs an SM.
-template <weight_format F, int NT> constexpr int kGroup = F == WF_FP8B &&NT == 64 ? 32 : NT;
-
-// acc += the sums of one step: x rows of a group, from c on. Sums of a whole tile meet one scale
-// first: of both scales' product ptxas would have the product of codes wait for their loads. Where
-// there are two groups there are not the registers.
-template <weight_format F, int NT, typename S, int N, int M>
-__device__ __forceinline__ void add_step(S (&acc)[NT / 2], const S (&sums)[N], int c, float w_scale,
-                                         const float2 (&x_scale)[M]) {
+// acc += the sums of one step. x_scale: in shared memory, of columns 2 t, 2 t + 1.
+template <weight_format F, int N, typename S>
+__device__ __forceinline__ void add_step(S (&acc)[N], const S (&sums)[N], float w_scale,
+                                         uint32_t x_scale) {
 #pragma unroll
-    for (int i = 0; i < N && F == WF_FP8; i++) acc[c + i] += sums[i];
+    for (int i = 0; i < N && F == WF_FP8; i++) acc[i] += sums[i];
 #pragma unroll
-    for (int i = 0; i < N && F == WF_FP8B; i++) {
-        const float2 x2 = x_scale[(c + i) / 4];
-        const float x = i % 2 ? x2.y : x2.x;
-        if (2 * N == NT)
-            acc[c + i] = fmaf(sums[i] * w_scale, x, acc[c + i]);
-        else
-            acc[c + i] = fmaf(sums[i], w_scale * x, acc[c + i]);
+    for (int j = 0; j < N / 4 && F == WF_FP8B; j++) {
+        const float2 x = shared_float2(x_scale + 32 * j);
+        const float s0 = x.x * w_scale, s1 = x.y * w_scale;
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; i++) acc[i] = fmaf(sums[i], i % 2 ? s1 : s0, acc[i]);
     }
 }
 
@@ -235,38 +240,35 @@ __device__ __forceinline__ void multiply_step(S (&d)[N], uint32_t w, uint32_t x)
 // Sums of this CTA's steps for the warpgroup's block, whose first row is row0: acc holds rows
 // 16 (warp % 4) + g and + 8, columns 8 j + 2 t, + 1.
 template <weight_format F, int NT, typename T>
-__device__ __forceinline__ void multiply_steps(typename sum_of<F == WF_INT8>::type (&acc)[NT / 2],
-                                               const codes_args &a, ring_at<kWStages<NT>> w_at,
-                                               uint32_t w_ring, ring_at<kXStages<NT>> x_at,
-                                               uint32_t x_ring, const part &p, int row0) {
-    constexpr bool kInt8 = F == WF_INT8;
-    constexpr int kX = kGroup<F, NT>;
+__device__ __forceinline__ void
+multiply_steps(typename sum_of<F == WF_INT8>::type (&acc)[NT / 2], const codes_args &a,
+               ring_at<kWStages<NT>> w_at, uint32_t w_ring, ring_at<kXStages<NT>> x_at,
+               uint32_t x_ring, uint32_t scales, const part &p, int row0) {
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int strip = min(row0 + 16 * (warp % 4), a.n - 1); // never in two rows of blocks
-    const int m = p.m0 + lane % 4 * 2;
-    const float *w_scale = a.w_scale + (int64_t)(strip / 128) * a.w_step + p.from;
-    const float *x_scale = a.x_scale + (int64_t)p.from * a.m_pad + m;
-    if (F == WF_FP8B) wait_for_previous(); // scales of x
+    const int w_first = strip / 128 * a.w_step + p.from;
+    // Scales of W come from memory: a lane has that of one of 32 steps, and of the 32 after.
+    const auto w_scale_at = [&](int i) { return i < p.steps ? a.w_scale[w_first + i] : 0.f; };
+    float w_scales = F == WF_FP8B ? w_scale_at(lane) : 0.f, w_then = 0;
+    if (F == WF_FP8B) w_then = w_scale_at(lane + 32);
+    scales += lane % 4 * 8;
     for (int i = 0; i < p.steps; i++, w_at.next(), x_at.next()) {
         const uint32_t w = w_ring + w_at.stage * kWBytes + warp / 4 * kBlock * kStep;
         const uint32_t x = x_ring + x_at.stage * kXBytes<NT>;
-        // Asked for before what is waited for anyway.
-        const float w_now = F == WF_FP8B ? w_scale[i] : 0.f;
-        float2 x_now[F == WF_FP8B ? NT / 8 : 1] = {};
-#pragma unroll
-        for (int j = 0; j < NT / 8 && F == WF_FP8B; j++) // m_pad is a multiple of 4
-            if (m + 8 * j < a.m_pad) x_now[j] = *reinterpret_cast<const float2 *>(x_scale + 8 * j);
+        if (F == WF_FP8B && i > 0 && i % 32 == 0) {
+            w_scales = w_then;
+            w_then = w_scale_at(i + 32 + lane);
+        }
+        const float w_now = F == WF_FP8B ? __shfl_sync(~0u, w_scales, i % 32) : 0.f;
         w_at.wait_full();
         x_at.wait_full();
-#pragma unroll
-        for (int c = 0; c < NT; c += kX) {
-            typename sum_of<kInt8>::type sums[kX / 2];
-            multiply_step<F, T, kX>(pick<kWhole<F>>(acc, sums), w, x + c * kStep);
-            if (c + kX == NT && (F == WF_16 || lane == 0)) w_at.release();
-            if (c + kX == NT && lane == 0) x_at.release();
-            add_step<F, NT>(acc, sums, c / 2, w_now, x_now);
-        }
-        x_scale += a.m_pad;
+        typename sum_of<F == WF_INT8>::type sums[NT / 2];
+        multiply_step<F, T, NT>(pick<kWhole<F>>(acc, sums), w, x);
+        if (F == WF_16 || lane == 0) w_at.release();
+        if (F != WF_FP8B && lane == 0) x_at.release();
+        if constexpr (!kWhole<F>) add_step<F>(acc, sums, w_now, scales + x_at.stage * NT * 4);
+        if (F == WF_FP8B) __syncwarp(); // all lanes have read the scales
+        if (F == WF_FP8B && lane == 0) x_at.release();
     }
 }
 
@@ -347,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     using S = typename sum_of<F == WF_INT8>::type;
     const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
     const uint32_t x_ring = ring + kWStages<NT> * kWBytes, bars = shared_address(barriers);
+    const uint32_t scales = x_ring + kXStages<NT> * kXBytes<NT>;
     ring_at<kWStages<NT>> w_at;
     ring_at<kXStages<NT>> x_at;
     w_at.full = bars;
@@ -382,13 +385,14 @@ __global__ void __launch_bounds__(kThreads, 2)
             else
                 copy_weights<NT>(&w_map, w_at, ring, p);
         }
-        if (threadIdx.x == kConsumers + 32) copy_inputs<NT>(&x_map, x_at, x_ring, p, a.x_rows);
+        if (threadIdx.x == kConsumers + 32) copy_inputs<F, NT>(a, &x_map, x_at, x_ring, scales, p);
         __syncwarp();
     } else {
         S acc[NT / 2];
 #pragma unroll
         for (int i = 0; i < NT / 2; i++) acc[i] = 0;
-        multiply_steps<F, NT, T>(acc, a, w_at, ring, x_at, x_ring, p, warp < 4 ? p.row0 : p.row1);
+        multiply_steps<F, NT, T>(acc, a, w_at, ring, x_at, x_ring, scales, p,
+                                 warp < 4 ? p.row0 : p.row1);
         // All stages have been read: their place takes the sums, [NT][kPitch].
         asm volatile("bar.sync 1, 256;" ::: "memory");
         const int lane = (int)threadIdx.x % 32;
@@ -406,21 +410,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // --- Launch -------------------------------------------------------------------------------------
-
-// codes [rows, k], rows `ld` bytes apart, in boxes of [box_rows, 128]; what lies outside reads as
-// zero.
-status encode(CUtensorMap *map, const void *codes, int32_t rows, int32_t k, int64_t ld,
-              int box_rows) {
-    tensor_map_encode function;
-    TRY(tensor_map_encoder(&function));
-    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld};
-    const cuuint32_t box[2] = {kStep, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    const CUresult r =
-        function(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(codes), size, stride,
-                 box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of codes: error %d", (int)r);
-}
 
 // CTAs that share the inputs of one of `tiles`: the most for which all clusters run at once, which
 // the GPU's division into groups of SMs decides, with at least two steps each.
@@ -455,8 +444,8 @@ status launch(const codes_args &args, const void *w, const void *x, int64_t ldx,
     const int32_t m_tiles = (a.m + NT - 1) / NT;
     a.x_rows = ((a.m + m_tiles - 1) / m_tiles + 7) / 8 * 8;
     CUtensorMap w_map = {}, x_map;
-    if (F != WF_16) TRY(encode(&w_map, w, a.n, a.k, a.k, kBlock));
-    TRY(encode(&x_map, x, a.m_pad, a.k, ldx, a.x_rows));
+    if (F != WF_16) TRY(tensor_map_codes(&w_map, w, a.n, a.k, a.k, kBlock));
+    TRY(tensor_map_codes(&x_map, x, a.m_pad, a.k, ldx, a.x_rows));
     const int32_t rows = a.gated ? a.half : F == WF_16 ? a.blocks * kBlock : a.n;
     const int32_t tile = a.gated ? kBlock : kRows;
     const int32_t tiles = (rows + tile - 1) / tile;

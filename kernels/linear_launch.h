@@ -91,6 +91,10 @@ status linear_codes_launch(const char *name, const linear_problem *p, int32_t ro
                            const void *code, const float *x_scale, int32_t m_pad,
                            kernel_stream stream);
 
+/* linear_codes_tall.cu: the same of int8 by int8, for many rows. */
+status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m, const void *code,
+                                const float *x_scale, kernel_stream stream);
+
 /* linear_lt.cu: cuBLASLt. Its choice of an algorithm depends on the arguments and on nothing else,
  * and is kept. UNSUPPORTED when it has none. */
 status linear_lt_ready(void); /* make what must not be made within a graph */

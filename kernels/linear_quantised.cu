@@ -145,15 +145,15 @@ status launch_finish(const finish_args &a, dtype sums, dtype y, cudaStream_t str
 // Products of 8-bit operands; where linear_tuned.def has nothing, best first for up to `rows` rows.
 struct variant {
     const char *name;
-    int32_t rank; // of cuBLASLt's suggestions; -1: linear_codes
+    int32_t rank; // of cuBLASLt's suggestions; -1: linear_codes; -2: linear_codes_tall
     int32_t rows;
 };
 constexpr int32_t kAny = 1 << 30;
-const variant variants[] = {{"codes_8", -1, 8},      {"codes_16", -1, 16},
-                            {"codes_32", -1, 32},    {"codes_64", -1, 64},
-                            {"cublaslt", 0, kAny},   {"cublaslt_1", 1, kAny},
-                            {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny},
-                            {"cublaslt_4", 4, kAny}, {"cublaslt_5", 5, kAny}};
+const variant variants[] = {
+    {"codes_8", -1, 8},      {"codes_16", -1, 16},    {"codes_32", -1, 32},
+    {"codes_64", -1, 64},    {"cublaslt", 0, kAny},   {"cublaslt_1", 1, kAny},
+    {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny}, {"cublaslt_4", 4, kAny},
+    {"cublaslt_5", 5, kAny}, {"codes_tall", -2, kAny}};
 
 const variant *named(const char *name) {
     for (const variant &v : variants)
@@ -164,7 +164,7 @@ const variant *named(const char *name) {
 const variant *choose(const linear_problem *p) {
     const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
     const variant *found = name ? named(name) : nullptr;
-    if (found) return found;
+    if (found && (found->rank != -2 || p->w->format == WF_INT8)) return found;
     for (const variant &v : variants)
         if (!p->kernel && p->m <= v.rows) return &v;
     FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
@@ -193,6 +193,7 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     q.scale = s.scale;
     q.m_pad = m_pad;
     TRY(kernel_quantize_activation(&q, stream));
+    if (v->rank == -2) return linear_codes_tall_launch(p, row, m, s.code, s.scale, stream);
     if (v->rank < 0) return linear_codes_launch(v->name, p, row, m, s.code, s.scale, m_pad, stream);
     linear_product product = {};
     product.format = w->format;

@@ -36,4 +36,19 @@ inline status tensor_map_encoder(tensor_map_encode *encode) {
     *encode = function;
     return ST_OK;
 }
+
+// Map of codes [rows, k] of 8 bits, rows `ld` bytes apart, in boxes of [box_rows, 128]; what lies
+// outside reads as zero.
+inline status tensor_map_codes(CUtensorMap *map, const void *codes, int32_t rows, int32_t k,
+                               int64_t ld, int box_rows) {
+    tensor_map_encode encode = nullptr;
+    TRY(tensor_map_encoder(&encode));
+    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)ld};
+    const cuuint32_t box[2] = {128, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult r =
+        encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(codes), size, stride, box,
+               step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map of codes: error %d", (int)r);
+}
 #endif
