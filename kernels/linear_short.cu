@@ -585,18 +585,21 @@ __device__ __forceinline__ target dense(const linear_args &p, const division &d,
 // K and adds them to its own. Given first of all and taken last of all, they are not waited for.
 enum sharing { kWhole, kGiven, kTaken };
 
-// A chunk that a cluster gives: where its sums lie, and whether they do.
+// Where the sums of a chunk lie that a cluster gives: once they are there, nothing of them is zero.
 template <int NT>
 __device__ __forceinline__ float4 *given_sums(const linear_args &p, const division &d, int cluster,
                                               int chunk) {
-    return reinterpret_cast<float4 *>(p.partial) +
+    return reinterpret_cast<float4 *>(p.sums) +
            ((cluster << chunks<NT>::log) + chunk) * d.halves * 32 + threadIdx.x % 32;
 }
-template <int NT>
-__device__ __forceinline__ int32_t *given_flag(const linear_args &p, int cluster, int chunk) {
-    return p.counters + (cluster << chunks<NT>::log) + chunk;
+__device__ __forceinline__ void give(float4 *to, const float (&c)[4]) {
+    linear_store_part(to, make_float4(linear_never_zero(c[0]), linear_never_zero(c[1]),
+                                      linear_never_zero(c[2]), linear_never_zero(c[3])));
 }
-__device__ __forceinline__ void add_given(float (&c)[4], const float4 &v) {
+// v: what was read there some time ago. Leaves zeros.
+__device__ __forceinline__ void take(float (&c)[4], float4 v, float4 *from) {
+    while (!__all_sync(~0u, linear_is_there(v))) v = linear_load_part(from, true);
+    __stcg(from, make_float4(0, 0, 0, 0));
     c[0] += v.x, c[1] += v.y, c[2] += v.z, c[3] += v.w;
 }
 
@@ -635,13 +638,12 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
                      d.halves == 2 && m0 < tile.m_end);
     const bool wanted = to.there || to_other.there;
-    if (how == kTaken && wanted) {
-        int32_t *flag = given_flag<NT>(p, cluster + 1, q);
-        while (counter_read(flag) == 0) {
-        }
-        __syncwarp();
-        if (lane == 0) *flag = 0;
-    }
+    // Of a tile that two clusters share. Read ahead, for that takes as long as sums to come.
+    float4 *const shared_sums =
+        how == kWhole ? nullptr : given_sums<NT>(p, d, cluster + (how == kTaken ? 1 : 0), q);
+    const bool taken = how == kTaken && wanted;
+    const float4 given = linear_load_part(shared_sums, taken);
+    const float4 given_other = linear_load_part(shared_sums + 32, taken && d.halves == 2);
     barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
     if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
     // Where the sums lay is free for what turns them.
@@ -654,18 +656,12 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         sum_senders(c, from, d.senders);
         if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
         if (how == kTaken) {
-            const float4 *sums = given_sums<NT>(p, d, cluster + 1, q);
-            add_given(c, __ldcg(sums));
-            if (d.halves == 2) add_given(other, __ldcg(sums + 32));
+            take(c, given, shared_sums);
+            if (d.halves == 2) take(other, given_other, shared_sums + 32);
         }
         if (how == kGiven) {
-            float4 *sums = given_sums<NT>(p, d, cluster, q);
-            __stcg(sums, make_float4(c[0], c[1], c[2], c[3]));
-            if (d.halves == 2)
-                __stcg(sums + 32, make_float4(other[0], other[1], other[2], other[3]));
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) atomicExch(given_flag<NT>(p, cluster, q), 1);
+            give(shared_sums, c);
+            if (d.halves == 2) give(shared_sums + 32, other);
         } else if (p.paired) {
             linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
         } else {
