@@ -327,13 +327,17 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     static constexpr bool kSums = on_sums(F, G, kExperts), kFolded = dequant_unfold<T, F>() != 1.f;
     static constexpr bool kByXSums = by_x_sums(F, G, NT, kExperts);
     static constexpr bool bf16 = half_pair<T>::bf16;
-    static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
+    static constexpr int per = G > 64 ? G / 64 : 1;    // units of a granule
+    static constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
+    // By mma.sync: of 8 rows it takes half of wgmma's time on the tensor cores.
+    static constexpr bool kSync = NT == 8 && kSums && !kExperts;
     const linear_args &p;
     const division &d;
     const barriers &bar;
     const duty &own;
     place at;
-    uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
+    uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor, or
+                                     // of this lane's row and chunk
     uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
     uint32_t x_high;                 // of x's descriptors: from memory, lest it be made for each
     int x_first = 0;                 // experts: stage of x of the tile's first step
@@ -352,6 +356,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
         x_step = (!kExperts && d.x_again ? d.slot : x_bytes) >> 4;
+        if (kSync) {
+            x = first + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+            x_step *= 16;
+        }
         x_high = __shfl_sync(~0u, d.x_high, 0);
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
         full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
@@ -466,6 +474,30 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
 
+    // Two units, whose sums are two chains, so that few products wait for each other. x_at: of this
+    // lane's row and chunk.
+    template <int N>
+    static __device__ __forceinline__ void
+    multiply_by_warps(float (&sums)[kParts][N / 2], const uint32_t (&a)[2][4][4], uint32_t x_at) {
+        float c[2][N / 2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int t = 0; t < N / 8; t++) {
+                uint32_t b[4];
+                load_matrices(b, (x_at ^ i % 2 * 64) + i / 2 * (NT * 128) + t * 1024);
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    multiply(c[i / 2] + 4 * t, a[i / 2][i % 2 * 2 + j], b[2 * j], b[2 * j + 1],
+                             T{});
+            }
+#pragma unroll
+        for (int e = 0; e < N / 2; e++) {
+            sums[0][e] = kParts == 1 ? c[0][e] + c[1][e] : c[0][e];
+            if (kParts > 1) sums[kParts - 1][e] = c[1][e];
+        }
+    }
+
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
     // x_parity: of its barriers. N: rows of x that are multiplied. kThere: all of x is there and
@@ -473,7 +505,6 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     template <int N = NT, bool kThere = false>
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
-        constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
@@ -488,21 +519,31 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             const int stage = at.stage, parity = at.parity;
             const int index = !kThere && d.x_again ? stage : kExperts ? x_first + step : step;
             const int parity_x = d.x_again ? parity : x_parity;
-            const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
+            const uint32_t x_at = x + index * x_step, scale_at = scale + stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT, kExperts);
+            const uint32_t x_bar = x_full + index * 8, sums_bar = x_bar + (kXSums - kX) * kKind;
+            // What is asked for ahead need not be waited for, which takes 50 cycles even where it
+            // is there. With wgmma, and of W in bf16, the instructions cost more.
+            if (kSync) at.next(d.w_stages);
+            const bool last = step + 1 == step1;
+            const bool w_there =
+                kSync && !bf16 && !last && barrier_test(full + at.stage * 8, at.parity);
+            const bool sums_wanted = !kThere && kByXSums && !kExperts && (fresh || d.x_again);
+            const bool sums_there = kSync && sums_wanted && barrier_test(sums_bar, parity_x);
             const auto two_units = [&](auto first) { // a loop over u would not be unrolled
                 constexpr int u = decltype(first)::value;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (!kAhead) load(chunk[i], u + i, code_at);
                     convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
-                    pin(a[i]);
+                    if (!kSync) pin(a[i]);
                 }
                 if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
-                    barrier_wait(x_full + index * 8, parity_x);
-                group_fence();
+                    barrier_wait(x_bar, parity_x);
+                if constexpr (kSync) multiply_by_warps<N>(granule, a, x_at + u * (NT * 128));
+                if (!kSync) group_fence();
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
+                for (int j = 0; j < 8 && !kSync; j++) {
                     const uint64_t b =
                         group_descriptor_of(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2, x_high);
                     float *sums = kSums ? granule[j * kParts / 8] : acc;
@@ -511,20 +552,19 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     else
                         multiply_group<T, N>::run(sums, a[j / 4][j % 4], b);
                 }
-                group_commit();
+                if (!kSync) group_commit();
                 if (u + 2 == U) {
-                    at.next(d.w_stages);
+                    if (!kSync) at.next(d.w_stages);
                     code_at = code + at.stage * d.slot;
-                    if (step + 1 < step1) barrier_wait(full + at.stage * 8, at.parity);
+                    if (!last && !w_there) barrier_wait(full + at.stage * 8, at.parity);
                 }
-                for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
+                for (int i = 0; i < 2 && kAhead && (u + 2 < U || !last); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (!kThere && kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
-                    barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
+                if (u == 0 && sums_wanted && !sums_there) barrier_wait(sums_bar, parity_x);
                 if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
-                group_wait<0>();
+                if (!kSync) group_wait<0>();
                 if (!kSums) group_pin(acc);
-                for (int i = 0; i < kParts && kSums; i++) group_pin(granule[i]);
+                for (int i = 0; i < kParts && kSums && !kSync; i++) group_pin(granule[i]);
                 for (int i = 0; i < kParts && kSums; i++) {
                     if (i > 0) {
                         load_x_sums<N>(of_x, of_x_at + (u / per + i) * (NT * 4));
