@@ -530,6 +530,12 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 kSync && !bf16 && !last && barrier_test(full + at.stage * 8, at.parity);
             const bool sums_wanted = !kThere && kByXSums && !kExperts && (fresh || d.x_again);
             const bool sums_there = kSync && sums_wanted && barrier_test(sums_bar, parity_x);
+            // Of 16 rows a stage without x is free when all of it is in registers: there are few.
+            constexpr bool early = kThere && NT == 16 && kParts == 1;
+            const auto release = [&] {
+                __syncwarp();
+                if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
+            };
             const auto two_units = [&](auto first) { // a loop over u would not be unrolled
                 constexpr int u = decltype(first)::value;
 #pragma unroll
@@ -538,6 +544,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
                     if (!kSync) pin(a[i]);
                 }
+                if (u + 2 == U && early) release();
                 if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
                     barrier_wait(x_bar, parity_x);
                 if constexpr (kSync) multiply_by_warps<N>(granule, a, x_at + u * (NT * 128));
@@ -576,8 +583,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             };
             two_units(number<0>{});
             if constexpr (U > 2) two_units(number<2>{});
-            __syncwarp();
-            if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
+            if (!early) release();
         }
     }
 };
