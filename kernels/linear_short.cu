@@ -327,13 +327,17 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     static constexpr bool kSums = on_sums(F, G, kExperts), kFolded = dequant_unfold<T, F>() != 1.f;
     static constexpr bool kByXSums = by_x_sums(F, G, NT, kExperts);
     static constexpr bool bf16 = half_pair<T>::bf16;
-    static constexpr int per = G > 64 ? G / 64 : 1; // units of a granule
+    static constexpr int per = G > 64 ? G / 64 : 1;    // units of a granule
+    static constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
+    // By mma.sync: of 8 rows it takes half of wgmma's time on the tensor cores.
+    static constexpr bool kSync = NT == 8 && kSums && !kExperts;
     const linear_args &p;
     const division &d;
     const barriers &bar;
     const duty &own;
     place at;
-    uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor
+    uint32_t code, scale, x, x_step; // places in the first stages; x: low half of a descriptor, or
+                                     // of this lane's row and chunk
     uint32_t x_sums, full, x_full;   // barriers kFull and kX of the first stages
     uint32_t x_high;                 // of x's descriptors: from memory, lest it be made for each
     int x_first = 0;                 // experts: stage of x of the tile's first step
@@ -352,6 +356,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         // From one lane, so that the compiler knows it for uniform: descriptors are.
         x = __shfl_sync(~0u, first >> 4 | 1u << 16, 0);
         x_step = (!kExperts && d.x_again ? d.slot : x_bytes) >> 4;
+        if (kSync) {
+            x = first + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+            x_step *= 16;
+        }
         x_high = __shfl_sync(~0u, d.x_high, 0);
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
         full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
@@ -466,6 +474,30 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 fmaf(s[e / 2 % 2], fmaf(-z[e / 2 % 2], of_x[e / 4 * 2 + e % 2], sums[e]), acc[e]);
     }
 
+    // Two units, whose sums are two chains, so that few products wait for each other. x_at: of this
+    // lane's row and chunk.
+    template <int N>
+    static __device__ __forceinline__ void
+    multiply_by_warps(float (&sums)[kParts][N / 2], const uint32_t (&a)[2][4][4], uint32_t x_at) {
+        float c[2][N / 2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int t = 0; t < N / 8; t++) {
+                uint32_t b[4];
+                load_matrices(b, (x_at ^ i % 2 * 64) + i / 2 * (NT * 128) + t * 1024);
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    multiply(c[i / 2] + 4 * t, a[i / 2][i % 2 * 2 + j], b[2 * j], b[2 * j + 1],
+                             T{});
+            }
+#pragma unroll
+        for (int e = 0; e < N / 2; e++) {
+            sums[0][e] = kParts == 1 ? c[0][e] + c[1][e] : c[0][e];
+            if (kParts > 1) sums[kParts - 1][e] = c[1][e];
+        }
+    }
+
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
     // x_parity: of its barriers. N: rows of x that are multiplied. kThere: all of x is there and
@@ -473,7 +505,6 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     template <int N = NT, bool kThere = false>
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
-        constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
@@ -488,21 +519,38 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             const int stage = at.stage, parity = at.parity;
             const int index = !kThere && d.x_again ? stage : kExperts ? x_first + step : step;
             const int parity_x = d.x_again ? parity : x_parity;
-            const uint32_t x_at = x + index * x_step, scale_at = scale + at.stage * d.slot;
+            const uint32_t x_at = x + index * x_step, scale_at = scale + stage * d.slot;
             const uint32_t of_x_at = x_sums + index * x_sums_bytes(F, G, NT, kExperts);
+            const uint32_t x_bar = x_full + index * 8, sums_bar = x_bar + (kXSums - kX) * kKind;
+            // What is asked for ahead need not be waited for, which takes 50 cycles even where it
+            // is there. With wgmma, and of W in bf16, the instructions cost more.
+            if (kSync) at.next(d.w_stages);
+            const bool last = step + 1 == step1;
+            const bool w_there =
+                kSync && !bf16 && !last && barrier_test(full + at.stage * 8, at.parity);
+            const bool sums_wanted = !kThere && kByXSums && !kExperts && (fresh || d.x_again);
+            const bool sums_there = kSync && sums_wanted && barrier_test(sums_bar, parity_x);
+            // Of 16 rows a stage without x is free when all of it is in registers: there are few.
+            constexpr bool early = kThere && NT == 16 && kParts == 1;
+            const auto release = [&] {
+                __syncwarp();
+                if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
+            };
             const auto two_units = [&](auto first) { // a loop over u would not be unrolled
                 constexpr int u = decltype(first)::value;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (!kAhead) load(chunk[i], u + i, code_at);
                     convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
-                    pin(a[i]);
+                    if (!kSync) pin(a[i]);
                 }
+                if (u + 2 == U && early) release();
                 if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
-                    barrier_wait(x_full + index * 8, parity_x);
-                group_fence();
+                    barrier_wait(x_bar, parity_x);
+                if constexpr (kSync) multiply_by_warps<N>(granule, a, x_at + u * (NT * 128));
+                if (!kSync) group_fence();
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
+                for (int j = 0; j < 8 && !kSync; j++) {
                     const uint64_t b =
                         group_descriptor_of(x_at + (u + j / 4) * (NT * 8) + j % 4 * 2, x_high);
                     float *sums = kSums ? granule[j * kParts / 8] : acc;
@@ -511,20 +559,19 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                     else
                         multiply_group<T, N>::run(sums, a[j / 4][j % 4], b);
                 }
-                group_commit();
+                if (!kSync) group_commit();
                 if (u + 2 == U) {
-                    at.next(d.w_stages);
+                    if (!kSync) at.next(d.w_stages);
                     code_at = code + at.stage * d.slot;
-                    if (step + 1 < step1) barrier_wait(full + at.stage * 8, at.parity);
+                    if (!last && !w_there) barrier_wait(full + at.stage * 8, at.parity);
                 }
-                for (int i = 0; i < 2 && kAhead && (u + 2 < U || step + 1 < step1); i++)
+                for (int i = 0; i < 2 && kAhead && (u + 2 < U || !last); i++)
                     load(chunk[i], (u + 2 + i) % U, code_at);
-                if (!kThere && kByXSums && !kExperts && u == 0 && (fresh || d.x_again))
-                    barrier_wait(x_full + (kXSums - kX) * kKind + index * 8, parity_x);
+                if (u == 0 && sums_wanted && !sums_there) barrier_wait(sums_bar, parity_x);
                 if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
-                group_wait<0>();
+                if (!kSync) group_wait<0>();
                 if (!kSums) group_pin(acc);
-                for (int i = 0; i < kParts && kSums; i++) group_pin(granule[i]);
+                for (int i = 0; i < kParts && kSums && !kSync; i++) group_pin(granule[i]);
                 for (int i = 0; i < kParts && kSums; i++) {
                     if (i > 0) {
                         load_x_sums<N>(of_x, of_x_at + (u / per + i) * (NT * 4));
@@ -536,8 +583,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             };
             two_units(number<0>{});
             if constexpr (U > 2) two_units(number<2>{});
-            __syncwarp();
-            if (leader) barrier_arrive(full + (kEmpty - kFull) * kKind + stage * 8);
+            if (!early) release();
         }
     }
 };
@@ -585,18 +631,21 @@ __device__ __forceinline__ target dense(const linear_args &p, const division &d,
 // K and adds them to its own. Given first of all and taken last of all, they are not waited for.
 enum sharing { kWhole, kGiven, kTaken };
 
-// A chunk that a cluster gives: where its sums lie, and whether they do.
+// Where the sums of a chunk lie that a cluster gives: once they are there, nothing of them is zero.
 template <int NT>
 __device__ __forceinline__ float4 *given_sums(const linear_args &p, const division &d, int cluster,
                                               int chunk) {
-    return reinterpret_cast<float4 *>(p.partial) +
+    return reinterpret_cast<float4 *>(p.sums) +
            ((cluster << chunks<NT>::log) + chunk) * d.halves * 32 + threadIdx.x % 32;
 }
-template <int NT>
-__device__ __forceinline__ int32_t *given_flag(const linear_args &p, int cluster, int chunk) {
-    return p.counters + (cluster << chunks<NT>::log) + chunk;
+__device__ __forceinline__ void give(float4 *to, const float (&c)[4]) {
+    linear_store_part(to, make_float4(linear_never_zero(c[0]), linear_never_zero(c[1]),
+                                      linear_never_zero(c[2]), linear_never_zero(c[3])));
 }
-__device__ __forceinline__ void add_given(float (&c)[4], const float4 &v) {
+// v: what was read there some time ago. Leaves zeros.
+__device__ __forceinline__ void take(float (&c)[4], float4 v, float4 *from) {
+    while (!__all_sync(~0u, linear_is_there(v))) v = linear_load_part(from, true);
+    __stcg(from, make_float4(0, 0, 0, 0));
     c[0] += v.x, c[1] += v.y, c[2] += v.z, c[3] += v.w;
 }
 
@@ -635,13 +684,12 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
                      d.halves == 2 && m0 < tile.m_end);
     const bool wanted = to.there || to_other.there;
-    if (how == kTaken && wanted) {
-        int32_t *flag = given_flag<NT>(p, cluster + 1, q);
-        while (counter_read(flag) == 0) {
-        }
-        __syncwarp();
-        if (lane == 0) *flag = 0;
-    }
+    // Of a tile that two clusters share. Read ahead, for that takes as long as sums to come.
+    float4 *const shared_sums =
+        how == kWhole ? nullptr : given_sums<NT>(p, d, cluster + (how == kTaken ? 1 : 0), q);
+    const bool taken = how == kTaken && wanted;
+    const float4 given = linear_load_part(shared_sums, taken);
+    const float4 given_other = linear_load_part(shared_sums + 32, taken && d.halves == 2);
     barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
     if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
     // Where the sums lay is free for what turns them.
@@ -654,18 +702,12 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         sum_senders(c, from, d.senders);
         if (d.halves == 2) sum_senders(other, from + d.senders * 512, d.senders);
         if (how == kTaken) {
-            const float4 *sums = given_sums<NT>(p, d, cluster + 1, q);
-            add_given(c, __ldcg(sums));
-            if (d.halves == 2) add_given(other, __ldcg(sums + 32));
+            take(c, given, shared_sums);
+            if (d.halves == 2) take(other, given_other, shared_sums + 32);
         }
         if (how == kGiven) {
-            float4 *sums = given_sums<NT>(p, d, cluster, q);
-            __stcg(sums, make_float4(c[0], c[1], c[2], c[3]));
-            if (d.halves == 2)
-                __stcg(sums + 32, make_float4(other[0], other[1], other[2], other[3]));
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) atomicExch(given_flag<NT>(p, cluster, q), 1);
+            give(shared_sums, c);
+            if (d.halves == 2) give(shared_sums + 32, other);
         } else if (p.paired) {
             linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
         } else {

@@ -43,6 +43,18 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
                  "r"(parity)
                  : "memory");
 }
+__device__ __forceinline__ bool barrier_test(uint32_t bar, int parity) {
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(bar), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
