@@ -100,10 +100,9 @@ static struct {
     bool unclear; /* a NaN: the context of a device that has no noise for it */
 } routed;
 
-static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise) {
+static status see_route(device *d, tensor logits, int32_t top_k) {
     bool hit[EXPERTS_MAX] = {false};
     CHECK(logits.cols <= EXPERTS_MAX);
-    TRY(routed.own->moe_route(d, logits, top_k, kind, normalise));
     TRY(routed.own->read(d, logits, routed.logits));
     for (int64_t t = 0; t < logits.rows; t++) {
         float *x = routed.logits + t * logits.cols;
@@ -122,6 +121,19 @@ static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kin
     return ST_OK;
 }
 
+static status route_seen(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise) {
+    TRY(routed.own->moe_route(d, logits, top_k, kind, normalise));
+    return see_route(d, logits, top_k);
+}
+
+static status enter_seen(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                         float eps, tensor logits, const weight *router, int32_t top_k,
+                         route_kind kind, bool normalise) {
+    TRY(routed.own->moe_enter(d, out, residual, add, w, eps, logits, router, top_k, kind,
+                              normalise));
+    return see_route(d, logits, top_k);
+}
+
 /* Share of the experts that a step reads, in the mean over layers. */
 static status expert_share(engine *e, made_batch *s, double *share) {
     const model_config *c = engine_config(e);
@@ -137,6 +149,7 @@ static status expert_share(engine *e, made_batch *s, double *share) {
     routed.logits = mem_alloc((size_t)s->b.n_tokens * (size_t)c->n_experts, sizeof(float));
     if (!routed.logits) return FAIL(ST_NOMEM, "router logits of %d tokens", s->b.n_tokens);
     watched.moe_route = route_seen;
+    if (watched.moe_enter) watched.moe_enter = enter_seen;
     d->ops = &watched;
     const sampling *draw = s->sample[0].params;
     for (int32_t i = 0; i < s->b.n_samples; i++) s->sample[i].params = NULL; /* hence no graph */

@@ -184,6 +184,13 @@ typedef struct device_ops {
     /* The same of experts: gated(moe_linear(x, gate_up)), rows of x gathered. */
     status (*moe_gated)(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
                         activation_kind kind, float limit);
+    /* A mixture's way in: norm, the router's linear of `out`, moe_route of `logits`. And out: norm
+     * with what moe_combine makes of y as `add`. A device has both or none. */
+    status (*moe_enter)(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                        float eps, tensor logits, const weight *router, int32_t top_k,
+                        route_kind kind, bool normalise);
+    status (*moe_leave)(device *d, tensor out, tensor residual, tensor y, const weight *w,
+                        float eps, int32_t top_k);
 } device_ops;
 
 /* Tokens of a device without logits: a hash of (seed, request, draw), -1 for rows without params.

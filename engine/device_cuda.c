@@ -786,6 +786,54 @@ static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
                               top_k, out.cols, c->type, c->stream);
 }
 
+static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                             float eps, tensor logits, const weight *router, int32_t top_k,
+                             route_kind kind, bool normalise) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows && add.rows == out.rows);
+    CHECK(out.cols == residual.cols && w->k == out.cols && router->k == out.cols);
+    CHECK(logits.rows == out.rows && logits.cols == c->config.n_experts);
+    const moe_enter p = {.x = out.data,
+                         .residual = residual.data,
+                         .add = add.data,
+                         .gain = weight_of(w)->plain,
+                         .router = &weight_of(router)->linear,
+                         .logits = logits.data,
+                         .weight = c->expert_weight,
+                         .expert_start = c->expert_start,
+                         .slot_row = c->slot_row,
+                         .row_token = c->row_token,
+                         .expert = c->expert,
+                         .t = rows_of(c, out),
+                         .stride = cudev_linear_rows(logits.cols),
+                         .dim = out.cols,
+                         .n_experts = logits.cols,
+                         .top_k = top_k,
+                         .over_chosen = kind == ROUTE_TOPK_SOFTMAX,
+                         .normalise = normalise,
+                         .eps = eps,
+                         .type = c->type};
+    if (kernel_moe_enter_accepts(&p, c->sm))
+        return cudev_replayed(c) ? ST_OK : kernel_moe_enter(&p, c->stream);
+    TRY(cuda_norm(d, out, residual, add, w, eps));
+    TRY(cuda_linear(d, logits, out, router));
+    return cuda_moe_route(d, logits, top_k, kind, normalise);
+}
+
+static status cuda_moe_leave(device *d, tensor out, tensor residual, tensor y, const weight *w,
+                             float eps, int32_t top_k) {
+    cudev *c = self(d);
+    if (out.cols > MOE_LEAVE_DIM_MAX) {
+        TRY(cuda_moe_combine(d, out, y, top_k));
+        return cuda_norm(d, out, residual, out, w, eps);
+    }
+    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows && y.rows == out.rows * top_k);
+    CHECK(out.cols == residual.cols && y.cols == out.cols && w->k == out.cols);
+    if (cudev_replayed(c)) return ST_OK;
+    return kernel_moe_leave(out.data, residual.data, y.data, weight_of(w)->plain, c->expert_weight,
+                            c->slot_row, rows_of(c, out), top_k, out.cols, eps, c->type, c->stream);
+}
+
 static status cuda_all_reduce(device *d, tensor inout) {
     (void)d;
     (void)inout;
@@ -904,4 +952,6 @@ const device_ops device_cuda = {
     .observe = cuda_observe,
     .linear_gated = cuda_linear_gated,
     .moe_gated = cuda_moe_gated,
+    .moe_enter = cuda_moe_enter,
+    .moe_leave = cuda_moe_leave,
 };

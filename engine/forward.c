@@ -7,7 +7,8 @@
  * that follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other
  * norm adds the y of the sub-layer before it, the last one adds the y of the last feed-forward. So
  * y is complete (reduced over ranks, biases of o and down included, once in all) before the next
- * norm, or that norm sums the ranks' parts itself: nobody else reads y after all_reduce.
+ * norm, or that norm sums the ranks' parts itself: nobody else reads y after all_reduce. With
+ * plan.moe_norm a mixture leaves no y but its experts' rows, and the next norm adds those up.
  *
  * Sizes are those of one rank throughout; the device runs the ranks. Buffers have max_tokens rows
  * and are taken once; a step uses their first rows. */
@@ -98,17 +99,33 @@ static status ffn_block(forward *f, int32_t layer, int64_t n) {
     return op->all_reduce(f->d, y);
 }
 
-/* y = mixture of experts of x: each token goes through top_k experts. */
+/* x = norm of the stream with y; the experts of its tokens. */
+static status moe_enter(forward *f, int32_t layer, int64_t n) {
+    const device_ops *op = f->d->ops;
+    const model_config *c = &f->config;
+    const layer_weights *l = &f->w.layer[layer];
+    const tensor residual = rows(f->residual, n), x = rows(f->x, n), y = rows(f->y, n);
+    const tensor logits = rows(f->router, n);
+    const float eps = (float)c->norm_eps;
+    if (f->plan.moe_norm)
+        return op->moe_enter(f->d, x, residual, y, &l->ffn_norm, eps, logits, &l->router, c->top_k,
+                             c->route, c->norm_topk);
+    TRY(op->norm(f->d, x, residual, y, &l->ffn_norm, eps));
+    TRY(op->linear(f->d, logits, x, &l->router));
+    return op->moe_route(f->d, logits, c->top_k, c->route, c->norm_topk);
+}
+
+/* y, or with plan.moe_norm expert_y = mixture of experts of the stream: each token goes through
+ * top_k experts. */
 static status moe_block(forward *f, int32_t layer, int64_t n) {
     const device_ops *op = f->d->ops;
     const model_config *c = &f->config;
     const layer_weights *l = &f->w.layer[layer];
     const int64_t nk = n * c->top_k;
-    const tensor x = rows(f->x, n), y = rows(f->y, n), router = rows(f->router, n);
+    const tensor x = rows(f->x, n), y = rows(f->y, n);
     const tensor gated = rows(f->gated, nk), expert_y = rows(f->expert_y, nk);
     const float limit = (float)c->swiglu_limit;
-    TRY(op->linear(f->d, router, x, &l->router));
-    TRY(op->moe_route(f->d, router, c->top_k, c->route, c->norm_topk));
+    TRY(moe_enter(f, layer, n));
     if (f->plan.moe_gated) {
         TRY(op->moe_gated(f->d, gated, x, &l->experts_gate_up, c->top_k, c->activation, limit));
     } else {
@@ -117,8 +134,20 @@ static status moe_block(forward *f, int32_t layer, int64_t n) {
         TRY(op->gated(f->d, gated, gate_up, c->activation, limit));
     }
     TRY(op->moe_linear(f->d, expert_y, gated, &l->experts_down, c->top_k, false));
+    if (f->plan.moe_norm) return ST_OK;
     TRY(op->moe_combine(f->d, y, expert_y, c->top_k));
     return op->all_reduce(f->d, y);
+}
+
+/* x = norm of the stream with what the layer before, if any, has left. */
+static status norm_behind(forward *f, bool layer_before, const weight *w, int64_t n) {
+    const device_ops *op = f->d->ops;
+    const model_config *c = &f->config;
+    const tensor residual = rows(f->residual, n), x = rows(f->x, n), y = rows(f->y, n);
+    const float eps = (float)c->norm_eps;
+    if (layer_before && c->n_experts && f->plan.moe_norm)
+        return op->moe_leave(f->d, x, residual, rows(f->expert_y, n * c->top_k), w, eps, c->top_k);
+    return op->norm(f->d, x, residual, layer_before ? y : nothing, w, eps);
 }
 
 status forward_launch(forward *f, const batch *b) {
@@ -135,12 +164,12 @@ status forward_launch(forward *f, const batch *b) {
     TRY(op->begin(f->d, b));
     TRY(op->embed(f->d, residual, &f->w.embed));
     for (int32_t i = 0; i < c->n_layers; i++) {
-        TRY(op->norm(f->d, x, residual, i ? y : nothing, &f->w.layer[i].attn_norm, eps));
+        TRY(norm_behind(f, i > 0, &f->w.layer[i].attn_norm, n));
         TRY(attention_block(f, i, n));
-        TRY(op->norm(f->d, x, residual, y, &f->w.layer[i].ffn_norm, eps));
+        if (!c->n_experts) TRY(op->norm(f->d, x, residual, y, &f->w.layer[i].ffn_norm, eps));
         TRY(c->n_experts ? moe_block(f, i, n) : ffn_block(f, i, n));
     }
-    TRY(op->norm(f->d, x, residual, y, &f->w.norm, eps));
+    TRY(norm_behind(f, true, &f->w.norm, n));
 
     f->n_samples = b->n_samples;
     if (b->n_samples > 0) { /* none: a chunk of a prompt that goes on in the next step */
@@ -171,7 +200,8 @@ status forward_logits(forward *f, float *out) {
 
 forward_plan forward_plan_default(const device *d) {
     return (forward_plan){.linear_gated = d->ops->linear_gated != NULL,
-                          .moe_gated = d->ops->moe_gated != NULL};
+                          .moe_gated = d->ops->moe_gated != NULL,
+                          .moe_norm = d->ops->moe_enter != NULL};
 }
 
 static weight *field_weight(model_weights *w, weight_field field, int32_t layer) {
@@ -251,6 +281,7 @@ status forward_setup(forward *f, const device_setup *s, const forward_plan *plan
     CHECK(s->n_pages >= 1);
     CHECK(!plan->linear_gated || f->d->ops->linear_gated != NULL);
     CHECK(!plan->moe_gated || f->d->ops->moe_gated != NULL);
+    CHECK(!plan->moe_norm || (f->d->ops->moe_enter != NULL && f->d->ops->moe_leave != NULL));
     f->limits = *s;
     f->limits.config = c;
     f->limits.precision = &f->precision;
@@ -296,17 +327,18 @@ static void list_op(listing *l, const char *where, const char *what, int64_t n_r
 /* The same order as forward_step. Layers of one window stand together, wherever they lie. */
 static void list_layer(listing *l, const char *where, const layer_weights *w, int64_t n) {
     const forward *f = l->f;
-    list_op(l, where, "norm", n, &w->attn_norm);
+    const bool fused = f->config.n_experts && f->plan.moe_norm;
+    list_op(l, where, fused ? "moe_leave" : "norm", n, &w->attn_norm);
     list_op(l, where, "linear", n, &w->qkv);
     list_op(l, where, "rope_append", n, NULL);
     list_op(l, where, "attention", n, NULL);
     list_op(l, where, "linear", n, &w->o);
     list_op(l, where, "all_reduce", n, NULL);
-    list_op(l, where, "norm", n, &w->ffn_norm);
+    if (!fused) list_op(l, where, "norm", n, &w->ffn_norm);
     if (f->config.n_experts) {
         const int64_t nk = n * f->config.top_k;
-        list_op(l, where, "linear", n, &w->router);
-        list_op(l, where, "moe_route", n, NULL);
+        list_op(l, where, fused ? "moe_enter" : "linear", n, &w->router);
+        if (!fused) list_op(l, where, "moe_route", n, NULL);
         if (f->plan.moe_gated) {
             list_op(l, where, "moe_gated", nk, &w->experts_gate_up);
         } else {
@@ -314,7 +346,7 @@ static void list_layer(listing *l, const char *where, const layer_weights *w, in
             list_op(l, where, "gated", nk, NULL);
         }
         list_op(l, where, "moe_linear", nk, &w->experts_down);
-        list_op(l, where, "moe_combine", n, NULL);
+        if (!fused) list_op(l, where, "moe_combine", n, NULL);
     } else {
         if (f->plan.linear_gated) {
             list_op(l, where, "linear_gated", n, &w->gate_up);

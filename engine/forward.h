@@ -7,7 +7,7 @@ typedef struct forward forward;
 
 /* Which of a device's fused operations to use. Printed by `amalgam inspect plan`. */
 typedef struct {
-    bool linear_gated, moe_gated;
+    bool linear_gated, moe_gated, moe_norm;
 } forward_plan;
 
 /* Every fused operation that the device has. */

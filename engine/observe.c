@@ -108,6 +108,16 @@ static status observe_route(device *d, tensor logits, int32_t top_k, route_kind 
     return o->real->moe_route(d, logits, top_k, kind, normalise);
 }
 
+/* In its parts, for the logits are wanted before what they say is used. */
+static status observe_enter(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                            float eps, tensor logits, const weight *router, int32_t top_k,
+                            route_kind kind, bool normalise) {
+    const device_ops *real = of_device(d)->real;
+    TRY(real->norm(d, out, residual, add, w, eps));
+    TRY(real->linear(d, logits, out, router));
+    return observe_route(d, logits, top_k, kind, normalise);
+}
+
 static status watch_experts(device *d, tensor x, const weight *w, bool gather) {
     observer *o = of_device(d);
     int32_t layer, kind;
@@ -190,6 +200,7 @@ status observer_open(observer **out, engine *e, int32_t first, int32_t n) {
     o->ops.moe_route = observe_route;
     o->ops.moe_linear = observe_experts;
     if (o->real->moe_gated) o->ops.moe_gated = observe_experts_gated;
+    if (o->real->moe_enter) o->ops.moe_enter = observe_enter;
     d->ops = &o->ops;
     *out = o;
     return ST_OK;

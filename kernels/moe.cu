@@ -1,11 +1,15 @@
 // moe.cu - a warp routes a token; a block collects the rows of an expert; a thread adds 16 bytes of
-// a token's results.
+// a token's results. Of few tokens the norm before the router belongs to the launch that routes
+// them, and the norm behind the experts to the one that adds up what they return.
 //
 // permute is a counting sort in which every expert's block counts for itself: it reads all slots
 // twice (how many go to lower experts, then the rank of each of its own), which is X times as many
 // reads as need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
 // Of few tokens one block does both.
+#include "linear_layout.h"
+#include "mma_sync.cuh"
 #include "moe.h"
+#include "ptx_sm90.cuh"
 #include "traits.cuh"
 
 #define ROUTE_INSTANCES(X)   X(F32) X(F16) X(BF16)
@@ -16,7 +20,11 @@ namespace {
 constexpr int kWarpsPerBlock = 4; // of route
 constexpr int kThreads = 512;     // of permute, and of both at once: one an expert there
 constexpr int kFewTokens = 8;     // more of them are faster in two launches
+constexpr int kKey = kFewTokens * MOE_TOP_K_MAX;
 constexpr int kCombineThreads = 128;
+constexpr int kLeaveThreads = MOE_LEAVE_DIM_MAX / 8; // at most: 8 columns each
+template <typename T> constexpr bool element_is_half = false;
+template <> constexpr bool element_is_half<__half> = true;
 
 // Logits as integers of the same order, -0 as 0; none is 0, so that 0 stands for what is taken.
 __device__ __forceinline__ uint32_t ordered(float v) {
@@ -28,39 +36,37 @@ __device__ __forceinline__ float unordered(uint32_t key) {
 }
 
 // Of a token, by a warp: lane j < top_k gets the j-th best of up to 32 kPer experts and its weight.
-template <typename T, int kPer>
-__device__ __forceinline__ void route_token(int &expert, float &weight, const T *logits,
+// x: the logits, of expert lane * kPer + i.
+template <int kPer>
+__device__ __forceinline__ void route_token(int &expert, float &weight, float (&x)[kPer],
                                             int n_experts, int top_k, bool over_chosen,
                                             bool normalise) {
     const int lane = (int)threadIdx.x % 32;
-    float x[kPer]; // expert i * 32 + lane
     uint32_t key[kPer];
 #pragma unroll
     for (int i = 0; i < kPer; i++) {
-        const int e = i * 32 + lane;
-        x[i] = e < n_experts ? to_f32(logits[e]) : -INFINITY;
-        if (isnan(x[i])) x[i] = -INFINITY;
-        key[i] = e < n_experts ? ordered(x[i]) : 0;
+        const bool some = lane * kPer + i < n_experts;
+        if (!some || isnan(x[i])) x[i] = -INFINITY;
+        key[i] = some ? ordered(x[i]) : 0;
     }
     float chosen = -INFINITY, largest = 0.f; // lane j keeps the j-th best
     int chosen_expert = 0;
     for (int j = 0; j < top_k; j++) {
-        uint32_t best = key[0];
+        uint32_t own = key[0]; // this lane's best, the lowest of them
+        int at = 0;
 #pragma unroll
-        for (int i = 1; i < kPer; i++) best = max(best, key[i]);
-        best = __reduce_max_sync(~0u, best);
-        int at = MOE_EXPERTS_MAX; // the lowest of the best
-#pragma unroll
-        for (int i = kPer - 1; i >= 0; i--)
-            if (key[i] == best) at = i * 32 + lane;
-        at = __reduce_min_sync(~0u, at);
+        for (int i = 1; i < kPer; i++)
+            if (key[i] > own) own = key[i], at = i;
+        const uint32_t best = __reduce_max_sync(~0u, own);
+        const int winner = __ffs(__ballot_sync(~0u, own == best)) - 1;
 #pragma unroll
         for (int i = 0; i < kPer; i++)
-            if (at == i * 32 + lane) key[i] = 0;
+            if (lane == winner && at == i) key[i] = 0;
+        at = __shfl_sync(~0u, at, winner);
         if (j == 0) largest = unordered(best);
         if (lane == j) {
             chosen = unordered(best);
-            chosen_expert = at;
+            chosen_expert = winner * kPer + at;
         }
     }
     const float e_chosen = lane < top_k ? expf(chosen - largest) : 0.f;
@@ -69,11 +75,20 @@ __device__ __forceinline__ void route_token(int &expert, float &weight, const T 
         float all = 0.f;
 #pragma unroll
         for (int i = 0; i < kPer; i++)
-            if (i * 32 + lane < n_experts) all += expf(x[i] - largest);
+            if (lane * kPer + i < n_experts) all += expf(x[i] - largest);
         sum = warp_sum(all);
     }
     expert = chosen_expert;
     weight = e_chosen / sum;
+}
+
+template <int kPer, typename T>
+__device__ __forceinline__ void load_logits(float (&x)[kPer], const T *logits, int n_experts) {
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+        const int e = (int)threadIdx.x % 32 * kPer + i;
+        x[i] = e < n_experts ? to_f32(logits[e]) : 0.f;
+    }
 }
 
 template <typename T, int kPer>
@@ -85,8 +100,9 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
     if (token >= t) return;
     follow_previous();
     int e;
-    float w;
-    route_token<T, kPer>(e, w, logits + token * stride, n_experts, top_k, over_chosen, normalise);
+    float w, x[kPer];
+    load_logits(x, logits + token * stride, n_experts);
+    route_token(e, w, x, n_experts, top_k, over_chosen, normalise);
     if (lane < top_k) {
         expert[token * top_k + lane] = e;
         weight[token * top_k + lane] = w;
@@ -135,58 +151,51 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// What permute does, by a block that has a thread for each expert and for each slot. key: in shared
+// memory, behind a barrier, expert * kKey + slot of each slot.
+__device__ __forceinline__ void sort_few(const int *key, int32_t *expert_start, int32_t *slot_row,
+                                         int32_t *row_token, int n_slots, int n_experts, int top_k,
+                                         bool real) {
+    const int s = (int)threadIdx.x, mine = s < n_slots ? key[s] : 0;
+    int start = 0, row = 0;
+#pragma unroll 8
+    for (int i = 0; i < n_slots; i++) {
+        start += key[i] < s * kKey;
+        row += key[i] < mine;
+    }
+    if (!real) return;
+    if (s < n_experts) expert_start[s] = start;
+    if (s == 0) expert_start[n_experts] = n_slots;
+    if (s >= n_slots) return;
+    slot_row[s] = row;
+    row_token[row] = s / top_k;
+}
+
 // Route and permute of at most kFewTokens tokens.
 template <typename T, int kPer>
 __global__ void __launch_bounds__(kThreads)
     route_few(int32_t *expert_start, int32_t *slot_row, int32_t *row_token, int32_t *expert,
               float *weight, const T *logits, int t, int n_experts, int top_k, bool over_chosen,
               bool normalise, int64_t stride) {
-    constexpr int kWarps = kThreads / 32;
-    __shared__ int16_t count[kWarps][MOE_EXPERTS_MAX]; // of an expert's among 32 slots
-    __shared__ int slot_expert[kThreads], start[MOE_EXPERTS_MAX], sums[kWarps];
-    const int s = (int)threadIdx.x, lane = s % 32, warp = s / 32, n_slots = t * top_k;
-    for (int i = 0; i * 32 < n_slots; i++) count[i][s] = 0;
+    __shared__ int key[kFewTokens * MOE_TOP_K_MAX];
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     follow_previous();
-    for (int token = warp; token < t; token += kWarps) {
+    if (warp < t) {
         int e;
-        float w;
-        route_token<T, kPer>(e, w, logits + token * stride, n_experts, top_k, over_chosen,
-                             normalise);
-        if (lane >= top_k) continue;
-        slot_expert[token * top_k + lane] = e;
-        expert[token * top_k + lane] = e;
-        weight[token * top_k + lane] = w;
+        float w, x[kPer];
+        load_logits(x, logits + warp * stride, n_experts);
+        route_token(e, w, x, n_experts, top_k, over_chosen, normalise);
+        if (lane < top_k) {
+            const int slot = warp * top_k + lane;
+            key[slot] = e * kKey + slot;
+            expert[slot] = e;
+            weight[slot] = w;
+        }
     }
     __syncthreads();
-    const int mine = s < n_slots ? slot_expert[s] : -1;
-    const unsigned same = __match_any_sync(~0u, mine);
-    const int before = __popc(same & ((1u << lane) - 1)); // among the slots of this warp
-    if (mine >= 0 && before == 0) count[warp][mine] = (int16_t)__popc(same);
-    __syncthreads();
-    int all = 0; // of expert s; count becomes how many come in the warps before
-    for (int i = 0; i * 32 < n_slots; i++) {
-        const int16_t n = count[i][s];
-        count[i][s] = (int16_t)all;
-        all += n;
-    }
-    int end = all;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const int up = __shfl_up_sync(~0u, end, d);
-        if (lane >= d) end += up;
-    }
-    if (lane == 31) sums[warp] = end;
-    __syncthreads();
-    for (int i = 0; i < warp; i++) end += sums[i];
-    start[s] = end - all;
-    if (s < n_experts) expert_start[s] = end - all;
-    if (s == n_experts - 1) expert_start[n_experts] = n_slots;
-    __syncthreads();
-    if (mine < 0) return;
-    const int row = start[mine] + count[warp][mine] + before;
-    slot_row[s] = row;
-    row_token[row] = s / top_k;
+    sort_few(key, expert_start, slot_row, row_token, t * top_k, n_experts, top_k, true);
 }
+static_assert(kFewTokens <= kThreads / 32, "a warp a token");
 static_assert(kThreads == MOE_EXPERTS_MAX, "a thread an expert");
 static_assert(kFewTokens * MOE_TOP_K_MAX <= kThreads, "a thread a slot");
 
@@ -208,6 +217,246 @@ __global__ void __launch_bounds__(kCombineThreads)
 #pragma unroll
     for (int i = 0; i < pack<T>::n; i++) r.v[i] = from_f32<T>(sum[i]);
     store_pack(out + token * dim + col, r);
+}
+
+// --- With the norms -----------------------------------------------------------------------------
+
+constexpr int kEnterThreads = 256, kEnterWarps = kEnterThreads / 32;
+constexpr int kEnterUnits = 4; // of K, of a CTA, at most
+constexpr int kEnterExperts = kEnterWarps * LINEAR_STRIP, kEnterTokens = 8; // 8: of mma's N
+constexpr int kClusterMax = 16, kWideTokens = 4; // so few are faster in more CTAs
+
+struct enter_args {
+    moe_enter p;
+    const uint4 *w; // as linear_layout.h has it, 16 bits
+    const void *bias;
+    int units, strips, tokens; // of K; of 16 experts; of a cluster
+    int turns;                 // 2
+};
+
+// One float into the shared memory of another CTA, counted by a barrier there.
+__device__ __forceinline__ void remote_store(uint32_t to, float v, uint32_t bar) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+        "f"(v), "r"(bar)
+        : "memory");
+}
+
+// A CTA of a cluster has 64 U columns of up to eight tokens, a warp a token, and of the router's
+// matrix those of all experts, a warp 16 of them, which it holds before its turn comes. Products
+// are those of residual times gain, since a row's root is known only when all CTAs have its
+// squares, and sums are multiplied by it: one exchange. The first CTA gets the sums, routes, and
+// sorts where this cluster has all the tokens.
+template <typename T, int U>
+__global__ void __launch_bounds__(kEnterThreads, 2) enter(const __grid_constant__ enter_args a) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(16) float part[]; // [CTA][token][expert], in the first CTA
+    constexpr int kCols = U * LINEAR_UNIT;
+    __shared__ __align__(16) T xs[kEnterTokens][kCols + 8];
+    __shared__ float squares[kClusterMax][kEnterTokens], unit[kEnterTokens];
+    __shared__ __align__(8) uint64_t sent;
+    __shared__ int key[kEnterTokens * MOE_TOP_K_MAX];
+    const moe_enter &p = a.p;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int rank = cluster_rank(), ctas = cluster_size();
+    const int first = (int)blockIdx.x / ctas * a.tokens, m = min(a.tokens, (int)p.t - first);
+    const int col = rank * kCols + lane * pack<T>::n;
+    const bool here = lane * pack<T>::n < kCols && col < p.dim, token_here = warp < m,
+               strip_here = warp < a.strips;
+    const int64_t at = int64_t{first + warp} * p.dim + col;
+    T *const residual = static_cast<T *>(p.residual);
+    const uint32_t bar = shared_address(&sent);
+    if (threadIdx.x == 0) {
+        barrier_init(bar, 1);
+        barrier_init_fence();
+        const int sums = rank == 0 ? a.strips * LINEAR_STRIP : 0;
+        barrier_arrive_expect(bar, ctas * m * (1 + sums) * (int)sizeof(float));
+    }
+    cluster_arrive(); // others' memory is written to once they have begun
+    uint4 w[U][4];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int unit_at = rank * U + u;
+        const bool some = strip_here && unit_at < a.units;
+        const uint4 *from = a.w + (int64_t{warp / 4} * a.units + unit_at) * 512 + warp % 4 * 128;
+#pragma unroll
+        for (int j = 0; j < 4; j++) w[u][j] = some ? __ldg(from + j * 32 + lane) : uint4{};
+    }
+    pack<T> gain = {};
+    if (here) gain = load_pack(static_cast<const T *>(p.gain) + col);
+    constexpr int kPer = kEnterExperts / 32;
+    float bias[kPer]; // of expert lane * kPer + i
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+        const int e = lane * kPer + i;
+        bias[i] = a.bias && e < p.n_experts ? to_f32(static_cast<const T *>(a.bias)[e]) : 0.f;
+    }
+    const bool sorts = rank == 0 && p.t <= a.tokens;
+    const float inverse = 1.f / (float)p.dim;
+    cluster_wait();
+    // The first turn is for the instructions alone: they are fetched before they are wanted, and
+    // what is computed from nothing goes nowhere.
+#pragma unroll 1
+    for (int turn = 1; turn <= a.turns; turn++) {
+        const bool real = turn == a.turns;
+        if (real) {
+            wait_for_previous();
+            launch_dependents();
+        }
+        pack<T> r = {}, add = {};
+        if (real && token_here && here) {
+            r = load_pack(residual + at); // [8]
+            add = load_pack(static_cast<const T *>(p.add) + at);
+        }
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < pack<T>::n; i++) {
+            r.v[i] = from_f32<T>(to_f32(r.v[i]) + to_f32(add.v[i]));
+            sum += to_f32(r.v[i]) * to_f32(r.v[i]);
+        }
+        float by = 1.f; // fp16 has no room for what a residual may become: rows of about one
+        if (token_here) {
+            sum = warp_sum(sum);
+            if (real && lane < ctas) {
+                const uint32_t to = shared_address(&squares[rank][warp]);
+                remote_store(remote_address(to, lane), sum, remote_address(bar, lane));
+            }
+            if (element_is_half<T> && sum > 0.f) by = exp2f(rintf(-.5f * log2f(sum / kCols)));
+            by = fminf(fmaxf(by, 0x1p-40f), 0x1p40f);
+            if (lane == 0) unit[warp] = 1.f / by;
+            pack<T> v;
+#pragma unroll
+            for (int i = 0; i < pack<T>::n; i++)
+                v.v[i] = from_f32<T>(to_f32(r.v[i]) * by * to_f32(gain.v[i]));
+            if (lane * pack<T>::n < kCols) store_pack(&xs[warp][lane * pack<T>::n], v);
+        }
+        __syncthreads();
+
+        if (strip_here) {
+            float acc[2][4] = {};
+            const uint32_t row = shared_address(&xs[lane % 8][lane / 8 * 8]);
+#pragma unroll
+            for (int u = 0; u < U; u++)
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    uint32_t b[4];
+                    load_matrices(b, row + (u * LINEAR_UNIT + j * 16) * (int)sizeof(T));
+                    multiply(acc[0], &w[u][j].x, b[0], b[1], T{});
+                    multiply(acc[1], &w[u][j + 1].x, b[2], b[3], T{});
+                }
+            const uint32_t to = remote_address(shared_address(part), 0),
+                           arrived = remote_address(bar, 0);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int token = lane % 4 * 2 + i % 2,
+                          e = warp * LINEAR_STRIP + lane / 4 + i / 2 * 8;
+                if (real && token < m)
+                    remote_store(to + 4 * ((rank * a.tokens + token) * kEnterExperts + e),
+                                 (acc[0][i] + acc[1][i]) * unit[token], arrived);
+            }
+        }
+        if (real) barrier_wait(bar, 0);
+        if (token_here) {
+            float all = 0.f;
+            for (int c = 0; c < ctas; c++) all += squares[c][warp];
+            const float scale = rsqrtf(all * inverse + p.eps);
+            if (real && here) store_pack(residual + at, r);
+#pragma unroll
+            for (int i = 0; i < pack<T>::n; i++)
+                r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
+            if (real && here) store_pack(static_cast<T *>(p.x) + at, r);
+            if (rank == 0) {
+                float4 sums = {};
+                for (int c = 0; c < ctas; c++) {
+                    const float *from = part + (c * a.tokens + warp) * kEnterExperts + lane * kPer;
+                    const float4 v = *reinterpret_cast<const float4 *>(from);
+                    sums.x += v.x, sums.y += v.y, sums.z += v.z, sums.w += v.w;
+                }
+                float x[kPer] = {bias[0] + sums.x * scale, bias[1] + sums.y * scale,
+                                 bias[2] + sums.z * scale, bias[3] + sums.w * scale};
+                const int64_t token = first + warp;
+#pragma unroll
+                for (int i = 0; i < kPer; i++)
+                    if (real && lane * kPer + i < p.n_experts)
+                        p.logits[token * p.stride + lane * kPer + i] = x[i];
+                int e;
+                float weight;
+                route_token(e, weight, x, p.n_experts, p.top_k, p.over_chosen, p.normalise);
+                const int slot = warp * p.top_k + lane;
+                if (lane < p.top_k) key[slot] = e * kKey + slot;
+                if (real && lane < p.top_k) {
+                    p.expert[first * p.top_k + slot] = e;
+                    p.weight[first * p.top_k + slot] = weight;
+                }
+            }
+        }
+        if (!sorts) continue;
+        __syncthreads();
+        sort_few(key, p.expert_start, p.slot_row, p.row_token, (int)p.t * p.top_k, p.n_experts,
+                 p.top_k, real);
+    }
+#endif
+}
+static_assert(kEnterTokens * MOE_TOP_K_MAX <= kEnterThreads, "a thread a slot");
+static_assert(kEnterTokens <= kEnterWarps && kEnterExperts <= kEnterThreads, "a warp, a thread");
+static_assert(kEnterExperts == 4 * 32, "of a lane, sums are a float4");
+
+// Where the program says, which the compiler would else move to the use.
+__device__ __forceinline__ uint4 load_now(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+// A block has a row, and K rows of its experts under way. The launch before is a linear of the same
+// rows of experts, so what slot_row and weight are was known when that began
+// (linear_problem.routed).
+template <typename T, int K>
+__global__ void __launch_bounds__(kLeaveThreads)
+    leave(T *x, T *residual, const T *y, const T *gain, const float *weight,
+          const int32_t *slot_row, int top_k, int dim, float eps) {
+    __shared__ float shared[32];
+    const int lane = (int)threadIdx.x % 32, col = (int)threadIdx.x * pack<T>::n;
+    const bool here = col < dim;
+    const int64_t token = blockIdx.x, at = token * dim + (here ? col : 0);
+    const pack<T> g = load_pack(gain + (here ? col : 0));
+    const int row = lane < top_k ? slot_row[token * top_k + lane] : 0;
+    const float share = lane < top_k ? weight[token * top_k + lane] : 0.f;
+    const float inverse = 1.f / (float)dim;
+    follow_previous();
+    pack<T> r = load_pack(residual + at); // [8]
+    float sum[pack<T>::n] = {};
+    for (int j0 = 0; j0 < top_k; j0 += K) {
+        uint4 v[K]; // all asked for before any is used
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            v[j] = load_now(y + int64_t{__shfl_sync(~0u, row, (j0 + j) % 32)} * dim +
+                            (here ? col : 0));
+#pragma unroll
+        for (int j = 0; j < K; j++) {
+            const float w = __shfl_sync(~0u, share, (j0 + j) % 32);
+            const pack<T> own = load_pack(reinterpret_cast<const T *>(&v[j]));
+#pragma unroll
+            for (int i = 0; i < pack<T>::n; i++)
+                sum[i] += j0 + j < top_k ? w * to_f32(own.v[i]) : 0.f;
+        }
+    }
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++) {
+        r.v[i] = from_f32<T>(to_f32(r.v[i]) + sum[i]);
+        squares += here ? to_f32(r.v[i]) * to_f32(r.v[i]) : 0.f;
+    }
+    const float scale = rsqrtf(block_sum(squares, shared) * inverse + eps);
+    if (!here) return;
+    store_pack(residual + at, r);
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++)
+        r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(g.v[i]));
+    store_pack(x + at, r);
 }
 
 } // namespace
@@ -300,5 +549,78 @@ extern "C" status kernel_moe_combine(void *out, const void *y, const float *weig
         COMBINE_INSTANCES(X)
 #undef X
     default: return FAIL(ST_UNSUPPORTED, "combine: elements of %s", dtype_text(type));
+    }
+}
+
+extern "C" bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm) {
+    const linear_weight *w = p->router;
+    return sm >= 90 && w->format == WF_16 && w->family == 90 && w->type == p->type &&
+           p->n_experts <= kEnterExperts && p->top_k <= MOE_TOP_K_MAX &&
+           p->dim <= kClusterMax * kEnterUnits * LINEAR_UNIT && p->t <= MOE_ENTER_TOKENS_MAX;
+}
+
+template <typename T> static status launch_enter(const moe_enter *p, cudaStream_t stream) {
+    const linear_layout l = linear_layout_of(p->router);
+    const int each = p->t <= kWideTokens && l.units <= 2 * kClusterMax ? 2 : kEnterUnits;
+    const int ctas = (int)div_up(l.units, each);
+    const int tokens = p->t < kEnterTokens ? (int)p->t : kEnterTokens;
+    const enter_args a = {*p,      static_cast<const uint4 *>(p->router->code), p->router->bias,
+                          l.units, (int)div_up(p->n_experts, LINEAR_STRIP),     tokens,
+                          2};
+    const auto kernel = each == 2 ? enter<T, 2> : enter<T, kEnterUnits>;
+    const int bytes = ctas * tokens * kEnterExperts * (int)sizeof(float);
+    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaLaunchAttribute attrs[2];
+    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attrs[0].val.programmaticStreamSerializationAllowed = 1;
+    attrs[1].id = cudaLaunchAttributeClusterDimension;
+    attrs[1].val.clusterDim = {(unsigned)ctas, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = (unsigned)(div_up(p->t, tokens) * ctas);
+    config.blockDim = kEnterThreads;
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = stream;
+    config.attrs = attrs;
+    config.numAttrs = 2;
+    (void)cudaLaunchKernelEx(&config, kernel, a);
+    TRY(launched("moe_enter"));
+    if (p->t <= tokens) return ST_OK;
+    return kernel_moe_permute(p->expert_start, p->slot_row, p->row_token, p->expert, p->t,
+                              p->n_experts, p->top_k, stream);
+}
+
+extern "C" status kernel_moe_enter(const moe_enter *p, kernel_stream stream) {
+    TRY(check_route(p->t, p->n_experts, p->top_k, p->stride));
+    if (p->router->k != p->dim || p->dim % 8 || !kernel_moe_enter_accepts(p, 90))
+        return FAIL(ST_SHAPE, "moe_enter [%lld, %d], %d experts", (long long)p->t, p->dim,
+                    p->n_experts);
+    if (p->t == 0) return ST_OK;
+    return p->type == DT_F16 ? launch_enter<__half>(p, stream)
+                             : launch_enter<__nv_bfloat16>(p, stream);
+}
+
+extern "C" status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
+                                   const float *weight, const int32_t *slot_row, int64_t t,
+                                   int32_t top_k, int32_t dim, float eps, dtype type,
+                                   kernel_stream stream) {
+    if (t < 0 || t > INT32_MAX || top_k < 1 || top_k > MOE_TOP_K_MAX || dim <= 0 || dim % 8 ||
+        dim > MOE_LEAVE_DIM_MAX)
+        return FAIL(ST_SHAPE, "moe_leave [%lld, %d] of %d", (long long)t, dim, top_k);
+    if (t == 0) return ST_OK;
+    const unsigned threads = (unsigned)div_up(dim, 8 * 32) * 32;
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name: {                                                                              \
+        using T = typename element<DT_##name>::type;                                               \
+        const auto kernel = top_k <= 2 ? leave<T, 2> : top_k <= 4 ? leave<T, 4> : leave<T, 8>;     \
+        return launch_early("moe_leave", kernel, (unsigned)t, threads, stream,                     \
+                            static_cast<T *>(x), static_cast<T *>(residual),                       \
+                            static_cast<const T *>(y), static_cast<const T *>(gain), weight,       \
+                            slot_row, top_k, dim, eps);                                            \
+    }
+        COMBINE_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "moe_leave: elements of %s", dtype_text(type));
     }
 }

@@ -5,7 +5,7 @@
  * in a graph and deterministic. t == 0 launches nothing. DEVICE on launch failure. */
 #ifndef KERNEL_MOE_H
 #define KERNEL_MOE_H
-#include "kernel.h"
+#include "linear.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -48,6 +48,45 @@ status kernel_moe_sort(int32_t *expert_start, int32_t *slot_row, int32_t *row_to
  * SHAPE unless dim is a multiple of 8. */
 status kernel_moe_combine(void *out, const void *y, const float *weight, const int32_t *slot_row,
                           int64_t t, int32_t top_k, int32_t dim, dtype type, kernel_stream stream);
+
+/* A mixture's way in for few tokens, in one launch where they are eight at most, in two else:
+ * residual += add, x = the norm of that (kernel_norm_add), logits = x router^T + bias,
+ * kernel_moe_sort of them.
+ *
+ *   x, residual, add   [t, dim] of `type`, F16 or BF16, 16-byte aligned
+ *   gain               [dim] of `type`
+ *   logits             [t, n_experts] f32, rows `stride` apart
+ *
+ * Products are of residual times gain rounded to `type` (fp16: times a power of two), in f32, and
+ * multiplied by 1 / root after that. SHAPE where kernel_moe_enter_accepts says no. */
+enum { MOE_ENTER_TOKENS_MAX = 64 };
+typedef struct {
+    void *x, *residual;
+    const void *add, *gain;
+    const linear_weight *router;
+    float *logits, *weight;
+    int32_t *expert_start, *slot_row, *row_token, *expert;
+    int64_t t, stride;
+    int32_t dim, n_experts, top_k;
+    bool over_chosen, normalise;
+    float eps;
+    dtype type;
+} moe_enter;
+
+bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm);
+status kernel_moe_enter(const moe_enter *p, kernel_stream stream);
+
+/* Its way out: residual[i] = round(residual[i] + sum over j < top_k of weight[i, j]
+ * y[slot_row[i, j]]), the sum in f32 in that order; x = the norm of that. A stream's launch before
+ * this one has not written slot_row and weight: they are read before it ends.
+ *
+ *   x, residual   [t, dim]      y   [t * top_k, dim]      gain   [dim], all of `type`, F16 or BF16
+ *
+ * SHAPE unless dim is a multiple of 8 and at most MOE_LEAVE_DIM_MAX. */
+enum { MOE_LEAVE_DIM_MAX = 4096 };
+status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
+                        const float *weight, const int32_t *slot_row, int64_t t, int32_t top_k,
+                        int32_t dim, float eps, dtype type, kernel_stream stream);
 
 #ifdef __cplusplus
 }

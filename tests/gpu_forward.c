@@ -35,12 +35,8 @@ typedef struct {
 
 static routes route_of_cuda, route_of_cpu, *route; /* route: where a run writes; NULL = nowhere */
 
-static status route_noted(device *d, tensor logits, int32_t top_k, route_kind kind,
-                          bool normalise) {
-    const device_ops *own;
+static status note(device *d, const device_ops *own, tensor logits) {
     static float x[GOLDEN_MAX * EXPERTS_MAX];
-    TRY(device_find(&own, d->ops->name));
-    TRY(own->moe_route(d, logits, top_k, kind, normalise));
     if (!route) return ST_OK;
     TRY(own->read(d, logits, x));
     for (int64_t t = 0; t < logits.rows; t++)
@@ -48,6 +44,23 @@ static status route_noted(device *d, tensor logits, int32_t top_k, route_kind ki
                sizeof(float) * (size_t)logits.cols);
     route->layer++;
     return ST_OK;
+}
+
+static status route_noted(device *d, tensor logits, int32_t top_k, route_kind kind,
+                          bool normalise) {
+    const device_ops *own;
+    TRY(device_find(&own, d->ops->name));
+    TRY(own->moe_route(d, logits, top_k, kind, normalise));
+    return note(d, own, logits);
+}
+
+static status enter_noted(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                          float eps, tensor logits, const weight *router, int32_t top_k,
+                          route_kind kind, bool normalise) {
+    const device_ops *own;
+    TRY(device_find(&own, d->ops->name));
+    TRY(own->moe_enter(d, out, residual, add, w, eps, logits, router, top_k, kind, normalise));
+    return note(d, own, logits);
 }
 
 /* The k largest of x[0..n) as a bit set; *gap to the one after them. */
@@ -151,6 +164,7 @@ static float *logits_on(const golden *g, const char *device_name, const char *fo
     if (run_open(&r, device_name, g->dir, format, o) == ST_OK) {
         const int64_t n = (int64_t)g->n * r.c.vocab;
         r.ops.moe_route = route_noted;
+        if (r.ops.moe_enter) r.ops.moe_enter = enter_noted;
         x = malloc((size_t)n * sizeof *x);
         assert_non_null(x);
         memset(x, 0xff, (size_t)n * sizeof *x);

@@ -436,6 +436,183 @@ static void test_moe(void **state) {
                   ST_SHAPE);
 }
 
+/* A router's matrix as it is packed for the kernels; its values are rounded in place. */
+static linear_weight router_of(float *w, float *bias, int32_t n, int32_t k, dtype type) {
+    linear_weight r = {.format = WF_16,
+                       .type = type,
+                       .n = (n + 15) / 16 * 16,
+                       .k = k,
+                       .count = 1,
+                       .act = AF_16,
+                       .family = 90};
+    int64_t code, scale;
+    assert_ok(linear_pack_bytes(&r, &code, &scale));
+    r.code = dev((size_t)code);
+    void *plain = dev_rounded(w, (int64_t)r.n * k, type);
+    const qmatrix q = {.format = WF_16, .n = r.n, .k = k, .group = k, .block_n = 1, .code = plain};
+    assert_ok(linear_pack(&r, 0, &q, NULL));
+    if (bias) r.bias = dev_rounded(bias, r.n, type);
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaFree(plain));
+    return r;
+}
+
+/* Where a kernel sent tokens by its own logits [t, x]: no rounding chooses. */
+static void check_entered(const moe_enter *p, const float *own) {
+    const int64_t t = p->t, slots = t * p->top_k;
+    const int32_t x = p->n_experts, k = p->top_k;
+    int32_t *e = host((size_t)slots, 4), *start = host((size_t)x + 1, 4);
+    int32_t *row = host((size_t)slots, 4), *token = host((size_t)slots, 4);
+    int32_t *back = host((size_t)(slots + x + 1), 4);
+    float *share = host((size_t)slots, 4), *got_share = host((size_t)slots, 4);
+    ref_moe_route(e, share, own, t, x, k, p->over_chosen, p->normalise);
+    ref_moe_permute(start, row, token, e, t, x, k);
+    const struct {
+        const void *from, *want;
+        int64_t n;
+    } list[] = {{p->expert, e, slots},
+                {p->slot_row, row, slots},
+                {p->row_token, token, slots},
+                {p->expert_start, start, x + 1}};
+    for (int i = 0; i < COUNT_OF(list); i++) {
+        fetch(back, list[i].from, (size_t)list[i].n * 4);
+        assert_memory_equal(back, list[i].want, (size_t)list[i].n * 4);
+        back[list[i].n / 2]++; /* twin */
+        assert_memory_not_equal(back, list[i].want, (size_t)list[i].n * 4);
+    }
+    fetch(got_share, p->weight, (size_t)slots * 4);
+    for (int64_t i = 0; i < slots; i++)
+        assert_close(got_share[i], share[i], 2e-6 * (double)share[i] + 1e-12);
+    free(e), free(start), free(row), free(token), free(back), free(share), free(got_share);
+}
+
+/* Logits of y [t, dim], rounded once, by w [x, dim]; those of the kernel to own. */
+static void check_logits(const moe_enter *p, float *own, const float *y, const float *w,
+                         const float *bias) {
+    const int64_t t = p->t, stride = p->stride;
+    const int32_t dim = p->dim, x = p->n_experts;
+    float *logits = host((size_t)(t * stride), 4);
+    fetch(logits, p->logits, (size_t)(t * stride) * 4);
+    for (int64_t i = 0; i < t; i++)
+        for (int32_t e = 0; e < x; e++) {
+            double want = bias ? (double)bias[e] : 0, sum = 0;
+            for (int32_t c = 0; c < dim; c++) {
+                const double v = (double)y[i * dim + c] * (double)w[(int64_t)e * dim + c];
+                want += v, sum += fabs(v);
+            }
+            /* x rounded once, sums of `dim` products in f32; twin: an expert's sum moved by more */
+            const double bound =
+                sum * (unit_of(p->type) * 1.01 + dim * 0x1p-23) + fabs(want) * 1e-6;
+            own[i * x + e] = logits[i * stride + e];
+            assert_close(own[i * x + e], want, bound);
+            assert_more(fabs((double)own[i * x + e] + 2.1 * bound - want), bound);
+        }
+    free(logits);
+}
+
+static void enter_case(int64_t t, int32_t dim, int32_t x, int32_t k, dtype type, bool biased) {
+    const int64_t n = t * dim, slots = t * k, stride = (x + 15) / 16 * 16;
+    const float size = type == DT_F16 ? 3000 : 1; /* times the gain: more than fp16 holds */
+    float *residual = normals(n, (double)size, 1), *add = normals(n, 1, 2);
+    float *gain = normals(dim, 30, 3), *w = normals(stride * dim, 0.05, 4);
+    float *bias = normals(stride, 1, 5), *y = host((size_t)n, 4), *got = host((size_t)n, 4);
+    float *own = host((size_t)(t * x), 4);
+    void *dr = dev_rounded(residual, n, type), *da = dev_rounded(add, n, type);
+    void *dg = dev_rounded(gain, dim, type), *dy = dev((size_t)n * 2);
+    const linear_weight router = router_of(w, biased ? bias : NULL, x, dim, type);
+    moe_enter p = {.x = dy,
+                   .residual = dr,
+                   .add = da,
+                   .gain = dg,
+                   .router = &router,
+                   .logits = dev((size_t)(t * stride) * 4),
+                   .weight = dev((size_t)slots * 4),
+                   .expert_start = dev((size_t)(x + 1) * 4),
+                   .slot_row = dev((size_t)slots * 4),
+                   .row_token = dev((size_t)slots * 4),
+                   .expert = dev((size_t)slots * 4),
+                   .t = t,
+                   .stride = stride,
+                   .dim = dim,
+                   .n_experts = x,
+                   .top_k = k,
+                   .over_chosen = t % 2,
+                   .normalise = true,
+                   .eps = 1e-5f,
+                   .type = type};
+    assert_true(kernel_moe_enter_accepts(&p, 90));
+    assert_ok(kernel_moe_enter(&p, NULL));
+    fetch_f32(got, dr, n, type);
+    for (int64_t i = 0; i < n; i++) residual[i] += add[i];
+    void *rounded = dev_rounded(residual, n, type);
+    assert_memory_equal(got, residual, (size_t)n * 4);
+    fetch_f32(got, dy, n, type);
+    ref_rmsnorm(y, residual, gain, t, dim, 1e-5f);
+    for (int64_t i = 0; i < n; i++)
+        assert_close(got[i], y[i], fabs((double)y[i]) * unit_of(type) * 1.01 + 1e-7);
+    check_logits(&p, own, y, w, biased ? bias : NULL);
+    check_entered(&p, own);
+    void *all[] = {dr,          da,          dg,
+                   dy,          rounded,     router.code,
+                   router.bias, p.logits,    p.expert_start,
+                   p.slot_row,  p.row_token, p.expert,
+                   p.weight};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(residual), free(add), free(gain), free(w), free(bias), free(y), free(got), free(own);
+}
+
+static void leave_case(int64_t t, int32_t dim, int32_t k, dtype type) {
+    const int64_t n = t * dim, slots = t * k;
+    float *residual = normals(n, 1, 1), *y = normals(slots * dim, 1, 2), *gain = normals(dim, 1, 3);
+    float *share = normals(slots, 0.3, 4), *sum = host((size_t)n, 4), *got = host((size_t)n, 4);
+    int32_t *row = host((size_t)slots, 4);
+    for (int64_t i = 0; i < slots; i++) row[i] = (int32_t)(slots - 1 - i);
+    void *dr = dev_rounded(residual, n, type), *dy = dev_rounded(y, slots * dim, type);
+    void *dg = dev_rounded(gain, dim, type), *dx = dev((size_t)n * 2);
+    void *ds = dev_copy(share, (size_t)slots * 4), *dw = dev_copy(row, (size_t)slots * 4);
+    assert_ok(kernel_moe_leave(dx, dr, dy, dg, ds, dw, t, k, dim, 1e-5f, type, NULL));
+    ref_moe_combine(sum, y, share, row, t, k, dim);
+    fetch_f32(got, dr, n, type);
+    for (int64_t i = 0; i < n; i++) { /* k additions of terms up to 8 in f32, then a rounding */
+        const double want = (double)residual[i] + (double)sum[i];
+        assert_close(got[i], want, fabs(want) * unit_of(type) * 1.01 + k * 8 * 0x1p-23);
+    }
+    memcpy(residual, got, (size_t)n * 4); /* the norm, of the sums as they are */
+    ref_rmsnorm(sum, residual, gain, t, dim, 1e-5f);
+    fetch_f32(got, dx, n, type);
+    for (int64_t i = 0; i < n; i++)
+        assert_close(got[i], sum[i], fabs((double)sum[i]) * unit_of(type) * 1.01 + 1e-7);
+    got[n / 2] += 4 * (float)unit_of(type) * (fabsf(got[n / 2]) + 1); /* twin */
+    assert_more(fabs((double)got[n / 2] - (double)sum[n / 2]),
+                fabs((double)sum[n / 2]) * unit_of(type) * 1.01);
+    void *all[] = {dr, dy, dg, dx, ds, dw};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(residual), free(y), free(gain), free(share), free(sum), free(got), free(row);
+}
+
+static void test_moe_norms(void **state) {
+    (void)state;
+    static const int32_t shape[][3] = {{2048, 128, 8}, {4096, 128, 8}, {2880, 128, 4},
+                                       {2880, 32, 4},  {4096, 8, 2},   {256, 5, 5},
+                                       {72, 16, 1}};
+    static const int64_t t[] = {1, 2, 4, 5, 8, 9, 16, 61, MOE_ENTER_TOKENS_MAX};
+    for (int i = 0; i < COUNT_OF(shape); i++)
+        for (int j = 0; j < COUNT_OF(t); j++) {
+            if (least && (i > 2 || t[j] > 9)) continue;
+            const int32_t *s = shape[i];
+            if (s[0] % 16 == 0) enter_case(t[j], s[0], s[1], s[2], types[(i + j) % 2], i % 2);
+            leave_case(t[j], s[0], s[2], types[(i + j) % 2]);
+        }
+    leave_case(3, 512, MOE_TOP_K_MAX, DT_BF16);
+    moe_enter p = {.t = 1, .stride = 129, .n_experts = 129, .top_k = 1, .dim = 64};
+    const linear_weight w = {.format = WF_16, .family = 90, .k = 64};
+    p.router = &w;
+    p.type = w.type;
+    assert_status(kernel_moe_enter(&p, NULL), ST_SHAPE);
+    assert_status(kernel_moe_leave(NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, 12, 1, DT_F16, NULL),
+                  ST_SHAPE);
+}
+
 /* --- Drawing ---------------------------------------------------------------------------------- */
 
 enum { DRAWS = 96 };
@@ -1099,14 +1276,15 @@ int main(int argc, char **argv) {
         return getenv("AMALGAM_GPU_MUST") != NULL;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),       cmocka_unit_test(test_rows_upload),
-        cmocka_unit_test(test_rows_join),  cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_norm_ranks), cmocka_unit_test(test_gated),
-        cmocka_unit_test(test_moe),        cmocka_unit_test(test_draw),
-        cmocka_unit_test(test_noise),      cmocka_unit_test(test_finite),
-        cmocka_unit_test(test_convert),    cmocka_unit_test(test_angles),
-        cmocka_unit_test(test_quantise),   cmocka_unit_test(test_activations),
-        cmocka_unit_test(test_expand),     cmocka_unit_test(test_unpack),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_rows_upload),
+        cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_norm_ranks),  cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_moe),         cmocka_unit_test(test_moe_norms),
+        cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
+        cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_expand),
+        cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
