@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(kThreads)
 // What permute does, by a block that has a thread for each expert and for each slot. key: in shared
 // memory, behind a barrier, expert * kKey + slot of each slot.
 __device__ __forceinline__ void sort_few(const int *key, int32_t *expert_start, int32_t *slot_row,
-                                         int32_t *row_token, int n_slots, int n_experts, int top_k,
-                                         bool real) {
+                                         int32_t *row_token, int n_slots, int n_experts,
+                                         int top_k) {
     const int s = (int)threadIdx.x, mine = s < n_slots ? key[s] : 0;
     int start = 0, row = 0;
 #pragma unroll 8
@@ -163,7 +163,6 @@ __device__ __forceinline__ void sort_few(const int *key, int32_t *expert_start, 
         start += key[i] < s * kKey;
         row += key[i] < mine;
     }
-    if (!real) return;
     if (s < n_experts) expert_start[s] = start;
     if (s == 0) expert_start[n_experts] = n_slots;
     if (s >= n_slots) return;
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     __syncthreads();
-    sort_few(key, expert_start, slot_row, row_token, t * top_k, n_experts, top_k, true);
+    sort_few(key, expert_start, slot_row, row_token, t * top_k, n_experts, top_k);
 }
 static_assert(kFewTokens <= kThreads / 32, "a warp a token");
 static_assert(kThreads == MOE_EXPERTS_MAX, "a thread an expert");
@@ -231,7 +230,6 @@ struct enter_args {
     const uint4 *w; // as linear_layout.h has it, 16 bits
     const void *bias;
     int units, strips, tokens; // of K; of 16 experts; of a cluster
-    int turns;                 // 2
 };
 
 // One float into the shared memory of another CTA, counted by a barrier there.
@@ -247,154 +245,174 @@ __device__ __forceinline__ void remote_store(uint32_t to, float v, uint32_t bar)
 // are those of residual times gain, since a row's root is known only when all CTAs have its
 // squares, and sums are multiplied by it: one exchange. The first CTA gets the sums, routes, and
 // sorts where this cluster has all the tokens.
+template <typename T, int U> struct enter_shared {
+    static constexpr int cols = U * LINEAR_UNIT;
+    __align__(16) T x[kEnterTokens][cols + 8];
+    float squares[kClusterMax][kEnterTokens], unit[kEnterTokens];
+    __align__(8) uint64_t sent;
+    int key[kEnterTokens * MOE_TOP_K_MAX];
+};
+constexpr int kEnterPer = kEnterExperts / 32; // experts of a lane: lane * kEnterPer + i
+
+// Where a thread is: its warp's token, eight columns of it.
+struct enter_place {
+    int lane, warp, rank, ctas, first, m; // tokens first .. first + m - 1 are the cluster's
+    bool token, here;                     // has the warp a token, and the lane columns of it?
+    int64_t at;                           // of the lane's columns in residual, add and x
+    uint32_t bar;
+};
+
+// The token's residual, summed up, and its squares to all CTAs; residual times gain to shared
+// memory. fp16 has no room for what a residual may become: there rows of about one, over `unit`.
+template <typename T, int U>
+__device__ __forceinline__ pack<T> enter_row(const moe_enter &p, const enter_place &e,
+                                             enter_shared<T, U> &shared, const pack<T> &gain) {
+    pack<T> r = {}, add = {};
+    if (!e.token) return r;
+    if (e.here) {
+        r = load_pack(static_cast<const T *>(p.residual) + e.at); // [8]
+        add = load_pack(static_cast<const T *>(p.add) + e.at);
+    }
+    float sum = 0.f, by = 1.f;
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++) {
+        r.v[i] = from_f32<T>(to_f32(r.v[i]) + to_f32(add.v[i]));
+        sum += to_f32(r.v[i]) * to_f32(r.v[i]);
+    }
+    sum = warp_sum(sum);
+    if (e.lane < e.ctas) {
+        const uint32_t to = shared_address(&shared.squares[e.rank][e.warp]);
+        remote_store(remote_address(to, e.lane), sum, remote_address(e.bar, e.lane));
+    }
+    if (element_is_half<T> && sum > 0.f) by = exp2f(rintf(-.5f * log2f(sum / shared.cols)));
+    by = fminf(fmaxf(by, 0x1p-40f), 0x1p40f);
+    if (e.lane == 0) shared.unit[e.warp] = 1.f / by;
+    pack<T> v;
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++)
+        v.v[i] = from_f32<T>(to_f32(r.v[i]) * by * to_f32(gain.v[i]));
+    if (e.lane * pack<T>::n < shared.cols) store_pack(&shared.x[e.warp][e.lane * pack<T>::n], v);
+    return r;
+}
+
+// The warp's 16 experts by all tokens, of this CTA's columns, to `part` of the first CTA.
+template <typename T, int U>
+__device__ __forceinline__ void enter_products(const enter_place &e, enter_shared<T, U> &shared,
+                                               const uint4 (&w)[U][4], int tokens,
+                                               const float *part) {
+    float acc[2][4] = {};
+    const uint32_t row = shared_address(&shared.x[e.lane % 8][e.lane / 8 * 8]);
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            uint32_t b[4];
+            load_matrices(b, row + (u * LINEAR_UNIT + j * 16) * (int)sizeof(T));
+            multiply(acc[0], &w[u][j].x, b[0], b[1], T{});
+            multiply(acc[1], &w[u][j + 1].x, b[2], b[3], T{});
+        }
+    const uint32_t to = remote_address(shared_address(part), 0), arrived = remote_address(e.bar, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int token = e.lane % 4 * 2 + i % 2,
+                  expert = e.warp * LINEAR_STRIP + e.lane / 4 + i / 2 * 8;
+        if (token < e.m)
+            remote_store(to + 4 * ((e.rank * tokens + token) * kEnterExperts + expert),
+                         (acc[0][i] + acc[1][i]) * shared.unit[token], arrived);
+    }
+}
+
+// In the first CTA: the token's logits, in order of K, and its experts.
+__device__ __forceinline__ void enter_route(const moe_enter &p, const enter_place &e, int *key,
+                                            const float (&bias)[kEnterPer], float scale, int tokens,
+                                            const float *part) {
+    float4 sums = {};
+    for (int c = 0; c < e.ctas; c++) {
+        const float *from = part + (c * tokens + e.warp) * kEnterExperts + e.lane * kEnterPer;
+        const float4 v = *reinterpret_cast<const float4 *>(from);
+        sums.x += v.x, sums.y += v.y, sums.z += v.z, sums.w += v.w;
+    }
+    float x[kEnterPer] = {bias[0] + sums.x * scale, bias[1] + sums.y * scale,
+                          bias[2] + sums.z * scale, bias[3] + sums.w * scale};
+#pragma unroll
+    for (int i = 0; i < kEnterPer; i++)
+        if (e.lane * kEnterPer + i < p.n_experts)
+            p.logits[int64_t{e.first + e.warp} * p.stride + e.lane * kEnterPer + i] = x[i];
+    int expert;
+    float weight;
+    route_token(expert, weight, x, p.n_experts, p.top_k, p.over_chosen, p.normalise);
+    if (e.lane >= p.top_k) return;
+    const int slot = e.warp * p.top_k + e.lane;
+    key[slot] = expert * kKey + slot;
+    p.expert[e.first * p.top_k + slot] = expert;
+    p.weight[e.first * p.top_k + slot] = weight;
+}
+
 template <typename T, int U>
 __global__ void __launch_bounds__(kEnterThreads, 2) enter(const __grid_constant__ enter_args a) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(16) float part[]; // [CTA][token][expert], in the first CTA
-    constexpr int kCols = U * LINEAR_UNIT;
-    __shared__ __align__(16) T xs[kEnterTokens][kCols + 8];
-    __shared__ float squares[kClusterMax][kEnterTokens], unit[kEnterTokens];
-    __shared__ __align__(8) uint64_t sent;
-    __shared__ int key[kEnterTokens * MOE_TOP_K_MAX];
+    __shared__ enter_shared<T, U> shared;
     const moe_enter &p = a.p;
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int rank = cluster_rank(), ctas = cluster_size();
-    const int first = (int)blockIdx.x / ctas * a.tokens, m = min(a.tokens, (int)p.t - first);
-    const int col = rank * kCols + lane * pack<T>::n;
-    const bool here = lane * pack<T>::n < kCols && col < p.dim, token_here = warp < m,
-               strip_here = warp < a.strips;
-    const int64_t at = int64_t{first + warp} * p.dim + col;
-    T *const residual = static_cast<T *>(p.residual);
-    const uint32_t bar = shared_address(&sent);
+    enter_place e;
+    e.lane = (int)threadIdx.x % 32, e.warp = (int)threadIdx.x / 32;
+    e.rank = cluster_rank(), e.ctas = cluster_size();
+    e.first = (int)blockIdx.x / e.ctas * a.tokens, e.m = min(a.tokens, (int)p.t - e.first);
+    const int col = e.rank * shared.cols + e.lane * pack<T>::n;
+    e.token = e.warp < e.m;
+    e.here = e.lane * pack<T>::n < shared.cols && col < p.dim;
+    e.at = int64_t{e.first + e.warp} * p.dim + col;
+    e.bar = shared_address(&shared.sent);
     if (threadIdx.x == 0) {
-        barrier_init(bar, 1);
+        barrier_init(e.bar, 1);
         barrier_init_fence();
-        const int sums = rank == 0 ? a.strips * LINEAR_STRIP : 0;
-        barrier_arrive_expect(bar, ctas * m * (1 + sums) * (int)sizeof(float));
+        const int sums = e.rank == 0 ? a.strips * LINEAR_STRIP : 0;
+        barrier_arrive_expect(e.bar, e.ctas * e.m * (1 + sums) * (int)sizeof(float));
     }
     cluster_arrive(); // others' memory is written to once they have begun
+    const bool strip_here = e.warp < a.strips;
     uint4 w[U][4];
 #pragma unroll
     for (int u = 0; u < U; u++) {
-        const int unit_at = rank * U + u;
+        const int unit_at = e.rank * U + u;
         const bool some = strip_here && unit_at < a.units;
-        const uint4 *from = a.w + (int64_t{warp / 4} * a.units + unit_at) * 512 + warp % 4 * 128;
+        const uint4 *from =
+            a.w + (int64_t{e.warp / 4} * a.units + unit_at) * 512 + e.warp % 4 * 128;
 #pragma unroll
-        for (int j = 0; j < 4; j++) w[u][j] = some ? __ldg(from + j * 32 + lane) : uint4{};
+        for (int j = 0; j < 4; j++) w[u][j] = some ? __ldg(from + j * 32 + e.lane) : uint4{};
     }
     pack<T> gain = {};
-    if (here) gain = load_pack(static_cast<const T *>(p.gain) + col);
-    constexpr int kPer = kEnterExperts / 32;
-    float bias[kPer]; // of expert lane * kPer + i
+    if (e.here) gain = load_pack(static_cast<const T *>(p.gain) + col);
+    float bias[kEnterPer];
 #pragma unroll
-    for (int i = 0; i < kPer; i++) {
-        const int e = lane * kPer + i;
-        bias[i] = a.bias && e < p.n_experts ? to_f32(static_cast<const T *>(a.bias)[e]) : 0.f;
+    for (int i = 0; i < kEnterPer; i++) {
+        const int expert = e.lane * kEnterPer + i;
+        bias[i] =
+            a.bias && expert < p.n_experts ? to_f32(static_cast<const T *>(a.bias)[expert]) : 0.f;
     }
-    const bool sorts = rank == 0 && p.t <= a.tokens;
-    const float inverse = 1.f / (float)p.dim;
     cluster_wait();
-    // The first turn is for the instructions alone: they are fetched before they are wanted, and
-    // what is computed from nothing goes nowhere.
-#pragma unroll 1
-    for (int turn = 1; turn <= a.turns; turn++) {
-        const bool real = turn == a.turns;
-        if (real) {
-            wait_for_previous();
-            launch_dependents();
-        }
-        pack<T> r = {}, add = {};
-        if (real && token_here && here) {
-            r = load_pack(residual + at); // [8]
-            add = load_pack(static_cast<const T *>(p.add) + at);
-        }
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < pack<T>::n; i++) {
-            r.v[i] = from_f32<T>(to_f32(r.v[i]) + to_f32(add.v[i]));
-            sum += to_f32(r.v[i]) * to_f32(r.v[i]);
-        }
-        float by = 1.f; // fp16 has no room for what a residual may become: rows of about one
-        if (token_here) {
-            sum = warp_sum(sum);
-            if (real && lane < ctas) {
-                const uint32_t to = shared_address(&squares[rank][warp]);
-                remote_store(remote_address(to, lane), sum, remote_address(bar, lane));
-            }
-            if (element_is_half<T> && sum > 0.f) by = exp2f(rintf(-.5f * log2f(sum / kCols)));
-            by = fminf(fmaxf(by, 0x1p-40f), 0x1p40f);
-            if (lane == 0) unit[warp] = 1.f / by;
-            pack<T> v;
-#pragma unroll
-            for (int i = 0; i < pack<T>::n; i++)
-                v.v[i] = from_f32<T>(to_f32(r.v[i]) * by * to_f32(gain.v[i]));
-            if (lane * pack<T>::n < kCols) store_pack(&xs[warp][lane * pack<T>::n], v);
-        }
-        __syncthreads();
+    wait_for_previous();
+    launch_dependents();
 
-        if (strip_here) {
-            float acc[2][4] = {};
-            const uint32_t row = shared_address(&xs[lane % 8][lane / 8 * 8]);
+    pack<T> r = enter_row(p, e, shared, gain);
+    __syncthreads();
+    if (strip_here) enter_products(e, shared, w, a.tokens, part);
+    barrier_wait(e.bar, 0);
+    if (e.token) {
+        float all = 0.f;
+        for (int c = 0; c < e.ctas; c++) all += shared.squares[c][e.warp];
+        const float scale = rsqrtf(all / (float)p.dim + p.eps);
+        if (e.here) store_pack(static_cast<T *>(p.residual) + e.at, r);
 #pragma unroll
-            for (int u = 0; u < U; u++)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    uint32_t b[4];
-                    load_matrices(b, row + (u * LINEAR_UNIT + j * 16) * (int)sizeof(T));
-                    multiply(acc[0], &w[u][j].x, b[0], b[1], T{});
-                    multiply(acc[1], &w[u][j + 1].x, b[2], b[3], T{});
-                }
-            const uint32_t to = remote_address(shared_address(part), 0),
-                           arrived = remote_address(bar, 0);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int token = lane % 4 * 2 + i % 2,
-                          e = warp * LINEAR_STRIP + lane / 4 + i / 2 * 8;
-                if (real && token < m)
-                    remote_store(to + 4 * ((rank * a.tokens + token) * kEnterExperts + e),
-                                 (acc[0][i] + acc[1][i]) * unit[token], arrived);
-            }
-        }
-        if (real) barrier_wait(bar, 0);
-        if (token_here) {
-            float all = 0.f;
-            for (int c = 0; c < ctas; c++) all += squares[c][warp];
-            const float scale = rsqrtf(all * inverse + p.eps);
-            if (real && here) store_pack(residual + at, r);
-#pragma unroll
-            for (int i = 0; i < pack<T>::n; i++)
-                r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
-            if (real && here) store_pack(static_cast<T *>(p.x) + at, r);
-            if (rank == 0) {
-                float4 sums = {};
-                for (int c = 0; c < ctas; c++) {
-                    const float *from = part + (c * a.tokens + warp) * kEnterExperts + lane * kPer;
-                    const float4 v = *reinterpret_cast<const float4 *>(from);
-                    sums.x += v.x, sums.y += v.y, sums.z += v.z, sums.w += v.w;
-                }
-                float x[kPer] = {bias[0] + sums.x * scale, bias[1] + sums.y * scale,
-                                 bias[2] + sums.z * scale, bias[3] + sums.w * scale};
-                const int64_t token = first + warp;
-#pragma unroll
-                for (int i = 0; i < kPer; i++)
-                    if (real && lane * kPer + i < p.n_experts)
-                        p.logits[token * p.stride + lane * kPer + i] = x[i];
-                int e;
-                float weight;
-                route_token(e, weight, x, p.n_experts, p.top_k, p.over_chosen, p.normalise);
-                const int slot = warp * p.top_k + lane;
-                if (lane < p.top_k) key[slot] = e * kKey + slot;
-                if (real && lane < p.top_k) {
-                    p.expert[first * p.top_k + slot] = e;
-                    p.weight[first * p.top_k + slot] = weight;
-                }
-            }
-        }
-        if (!sorts) continue;
-        __syncthreads();
-        sort_few(key, p.expert_start, p.slot_row, p.row_token, (int)p.t * p.top_k, p.n_experts,
-                 p.top_k, real);
+        for (int i = 0; i < pack<T>::n; i++)
+            r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
+        if (e.here) store_pack(static_cast<T *>(p.x) + e.at, r);
+        if (e.rank == 0) enter_route(p, e, shared.key, bias, scale, a.tokens, part);
     }
+    if (e.rank != 0 || p.t > a.tokens) return;
+    __syncthreads();
+    sort_few(shared.key, p.expert_start, p.slot_row, p.row_token, (int)p.t * p.top_k, p.n_experts,
+             p.top_k);
 #endif
 }
 static_assert(kEnterTokens * MOE_TOP_K_MAX <= kEnterThreads, "a thread a slot");
@@ -565,8 +583,7 @@ template <typename T> static status launch_enter(const moe_enter *p, cudaStream_
     const int ctas = (int)div_up(l.units, each);
     const int tokens = p->t < kEnterTokens ? (int)p->t : kEnterTokens;
     const enter_args a = {*p,      static_cast<const uint4 *>(p->router->code), p->router->bias,
-                          l.units, (int)div_up(p->n_experts, LINEAR_STRIP),     tokens,
-                          2};
+                          l.units, (int)div_up(p->n_experts, LINEAR_STRIP),     tokens};
     const auto kernel = each == 2 ? enter<T, 2> : enter<T, kEnterUnits>;
     const int bytes = ctas * tokens * kEnterExperts * (int)sizeof(float);
     (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
