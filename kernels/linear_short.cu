@@ -596,7 +596,10 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
                                      const barriers &bar, uint32_t base, int turn, int sender,
                                      int half, int halves) {
     const chunks<NT> way(d);
-    const int lane = threadIdx.x % 32, strip = threadIdx.x / 32 % 4;
+    int lane = threadIdx.x;
+    asm volatile("" : "+r"(lane)); // lest places of sums be kept in registers
+    const int strip = lane / 32 % 4;
+    lane %= 32;
 #pragma unroll
     for (int t = 0; t < NT / 8; t++) {
         const int q = strip * (NT / 8) + t, local = q & ((1 << way.per) - 1);
