@@ -200,6 +200,30 @@ static void many_rows(int32_t f, dtype type) {
     }
 }
 
+/* So many tiles that linear_codes_tall has those of 256 rows of W: an even number of tiles of x, of
+ * which two share W, and an odd one, of which two share x. */
+static void tall_codes(int32_t f, dtype type) {
+    static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL},
+                                 pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI};
+    if (formats[f].format != WF_INT8 || formats[f].act != AF_INT8) return;
+    for (int32_t gated = 0; gated < 2; gated++) {
+        linear_weight w = weight_of(f, type, 8224, 400, 1);
+        w.gated = gated;
+        linear_probe *p = opened(&w, 39);
+        if (!p) return;
+        for (int32_t m = 1000; m <= 1100; m += 100)
+            for (int32_t i = 0; i < 4; i++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = (gated ? pairs : plain)[i / 2],
+                                   .kernel = "codes_tall",
+                                   .bias = i % 2},
+                    "tall codes");
+        linear_probe_close(p);
+    }
+}
+
 /* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
  * CTA of linear_mid has a tile and little of the next. */
 static void lines(int32_t f, dtype type) {
@@ -261,6 +285,7 @@ static int check(bool quick, const char *only) {
             variants(f, b ? DT_BF16 : DT_F16, quick);
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
             many_rows(f, b ? DT_BF16 : DT_F16);
+            tall_codes(f, b ? DT_BF16 : DT_F16);
             lines(f, b ? DT_BF16 : DT_F16);
             whole_tiles(f, b ? DT_BF16 : DT_F16);
             rounds(f, b ? DT_BF16 : DT_F16);
