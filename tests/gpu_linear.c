@@ -176,8 +176,8 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-/* Experts with so many rows that linear_experts has tiles of each number of eights, and two or three
- * tiles of the rows of one. */
+/* Experts with so many rows that linear_experts has tiles of each number of eights, and two or
+ * three tiles of the rows of one. */
 static void many_rows(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w =
