@@ -903,7 +903,14 @@ static status cuda_observe(device *d, calibrate_sums *s, tensor x, const int32_t
 static void cuda_explain(device *d, const char *what, const weight *w, int64_t n_rows, char *buf,
                          size_t n) {
     const cudev *c = self(d);
-    if (!w || weight_of(w)->linear.format == WF_COUNT || !strcmp(what, "embed")) {
+    const moe_enter way_in = {.router = w ? &weight_of(w)->linear : NULL,
+                              .t = n_rows,
+                              .dim = w ? w->k : 0,
+                              .n_experts = c->config.n_experts,
+                              .top_k = c->config.top_k,
+                              .type = c->type};
+    if (!w || weight_of(w)->linear.format == WF_COUNT || !strcmp(what, "embed") ||
+        (!strcmp(what, "moe_enter") && kernel_moe_enter_accepts(&way_in, c->sm))) {
         snprintf(buf, n, "%s, one kernel", c->name);
         return;
     }

@@ -183,7 +183,7 @@ status engine_warm(engine *e) {
     if (!e->device->ops->padded_rows) return ST_OK;
     TRY(engine_settle(e));
     int32_t longest = e->options.ctx_max < p->token_budget ? e->options.ctx_max : p->token_budget;
-    if (longest / KV_PAGE_TOKENS > e->capacity.n_pages)
+    if (div_up(longest, KV_PAGE_TOKENS) > e->capacity.n_pages)
         longest = e->capacity.n_pages * KV_PAGE_TOKENS;
     for (int32_t n = 16; n < longest * 2; n *= 2) TRY(warm_step(e, 1, n < longest ? n : longest));
     for (int32_t n = 0; n < p->max_seqs;) { /* where there is no padding, by a sixteenth */

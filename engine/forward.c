@@ -324,11 +324,17 @@ static void list_op(listing *l, const char *where, const char *what, int64_t n_r
     text_add(l->out, "\t%s\n", how[0] ? how : "-");
 }
 
-/* The same order as forward_step. Layers of one window stand together, wherever they lie. */
+/* What ends the layer before, if it is a mixture, with the norm behind it. */
+static const char *norm_behind_name(const forward *f) {
+    return f->config.n_experts && f->plan.moe_norm ? "moe_leave" : "norm";
+}
+
+/* The same order as forward_step. Layers of one window stand together, wherever they lie; the first
+ * norm of the first one has no layer before it, and is one. */
 static void list_layer(listing *l, const char *where, const layer_weights *w, int64_t n) {
     const forward *f = l->f;
     const bool fused = f->config.n_experts && f->plan.moe_norm;
-    list_op(l, where, fused ? "moe_leave" : "norm", n, &w->attn_norm);
+    list_op(l, where, norm_behind_name(f), n, &w->attn_norm);
     list_op(l, where, "linear", n, &w->qkv);
     list_op(l, where, "rope_append", n, NULL);
     list_op(l, where, "attention", n, NULL);
@@ -377,7 +383,7 @@ void forward_explain(forward *f, int32_t n_tokens, int32_t n_samples, text *out)
             snprintf(where, sizeof where, "%d layers", count);
         list_layer(&l, where, &f->w.layer[i], n_tokens);
     }
-    list_op(&l, "-", "norm", n_tokens, &f->w.norm);
+    list_op(&l, "-", norm_behind_name(f), n_tokens, &f->w.norm);
     if (n_samples > 0) {
         list_op(&l, "-", "gather", n_samples, NULL);
         list_op(&l, "-", "logits", n_samples, &f->w.head);

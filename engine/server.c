@@ -538,6 +538,8 @@ static status check_free(const server_options *o, const struct sockaddr_storage 
         address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
     status st = ST_OK;
     (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    if (address->ss_family == AF_INET6) /* as the daemon's: IPv4's port of the number is another */
+        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){1}, sizeof(int));
     if (fd < 0 || bind(fd, (const struct sockaddr *)address, n) != 0)
         st = FAIL(ST_IO, "cannot listen on %s port %d: %s", o->host, o->port, strerror(errno));
     if (fd >= 0) close(fd);

@@ -1645,9 +1645,9 @@ status launch(const attention_problem *p) {
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }
 
-// Pairs of formats with an instance of their own. An instance is two seconds of compiling, so sizes
-// of no usual model, and on GPUs without bulk copies FP8, whose conversion is no instruction there,
-// and 8 with 4 bits have what serves any pair of codes.
+// Pairs of formats with an instance of their own. An instance is two seconds of compiling, so what
+// serves any pair of codes has those of 256 dims and, of 64 dims or without bulk copies, FP8 and 8
+// with 4 bits.
 template <int D, bool BULK> constexpr bool own_instance(kv_class c) {
     return c >= CODES || (D <= 128 && (c == KV_4 || c == KV_8)) || (D == 128 && BULK);
 }
@@ -1679,7 +1679,7 @@ template <int D, int H, bool BULK> status launch_formats(const attention_problem
     }
 }
 
-// attention_tile_heads, or 4 where a group has no more.
+// attention_tile_heads, or 4 where a group has no more (of 64 dims 8 all the same).
 template <int D, bool BULK> status launch_heads(const attention_problem *p) {
     const int ratio = p->l.n_heads / p->l.n_kv_heads;
     if constexpr (D == 128)

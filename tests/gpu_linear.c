@@ -116,7 +116,7 @@ static const char *const kernels[] = {
     "short_8",  "words_32", "mid_64x2x2", "experts_16",  "ampere_units_64x192", "ampere_split_16x2",
     "short_16", "mid_64x2", "tall_128",   "hopper_8x2",  "ampere_strips_8",     "ampere_strips_16",
     "short_32", "mid_64x4", "experts_8",  "ampere_64x2", "ampere_128x2",        "mid_32x2",
-    "wide_256", "words_64", "experts_32", "hopper_16x2", "ampere_units_64x128"};
+    "wide_256", "words_64", "experts_32", "hopper_16x2", "ampere_units_64x128", "experts_128"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -176,6 +176,54 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
+/* Experts with so many rows that linear_experts has tiles of each number of eights, and two or
+ * three tiles of the rows of one. */
+static void many_rows(int32_t f, dtype type) {
+    for (int32_t gated = 0; gated < 2; gated++) {
+        linear_weight w =
+            weight_of(f, type, gated ? 544 : 592, formats[f].group == 32 ? 672 : 640, 6);
+        w.gated = gated;
+        linear_probe *p = opened(&w, 79);
+        if (!p) return;
+        for (int32_t m = 150; m <= 1200; m += m / 2) /* 150, 225, 337, 505, 757, 1135 */
+            for (int32_t few = 0; few < 2; few++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
+                                   .kernel = "experts_128",
+                                   .bias = true,
+                                   .gather = few == gated,
+                                   .experts_used = few ? 3 : 0},
+                    "many rows");
+        linear_probe_close(p);
+    }
+}
+
+/* So many tiles that linear_codes_tall has those of 256 rows of W: an even number of tiles of x, of
+ * which two share W, and an odd one, of which two share x. */
+static void tall_codes(int32_t f, dtype type) {
+    static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL},
+                                 pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI};
+    if (formats[f].format != WF_INT8 || formats[f].act != AF_INT8) return;
+    for (int32_t gated = 0; gated < 2; gated++) {
+        linear_weight w = weight_of(f, type, 8224, 400, 1);
+        w.gated = gated;
+        linear_probe *p = opened(&w, 39);
+        if (!p) return;
+        for (int32_t m = 1000; m <= 1100; m += 100)
+            for (int32_t i = 0; i < 4; i++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = (gated ? pairs : plain)[i / 2],
+                                   .kernel = "codes_tall",
+                                   .bias = i % 2},
+                    "tall codes");
+        linear_probe_close(p);
+    }
+}
+
 /* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
  * CTA of linear_mid has a tile and little of the next. */
 static void lines(int32_t f, dtype type) {
@@ -209,10 +257,10 @@ static void whole_tiles(int32_t f, dtype type) {
 }
 
 /* More blocks than CTAs, so that linear_mid's have some whole and of others a part of K, which for
- * some ends with one block and begins with the next. */
+ * some ends with one block and begins with the next. Gated one round, else two. */
 static void rounds(int32_t f, dtype type) {
     for (int32_t gated = 0; gated < 2; gated++) {
-        linear_weight w = weight_of(f, type, 28672, 1152, 1);
+        linear_weight w = weight_of(f, type, gated ? 28672 : 57344, 1152, 1);
         w.gated = gated;
         linear_probe *p = opened(&w, 37);
         if (!p) return;
@@ -236,6 +284,8 @@ static int check(bool quick, const char *only) {
             shown = 0;
             variants(f, b ? DT_BF16 : DT_F16, quick);
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
+            many_rows(f, b ? DT_BF16 : DT_F16);
+            tall_codes(f, b ? DT_BF16 : DT_F16);
             lines(f, b ? DT_BF16 : DT_F16);
             whole_tiles(f, b ? DT_BF16 : DT_F16);
             rounds(f, b ? DT_BF16 : DT_F16);
