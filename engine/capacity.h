@@ -19,15 +19,15 @@ typedef struct {
 int64_t kv_page_bytes(const model_config *c, const precision *p, int32_t tp);
 
 /* Pages of one layer that a step may have written out at 16 bit, for prefill over a cache that has
- * codes somewhere; 0 where none has. */
+ * codes somewhere; 0 where none has, and at most as many as the pool has. */
 int32_t wide_pages(const model_config *c, const precision *p, int32_t tp, int32_t max_tokens,
-                   int32_t ctx_max);
+                   int32_t ctx_max, int32_t n_pages);
 
 /* What forward and a device need for a step of these limits, bytes on one rank: every buffer of
  * forward.c at two bytes an element, logits at four, the tables of a batch and the pages
- * written out at 16 bit. */
+ * written out at 16 bit from a pool of n_pages. */
 int64_t workspace_bytes(const model_config *c, const precision *p, int32_t tp, int32_t max_tokens,
-                        int32_t max_seqs, int32_t max_samples);
+                        int32_t max_seqs, int32_t max_samples, int32_t n_pages);
 
 /* usable: device_ops.memory of one rank; fraction of it that may be used (0.9). usable == 0 means
  * unlimited: n_pages is `pages_wanted`. Otherwise pages_wanted 0 = as many as fit, and more than

@@ -273,7 +273,8 @@ static status setup_spaces(cudev *c, int64_t rows) {
         attention_workspace_bytes(c->max_seqs, c->max_page_ids, c->n_heads, m->head_dim);
     TRY(take(c, linear + 256, "workspace of linears", &c->linear_space));
     TRY(take(c, attention + 256, "workspace of attention", &c->attention_space));
-    c->wide_pages = wide_pages(m, &c->precision, c->base.options.tp, c->max_tokens, c->ctx_max);
+    c->wide_pages =
+        wide_pages(m, &c->precision, c->base.options.tp, c->max_tokens, c->ctx_max, c->n_pages);
     const int64_t wide = attention_page_bytes(KF_16, KF_16, c->n_kv_heads, m->head_dim);
     if (c->wide_pages) TRY(take(c, c->wide_pages * wide, "pages at 16 bit", &c->wide_space));
     CUDA_TRY(cudaMemsetAsync(c->linear_space, 0, (size_t)linear + 256, c->stream), "workspace");
@@ -329,9 +330,9 @@ static status cuda_setup(device *d, const device_setup *s) {
     cudev_load_done(c);
     /* Buffers follow: reserve for them too. Logits and router logits are f32 here, and CTAs share
      * sums: those of linears up to half a megabyte an SM, of attention some megabytes. */
-    const int64_t expected =
-        workspace_bytes(m, s->precision, tp, s->max_tokens, s->max_seqs, s->max_samples) +
-        2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)128 << 20);
+    const int64_t expected = workspace_bytes(m, s->precision, tp, s->max_tokens, s->max_seqs,
+                                             s->max_samples, s->n_pages) +
+                             2 * (int64_t)s->max_tokens * m->n_experts + ((int64_t)128 << 20);
     TRY(cudev_slab_reserve(&c->run, (size_t)expected, "workspace"));
     TRY(setup_rope(c));
     TRY(setup_plans(c));

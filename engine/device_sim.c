@@ -267,8 +267,8 @@ static status sim_setup(device *base, const device_setup *s) {
     int64_t usable;
     TRY(sim_memory(base, &usable));
     const int64_t kv = s->n_pages * kv_page_bytes(&d->config, s->precision, tp);
-    const int64_t work =
-        workspace_bytes(&d->config, s->precision, tp, s->max_tokens, s->max_seqs, s->max_samples);
+    const int64_t work = workspace_bytes(&d->config, s->precision, tp, s->max_tokens, s->max_seqs,
+                                         s->max_samples, s->n_pages);
     const double gib = 1.0 / (1 << 30);
     if (d->weight_bytes + work + kv > usable)
         return FAIL(ST_OOM,

@@ -43,20 +43,40 @@ static void workspace_is_the_sum_of_the_buffers(void **state) {
     const model_config c = model("Llama-3.1-8B"); /* E 4096, F 14336, V 128256 */
     const precision p = format("W16A16KV16"), codes = format("W16A16KV[16x31,4x1]");
     const int64_t token = 3 * 4096 + (32 + 16) * 128 + 32 * 128 + 3 * 14336;
-    assert_int_equal(workspace_bytes(&c, &p, 1, 8192, 256, 256),
+    assert_int_equal(workspace_bytes(&c, &p, 1, 8192, 256, 256, 9),
                      8192 * (2 * token + 16) + 256 * (2 * 4096 + 4 * 128256) + 256 * 76);
     const int64_t half = 3 * 4096 + (16 + 8) * 128 + 16 * 128 + 3 * 7168;
-    assert_int_equal(workspace_bytes(&c, &p, 2, 100, 10, 10),
+    assert_int_equal(workspace_bytes(&c, &p, 2, 100, 10, 10, 9),
                      100 * (2 * half + 16) + 10 * (2 * 4096 + 4 * 128256) + 10 * 76);
     /* Of chunks of 256 tokens and more (32 / 8 heads) pages are written out, 1024 at most. */
-    const int64_t page = 64 * 8 * 2 * 256, none = workspace_bytes(&c, &p, 1, 1024, 10, 10);
-    assert_int_equal(workspace_bytes(&c, &codes, 1, 1024, 10, 10) - none, 1024 * page);
-    assert_int_equal(wide_pages(&c, &codes, 1, 1100, 8191), 4 * 128);
-    assert_int_equal(wide_pages(&c, &codes, 1, 255, 8191), 0);
+    const int64_t page = 64 * 8 * 2 * 256, none = workspace_bytes(&c, &p, 1, 1024, 10, 10, 9);
+    assert_int_equal(workspace_bytes(&c, &codes, 1, 1024, 10, 10, 5000) - none, 1024 * page);
+    assert_int_equal(workspace_bytes(&c, &codes, 1, 1024, 10, 10, 9) - none, 9 * page);
+    assert_int_equal(wide_pages(&c, &codes, 1, 1100, 8191, 5000), 4 * 128);
+    assert_int_equal(wide_pages(&c, &codes, 1, 255, 8191, 5000), 0);
     const model_config moe = model("Qwen3-30B-A3B"); /* E 2048, 32 heads, 4 KV, X 128, k 8, F 768 */
     const int64_t routed = 3 * 2048 + (32 + 8) * 128 + 32 * 128 + 8 * 3 * 768 + 128 + 8 * 2048;
-    assert_int_equal(workspace_bytes(&moe, &p, 1, 7, 3, 2),
+    assert_int_equal(workspace_bytes(&moe, &p, 1, 7, 3, 2, 9),
                      7 * (2 * routed + 16 + 96) + 2 * (2 * 2048 + 4 * (int64_t)moe.vocab) + 3 * 76);
+}
+
+/* Of a small pool every page brings one at 16 bit with it. */
+static void pages_at_16_bit_are_no_more_than_the_pool(void **state) {
+    (void)state;
+    const model_config c = model("Llama-3.1-8B");
+    const precision p = format("W4A16KV8");
+    for (int32_t n = 1; n < 2000; n += 333) {
+        const int64_t all = model_weight_bytes(&c, &p, 1) +
+                            workspace_bytes(&c, &p, 1, 2048, 64, 64, n) +
+                            n * kv_page_bytes(&c, &p, 1);
+        capacity m;
+        assert_ok(capacity_compute(&m, &c, &p, 1, all, 1, 2048, 64, 0, 1));
+        assert_int_equal(m.n_pages, n);
+        assert_int_equal(m.weight_bytes + m.workspace_bytes + m.kv_bytes, all);
+        if (n == 1) continue;
+        assert_ok(capacity_compute(&m, &c, &p, 1, all - 1, 1, 2048, 64, 0, 1)); /* twin */
+        assert_int_equal(m.n_pages, n - 1);
+    }
 }
 
 /* n pages fit and n + 1 do not, to the byte. */
@@ -64,8 +84,9 @@ static void the_last_page_fits_to_the_byte(void **state) {
     (void)state;
     const model_config c = model("Llama-3.1-8B");
     const precision p = format("W4A16KV8");
-    const int64_t fixed = model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 2048, 64, 64);
-    const int64_t page = kv_page_bytes(&c, &p, 1), n = 1000;
+    const int64_t page = kv_page_bytes(&c, &p, 1), n = 2000;
+    const int64_t fixed =
+        model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 2048, 64, 64, n);
     capacity m;
     assert_ok(capacity_compute(&m, &c, &p, 1, fixed + n * page, 1, 2048, 64, 0, 1));
     assert_int_equal(m.n_pages, n);
@@ -80,7 +101,9 @@ static void the_last_page_fits_to_the_byte(void **state) {
     assert_int_equal(m.n_pages, 17); /* asked for */
     assert_status(capacity_compute(&m, &c, &p, 1, fixed + n * page, 1, 2048, 64, (int32_t)n + 1, 1),
                   ST_OOM);
-    assert_status(capacity_compute(&m, &c, &p, 1, fixed + 3 * page, 1, 2048, 64, 0, 4), ST_OOM);
+    const int64_t three =
+        model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 2048, 64, 64, 3) + 3 * page;
+    assert_status(capacity_compute(&m, &c, &p, 1, three, 1, 2048, 64, 0, 4), ST_OOM);
     assert_non_null(strstr(fail_message(), "4 KV pages of"));
     assert_ok(capacity_compute(&m, &c, &p, 1, 0, 0.9, 2048, 64, 33, 1)); /* unlimited */
     assert_int_equal(m.n_pages, 33);
@@ -129,6 +152,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_have_exact_bytes),
         cmocka_unit_test(workspace_is_the_sum_of_the_buffers),
+        cmocka_unit_test(pages_at_16_bit_are_no_more_than_the_pool),
         cmocka_unit_test(the_last_page_fits_to_the_byte),
         cmocka_unit_test(a_refusal_names_all_terms),
         cmocka_unit_test(the_smallest_tp_that_fits_is_chosen),

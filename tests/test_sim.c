@@ -430,7 +430,8 @@ static void setup_refuses_one_page_too_many(void **state) {
     precision p;
     assert_ok(model_config_load(&c, "Llama-3.1-8B"));
     assert_ok(precision_parse(&p, "W4A16KV8"));
-    const int64_t fixed = model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 512, 8, 8);
+    const int64_t fixed =
+        model_weight_bytes(&c, &p, 1) + workspace_bytes(&c, &p, 1, 512, 8, 8, 100);
     const int64_t page = kv_page_bytes(&c, &p, 1);
     assert_ok(arena_open(&memory, (size_t)1 << 26));
     for (int less = 0; less < 2; less++) {
