@@ -13,7 +13,7 @@
 //   1   makes those visible to the tensor cores: a fence waits for all that its warp has under way
 //
 // Weights and x of a step of 128 inputs are a stage of one ring.
-#include "linear_common.cuh"
+#include "linear_experts.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
@@ -39,10 +39,10 @@ static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
 constexpr int kCode = kBlocks * kUnits * 2048; // bytes of a stage's codes
 constexpr int kPlaceRows = 16;                 // of x, finished at once
 constexpr int kPlaces = 2 * kPlaceRows * kBlocks * 128;
-constexpr int kStagesMost = 12, kTold = 4;
+constexpr int kStagesMost = 12;
 // Barriers of a stage: full, empty, x has landed.
 constexpr int kEmpty = kStagesMost * 8, kLanded = 2 * kEmpty, kBars = 3 * kEmpty;
-constexpr int kToldBytes = kTold * 32, kRowList = 2 * 64 * 4;
+constexpr int kRowList = 2 * 64 * 4;
 constexpr int kRoom = 226 * 1024;
 
 // Rows of products, with and without those that the eight before take too.
@@ -61,11 +61,6 @@ struct division {
 // Tensor maps: codes [expert][half][block][unit][2 KB], scales [expert][half][block][granule][..].
 struct maps {
     CUtensorMap code, scale;
-};
-
-// Rows [m0, m_end) of an expert, by blocks from `block` on; no rows: the end.
-struct target {
-    int32_t expert, block, m0, m_end;
 };
 
 // --- Tiles --------------------------------------------------------------------------------------
@@ -140,51 +135,6 @@ __device__ __forceinline__ target locate(const linear_args &p, const division &d
     const int32_t m0 = row + (t - n * parts) * each_part;
     return {e, n * (p.paired ? kBlocks / 2 : kBlocks), m0, min(row + rows, m0 + each_part)};
 }
-
-// Block i of a tile: of the matrix, or not there.
-__device__ __forceinline__ int32_t block_of(const linear_args &p, const target &tile, int i) {
-    if (!p.paired) return tile.block + i < p.blocks ? tile.block + i : -1;
-    const int32_t block = tile.block + i % (kBlocks / 2);
-    return block < p.half_blocks ? block + i / (kBlocks / 2) * p.half_blocks : -1;
-}
-
-// Where a CTA's tiles are told of, a few of them ahead.
-struct told_tiles {
-    uint32_t at; // kTold times: told, read, the tile
-    __device__ __forceinline__ void init(int readers) const {
-        for (int i = 0; i < kTold; i++) {
-            barrier_init(at + i * 32, 1);
-            barrier_init(at + i * 32 + 8, readers);
-        }
-    }
-    // By a warp.
-    __device__ __forceinline__ void tell(int count, const target &tile) const {
-        const uint32_t to = at + count % kTold * 32;
-        barrier_wait(to + 8, count / kTold % 2 ^ 1);
-        if (threadIdx.x % 32 == 0) {
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16),
-                         "r"(tile.expert), "r"(tile.block), "r"(tile.m0), "r"(tile.m_end)
-                         : "memory");
-            barrier_arrive(to);
-        }
-        __syncwarp();
-    }
-    __device__ __forceinline__ target get(int count) const {
-        barrier_wait(at + count % kTold * 32, count / kTold % 2);
-        return again(count);
-    }
-    __device__ __forceinline__ void done(int count) const {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(at + count % kTold * 32 + 8);
-    }
-    __device__ __forceinline__ target again(int count) const { // what was got
-        const uint32_t from = at + count % kTold * 32;
-        const uint4 v = shared_u128(from + 16);
-        // From one lane, so that the compiler knows it for uniform.
-        const auto all = [](uint32_t of) { return (int32_t)__shfl_sync(~0u, of, 0); };
-        return {all(v.x), all(v.y), all(v.z), all(v.w)};
-    }
-};
 
 // --- Loading ------------------------------------------------------------------------------------
 
@@ -273,6 +223,7 @@ __device__ __forceinline__ void gather(const linear_args &p, const division &d, 
             const int r = min(tile.m0 + i % 16 * 8 + half * 4 + i / 16, tile.m_end - 1);
             rows[i] = (int32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / 8));
         }
+        __syncwarp();
         told.done(count);
         for (int step = 0; step < d.steps; step++, to.next(d)) {
             const int k = step * kUnits * 64 + chunk * 8;
@@ -297,6 +248,7 @@ __device__ __forceinline__ void gather(const linear_args &p, const division &d, 
 // Makes x visible to the tensor cores, by one warp.
 __device__ __forceinline__ void show(const division &d, ring to, const told_tiles &told) {
     for (int count = 0; told.get(count).m_end > 0; count++) {
+        __syncwarp();
         told.done(count);
         for (int step = 0; step < d.steps; step++, to.next(d)) {
             barrier_wait(to.full + kLanded + to.stage * 8, to.parity);
@@ -398,86 +350,6 @@ template <typename T, int F, int G> struct multiplier {
     }
 };
 
-// --- Ends of tiles ------------------------------------------------------------------------------
-
-// An 8 x 8 matrix of 16 bits across a warp, turned.
-__device__ __forceinline__ uint32_t turned(uint32_t v) {
-    uint32_t r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
-template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    const T v[2] = {linear_round<T>(low), linear_round<T>(high)};
-    uint32_t r;
-    memcpy(&r, v, 4);
-    return r;
-}
-
-// By the warps that have summed it. Of gate and up the warp of the gate finishes outputs g and that
-// of up g + 8; what the other needs passes through one of two places in turn, kPlaceRows at a time.
-// rounds: how often it did.
-template <typename T, int R>
-__device__ __forceinline__ void finish(const float (&acc)[R], const linear_args &p,
-                                       const target &tile, uint32_t places, int &rounds) {
-    constexpr int J = kPlaceRows / 8, kEight = kWarps * 256; // bytes of eight rows
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
-    const int block = block_of(p, tile, warp / 4), half = warp / 8;
-    const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
-    const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
-    if (block < 0 || in_half >= p.half_rows) return;
-    float bias[2] = {0.f, 0.f}; // of outputs g and g + 8
-    if (p.bias)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            bias[i] = linear_f32(static_cast<const T *>(
-                p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + g + 8 * i]);
-    const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
-    T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
-    const auto value = [&](int j, int e) { return acc[4 * j + e] + bias[e / 2]; };
-    if (p.paired) {
-        const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 8) * 32 + lane) * 8;
-#pragma unroll
-        for (int j0 = 0; j0 < R / 4; j0 += J) {
-            if (8 * j0 >= rows) break;
-            const uint32_t at = places + rounds++ % 2 * (kPlaces / 2);
-#pragma unroll
-            for (int j = 0; j < J; j++) // what this warp does not finish
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + mine + j * kEight),
-                             "f"(half ? value(j0 + j, 0) : value(j0 + j, 2)),
-                             "f"(half ? value(j0 + j, 1) : value(j0 + j, 3))
-                             : "memory");
-            asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp % 8) : "memory");
-#pragma unroll
-            for (int j = 0; j < J; j++, y += 8 * p.ldy) {
-                const int row0 = 8 * (j0 + j);
-                if (row0 >= rows) break;
-                float v[2], w[2];
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(w[0]), "=f"(w[1])
-                             : "r"(at + other + j * kEight)
-                             : "memory");
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
-                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
-                const uint32_t out = turned(pair_of<T>(v[0], v[1]));
-                if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < R / 4; j++, y += 8 * p.ldy) {
-            if (8 * j >= rows) break;
-            const uint32_t low = turned(pair_of<T>(value(j, 0), value(j, 1)));
-            const uint32_t high = turned(pair_of<T>(value(j, 2), value(j, 3)));
-            if (8 * j + g >= rows) continue;
-            *reinterpret_cast<uint32_t *>(y) = low;
-            *reinterpret_cast<uint32_t *>(y + 8) = high;
-        }
-    }
-}
-
 // --- The kernel ---------------------------------------------------------------------------------
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // empty on other architectures
@@ -494,7 +366,9 @@ __device__ __forceinline__ void multiply(const linear_args &p, const division &d
         if (tile.m_end == 0) break;
         const int eights = (tile.m_end - tile.m0 + 7) / 8;
         const auto end = [&](const auto &acc) {
-            finish<T>(acc, p, told.again(count), base + d.at_places, rounds);
+            const int block = __shfl_sync(~0u, threadIdx.x / 32, 0) / 4;
+            finish_own<T, kBlocks, kPlaceRows, false>(acc, p, told.again(count), block,
+                                                      base + d.at_places, rounds);
         };
 #define ROWS(n)                                                                                    \
     case (n) / 8:                                                                                  \
@@ -511,6 +385,7 @@ __device__ __forceinline__ void multiply(const linear_args &p, const division &d
             switch (eights) { EXPERTS_LARGE(ROWS, ROWS_16) }
             end(acc);
         }
+        __syncwarp();
         told.done(count);
 #undef ROWS
 #undef ROWS_16

@@ -26,7 +26,7 @@
 // more than half of the shared memory (linear_problem.apart).
 //
 // Problems with experts have a kernel of their own here, which multiplies in the same way.
-#include "linear_common.cuh"
+#include "linear_experts.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
@@ -621,10 +621,6 @@ __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int se
     }
 }
 
-// Where a tile goes: its matrix, its first block, its rows of the (permuted) problem.
-struct target {
-    int32_t expert, block, m0, m_end;
-};
 __device__ __forceinline__ target dense(const linear_args &p, const division &d, const duty &own,
                                         int count) {
     return {0, own.tile0 + count * d.stride, 0, p.m};
@@ -885,14 +881,6 @@ __device__ __forceinline__ target locate(const linear_args &p, const division &d
     return {e, p.paired ? n * (P / 2) : n * P, m0, min(__shfl_sync(~0u, row[e + 1], 0), m0 + NT)};
 }
 
-// Block i of a tile of P, of gate and up half of them each: of the matrix, or not there.
-template <int P>
-__device__ __forceinline__ int32_t block_of(const linear_args &p, const target &tile, int i) {
-    if (!p.paired) return tile.block + i < p.blocks ? tile.block + i : -1;
-    const int32_t block = tile.block + i % (P / 2);
-    return block < p.half_blocks ? block + i / (P / 2) * p.half_blocks : -1;
-}
-
 // Of the kernel for experts: P warpgroups that multiply, and warps that load and help: of two of
 // each. (With one warp more a thread of two CTAs would have 80 registers instead of 96.)
 template <int P> constexpr int kExpertsThreads = P == 2 ? 2 * 128 + 2 * 32 : P * 128 + 4 * 32;
@@ -910,42 +898,6 @@ struct x_place {
         if (m0 >= 0 && (first += d.x_part) == d.x_stages) first = 0, parity ^= 1;
         m0 = m;
         return true;
-    }
-};
-
-// Where a CTA's tiles are told of, a few of them ahead: the loading warp takes them, some at once
-// while there are many and the last one by one, as it comes to need them, for CTAs are not equally
-// fast. (The CTAs of a cluster have every so-manyth.)
-enum { kTold = 4, kToldBytes = kTold * 32 };
-struct told_tiles {
-    uint32_t at; // kTold times: told, read, the tile (no rows: the end)
-    __device__ __forceinline__ void init(int readers) const {
-        for (int i = 0; i < kTold; i++) {
-            barrier_init(at + i * 32, 1);
-            barrier_init(at + i * 32 + 8, readers);
-        }
-    }
-    // By a warp.
-    __device__ __forceinline__ void tell(int count, const target &tile) const {
-        const uint32_t to = at + count % kTold * 32;
-        barrier_wait(to + 8, count / kTold % 2 ^ 1);
-        if (threadIdx.x % 32 == 0) {
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + 16),
-                         "r"(tile.expert), "r"(tile.block), "r"(tile.m0), "r"(tile.m_end)
-                         : "memory");
-            barrier_arrive(to);
-        }
-        __syncwarp();
-    }
-    __device__ __forceinline__ target get(int count) const {
-        const uint32_t from = at + count % kTold * 32;
-        barrier_wait(from, count / kTold % 2);
-        const uint4 v = shared_u128(from + 16);
-        // From one lane, so that the compiler knows it for uniform.
-        const auto all = [](uint32_t of) { return (int32_t)__shfl_sync(~0u, of, 0); };
-        const target tile = {all(v.x), all(v.y), all(v.z), all(v.w)};
-        if (threadIdx.x % 32 == 0) barrier_arrive(from + 8);
-        return tile;
     }
 };
 
@@ -986,10 +938,17 @@ struct taker {
     }
 };
 
+// A reader here keeps a tile in registers.
+__device__ __forceinline__ target take_told(const told_tiles &told, int count) {
+    const target tile = told.get(count);
+    told.done(count);
+    return tile;
+}
+
 template <int NT, int P>
 __device__ __forceinline__ target tile_of(const linear_args &p, const division &d, const duty &own,
                                           const int32_t *table, const told_tiles &told, int count) {
-    if (P > 2 || d.cluster == 1) return told.get(count);
+    if (P > 2 || d.cluster == 1) return take_told(told, count);
     if (count >= own.tiles) return {};
     return locate<NT, P>(p, d, table, own.tile0 + count * d.clusters);
 }
@@ -1061,7 +1020,7 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
     const auto taken = [&] { return take.t < 0 ? target{} : locate<NT, P>(p, d, table, take.t); };
     target next = taken();
     if (tells) told.tell(0, next);
-    if (!kTakes) told.get(0);
+    if (!kTakes) take_told(told, 0);
     // Steps whose weights wait for no kernel. Where the routing was waited for they come with x.
     const int early = p.routed ? min(own.steps, d.w_stages) : 0;
     if (lane == 0 && next.m_end > 0)
@@ -1079,7 +1038,7 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
         for (int step = 0; step < own.steps; step++, at.next(d.w_stages)) {
             if (step == max(own.steps - 2, 0)) { // time to know what is next
                 if (kTakes) take.next();
-                next = kTakes ? taken() : told.get(count + 1);
+                next = kTakes ? taken() : take_told(told, count + 1);
                 if (tells) told.tell(count + 1, next);
                 row_next = row_of(next);
             }
@@ -1138,93 +1097,7 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     }
 }
 
-// An 8 x 8 matrix of 16 bits across a warp, turned.
-__device__ __forceinline__ uint32_t turned(uint32_t v) {
-    uint32_t r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
-template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    const T v[2] = {linear_round<T>(low), linear_round<T>(high)};
-    uint32_t r;
-    memcpy(&r, v, 4);
-    return r;
-}
-
 template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finished at once
-
-// A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.
-// Of gate and up the warp of the gate finishes outputs g and that of up g + 8; what the other needs
-// passes through one of two places in turn, kPlaceRows at a time. rounds: how often it did.
-template <typename T, int NT, int P>
-__device__ __forceinline__ void finish_own(const float (&acc)[NT / 2], const linear_args &p,
-                                           const target &tile, int number, uint32_t places,
-                                           int &rounds) {
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
-    const int block = block_of<P>(p, tile, number), half = number / (P / 2);
-    const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
-    const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
-    if (block < 0 || in_half >= p.half_rows) return;
-    float scale[2] = {1.f, 1.f}, bias[2] = {0.f, 0.f}; // of outputs g and g + 8
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int of = g + 8 * i;
-        if (p.channel)
-            scale[i] = p.channel[((int64_t)tile.expert * p.blocks + block) * 64 + strip * 16 + of];
-        if (p.global_scale) scale[i] = p.global_scale[tile.expert];
-        if (p.bias)
-            bias[i] = linear_f32(static_cast<const T *>(
-                p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + of]);
-    }
-    const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
-    T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
-    const auto value = [&](int j, int e) {
-        return fmaf(acc[4 * j + e], scale[e / 2], bias[e / 2]);
-    };
-    if (p.paired) {
-        constexpr int J = kPlaceRows<NT> / 8;
-        const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 2 * P) * 32 + lane) * 8;
-#pragma unroll
-        for (int j0 = 0; j0 < NT / 8; j0 += J) {
-            if (8 * j0 >= rows) break;
-            const uint32_t at = places + rounds++ % 2 * (kPlaceRows<NT> * P * 128);
-#pragma unroll
-            for (int j = 0; j < J; j++) // what this warp does not finish
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + mine + j * (P * 1024)),
-                             "f"(half ? value(j0 + j, 0) : value(j0 + j, 2)),
-                             "f"(half ? value(j0 + j, 1) : value(j0 + j, 3))
-                             : "memory");
-            asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp % (2 * P)) : "memory");
-#pragma unroll
-            for (int j = 0; j < J; j++, y += 8 * p.ldy) {
-                const int row0 = 8 * (j0 + j);
-                if (row0 >= rows) break;
-                float v[2], w[2];
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(w[0]), "=f"(w[1])
-                             : "r"(at + other + j * (P * 1024))
-                             : "memory");
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
-                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
-                const uint32_t out = turned(pair_of<T>(v[0], v[1]));
-                if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < NT / 8; j++, y += 8 * p.ldy) {
-            if (8 * j >= rows) break;
-            const uint32_t low = turned(pair_of<T>(value(j, 0), value(j, 1)));
-            const uint32_t high = turned(pair_of<T>(value(j, 2), value(j, 3)));
-            if (8 * j + g >= rows) continue;
-            *reinterpret_cast<uint32_t *>(y) = low;
-            *reinterpret_cast<uint32_t *>(y + 8) = high;
-        }
-    }
-}
 
 // What the warps that multiply do.
 template <typename T, int F, int NT, int P, int G>
@@ -1263,7 +1136,8 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         if (P > 2 || d.cluster == 1) {
-            finish_own<T, NT, P>(acc, p, tile, own.half, base + d.at_sums, rounds);
+            finish_own<T, P, kPlaceRows<NT>, true>(acc, p, tile, own.half, base + d.at_sums,
+                                                   rounds);
             continue;
         }
         if constexpr (P == 2) {
