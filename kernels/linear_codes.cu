@@ -30,20 +30,13 @@ constexpr int kConsumers = 256, kThreads = kConsumers + 64; // two warps copy
 constexpr int kPitch = kRows + 4; // of sums in shared memory: no bank conflicts
 constexpr int kClusterMost = 4;   // larger ones wait longer for their places than they save
 
-struct codes_args {
+struct codes_args : linear_output { // k: bytes of a row of operands
     const float *w_scale, *x_scale;
-    const void *bias;
-    void *y;
-    int64_t ldy;
-    int32_t m, m_pad, n, k;  // k: bytes of a row of operands
+    int32_t m_pad;
     int32_t x_rows;          // of a tile, in eights: a box that reaches past the last row costs
-    int32_t half;            // first row of up; n where W has no halves
     int32_t w_step;          // f32 between scales of two block rows, FP8b
     const uint8_t *fragment; // W of 16 bits: blocks (linear_layout.h), and those of a half
     int32_t blocks, half_blocks;
-    linear_epilogue epilogue;
-    float limit;
-    bool gated, bf16, y_f32;
 };
 
 // Stages of W and of x; shared memory of two CTAs an SM.
@@ -61,13 +54,6 @@ constexpr int shared_bytes = 1024 + (ring_bytes<NT> + scale_bytes<NT> > sums_byt
 constexpr int kAlone = 114 * 1024; // the least of which an SM has no two
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-
-__device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
-    if (!oai) return g / (1.f + expf(-g)) * u;
-    g = g > limit ? limit : g; // not fminf: NaN must stay
-    u = u > limit ? limit : u < -limit ? -limit : u;
-    return g / (1.f + expf(-1.702f * g)) * (u + 1.f);
-}
 
 __device__ __forceinline__ float2 shared_float2(uint32_t at) {
     float2 v;
@@ -99,34 +85,6 @@ __device__ __forceinline__ auto &pick(A &acc, B &sums) {
         return acc;
     else
         return sums;
-}
-
-// As group_pin.
-template <int N> __device__ __forceinline__ void pin(float (&v)[N]) { group_pin(v); }
-template <int N> __device__ __forceinline__ void pin(int32_t (&v)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(v[i])::"memory");
-}
-
-__device__ __forceinline__ float element_of(const void *p, int64_t i, bool bf16, bool f32) {
-    if (f32) return static_cast<const float *>(p)[i];
-    return bf16 ? to_f32(static_cast<const __nv_bfloat16 *>(p)[i])
-                : to_f32(static_cast<const __half *>(p)[i]);
-}
-
-__device__ __forceinline__ void store_four(const codes_args &a, int64_t at, const float (&v)[4]) {
-    if (a.y_f32) {
-        *reinterpret_cast<float4 *>(static_cast<float *>(a.y) + at) =
-            make_float4(v[0], v[1], v[2], v[3]);
-        return;
-    }
-    alignas(8) uint16_t e[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        e[i] = a.bf16 ? __bfloat16_as_ushort(from_f32<__nv_bfloat16>(v[i]))
-                      : __half_as_ushort(from_f32<__half>(v[i]));
-    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(a.y) + at) =
-        *reinterpret_cast<const uint2 *>(e);
 }
 
 // A ring of stages: where the next one is, and how often the ring went round.
@@ -220,7 +178,7 @@ __device__ __forceinline__ void multiply_step(S (&d)[N], uint32_t w, uint32_t x)
 #pragma unroll
         for (int q = 0; q < 4; q++) f[q] = shared_u128(at + q * 512);
     }
-    pin(d);
+    group_pin(d);
     group_fence();
 #pragma unroll
     for (int q = 0; q < kStep / 32; q++) {
@@ -234,7 +192,7 @@ __device__ __forceinline__ void multiply_step(S (&d)[N], uint32_t w, uint32_t x)
     }
     group_commit();
     group_wait<0>();
-    pin(d);
+    group_pin(d);
 }
 
 // Sums of this CTA's steps for the warpgroup's block, whose first row is row0: acc holds rows
@@ -303,7 +261,7 @@ __device__ __forceinline__ void add_up(float (&v)[4], const codes_args &a, uint3
     }
     if (!a.bias) return;
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] += element_of(a.bias, n + i, a.bf16, false);
+    for (int i = 0; i < 4; i++) v[i] += linear_element(a.bias, n + i, a.bf16, false);
 }
 
 template <weight_format F>
@@ -318,21 +276,13 @@ __device__ __forceinline__ void finish(const codes_args &a, uint32_t sums, const
     const int end = !a.gated && second ? a.n : a.half;
     for (int m = rank + (int)threadIdx.x / wide * ranks; m < rows; m += per * ranks) {
         if (n >= end) continue;
-        float v[4];
+        float v[4], u[4] = {};
         add_up<F>(v, a, sums + (uint32_t)(m * kPitch + i) * 4, ranks, p.m0 + m, n);
         const int64_t at = (int64_t)(p.m0 + m) * a.ldy + n;
-        if (a.gated) {
-            float u[4];
+        if (a.gated)
             add_up<F>(u, a, sums + (uint32_t)(m * kPitch + kBlock + i) * 4, ranks, p.m0 + m,
                       a.half + n);
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                v[e] = gate(v[e], u[e], a.epilogue == LINEAR_GATED_OAI, a.limit);
-        } else if (a.epilogue == LINEAR_RESIDUAL) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) v[e] += element_of(a.y, at + e, a.bf16, a.y_f32);
-        }
-        store_four(a, at, v);
+        linear_put_four(a, at, v, u);
     }
 }
 
@@ -534,24 +484,12 @@ extern "C" status linear_codes_launch(const char *name, const linear_problem *p,
                                       int32_t m, const void *code, const float *x_scale,
                                       int32_t m_pad, kernel_stream stream) {
     const linear_weight *w = p->w;
-    codes_args a = {};
+    codes_args a = {linear_output_of(p, row, m)};
     a.w_scale = static_cast<const float *>(w->scale);
     a.x_scale = x_scale;
-    a.bias = w->bias;
-    a.y = static_cast<uint8_t *>(p->y) + row * p->ldy * (p->y_type == DT_F32 ? 4 : 2);
-    a.ldy = p->ldy;
-    a.m = m;
     a.m_pad = m_pad;
-    a.n = w->n;
-    a.k = w->k;
-    a.gated = p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
-    a.half = a.gated ? w->n / 2 : w->n;
     a.half_blocks = 1 << 24; // rows lie as they are counted
     a.w_step = linear_plain_stride(w->k);
-    a.epilogue = p->epilogue;
-    a.limit = p->limit;
-    a.bf16 = w->type == DT_BF16;
-    a.y_f32 = p->y_type == DT_F32;
     for (const instance &i : instances)
         if (i.format == w->format && strcmp(i.name, name) == 0)
             return i.launch(a, w->code, code, a.k, stream);

@@ -10,6 +10,7 @@
 // Sums are exact int32 in the tensor core's hands; scales, bias, gate and residual meet them in
 // registers, where cuBLASLt's product would leave int32 to another kernel. W does not depend on the
 // kernel before, so its first stages are asked for before that has ended.
+#include "linear_common.cuh"
 #include "linear_launch.h"
 #include "tensor_map.cuh"
 #include "traits.cuh"
@@ -25,17 +26,10 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps + 128;
 constexpr int kMathRegisters = 232, kLoadRegisters = 40;
 constexpr int kBand = 8; // clusters' tiles along m that are worked on beside each other
 
-struct tall_args {
+struct tall_args : linear_output {
     const float *w_scale, *x_scale;
-    const void *bias;
-    void *y;
-    int64_t ldy;
-    int32_t m, n, k;
-    int32_t half;             // rows of gate; n where W has no halves
     int32_t along_m, along_n; // clusters' tiles
-    linear_epilogue epilogue;
-    float limit;
-    bool share_w, gated, bf16, y_f32;
+    bool share_w;
     bool simple; // y is of 16 bits and 16-byte addresses, without bias, residual or limit
 };
 
@@ -48,25 +42,12 @@ template <int NT> constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ uint4 shared_u128(uint32_t at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
-}
 __device__ __forceinline__ void copy_to_both(uint32_t to, const void *map, int col, int row,
                                              uint32_t bar) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
                  "l"(map), "r"(col), "r"(row), "r"(bar), "h"((uint16_t)3)
                  : "memory");
-}
-
-template <int N> __device__ __forceinline__ void pin(int32_t (&v)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(v[i])::"memory");
 }
 
 // --- Walk ---------------------------------------------------------------------------------------
@@ -148,36 +129,6 @@ template <int NT> struct producer {
 
 // --- From sums to y -----------------------------------------------------------------------------
 
-__device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
-    // Reciprocals good to two places of f32; of more than 2^126 they give the zero that a 16-bit
-    // result is.
-    if (!oai) return __fdividef(1.f, 1.f + __expf(-g)) * g * u;
-    g = g > limit ? limit : g; // not fminf: NaN must stay
-    u = u > limit ? limit : u < -limit ? -limit : u;
-    return __fdividef(1.f, 1.f + __expf(-1.702f * g)) * g * (u + 1.f);
-}
-
-__device__ __forceinline__ float element_of(const void *p, int64_t i, bool bf16, bool f32) {
-    if (f32) return static_cast<const float *>(p)[i];
-    return bf16 ? to_f32(static_cast<const __nv_bfloat16 *>(p)[i])
-                : to_f32(static_cast<const __half *>(p)[i]);
-}
-
-__device__ __forceinline__ void store_four(const tall_args &a, int64_t at, const float (&v)[4]) {
-    if (a.y_f32) {
-        *reinterpret_cast<float4 *>(static_cast<float *>(a.y) + at) =
-            make_float4(v[0], v[1], v[2], v[3]);
-        return;
-    }
-    alignas(8) uint16_t e[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        e[i] = a.bf16 ? __bfloat16_as_ushort(from_f32<__nv_bfloat16>(v[i]))
-                      : __half_as_ushort(from_f32<__half>(v[i]));
-    *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(a.y) + at) =
-        *reinterpret_cast<const uint2 *>(e);
-}
-
 // Four sums of x row m, rows n .. n + 3 of W: scaled, with bias.
 __device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at, int m,
                                           int n) {
@@ -188,7 +139,7 @@ __device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uin
     v[2] = (float)(int)s.z * (x * w.z), v[3] = (float)(int)s.w * (x * w.w);
     if (!a.bias) return;
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] += element_of(a.bias, n + i, a.bf16, false);
+    for (int i = 0; i < 4; i++) v[i] += linear_element(a.bias, n + i, a.bf16, false);
 }
 
 template <int I> __device__ __forceinline__ void put_two(uint32_t at, int32_t a, int32_t b) {
@@ -245,8 +196,9 @@ __device__ __forceinline__ void put_outputs(const int32_t (&acc)[NT / 2], const 
                 float v0 = (float)acc[i] * (x_scale[h] * w.x);
                 float v1 = (float)acc[i + 1] * (x_scale[h] * w.y);
                 if (gated) {
-                    v0 = gate(v0, (float)acc[up] * (x_scale[h] * w_up.x), false, 0);
-                    v1 = gate(v1, (float)acc[up + 1] * (x_scale[h] * w_up.y), false, 0);
+                    v0 = linear_gate(v0, (float)acc[up] * (x_scale[h] * w_up.x), LINEAR_GATED, 0);
+                    v1 = linear_gate(v1, (float)acc[up + 1] * (x_scale[h] * w_up.y), LINEAR_GATED,
+                                     0);
                 }
                 put_word<I>(at + h * 1024, two_words(v0, v1, a.bf16));
             }
@@ -270,7 +222,7 @@ __device__ __forceinline__ void finish_simple(int32_t (&acc)[NT / 2], const tall
     int n = p.n0 + unit * 8;
 #pragma unroll 1
     for (int c = 0; c < chunks; c++, n += 64, y += 64) {
-        pin(acc); // what is made of them is made here, not before the loop
+        group_pin(acc); // what is made of them is made here, not before the loop
         __syncwarp();
         put_outputs<0, NT>(acc, a, p, x_scale, turn, first + c);
         __syncwarp();
@@ -296,7 +248,7 @@ __device__ __forceinline__ void finish(int32_t (&acc)[NT / 2], const tall_args &
     const int shift = a.gated ? 2 : 3, across = 1 << shift; // lanes of a row
 #pragma unroll 1
     for (int c = 0; c < NT / 32; c++) {
-        pin(acc); // what is made of them is made here, not before the loop
+        group_pin(acc); // what is made of them is made here, not before the loop
         __syncwarp();
         put_chunk<0, NT>(acc, turn + (g * kPitch + 2 * t) * 4, c + (a.gated ? NT / 32 : 0));
         __syncwarp();
@@ -308,19 +260,10 @@ __device__ __forceinline__ void finish(int32_t (&acc)[NT / 2], const tall_args &
             if (m >= a.m || n >= a.half) continue;
             const uint32_t from = turn + (r * kPitch + col) * 4;
             const int64_t at = m * a.ldy + n;
-            float v[4];
+            float v[4], u[4] = {};
             four_sums(v, a, from, m, n);
-            if (a.gated) {
-                float u[4];
-                four_sums(u, a, from + 64, m, a.half + n);
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    v[e] = gate(v[e], u[e], a.epilogue == LINEAR_GATED_OAI, a.limit);
-            } else if (a.epilogue == LINEAR_RESIDUAL) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) v[e] += element_of(a.y, at + e, a.bf16, a.y_f32);
-            }
-            store_four(a, at, v);
+            if (a.gated) four_sums(u, a, from + 64, m, a.half + n);
+            linear_put_four(a, at, v, u);
         }
     }
 }
@@ -340,7 +283,7 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
             const uint32_t x = ring + stage * kStageBytes<NT> + warp / 4 * 64 * kStep;
             const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes;
             barrier_wait(full + stage * 8, turn);
-            pin(acc);
+            group_pin(acc);
             group_fence();
 #pragma unroll
             for (int q = 0; q < kStep / 32; q++)
@@ -348,7 +291,7 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
                                               group_descriptor(w + q * 32), 1);
             group_commit();
             group_wait<0>();
-            pin(acc);
+            group_pin(acc);
             if (lane < kCtas) remote_arrive(remote_address(empty + stage * 8, lane));
             if (++stage == kStages<NT>) stage = 0, turn ^= 1;
         }
@@ -446,21 +389,9 @@ extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row,
                                            const void *code, const float *x_scale,
                                            kernel_stream stream) {
     const linear_weight *w = p->w;
-    tall_args a = {};
+    tall_args a = {linear_output_of(p, row, m)};
     a.w_scale = static_cast<const float *>(w->scale);
     a.x_scale = x_scale;
-    a.bias = w->bias;
-    a.y = static_cast<uint8_t *>(p->y) + row * p->ldy * (p->y_type == DT_F32 ? 4 : 2);
-    a.ldy = p->ldy;
-    a.m = m;
-    a.n = w->n;
-    a.k = w->k;
-    a.gated = p->epilogue == LINEAR_GATED || p->epilogue == LINEAR_GATED_OAI;
-    a.half = a.gated ? w->n / 2 : w->n;
-    a.epilogue = p->epilogue;
-    a.limit = p->limit;
-    a.bf16 = w->type == DT_BF16;
-    a.y_f32 = p->y_type == DT_F32;
     const int64_t tiles = (m + kRows - 1) / kRows * (int64_t)((w->n + 255) / 256);
     const int64_t waves = div_up(tiles, p->n_sms), halves = div_up(2 * tiles, p->n_sms);
     return 5 * waves <= 3 * halves ? launch<256>(a, w->code, code, p->n_sms, (cudaStream_t)stream)

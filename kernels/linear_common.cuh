@@ -16,6 +16,7 @@
 #ifndef LINEAR_COMMON_CUH
 #define LINEAR_COMMON_CUH
 #include "linear_dequant.cuh"
+#include "linear_epilogue.cuh"
 
 enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8, LINEAR_SUMS_BYTES = 256 * 1024 };
 
@@ -214,15 +215,6 @@ template <> __device__ __forceinline__ __half linear_round<__half>(float x) {
 }
 template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
-}
-
-__device__ __forceinline__ float linear_gate(float g, float u, int epilogue, float limit) {
-    // Reciprocals good to two places of f32; of more than 2^126 they give the zero that a 16-bit
-    // result is.
-    if (epilogue == LINEAR_GATED) return __fdividef(1.f, 1.f + __expf(-g)) * g * u;
-    g = fminf(g, limit);
-    u = fminf(fmaxf(u, -limit), limit);
-    return __fdividef(1.f, 1.f + __expf(-1.702f * g)) * g * (u + 1.f);
 }
 
 __device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, const linear_args &p) {

@@ -5,6 +5,7 @@
 //   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16
 //
 // Space of the plain route holds a part of the rows of x at a time: codes, scales, sums.
+#include "linear_epilogue.cuh"
 #include "linear_launch.h"
 #include "quantize.h"
 #include "traits.cuh"
@@ -50,15 +51,9 @@ plain_space lay(const linear_weight *w, int32_t rows, void *base) {
 
 // --- From sums to y ----------------------------------------------------------------------------
 
-struct finish_args {
-    const void *sums; // [m, n]: int32, or already scaled in the type of y
-    void *y;
-    const void *bias;
+struct finish_args : linear_output {
+    const void *sums;               // [m, n]: int32, or already scaled in the type of y
     const float *x_scale, *w_scale; // of int32 sums
-    int64_t ldy;
-    int32_t m, n, n_out;
-    linear_epilogue epilogue;
-    float limit;
 };
 
 template <typename S> __device__ __forceinline__ void four(float (&v)[kEach], const S *p);
@@ -101,27 +96,18 @@ __device__ __forceinline__ void linear_part(float (&v)[kEach], const finish_args
     }
 }
 
-// Not fminf and fmaxf: they would turn NaN into the limit and hide it.
-__device__ __forceinline__ float gate(float g, float u, bool oai, float limit) {
-    if (!oai) return g / (1.f + expf(-g)) * u;
-    g = g > limit ? limit : g;
-    u = u > limit ? limit : u < -limit ? -limit : u;
-    return g / (1.f + expf(-1.702f * g)) * (u + 1.f);
-}
-
 template <typename S, typename T, typename Y>
 __global__ void __launch_bounds__(kThreads) finish(const finish_args a) {
     const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    const int units = a.n_out / kEach, r = (int)(i / units), c = (int)(i % units) * kEach;
+    const int units = a.half / kEach, r = (int)(i / units), c = (int)(i % units) * kEach;
     if (r >= a.m) return;
     float v[kEach];
     linear_part<S, T>(v, a, r, c);
     Y *y = static_cast<Y *>(a.y) + r * a.ldy + c;
-    if (a.epilogue == LINEAR_GATED || a.epilogue == LINEAR_GATED_OAI) {
+    if (a.gated) {
         float u[kEach];
-        linear_part<S, T>(u, a, r, c + a.n_out);
-        for (int j = 0; j < kEach; j++)
-            v[j] = gate(v[j], u[j], a.epilogue == LINEAR_GATED_OAI, a.limit);
+        linear_part<S, T>(u, a, r, c + a.half);
+        for (int j = 0; j < kEach; j++) v[j] = linear_gate(v[j], u[j], a.epilogue, a.limit);
     } else if (a.epilogue == LINEAR_RESIDUAL) {
         float before[kEach];
         four<Y>(before, y);
@@ -132,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) finish(const finish_args a) {
 
 template <typename T>
 status launch_finish(const finish_args &a, dtype sums, dtype y, cudaStream_t stream) {
-    const unsigned blocks = (unsigned)div_up((int64_t)a.m * (a.n_out / kEach), kThreads);
+    const unsigned blocks = (unsigned)div_up((int64_t)a.m * (a.half / kEach), kThreads);
     auto *const kernel = sums == DT_I32
                              ? (y == DT_F32 ? finish<int32_t, T, float> : finish<int32_t, T, T>)
                              : (y == DT_F32 ? finish<float, T, float> : finish<T, T, T>);
@@ -217,18 +203,10 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     product.out_type = int8 ? DT_I32 : gated(p) ? w->type : p->y_type;
     product.ldo = w->n;
     TRY(linear_lt(&product, stream));
-    finish_args a = {};
+    finish_args a = {linear_output_of(p, row, m)};
     a.sums = s.sums;
-    a.y = y;
-    a.bias = w->bias;
     a.x_scale = int8 ? s.scale : nullptr;
     a.w_scale = product.w_scale;
-    a.ldy = p->ldy;
-    a.m = m;
-    a.n = w->n;
-    a.n_out = gated(p) ? w->n / 2 : w->n;
-    a.epilogue = p->epilogue;
-    a.limit = p->limit;
     return w->type == DT_BF16 ? launch_finish<__nv_bfloat16>(a, product.out_type, p->y_type, stream)
                               : launch_finish<__half>(a, product.out_type, p->y_type, stream);
 }

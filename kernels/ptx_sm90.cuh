@@ -157,6 +157,10 @@ template <int N> __device__ __forceinline__ void group_pin(float (&acc)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(acc[i])::"memory");
 }
+template <int N> __device__ __forceinline__ void group_pin(int32_t (&acc)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(acc[i])::"memory");
+}
 
 // Rows of 128 bytes, 8 of them 1024 bytes, 128-byte swizzle (PTX ISA 8.5, section 9.7.14.5.1).
 // Sixteen 2-byte elements further along a row are 32 bytes further. Shared addresses have 18

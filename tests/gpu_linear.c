@@ -1,5 +1,5 @@
 /* gpu_linear.c - the linear kernels against float64 on a GPU: every variant that a format has,
- * edge shapes, epilogues, grouped problems, activations of 8 bits; outputs start as NaN, a
+ * edge shapes, epilogues, grouped problems, activations of 8 bits, NaN; outputs start as NaN, a
  * repetition must give the same bits, and a planted error must be noticed. Not a cmocka test: it
  * runs where there may be nothing but the CUDA runtime.
  *
@@ -276,6 +276,63 @@ static void rounds(int32_t f, dtype type) {
     }
 }
 
+static void *zeros(int64_t bytes) {
+    void *at = NULL;
+    if (cudaMalloc(&at, (size_t)bytes) != cudaSuccess ||
+        cudaMemset(at, 0, (size_t)bytes) != cudaSuccess)
+        CHECK(!"device memory");
+    return at;
+}
+
+static bool zero_weight(linear_weight *w, int32_t f, int32_t n, int32_t k, int32_t count) {
+    int64_t code_bytes, scale_bytes;
+    *w = weight_of(f, DT_BF16, n, k, count);
+    w->family = linear_family(linear_probe_sm(), 0);
+    if (linear_pack_bytes(w, &code_bytes, &scale_bytes) != ST_OK) return false;
+    w->code = zeros(code_bytes);
+    w->scale = zeros(scale_bytes);
+    return true;
+}
+
+/* A row of x with one NaN through every kernel and gate: its outputs are NaN, which a limit must
+ * not hide, and those of the other rows (the twin) the zeros that zero weights make. */
+static void not_a_number(int32_t f) {
+    enum { N = 1024, K = 512, M = 300 };
+    static const int32_t ms[] = {2, 16, 32, 64, 128, M};
+    static uint16_t x[M * K], y[M * N / 2];
+    linear_weight w;
+    if (!zero_weight(&w, f, N, K, 1)) {
+        printf("FAIL W%s: %s\n", formats[f].name, fail_message());
+        failures++;
+        return;
+    }
+    linear_problem p = {.w = &w, .x = zeros(sizeof x), .y = zeros(sizeof y), .y_type = DT_BF16};
+    p.ldx = K, p.ldy = N / 2, p.limit = 0.5f, p.sm = linear_probe_sm();
+    cudaDeviceGetAttribute(&p.n_sms, cudaDevAttrMultiProcessorCount, 0);
+    p.workspace = zeros(linear_workspace_bytes(&w, M, p.n_sms));
+    for (int32_t family = 80; family <= 90; family += 10)
+        for (const char *const *v = linear_variants(family); *v; v++)
+            for (int32_t i = 0; i < 2 * (int32_t)COUNT_OF(ms); i++) {
+                p.kernel = *v, p.m = ms[i / 2];
+                p.epilogue = i % 2 ? LINEAR_GATED_OAI : LINEAR_GATED;
+                memset(x, 0, sizeof x);
+                x[(p.m - 1) * K + 5] = 0x7fc0;
+                cudaMemcpy((void *)(uintptr_t)p.x, x, sizeof x, cudaMemcpyHostToDevice);
+                const status st = kernel_linear(&p, NULL);
+                if (st == ST_UNSUPPORTED) continue;
+                cudaMemcpy(y, p.y, sizeof y, cudaMemcpyDeviceToHost);
+                int32_t wrong = st != ST_OK;
+                for (int32_t j = 0; j < p.m * N / 2; j++)
+                    wrong += ((y[j] & 0x7fff) > 0x7f80) != (j / (N / 2) == p.m - 1);
+                checks++, failures += wrong > 0;
+                if (wrong)
+                    printf("FAIL W%s %s m=%d epilogue %d: NaN where none is, or lost, %d times\n",
+                           formats[f].name, *v, p.m, (int)p.epilogue, wrong);
+            }
+    cudaFree(w.code), cudaFree(w.scale), cudaFree((void *)(uintptr_t)p.x);
+    cudaFree(p.y), cudaFree(p.workspace);
+}
+
 static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
@@ -289,6 +346,7 @@ static int check(bool quick, const char *only) {
             lines(f, b ? DT_BF16 : DT_F16);
             whole_tiles(f, b ? DT_BF16 : DT_F16);
             rounds(f, b ? DT_BF16 : DT_F16);
+            if (b && formats[f].act == AF_16) not_a_number(f);
             printf("W%s %s: %d failures\n", formats[f].name, b ? "bf16" : "f16", failures - before);
             fflush(stdout);
         }
@@ -328,28 +386,10 @@ static int least(const char *only, const char *kernel) {
     return failures > 0;
 }
 
-static void *zeros(int64_t bytes) {
-    void *at = NULL;
-    if (cudaMalloc(&at, (size_t)bytes) != cudaSuccess ||
-        cudaMemset(at, 0, (size_t)bytes) != cudaSuccess)
-        CHECK(!"device memory");
-    return at;
-}
-
 static double seconds(void) {
     struct timespec t;
     timespec_get(&t, TIME_UTC);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static bool zero_experts(linear_weight *w, int32_t n, int32_t k, int32_t count) {
-    int64_t code_bytes, scale_bytes;
-    *w = weight_of(2, DT_BF16, n, k, count);
-    w->family = linear_family(linear_probe_sm(), 0);
-    if (linear_pack_bytes(w, &code_bytes, &scale_bytes) != ST_OK) return false;
-    w->code = zeros(code_bytes);
-    w->scale = zeros(scale_bytes);
-    return true;
 }
 
 /* route, permute and a product of gathered rows, as a step of serving launches them: 224 tokens,
@@ -363,7 +403,7 @@ static int mixture(const char *kernel) {
     enum { BATCHES = 400, LAYERS = 16 };
     static float logits[T * X];
     linear_weight w, down;
-    if (!zero_experts(&w, N, K, X) || !zero_experts(&down, DOWN_N, DOWN_K, X)) return 1;
+    if (!zero_weight(&w, 2, N, K, X) || !zero_weight(&down, 2, DOWN_N, DOWN_K, X)) return 1;
     int sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     float *from = zeros(sizeof logits), *share = zeros(T * TOP * 4);
