@@ -8,13 +8,9 @@
  *
  * All requests start together and are as long, so that both ways run the same batches; company may
  * change the last bits of a row. */
-#include "test.h"
+#include "gpu_test.h"
 
 #include "engine.h"
-
-#include <cuda_runtime_api.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum { SEQS_MAX = 256, NEW = 120, PROMPT = 40 };
 
@@ -203,11 +199,8 @@ static int time_steps(const char *model, const char *format, int32_t seqs, int32
 }
 
 int main(int argc, char **argv) {
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
-        printf("skipped: no device\n");
-        return getenv("AMALGAM_GPU_MUST") != NULL;
-    }
+    int result;
+    if (gpu_missing(&result)) return result;
     int64_t seqs, tp = 1;
     if (argc >= 5 && parse_i64(argv[4], 1, SEQS_MAX, &seqs) &&
         (argc == 5 || parse_i64(argv[5], 1, 8, &tp)))

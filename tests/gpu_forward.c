@@ -17,26 +17,20 @@
  * keeps the bound. */
 #include "gpu_run.h"
 
-#include "safetensors.h"
-
-#include <cuda_runtime_api.h>
-#include <dirent.h>
-
-#define MODELS "tests/vectors/models"
-enum { GOLDEN_MAX = 128, LAYERS_MAX = 4, EXPERTS_MAX = 32 };
+enum { LAYERS_MAX = 4, EXPERTS_MAX = 32 };
 
 /* --- Routes --------------------------------------------------------------------------------- */
 
 /* Router logits of one run, by layer and token. */
 typedef struct {
-    float logit[LAYERS_MAX][GOLDEN_MAX][EXPERTS_MAX];
+    float logit[LAYERS_MAX][GOLDEN_TOKENS][EXPERTS_MAX];
     int32_t at, layer; /* of the step: its first token; the next layer that routes */
 } routes;
 
 static routes route_of_cuda, route_of_cpu, *route; /* route: where a run writes; NULL = nowhere */
 
 static status note(device *d, const device_ops *own, tensor logits) {
-    static float x[GOLDEN_MAX * EXPERTS_MAX];
+    static float x[GOLDEN_TOKENS * EXPERTS_MAX];
     if (!route) return ST_OK;
     TRY(own->read(d, logits, x));
     for (int64_t t = 0; t < logits.rows; t++)
@@ -137,25 +131,6 @@ static void generate(run *r, const int32_t *prompt, int32_t n_prompt, int32_t st
 
 /* --- Tests ---------------------------------------------------------------------------------- */
 
-typedef struct {
-    const char *name;
-    char dir[256];
-    int32_t n, token[GOLDEN_MAX];
-} golden;
-
-static void golden_open(golden *g, const char *name) {
-    char path[512];
-    safetensors *file;
-    g->name = name;
-    path_join(g->dir, sizeof g->dir, MODELS, name);
-    assert_ok(safetensors_open(&file, path_join(path, sizeof path, g->dir, "golden.safetensors")));
-    const tensor_view *ids = safetensors_find(file, "input_ids");
-    assert_non_null(ids);
-    g->n = (int32_t)i64_min(ids->dim[0], GOLDEN_MAX);
-    memcpy(g->token, ids->data, sizeof(int32_t) * (size_t)g->n);
-    safetensors_close(file);
-}
-
 /* Logits of one model on one device; NULL when it refuses the format. */
 static float *logits_on(const golden *g, const char *device_name, const char *format,
                         device_options o, model_config *c) {
@@ -195,7 +170,7 @@ static double error_of(const golden *g, const char *format, dtype type, device_o
 static double error_of_routed(const golden *g, dtype type, int32_t family, double bound,
                               int32_t *n_other) {
     model_config c;
-    bool other[GOLDEN_MAX];
+    bool other[GOLDEN_TOKENS];
     forced = type;
     route = &route_of_cuda;
     float *got = logits_on(g, "cuda", "W16A16KV16", (device_options){.kernel_family = family}, &c);
@@ -250,11 +225,8 @@ static void architecture(const char *name) {
 static const char *only; /* a model to test alone, as under compute-sanitizer; NULL: all */
 
 static void for_each_model(void (*test)(const char *name)) {
-    DIR *dir = opendir(MODELS);
-    assert_non_null(dir);
-    for (struct dirent *f; (f = readdir(dir)) != NULL;)
-        if (f->d_name[0] != '.' && (!only || !strcmp(only, f->d_name))) test(f->d_name);
-    closedir(dir);
+    for (int32_t i = 0; i < COUNT_OF(golden_names); i++)
+        if (!only || !strcmp(only, golden_names[i])) test(golden_names[i]);
 }
 
 static void test_architectures(void **state) {
@@ -377,12 +349,9 @@ static void test_error(void **state) {
 }
 
 int main(int argc, char **argv) {
-    int n = 0;
+    int result;
     only = argc > 1 ? argv[1] : NULL;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
-        printf("skipped: no device\n");
-        return getenv("AMALGAM_GPU_MUST") != NULL;
-    }
+    if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_refusals), cmocka_unit_test(test_architectures),
         cmocka_unit_test(test_formats),  cmocka_unit_test(test_dequant_first),

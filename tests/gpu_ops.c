@@ -4,7 +4,7 @@
  * Inputs are rounded to the kernel's type first; what is left is the kernel's own rounding: u =
  * 2^-11 (fp16) or 2^-8 (bf16) of one final rounding, and f32 inside. Twins perturb one element and
  * must be caught. */
-#include "test.h"
+#include "gpu_test.h"
 
 #include "activation.h"
 #include "draw.h"
@@ -22,10 +22,6 @@
 #include "sampler.h"
 #include "unpack.h"
 #include "weights.h"
-
-#include <cuda_runtime_api.h>
-#include <stdlib.h>
-#include <string.h>
 
 static bool least;
 static const dtype types[] = {DT_F16, DT_BF16};
@@ -1272,13 +1268,10 @@ static void test_unpack(void **state) {
 
 /* gpu_ops [TEST]: one test alone; gpu_ops least TEST: on few and small cases. */
 int main(int argc, char **argv) {
-    int n = 0;
+    int result;
     least = argc > 2 && !strcmp(argv[1], "least");
     if (argc > 1) cmocka_set_test_filter(argv[argc - 1]);
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
-        printf("skipped: no device\n");
-        return getenv("AMALGAM_GPU_MUST") != NULL;
-    }
+    if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_rows_upload),
         cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),

@@ -14,21 +14,18 @@
  *
  * Losses: sums of k products in f32 of errors that are the same to 2^-23 of a weight. Errors are
  * tenths of a step of a fifteenth, so 2^-23 w is 10^-5 of them: 10^-4 in all. */
-#include "test.h"
+#include "gpu_test.h"
 
 #include "calibrate.h"
 #include "corpus.h"
 #include "engine.h"
 #include "evaluate.h"
+#include "folder.h"
 #include "quantise.h"
 #include "rng.h"
 #include "timeline.h"
 #include "tokenizer.h"
 #include "weights.h"
-
-#include <cuda_runtime_api.h>
-#include <stdlib.h>
-#include <string.h>
 
 #define TINY "workloads/tiny"
 
@@ -365,23 +362,14 @@ static double share_equal_codes(const char *a, const char *b, const precision *p
     return same / all;
 }
 
-static char folder[64], on_cpu[80], on_cuda[80], by_rtn[80];
+static char on_cpu[80], on_cuda[80], by_rtn[80];
 
-static int open_folder(void **state) {
-    (void)state;
-    strcpy(folder, "/tmp/amalgam_quantise_XXXXXX");
-    if (!mkdtemp(folder)) return -1;
-    snprintf(on_cpu, sizeof on_cpu, "%s/cpu", folder);
-    snprintf(on_cuda, sizeof on_cuda, "%s/cuda", folder);
-    snprintf(by_rtn, sizeof by_rtn, "%s/rtn", folder);
+static int make_paths(void **state) {
+    if (make_folder(state)) return -1;
+    path_join(on_cpu, sizeof on_cpu, folder, "cpu");
+    path_join(on_cuda, sizeof on_cuda, folder, "cuda");
+    path_join(by_rtn, sizeof by_rtn, folder, "rtn");
     return 0;
-}
-
-static int remove_folder(void **state) {
-    char command[128];
-    (void)state;
-    snprintf(command, sizeof command, "rm -r '%s'", folder);
-    return system(command);
 }
 
 static double make_checkpoint(quantise_options o, quantise_method m, const char *device_name,
@@ -509,16 +497,13 @@ static int show_times(void) {
 }
 
 int main(int argc, char **argv) {
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
-        printf("skipped: no device\n");
-        return getenv("AMALGAM_GPU_MUST") != NULL;
-    }
+    int result;
+    if (gpu_missing(&result)) return result;
     if (argc > 1 && !strcmp(argv[1], "time")) return show_times();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_moments), cmocka_unit_test(test_gptq),
         cmocka_unit_test(test_losses),  cmocka_unit_test(test_checkpoint),
         cmocka_unit_test(test_experts),
     };
-    return cmocka_run_group_tests(tests, open_folder, remove_folder);
+    return cmocka_run_group_tests(tests, make_paths, remove_folder);
 }

@@ -7,20 +7,12 @@
  * some thirty. Greedy tokens may part only at a near-tie. An error e of a row in relative norm is
  * e |row| / sqrt V of an element, root mean square; a difference of two logits in two runs has
  * twice that, and five deviations of it are 10 e |row| / sqrt V. */
-#include "test.h"
+#include "gpu_test.h"
 
 #include "forward.h"
 #include "kernel.h"
 #include "nccl.h"
-#include "safetensors.h"
 
-#include <cuda_runtime_api.h>
-#include <dirent.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define MODELS "tests/vectors/models"
 enum { TOKENS = 96, PAGES = 16, RANKS = 2 };
 
 typedef struct {
@@ -99,23 +91,6 @@ static int32_t step(run *r, const int32_t *token, int32_t at, int32_t n, const s
     return drawn[b.n_samples - 1].token;
 }
 
-typedef struct {
-    char dir[256];
-    int32_t n, token[TOKENS];
-} golden;
-
-static void golden_open(golden *g, const char *name) {
-    char path[512];
-    safetensors *file;
-    path_join(g->dir, sizeof g->dir, MODELS, name);
-    assert_ok(safetensors_open(&file, path_join(path, sizeof path, g->dir, "golden.safetensors")));
-    const tensor_view *ids = safetensors_find(file, "input_ids");
-    assert_non_null(ids);
-    g->n = (int32_t)i64_min(ids->dim[0], TOKENS);
-    memcpy(g->token, ids->data, sizeof(int32_t) * (size_t)g->n);
-    safetensors_close(file);
-}
-
 /* Logits of all tokens: a chunk, single tokens, the rest. NULL with the refusal printed. */
 static float *logits_on(const golden *g, const char *device_name, const char *format,
                         device_options o, dtype *type, int64_t *n) {
@@ -181,20 +156,12 @@ static void logits_of(const char *name) {
     }
 }
 
-static void for_each_model(void (*test)(const char *name)) {
-    DIR *dir = opendir(MODELS);
-    assert_non_null(dir);
-    for (struct dirent *f; (f = readdir(dir)) != NULL;)
-        if (f->d_name[0] != '.') test(f->d_name);
-    closedir(dir);
-}
-
 static void test_logits(void **state) {
     (void)state;
     failures = compared = 0;
-    for_each_model(logits_of);
+    for (int i = 0; i < COUNT_OF(golden_names); i++) logits_of(golden_names[i]);
     assert_int_equal(failures, 0);
-    assert_true(compared >= 15 + COUNT_OF(kinds));
+    assert_true(compared >= COUNT_OF(golden_names) + COUNT_OF(kinds));
 }
 
 /* Prompt of 8, then greedy to the end. */

@@ -2,13 +2,10 @@
  * transformer share. Every function is static: each test includes it once. */
 #ifndef AMALGAM_GPU_RUN_H
 #define AMALGAM_GPU_RUN_H
-#include "test.h"
+#include "gpu_test.h"
 
 #include "forward.h"
 #include "kernel.h"
-
-#include <stdlib.h>
-#include <string.h>
 
 /* Of a step at most; PAGES is no multiple of 5, so that page_of takes every page once. */
 enum { TOKENS = 2048, SEQS = 40, SEQ_PAGES = 3, PAGES = SEQS * SEQ_PAGES + 2 };

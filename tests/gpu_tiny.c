@@ -19,12 +19,9 @@
 
 #include "corpus.h"
 #include "engine.h"
+#include "folder.h"
 #include "quantise.h"
 #include "tokenizer.h"
-
-#include <cuda_runtime_api.h>
-#include <dirent.h>
-#include <unistd.h>
 
 #define TINY "workloads/tiny"
 
@@ -205,31 +202,24 @@ static void test_long_chunks(void **state) {
 /* The checkpoint written in a layout of other tools, then its codes as they stand on both devices.
  */
 static double error_of_layout(save_layout layout, const char *format) {
-    char dir[] = "/tmp/gpu_tiny.XXXXXX", activations[64];
+    char activations[64];
     int64_t n;
     quantise_options q = QUANTISE_OPTIONS_DEFAULT;
-    assert_non_null(mkdtemp(dir));
+    assert_int_equal(make_folder(NULL), 0);
     q.model = TINY;
-    q.out = dir;
+    q.out = folder;
     q.layout = layout;
     assert_ok(precision_parse(&q.precision, format));
     assert_ok(quantise_checkpoint(&q));
     snprintf(activations, sizeof activations, "%sA16KV16", format);
     forced = DT_F16;
-    float *got = logits_in(dir, "cuda", activations, (device_options){0}, many, &n);
-    float *want = logits_in(dir, "cpu", activations, one_thread, many, &n);
+    float *got = logits_in(folder, "cuda", activations, (device_options){0}, many, &n);
+    float *want = logits_in(folder, "cpu", activations, one_thread, many, &n);
     assert_non_null(got);
     const double e = relative_error(got, want, n);
     free(want);
     free(got);
-    DIR *list = opendir(dir);
-    assert_non_null(list);
-    for (struct dirent *f; (f = readdir(list)) != NULL;) {
-        char path[512];
-        if (f->d_name[0] != '.') (void)remove(path_join(path, sizeof path, dir, f->d_name));
-    }
-    closedir(list);
-    (void)remove(dir);
+    assert_int_equal(remove_folder(NULL), 0);
     return e;
 }
 
@@ -457,11 +447,8 @@ static void test_soak(void **state) {
 }
 
 int main(void) {
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
-        printf("skipped: no device\n");
-        return getenv("AMALGAM_GPU_MUST") != NULL;
-    }
+    int result;
+    if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_logits),      cmocka_unit_test(test_formats),
         cmocka_unit_test(test_long_chunks), cmocka_unit_test(test_layouts),

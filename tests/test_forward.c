@@ -9,15 +9,14 @@
 #include "test.h"
 
 #include "forward.h"
+#include "golden.h"
 #include "kernel.h"
 #include "rng.h"
 #include "safetensors.h"
-#include <dirent.h>
 #include <string.h>
 #include <time.h>
 
-#define MODELS "tests/vectors/models"
-enum { MAX_TOKENS = 256, MAX_SEQS = 8, PAGES = 64, STREAM_PAGES = 8, GOLDEN_MODELS = 15 };
+enum { MAX_TOKENS = 256, MAX_SEQS = 8, PAGES = 64, STREAM_PAGES = 8 };
 
 /* --- An engine of one model ------------------------------------------------------------------- */
 
@@ -208,7 +207,7 @@ static void golden_open_at(golden *g, const char *dir, const char *data) {
 
 static void golden_open(golden *g, const char *name) {
     char dir[256];
-    path_join(dir, sizeof dir, MODELS, name);
+    path_join(dir, sizeof dir, GOLDENS, name);
     golden_open_at(g, dir, dir);
 }
 
@@ -223,16 +222,7 @@ static double golden_error(const golden *g) {
 }
 
 static void for_each_golden(void (*test)(const char *name)) {
-    DIR *dir = opendir(MODELS);
-    assert_non_null(dir);
-    int32_t count = 0;
-    for (struct dirent *f; (f = readdir(dir)) != NULL;) {
-        if (f->d_name[0] == '.') continue;
-        test(f->d_name);
-        count++;
-    }
-    closedir(dir);
-    assert_true(count >= GOLDEN_MODELS);
+    for (int32_t i = 0; i < COUNT_OF(golden_names); i++) test(golden_names[i]);
 }
 
 static const double golden_tolerance = 1e-4;
@@ -702,7 +692,7 @@ static void test_refusals(void **state) {
  * (the sanitizer counts). */
 static void test_no_memory(void **state) {
     (void)state;
-    const char *const dir = MODELS "/qwen3_moe";
+    const char *const dir = GOLDENS "/qwen3_moe";
     engine *e = mem_alloc(1, sizeof *e);
     const device_ops *ops;
     assert_ok(device_find(&ops, "cpu"));

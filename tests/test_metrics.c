@@ -3,6 +3,7 @@
 
 #include "metrics.h"
 #include "rng.h"
+#include "vllm_keys.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -236,34 +237,7 @@ static void json_has_units_and_vllm_its_own_names(void **state) {
     assert_close(number(o, "goodput_per_s"), 20, 1e-9);
     assert_null(json_object_get(o, "steady_output_tokens_per_s"));
     assert_ok(metrics_json_vllm(&m, v));
-    static const char *const keys[] = {"duration",
-                                       "completed",
-                                       "failed",
-                                       "total_input_tokens",
-                                       "total_output_tokens",
-                                       "request_throughput",
-                                       "request_goodput",
-                                       "output_throughput",
-                                       "total_token_throughput",
-                                       "max_output_tokens_per_s",
-                                       "max_concurrent_requests",
-                                       "mean_ttft_ms",
-                                       "median_ttft_ms",
-                                       "std_ttft_ms",
-                                       "p99_ttft_ms",
-                                       "mean_tpot_ms",
-                                       "median_tpot_ms",
-                                       "std_tpot_ms",
-                                       "p99_tpot_ms",
-                                       "mean_itl_ms",
-                                       "median_itl_ms",
-                                       "std_itl_ms",
-                                       "p99_itl_ms",
-                                       "mean_e2el_ms",
-                                       "median_e2el_ms",
-                                       "std_e2el_ms",
-                                       "p99_e2el_ms"};
-    for (int i = 0; i < COUNT_OF(keys); i++) number(v, keys[i]);
+    for (int i = 0; i < COUNT_OF(vllm_keys); i++) number(v, vllm_keys[i]);
     assert_close(number(v, "mean_ttft_ms"), 62.0 / 3,
                  1e-9); /* from dispatch, as its client sees it */
     assert_close(number(v, "median_e2el_ms"), 39, 1e-9);

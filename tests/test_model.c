@@ -1,26 +1,12 @@
 /* test_model.c - config.json: the sixteen models, both spellings, defaults by class, bad values. */
+#include "golden.h"
 #include "json.h"
 #include "model.h"
 #include "test.h"
 #include "weights.h"
 
+#include <dirent.h>
 #include <string.h>
-
-static const char *const goldens[] = {"gpt_oss",
-                                      "internlm2",
-                                      "llama",
-                                      "llama_bias_tied",
-                                      "llama_rope_linear",
-                                      "llama_rope_llama3",
-                                      "mistral",
-                                      "mistral_window",
-                                      "mixtral",
-                                      "mixtral_fused",
-                                      "qwen2",
-                                      "qwen2_yarn",
-                                      "qwen3",
-                                      "qwen3_moe",
-                                      "qwen3_moe_fused"};
 
 /* Published totals in units of 1e9 and the sizes of facts/models_gpus.md 2.2. */
 typedef struct {
@@ -117,19 +103,31 @@ static void test_particulars(void **state) {
 static void load_golden(model_config *c, const char *name, const char *file) {
     char path[256], *data;
     size_t n;
-    snprintf(path, sizeof path, "tests/vectors/models/%s/%s", name, file);
+    snprintf(path, sizeof path, GOLDENS "/%s/%s", name, file);
     assert_ok(file_read(&data, &n, path));
     assert_ok(model_config_parse(c, data, n, path));
     mem_free(data);
 }
 
+/* golden.h names every folder that there is, so that no test passes one by. */
+static void test_golden_names(void **state) {
+    (void)state;
+    DIR *dir = opendir(GOLDENS);
+    assert_non_null(dir);
+    int32_t n = 0;
+    for (struct dirent *f; (f = readdir(dir)) != NULL;) n += f->d_name[0] != '.';
+    closedir(dir);
+    assert_int_equal(n, COUNT_OF(golden_names));
+}
+
 static void test_both_spellings(void **state) {
     (void)state;
-    for (int32_t i = 0; i < COUNT_OF(goldens); i++) {
+    for (int32_t i = 0; i < COUNT_OF(golden_names); i++) {
         model_config now, old;
-        load_golden(&now, goldens[i], "config.json");
-        load_golden(&old, goldens[i], "config_v4.json");
-        if (memcmp(&now, &old, sizeof now) != 0) fail_msg("%s: the spellings differ", goldens[i]);
+        load_golden(&now, golden_names[i], "config.json");
+        load_golden(&old, golden_names[i], "config_v4.json");
+        if (memcmp(&now, &old, sizeof now) != 0)
+            fail_msg("%s: the spellings differ", golden_names[i]);
     }
     model_config c;
     load_golden(&c, "gpt_oss", "config.json");
@@ -472,7 +470,7 @@ int main(void) {
         cmocka_unit_test(test_gpt_oss_defaults), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_truncated),        cmocka_unit_test(test_tensor_parallel),
         cmocka_unit_test(test_rope_golden),      cmocka_unit_test(test_rope_ramp_clamped),
-        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_out_of_memory),    cmocka_unit_test(test_golden_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

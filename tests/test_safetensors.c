@@ -1,4 +1,5 @@
 /* test_safetensors.c - every lie a header can tell, built by hand; damage at every byte. */
+#include "folder.h"
 #include "json.h"
 #include "rng.h"
 #include "safetensors.h"
@@ -8,12 +9,9 @@
 #include <string.h>
 #include <unistd.h>
 
-static char dir[64];
-
 static const char *in_dir(const char *name) {
     static char path[256];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    return path;
+    return path_join(path, sizeof path, folder, name);
 }
 
 /* Write `length` as the header's length, the header, n data bytes 0, 1, 2, ... */
@@ -336,19 +334,6 @@ static void test_out_of_memory(void **state) {
     json_set_alloc_funcs(malloc, free);
 }
 
-static int make_dir(void **state) {
-    (void)state;
-    strcpy(dir, "/tmp/amalgam_safetensors_XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int remove_dir(void **state) {
-    (void)state;
-    char command[128];
-    snprintf(command, sizeof command, "rm -r '%s'", dir);
-    return system(command);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reads),         cmocka_unit_test(test_lies),
@@ -357,5 +342,5 @@ int main(void) {
         cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_index),
         cmocka_unit_test(test_out_of_memory),
     };
-    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

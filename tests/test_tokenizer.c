@@ -3,13 +3,13 @@
 #define _GNU_SOURCE
 #include "test.h"
 
+#include "folder.h"
 #include "rng.h"
 #include "tokenizer.h"
 #include "utf8.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define VECTORS "tests/vectors/tokenizers"
 
@@ -170,9 +170,8 @@ static void one_changed_id_is_noticed(void **state) {
 
 /* Two merges in the other order must show in some text. */
 static void swapped_merges_are_noticed(void **state) {
-    (void)state;
-    char folder[] = "/tmp/amalgam_tokenizer_XXXXXX", path[256];
-    assert_non_null(mkdtemp(folder));
+    char path[256];
+    assert_int_equal(make_folder(state), 0);
     json_t *corpus = read_lines(VECTORS "/corpus.jsonl"), *root;
     for (int32_t f = 0; f < COUNT_OF(families); f++) {
         snprintf(path, sizeof path, VECTORS "/%s/tokenizer.json", families[f]);
@@ -195,8 +194,7 @@ static void swapped_merges_are_noticed(void **state) {
         tokenizer_close(t);
     }
     json_decref(corpus);
-    unlink(path);
-    rmdir(folder);
+    assert_int_equal(remove_folder(state), 0);
 }
 
 static void check_text(const char *family, size_t row, const text *got, const json_t *want) {

@@ -4,6 +4,7 @@
 #include "test.h"
 
 #include "cli.h"
+#include "folder.h"
 #include "rng.h"
 #include "tokenizer.h"
 #include "utf8.h"
@@ -25,14 +26,6 @@ static bool same_text(const text *got, const char *want, size_t n) {
 
 /* --- Small tokenizers of our own -------------------------------------------------------------- */
 
-static char folder[64];
-
-static int make_folder(void **state) {
-    (void)state;
-    strcpy(folder, "/tmp/amalgam_tokenizer_XXXXXX");
-    return mkdtemp(folder) ? 0 : -1;
-}
-
 /* Not file_write, which waits for the disk every time. */
 static void write_text(const char *name, const char *data, size_t n) {
     char path[128];
@@ -40,18 +33,6 @@ static void write_text(const char *name, const char *data, size_t n) {
     assert_non_null(file);
     assert_int_equal(fwrite(data, 1, n, file), n);
     fclose(file);
-}
-
-static int remove_folder(void **state) {
-    (void)state;
-    static const char *const names[] = {"tokenizer.json",          "tokenizer_config.json",
-                                        "special_tokens_map.json", "generation_config.json",
-                                        "chat_template.jinja",     "text"};
-    char path[128];
-    for (int32_t i = 0; i < COUNT_OF(names); i++)
-        unlink(path_join(path, sizeof path, folder, names[i]));
-    rmdir(folder);
-    return 0;
 }
 
 #define MODEL(more)                                                                                \

@@ -2,31 +2,22 @@
  * file whatever stops the program. */
 #include "test.h"
 
+#include "folder.h"
 #include "json.h"
 #include "rng.h"
 #include "trace.h"
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { REQUESTS = 60, LONGEST = 300 };
 
-static char folder[] = "/tmp/amalgam_trace_XXXXXX";
 static char path[128], other[128];
 
-static int make_folder(void **state) {
-    (void)state;
-    if (!mkdtemp(folder)) return -1;
-    snprintf(path, sizeof path, "%s/recorded.jsonl", folder);
-    snprintf(other, sizeof other, "%s/changed.jsonl", folder);
+static int make_paths(void **state) {
+    if (make_folder(state)) return -1;
+    path_join(path, sizeof path, folder, "recorded.jsonl");
+    path_join(other, sizeof other, folder, "changed.jsonl");
     return 0;
-}
-
-static int remove_folder(void **state) {
-    (void)state;
-    unlink(path);
-    unlink(other);
-    return rmdir(folder);
 }
 
 /* Draws depend on the tokens before them, so that a wrong replay runs away from the recording. */
@@ -341,5 +332,5 @@ int main(void) {
         cmocka_unit_test(survives_every_refused_allocation),
         cmocka_unit_test(a_full_disk_is_an_error),
     };
-    return cmocka_run_group_tests_name("trace", tests, make_folder, remove_folder);
+    return cmocka_run_group_tests_name("trace", tests, make_paths, remove_folder);
 }

@@ -1,5 +1,7 @@
 /* test_weights.c - sources against the tensors they come from, by other means; disagreements of
  * checkpoint and config; shards; sizes; synthetic values. */
+#include "folder.h"
+#include "golden.h"
 #include "ref_quant.h"
 #include "rng.h"
 #include "safetensors.h"
@@ -9,24 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const goldens[] = {"gpt_oss",
-                                      "internlm2",
-                                      "llama",
-                                      "llama_bias_tied",
-                                      "llama_rope_linear",
-                                      "llama_rope_llama3",
-                                      "mistral",
-                                      "mistral_window",
-                                      "mixtral",
-                                      "mixtral_fused",
-                                      "qwen2",
-                                      "qwen2_yarn",
-                                      "qwen3",
-                                      "qwen3_moe",
-                                      "qwen3_moe_fused"};
-
-static char dir[64];
-
 typedef struct {
     model_config c;
     checkpoint *k;
@@ -35,7 +19,7 @@ typedef struct {
 
 static golden open_golden(const char *name) {
     char path[256];
-    snprintf(path, sizeof path, "tests/vectors/models/%s", name);
+    snprintf(path, sizeof path, GOLDENS "/%s", name);
     golden g;
     assert_ok(model_config_load(&g.c, path));
     assert_ok(checkpoint_open(&g.k, &g.c, path, 0));
@@ -236,8 +220,8 @@ static void test_fused_twins(void **state) {
 /* Parts are what weights.h promises to devices: every row once, in order, same number a matrix. */
 static void test_part_order(void **state) {
     (void)state;
-    for (int32_t i = 0; i < COUNT_OF(goldens); i++) {
-        golden g = open_golden(goldens[i]);
+    for (int32_t i = 0; i < COUNT_OF(golden_names); i++) {
+        golden g = open_golden(golden_names[i]);
         for (int32_t f = WEIGHT_embed; f < WEIGHT_COUNT; f++) {
             if (!weight_field_present(&g.c, (weight_field)f)) continue;
             const weight_source s = source_of(&g, (weight_field)f, 0);
@@ -265,7 +249,7 @@ static void test_part_order(void **state) {
 static void write_variant(const char *name, const char *drop, const tensor_view *add,
                           int32_t n_add) {
     char path[256];
-    snprintf(path, sizeof path, "tests/vectors/models/%s", name);
+    snprintf(path, sizeof path, GOLDENS "/%s", name);
     safetensors *s;
     assert_ok(safetensors_open(&s, path));
     tensor_view list[256];
@@ -273,14 +257,14 @@ static void write_variant(const char *name, const char *drop, const tensor_view 
     for (int32_t i = 0; i < safetensors_count(s); i++)
         if (!strstr(safetensors_at(s, i)->name, drop)) list[n++] = *safetensors_at(s, i);
     for (int32_t i = 0; i < n_add; i++) list[n++] = add[i];
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
     assert_ok(safetensors_write(path, list, n));
     safetensors_close(s);
     char *data;
     size_t size;
-    snprintf(path, sizeof path, "tests/vectors/models/%s/config.json", name);
+    snprintf(path, sizeof path, GOLDENS "/%s/config.json", name);
     assert_ok(file_read(&data, &size, path));
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    snprintf(path, sizeof path, "%s/config.json", folder);
     assert_ok(file_write(path, data, size));
     mem_free(data);
 }
@@ -290,10 +274,10 @@ static void refuse(const char *name, const char *drop, const tensor_view *add, s
     write_variant(name, drop, add, add ? 1 : 0);
     model_config c;
     checkpoint *k;
-    assert_ok(model_config_load(&c, dir));
-    const status st = checkpoint_open(&k, &c, dir, 0);
+    assert_ok(model_config_load(&c, folder));
+    const status st = checkpoint_open(&k, &c, folder, 0);
     if (st != want ||
-        (st != ST_OK && (!strstr(fail_message(), says) || !strstr(fail_message(), dir))))
+        (st != ST_OK && (!strstr(fail_message(), says) || !strstr(fail_message(), folder))))
         fail_msg("without '%s', with '%s': %s (%s)", drop, add ? add->name : "", status_text(st),
                  st == ST_OK ? "" : fail_message());
     checkpoint_close(k);
@@ -399,7 +383,7 @@ static void test_fused_projections(void **state) {
     }
     /* "_proj." of q k v gate up goes; o_proj and down_proj are put back by a second pass. */
     safetensors *s;
-    assert_ok(safetensors_open(&s, "tests/vectors/models/qwen2"));
+    assert_ok(safetensors_open(&s, GOLDENS "/qwen2"));
     tensor_view list[64];
     int32_t n = 0;
     for (int32_t i = 0; i < safetensors_count(s); i++) {
@@ -411,11 +395,11 @@ static void test_fused_projections(void **state) {
     }
     for (int32_t i = 0; i < 6; i++) list[n++] = add[i];
     char path[256];
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
     assert_ok(safetensors_write(path, list, n));
     safetensors_close(s);
     golden fused = {.c = g.c};
-    assert_ok(checkpoint_open(&fused.k, &g.c, dir, 0));
+    assert_ok(checkpoint_open(&fused.k, &g.c, folder, 0));
     assert_int_equal(source_of(&fused, WEIGHT_qkv, 1).n_parts, 1);
     check_all_same(&g, &fused);
     checkpoint_close(fused.k);
@@ -428,19 +412,19 @@ static void test_digest(void **state) {
     golden g = open_golden("llama");
     model_config c;
     checkpoint *k;
-    assert_ok(model_config_load(&c, dir));
-    assert_ok(checkpoint_open(&k, &c, dir, 0));
+    assert_ok(model_config_load(&c, folder));
+    assert_ok(checkpoint_open(&k, &c, folder, 0));
     const uint64_t first = checkpoint_digest(k), full = checkpoint_digest_full(k);
     assert_true(first != full);
     checkpoint_close(k);
     char path[256];
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    snprintf(path, sizeof path, "%s/config.json", folder);
     char *data;
     size_t n;
     assert_ok(file_read(&data, &n, path));
     assert_ok(file_write(path, data, n - 1)); /* the newline at the end */
     mem_free(data);
-    assert_ok(checkpoint_open(&k, &c, dir, 0));
+    assert_ok(checkpoint_open(&k, &c, folder, 0));
     assert_true(checkpoint_digest(k) != first);
     checkpoint_close(k);
     close_golden(&g);
@@ -544,8 +528,7 @@ static void test_parts_join(void **state) {
     int32_t joined = 0;
     for (int experts = 0; experts < 2; experts++) {
         model_config c;
-        assert_ok(model_config_load(&c, experts ? "tests/vectors/models/qwen3_moe"
-                                                : "tests/vectors/models/internlm2"));
+        assert_ok(model_config_load(&c, experts ? GOLDENS "/qwen3_moe" : GOLDENS "/internlm2"));
         c.dim = 256;
         c.n_heads = 8;
         c.n_kv_heads = 2;
@@ -570,7 +553,7 @@ static void test_parts_join(void **state) {
     precision p;
     arena a;
     qmatrix q, part;
-    assert_ok(model_config_load(&c, "tests/vectors/models/internlm2"));
+    assert_ok(model_config_load(&c, GOLDENS "/internlm2"));
     assert_ok(precision_parse(&p, "WFP8b"));
     assert_ok(arena_open(&a, 16 << 20));
     const weight_shape w = weight_field_shape(&c, WEIGHT_qkv);
@@ -675,12 +658,12 @@ static void test_synthetic(void **state) {
 static void test_out_of_memory(void **state) {
     (void)state;
     model_config c;
-    assert_ok(model_config_load(&c, "tests/vectors/models/mixtral"));
+    assert_ok(model_config_load(&c, GOLDENS "/mixtral"));
     int64_t n = 1;
     for (status st = ST_NOMEM; st != ST_OK; n++) {
         checkpoint *k;
         mem_fail_at(n);
-        st = checkpoint_open(&k, &c, "tests/vectors/models/mixtral", 0);
+        st = checkpoint_open(&k, &c, GOLDENS "/mixtral", 0);
         mem_fail_at(0);
         if (st != ST_OK) assert_int_equal(st, ST_NOMEM);
         if (st != ST_OK) assert_null(k);
@@ -698,19 +681,6 @@ static void test_names(void **state) {
     assert_string_equal(weight_field_text(WEIGHT_experts_down), "experts_down");
 }
 
-static int make_dir(void **state) {
-    (void)state;
-    strcpy(dir, "/tmp/amalgam_weights_XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int remove_dir(void **state) {
-    (void)state;
-    char command[128];
-    snprintf(command, sizeof command, "rm -r '%s'", dir);
-    return system(command);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_llama_names),   cmocka_unit_test(test_biases),
@@ -722,5 +692,5 @@ int main(void) {
         cmocka_unit_test(test_synthetic),     cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_names),
     };
-    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
