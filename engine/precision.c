@@ -52,6 +52,11 @@ const char *kv_format_text(kv_format f) {
     return kv_rows[f].text;
 }
 
+int32_t weight_format_bits(weight_format f) {
+    CHECK((unsigned)f < WF_COUNT);
+    return weight_rows[f].code_bits;
+}
+
 int32_t kv_format_bits(kv_format f) {
     CHECK((unsigned)f < KF_COUNT);
     return kv_rows[f].code_bits;

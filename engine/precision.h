@@ -80,7 +80,8 @@ double precision_weight_bits(const precision *p, int32_t n, int32_t k);
 
 /* Bytes that one token of one KV head takes: codes of head_dim elements and their parameters. */
 int64_t kv_format_bytes(kv_format f, int32_t head_dim);
-int32_t kv_format_bits(kv_format f);
+int32_t kv_format_bits(kv_format f);         /* of a code */
+int32_t weight_format_bits(weight_format f); /* of a code; 16 for W16 */
 const char *kv_format_text(kv_format f);
 const char *weight_format_text(weight_format f);
 const char *act_format_text(act_format f);

@@ -277,18 +277,6 @@ static status read_layer(job *j) {
     return ST_OK;
 }
 
-/* Rows [at, at + rows) of q as a matrix of their own. */
-static qmatrix slice(const qmatrix *q, int32_t at, int32_t rows) {
-    qmatrix s = *q;
-    const bool four = q->format == WF_INT4 || q->format == WF_MXFP4 || q->format == WF_NVFP4;
-    const int64_t groups = div_up(q->k, q->group);
-    s.n = rows;
-    s.code += (int64_t)at * q->k / (four ? 2 : 1);
-    s.scale = (uint8_t *)s.scale + dtype_bytes(q->scale_type, at / q->block_n * groups);
-    if (s.zero) s.zero += at * groups;
-    return s;
-}
-
 static status write_parts(job *j, weight_field f, int32_t index, const qmatrix *q) {
     const weight_source *s = &j->source[f];
     const int32_t each = s->n_parts / s->shape.count;
@@ -299,7 +287,7 @@ static status write_parts(job *j, weight_field f, int32_t index, const qmatrix *
         if (p->row_at % q->block_n)
             return FAIL(ST_UNSUPPORTED, "tensor '%s' begins inside a block of %d rows",
                         p->tensor->name, q->block_n);
-        const qmatrix rows = slice(q, p->row_at, p->rows);
+        const qmatrix rows = qmatrix_rows(q, p->row_at, p->rows);
         TRY(save_matrix(j->out, p->tensor->name, &rows, NULL));
     }
     return ST_OK;

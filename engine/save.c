@@ -301,7 +301,6 @@ status save_matrix(save *s, const char *name, const qmatrix *q, const int32_t *o
     if (old->view.n_dims != 2 || old->view.dim[0] != q->n || old->view.dim[1] != q->k)
         return FAIL(ST_SHAPE, "'%s' is no [%d, %d]", name, q->n, q->k);
     CHECK(q->format == s->p.weight);
-    const bool four = q->format == WF_INT4 || q->format == WF_MXFP4 || q->format == WF_NVFP4;
     const writing w = {.s = s,
                        .module = arena_string(&s->memory, name, length - 7),
                        .q = q,
@@ -309,7 +308,7 @@ status save_matrix(save *s, const char *name, const qmatrix *q, const int32_t *o
                        .n = q->n,
                        .k = q->k,
                        .groups = (int32_t)div_up(q->k, q->group),
-                       .bits = four ? 4 : 8};
+                       .bits = weight_format_bits(q->format)};
     if (!w.module) return FAIL(ST_NOMEM, "%s", name);
     old->dropped = true;
     s->ordered |= order != NULL;

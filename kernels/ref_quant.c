@@ -99,9 +99,8 @@ static void e4m3_codes(uint8_t *code, const float *restrict x, int32_t n, float 
 /* --- Layout ----------------------------------------------------------------------------------- */
 
 int64_t qmatrix_code_bytes(const precision *p, int32_t n, int32_t k) {
-    const bool four = p->weight == WF_INT4 || p->weight == WF_MXFP4 || p->weight == WF_NVFP4;
     CHECK(p->weight != WF_16);
-    return four ? (int64_t)n * k / 2 : (int64_t)n * k;
+    return (int64_t)n * k * weight_format_bits(p->weight) / 8;
 }
 
 int64_t qmatrix_scale_count(const precision *p, int32_t n, int32_t k) {
@@ -117,9 +116,7 @@ dtype qmatrix_scale_type(weight_format f) {
     return f == WF_INT4 ? DT_F16 : f == WF_MXFP4 ? DT_UE8M0 : f == WF_NVFP4 ? DT_E4M3 : DT_F32;
 }
 
-static bool four_bits(const qmatrix *q) {
-    return q->format == WF_INT4 || q->format == WF_MXFP4 || q->format == WF_NVFP4;
-}
+static bool four_bits(const qmatrix *q) { return weight_format_bits(q->format) == 4; }
 
 static int64_t scales_per_row(const qmatrix *q) { return div_up(q->k, q->group); }
 
@@ -147,6 +144,16 @@ status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_
     }
     *q = m;
     return ST_OK;
+}
+
+qmatrix qmatrix_rows(const qmatrix *q, int32_t at, int32_t rows) {
+    const int64_t groups = scales_per_row(q);
+    qmatrix s = *q;
+    s.n = rows;
+    s.code += (int64_t)at * q->k / (four_bits(q) ? 2 : 1);
+    s.scale = (uint8_t *)s.scale + dtype_bytes(q->scale_type, at / q->block_n * groups);
+    if (s.zero) s.zero += at * groups;
+    return s;
 }
 
 /* --- Weights: quantise ------------------------------------------------------------------------ */

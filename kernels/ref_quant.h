@@ -39,6 +39,9 @@ dtype qmatrix_scale_type(weight_format f);
  * precision_fits_shape; NOMEM. A refusal leaves *q and the arena as they were. */
 status qmatrix_alloc(qmatrix *q, arena *a, const precision *p, int32_t n, int32_t k);
 
+/* Rows [at, at + rows) of q as a matrix of their own, in the same memory; `at` begins a block. */
+qmatrix qmatrix_rows(const qmatrix *q, int32_t at, int32_t rows);
+
 /* Round-to-nearest quantisation of w [n, k] row-major into an allocated q.
  *   INT8   s = amax / 127 per row or group
  *   INT4   asymmetric: s = (max - min) / 15 with min <= 0 <= max, zero = round(-min / s), s rounded

@@ -2,6 +2,7 @@
  * layout written by us and read back code by code; refusals; broken files. */
 #include "device.h"
 #include "evaluate.h"
+#include "folder.h"
 #include "forward.h"
 #include "quantise.h"
 #include "rng.h"
@@ -15,7 +16,7 @@
 
 #define VECTORS "tests/vectors/quantised"
 
-static char plain[64], packed[64]; /* folders: a 16-bit checkpoint, and what is made of it */
+static char plain[72], packed[72]; /* folders: a 16-bit checkpoint, and what is made of it */
 
 /* --- Vectors of the original tools ------------------------------------------------------------ */
 
@@ -198,17 +199,6 @@ static void quantise_source(qmatrix *q, arena *a, const weight_source *s, const 
     assert_ok(ref_quantize_weight(q, w));
 }
 
-static qmatrix rows_of(const qmatrix *q, int32_t at, int32_t rows) {
-    qmatrix s = *q;
-    const bool four = q->format == WF_INT4 || q->format == WF_MXFP4 || q->format == WF_NVFP4;
-    const int64_t groups = div_up(q->k, q->group);
-    s.n = rows;
-    s.code += (int64_t)at * q->k / (four ? 2 : 1);
-    s.scale = (uint8_t *)s.scale + dtype_bytes(q->scale_type, at / q->block_n * groups);
-    if (s.zero) s.zero += at * groups;
-    return s;
-}
-
 static const weight_field linears[] = {WEIGHT_qkv, WEIGHT_o, WEIGHT_gate_up, WEIGHT_down};
 
 typedef struct {
@@ -247,7 +237,7 @@ static void write_layout(const layout_case *t, const precision *p, arena *a, qma
             for (int32_t g = 0; g < s.shape.k; g += m->group)
                 qsort(order + g, (size_t)m->group, sizeof *order, by_number);
             for (int32_t j = 0; j < s.n_parts; j++) {
-                const qmatrix rows = rows_of(m, s.part[j].row_at, s.part[j].rows);
+                const qmatrix rows = qmatrix_rows(m, s.part[j].row_at, s.part[j].rows);
                 assert_ok(
                     save_matrix(out, s.part[j].tensor->name, &rows, t->ordered ? order : NULL));
             }
@@ -511,7 +501,7 @@ static status reopen(const change *h) {
         list[at] = mine;
     }
     char dir[80];
-    snprintf(dir, sizeof dir, "%s/changed", packed);
+    path_join(dir, sizeof dir, packed, "changed");
     assert_ok(file_make_dirs(dir));
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
     assert_ok(safetensors_write(path, list, n));
@@ -1019,31 +1009,12 @@ static void test_logits_file(void **state) {
 }
 
 static int make_folders(void **state) {
-    (void)state;
-    strcpy(plain, "/tmp/amalgam_plain_XXXXXX");
-    strcpy(packed, "/tmp/amalgam_packed_XXXXXX");
-    if (!mkdtemp(plain) || !mkdtemp(packed)) return -1;
+    if (make_folder(state)) return -1;
+    path_join(plain, sizeof plain, folder, "plain");
+    path_join(packed, sizeof packed, folder, "packed");
+    assert_ok(file_make_dirs(plain));
+    assert_ok(file_make_dirs(packed));
     make_plain();
-    return 0;
-}
-
-static int remove_folders(void **state) {
-    (void)state;
-    static const char *const files[] = {"changed/model.safetensors", "changed/config.json",
-                                        "model.safetensors", "config.json"};
-    for (int32_t i = 0; i < 2; i++) {
-        const char *dir = i ? packed : plain;
-        char path[128];
-        for (int32_t j = 0; j < COUNT_OF(files); j++) {
-            snprintf(path, sizeof path, "%s/%s", dir, files[j]);
-            unlink(path);
-            if (j == 1) {
-                snprintf(path, sizeof path, "%s/changed", dir);
-                rmdir(path);
-            }
-        }
-        rmdir(dir);
-    }
     return 0;
 }
 
@@ -1064,5 +1035,5 @@ int main(void) {
         cmocka_unit_test(test_broken_weights),
         cmocka_unit_test(test_logits_file),
     };
-    return cmocka_run_group_tests(tests, make_folders, remove_folders);
+    return cmocka_run_group_tests(tests, make_folders, remove_folder);
 }
