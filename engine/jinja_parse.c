@@ -333,6 +333,14 @@ static status make(parser *p, jinja_node_kind kind, jinja_node **out) {
     return ST_OK;
 }
 
+/* A node around the one that was read so far, as its first operand. */
+static status wrap(parser *p, jinja_node_kind kind, jinja_node **node, jinja_node **out) {
+    TRY(make(p, kind, out));
+    (*out)->a = *node;
+    *node = *out;
+    return ST_OK;
+}
+
 /* A list that grows while it is parsed; done() puts it into the arena. */
 typedef struct {
     jinja_node *item[LIST_MAX], *other[LIST_MAX];
@@ -366,7 +374,6 @@ static growing *open_list(void) { return mem_alloc(1, sizeof(growing)); }
 /* --- Expressions ------------------------------------------------------------------------------ */
 
 static status parse_expression(parser *p, jinja_node **out);
-static status parse_or(parser *p, jinja_node **out);
 static status parse_unary(parser *p, bool filters, jinja_node **out);
 static status parse_primary(parser *p, jinja_node **out);
 static status parse_postfix(parser *p, jinja_node **node);
@@ -523,9 +530,7 @@ static status parse_primary(parser *p, jinja_node **out) {
 /* "[expr]" or "[a:b:c]"; the current token is "[". */
 static status parse_subscript(parser *p, jinja_node **node) {
     jinja_node *n, *bound[3] = {NULL, NULL, NULL};
-    TRY(make(p, JINJA_ITEM, &n));
-    n->a = *node;
-    *node = n;
+    TRY(wrap(p, JINJA_ITEM, node, &n));
     TRY(advance(p));
     int32_t colons = 0;
     for (;;) {
@@ -555,9 +560,7 @@ static status parse_subscript(parser *p, jinja_node **node) {
 
 static status parse_dot(parser *p, jinja_node **node) {
     jinja_node *n;
-    TRY(make(p, JINJA_ATTR, &n));
-    n->a = *node;
-    *node = n;
+    TRY(wrap(p, JINJA_ATTR, node, &n));
     TRY(advance(p));
     if (p->at.kind == TOKEN_INT) {
         n->kind = JINJA_ITEM;
@@ -570,9 +573,7 @@ static status parse_dot(parser *p, jinja_node **node) {
 
 static status parse_call(parser *p, jinja_node **node) {
     jinja_node *n;
-    TRY(make(p, JINJA_CALL, &n));
-    n->a = *node;
-    *node = n;
+    TRY(wrap(p, JINJA_CALL, node, &n));
     if (n->a->kind == JINJA_ATTR && jinja_find_method(n->a->s, n->a->n) < 0)
         return REFUSE(p, ST_UNSUPPORTED, "method '%s'", n->a->s);
     return parse_arguments(p, n);
@@ -594,9 +595,7 @@ static status parse_postfix(parser *p, jinja_node **node) {
 /* The name of a filter or test is the current token. */
 static status parse_filter(parser *p, jinja_node **node) {
     jinja_node *n;
-    TRY(make(p, JINJA_FILTER, &n));
-    n->a = *node;
-    *node = n;
+    TRY(wrap(p, JINJA_FILTER, node, &n));
     TRY(take_name(p, &n->s, &n->n));
     n->op = jinja_find_filter(n->s, n->n);
     if (n->op < 0) return REFUSE(p, ST_UNSUPPORTED, "filter '%s'", n->s);
@@ -618,15 +617,11 @@ static bool begins_argument(const parser *p) {
 
 /* "is not name arg": "is" was read. */
 static status parse_test(parser *p, jinja_node **node) {
-    jinja_node *n, *negation = NULL;
-    TRY(make(p, JINJA_TEST, &n));
-    n->a = *node;
-    *node = n;
+    jinja_node *n, *negation;
+    TRY(wrap(p, JINJA_TEST, node, &n));
     if (is_word(p, "not")) {
-        TRY(make(p, JINJA_NOT, &negation));
+        TRY(wrap(p, JINJA_NOT, node, &negation));
         TRY(advance(p));
-        negation->a = n;
-        *node = negation;
     }
     TRY(take_name(p, &n->s, &n->n));
     n->op = jinja_find_test(n->s, n->n);
@@ -683,10 +678,8 @@ static status parse_level(parser *p, int32_t level, jinja_node **out) {
                                        : is_op(p, '+') || is_op(p, '-');
         if (!here) return ST_OK;
         jinja_node *n;
-        TRY(make(p, JINJA_BINARY, &n));
+        TRY(wrap(p, JINJA_BINARY, out, &n));
         n->op = p->at.op;
-        n->a = *out;
-        *out = n;
         TRY(advance(p));
         TRY(parse_level(p, level - 1, &n->b));
     }
@@ -748,42 +741,27 @@ static status parse_not(parser *p, jinja_node **out) {
     return ST_OK;
 }
 
-static status parse_and(parser *p, jinja_node **out) {
-    TRY(parse_not(p, out));
-    while (is_word(p, "and")) {
+/* Left-associative levels: 0 = "and", 1 = "or". */
+static status parse_logic(parser *p, int32_t level, jinja_node **out) {
+    if (level < 0) return parse_not(p, out);
+    TRY(parse_logic(p, level - 1, out));
+    while (is_word(p, level ? "or" : "and")) {
         jinja_node *n;
-        TRY(make(p, JINJA_AND, &n));
-        n->a = *out;
-        *out = n;
+        TRY(wrap(p, level ? JINJA_OR : JINJA_AND, out, &n));
         TRY(advance(p));
-        TRY(parse_not(p, &n->b));
-    }
-    return ST_OK;
-}
-
-static status parse_or(parser *p, jinja_node **out) {
-    TRY(parse_and(p, out));
-    while (is_word(p, "or")) {
-        jinja_node *n;
-        TRY(make(p, JINJA_OR, &n));
-        n->a = *out;
-        *out = n;
-        TRY(advance(p));
-        TRY(parse_and(p, &n->b));
+        TRY(parse_logic(p, level - 1, &n->b));
     }
     return ST_OK;
 }
 
 static status parse_expression(parser *p, jinja_node **out) {
     TRY(enter(p));
-    TRY(parse_or(p, out));
+    TRY(parse_logic(p, 1, out));
     while (is_word(p, "if")) {
         jinja_node *n;
-        TRY(make(p, JINJA_COND, &n));
-        n->a = *out;
-        *out = n;
+        TRY(wrap(p, JINJA_COND, out, &n));
         TRY(advance(p));
-        TRY(parse_or(p, &n->b));
+        TRY(parse_logic(p, 1, &n->b));
         if (!is_word(p, "else")) continue;
         TRY(advance(p));
         TRY(parse_expression(p, &n->c));
@@ -835,9 +813,18 @@ static status parse_block(parser *p, const char *end, jinja_node **body) {
     return close_tag(p);
 }
 
+/* The end of a block that may have an "else": the current token is that, or "endX" already. */
+static status parse_else(parser *p, const char *end, jinja_node **other) {
+    if (is_word(p, "else")) {
+        TRY(advance(p));
+        return parse_block(p, end, other);
+    }
+    TRY(advance(p));
+    return close_tag(p);
+}
+
 static status parse_if(parser *p, jinja_node *n) {
     static const char *const ends[] = {"elif", "else", "endif", NULL};
-    static const char *const last[] = {"endif", NULL};
     for (;;) {
         TRY(parse_expression(p, &n->a));
         TRY(close_tag(p));
@@ -848,13 +835,7 @@ static status parse_if(parser *p, jinja_node *n) {
         n->op = 1; /* an elif, not an if that begins an else */
         TRY(advance(p));
     }
-    if (is_word(p, "else")) {
-        TRY(advance(p));
-        TRY(close_tag(p));
-        TRY(parse_body(p, last, &n->other));
-    }
-    TRY(advance(p));
-    return close_tag(p);
+    return parse_else(p, "endif", &n->other);
 }
 
 /* "a", "a, b", "(a, b)" or (set only) "space.name". */
@@ -884,11 +865,10 @@ static status parse_targets(parser *p, bool attributes, jinja_node *n) {
 
 static status parse_for(parser *p, jinja_node *n) {
     static const char *const ends[] = {"else", "endfor", NULL};
-    static const char *const last[] = {"endfor", NULL};
     TRY(parse_targets(p, false, n));
     if (!is_word(p, "in")) return unexpected(p, "'in'");
     TRY(advance(p));
-    TRY(parse_or(p, &n->a)); /* an inline if would be the loop's filter */
+    TRY(parse_logic(p, 1, &n->a)); /* an inline if would be the loop's filter */
     if (is_word(p, "if")) {
         TRY(advance(p));
         TRY(parse_expression(p, &n->b));
@@ -898,13 +878,7 @@ static status parse_for(parser *p, jinja_node *n) {
     p->loops++;
     TRY(parse_body(p, ends, &n->body));
     p->loops--;
-    if (is_word(p, "else")) {
-        TRY(advance(p));
-        TRY(close_tag(p));
-        TRY(parse_body(p, last, &n->other));
-    }
-    TRY(advance(p));
-    return close_tag(p);
+    return parse_else(p, "endfor", &n->other);
 }
 
 /* "| f(x) | g": filters over an empty slot. */
