@@ -383,6 +383,21 @@ static status next_object(reader *r, json_t **doc, char where[1024]) {
     return FAIL(ST_FORMAT, "%s: not a JSON object", where);
 }
 
+/* A file of an object a line, each a row. */
+static status read_lines(reader *r,
+                         status (*row)(reader *r, const json_t *doc, const char *where)) {
+    for (;;) {
+        json_t *doc;
+        char where[1024];
+        TRY(next_object(r, &doc, where));
+        if (!doc) return ST_OK;
+        const status st = full(r) ? ST_OK : row(r, doc, where);
+        json_decref(doc);
+        TRY(st);
+        if (full(r)) return ST_OK;
+    }
+}
+
 /* hash_ids of one row. Writers differ in whether the last, partial block has an id. */
 static status take_blocks(reader *r, const json_t *ids, int64_t n_prompt, const char *where,
                           int64_t *n) {
@@ -426,16 +441,7 @@ static status mooncake_row(reader *r, const json_t *doc, const char *where) {
 
 static status read_mooncake(reader *r) {
     r->d->timed = true;
-    for (;;) {
-        json_t *doc;
-        char where[1024];
-        TRY(next_object(r, &doc, where));
-        if (!doc) return ST_OK;
-        const status st = full(r) ? ST_OK : mooncake_row(r, doc, where);
-        json_decref(doc);
-        TRY(st);
-        if (full(r)) return ST_OK;
-    }
+    return read_lines(r, mooncake_row);
 }
 
 static status take_ids(reader *r, const json_t *ids, const char *where, int64_t *n) {
@@ -487,18 +493,7 @@ static status jsonl_row(reader *r, const json_t *doc, const char *where) {
     return ST_OK;
 }
 
-static status read_jsonl(reader *r) {
-    for (;;) {
-        json_t *doc;
-        char where[1024];
-        TRY(next_object(r, &doc, where));
-        if (!doc) return ST_OK;
-        const status st = full(r) ? ST_OK : jsonl_row(r, doc, where);
-        json_decref(doc);
-        TRY(st);
-        if (full(r)) return ST_OK;
-    }
-}
+static status read_jsonl(reader *r) { return read_lines(r, jsonl_row); }
 
 /* --- ShareGPT --------------------------------------------------------------------------------- */
 
