@@ -51,6 +51,15 @@ const char *batch_problem(const batch *b, int32_t n_pages) {
     return NULL;
 }
 
+void batch_check(const batch *b, int32_t max_tokens, int32_t max_seqs, int32_t max_samples,
+                 int32_t n_pages) {
+    const char *problem = batch_problem(b, n_pages);
+    if (problem) check_failed(__FILE__, __LINE__, problem);
+    CHECK(b->n_tokens <= max_tokens);
+    CHECK(b->n_seqs <= max_seqs);
+    CHECK(b->n_samples <= max_samples);
+}
+
 /* An array and its length, so that [1,2][3] and [1][2,3] differ. */
 static uint64_t hash_array(const void *v, int32_t n, size_t size, uint64_t h) {
     return n ? hash_bytes(v, (size_t)n * size, h) : hash_u64(0, h);

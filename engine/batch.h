@@ -38,6 +38,10 @@ typedef struct {
  * it reads. Returns NULL or what is wrong. n_pages bounds page ids. */
 const char *batch_problem(const batch *b, int32_t n_pages);
 
+/* CHECKs that a batch keeps them and is no larger than what a device was set up for. */
+void batch_check(const batch *b, int32_t max_tokens, int32_t max_seqs, int32_t max_samples,
+                 int32_t n_pages);
+
 /* Hash of everything but pointers: two equal batches have equal hashes. */
 uint64_t batch_hash(const batch *b);
 

@@ -306,11 +306,7 @@ static void plan_step(cpu *c) {
 static status cpu_begin(device *d, const batch *b) {
     cpu *c = self(d);
     CHECK(c->ready);
-    const char *problem = batch_problem(b, c->n_pages);
-    if (problem) check_failed(__FILE__, __LINE__, problem);
-    CHECK(b->n_tokens <= c->max_tokens);
-    CHECK(b->n_seqs <= c->max_seqs);
-    CHECK(b->n_samples <= c->max_samples);
+    batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     for (int32_t t = 0; t < b->n_tokens; t++)
         CHECK((uint32_t)b->token[t] < (uint32_t)c->config.vocab);
     c->b = b;

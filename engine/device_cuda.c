@@ -511,11 +511,7 @@ static status cuda_begin(device *d, const batch *b) {
     CHECK(c->ready);
     if (c->dead) return dead(c);
     cudev_abandon_capture(c); /* an operation refused midway */
-    const char *problem = batch_problem(b, c->n_pages);
-    if (problem) check_failed(__FILE__, __LINE__, problem);
-    CHECK(b->n_tokens <= c->max_tokens);
-    CHECK(b->n_seqs <= c->max_seqs);
-    CHECK(b->n_samples <= c->max_samples);
+    batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
     for (int32_t t = 0; t < b->n_tokens; t++) {
         CHECK(b->token[t] < c->config.vocab);
