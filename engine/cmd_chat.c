@@ -21,7 +21,6 @@ typedef struct {
     tokenizer *tok;
     chat_template *tpl;
     json_t *messages, *variables;
-    char bos[128], eos[128];
     int64_t n_turns;
     output out; /* of the turn */
     status st;
@@ -32,17 +31,9 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     (void)now_ns;
     talk *t = user;
     bool stopped = false;
-    size_t n;
     if (t->st == ST_OK) t->st = output_push(&t->out, s->token, &stopped);
-    const char *bytes = output_take(&t->out, &n);
-    fwrite(bytes, 1, n, stdout);
-    fflush(stdout);
+    output_print(&t->out);
     return stopped || t->st != ST_OK;
-}
-
-static void take_piece(const tokenizer *tok, int32_t id, char *buf, size_t n) {
-    const char *piece = id >= 0 ? tokenizer_piece(tok, id) : NULL;
-    snprintf(buf, n, "%s", piece ? piece : "");
 }
 
 static status start(talk *t) {
@@ -53,10 +44,6 @@ static status start(talk *t) {
     const char *source = tokenizer_chat_template(t->tok, NULL);
     if (!source) return FAIL(ST_NOTFOUND, "%s has no chat template", dir);
     TRY(chat_template_open(&t->tpl, source, strlen(source), "of the model"));
-    int32_t n_eos;
-    const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
-    take_piece(t->tok, tokenizer_bos(t->tok), t->bos, sizeof t->bos);
-    take_piece(t->tok, n_eos ? eos[0] : -1, t->eos, sizeof t->eos);
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     o.model = a->model;
     o.precision = a->precision;
@@ -93,8 +80,8 @@ static status encode(const talk *t, ids *prompt) {
     const chat_template_input in = {.messages = t->messages,
                                     .variables = t->variables,
                                     .add_generation_prompt = true,
-                                    .bos = t->bos,
-                                    .eos = t->eos,
+                                    .bos = tokenizer_bos_text(t->tok),
+                                    .eos = tokenizer_eos_text(t->tok),
                                     .now_s = (int64_t)time(NULL)};
     status st = chat_template_render(t->tpl, &in, &rendered);
     if (st == ST_OK)
@@ -123,12 +110,7 @@ static status generate(talk *t, const ids *prompt, request_log *log) {
                                     .seed = (uint64_t)(a->seed + t->n_turns),
                                     .n_logprobs = -1},
                        .user = -1};
-    const int32_t *tokens;
-    TRY(engine_submit(t->engine, &r));
-    while (!sched_take_finished(engine_sched(t->engine), log, &tokens)) {
-        bool ran;
-        TRY(engine_step(t->engine, &ran));
-    }
+    TRY(engine_answer(t->engine, &r, log));
     TRY(t->st);
     return output_finish(&t->out);
 }
@@ -144,9 +126,7 @@ static status turn(talk *t, const char *line) {
     if (st == ST_OK) st = encode(t, &prompt);
     if (st == ST_OK) st = generate(t, &prompt, &log);
     if (st == ST_OK) {
-        size_t n;
-        const char *rest = output_take(&t->out, &n);
-        fwrite(rest, 1, n, stdout);
+        output_print(&t->out);
         const double decode_s = (double)(log.finish_ns - log.first_token_ns) * 1e-9;
         printf(
             "\n[%d tokens of prompt, %d cached, first token %.0f ms; %d tokens, %.1f tokens/s]\n",

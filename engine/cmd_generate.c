@@ -18,12 +18,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     printer *p = user;
     bool stopped = false;
     if (p->st == ST_OK) p->st = output_push(p->out, s->token, &stopped);
-    if (p->stream && p->st == ST_OK) {
-        size_t n;
-        const char *bytes = output_take(p->out, &n);
-        fwrite(bytes, 1, n, stdout);
-        fflush(stdout);
-    }
+    if (p->stream && p->st == ST_OK) output_print(p->out);
     return stopped || p->st != ST_OK;
 }
 
@@ -108,12 +103,7 @@ static status answer(generation *g, const arguments *a) {
                        .user = -1};
     printer p = {.out = &g->out, .stream = a->stream && !a->json};
     engine_set_hooks(g->engine, &(engine_hooks){.user = &p, .token = on_token});
-    TRY(engine_submit(g->engine, &r));
-    const int32_t *tokens;
-    while (!sched_take_finished(engine_sched(g->engine), &g->log, &tokens)) {
-        bool ran;
-        TRY(engine_step(g->engine, &ran));
-    }
+    TRY(engine_answer(g->engine, &r, &g->log));
     TRY(p.st);
     return output_finish(&g->out);
 }
@@ -172,9 +162,7 @@ int cmd_generate(int argc, char **argv) {
     if (st == ST_OK && a.json) {
         st = print_json(&g);
     } else if (st == ST_OK) {
-        size_t n;
-        const char *rest = output_take(&g.out, &n);
-        fwrite(rest, 1, n, stdout);
+        output_print(&g.out);
         putchar('\n');
     }
     generation_close(&g);

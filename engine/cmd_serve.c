@@ -87,11 +87,6 @@ static status open_text(parts *p, const char *dir) {
     return ST_OK;
 }
 
-static const char *piece_or_empty(const tokenizer *t, int32_t id) {
-    const char *piece = t && id >= 0 ? tokenizer_piece(t, id) : NULL;
-    return piece ? piece : "";
-}
-
 /* KV pages when nobody said how many: what fits, but on the cpu device, which has no limit of its
  * own and commits all of them, a GiB, and at least one request of full length. */
 static status choose_pages(const arguments *a, const char *dir, int32_t *pages) {
@@ -150,13 +145,11 @@ static status start(const arguments *a, parts *p) {
     const model_config *c = engine_config(p->engine);
     TRY(service_open(&p->service, p->engine, p->tok, o.max_requests));
 
-    int32_t n_eos = 0;
-    const int32_t *eos = p->tok ? tokenizer_eos(p->tok, &n_eos) : NULL;
     const api_model m = {.model = a->name ? a->name : name_of(a->model, p->name),
                          .tok = p->tok,
                          .tpl = p->tpl,
-                         .bos = piece_or_empty(p->tok, p->tok ? tokenizer_bos(p->tok) : -1),
-                         .eos = piece_or_empty(p->tok, n_eos ? eos[0] : -1),
+                         .bos = tokenizer_bos_text(p->tok),
+                         .eos = tokenizer_eos_text(p->tok),
                          .ctx_max = a->ctx && a->ctx < c->ctx_max ? (int32_t)a->ctx : c->ctx_max,
                          .vocab = c->vocab,
                          .n_max = (int32_t)a->max_n};

@@ -382,6 +382,16 @@ static status take_finished(serving *v) {
     return ST_OK;
 }
 
+status engine_answer(engine *e, const request *r, request_log *log) {
+    const int32_t *token;
+    TRY(engine_submit(e, r));
+    while (!sched_take_finished(e->sched, log, &token)) {
+        bool ran;
+        TRY(engine_step(e, &ran));
+    }
+    return ST_OK;
+}
+
 status engine_serve(engine *e, arena *a, const workload *w, request_log *log) {
     serving v = {.e = e, .a = a, .w = w, .log = log, .closed = w->options.arrival == ARRIVE_CLOSED};
     memset(log, 0, (size_t)w->n * sizeof *log);

@@ -70,6 +70,9 @@ status engine_step(engine *e, bool *ran);
 /* Finish what is launched, before the device is used past the engine. */
 status engine_settle(engine *e);
 
+/* One request alone: submit it and step until it is over. */
+status engine_answer(engine *e, const request *r, request_log *log);
+
 /* Serve a whole workload from its first arrival to its last finish, on the device's timeline. Fills
  * log[w->n] (by request index; token_ns lies in `a`). Hooks of the caller stay in force. A request
  * that is refused is logged as such, and the run goes on. */

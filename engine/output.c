@@ -67,3 +67,10 @@ const char *output_take(output *o, size_t *n) {
     o->shown += *n;
     return from;
 }
+
+void output_print(output *o) {
+    size_t n;
+    const char *bytes = output_take(o, &n);
+    fwrite(bytes, 1, n, stdout);
+    fflush(stdout);
+}

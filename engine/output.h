@@ -29,4 +29,5 @@ status output_finish(output *o);
 /* Bytes that can be shown now and were not yet; *n may be 0. Nothing that may still turn out to be
  * part of a stop string is handed out. Valid until the next call. */
 const char *output_take(output *o, size_t *n);
+void output_print(output *o); /* them, to standard output */
 #endif

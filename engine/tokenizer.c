@@ -405,6 +405,17 @@ bool tokenizer_is_eos(const tokenizer *t, int32_t id) {
     return false;
 }
 
+static const char *piece_or_empty(const tokenizer *t, int32_t id) {
+    const char *s = tokenizer_piece(t, id);
+    return s ? s : "";
+}
+
+const char *tokenizer_bos_text(const tokenizer *t) { return t ? piece_or_empty(t, t->bos) : ""; }
+
+const char *tokenizer_eos_text(const tokenizer *t) {
+    return t && t->n_eos ? piece_or_empty(t, t->eos[0]) : "";
+}
+
 const char *tokenizer_chat_template(const tokenizer *t, const char *name) {
     if (!name) name = "default";
     for (int32_t i = 0; i < t->n_chat; i++)

@@ -84,6 +84,9 @@ int32_t tokenizer_bos(const tokenizer *t);
 /* The ids that end one: eos_token first, then those of generation_config.json. n may be 0. */
 const int32_t *tokenizer_eos(const tokenizer *t, int32_t *n);
 bool tokenizer_is_eos(const tokenizer *t, int32_t id);
+/* The first of each as templates are given them; "" where there is none, or no tokenizer. */
+const char *tokenizer_bos_text(const tokenizer *t);
+const char *tokenizer_eos_text(const tokenizer *t);
 
 /* The Jinja source of the template called `name` (NULL = "default"), or NULL. */
 const char *tokenizer_chat_template(const tokenizer *t, const char *name);
