@@ -9,6 +9,7 @@
  * against the f64 definition over the dequantised cache. */
 #include "attention.h"
 #include "bandwidth.h"
+#include "bench_cuda.h"
 #include "cli.h"
 #include "ref_attention.h"
 #include "rng.h"
@@ -18,14 +19,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { P = KV_PAGE_TOKENS, SLICE = 1024, REPLAYS = 9, LIST_MAX = 32 };
+enum { P = KV_PAGE_TOKENS, SLICE = 1024, LIST_MAX = 32 };
 static const int64_t ROTATE_BYTES = 512 << 20;
-
-#define CUDA(call)                                                                                 \
-    do {                                                                                           \
-        const cudaError_t e_ = (call);                                                             \
-        if (e_ != cudaSuccess) return FAIL(ST_DEVICE, "%s: %s", #call, cudaGetErrorString(e_));    \
-    } while (0)
 
 typedef struct {
     bool prefill, json;
@@ -297,35 +292,6 @@ static status launch(bench_run *r, const bench_case *c, const bench_gpu *g, int3
                             &r->work, c->kernel, c->family, g->sm, g->n_sms, stream);
 }
 
-static int compare_float(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
-/* Median over replays of a graph of n_launches, in us a launch. */
-static status replay(cudaGraph_t graph, cudaStream_t stream, int32_t n_launches, double *us) {
-    cudaGraphExec_t exec;
-    cudaEvent_t from, to;
-    float ms[REPLAYS];
-    CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    CUDA(cudaEventCreate(&from));
-    CUDA(cudaEventCreate(&to));
-    for (int32_t i = -2; i < REPLAYS; i++) {
-        CUDA(cudaEventRecord(from, stream));
-        CUDA(cudaGraphLaunch(exec, stream));
-        CUDA(cudaEventRecord(to, stream));
-        CUDA(cudaEventSynchronize(to));
-        if (i >= 0) CUDA(cudaEventElapsedTime(&ms[i], from, to));
-    }
-    qsort(ms, REPLAYS, sizeof *ms, compare_float);
-    *us = (double)ms[REPLAYS / 2] * 1000 / n_launches;
-    CUDA(cudaEventDestroy(from));
-    CUDA(cudaEventDestroy(to));
-    CUDA(cudaGraphExecDestroy(exec));
-    CUDA(cudaGraphDestroy(graph));
-    return ST_OK;
-}
-
 static status time_run(bench_run *r, const bench_case *c, const bench_gpu *g, double *us) {
     cudaStream_t stream;
     cudaGraph_t graph;
@@ -338,7 +304,7 @@ static status time_run(bench_run *r, const bench_case *c, const bench_gpu *g, do
     for (int32_t i = 0; i < n && st == ST_OK; i++) st = launch(r, c, g, i % r->n_sets, stream);
     CUDA(cudaStreamEndCapture(stream, &graph));
     TRY(st);
-    TRY(replay(graph, stream, n, us));
+    TRY(bench_replay(graph, stream, n, us));
     CUDA(cudaStreamDestroy(stream));
     return ST_OK;
 }
@@ -457,7 +423,7 @@ static status measure_ceiling(bench_gpu *g, bool json) {
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (int32_t i = 0; i < 3; i++) TRY(kernel_read(sum, from, bytes, g->n_sms, stream));
     CUDA(cudaStreamEndCapture(stream, &graph));
-    TRY(replay(graph, stream, 3, &us));
+    TRY(bench_replay(graph, stream, 3, &us));
     CUDA(cudaFree(from));
     CUDA(cudaFree(sum));
     g->read_gbs = (double)bytes / us * 1e-3;

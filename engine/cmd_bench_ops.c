@@ -6,6 +6,7 @@
  * it. floor_us is bytes in and out once at 4 TB/s, which no operation of a few rows comes near:
  * there the launch is the cost. */
 #include "activation.h"
+#include "bench_cuda.h"
 #include "cli.h"
 #include "draw.h"
 #include "fill.h"
@@ -15,18 +16,11 @@
 #include "rows.h"
 
 #include <cuda_runtime_api.h>
-#include <stdlib.h>
 #include <string.h>
 
-enum { LAUNCHES = 64, REPLAYS = 11 };
+enum { LAUNCHES = 64 };
 static const double floor_bytes_per_us = 4e6;
 static const int64_t SET_BYTES = 256 << 20;
-
-#define CUDA(call)                                                                                 \
-    do {                                                                                           \
-        const cudaError_t e_ = (call);                                                             \
-        if (e_ != cudaSuccess) return FAIL(ST_DEVICE, "%s: %s", #call, cudaGetErrorString(e_));    \
-    } while (0)
 
 /* Everything an operation may read or write; set i begins at i * stride bytes of each. */
 typedef struct {
@@ -119,11 +113,6 @@ static const operation operations[] = {
     {"draw_top_p", draw_bytes, draw_launch},
 };
 
-static int ascending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
-}
-
 static status record(const bench *b, const operation *op) {
     for (int64_t i = 0; i < LAUNCHES; i++) {
         const int64_t at = i % b->sets * b->stride;
@@ -132,34 +121,35 @@ static status record(const bench *b, const operation *op) {
     return ST_OK;
 }
 
-/* Median microseconds of a launch. */
+/* Microseconds of a launch. */
 static status measure(const bench *b, const operation *op, double *us) {
     cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t from, to;
-    float ms[REPLAYS];
     TRY(record(b, op)); /* loads the kernel */
     CUDA(cudaStreamSynchronize(b->stream));
     CUDA(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal));
     const status st = record(b, op);
     CUDA(cudaStreamEndCapture(b->stream, &graph));
     TRY(st);
-    CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    CUDA(cudaEventCreate(&from));
-    CUDA(cudaEventCreate(&to));
-    for (int i = 0; i < REPLAYS; i++) {
-        CUDA(cudaEventRecord(from, b->stream));
-        CUDA(cudaGraphLaunch(exec, b->stream));
-        CUDA(cudaEventRecord(to, b->stream));
-        CUDA(cudaEventSynchronize(to));
-        CUDA(cudaEventElapsedTime(&ms[i], from, to));
+    return bench_replay(graph, b->stream, LAUNCHES, us);
+}
+
+/* Every row draws like this. */
+static status set_draws(const bench *b, draw_row like) {
+    draw_row *draw = mem_alloc((size_t)b->t, sizeof *draw);
+    if (!draw) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
+    like.repetition_penalty = 1;
+    like.n_logprobs = like.seen = -1;
+    like.active = 1;
+    like.seed = 1;
+    for (int64_t i = 0; i < b->t; i++) {
+        draw[i] = like;
+        draw[i].to = (int32_t)i;
+        draw[i].counter = (uint64_t)i;
     }
-    qsort(ms, REPLAYS, sizeof *ms, ascending);
-    *us = (double)ms[REPLAYS / 2] * 1e3 / LAUNCHES;
-    CUDA(cudaGraphExecDestroy(exec));
-    CUDA(cudaGraphDestroy(graph));
-    CUDA(cudaEventDestroy(from));
-    CUDA(cudaEventDestroy(to));
+    const cudaError_t e =
+        cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice);
+    mem_free(draw);
+    CUDA(e);
     return ST_OK;
 }
 
@@ -170,9 +160,8 @@ static status fill(bench *b) {
     b->stride = div_up(2 * widest, 256) * 256;
     b->sets = i64_max(1, i64_min(LAUNCHES, SET_BYTES / b->stride));
     const int64_t bytes = b->sets * b->stride;
-    draw_row *draw = mem_alloc((size_t)b->t, sizeof *draw);
     int32_t *index = mem_alloc((size_t)b->t, sizeof *index);
-    if (!draw || !index) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
+    if (!index) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
     for (int64_t i = 0; i < b->t; i++) index[i] = (int32_t)((i * 7919) % b->t);
     CUDA(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking));
     CUDA(cudaMalloc((void **)&b->in, (size_t)bytes));
@@ -187,17 +176,7 @@ static status fill(bench *b) {
     CUDA(cudaMalloc((void **)&b->draw, (size_t)b->t * sizeof(draw_row)));
     CUDA(cudaMemcpy(b->index, index, (size_t)b->t * 4, cudaMemcpyHostToDevice));
     mem_free(index);
-    for (int64_t i = 0; i < b->t; i++)
-        draw[i] = (draw_row){.top_p = 1,
-                             .repetition_penalty = 1,
-                             .n_logprobs = -1,
-                             .seen = -1,
-                             .active = 1,
-                             .to = (int32_t)i,
-                             .seed = 1,
-                             .counter = (uint64_t)i};
-    CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));
-    mem_free(draw);
+    TRY(set_draws(b, (draw_row){.top_p = 1}));
     TRY(kernel_fill_noise(b->other, DT_F16, bytes / 2, 3, 0, 1, 0, b->stream));
     return kernel_fill_noise(b->in, DT_F16, bytes / 2, 1, 0, 1, 0, b->stream);
 }
@@ -205,25 +184,6 @@ static status fill(bench *b) {
 /* The operations that read f32, which come after those of 16 bits in the table. */
 static status refill_f32(bench *b) {
     return kernel_fill_noise(b->in, DT_F32, b->sets * b->stride / 4, 2, 0, 3, 0, b->stream);
-}
-
-static status set_top_p(const bench *b) {
-    draw_row *draw = mem_alloc((size_t)b->t, sizeof *draw);
-    if (!draw) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
-    for (int64_t i = 0; i < b->t; i++)
-        draw[i] = (draw_row){.temperature = 0.8f,
-                             .top_p = 0.95f,
-                             .top_k = 50,
-                             .repetition_penalty = 1,
-                             .n_logprobs = -1,
-                             .seen = -1,
-                             .active = 1,
-                             .to = (int32_t)i,
-                             .seed = 1,
-                             .counter = (uint64_t)i};
-    CUDA(cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice));
-    mem_free(draw);
-    return ST_OK;
 }
 
 static status run_all(bench *b) {
@@ -237,7 +197,8 @@ static status run_all(bench *b) {
             TRY(refill_f32(b));
         else
             TRY(kernel_fill_noise(b->in, DT_F16, b->sets * b->stride / 2, 1, 0, 1, 0, b->stream));
-        if (!strcmp(op->name, "draw_top_p")) TRY(set_top_p(b));
+        if (!strcmp(op->name, "draw_top_p"))
+            TRY(set_draws(b, (draw_row){.temperature = 0.8f, .top_p = 0.95f, .top_k = 50}));
         double us = 0;
         TRY(measure(b, op, &us));
         printf(b->json
