@@ -13,11 +13,11 @@ typedef struct {
 
 /* How far a stream has been written. */
 typedef struct {
-    int32_t choice;  /* where the round goes on */
-    int32_t *sent;   /* [n_choices] tokens */
-    size_t *shown;   /* [n_choices] bytes of text */
-    bool *ended;     /* [n_choices] */
-    bool usage, end; /* the closing events are out */
+    int32_t choice; /* where the round goes on */
+    int32_t *sent;  /* [n_choices] tokens */
+    size_t *shown;  /* [n_choices] bytes of text */
+    bool *ended;    /* [n_choices] */
+    bool end;       /* the closing events are out */
 } reply_stream;
 
 status reply_stream_open(reply_stream *s, const job *j);
