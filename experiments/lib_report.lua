@@ -296,8 +296,8 @@ local function draw(plots, gp, tsv, out)
     local settings = ("plots='%s'; data='%s'; format='%s'"):format(plots:gsub("'", "''"),
       tsv:gsub("'", "''"), format)
     local target = out .. "." .. format
-    local command = ("gnuplot -e %s %s > %s 2> %s"):format(quoted(settings), quoted(gp),
-      quoted(target .. ".part"), quoted(target .. ".log"))
+    local command = ("DATA=%s gnuplot -e %s %s > %s 2> %s"):format(quoted(tsv), quoted(settings),
+      quoted(gp), quoted(target .. ".part"), quoted(target .. ".log"))
     local good = os.execute(command)
     local log = io.open(target .. ".log")
     local why = log and log:read("a"):gsub("%s+", " ") or ""

@@ -1,5 +1,6 @@
 # common.gp - loaded first by every plot. Fonts, colours and line styles live here only.
-# in: format ("svg" or "png"), data (the TSV), plots (this folder); width and height in pixels.
+# in: format ("svg" or "png"), data (the TSV, and $DATA for the shell), plots (this folder); width
+# and height in pixels.
 # All figures are drawn from files, so that nothing is a number typed here.
 if (format eq "png") {
     set terminal pngcairo size 2*width,2*height font "DejaVu Sans,20" fontscale 1 linewidth 2 \
@@ -8,6 +9,8 @@ if (format eq "png") {
     set terminal svg size width,height dynamic font "DejaVu Sans,Helvetica,Arial,sans-serif,11" \
         enhanced background rgb "white"
 }
+# What an awk program says of the data, whose path may hold any character.
+awk(program) = system("awk -F'\t' '".program."' \"$DATA\"")
 set encoding utf8
 set datafile separator tab
 set datafile missing "-"

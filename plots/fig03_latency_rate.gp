@@ -3,9 +3,9 @@ width = 980
 height = 560
 load plots."/common.gp"
 series = "W16A16KV16 W8A8KV8 FP8 MXFP4-A16KV8 W4A16KV16 W4A16KV8 W4A16KV4"
-title_of(i) = system(sprintf("awk -F'\t' '$2 == %d { print $1; exit }' '%s'", i, data))
+title_of(i) = awk(sprintf("$2 == %d { print $1; exit }", i))
 lt_of(n) = format_lt(word(series, n))
-panels = system(sprintf("awk -F'\t' 'END { print $2 }' '%s'", data)) + 0
+panels = awk("END { print $2 }") + 0
 pick(i, s, x) = column("panel") == i && strcol("precision") eq s ? x : NaN
 set datafile missing NaN
 set multiplot layout 2,panels margins 0.085,0.985,0.17,0.94 spacing 0.065,0.09

@@ -3,8 +3,8 @@ width = 980
 height = 340
 load plots."/common.gp"
 set datafile missing NaN
-names = system(sprintf("awk -F'\t' 'NR > 1 && !seen[$1]++ { printf \"%%s|\", $1 }' '%s'", data))
-count = system(sprintf("awk -F'\t' 'NR > 1 && !seen[$1]++ { n++ } END { print n }' '%s'", data)) + 0
+names = awk("NR > 1 && !seen[$1]++ { printf \"%s|\", $1 }")
+count = awk("NR > 1 && !seen[$1]++ { n++ } END { print n }") + 0
 name_of(n) = system(sprintf("echo '%s' | cut -d'|' -f%d", names, n))
 array title_of[count]
 do for [n=1:count] { title_of[n] = name_of(n) }

@@ -4,8 +4,8 @@ height = 420
 load plots."/common.gp"
 set datafile missing NaN
 pick(i, x) = column("series") == i ? x : NaN
-field(i, c) = system(sprintf("awk -F'\t' '$2 == %d { print $%d; exit }' '%s'", i, c, data))
-count = system(sprintf("awk -F'\t' 'NR > 1 && $2 > n { n = $2 } END { print n }' '%s'", data)) + 0
+field(i, c) = awk(sprintf("$2 == %d { print $%d; exit }", i, c))
+count = awk("NR > 1 && $2 > n { n = $2 } END { print n }") + 0
 array name[count]
 array kind[count]
 do for [i=1:count] { name[i] = field(i, 1); kind[i] = field(i, 5) }
