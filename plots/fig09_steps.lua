@@ -23,8 +23,7 @@ return {
       local row, any = { model }, false
       for _, device in ipairs({ "cuda", "sim" }) do
         for _, s in ipairs(SERIES) do
-          local own = s[1]
-          if model == "gpt-oss-120b" and own == "W4A16KV8" then own = "W4g32A16KV8" end
+          local own = labels.own_format(model, s[1])
           local key = { gpu = GPU, model = model, precision = own, device = device, tp = 1 }
           local x = data:value("e06", key, s[2] .. "_roofline_share")
           any = any or (x ~= nil and device == "cuda")

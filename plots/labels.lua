@@ -17,6 +17,11 @@ return {
   format_title = {
     W16A16KV16 = "W16A16KV16", WFP8AFP8KVFP8 = "FP8", WMXFP4A16KV8 = "MXFP4-A16KV8",
   },
+  --- What a model has in the place of a format: groups of 128 do not divide gpt-oss-120b.
+  own_format = function(model, precision)
+    local narrow = model == "gpt-oss-120b" and precision == "W4A16KV8"
+    return narrow and "W4g32A16KV8" or precision
+  end,
   weights = { "16", "8", "FP8", "4g32", "4g64", "4g128", "MXFP4" },
   weight_title = {
     ["16"] = "W16", ["8"] = "W8", FP8 = "WFP8", ["4g32"] = "W4g32", ["4g64"] = "W4g64",

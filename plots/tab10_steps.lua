@@ -19,8 +19,7 @@ return {
     for _, model in ipairs(data.ordered(labels.models, data:distinct("e06", "model"))) do
       local row, any = { model }, false
       for _, precision in ipairs(FORMATS) do
-        local own = precision
-        if model == "gpt-oss-120b" and precision == "W4A16KV8" then own = "W4g32A16KV8" end
+        local own = labels.own_format(model, precision)
         local function ratio(device, step)
           local key = { gpu = GPU, model = model, precision = own, device = device, tp = 1 }
           local share = data:value("e06", key, step .. "_roofline_share")
