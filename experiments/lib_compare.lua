@@ -70,8 +70,8 @@ end
 ---@return string|nil
 local function commit_of(name)
   if not name:find("^[%w_][%w_./~^@{}-]*$") then return nil end
-  local git = io.popen(("git -C '%s' rev-parse --verify --quiet --short=12 '%s^{commit}' 2>&1")
-    :format(amalgam.identity().root:gsub("'", "'\\''"), name))
+  local git = io.popen(("git -C %s rev-parse --verify --quiet --short=12 '%s^{commit}' 2>&1")
+    :format(experiment.quoted(amalgam.identity().root), name))
   local commit = git and git:read("l")
   if git then git:close() end
   return commit and commit:match("^%x+$")
@@ -385,14 +385,9 @@ local function print_summary(verdicts)
   print(table.concat(words, ", ") .. (broken > 0 and (", %d broken"):format(broken) or ""))
 end
 
----@param args string[]
+---@param o table
 ---@return integer
-local function run(args)
-  local o = parse(args)
-  if o.help then
-    print(USAGE)
-    return 0
-  end
+local function run(o)
   local dir = o.results or amalgam.identity().root .. "/results"
   local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), o.effect)
   local bad, counts, untold = 0, {}, {}
@@ -418,12 +413,6 @@ local function run(args)
   return bad > 0 and 1 or 0
 end
 
----@param args string[]
----@return integer exit status
-function M.main(args)
-  local ok, result = pcall(run, args)
-  if ok then return result end
-  return require("lib_run").report_error(result)
-end
+M.main = experiment.command(USAGE, parse, run)
 
 return M

@@ -43,10 +43,40 @@ local FIELDS = {
 local REQUIRED = { "id", "title", "question", "cost", "axes", "jobs", "run" }
 local ORIGINS = { measured = true, predicted = true, reference = true }
 
---- Stop with a message for the author of an experiment; `main` makes it one line and status 2.
+--- Stop with a message for the user; `command` makes it one line and status 2.
 ---@param format string
 function M.refuse(format, ...)
   error({ exit = 2, message = format:format(...) }, 0)
+end
+
+--- A command of `amalgam` (engine/main.c): its help, or its run with what `parse` read. An error is
+--- one line and the exit status.
+---@param usage string
+---@param parse fun(args: string[]): table
+---@param run fun(o: table): integer exit status
+---@return fun(args: string[]): integer
+function M.command(usage, parse, run)
+  return function(args)
+    local ok, result = pcall(function()
+      local o = parse(args)
+      if not o.help then return run(o) end
+      print(usage)
+      return 0
+    end)
+    if ok then return result end
+    local ours = type(result) == "table" and result.message
+    local message = tostring(ours and result.message or result):gsub("%c", " ")
+    io.stderr:write("amalgam: ", message, "\n")
+    return ours and result.exit or 2
+  end
+end
+
+--- A word for a shell, whatever is in it.
+---@param word string
+---@return string
+function M.quoted(word)
+  if word:find("^[%w%-_./:=@]+$") then return word end
+  return "'" .. word:gsub("'", "'\\''") .. "'"
 end
 
 --- Keys of a table in order, for messages that must not depend on hashing.

@@ -9,6 +9,8 @@ local experiment = require("lib_experiment")
 local library = require("lib_rows")
 local stats = require("lib_stats")
 
+local quoted = experiment.quoted
+
 local M = {}
 
 local USAGE = [[
@@ -285,10 +287,6 @@ end
 
 -- --- Figures and tables --------------------------------------------------------------------------
 
----@param text string
----@return string for a shell
-local function quoted(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
-
 --- Draw one figure as SVG and PNG. Returns nil or what went wrong.
 ---@return string|nil
 local function draw(plots, gp, tsv, out)
@@ -387,64 +385,67 @@ local function built(data, spec)
   return columns, rows, caption
 end
 
+--- Markdown of the figures or tables by name: what `show` makes of their rows, or that they have
+--- none.
 ---@param data Data
----@param root string
----@param out string
----@param o table
----@return table<string, string> blocks Markdown by name
----@return integer n_bad
-local function figures(data, root, out, o)
-  local plots, blocks, n_bad = root .. "/plots", {}, 0
-  local specs, names = load_all(plots, "fig")
+---@param plots string
+---@param kind string "fig" or "tab"
+---@param show fun(name: string, spec: Figure, columns: string[], rows: any[][], caption: string)
+---@return table<string, string>
+local function blocks_of(data, plots, kind, show)
+  local blocks = {}
+  local specs, names = load_all(plots, kind)
   for _, name in ipairs(names) do
     local spec = specs[name]
     local columns, rows, caption = built(data, spec)
-    if #rows == 0 then
+    if #rows > 0 then
+      blocks[name] = show(name, spec, columns, rows, caption)
+    else
       blocks[name] = ("*%s is missing: %s has no rows for it.*"):format(numbered(name),
         spec.experiment)
       print(("  %-26s no rows for it of %s"):format(name, spec.experiment))
-    else
-      local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
-      write(tsv, M.tsv(columns, rows))
-      local why = o.no_figures and "figures were switched off"
-        or draw(plots, ("%s/%s.gp"):format(plots, name), tsv, ("%s/plots/out/%s"):format(out, name))
-      if why then
-        if not o.no_figures then
-          n_bad = n_bad + 1
-          io.stderr:write(("amalgam: %s: %s\n"):format(name, why))
-        end
-        blocks[name] = ("*%s was not drawn (%s); its numbers are in "
-          .. "[%s.tsv](plots/out/%s.tsv).*"):format(numbered(name), why, name, name)
-      else
-        blocks[name] = ("![%s](plots/out/%s.svg)\n\n**%s.** %s ([data](plots/out/%s.tsv), "
-          .. "[png](plots/out/%s.png))"):format(spec.title, name, numbered(name), caption, name,
-          name)
-      end
     end
   end
+  return blocks
+end
+
+---@param data Data
+---@param plots string
+---@param out string
+---@param o table
+---@return table<string, string> blocks
+---@return integer n_bad
+local function figures(data, plots, out, o)
+  local n_bad = 0
+  local blocks = blocks_of(data, plots, "fig", function(name, spec, columns, rows, caption)
+    local tsv = ("%s/plots/out/%s.tsv"):format(out, name)
+    write(tsv, M.tsv(columns, rows))
+    local why = o.no_figures and "figures were switched off"
+      or draw(plots, ("%s/%s.gp"):format(plots, name), tsv, ("%s/plots/out/%s"):format(out, name))
+    if not why then
+      return ("![%s](plots/out/%s.svg)\n\n**%s.** %s ([data](plots/out/%s.tsv), "
+        .. "[png](plots/out/%s.png))"):format(spec.title, name, numbered(name), caption, name, name)
+    end
+    if not o.no_figures then
+      n_bad = n_bad + 1
+      io.stderr:write(("amalgam: %s: %s\n"):format(name, why))
+    end
+    return ("*%s was not drawn (%s); its numbers are in [%s.tsv](plots/out/%s.tsv).*"):format(
+      numbered(name), why, name, name)
+  end)
   return blocks, n_bad
 end
 
 ---@param data Data
----@param root string
+---@param plots string
 ---@param out string
 ---@return table<string, string> blocks
-local function tables(data, root, out)
-  local blocks = {}
-  local specs, names = load_all(root .. "/plots", "tab")
-  for _, name in ipairs(names) do
-    local spec = specs[name]
-    local columns, rows, caption = built(data, spec)
-    if #rows == 0 then
-      blocks[name] = ("*%s is missing: %s has no rows for it.*"):format(numbered(name),
-        spec.experiment)
-    else
-      local body = M.markdown(columns, rows)
-      blocks[name] = ("**%s.** %s\n\n%s"):format(numbered(name), caption, body)
-      write(("%s/plots/out/%s.md"):format(out, name), blocks[name] .. "\n")
-    end
-  end
-  return blocks
+local function tables(data, plots, out)
+  return blocks_of(data, plots, "tab", function(name, _, columns, rows, caption)
+    local block = ("**%s.** %s\n\n%s"):format(numbered(name), caption, M.markdown(columns, rows))
+    write(("%s/plots/out/%s.md"):format(out, name), block .. "\n")
+    return block
+  end)
 end
 
 -- --- The paper -----------------------------------------------------------------------------------
@@ -623,14 +624,9 @@ local function parse(args)
   return o
 end
 
----@param args string[]
+---@param o table
 ---@return integer
-local function run(args)
-  local o = parse(args)
-  if o.help then
-    print(USAGE)
-    return 0
-  end
+local function run(o)
   local identity = amalgam.identity()
   local root = identity.root
   local dir, out = o.results or root .. "/results", o.out or root
@@ -641,8 +637,8 @@ local function run(args)
   local data = M.data(rows, identity)
   print(("report: %d points from %d rows in %s"):format(#data.rows, #rows, dir))
   for _, file in ipairs(broken) do print(("  left out, cannot be read: %s"):format(file)) end
-  local blocks, n_bad = figures(data, root, out, o)
-  for name, block in pairs(tables(data, root, out)) do blocks[name] = block end
+  local blocks, n_bad = figures(data, root .. "/plots", out, o)
+  for name, block in pairs(tables(data, root .. "/plots", out)) do blocks[name] = block end
   remove_others(out, blocks)
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
     template_environment(data, blocks))
@@ -655,12 +651,6 @@ local function run(args)
   return n_bad > 0 and 1 or 0
 end
 
----@param args string[]
----@return integer exit status
-function M.main(args)
-  local ok, result = pcall(run, args)
-  if ok then return result end
-  return require("lib_run").report_error(result)
-end
+M.main = experiment.command(USAGE, parse, run)
 
 return M

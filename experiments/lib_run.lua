@@ -512,34 +512,16 @@ local function run_one(name, o)
   return tally.failed == 0 and tally.invalid == 0
 end
 
---- Print errors of ours as one line; pass on what is none of ours.
----@param err any
+---@param o RunOptions
 ---@return integer exit status
-function M.report_error(err)
-  if type(err) ~= "table" or not err.message then
-    io.stderr:write("amalgam: ", (tostring(err):gsub("%c", " ")), "\n")
-    return 2
+local function run(o)
+  local status = 0
+  for _, name in ipairs(o.names) do
+    if not run_one(name, o) then status = 1 end
   end
-  io.stderr:write("amalgam: ", (tostring(err.message):gsub("%c", " ")), "\n")
-  return err.exit
+  return status
 end
 
----@param args string[]
----@return integer exit status
-function M.main(args)
-  local status = 0
-  local ok, err = pcall(function()
-    local o = parse(args)
-    if o.help then
-      print(USAGE)
-      return
-    end
-    for _, name in ipairs(o.names) do
-      if not run_one(name, o) then status = 1 end
-    end
-  end)
-  if ok then return status end
-  return M.report_error(err)
-end
+M.main = experiment.command(USAGE, parse, run)
 
 return M

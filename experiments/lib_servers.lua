@@ -6,6 +6,8 @@
 local amalgam = require("amalgam")
 local experiment = require("lib_experiment")
 
+local quoted = experiment.quoted
+
 local M = {}
 
 local USAGE = [==[
@@ -26,12 +28,6 @@ local KEYS = { name = "string", title = "string", version = "string", url = "str
   ready = "string", reset = "string", env = "table", command = "table", files = "table",
   request = "table", slots = "number" }
 local OPTIONAL = { reset = true, env = true, files = true, slots = true }
-
----@return string for a shell
-local function quoted(word)
-  if word:find("^[%w%-_./:=@]+$") then return word end
-  return "'" .. word:gsub("'", "'\\''") .. "'"
-end
 
 ---@class Server baselines/servers/NAME.lua
 ---@return Server
@@ -117,15 +113,16 @@ local function list()
   end
 end
 
-local function main(args)
+---@param args string[]
+---@return table
+local function parse(args)
   local o = { precision = "W16A16KV16", tp = 1, ctx = 8192, folder = "." }
-  local name, at = nil, 1
+  local at = 1
   while args[at] do
     local word, value = args[at], args[at + 1]
     local key = word:match("^%-%-(%a+)$")
-    if word == "--help" then
-      print(USAGE)
-      return 0
+    if key == "help" then
+      o.help = true
     elseif key == "tp" or key == "ctx" then
       o[key] = math.tointeger(tonumber(value))
         or experiment.refuse("servers: --%s %s is no number", key, tostring(value))
@@ -133,19 +130,25 @@ local function main(args)
     elseif key == "model" or key == "precision" or key == "folder" then
       o[key] = value or experiment.refuse("servers: --%s what?", key)
       at = at + 1
-    elseif not key and not name then
-      name = word
+    elseif not key and not o.name then
+      o.name = word
     else
       experiment.refuse("servers: unknown option '%s' (amalgam servers --help)", word)
     end
     at = at + 1
   end
-  if not name then
+  return o
+end
+
+---@param o table
+---@return integer
+local function run(o)
+  if not o.name then
     list()
     return 0
   end
-  local server = M.load(name)
-  if not o.model then experiment.refuse("servers: %s needs --model", name) end
+  local server = M.load(o.name)
+  if not o.model then experiment.refuse("servers: %s needs --model", o.name) end
   local precision, why = amalgam.precision(o.precision)
   o.precision = precision or experiment.refuse("servers: %s", why)
   local start, measure, files = M.commands(server, o)
@@ -155,12 +158,6 @@ local function main(args)
   return 0
 end
 
----@param args string[]
----@return integer exit status
-function M.main(args)
-  local ok, result = pcall(main, args)
-  if ok then return result end
-  return require("lib_run").report_error(result)
-end
+M.main = experiment.command(USAGE, parse, run)
 
 return M

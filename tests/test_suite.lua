@@ -467,6 +467,18 @@ test.case("the paper shows every table and figure, in the order of their numbers
   test.equal(last.tab, files.tab)
 end)
 
+test.case("figures are drawn into a folder of any name", function()
+  local out = dir .. [[/it's "$HOME" `a`]]
+  local rows = identity.root .. "/results/e02_serving_latency"
+  os.execute(("mkdir -p %s"):format(experiment.quoted(out .. "/results")))
+  os.execute(("ln -s %s %s"):format(experiment.quoted(rows), experiment.quoted(out .. "/results/")))
+  local code, text = test.captured(function()
+    return report.main({ "--results", out .. "/results", "--out", out })
+  end)
+  test.equal(code, 0, text)
+  test.contains(amalgam.read_file(out .. "/plots/out/fig03_latency_rate.svg"), "Qwen2.5-32B")
+end)
+
 test.case("the experiment of HACKING.md runs as it is written", function()
   local text = amalgam.read_file(identity.root .. "/HACKING.md"):match("```lua\n(.-)```")
   local path = dir .. "/e20_chunks.lua"
