@@ -2,7 +2,8 @@
  *
  * A connection's life: opened (peer) -> request arrives in pieces (exchange) -> answered at once,
  * or given to the service as a job and suspended -> resumed by wake() when the job has something
- * -> completed. The watch thread ends what does not move: requests that do not arrive, clients
+ * -> completed. Megabytes of prompt take seconds to become tokens: a body that is not small is
+ * read by a thread for that, the connection suspended. The watch thread ends what does not move: requests that do not arrive, clients
  * that are gone while their connection is suspended (libmicrohttpd does not look at those),
  * readers that take nothing. */
 #define _GNU_SOURCE /* POLLRDHUP */
@@ -28,6 +29,7 @@ enum {
     EVENTS_BYTES = 16 << 10, /* of a stream, written at a time */
     HEADER_BYTES = 32 << 10, /* of a request's headers */
     REQUEST_ID_MAX = 128,
+    READ_AT_ONCE = 16 << 10, /* bytes of a body: about 10 ms at the slowest of our tokenizers */
     WATCH_MS = 20,
 };
 
@@ -43,13 +45,16 @@ typedef struct peer {
 } peer;
 
 /* A request on it. */
-typedef struct {
+typedef struct exchange {
+    struct exchange *next; /* unread */
     server *server;
     struct MHD_Connection *connection;
     peer *peer;
     const struct route *route;
     text body;
     bool too_large;
+    int32_t code; /* HTTP's, once the body is read and `answer` says all; 0 = it is not, or a job */
+    text answer;
     job *job;
     reply_head head;
     reply_stream stream;
@@ -65,12 +70,16 @@ struct server {
     struct MHD_Daemon *daemon;
     int32_t port;
     timeline clock;
-    pthread_mutex_t lock; /* of the peers and the counter */
+    pthread_mutex_t lock; /* of the peers, the counter and the unread */
     peer *peers;
     int64_t n_peers;
     uint64_t counter, secret; /* ids of answers, seeds of draws */
     pthread_t watch;
     atomic_bool closing;
+    pthread_t reader;
+    pthread_cond_t arrived; /* something is unread, or no_more */
+    exchange *unread, **last_unread;
+    bool no_more; /* is read */
     int64_t started_s;
 };
 
@@ -78,6 +87,7 @@ typedef struct route {
     const char *path, *method;
     bool open; /* without a key */
     enum MHD_Result (*answer)(exchange *x);
+    void (*read)(exchange *x); /* in place of `answer`, on any thread: makes a job, or sets code */
 } route;
 
 /* --- Answers ---------------------------------------------------------------------------------- */
@@ -133,8 +143,11 @@ static int32_t code_of(status st) {
     }
 }
 
-static enum MHD_Result send_failure(exchange *x, status st) {
-    return send_error(x, code_of(st), fail_message());
+/* The answer to a body that was read. */
+static void refuse(exchange *x, int32_t code, const char *why) {
+    text_clear(&x->answer);
+    x->code = code;
+    api_put_error(&x->answer, code, why);
 }
 
 /* --- Simple routes ---------------------------------------------------------------------------- */
@@ -172,30 +185,28 @@ static enum MHD_Result answer_metrics(exchange *x) {
     return send_text(x, 200, "text/plain; version=0.0.4; charset=utf-8", &t);
 }
 
-static enum MHD_Result answer_tokenize(exchange *x) {
+static void read_tokenize(exchange *x) {
     ids list = {0};
-    text t = {0};
+    text *t = &x->answer;
     const status st = api_tokenize(&list, &x->server->model, x->body.data, x->body.length);
-    if (st == ST_OK) {
-        text_add(&t, "{\"count\":%lld,\"max_model_len\":%d,\"tokens\":[", (long long)list.length,
-                 x->server->model.ctx_max);
-        for (int64_t i = 0; i < list.length; i++) text_add(&t, "%s%d", i ? "," : "", list.data[i]);
-        text_add(&t, "]}");
-    }
+    x->code = 200;
+    text_add(t, "{\"count\":%lld,\"max_model_len\":%d,\"tokens\":[", (long long)list.length,
+             x->server->model.ctx_max);
+    for (int64_t i = 0; i < list.length; i++) text_add(t, "%s%d", i ? "," : "", list.data[i]);
+    text_add(t, "]}");
     ids_free(&list);
-    return st == ST_OK ? send_json(x, 200, &t) : send_failure(x, st);
+    if (st != ST_OK) refuse(x, code_of(st), fail_message());
 }
 
-static enum MHD_Result answer_detokenize(exchange *x) {
-    text words = {0}, t = {0};
+static void read_detokenize(exchange *x) {
+    text words = {0};
     const status st = api_detokenize(&words, &x->server->model, x->body.data, x->body.length);
-    if (st == ST_OK) {
-        text_add(&t, "{\"prompt\":");
-        api_put_string(&t, words.data ? words.data : "", words.length);
-        text_add(&t, "}");
-    }
+    x->code = 200;
+    text_add(&x->answer, "{\"prompt\":");
+    api_put_string(&x->answer, words.data ? words.data : "", words.length);
+    text_add(&x->answer, "}");
     text_free(&words);
-    return st == ST_OK ? send_json(x, 200, &t) : send_failure(x, st);
+    if (st != ST_OK) refuse(x, code_of(st), fail_message());
 }
 
 static enum MHD_Result answer_reset(exchange *x) {
@@ -227,36 +238,90 @@ static void sleep_on(exchange *x) {
     MHD_suspend_connection(x->connection);
 }
 
-static enum MHD_Result begin_job(exchange *x, bool chat) {
+static void read_job(exchange *x, bool chat) {
     server *s = x->server;
     const uint64_t number = next_number(s);
     api_request r;
     status st =
         api_parse(&r, &s->model, chat, x->body.data, x->body.length, hash_u64(number, s->secret));
     text_free(&x->body);
-    if (st != ST_OK) return send_failure(x, st);
-    st = job_new(&x->job, &r, s->model.tok, wake_connection, x);
-    if (st != ST_OK) return send_failure(x, st);
+    if (st == ST_OK) st = job_new(&x->job, &r, s->model.tok, wake_connection, x);
+    if (st == ST_OK && x->job->request.stream) st = reply_stream_open(&x->stream, x->job);
+    if (st != ST_OK) {
+        refuse(x, code_of(st), fail_message());
+        job_release(x->job);
+        x->job = NULL;
+        return;
+    }
     x->head = (reply_head){
         .model = s->model.model, .tok = s->model.tok, .created_s = (int64_t)time(NULL)};
     snprintf(x->head.id, sizeof x->head.id, "%s-%016llx", chat ? "chatcmpl" : "cmpl",
              (unsigned long long)hash_u64(number, s->secret + 1));
-    if (x->job->request.stream) {
-        st = reply_stream_open(&x->stream, x->job);
-        if (st != ST_OK) return send_failure(x, st);
-    }
+}
+
+static void read_completions(exchange *x) { read_job(x, false); }
+static void read_chat(exchange *x) { read_job(x, true); }
+
+/* The connection is suspended. */
+static void submit_job(exchange *x) {
+    server *s = x->server;
     pthread_mutex_lock(&s->lock);
     x->peer->job = x->job;
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_lock(&x->job->lock);
-    sleep_on(x);
+    x->job->waiting = true;
     pthread_mutex_unlock(&x->job->lock);
     service_submit(s->service, x->job);
+}
+
+static enum MHD_Result read_now(exchange *x) {
+    x->route->read(x);
+    if (!x->job) return send_json(x, x->code, &x->answer);
+    MHD_suspend_connection(x->connection);
+    submit_job(x);
     return MHD_YES;
 }
 
-static enum MHD_Result answer_completions(exchange *x) { return begin_job(x, false); }
-static enum MHD_Result answer_chat(exchange *x) { return begin_job(x, true); }
+static enum MHD_Result read_later(exchange *x) {
+    server *s = x->server;
+    pthread_mutex_lock(&s->lock);
+    const bool no_more = s->no_more;
+    if (!no_more) {
+        MHD_suspend_connection(x->connection);
+        *s->last_unread = x;
+        s->last_unread = &x->next;
+        pthread_cond_signal(&s->arrived);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return no_more ? send_error(x, 503, "shutting down") : MHD_YES;
+}
+
+/* One at a time, in the order of their arrival; when there are no_more, those that are left are
+ * refused. A connection that is resumed may be gone at once, and its exchange with it. */
+static void *read_thread(void *arg) {
+    server *s = arg;
+    pthread_mutex_lock(&s->lock);
+    for (;;) {
+        while (!s->unread && !s->no_more) pthread_cond_wait(&s->arrived, &s->lock);
+        exchange *x = s->unread;
+        const bool no_more = s->no_more;
+        if (!x) break;
+        s->unread = x->next;
+        if (!s->unread) s->last_unread = &s->unread;
+        pthread_mutex_unlock(&s->lock);
+        if (no_more)
+            refuse(x, 503, "shutting down");
+        else
+            x->route->read(x);
+        if (x->job)
+            submit_job(x);
+        else
+            MHD_resume_connection(x->connection);
+        pthread_mutex_lock(&s->lock);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return NULL;
+}
 
 static ssize_t read_events(void *user, uint64_t at, char *buf, size_t max) {
     (void)at;
@@ -308,16 +373,16 @@ static enum MHD_Result answer_job(exchange *x) {
 /* --- Requests --------------------------------------------------------------------------------- */
 
 static const route routes[] = {
-    {"/v1/completions", "POST", false, answer_completions},
-    {"/v1/chat/completions", "POST", false, answer_chat},
-    {"/v1/models", "GET", false, answer_models},
-    {"/health", "GET", true, answer_health},
-    {"/ping", "GET", true, answer_health},
-    {"/version", "GET", false, answer_version},
-    {"/metrics", "GET", false, answer_metrics},
-    {"/tokenize", "POST", false, answer_tokenize},
-    {"/detokenize", "POST", false, answer_detokenize},
-    {"/reset_prefix_cache", "POST", false, answer_reset},
+    {"/v1/completions", "POST", false, NULL, read_completions},
+    {"/v1/chat/completions", "POST", false, NULL, read_chat},
+    {"/v1/models", "GET", false, answer_models, NULL},
+    {"/health", "GET", true, answer_health, NULL},
+    {"/ping", "GET", true, answer_health, NULL},
+    {"/version", "GET", false, answer_version, NULL},
+    {"/metrics", "GET", false, answer_metrics, NULL},
+    {"/tokenize", "POST", false, NULL, read_tokenize},
+    {"/detokenize", "POST", false, NULL, read_detokenize},
+    {"/reset_prefix_cache", "POST", false, answer_reset, NULL},
 };
 
 /* In time that depends on the sent text's length alone. */
@@ -414,12 +479,14 @@ static enum MHD_Result on_request(void *user, struct MHD_Connection *connection,
         return MHD_YES;
     }
     if (x->job) return answer_job(x);
+    if (x->code) return send_json(x, x->code, &x->answer);
     pthread_mutex_lock(&x->server->lock);
     x->peer->since_ns = 0; /* it has arrived */
     pthread_mutex_unlock(&x->server->lock);
     if (x->too_large) return send_error(x, 413, "the body is too large");
     if (x->body.failed) return send_error(x, 500, "out of memory");
-    return x->route->answer(x);
+    if (!x->route->read) return x->route->answer(x);
+    return x->body.length > READ_AT_ONCE ? read_later(x) : read_now(x);
 }
 
 static void on_completed(void *user, struct MHD_Connection *connection, void **state,
@@ -445,6 +512,7 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **s
     }
     reply_stream_close(&x->stream);
     text_free(&x->staged);
+    text_free(&x->answer);
     text_free(&x->body);
     mem_free(x);
 }
@@ -552,6 +620,14 @@ status server_check(const server_options *o) {
     return check_free(o, &address);
 }
 
+static void end_reading(server *s) {
+    pthread_mutex_lock(&s->lock);
+    s->no_more = true;
+    pthread_cond_signal(&s->arrived);
+    pthread_mutex_unlock(&s->lock);
+    pthread_join(s->reader, NULL);
+}
+
 static status start(server *s) {
     const server_options *o = &s->options;
     struct sockaddr_storage address;
@@ -571,11 +647,12 @@ static status start(server *s) {
     if (!s->daemon) return FAIL(ST_IO, "cannot listen on %s port %d", o->host, o->port);
     const union MHD_DaemonInfo *info = MHD_get_daemon_info(s->daemon, MHD_DAEMON_INFO_BIND_PORT);
     s->port = info ? info->port : o->port;
-    if (pthread_create(&s->watch, NULL, watch_thread, s) != 0) {
-        MHD_stop_daemon(s->daemon);
-        return FAIL(ST_NOMEM, "a thread");
+    if (pthread_create(&s->reader, NULL, read_thread, s) == 0) {
+        if (pthread_create(&s->watch, NULL, watch_thread, s) == 0) return ST_OK;
+        end_reading(s);
     }
-    return ST_OK;
+    MHD_stop_daemon(s->daemon);
+    return FAIL(ST_NOMEM, "a thread");
 }
 
 status server_open(server **out, const server_options *o, service *service_, const api_model *m) {
@@ -593,8 +670,11 @@ status server_open(server **out, const server_options *o, service *service_, con
     s->secret = hash_u64((uint64_t)now.tv_nsec, (uint64_t)now.tv_sec + (uint64_t)getpid());
     timeline_start_real(&s->clock);
     pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->arrived, NULL);
+    s->last_unread = &s->unread;
     const status st = start(s);
     if (st != ST_OK) {
+        pthread_cond_destroy(&s->arrived);
         pthread_mutex_destroy(&s->lock);
         mem_free(s);
         return st;
@@ -618,12 +698,14 @@ void server_close(server *s, double grace_s) {
     if (!s) return;
     const MHD_socket listening = MHD_quiesce_daemon(s->daemon);
     if (listening != MHD_INVALID_SOCKET) close(listening);
+    end_reading(s);
     service_drain(s->service, grace_s);
     for (int32_t ms = 0; ms < FLUSH_MS && any_busy(s); ms += 10)
         nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
     atomic_store(&s->closing, true);
     pthread_join(s->watch, NULL);
     MHD_stop_daemon(s->daemon);
+    pthread_cond_destroy(&s->arrived);
     pthread_mutex_destroy(&s->lock);
     mem_free(s);
 }

@@ -12,6 +12,7 @@
 
 #include <curl/curl.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -682,6 +683,14 @@ static void send_text(int s, const char *t) {
     assert_int_equal(send(s, t, strlen(t), MSG_NOSIGNAL), (ssize_t)strlen(t));
 }
 
+/* What a server answers on a socket until it closes it. */
+static void hear_out(int s, text *got) {
+    char buf[65536];
+    text_clear(got);
+    for (ssize_t n; (n = recv(s, buf, sizeof buf, 0)) > 0;) text_bytes(got, buf, (size_t)n);
+    close(s);
+}
+
 /* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
  * reads on and nothing is missing. */
 static void a_slow_reader_delays_nobody(void **state) {
@@ -705,9 +714,7 @@ static void a_slow_reader_delays_nobody(void **state) {
     assert_at_most((double)timeline_now_ns(&t) * 1e-9, 10);
     /* The engine does not wait for it either, however slow the machine. */
     wait_metric(f->url, "amalgam:jobs", 0, 300);
-    char buf[65536];
-    for (ssize_t n; (n = recv(s, buf, sizeof buf, 0)) > 0;) text_bytes(&got, buf, (size_t)n);
-    close(s);
+    hear_out(s, &got);
     heard h;
     hear(&h, &got);
     assert_int_equal(h.n_events, TOKENS);
@@ -717,6 +724,80 @@ static void a_slow_reader_delays_nobody(void **state) {
     text_free(&got);
     text_free(&head);
     text_free(&body);
+}
+
+/* A prompt of n bytes that no space divides: the slowest to tokenise. */
+static void add_long_request(text *head, const char *path, int32_t n) {
+    text body = {0};
+    text_add(&body, "{\"prompt\":\"");
+    for (int32_t i = 0; i < n; i++)
+        text_bytes(&body, &(char){(char)('a' + hash_u64((uint64_t)i, 1) % 26)}, 1);
+    text_add(&body, "\"}");
+    text_add(head, "POST %s HTTP/1.0\r\nContent-Length: %zu\r\n\r\n%s", path, body.length,
+             body.data);
+    text_free(&body);
+}
+
+/* While a megabyte becomes tokens others are answered: the longest wait is no half of that time.
+ * Once in five times, because other programs may take the processor. */
+static void a_long_prompt_delays_nobody(void **state) {
+    const fixture *f = *state;
+    text head = {0}, got = {0}, ignored = {0};
+    add_long_request(&head, "/v1/completions", 1000000);
+    bool good = false;
+    for (int32_t i = 0; i < 5 && !good; i++) {
+        timeline t;
+        double longest_s = 0, now_s = 0;
+        int32_t n = 0;
+        const int s = connect_raw(f, 0);
+        send_text(s, head.data);
+        timeline_start_real(&t);
+        for (struct pollfd p = {.fd = s, .events = POLLIN}; poll(&p, 1, 0) == 0; n++) {
+            const double before_s = now_s;
+            assert_int_equal(call(f->url, "/health", NULL, &ignored), 200);
+            now_s = (double)timeline_now_ns(&t) * 1e-9;
+            longest_s = fmax(longest_s, now_s - before_s);
+        }
+        good = n > 2 && longest_s < now_s / 2;
+        hear_out(s, &got);
+        assert_non_null(strstr(got.data, "HTTP/1.1 400"));
+        assert_non_null(strstr(got.data, "tokens, this model's context takes 16383"));
+    }
+    assert_true(good);
+    text_clear(&head);
+    add_long_request(&head, "/tokenize", 100000);
+    const int s = connect_raw(f, 0);
+    send_text(s, head.data);
+    hear_out(s, &got);
+    assert_non_null(strstr(got.data, "{\"count\":"));
+    text_free(&head);
+    text_free(&got);
+    text_free(&ignored);
+}
+
+/* Those that are unread when the server closes are told. */
+static void long_prompts_end_with_the_server(void **state) {
+    (void)state;
+    enum { N = 6 };
+    fixture f;
+    int s[N];
+    text head = {0}, got = {0};
+    open_fixture(&f, 1, 1, NULL);
+    add_long_request(&head, "/v1/completions", 1000000);
+    for (int32_t i = 0; i < N; i++) {
+        s[i] = connect_raw(&f, 0);
+        send_text(s[i], head.data);
+    }
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL); /* they have arrived */
+    close_fixture(&f, 0);
+    int32_t told = 0;
+    for (int32_t i = 0; i < N; i++) {
+        hear_out(s[i], &got);
+        told += strstr(got.data ? got.data : "", "shutting down") != NULL;
+    }
+    assert_true(told > 0);
+    text_free(&head);
+    text_free(&got);
 }
 
 /* Latency counts from the hand-over, also for a request that comes in the middle of a long step. */
@@ -929,7 +1010,6 @@ static void *close_later(void *arg) {
     return NULL;
 }
 
-/* With grace streams end as they should; without, each is told. */
 /* With SO_REUSEPORT the system would hand each server every other connection. */
 static void a_port_has_one_server(void **state) {
     (void)state;
@@ -947,6 +1027,7 @@ static void a_port_has_one_server(void **state) {
     close_fixture(&f, 0);
 }
 
+/* With grace streams end as they should; without, each is told. */
 static void shutdown_finishes_or_reports(void **state) {
     (void)state;
     for (int32_t graceful = 0; graceful < 2; graceful++) {
@@ -1328,6 +1409,8 @@ int main(void) {
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
         cmocka_unit_test(a_slow_reader_delays_nobody),
+        cmocka_unit_test(a_long_prompt_delays_nobody),
+        cmocka_unit_test(long_prompts_end_with_the_server),
         cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
