@@ -39,6 +39,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
 static status start(talk *t) {
     const arguments *a = t->a;
     char dir[1024];
+    TRY(device_computes(a->device));
     TRY(model_dir(dir, sizeof dir, a->model));
     TRY(tokenizer_open(&t->tok, dir));
     const char *source = tokenizer_chat_template(t->tok, NULL);
@@ -194,7 +195,7 @@ int cmd_chat(int argc, char **argv) {
         {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
         {"--precision", CLI_TEXT, &a.precision, "NAME",
          "auto: weights as stored, A16 KV16; see `amalgam formats`"},
-        {"--device", CLI_TEXT, &a.device, "NAME", "cpu"},
+        {"--device", CLI_TEXT, &a.device, "NAME", "cpu or cuda (cpu)"},
         {"--system", CLI_TEXT, &a.system, "TEXT", "system message"},
         {"--no-thinking", CLI_FLAG, &a.no_thinking, NULL,
          "enable_thinking = false for the template"},

@@ -85,7 +85,7 @@ int cmd_evaluate(int argc, char **argv) {
     const cli_option options[] = {
         {"--model", CLI_TEXT, &model, "DIR", "checkpoint folder"},
         {"--precision", CLI_TEXT, &format, "NAME", "auto: weights as stored, A16 KV16"},
-        {"--device", CLI_TEXT, &device_name, "NAME", "cpu"},
+        {"--device", CLI_TEXT, &device_name, "NAME", "cpu or cuda (cpu)"},
         {"--text", CLI_TEXT, &path, "FILE", "what to score"},
         {"--against", CLI_TEXT, &against, "DIR",
          "16-bit checkpoint: print greedy agreement and KL divergence"},
@@ -107,6 +107,7 @@ int cmd_evaluate(int argc, char **argv) {
     if (st == ST_OK && (threads < 0 || threads > 1024))
         st = FAIL(ST_USAGE, "--threads is out of range");
     engine_options o = ENGINE_OPTIONS_DEFAULT;
+    if (st == ST_OK) st = device_computes(device_name);
     if (st == ST_OK) st = device_family(&o.device_options.kernel_family, family);
     if (st != ST_OK) return cli_exit(st);
     o.model = model;

@@ -49,6 +49,7 @@ static void generation_close(generation *g) {
 }
 
 static status generation_open(generation *g, const arguments *a) {
+    TRY(device_computes(a->device));
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     o.model = a->model;
     o.precision = a->precision;
@@ -127,7 +128,7 @@ int cmd_generate(int argc, char **argv) {
          "checkpoint folder (config.json, *.safetensors, tokenizer.json)"},
         {"--precision", CLI_TEXT, &a.precision, "NAME",
          "auto: weights as stored, A16 KV16; see `amalgam formats`"},
-        {"--device", CLI_TEXT, &a.device, "NAME", "cpu"},
+        {"--device", CLI_TEXT, &a.device, "NAME", "cpu or cuda (cpu)"},
         {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "what to go on from"},
         {"--prompt-file", CLI_TEXT, &a.file, "FILE", "the same from a file"},
         {"--max-tokens", CLI_INT, &a.max_new, "N", "output tokens at most (128)"},

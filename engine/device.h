@@ -202,6 +202,8 @@ extern const device_ops device_null, device_cpu, device_sim, device_cuda; /* the
 /* The table of devices (devices.c), NULL-terminated, and look-up by name: NOTFOUND lists them. */
 extern const device_ops *const devices[];
 status device_find(const device_ops **out, const char *name);
+/* Is there one of this name that computes what it says? UNSUPPORTED where tokens are made up. */
+status device_computes(const char *name);
 
 /* device_options.kernel_family by name: "hopper" or NULL (the newest the GPU runs), "ampere". */
 status device_family(int32_t *out, const char *name);

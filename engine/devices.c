@@ -28,6 +28,14 @@ status device_find(const device_ops **out, const char *name) {
                 strcmp(name, "cuda") ? "" : " (this build has no CUDA: make CUDA_ARCH=...)");
 }
 
+status device_computes(const char *name) {
+    const device_ops *ops;
+    TRY(device_find(&ops, name));
+    if (ops->has_logits) return ST_OK;
+    return FAIL(ST_UNSUPPORTED, "the %s device makes up its tokens; cpu and cuda compute them",
+                name);
+}
+
 status device_family(int32_t *out, const char *name) {
     if (!name || !*name || !strcmp(name, "hopper"))
         *out = 0;

@@ -1153,6 +1153,24 @@ static void what_cannot_be_written_is_said(void **state) {
     text_free(&said);
 }
 
+/* Commands whose answer is tokens or values take no device that makes them up. */
+static void made_up_tokens_are_no_answer(void **state) {
+    (void)state;
+    static const char *const commands[] = {"generate --prompt x", "chat", "eval --text README.md"};
+    static const char *const made_up[] = {"sim", "null"};
+    const char *binary = getenv("AMALGAM_BINARY");
+    char line[512];
+    text said = {0};
+    for (int32_t i = 0; i < COUNT_OF(commands); i++)
+        for (int32_t d = 0; d < COUNT_OF(made_up); d++) {
+            snprintf(line, sizeof line, "%s %s --model workloads/tiny --device %s 2>&1 </dev/null",
+                     binary ? binary : "build/amalgam", commands[i], made_up[d]);
+            assert_int_equal(run_command(line, &said), 4);
+            assert_non_null(strstr(said.data, "makes up its tokens; cpu and cuda compute them"));
+        }
+    text_free(&said);
+}
+
 static void check_result_keys(const char *path) {
     json_t *result;
     assert_ok(json_file(&result, path));
@@ -1422,6 +1440,7 @@ int main(void) {
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
+        cmocka_unit_test(made_up_tokens_are_no_answer),
         cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };
