@@ -516,11 +516,11 @@ local function template_environment(data, blocks)
     if not x then return "*(no row)*" end
     return format and format:format(x) or M.number(x)
   end
-  --- Geometric mean over `over` of filter / base, as "1.83".
+  --- Geometric mean over `over` of filter / base, and of how many: "1.83 (16)".
   function env.gain(name, over, filter, base, metric)
     local ratios = data:ratios(name, over, filter, base, metric)
     if #ratios == 0 then return "*(no rows)*" end
-    return ("%.2f"):format(stats.geomean(ratios))
+    return ("%.2f (%d)"):format(stats.geomean(ratios), #ratios)
   end
   --- A metric of one row over that of another, which differ in one part of the key: "1.83".
   function env.ratio(name, filter, part, value, base, metric)
