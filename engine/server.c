@@ -3,9 +3,9 @@
  * A connection's life: opened (peer) -> request arrives in pieces (exchange) -> answered at once,
  * or given to the service as a job and suspended -> resumed by wake() when the job has something
  * -> completed. Megabytes of prompt take seconds to become tokens: a body that is not small is
- * read by a thread for that, the connection suspended. The watch thread ends what does not move: requests that do not arrive, clients
- * that are gone while their connection is suspended (libmicrohttpd does not look at those),
- * readers that take nothing. */
+ * read by a thread for that, the connection suspended. The watch thread ends what does not move:
+ * requests that do not arrive, clients that are gone while their connection is suspended
+ * (libmicrohttpd does not look at those), readers that take nothing. */
 #define _GNU_SOURCE /* POLLRDHUP */
 #include "server.h"
 

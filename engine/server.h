@@ -4,8 +4,8 @@
  *   POST /v1/completions /v1/chat/completions /tokenize /detokenize /reset_prefix_cache
  *
  * libmicrohttpd reads and writes; each connection is suspended while its body waits for the thread
- * that reads long ones, and while its job has nothing new, so idle and slow clients cost a socket and
- * nothing else. A stream carries one event a token. */
+ * that reads long ones, and while its job has nothing new, so idle and slow clients cost a socket
+ * and nothing else. A stream carries one event a token. */
 #ifndef AMALGAM_SERVER_H
 #define AMALGAM_SERVER_H
 #include "service.h"
