@@ -25,8 +25,9 @@ BASE and HEAD are versions as results/ names its files (the beginning of a commi
   --results DIR   where rows are kept (default: results)
   --effect SHARE  smallest change that counts for measured metrics (default 0.02)
 
-Classes: faster, slower (better, worse for accuracy), same, unstable (too noisy or too few
-repetitions to tell), not comparable. Exit status: 0 nothing slower, 1 something is, 2 usage.]]
+Classes: faster, slower (better, worse for accuracy), same, unstable (too noisy to tell), too few
+(repetitions to tell; `amalgam run NAME --again` adds them), not comparable. Exit status: 0 nothing
+slower, 1 something is, 2 usage.]]
 
 local CONFIDENCE, DISCOVERY_RATE, WIDE = 0.95, 0.05, 0.10
 
@@ -142,8 +143,8 @@ end
 
 local REPETITION = { repetition = true }
 
---- Rows by experiment, machine (measured rows only) and key without repetition; in each, the newest
---- row of each repetition.
+--- Rows by experiment, machine (measured rows only) and key without repetition, of the newest
+--- definition: each is a repetition, also those of one seed that "again" adds.
 ---@param rows Row[]
 ---@return table<string, table> groups
 ---@return string[] order
@@ -156,13 +157,12 @@ local function grouped(rows)
     local id = table.concat({ row.experiment, where, library.key_text(row, without) }, " ")
     local group = groups[id]
     if not group then
-      group = { experiment = row.experiment, point = library.key_text(row, without), by_rep = {} }
+      group = { experiment = row.experiment, point = library.key_text(row, without), rows = {} }
       groups[id] = group
       order[#order + 1] = id
     end
-    if group.definition ~= row.definition then group.by_rep = {} end -- the newest one counts
-    -- "again" adds rows: every row of a repetition is one more repetition of the same seed.
-    table.insert(group.by_rep, row)
+    if group.definition ~= row.definition then group.rows = {} end -- the newest one counts
+    table.insert(group.rows, row)
     group.definition, group.origin = row.definition, row.origin
   end
   return groups, order
@@ -240,7 +240,7 @@ local function judge_measured(v, effect)
   if v.q <= DISCOVERY_RATE and outside and math.abs(v.ratio - 1) >= effect then
     v.class = word_for(v.metric, v.ratio - 1)
   elseif v.n_base < 4 or v.n_head < 4 then
-    v.class, v.why = "unstable", "fewer than 4 repetitions cannot be told from chance"
+    v.class, v.why = "too few", "fewer than 4 repetitions cannot be told from chance"
   elseif v.hi - v.lo > 2 * WIDE then
     v.class, v.why = "unstable", "the interval is wider than 10 % to each side"
   else
@@ -253,7 +253,7 @@ end
 ---@return Verdict|nil # why nothing can be compared
 local function obstacle(b, h)
   local v = { experiment = h.experiment, point = h.point, class = "not comparable" }
-  local fb, fh = b.by_rep[#b.by_rep], h.by_rep[#h.by_rep]
+  local fb, fh = b.rows[#b.rows], h.rows[#h.rows]
   if b.definition ~= h.definition then
     v.why = ("the definition changed (%s, %s)"):format(b.definition, h.definition)
   elseif fb.status ~= "ok" and fh.status ~= "ok" then
@@ -290,8 +290,8 @@ function M.compare(base_rows, head_rows, effect)
       verdicts[#verdicts + 1] = why
     else
       local exact = b.origin ~= "measured"
-      for _, metric in ipairs(experiment.sorted_keys(h.by_rep[#h.by_rep].metrics)) do
-        local x, y = sample(b.by_rep, metric), sample(h.by_rep, metric)
+      for _, metric in ipairs(experiment.sorted_keys(h.rows[#h.rows].metrics)) do
+        local x, y = sample(b.rows, metric), sample(h.rows, metric)
         if library.direction(metric) ~= 0 and #x > 0 and #y > 0 then
           local v = { experiment = b.experiment, point = b.point, metric = metric,
             n_base = #x, n_head = #y, origin = b.origin }
@@ -357,8 +357,10 @@ local function print_folded(verdicts)
   end
 end
 
+--- What is folded to a line for each reason: nothing is known of it.
+local UNTOLD = { unstable = true, ["too few"] = true, ["not comparable"] = true }
 local CLASSES =
-  { "faster", "slower", "better", "worse", "same", "unstable", "not comparable" }
+  { "faster", "slower", "better", "worse", "same", "unstable", "too few", "not comparable" }
 
 --- One line of each metric that moved: how often, and the geometric mean of its ratios.
 ---@param verdicts Verdict[]
@@ -398,7 +400,7 @@ local function run(o)
       print(amalgam.json_encode(v))
     elseif o.all then
       print_verdict(v)
-    elseif not v.broken and (v.class == "unstable" or v.class == "not comparable") then
+    elseif not v.broken and UNTOLD[v.class] then
       if not v.quiet then untold[#untold + 1] = v end
     elseif v.class ~= "same" then
       print_verdict(v)

@@ -359,7 +359,7 @@ test.case("compare tells too few repetitions apart from no change", function()
     return path
   end
   local _, said = compared(two(dir .. "/t1.jsonl", 100), two(dir .. "/t2.jsonl", 200))
-  test.contains(said, "1 unstable")
+  test.contains(said, "1 too few")
 end)
 
 test.case("compare says when HEAD fails where BASE did not", function()
