@@ -151,12 +151,9 @@ status jinja_take_text(jinja_run *r, text *t, jinja_value *out);
 status jinja_new_list(jinja_run *r, int32_t n, jinja_value *out); /* n items, UNDEFINED */
 status jinja_new_dict(jinja_run *r, jinja_value *out);
 status jinja_dict_set(jinja_run *r, jinja_dict *d, jinja_value key, jinja_value value);
-const jinja_value *jinja_dict_get(const jinja_dict *d, const char *key, size_t n);
 status jinja_from_json(jinja_run *r, const json_t *v, int32_t depth, jinja_value *out);
 
-bool jinja_is_string(const jinja_value *v, const char *s);
 bool jinja_truth(const jinja_value *v);
-status jinja_equal(jinja_run *r, const jinja_value *a, const jinja_value *b, bool *out);
 status jinja_compare(jinja_run *r, const jinja_value *a, int32_t op, const jinja_value *b,
                      bool *out);
 /* str(): what an output statement writes. */

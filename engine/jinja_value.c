@@ -63,12 +63,14 @@ status jinja_new_dict(jinja_run *r, jinja_value *out) {
     return ST_OK;
 }
 
-const jinja_value *jinja_dict_get(const jinja_dict *d, const char *key, size_t n) {
+static const jinja_value *dict_get(const jinja_dict *d, const char *key, size_t n) {
     for (int32_t i = 0; i < d->n; i++)
         if (d->key[i].kind == JINJA_STRING && d->key[i].n == n && memcmp(d->key[i].s, key, n) == 0)
             return &d->value[i];
     return NULL;
 }
+
+static status equal(jinja_run *r, const jinja_value *a, const jinja_value *b, bool *out);
 
 status jinja_dict_set(jinja_run *r, jinja_dict *d, jinja_value key, jinja_value value) {
     TRY(jinja_spend(r, 1 + d->n / 16));
@@ -76,7 +78,7 @@ status jinja_dict_set(jinja_run *r, jinja_dict *d, jinja_value key, jinja_value 
         return JINJA_FAIL(r, ST_FORMAT, "a %s is no key", jinja_kind_name(&key));
     for (int32_t i = 0; i < d->n; i++) {
         bool same;
-        TRY(jinja_equal(r, &d->key[i], &key, &same));
+        TRY(equal(r, &d->key[i], &key, &same));
         if (!same) continue;
         d->value[i] = value;
         return ST_OK;
@@ -152,10 +154,6 @@ const char *jinja_kind_name(const jinja_value *v) {
     return names[v->kind];
 }
 
-bool jinja_is_string(const jinja_value *v, const char *s) {
-    return v->kind == JINJA_STRING && v->n == strlen(s) && memcmp(v->s, s, v->n) == 0;
-}
-
 bool jinja_truth(const jinja_value *v) {
     switch (v->kind) {
     case JINJA_MISSING:
@@ -212,7 +210,7 @@ static status equal_deep(jinja_run *r, const jinja_value *a, const jinja_value *
         for (int32_t i = 0; *out && i < a->dict->n; i++) {
             const jinja_value *key = &a->dict->key[i], *other = NULL;
             TRY(jinja_spend(r, b->dict->n / 16));
-            if (key->kind == JINJA_STRING) other = jinja_dict_get(b->dict, key->s, key->n);
+            if (key->kind == JINJA_STRING) other = dict_get(b->dict, key->s, key->n);
             *out = other != NULL;
             if (other) TRY(equal_deep(r, &a->dict->value[i], other, depth + 1, out));
         }
@@ -226,7 +224,7 @@ static status equal_deep(jinja_run *r, const jinja_value *a, const jinja_value *
     }
 }
 
-status jinja_equal(jinja_run *r, const jinja_value *a, const jinja_value *b, bool *out) {
+static status equal(jinja_run *r, const jinja_value *a, const jinja_value *b, bool *out) {
     return equal_deep(r, a, b, 0, out);
 }
 
@@ -246,11 +244,11 @@ static status contains(jinja_run *r, const jinja_value *item, const jinja_value 
         return ST_OK;
     case JINJA_LIST:
         for (int32_t i = 0; !*out && i < in->list->n; i++)
-            TRY(jinja_equal(r, item, &in->list->item[i], out));
+            TRY(equal(r, item, &in->list->item[i], out));
         return ST_OK;
     case JINJA_DICT:
         for (int32_t i = 0; !*out && i < in->dict->n; i++)
-            TRY(jinja_equal(r, item, &in->dict->key[i], out));
+            TRY(equal(r, item, &in->dict->key[i], out));
         return ST_OK;
     case JINJA_UNDEFINED: return ST_OK;
     default: break;
@@ -262,7 +260,7 @@ static status contains(jinja_run *r, const jinja_value *item, const jinja_value 
 status jinja_compare(jinja_run *r, const jinja_value *a, int32_t op, const jinja_value *b,
                      bool *out) {
     if (op == JINJA_EQ || op == JINJA_NE) {
-        TRY(jinja_equal(r, a, b, out));
+        TRY(equal(r, a, b, out));
         *out = *out == (op == JINJA_EQ);
         return ST_OK;
     }
@@ -536,7 +534,7 @@ status jinja_attribute(jinja_run *r, const jinja_value *v, const char *name, siz
     case JINJA_DICT:
     case JINJA_NAMESPACE: {
         TRY(jinja_spend(r, v->dict->n / 16));
-        const jinja_value *found = jinja_dict_get(v->dict, name, n);
+        const jinja_value *found = dict_get(v->dict, name, n);
         static const char *const methods[] = {"items", "keys",   "values", "get",
                                               "copy",  "update", "pop"};
         for (int32_t i = 0; v->kind == JINJA_DICT && i < COUNT_OF(methods); i++)
@@ -556,7 +554,7 @@ status jinja_item(jinja_run *r, const jinja_value *v, const jinja_value *key, ji
     if (key->kind == JINJA_STRING) {
         if (v->kind == JINJA_DICT) {
             TRY(jinja_spend(r, v->dict->n / 16));
-            const jinja_value *found = jinja_dict_get(v->dict, key->s, key->n);
+            const jinja_value *found = dict_get(v->dict, key->s, key->n);
             *out = found ? *found : undefined(key->s, key->n);
             return ST_OK;
         }
@@ -566,7 +564,7 @@ status jinja_item(jinja_run *r, const jinja_value *v, const jinja_value *key, ji
     if (v->kind == JINJA_DICT) {
         for (int32_t i = 0; i < v->dict->n; i++) {
             bool same;
-            TRY(jinja_equal(r, &v->dict->key[i], key, &same));
+            TRY(equal(r, &v->dict->key[i], key, &same));
             if (same) return *out = v->dict->value[i], ST_OK;
         }
         return ST_OK;
@@ -1076,7 +1074,7 @@ FILTER(unique) {
         for (int32_t k = 0; k < n && !seen; k++) {
             jinja_value other = out->list->item[k];
             if (other.kind == JINJA_STRING) TRY(change_case(r, &other, CASE_LOWER, &other));
-            TRY(jinja_equal(r, &mine, &other, &seen));
+            TRY(equal(r, &mine, &other, &seen));
         }
         if (!seen) out->list->item[n++] = items.list->item[i];
     }
@@ -1481,7 +1479,7 @@ status jinja_method(jinja_run *r, const jinja_value *self, const char *name, siz
         int64_t found = 0;
         for (int32_t i = 0; i < self->list->n; i++) {
             bool same;
-            TRY(jinja_equal(r, &self->list->item[i], &arg[0], &same));
+            TRY(equal(r, &self->list->item[i], &arg[0], &same));
             if (same && m[0] == 'i') return *out = jinja_int(i), ST_OK;
             found += same;
         }

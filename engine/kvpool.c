@@ -162,17 +162,6 @@ static void take_found(kvpool *p, kvseq *s, int32_t m) {
     s->chain = m ? p->page[s->page[m - 1]].serial : 0;
 }
 
-int32_t kvpool_match(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt) {
-    CHECK(s->n_pages == 0);
-    CHECK(n >= 1);
-    int32_t n_evictable;
-    const int32_t m = look_up(p, s, token, n, salt, &n_evictable);
-    take_found(p, s, m);
-    p->queries += n;
-    p->hits += (int64_t)m * KV_PAGE_TOKENS;
-    return m * KV_PAGE_TOKENS;
-}
-
 void kvpool_register(kvpool *p, kvseq *s, const int32_t *token, int32_t n_computed, uint64_t salt) {
     const int32_t n_full = n_computed / KV_PAGE_TOKENS;
     CHECK(n_full <= s->n_pages);

@@ -31,17 +31,14 @@ status kvpool_open(kvpool **out, arena *a, int32_t n_pages, bool prefix_cache);
 /* What kvpool_open takes from an arena at most; SIZE_MAX on overflow. */
 size_t kvpool_bytes(int32_t n_pages, bool prefix_cache);
 
-/* Longest run of full cached pages that equals the beginning of token[0..n), never all of it (at
- * least one token is left to compute). Takes references and puts them into an empty `s`; returns
- * the number of tokens covered (a multiple of 64). */
-int32_t kvpool_match(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt);
-
 /* Make room for n_tokens in all, taking free pages, then evicting cached ones, oldest first. False
  * and nothing changed when there are not enough. */
 bool kvpool_reserve(kvpool *p, kvseq *s, int32_t n_tokens);
 
-/* match and reserve(n) in one, all or nothing: a refusal changes neither the LRU order nor the
- * counters, so that a waiting request may ask at every step. *n_cached: tokens covered. */
+/* Begin an empty `s` with token[0..n): references to the longest run of full cached pages that equals
+ * its beginning, never all of it (at least one token is left to compute), and room for the rest. All
+ * or nothing: a refusal changes neither the LRU order nor the counters, so that a waiting request
+ * may ask at every step. *n_cached: tokens covered, a multiple of 64. */
 bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt,
                   int32_t *n_cached);
 

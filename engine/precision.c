@@ -306,10 +306,6 @@ int64_t precision_weight_bytes(const precision *p, int64_t n, int64_t k) {
            precision_zero_count(p, n, k) * (w->zero_bits / 8);
 }
 
-double precision_weight_bits(const precision *p, int32_t n, int32_t k) {
-    return 8.0 * (double)precision_weight_bytes(p, n, k) / ((double)n * (double)k);
-}
-
 status precision_fits_shape(const precision *p, int32_t n, int32_t k) {
     if (n <= 0 || k <= 0) return FAIL(ST_SHAPE, "a linear of %d x %d", n, k);
     if (p->weight == WF_16) return ST_OK;

@@ -75,8 +75,6 @@ int64_t precision_zero_count(const precision *p, int64_t n, int64_t k);
  * two bytes an element. The one f32 that NVFP4 has per matrix travels as an argument and is not
  * counted. n * k < 2^58. */
 int64_t precision_weight_bytes(const precision *p, int64_t n, int64_t k);
-/* Bits of one weight in such a matrix: 4.1875 for W4 at k = a multiple of 128. */
-double precision_weight_bits(const precision *p, int32_t n, int32_t k);
 
 /* Bytes that one token of one KV head takes: codes of head_dim elements and their parameters. */
 int64_t kv_format_bytes(kv_format f, int32_t head_dim);

@@ -23,7 +23,7 @@ int32_t bytelevel_byte(uint32_t c) {
     return k < 0 ? -1 : k <= 32 ? k : k <= 66 ? k + 127 - 33 : 173;
 }
 
-void bytelevel_put(text *out, const char *s, size_t n) {
+static void put_bytes(text *out, const char *s, size_t n) {
     char part[512]; /* two bytes of UTF-8 for one at most */
     size_t used = 0;
     for (size_t i = 0; i < n; i++) {
@@ -253,7 +253,7 @@ static status feed(const pretokenizer *p, pretokenize_run *r, int32_t at, const 
         text_bytes(room, " ", 1);
         text_bytes(room, s, n);
         break;
-    case STEP_BYTES: bytelevel_put(room, s, n); break;
+    case STEP_BYTES: put_bytes(room, s, n); break;
     case STEP_METASPACE: put_metaspace(step, room, s, n, first); break;
     }
     TRY(text_status(room));

@@ -330,13 +330,6 @@ const tensor_view *safetensors_at(const safetensors *s, int32_t i) {
 
 uint64_t safetensors_digest(const safetensors *s) { return s->digest; }
 
-uint64_t safetensors_digest_full(const safetensors *s) {
-    uint64_t digest = s->digest;
-    for (int32_t i = 0; i < s->n_shards; i++)
-        digest = hash_bytes(s->shard[i].map.data, s->shard[i].map.size, digest);
-    return digest;
-}
-
 /* --- Writing ---------------------------------------------------------------------------------- */
 
 static const char *const spelling_of[DT_COUNT] = {

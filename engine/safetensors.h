@@ -36,11 +36,10 @@ void safetensors_close(safetensors *s); /* NULL is fine */
 const tensor_view *safetensors_find(const safetensors *s, const char *name);
 int32_t safetensors_count(const safetensors *s);
 const tensor_view *safetensors_at(const safetensors *s, int32_t i); /* sorted by name */
-/* Hash of all headers and file sizes, in the order of file names; the second reads every byte. */
+/* Hash of all headers and file sizes, in the order of file names. */
 uint64_t safetensors_digest(const safetensors *s);
-uint64_t safetensors_digest_full(const safetensors *s);
 
-/* Write tensors to one file, in the given order (tests, quantizer); `bytes` must be that of shape
+/* Write tensors to one file, in the given order (tests, quantiser); `bytes` must be that of shape
  * and type. Larger element types first: a tensor that would end up misaligned is UNSUPPORTED.
  * Through a temporary beside the target and rename, as file_write, but nothing is held in memory
  * twice. */

@@ -740,10 +740,6 @@ uint64_t checkpoint_digest(const checkpoint *k) {
     return k->files ? hash_u64(safetensors_digest(k->files), k->digest_seed) : 0;
 }
 
-uint64_t checkpoint_digest_full(const checkpoint *k) {
-    return k->files ? hash_u64(safetensors_digest_full(k->files), k->digest_seed) : 0;
-}
-
 dtype checkpoint_dtype(const checkpoint *k) {
     return k->files ? k->source[source_at(WEIGHT_embed, 0)].part[0].type : k->config.type;
 }

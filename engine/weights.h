@@ -162,9 +162,8 @@ status checkpoint_open(checkpoint **out, const model_config *c, const char *dir,
 void checkpoint_close(checkpoint *k); /* NULL is fine */
 
 /* Digest over config.json and the headers and sizes of the weight files (not their bodies), for the
- * natural key; 0 for synthetic. The second reads every byte. */
+ * natural key; 0 for synthetic. */
 uint64_t checkpoint_digest(const checkpoint *k);
-uint64_t checkpoint_digest_full(const checkpoint *k);
 
 /* Element type of the embedding: what the checkpoint is stored in, whatever config.json says (one
  * saved by transformers 5 may say float32 over bf16 tensors). The config's type for synthetic. */

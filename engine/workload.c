@@ -300,19 +300,3 @@ status workload_make(workload *out, arena *a, const workload_options *o) {
     *out = w;
     return ST_OK;
 }
-
-uint64_t workload_hash(const workload *w) {
-    uint64_t h = hash_u64((uint64_t)w->n, 0);
-    for (int32_t i = 0; i < w->n; i++) {
-        const request *q = &w->request[i];
-        const sampling *s = &q->sampling;
-        const double law[] = {s->temperature, s->top_p, s->min_p, s->repetition_penalty};
-        const int64_t number[] = {q->id,    q->arrival_ns, q->n_prompt,      q->max_new,
-                                  q->user,  q->ignore_eos, (int64_t)q->salt, (int64_t)s->seed,
-                                  s->top_k, s->n_logprobs};
-        h = hash_bytes(number, sizeof number, h);
-        h = hash_bytes(law, sizeof law, h);
-        h = hash_bytes(q->prompt, (size_t)q->n_prompt * sizeof *q->prompt, h);
-    }
-    return h;
-}

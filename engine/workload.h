@@ -65,8 +65,4 @@ status workload_preset(workload_options *out, const char *name);
 /* Make it, in `a`; a refusal leaves the arena as it was. NOMEM; RANGE for senseless options; for
  * files IO, or FORMAT and RANGE with file:line. */
 status workload_make(workload *out, arena *a, const workload_options *o);
-
-/* Hash of everything that a run depends on (arrivals, lengths, ids, seeds, salts, users): two equal
- * workloads have equal hashes, for natural keys and for tests. */
-uint64_t workload_hash(const workload *w);
 #endif

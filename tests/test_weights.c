@@ -414,8 +414,7 @@ static void test_digest(void **state) {
     checkpoint *k;
     assert_ok(model_config_load(&c, folder));
     assert_ok(checkpoint_open(&k, &c, folder, 0));
-    const uint64_t first = checkpoint_digest(k), full = checkpoint_digest_full(k);
-    assert_true(first != full);
+    const uint64_t first = checkpoint_digest(k);
     checkpoint_close(k);
     char path[256];
     snprintf(path, sizeof path, "%s/config.json", folder);
