@@ -31,7 +31,6 @@ typedef struct scope {
 struct jinja_macro {
     const jinja_node *node; /* DEFINE or CALL_BLOCK */
     scope *home;
-    int32_t loop_depth;
 };
 
 typedef enum { FLOW_ON, FLOW_BREAK, FLOW_CONTINUE } flow;

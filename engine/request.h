@@ -56,8 +56,6 @@ typedef struct request {
     sampling sampling;
     const int32_t *stop_token; /* besides the model's end tokens */
     int32_t n_stop_tokens;
-    const char *const *stop_text; /* output ends before the first of these appears */
-    int32_t n_stop_texts;
     uint64_t salt; /* prefix-cache namespace: requests share pages only within one */
     int32_t user;  /* closed loop: which user sends it; -1 = open loop */
 } request;
