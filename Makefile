@@ -204,8 +204,8 @@ gpu-test: gpu-tests ## run them; needs a GPU
 FUZZ_SECONDS ?= 60
 FUZZ_CC    := clang-14
 FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
-FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_api.c engine/device% engine/serv%,\
-    $(wildcard engine/*.c)) kernels/ref_quant.c
+FUZZED     := $(filter-out engine/main.c engine/cmd_% engine/lua_api.c engine/device% engine/serv% \
+    $(CUDA_HOST),$(wildcard engine/*.c)) kernels/ref_quant.c
 
 $(B)/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
