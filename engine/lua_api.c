@@ -179,8 +179,7 @@ static void read_engine_options(lua_State *L, int t, engine_options *o) {
 
 static void read_length(lua_State *L, int t, const char *key, length_law *law) {
     if (!opt_table(L, t, key)) return;
-    static const char *const known[] = {"law",   "fixed", "lo",  "hi", "mu",
-                                        "sigma", "min",   "max", NULL};
+    static const char *const known[] = {"fixed", "lo", "hi", "mu", "sigma", "min", "max", NULL};
     const int s = lua_gettop(L);
     check_keys(L, s, key, known);
     int64_t fixed = -1, lo = -1, hi = -1;

@@ -21,15 +21,17 @@ local amalgam = {}
 ---@field weights? "checkpoint"|"synthetic" (checkpoint)
 ---@field weights_seed? integer of synthetic weights (0)
 ---@field precision? string "W4A16KV8" (W16A16KV16)
----@field device? "cpu"|"sim"|"null" (cpu)
+---@field device? "cpu"|"cuda"|"sim"|"null" (cpu)
 ---@field gpu? string sim: a data sheet under workloads/gpus
 ---@field tp? integer tensor-parallel degree (1); absent in capacity: the smallest that fits
 ---@field threads? integer cpu: 0 = all cores (0)
 ---@field memory_fraction? number of the device memory that may be used (0.9)
----@field ctx_max? integer prompt + output of a request at most; 0 = the model's limit
----@field pages? integer KV pages of 64 tokens; 0 = as many as fit
+---@field ctx_max? integer prompt + output of a request at most (the model's limit)
+---@field pages? integer KV pages of 64 tokens (as many as fit)
 ---@field scheduler? SchedulerOptions
 ---@field dequant_first? boolean baseline: expand low-bit weights to 16 bits before use (false)
+---@field kernel_family? "hopper"|"ampere" cuda (the newest that the GPU runs)
+---@field no_graphs? boolean cuda: launch decode steps a kernel at a time (false)
 ---@field lockstep? boolean cuda: wait for the tokens of a step before the next is launched (false)
 ---@field trace? string file to record the scheduler to
 
