@@ -58,8 +58,8 @@ void pretokenize_run_close(pretokenize_run *r);
 status pretokenizer_words(const pretokenizer *p, pretokenize_run *r, const char *s, size_t n,
                           bool first);
 
-/* The byte-level alphabet: 33-126, 161-172 and 174-255 stand for themselves as code points, the other
- * 68 are U+0100, U+0101, ... in order (GPT-2's encoder.py). */
+/* The byte-level alphabet: 33-126, 161-172 and 174-255 stand for themselves as code points, the
+ * other 68 are U+0100, U+0101, ... in order (GPT-2's encoder.py). */
 /* The byte that a character of the alphabet stands for, or -1. */
 int32_t bytelevel_byte(uint32_t code_point);
 
