@@ -287,6 +287,9 @@ end
 
 -- --- Figures and tables --------------------------------------------------------------------------
 
+--- The end of a whole file: gnuplot does not say when the disk is full.
+local LAST = { svg = "</svg>%s*$", png = "IEND....$" }
+
 --- Draw one figure as SVG and PNG. Returns nil or what went wrong.
 ---@return string|nil
 local function draw(plots, gp, tsv, out)
@@ -301,9 +304,10 @@ local function draw(plots, gp, tsv, out)
     local why = log and log:read("a"):gsub("%s+", " ") or ""
     if log then log:close() end
     os.remove(target .. ".log")
-    if not good then
+    local whole = good and amalgam.read_file(target .. ".part"):sub(-16):find(LAST[format])
+    if not whole then
       os.remove(target .. ".part")
-      return why ~= "" and why or "gnuplot failed"
+      return why ~= "" and why or good and format .. " was cut off" or "gnuplot failed"
     end
     os.rename(target .. ".part", target)
   end

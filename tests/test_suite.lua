@@ -479,6 +479,20 @@ test.case("figures are drawn into a folder of any name", function()
   test.contains(amalgam.read_file(out .. "/plots/out/fig03_latency_rate.svg"), "Qwen2.5-32B")
 end)
 
+test.case("a figure that could not be written whole is said and is no figure", function()
+  local out = dir .. "/cut"
+  os.execute(("mkdir -p %s/results && ln -s %s/results/e02_serving_latency %s/results/"):format(out,
+    experiment.quoted(identity.root), out))
+  -- Files of 60 kB at most, which the TSV and PAPER.md are and fig03 is not; a write beyond fails.
+  local binary = os.getenv("AMALGAM_BINARY") or "build/amalgam"
+  local good = os.execute(("trap '' XFSZ; ulimit -f 120; %s report --results %s/results --out %s "
+    .. ">%s/said 2>&1"):format(binary, out, out, out))
+  test.equal(good, nil)
+  test.contains(amalgam.read_file(out .. "/said"), "fig03_latency_rate: svg was cut off")
+  test.contains(amalgam.read_file(out .. "/PAPER.md"), "was not drawn (svg was cut off)")
+  test.equal(io.open(out .. "/plots/out/fig03_latency_rate.svg"), nil)
+end)
+
 test.case("the experiment of HACKING.md runs as it is written", function()
   local text = amalgam.read_file(identity.root .. "/HACKING.md"):match("```lua\n(.-)```")
   local path = dir .. "/e20_chunks.lua"
