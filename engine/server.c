@@ -284,16 +284,20 @@ static enum MHD_Result read_now(exchange *x) {
 
 static enum MHD_Result read_later(exchange *x) {
     server *s = x->server;
+    MHD_suspend_connection(x->connection);
     pthread_mutex_lock(&s->lock);
     const bool no_more = s->no_more;
     if (!no_more) {
-        MHD_suspend_connection(x->connection);
         *s->last_unread = x;
         s->last_unread = &x->next;
         pthread_cond_signal(&s->arrived);
     }
     pthread_mutex_unlock(&s->lock);
-    return no_more ? send_error(x, 503, "shutting down") : MHD_YES;
+    if (no_more) {
+        refuse(x, 503, "shutting down");
+        MHD_resume_connection(x->connection);
+    }
+    return MHD_YES;
 }
 
 /* One at a time, in the order of their arrival; when there are no_more, those that are left are
