@@ -149,8 +149,7 @@ static status set_draws(const bench *b, draw_row like) {
     const cudaError_t e =
         cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice);
     mem_free(draw);
-    CUDA(e);
-    return ST_OK;
+    return bench_cuda_check((int)e, "cudaMemcpy of draws");
 }
 
 static status fill(bench *b) {
