@@ -8,6 +8,7 @@ local runner = require("lib_run")
 local test = require("lib_test")
 
 local dir = test.folder()
+local binary = experiment.quoted(os.getenv("AMALGAM_BINARY") or "build/amalgam")
 local identity = amalgam.identity()
 
 local HEAD = [[
@@ -117,9 +118,9 @@ test.case("two runs at once do each point once", function()
     while os.clock() < until_s do end
     return { status = "ok", metrics = { x = point.a } }
   end }]])
-  local command = ("'%s' --root '%s' run %s --results %s/both --jobs 1 > %s/said%%d 2>&1"):format(
-    os.getenv("AMALGAM_BINARY") or "build/amalgam", identity.root, path, dir, dir)
-  os.execute(("%s & %s; wait"):format(command:format(1), command:format(2)))
+  local command = ("%s --root %s run %s --results %s/both --jobs 1 2>&1"):format(
+    binary, experiment.quoted(identity.root), path, dir)
+  os.execute(("%s > %s/said1 & %s > %s/said2; wait"):format(command, dir, command, dir))
   test.equal(#amalgam.rows(file_of("both")), 5, "rows")
   test.contains(amalgam.read_file(dir .. "/said1") .. amalgam.read_file(dir .. "/said2"),
     "another run adds to these rows")
@@ -484,7 +485,6 @@ test.case("a figure that could not be written whole is said and is no figure", f
   os.execute(("mkdir -p %s/results && ln -s %s/results/e02_serving_latency %s/results/"):format(out,
     experiment.quoted(identity.root), out))
   -- Files of 60 kB at most, which the TSV and PAPER.md are and fig03 is not; a write beyond fails.
-  local binary = os.getenv("AMALGAM_BINARY") or "build/amalgam"
   local good = os.execute(("trap '' XFSZ; ulimit -f 120; %s report --results %s/results --out %s "
     .. ">%s/said 2>&1"):format(binary, out, out, out))
   test.equal(good, nil)
