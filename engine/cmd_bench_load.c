@@ -153,7 +153,7 @@ static status time_once(const char *dir, const model_config *c, const device_ops
 
 /* The fastest of some. */
 static status time_device(const char *dir, const char *name, const char *format, char *made,
-                          device_times *t) {
+                          char model[64], device_times *t) {
     enum { REPEATS = 3 };
     const device_ops *ops = NULL;
     model_config *c = mem_alloc(1, sizeof *c);
@@ -173,14 +173,15 @@ static status time_device(const char *dir, const char *name, const char *format,
         st = time_once(dir, c, ops, format, made, &now);
         if (i == 0 || now.all_s < t->all_s) *t = now;
     }
+    if (c) snprintf(model, sizeof c->name, "%s", c->name);
     mem_free(c);
     return st;
 }
 
 static int show_device(const char *dir, const char *name, const char *format, bool json) {
-    char made[PRECISION_NAME_MAX];
-    device_times t;
-    const status st = time_device(dir, name, format, made, &t);
+    char made[PRECISION_NAME_MAX], model[64];
+    device_times t = {0};
+    const status st = time_device(dir, name, format, made, model, &t);
     if (st != ST_OK) return cli_exit(st);
     const double gb = (double)t.part.bytes * 1e-9;
     const bool ok = t.part.pack_s < t.part.copy_s;
@@ -190,7 +191,7 @@ static int show_device(const char *dir, const char *name, const char *format, bo
                "\"copy_gb_per_s\":%.2f,\"pack_gb_per_s\":%.2f,\"ok\":%s}\n"
              : "%s to %s as %s, %.3f GB: load %.2f GB/s; host %.2f, copy %.2f, pack %.2f GB/s "
                "(faster than the copy: %s)\n",
-        dir, name, made, gb, gb / t.all_s, gb / t.part.host_s, gb / t.part.copy_s,
+        model, name, made, gb, gb / t.all_s, gb / t.part.host_s, gb / t.part.copy_s,
         gb / t.part.pack_s,
         json ? (ok ? "true" : "false")
         : ok ? "ok"

@@ -12,6 +12,7 @@
 #include "model.h"
 
 #include "json.h"
+#include "utf8.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -590,11 +591,24 @@ status model_names(arena *a, const char ***names, int32_t *n) {
     return ST_OK;
 }
 
-/* Name of the folder itself, also for "." and with slashes at the end. */
+/* Name of the folder itself, also for "." and with slashes at the end. '_' for what lines of JSON
+ * would have to escape, and for what is no UTF-8. */
 static void set_name(model_config *c, const char *dir) {
     char *real = realpath(dir, NULL);
-    const char *slash = real ? strrchr(real, '/') : NULL;
-    snprintf(c->name, sizeof c->name, "%.63s", slash ? slash + 1 : dir);
+    const char *slash = real ? strrchr(real, '/') : NULL, *from = slash ? slash + 1 : dir;
+    size_t used = 0;
+    for (size_t left = strlen(from); left > 0;) {
+        uint32_t u;
+        const int32_t k = utf8_next(from, left, &u);
+        const size_t n = (size_t)(k > 0 ? k : -k);
+        const bool plain = k > 0 && u >= ' ' && u != 127 && u != '"' && u != '\\';
+        if (used + (plain ? n : 1) >= sizeof c->name) break;
+        memcpy(c->name + used, plain ? from : "_", plain ? n : 1);
+        used += plain ? n : 1;
+        from += n;
+        left -= n;
+    }
+    c->name[used] = 0;
     free(real);
 }
 

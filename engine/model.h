@@ -34,7 +34,7 @@ typedef enum { ROUTE_SOFTMAX_TOPK, ROUTE_TOPK_SOFTMAX } route_kind;
  * TOPK_SOFTMAX: take the top k logits, softmax over them (Mixtral, gpt-oss) */
 
 typedef struct model_config {
-    char name[64]; /* last component of the folder: "Llama-3.1-8B" */
+    char name[64]; /* last component of the folder: "Llama-3.1-8B"; nothing that JSON escapes */
     char arch[48]; /* architectures[0]: "LlamaForCausalLM" */
     dtype type;    /* F16, BF16 or F32, as config.json says; what the tensors really are:
                       checkpoint_dtype (weights.h) */

@@ -1,4 +1,5 @@
 /* test_model.c - config.json: the sixteen models, both spellings, defaults by class, bad values. */
+#include "folder.h"
 #include "golden.h"
 #include "json.h"
 #include "model.h"
@@ -118,6 +119,30 @@ static void test_golden_names(void **state) {
     for (struct dirent *f; (f = readdir(dir)) != NULL;) n += f->d_name[0] != '.';
     closedir(dir);
     assert_int_equal(n, COUNT_OF(golden_names));
+}
+
+/* A name needs no escapes, is UTF-8 and ends with a whole character. */
+static void test_names_of_folders(void **state) {
+    (void)state;
+    static const char long_name[] =
+        "aa\u6a21\u578b\u6a21\u578b\u6a21\u578b\u6a21\u578b\u6a21\u578b"
+        "\u6a21\u578b\u6a21\u578b\u6a21\u578b\u6a21\u578b\u6a21\u578b\u6a21";
+    static const char *const names[][2] = {{"tiny", "tiny"},
+                                           {"ti\"n\\y\n\x7f", "ti_n_y__"},
+                                           {"\xff\xfe 8B", "__ 8B"},
+                                           {long_name, NULL}};
+    char dir[256], path[300], *data;
+    size_t n;
+    model_config c;
+    assert_ok(file_read(&data, &n, GOLDENS "/llama/config.json"));
+    for (int32_t i = 0; i < COUNT_OF(names); i++) {
+        path_join(dir, sizeof dir, folder, names[i][0]);
+        assert_ok(file_write(path_join(path, sizeof path, dir, "config.json"), data, n));
+        assert_ok(model_config_load(&c, dir));
+        if (names[i][1]) assert_string_equal(c.name, names[i][1]);
+    }
+    assert_int_equal(strlen(c.name), 62); /* of 65 bytes: two, and twenty characters of three */
+    mem_free(data);
 }
 
 static void test_both_spellings(void **state) {
@@ -471,6 +496,7 @@ int main(void) {
         cmocka_unit_test(test_truncated),        cmocka_unit_test(test_tensor_parallel),
         cmocka_unit_test(test_rope_golden),      cmocka_unit_test(test_rope_ramp_clamped),
         cmocka_unit_test(test_out_of_memory),    cmocka_unit_test(test_golden_names),
+        cmocka_unit_test(test_names_of_folders),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
