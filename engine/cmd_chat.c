@@ -4,6 +4,7 @@
 #include "engine.h"
 #include "output.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -117,13 +118,13 @@ static status generate(talk *t, const ids *prompt, request_log *log) {
 }
 
 /* The user said something: answer, remember both, tell the speed. A failed turn is forgotten. */
-static status turn(talk *t, const char *line) {
+static status turn(talk *t, const char *line, size_t n_line) {
     const size_t before = json_array_size(t->messages);
     ids prompt = {0};
     request_log log = {0};
     t->st = ST_OK;
     output_open(&t->out, t->tok, NULL, 0, false);
-    status st = add_message(t, "user", line, strlen(line));
+    status st = add_message(t, "user", line, n_line);
     if (st == ST_OK) st = encode(t, &prompt);
     if (st == ST_OK) st = generate(t, &prompt, &log);
     if (st == ST_OK) {
@@ -164,29 +165,28 @@ static bool command(talk *t, const char *line) {
 }
 
 static status converse(talk *t) {
-    enum { LINE_MAX_BYTES = 1 << 16 };
-    char *line = mem_alloc(LINE_MAX_BYTES, 1);
-    if (!line) return FAIL(ST_NOMEM, "chat");
+    char *line = NULL;
+    size_t size = 0;
+    status st = ST_OK;
     const bool terminal = isatty(STDIN_FILENO);
-    bool on = true;
-    while (on) {
+    for (bool on = true; on && st == ST_OK;) {
         if (terminal) printf("> ");
         fflush(stdout);
-        if (!fgets(line, LINE_MAX_BYTES, stdin)) break;
-        line[strcspn(line, "\r\n")] = 0;
+        ssize_t n = getline(&line, &size, stdin);
+        if (n < 0) break;
+        while (n > 0 && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
         if (line[0] == '/') {
             on = command(t, line);
-        } else if (line[0]) {
-            const status st = turn(t, line);
-            if (st == ST_NOMEM || st == ST_DEVICE) {
-                mem_free(line);
-                return st;
-            }
-            if (st != ST_OK) printf("[%s]\n", fail_message());
+        } else if (n > 0) {
+            const status said = turn(t, line, (size_t)n);
+            if (said == ST_NOMEM || said == ST_DEVICE)
+                st = said;
+            else if (said != ST_OK)
+                printf("[%s]\n", fail_message());
         }
     }
-    mem_free(line);
-    return ST_OK;
+    free(line);
+    return st;
 }
 
 int cmd_chat(int argc, char **argv) {

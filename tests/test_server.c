@@ -1153,6 +1153,21 @@ static void what_cannot_be_written_is_said(void **state) {
     text_free(&said);
 }
 
+/* However long: what is pasted into a terminal is one message. */
+static void a_line_is_one_message(void **state) {
+    (void)state;
+    const char *binary = getenv("AMALGAM_BINARY");
+    char line[512];
+    text said = {0};
+    snprintf(line, sizeof line,
+             "yes word | head -c 140000 | tr '\\n' ' ' | %s chat --model workloads/tiny 2>&1 "
+             "| grep -c 'conversation is full'",
+             binary ? binary : "build/amalgam");
+    assert_int_equal(run_command(line, &said), 0);
+    assert_string_equal(said.data, "1\n");
+    text_free(&said);
+}
+
 /* Commands whose answer is tokens or values take no device that makes them up. */
 static void made_up_tokens_are_no_answer(void **state) {
     (void)state;
@@ -1440,6 +1455,7 @@ int main(void) {
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
+        cmocka_unit_test(a_line_is_one_message),
         cmocka_unit_test(made_up_tokens_are_no_answer),
         cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_serves_until_sigterm),
