@@ -31,40 +31,14 @@ slower, 1 something is, 2 usage.]]
 
 local CONFIDENCE, DISCOVERY_RATE, WIDE = 0.95, 0.05, 0.10
 
----@param args string[]
----@return table
-local function parse(args)
-  local o = { names = {}, effect = 0.02 }
-  local at = 1
-  while args[at] do
-    local word = args[at]
-    if word == "--json" then
-      o.json = true
-    elseif word == "--all" then
-      o.all = true
-    elseif word == "--help" then
-      o.help = true
-    elseif word == "--results" or word == "--only" or word == "--effect" then
-      at = at + 1
-      if not args[at] then experiment.refuse("compare: %s needs a value", word) end
-      o[word:sub(3)] = args[at]
-    elseif word:find("^%-") then
-      experiment.refuse("compare: unknown option '%s' (amalgam compare --help)", word)
-    else
-      table.insert(o.names, word)
+local OPTIONS = { json = "flag", all = "flag", results = "word", only = "word",
+  effect = function(value, flag)
+    local effect = tonumber(value)
+    if not effect or effect < 0 or effect >= 1 then
+      experiment.refuse("%s %s is no share from 0 to 1", flag, value)
     end
-    at = at + 1
-  end
-  local effect = tonumber(o.effect)
-  if not effect or effect < 0 or effect >= 1 then
-    experiment.refuse("compare: --effect %s is no share from 0 to 1", tostring(o.effect))
-  end
-  o.effect = effect
-  if #o.names ~= 2 and not o.help then
-    experiment.refuse("compare: give BASE and HEAD (amalgam compare --help)")
-  end
-  return o
-end
+    return effect
+  end }
 
 --- The commit that git knows by this name, as versions begin with it; nil when it knows none.
 ---@param name string
@@ -390,8 +364,12 @@ end
 ---@param o table
 ---@return integer
 local function run(o)
+  if #o.names ~= 2 then
+    experiment.refuse("compare: give BASE and HEAD (amalgam compare --help)")
+  end
   local dir = o.results or amalgam.identity().root .. "/results"
-  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), o.effect)
+  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir),
+    o.effect or 0.02)
   local bad, counts, untold = 0, {}, {}
   for _, v in ipairs(verdicts) do
     if v.class == "slower" or v.class == "worse" or v.broken then bad = bad + 1 end
@@ -415,6 +393,6 @@ local function run(o)
   return bad > 0 and 1 or 0
 end
 
-M.main = experiment.command(USAGE, parse, run)
+M.main = experiment.command("compare", USAGE, OPTIONS, 2, run)
 
 return M

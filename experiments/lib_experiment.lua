@@ -49,16 +49,65 @@ function M.refuse(format, ...)
   error({ exit = 2, message = format:format(...) }, 0)
 end
 
---- A command of `amalgam` (engine/main.c): its help, or its run with what `parse` read. An error is
---- one line and the exit status.
+--- What the word after an option must be: a whole number from 1 to `most`.
+---@param most integer
+---@return fun(value: string, flag: string): integer
+function M.whole(most)
+  return function(value, flag)
+    local n = math.tointeger(tonumber(value))
+    if not n or n < 1 or n > most then
+      M.refuse("%s %s is no number from 1 to %d", flag, value, most)
+    end
+    return n
+  end
+end
+
+---@alias OptionKind "flag"|"word"|fun(value: string, flag: string, before: any): any
+
+--- Read a command line: options by their names with "_" for "-", and the other words in `names`.
+---@param args string[]
+---@param kinds table<string, OptionKind> "word": as it is; a function makes the value of the word
+---@param n_names integer other words at most
+---@return table
+local function options_of(args, kinds, n_names)
+  local o, at = { names = {} }, 1
+  while args[at] do
+    local flag, value = args[at]:match("^(%-%-[%w-]+)=(.*)$")
+    flag = flag or args[at]
+    local key = flag:gsub("^%-%-", ""):gsub("-", "_")
+    local kind = flag:find("^%-") and (flag == "--help" and "flag" or kinds[key])
+    if kind == "flag" and not value then
+      o[key] = true
+    elseif kind and kind ~= "flag" then
+      if not value then at = at + 1 end
+      value = value or args[at] or M.refuse("%s needs a value", flag)
+      o[key] = kind == "word" and value or kind(value, flag, o[key])
+    elseif flag:find("^%-") then
+      M.refuse("unknown option '%s' (--help lists them)", args[at])
+    elseif #o.names == n_names then
+      M.refuse("unexpected argument '%s' (--help says what is taken)", args[at])
+    else
+      table.insert(o.names, args[at])
+    end
+    at = at + 1
+  end
+  return o
+end
+
+--- A command of `amalgam` (engine/main.c): its help, or its run with the options that it was given.
+--- An error is one line and the exit status.
+---@param name string
 ---@param usage string
----@param parse fun(args: string[]): table
+---@param kinds table<string, OptionKind>
+---@param n_names integer words that are no options, at most
 ---@param run fun(o: table): integer exit status
 ---@return fun(args: string[]): integer
-function M.command(usage, parse, run)
+function M.command(name, usage, kinds, n_names, run)
   return function(args)
+    local read = false
     local ok, result = pcall(function()
-      local o = parse(args)
+      local o = options_of(args, kinds, n_names)
+      read = true
       if not o.help then return run(o) end
       print(usage)
       return 0
@@ -66,7 +115,7 @@ function M.command(usage, parse, run)
     if ok then return result end
     local ours = type(result) == "table" and result.message
     local message = tostring(ours and result.message or result):gsub("%c", " ")
-    io.stderr:write("amalgam: ", message, "\n")
+    io.stderr:write("amalgam: ", read and "" or name .. ": ", message, "\n")
     return ours and result.exit or 2
   end
 end

@@ -606,28 +606,6 @@ local function remove_others(out, blocks)
   end
 end
 
----@param args string[]
----@return table
-local function parse(args)
-  local o, at = {}, 1
-  while args[at] do
-    local word = args[at]
-    if word == "--results" or word == "--out" then
-      at = at + 1
-      if not args[at] then experiment.refuse("report: %s needs a value", word) end
-      o[word:sub(3)] = args[at]
-    elseif word == "--no-figures" then
-      o.no_figures = true
-    elseif word == "--help" then
-      o.help = true
-    else
-      experiment.refuse("report: unknown option '%s' (amalgam report --help)", word)
-    end
-    at = at + 1
-  end
-  return o
-end
-
 ---@param o table
 ---@return integer
 local function run(o)
@@ -655,6 +633,7 @@ local function run(o)
   return n_bad > 0 and 1 or 0
 end
 
-M.main = experiment.command(USAGE, parse, run)
+M.main = experiment.command("report", USAGE,
+  { results = "word", out = "word", no_figures = "flag" }, 0, run)
 
 return M

@@ -32,72 +32,27 @@ Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, ba
 ---@class RunOptions
 ---@field names string[]
 ---@field quick? boolean
----@field only { key: string, value: string }[]
----@field set { key: string, value: string }[]
+---@field only? { key: string, value: string }[]
+---@field device? string
+---@field gpu? string
 ---@field jobs? integer
 ---@field seconds? integer
 ---@field results? string
 ---@field again? boolean
 ---@field retry_failed? boolean
 ---@field list? boolean
----@field help? boolean
-
----@param args string[]
----@return RunOptions
-local function parse(args)
-  local o = { names = {}, only = {}, set = {} }
-  local at = 1
-  local function value_of(flag)
-    at = at + 1
-    if not args[at] then experiment.refuse("run: %s needs a value", flag) end
-    return args[at]
-  end
-  local function number_of(flag, most)
-    local text = value_of(flag)
-    local n = math.tointeger(tonumber(text))
-    if not n or n < 1 or n > most then
-      experiment.refuse("run: %s %s is no number from 1 to %d", flag, text, most)
-    end
-    return n
-  end
-  local function set_to_next(key)
-    return function(flag) table.insert(o.set, { key = key, value = value_of(flag) }) end
-  end
-  local flags = {
-    ["--quick"] = function() o.quick = true end,
-    ["--resume"] = function() end,
-    ["--retry-failed"] = function() o.retry_failed = true end,
-    ["--again"] = function() o.again = true end,
-    ["--list"] = function() o.list = true end,
-    ["--help"] = function() o.help = true end,
-    ["--results"] = function(flag) o.results = value_of(flag) end,
-    ["--device"] = set_to_next("device"),
-    ["--gpu"] = set_to_next("gpu"),
-    ["--jobs"] = function(flag) o.jobs = number_of(flag, 64) end,
-    ["--seconds"] = function(flag) o.seconds = number_of(flag, 1000000) end,
-    ["--only"] = function(flag)
-      local text = value_of(flag)
-      local key, value = text:match("^([%w_]+)=(.+)$")
-      if not key then experiment.refuse("run: --only %s is not KEY=VALUE", text) end
-      table.insert(o.only, { key = key, value = value })
-    end,
-  }
-  while args[at] do
-    local word = args[at]
-    if flags[word] then
-      flags[word](word)
-    elseif word:find("^%-") then
-      experiment.refuse("run: unknown option '%s' (amalgam run --help lists them)", word)
-    else
-      table.insert(o.names, word)
-    end
-    at = at + 1
-  end
-  if #o.names == 0 and not o.help then
-    experiment.refuse("run: which experiment? (amalgam run --help)")
-  end
-  return o
-end
+local OPTIONS = {
+  quick = "flag", resume = "flag", retry_failed = "flag", again = "flag", list = "flag",
+  results = "word", device = "word", gpu = "word",
+  jobs = experiment.whole(64), seconds = experiment.whole(1000000),
+  only = function(value, flag, before)
+    local key, wanted = value:match("^([%w_]+)=(.+)$")
+    if not key then experiment.refuse("%s %s is not KEY=VALUE", flag, value) end
+    local list = before or {}
+    table.insert(list, { key = key, value = wanted })
+    return list
+  end,
+}
 
 ---@param o RunOptions
 ---@param root string
@@ -331,12 +286,9 @@ end
 ---@param identity table
 ---@return { key: string, value: string }[] set
 local function settings(spec, o, identity)
-  local set, device, gpu = {}, nil, nil
-  for _, s in ipairs(o.set) do
-    set[#set + 1] = s
-    if s.key == "device" then device = s.value end
-    if s.key == "gpu" then gpu = s.value end
-  end
+  local set, device, gpu = {}, o.device, o.gpu
+  if device then table.insert(set, { key = "device", value = device }) end
+  if gpu then table.insert(set, { key = "gpu", value = gpu }) end
   if device and not is_built(device) then -- else every point would leave a row that says so
     experiment.refuse("run: --device %s: this build has %s%s", device,
       table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or "")
@@ -515,6 +467,7 @@ end
 ---@param o RunOptions
 ---@return integer exit status
 local function run(o)
+  if #o.names == 0 then experiment.refuse("run: which experiment? (amalgam run --help)") end
   local status = 0
   for _, name in ipairs(o.names) do
     if not run_one(name, o) then status = 1 end
@@ -522,6 +475,6 @@ local function run(o)
   return status
 end
 
-M.main = experiment.command(USAGE, parse, run)
+M.main = experiment.command("run", USAGE, OPTIONS, math.huge, run)
 
 return M

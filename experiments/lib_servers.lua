@@ -113,51 +113,27 @@ local function list()
   end
 end
 
----@param args string[]
----@return table
-local function parse(args)
-  local o = { precision = "W16A16KV16", tp = 1, ctx = 8192, folder = "." }
-  local at = 1
-  while args[at] do
-    local word, value = args[at], args[at + 1]
-    local key = word:match("^%-%-(%a+)$")
-    if key == "help" then
-      o.help = true
-    elseif key == "tp" or key == "ctx" then
-      o[key] = math.tointeger(tonumber(value))
-        or experiment.refuse("servers: --%s %s is no number", key, tostring(value))
-      at = at + 1
-    elseif key == "model" or key == "precision" or key == "folder" then
-      o[key] = value or experiment.refuse("servers: --%s what?", key)
-      at = at + 1
-    elseif not key and not o.name then
-      o.name = word
-    else
-      experiment.refuse("servers: unknown option '%s' (amalgam servers --help)", word)
-    end
-    at = at + 1
-  end
-  return o
-end
-
 ---@param o table
 ---@return integer
 local function run(o)
-  if not o.name then
+  local name = o.names[1]
+  if not name then
     list()
     return 0
   end
-  local server = M.load(o.name)
-  if not o.model then experiment.refuse("servers: %s needs --model", o.name) end
-  local precision, why = amalgam.precision(o.precision)
-  o.precision = precision or experiment.refuse("servers: %s", why)
-  local start, measure, files = M.commands(server, o)
+  local server = M.load(name)
+  if not o.model then experiment.refuse("servers: %s needs --model", name) end
+  local precision, why = amalgam.precision(o.precision or "W16A16KV16")
+  local start, measure, files = M.commands(server, { model = o.model,
+    precision = precision or experiment.refuse("servers: %s", why), tp = o.tp or 1,
+    ctx = o.ctx or 8192, folder = o.folder or "." })
   for _, path in ipairs(experiment.sorted_keys(files)) do amalgam.write_file(path, files[path]) end
   print(start)
   print(measure)
   return 0
 end
 
-M.main = experiment.command(USAGE, parse, run)
+M.main = experiment.command("servers", USAGE, { model = "word", precision = "word",
+  folder = "word", tp = experiment.whole(64), ctx = experiment.whole(1 << 24) }, 1, run)
 
 return M

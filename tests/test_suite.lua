@@ -58,6 +58,26 @@ test.case("points are expanded in order, the last axis first", function()
   test.equal(experiment.expand(loaded, { quick = true })[1].key.n, 2, "quick replaces a fact")
 end)
 
+test.case("options are read alike by all commands", function()
+  local path = write(HEAD .. BODY .. RUN)
+  local code, text = run(path, "alike", "--only=a=1", "--jobs=2", "--quick")
+  test.equal(code, 0, text)
+  test.contains(text, "2 ok")
+  for words, said in pairs({ ["--jobs 0"] = "run: --jobs 0 is no number from 1 to 64",
+    ["--jobs"] = "run: --jobs needs a value", ["--only a"] = "run: --only a is not KEY=VALUE",
+    ["--quick=1"] = "run: unknown option '--quick=1'", ["-x"] = "run: unknown option '-x'" }) do
+    local args = { path }
+    for word in words:gmatch("%S+") do args[#args + 1] = word end
+    code, text = test.captured(function() return runner.main(args) end)
+    test.equal(code, 2, words)
+    test.contains(text, said)
+  end
+  code, text = test.captured(function() return report.main({ "more" }) end)
+  test.equal(code, 2)
+  test.contains(text, "report: unexpected argument 'more'")
+  test.equal((test.captured(function() return compare.main({ "--help" }) end)), 0)
+end)
+
 test.case("an experiment that needs a GPU makes no rows without one", function()
   local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
   local code, text = run(path, "needs")
