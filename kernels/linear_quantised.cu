@@ -4,7 +4,8 @@
 //            the sums where they are not y yet: scales of int32 sums, bias, gate, residual
 //   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16
 //
-// Space of the plain route holds a part of the rows of x at a time: codes, scales, sums.
+// Space of the plain route holds a part of the rows of x at a time: codes, scales, and sums where
+// the product is not y yet.
 #include "linear_epilogue.cuh"
 #include "linear_launch.h"
 #include "quantize.h"
@@ -24,12 +25,10 @@ bool gated(const linear_problem *p) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Rows of x at a time for a problem of m rows: equal parts, sums of each within kSumsBytes.
-int32_t rows_at_once(const linear_weight *w, int32_t m) {
-    int64_t most = kSumsBytes / (4ll * w->n) / 16 * 16;
-    most = most > kRowsMost ? kRowsMost : most < 16 ? 16 : most;
-    const int64_t parts = (m + most - 1) / most;
-    return (int32_t)(((m + parts - 1) / parts + 15) / 16 * 16);
+// Rows of x at a time, at most: sums of them, where there are any, are within kSumsBytes.
+int32_t rows_most(const linear_weight *w, bool sums) {
+    const int64_t most = sums ? kSumsBytes / (4ll * w->n) / 16 * 16 : kRowsMost;
+    return (int32_t)(most > kRowsMost ? kRowsMost : most < 16 ? 16 : most);
 }
 
 struct plain_space {
@@ -39,13 +38,14 @@ struct plain_space {
     int64_t bytes;
 };
 
-plain_space lay(const linear_weight *w, int32_t rows, void *base) {
+plain_space lay(const linear_weight *w, int32_t rows, bool sums, void *base) {
     const int64_t scales = w->format == WF_FP8B ? (w->k + 127) / 128 : 1;
     plain_space s;
     s.code = static_cast<uint8_t *>(base);
     s.scale = reinterpret_cast<float *>(s.code + aligned((int64_t)rows * w->k));
     s.sums = reinterpret_cast<uint8_t *>(s.scale) + aligned(rows * scales * 4);
-    s.bytes = static_cast<uint8_t *>(s.sums) - s.code + aligned((int64_t)rows * w->n * 4);
+    s.bytes = static_cast<uint8_t *>(s.sums) - s.code;
+    if (sums) s.bytes += aligned((int64_t)rows * w->n * 4);
     return s;
 }
 
@@ -157,13 +157,28 @@ const variant *choose(const linear_problem *p) {
     return nullptr;
 }
 
-// Rows [row, row + m) of p, quantised into s; m_pad of them are multiplied.
-status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m,
+int64_t size_of_y(const linear_problem *p) { return p->y_type == DT_F32 ? 4 : 2; }
+
+// Rows that are multiplied: cuBLASLt wants fours of them beside scales in blocks.
+int32_t padded(const linear_problem *p, int32_t m) {
+    return p->w->format == WF_FP8B ? (m + 3) / 4 * 4 : m;
+}
+
+// Whether v leaves sums that are not y yet.
+bool leaves_sums(const linear_problem *p, const variant *v) {
+    if (v->rank < 0) return false;
+    const bool whole = p->w->format != WF_INT8 && p->epilogue == LINEAR_STORE && !p->w->bias &&
+                       padded(p, p->m) == p->m;
+    return !whole || ((uintptr_t)p->y | (uintptr_t)(p->ldy * size_of_y(p))) % 16 != 0;
+}
+
+// Rows [row, row + m) of p, quantised into s.
+status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m, bool sums,
                   void *scratch, int64_t scratch_bytes, const variant *v, cudaStream_t stream) {
     const linear_weight *w = p->w;
     const bool int8 = w->format == WF_INT8;
-    const int32_t m_pad = w->format == WF_FP8B ? (m + 3) / 4 * 4 : m;
-    const int64_t x_size = 2, y_size = p->y_type == DT_F32 ? 4 : 2;
+    const int32_t m_pad = padded(p, m);
+    const int64_t x_size = 2, y_size = size_of_y(p);
     void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * y_size;
     activation_quantiser q = {};
     q.x = p->x_row ? p->x : static_cast<const uint8_t *>(p->x) + row * p->ldx * x_size;
@@ -196,9 +211,7 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     product.workspace = scratch;
     product.workspace_bytes = scratch_bytes;
     product.rank = v->rank;
-    const bool whole = !int8 && p->epilogue == LINEAR_STORE && !w->bias && m_pad == m;
-    const bool addressable = ((uintptr_t)y | (uintptr_t)(p->ldy * y_size)) % 16 == 0;
-    if (whole && addressable) return linear_lt(&product, stream);
+    if (!sums) return linear_lt(&product, stream);
     product.out = s.sums;
     product.out_type = int8 ? DT_I32 : gated(p) ? w->type : p->y_type;
     product.ldo = w->n;
@@ -215,11 +228,13 @@ status plain(const linear_problem *p, void *space, void *scratch, int64_t scratc
              cudaStream_t stream) {
     const variant *v = choose(p);
     if (!v) return ST_UNSUPPORTED;
-    const int32_t rows = rows_at_once(p->w, p->m);
-    const plain_space s = lay(p->w, rows, space);
+    const bool sums = leaves_sums(p, v);
+    const int32_t most = rows_most(p->w, sums), parts = (p->m + most - 1) / most;
+    const int32_t rows = ((p->m + parts - 1) / parts + 15) / 16 * 16; // <= most
+    const plain_space s = lay(p->w, rows, sums, space);
     for (int32_t row = 0; row < p->m; row += rows) {
         const int32_t m = p->m - row < rows ? p->m - row : rows;
-        TRY(plain_part(p, s, row, m, scratch, scratch_bytes, v, stream));
+        TRY(plain_part(p, s, row, m, sums, scratch, scratch_bytes, v, stream));
     }
     return ST_OK;
 }
@@ -261,8 +276,14 @@ extern "C" const char *linear_quantised_name(int32_t i) {
 
 extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x) {
     if (w->act == AF_16) return 0;
-    if (linear_plain(w)) return lay(w, rows_at_once(w, max_x), nullptr).bytes;
-    return aligned((int64_t)max_x * w->k * 2);
+    if (!linear_plain(w)) return aligned((int64_t)max_x * w->k * 2);
+    int64_t bytes = 0;
+    for (const bool sums : {false, true}) {
+        const int32_t most = rows_most(w, sums), rows = (max_x + 15) / 16 * 16;
+        const int64_t n = lay(w, rows < most ? rows : most, sums, nullptr).bytes;
+        bytes = n > bytes ? n : bytes;
+    }
+    return bytes;
 }
 
 extern "C" const char *linear_quantised_choice(const linear_problem *p) {
