@@ -250,15 +250,15 @@ __global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser
     }
 }
 
-// LANES threads a span of 128 inputs, in vectors of eight that lie LANES apart. Grid: (rows,
-// spans).
-constexpr int kSpanThreads = 128;
-template <typename T, act_format A, int LANES>
-__global__ void __launch_bounds__(kSpanThreads) quantize_spans(const activation_quantiser a) {
-    constexpr int kVectors = kSpan / 8 / LANES;
-    const int row = (int)blockIdx.x, lane = (int)threadIdx.x % LANES;
-    const int g = ((int)blockIdx.y * kSpanThreads + (int)threadIdx.x) / LANES;
-    const int col = g * kSpan + lane * 8;
+// Eight lanes a span of 128 inputs, in two vectors of eight each; a warp has a span of four rows,
+// whose scales lie side by side. Grid: (rows, spans).
+constexpr int kLanes = 8, kWarpRows = 32 / kLanes;
+template <typename T, act_format A>
+__global__ void __launch_bounds__(256) quantize_spans(const activation_quantiser a) {
+    constexpr int kVectors = kSpan / 8 / kLanes;
+    const int lane = (int)threadIdx.x % kLanes;
+    const int row = (int)blockIdx.x * kWarpRows + (int)threadIdx.x % 32 / kLanes;
+    const int g = (int)(blockIdx.y * blockDim.x + threadIdx.x) / 32, col = g * kSpan + lane * 8;
     eight<T, A> e[kVectors];
     begin_early();
     const T *x = row_of<T>(a, row);
@@ -266,18 +266,18 @@ __global__ void __launch_bounds__(kSpanThreads) quantize_spans(const activation_
 #pragma unroll
     for (int i = 0; i < kVectors; i++) {
         e[i].x = {};
-        if (row < a.m && col + i * LANES * 8 < a.k) e[i].x = load_pack(x + col + i * LANES * 8);
+        if (row < a.m && col + i * kLanes * 8 < a.k) e[i].x = load_pack(x + col + i * kLanes * 8);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; i++) most = __vmaxu2(most, e[i].magnitudes());
 #pragma unroll
-    for (int d = LANES / 2; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
-    if (g * kSpan >= a.k) return;
+    for (int d = kLanes / 2; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
+    if (g * kSpan >= a.k || row >= (a.value ? a.m : a.m_pad)) return;
     const float s = span_scale<T, A>(max(most >> 16, most & 0xffffu));
     if (lane == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = s;
 #pragma unroll
     for (int i = 0; i < kVectors; i++)
-        if (col + i * LANES * 8 < a.k) store_eight(a, row, col + i * LANES * 8, e[i], s);
+        if (col + i * kLanes * 8 < a.k) store_eight(a, row, col + i * kLanes * 8, e[i], s);
 }
 
 template <typename T, act_format A>
@@ -287,8 +287,6 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
     // One vector a thread has the answer soonest; more let more rows run at once.
     const bool few = rows <= 256 && vectors <= 1024;
     const int per = few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
-    // So many spans that fewer threads for each fill the SMs too, with less to do in all.
-    const int lanes = rows * div_up(a.k, kSpan) >= 8192 ? 4 : 16;
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -296,13 +294,14 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
     c.gridDim = dim3((unsigned)rows);
     c.blockDim = dim3((unsigned)(div_up(div_up(vectors, per), 32) * 32));
     if (spans) {
-        c.gridDim.y = (unsigned)div_up(div_up(a.k, kSpan) * lanes, kSpanThreads);
-        c.blockDim = dim3(kSpanThreads);
+        const int n = (int)div_up(a.k, kSpan), warps = rows <= 256 ? 4 : 8;
+        c.gridDim = dim3((unsigned)div_up(rows, kWarpRows), (unsigned)div_up(n, warps));
+        c.blockDim = dim3((unsigned)warps * 32);
     }
     c.stream = stream;
     c.attrs = &early;
     c.numAttrs = a.sm >= 90 ? 1 : 0;
-    auto *const kernel = spans ? (lanes == 4 ? quantize_spans<T, A, 4> : quantize_spans<T, A, 16>)
+    auto *const kernel = spans      ? quantize_spans<T, A>
                          : per == 1 ? quantize_rows<T, A, 1>
                          : per == 4 ? quantize_rows<T, A, 4>
                                     : quantize_rows<T, A, 8>;
