@@ -128,6 +128,32 @@ __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, 
     return p;
 }
 
+// Scale and minimum of a row in format f, of which this lane has n values; whether all are finite.
+__device__ __forceinline__ bool row_params(__half &scale, __half &minimum, kv_format f,
+                                           const float *x, int n) {
+    int32_t least = in_order(x[0]), most = least;
+#pragma unroll
+    for (int e = 1; e < n; e++) {
+        least = min(least, in_order(x[e]));
+        most = max(most, in_order(x[e]));
+    }
+    least = __reduce_min_sync(~0u, least);
+    most = __reduce_max_sync(~0u, most);
+    const float lo = out_of_order(least), hi = out_of_order(most);
+    const bool finite = most < in_order(INFINITY) && least > in_order(-INFINITY); // NaN lies beyond
+    // What is more than f16 holds is the most that it does.
+    const float range = fminf(f == KF_FP8 ? fmaxf(fabsf(lo), fabsf(hi)) : __fsub_rn(hi, lo), 1e38f);
+    const divisor steps = f == KF_8   ? divisor{KV8_STEPS, 1.f / KV8_STEPS}
+                          : f == KF_4 ? divisor{15.f, 1.f / 15}
+                                      : divisor{448.f, 1.f / 448};
+    scale = scale_up(quotient(range, steps), f == KF_8   ? KV8_SCALE_BITS
+                                             : f == KF_4 ? KV4_SCALE_BITS
+                                                         : KVFP8_SCALE_BITS);
+    minimum = minimum_of(lo, __half2float(scale), f);
+    if (!finite) scale = minimum = __ushort_as_half(0x7e00);
+    return finite;
+}
+
 // Write one token's row, or only find what it is: x[0..E) are dims at.., x[E..2E) dims at + D/2..,
 // in format f.
 template <typename T, int D>
@@ -144,28 +170,10 @@ __device__ __forceinline__ void store_row(const row_place &p, kv_format f, int l
         }
         return;
     }
-    int32_t least = in_order(x[0]), most = least;
-#pragma unroll
-    for (int e = 1; e < 2 * E; e++) {
-        least = min(least, in_order(x[e]));
-        most = max(most, in_order(x[e]));
-    }
-    least = __reduce_min_sync(~0u, least);
-    most = __reduce_max_sync(~0u, most);
-    const float lo = out_of_order(least), hi = out_of_order(most);
-    const bool finite = most < in_order(INFINITY) && least > in_order(-INFINITY); // NaN lies beyond
-    const float top = f == KF_8 ? 255.f : 15.f;
-    // What is more than f16 holds is the most that it does.
-    const float range = fminf(f == KF_FP8 ? fmaxf(fabsf(lo), fabsf(hi)) : __fsub_rn(hi, lo), 1e38f);
-    const divisor steps = f == KF_8   ? divisor{KV8_STEPS, 1.f / KV8_STEPS}
-                          : f == KF_4 ? divisor{15.f, 1.f / 15}
-                                      : divisor{448.f, 1.f / 448};
-    __half scale = scale_up(quotient(range, steps), f == KF_8   ? KV8_SCALE_BITS
-                                                    : f == KF_4 ? KV4_SCALE_BITS
-                                                                : KVFP8_SCALE_BITS);
-    __half minimum = minimum_of(lo, __half2float(scale), f);
-    if (!finite) scale = minimum = __ushort_as_half(0x7e00);
+    __half scale, minimum;
+    const bool finite = row_params(scale, minimum, f, x, 2 * E);
     const float s = __half2float(scale), m = __half2float(minimum);
+    const float top = f == KF_8 ? 255.f : 15.f;
     const bool live = finite && s > 0.f;
 
     const uint32_t mask = live ? ~0u : 0u;

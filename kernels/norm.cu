@@ -79,6 +79,34 @@ template <typename T> __device__ __forceinline__ void store_piece(T *p, const pi
     *reinterpret_cast<uint4 *>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
+// Piece `at` of a row: what was there and what all ranks add to it, in their order; `own` of this
+// one.
+template <typename T, bool RANKS>
+__device__ __forceinline__ piece sum_of(const piece &there, const piece &own, int at, uint32_t call,
+                                        const norm_ranks &ranks) {
+    float2 sum[4] = {};
+    for (int from = 0; from < (RANKS ? ranks.n : 1); from++) {
+        piece a = own;
+        if (RANKS && from != ranks.rank) {
+            const ulonglong2 *inbox = row_of(ranks, ranks.rank, from, blockIdx.x, call) + at * 2;
+            const uint4 v = receive(inbox, call, ranks.gone);
+            a = {v.x, v.y, v.z, v.w};
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = pair_of<T>(a.word[i]);
+            sum[i].x += x.x, sum[i].y += x.y;
+        }
+    }
+    piece r;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = pair_of<T>(there.word[i]);
+        r.word[i] = word_of<T>(x.x + sum[i].x, x.y + sum[i].y);
+    }
+    return r;
+}
+
 // PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
 // RANKS: add is this rank's part. per_col: 1 / cols.
 template <typename T, int PACKS, bool RANKS>
@@ -119,26 +147,7 @@ __global__ void __launch_bounds__(kThreadsMax)
         r[p] = load_piece(residual + at * 8);
         const piece own = load_piece(add + at * 8);
         if (adds) {
-            float2 sum[4] = {};
-            for (int from = 0; from < (RANKS ? ranks.n : 1); from++) {
-                piece a = own;
-                if (RANKS && from != ranks.rank) {
-                    const uint4 v =
-                        receive(row_of(ranks, ranks.rank, from, blockIdx.x, call) + at * 2, call,
-                                ranks.gone);
-                    a = {v.x, v.y, v.z, v.w};
-                }
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float2 x = pair_of<T>(a.word[i]);
-                    sum[i].x += x.x, sum[i].y += x.y;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 x = pair_of<T>(r[p].word[i]);
-                r[p].word[i] = word_of<T>(x.x + sum[i].x, x.y + sum[i].y);
-            }
+            r[p] = sum_of<T, RANKS>(r[p], own, at, call, ranks);
             store_piece(residual + at * 8, r[p]);
         }
 #pragma unroll
