@@ -15,6 +15,10 @@ namespace {
 
 constexpr int kWarps = 4;
 
+// Of so many tokens blocks find SMs while the kernel before this one still runs: there they go
+// through the code for nothing, so that it lies on the SM when they do so behind the wait.
+constexpr int kEarlyTokens = 8;
+
 // Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these
 // do: their sums count twice (64 E is the number of values a warp holds), their stores write the
 // same.
@@ -33,10 +37,29 @@ template <typename T> struct append_arguments {
     const int32_t *position, *token_seq, *page_start, *page;
 };
 
-__device__ __forceinline__ float warp_min(float x) {
-#pragma unroll
-    for (int d = 16; d > 0; d >>= 1) x = fminf(x, __shfl_xor_sync(~0u, x, d));
-    return x;
+// Floats as integers of the same order, for which a warp has one instruction, and back.
+__device__ __forceinline__ int32_t in_order(float x) {
+    const int32_t i = __float_as_int(x);
+    return i ^ (i >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float out_of_order(int32_t i) {
+    return __int_as_float(i ^ (i >> 31 & 0x7fffffff));
+}
+
+// x / by, rounded as a division is (to 0 what would be subnormal), |x / by| < 2^127: without its
+// branches, so that a lane's quotients are worked out side by side.
+struct divisor {
+    float by, inverse; // inverse: to an ulp
+};
+__device__ __forceinline__ divisor divisor_of(float by) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(by));
+    return {by, fmaf(fmaf(-by, r, 1.f), r, r)};
+}
+__device__ __forceinline__ float quotient(float x, const divisor &d) {
+    float q = __fmul_rn(x, d.inverse);
+    q = fmaf(fmaf(-d.by, q, x), d.inverse, q);
+    return fmaf(fmaf(-d.by, q, x), d.inverse, q);
 }
 
 __device__ __forceinline__ float clamp_f16(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
@@ -48,14 +71,16 @@ __device__ __forceinline__ __half scale_up(float x, int bits) {
     return __float2half_rn(clamp_f16(__uint_as_float((__float_as_uint(x) + below) & ~below)));
 }
 __device__ __forceinline__ __half minimum_of(float lo, float scale, kv_format f) {
-    const float unit = __uint_as_float(__float_as_uint(scale) & 0x7f800000u) * (f == KF_8 ? 2 : 1);
-    if (!(fabsf(lo) < 2048 * unit)) return __float2half_rn(clamp_f16(lo));
-    const float n = floorf(__fadd_rn(__fdiv_rn(lo, unit), f == KF_8 ? 0.f : 0.5f));
-    return __float2half_rn(clamp_f16(__fmul_rn(n, unit)));
+    const uint32_t power = (__float_as_uint(scale) & 0x7f800000u) + (f == KF_8 ? 1u << 23 : 0);
+    const float unit = __uint_as_float(power), inverse = __uint_as_float((254u << 23) - power);
+    const float n = floorf(__fadd_rn(__fmul_rn(lo, inverse), f == KF_8 ? 0.f : 0.5f));
+    const bool near = scale > 0.f && fabsf(lo) < 2048 * unit;
+    const float whole = near ? __fmul_rn(n, unit) : lo;
+    return __float2half_rn(clamp_f16(whole));
 }
 
-__device__ __forceinline__ uint32_t code_of(float x, float lo, float scale, float top) {
-    const float q = __fdiv_rn(__fsub_rn(x, lo), scale);
+__device__ __forceinline__ uint32_t code_of(float x, float lo, const divisor &scale, float top) {
+    const float q = quotient(__fsub_rn(x, lo), scale);
     return (uint32_t)rintf(fminf(fmaxf(q, 0.f), top));
 }
 
@@ -79,6 +104,14 @@ struct row_place {
     __half *param;
 };
 
+// code_at by shifts: row_bytes is a power of two, but not known here.
+__device__ __forceinline__ int place_at(int row_bytes, int token, int at) {
+    const int log = min(31 - __clz(row_bytes), 7), pieces = 1 << (log - 4), r = token % 8;
+    const int turned = (at / 16 & (pieces - 1)) ^ (r >> (7 - log) & (pieces - 1));
+    return token / 8 * 8 * row_bytes + (at >> log << (log + 3)) + (r << log) + turned * 16 +
+           at % 16;
+}
+
 template <int D>
 __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, kv_format f,
                                                int token, int lane) {
@@ -89,15 +122,43 @@ __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, 
     for (int half = 0; half < 2; half++) {
         const int d = half * (D / 2) + lane * E;
         const int at = f == KF_16 ? 2 * d : f == KF_4 ? d / 2 : d;
-        p.code[half] = codes + code_at(row_bytes, token, at);
+        p.code[half] = codes + place_at(row_bytes, token, at);
     }
     p.param = (__half *)params + (f == KF_FP8 ? token : 2 * token);
     return p;
 }
 
-// Write one token's row: x[0..E) are dims at.., x[E..2E) dims at + D/2.., in format f.
+// Scale and minimum of a row in format f, of which this lane has n values; whether all are finite.
+__device__ __forceinline__ bool row_params(__half &scale, __half &minimum, kv_format f,
+                                           const float *x, int n) {
+    int32_t least = in_order(x[0]), most = least;
+#pragma unroll
+    for (int e = 1; e < n; e++) {
+        least = min(least, in_order(x[e]));
+        most = max(most, in_order(x[e]));
+    }
+    least = __reduce_min_sync(~0u, least);
+    most = __reduce_max_sync(~0u, most);
+    const float lo = out_of_order(least), hi = out_of_order(most);
+    const bool finite = most < in_order(INFINITY) && least > in_order(-INFINITY); // NaN lies beyond
+    // What is more than f16 holds is the most that it does.
+    const float range = fminf(f == KF_FP8 ? fmaxf(fabsf(lo), fabsf(hi)) : __fsub_rn(hi, lo), 1e38f);
+    const divisor steps = f == KF_8   ? divisor{KV8_STEPS, 1.f / KV8_STEPS}
+                          : f == KF_4 ? divisor{15.f, 1.f / 15}
+                                      : divisor{448.f, 1.f / 448};
+    scale = scale_up(quotient(range, steps), f == KF_8   ? KV8_SCALE_BITS
+                                             : f == KF_4 ? KV4_SCALE_BITS
+                                                         : KVFP8_SCALE_BITS);
+    minimum = minimum_of(lo, __half2float(scale), f);
+    if (!finite) scale = minimum = __ushort_as_half(0x7e00);
+    return finite;
+}
+
+// Write one token's row, or only find what it is: x[0..E) are dims at.., x[E..2E) dims at + D/2..,
+// in format f.
 template <typename T, int D>
-__device__ void store_row(const row_place &p, kv_format f, int lane, const float *x) {
+__device__ __forceinline__ void store_row(const row_place &p, kv_format f, int lane, const float *x,
+                                          bool write) {
     constexpr int E = each<D>;
     if (f == KF_16) {
 #pragma unroll
@@ -105,38 +166,27 @@ __device__ void store_row(const row_place &p, kv_format f, int lane, const float
             few<T, E> part;
 #pragma unroll
             for (int e = 0; e < E; e++) part.v[e] = from_f32<T>(x[half * E + e]);
-            *(few<T, E> *)p.code[half] = part;
+            if (write) *(few<T, E> *)p.code[half] = part;
         }
         return;
     }
-    float lo = x[0], hi = x[0];
-    bool finite = true;
-#pragma unroll
-    for (int e = 0; e < 2 * E; e++) {
-        lo = fminf(lo, x[e]);
-        hi = fmaxf(hi, x[e]);
-        finite = finite && isfinite(x[e]);
-    }
-    lo = warp_min(lo);
-    hi = warp_max(hi);
-    finite = __all_sync(~0u, finite);
-    const float top = f == KF_8 ? 255.f : 15.f;
-    const float step = f == KF_FP8 ? __fdiv_rn(fmaxf(fabsf(lo), fabsf(hi)), 448.f)
-                                   : __fdiv_rn(__fsub_rn(hi, lo), f == KF_8 ? KV8_STEPS : 15);
-    __half scale = scale_up(step, f == KF_8   ? KV8_SCALE_BITS
-                                  : f == KF_4 ? KV4_SCALE_BITS
-                                              : KVFP8_SCALE_BITS);
-    __half minimum = minimum_of(lo, __half2float(scale), f);
-    if (!finite) scale = minimum = __ushort_as_half(0x7e00);
+    __half scale, minimum;
+    const bool finite = row_params(scale, minimum, f, x, 2 * E);
     const float s = __half2float(scale), m = __half2float(minimum);
+    const float top = f == KF_8 ? 255.f : 15.f;
     const bool live = finite && s > 0.f;
 
+    const uint32_t mask = live ? ~0u : 0u;
     uint32_t code[2 * E];
+    const divisor by_scale = divisor_of(s);
+    if (f == KF_FP8) {
 #pragma unroll
-    for (int e = 0; e < 2 * E; e++)
-        code[e] = !live         ? 0u
-                  : f == KF_FP8 ? e4m3_code(__fdiv_rn(x[e], s))
-                                : code_of(x[e], m, s, top);
+        for (int e = 0; e < 2 * E; e++) code[e] = live ? e4m3_code(__fdiv_rn(x[e], s)) : 0u;
+    } else {
+#pragma unroll
+        for (int e = 0; e < 2 * E; e++) code[e] = code_of(x[e], m, by_scale, top) & mask;
+    }
+    if (!write) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (f == KF_4 && E == 1) { // an even dim's lane takes its neighbour's nibble
@@ -191,9 +241,9 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
     constexpr int E = each<D>;
     using part = few<T, E>;
     const int lane = (int)threadIdx.x % (D / 2 / E), heads = a.n_heads + 2 * a.n_kv_heads;
-    const int64_t at = (int64_t)blockIdx.x * kWarps + threadIdx.y;
-    const int t = (int)(at / heads), h = (int)(at % heads);
-    if (t >= a.n_tokens) return;
+    const int t = (int)(blockIdx.z * gridDim.y + blockIdx.y);
+    const int h = (int)(blockIdx.x * kWarps + threadIdx.y);
+    if (h >= heads || t >= a.n_tokens) return;
     launch_dependents();
     const int seq = a.token_seq[t], position = a.position[t]; // of padding, position is 0
     const bool is_q = h < a.n_heads, is_v = h >= a.n_heads + a.n_kv_heads;
@@ -206,37 +256,45 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
     if (!is_v)
         turn = *(const few<float2, E> *)((const float2 *)a.rope + (int64_t)position * (D / 2) +
                                          lane * E);
-    row_place place = {};
-    if (!is_q && seq >= 0) {
-        const int g = is_v ? h - a.n_heads - a.n_kv_heads : h - a.n_heads;
-        uint8_t *page = a.base + a.page[a.page_start[seq] + position / kPage] * a.page_bytes;
-        uint8_t *codes = page + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
-        uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                          (is_v ? a.layout.v_param : 0);
-        place = place_row<D>(codes, params, is_v ? a.v : a.k, position % kPage, lane);
-    }
-    wait_for_previous();
-    if (seq < 0) return;
-
-    T *row = a.qkv + ((int64_t)t * heads + h) * D + lane * E;
-    float x[2 * E];
+    // The page itself is asked for with the row: where blocks find no SM before the kernel before
+    // this one ends, each read here delays that.
+    const bool stored = !is_q && seq >= 0;
+    const int32_t first_page = stored ? a.page_start[seq] : 0;
+#pragma unroll 1
+    for (int pass = a.n_tokens <= kEarlyTokens ? 0 : 1; pass < 2; pass++) {
+        if (pass) {
+            wait_for_previous();
+            if (seq < 0) return;
+        }
+        T *row = a.qkv + ((int64_t)t * heads + h) * D + lane * E;
+        float x[2 * E];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const part in = *(const part *)(row + half * (D / 2));
+        for (int half = 0; half < 2; half++) {
+            const part in = *(const part *)(row + half * (D / 2));
 #pragma unroll
-        for (int e = 0; e < E; e++) x[half * E + e] = to_f32(in.v[e]);
-    }
-    if (!is_v) norm_and_turn<T, D>(x, norm != nullptr, gain, a.eps, turn);
-    if (!is_q) {
-        store_row<T, D>(place, is_v ? a.v : a.k, lane, x);
-        return;
-    }
+            for (int e = 0; e < E; e++) x[half * E + e] = to_f32(in.v[e]);
+        }
+        row_place place = {};
+        if (stored) {
+            const int g = is_v ? h - a.n_heads - a.n_kv_heads : h - a.n_heads;
+            uint8_t *page = a.base + a.page[first_page + position / kPage] * a.page_bytes;
+            uint8_t *codes = page + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
+            uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                              (is_v ? a.layout.v_param : 0);
+            place = place_row<D>(codes, params, is_v ? a.v : a.k, position % kPage, lane);
+        }
+        if (!is_v) norm_and_turn<T, D>(x, norm != nullptr, gain, a.eps, turn);
+        if (!is_q) {
+            store_row<T, D>(place, is_v ? a.v : a.k, lane, x, pass);
+            continue;
+        }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        part out;
+        for (int half = 0; half < 2; half++) {
+            part out;
 #pragma unroll
-        for (int e = 0; e < E; e++) out.v[e] = from_f32<T>(x[half * E + e]);
-        *(part *)(row + half * (D / 2)) = out;
+            for (int e = 0; e < E; e++) out.v[e] = from_f32<T>(x[half * E + e]);
+            if (pass) *(part *)(row + half * (D / 2)) = out;
+        }
     }
 }
 
@@ -263,9 +321,10 @@ status launch(void *qkv, const attention_layer_params *l, const attention_cache 
         b->page_start,
         b->page,
     };
-    const int64_t rows = (int64_t)b->n_tokens * (l->n_heads + 2 * l->n_kv_heads);
-    return launch_early("rope_append", rope_append<T, D>, (unsigned)div_up(rows, kWarps),
-                        dim3(32, kWarps), stream, a);
+    const unsigned groups = (unsigned)div_up(l->n_heads + 2 * l->n_kv_heads, kWarps);
+    const unsigned tokens = (unsigned)b->n_tokens, most = 32768;
+    const dim3 grid(groups, tokens < most ? tokens : most, (tokens + most - 1) / most);
+    return launch_early("rope_append", rope_append<T, D>, grid, dim3(32, kWarps), stream, a);
 }
 
 } // namespace

@@ -923,7 +923,10 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     const division four = divide_best<F, NT, 4, 1, G>(args, n_sms);
     if constexpr (has_parts(F)) {
         const division two = divide_best<F, NT, 2, 2, G>(args, n_sms);
-        if (better(two, half) && !better(four, two))
+        // Behind another kernel the sums of halves take longer than in a chain of one (measured).
+        division apart = half;
+        if (args->apart && NT == 64) apart.cost += 1000;
+        if (better(two, apart) && !better(four, two))
             return tiles<T, F, NT, 2, 2, G>::run(two, args, n_sms, stream);
     }
     if (better(four, half)) return tiles<T, F, NT, 4, 1, G>::run(four, args, n_sms, stream);

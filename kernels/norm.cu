@@ -54,19 +54,76 @@ __device__ __forceinline__ ulonglong2 *row_of(const norm_ranks &ranks, int to, i
     return static_cast<ulonglong2 *>(ranks.inbox[to]) + at * (ranks.cols_max / 4);
 }
 
-// PACKS: 16-byte pieces that a thread holds. 1 up to 8192 columns, which is every model here.
-// RANKS: add is this rank's part.
+// A piece of 16 bytes as it was loaded. As elements (pack) the compiler would take it apart right
+// behind its load, and whatever is asked for next would have to wait.
+template <typename T> __device__ __forceinline__ float2 pair_of(uint32_t word);
+template <> __device__ __forceinline__ float2 pair_of<__half>(uint32_t word) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+}
+template <> __device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+template <typename T> __device__ __forceinline__ uint32_t word_of(float a, float b) {
+    const T even = from_f32<T>(a), odd = from_f32<T>(b);
+    return *reinterpret_cast<const uint16_t *>(&even) |
+           uint32_t{*reinterpret_cast<const uint16_t *>(&odd)} << 16;
+}
+struct alignas(16) piece {
+    uint32_t word[4];
+};
+template <typename T> __device__ __forceinline__ piece load_piece(const T *p) {
+    const uint4 v = *reinterpret_cast<const uint4 *>(p);
+    return {v.x, v.y, v.z, v.w};
+}
+template <typename T> __device__ __forceinline__ void store_piece(T *p, const piece &v) {
+    *reinterpret_cast<uint4 *>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
+// Piece `at` of a row: what was there and what all ranks add to it, in their order; `own` of this
+// one.
+template <typename T, bool RANKS>
+__device__ __forceinline__ piece sum_of(const piece &there, const piece &own, int at, uint32_t call,
+                                        const norm_ranks &ranks) {
+    float2 sum[4] = {};
+    for (int from = 0; from < (RANKS ? ranks.n : 1); from++) {
+        piece a = own;
+        if (RANKS && from != ranks.rank) {
+            const ulonglong2 *inbox = row_of(ranks, ranks.rank, from, blockIdx.x, call) + at * 2;
+            const uint4 v = receive(inbox, call, ranks.gone);
+            a = {v.x, v.y, v.z, v.w};
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = pair_of<T>(a.word[i]);
+            sum[i].x += x.x, sum[i].y += x.y;
+        }
+    }
+    piece r;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = pair_of<T>(there.word[i]);
+        r.word[i] = word_of<T>(x.x + sum[i].x, x.y + sum[i].y);
+    }
+    return r;
+}
+
+// PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
+// RANKS: add is this rank's part. per_col: 1 / cols.
 template <typename T, int PACKS, bool RANKS>
-__global__ void __launch_bounds__(kThreadsMax) norm_add(T *y, T *residual, const T *add, const T *w,
-                                                        int32_t cols, float eps, norm_ranks ranks) {
+__global__ void __launch_bounds__(kThreadsMax)
+    norm_add(T *y, T *residual, const T *add, const T *w, int32_t cols, float per_col, float eps,
+             norm_ranks ranks) {
     __shared__ float shared[32];
     const int64_t row = int64_t{blockIdx.x} * cols;
-    pack<T> r[PACKS], gain[PACKS];
-    float squares = 0.f;
+    const bool adds = add != nullptr;
+    y += row, residual += row, add = adds ? add + row : residual;
+    asm volatile("" : "+l"(y), "+l"(residual), "+l"(add)); // lest they be worked out after the wait
+    piece r[PACKS], gain[PACKS];
+    float2 squares = {};
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
-        if (col < cols) gain[p] = load_pack(w + col);
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) gain[p] = load_piece(w + col);
     }
     follow_previous();
     uint32_t call = 0;
@@ -74,50 +131,43 @@ __global__ void __launch_bounds__(kThreadsMax) norm_add(T *y, T *residual, const
         call = ranks.calls[blockIdx.x] + 1;
 #pragma unroll
         for (int p = 0; p < PACKS; p++) {
-            const int piece = p * (int)blockDim.x + (int)threadIdx.x;
-            if (piece * pack<T>::n >= cols) continue;
-            const uint4 v = *reinterpret_cast<const uint4 *>(add + row + piece * pack<T>::n);
+            const int at = p * (int)blockDim.x + (int)threadIdx.x;
+            if (at * 8 >= cols) continue;
+            const uint4 v = *reinterpret_cast<const uint4 *>(add + at * 8);
             for (int i = 1; i < ranks.n; i++) { // each begins with another one's inbox
                 const int to = (ranks.rank + i) % ranks.n;
-                send(row_of(ranks, to, ranks.rank, blockIdx.x, call) + piece * 2, v, call);
+                send(row_of(ranks, to, ranks.rank, blockIdx.x, call) + at * 2, v, call);
             }
         }
     }
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-        const int piece = p * (int)blockDim.x + (int)threadIdx.x, col = piece * pack<T>::n;
-        if (col >= cols) continue;
-        r[p] = load_pack(residual + row + col); // [8]
-        if (add) {
-            const pack<T> own = load_pack(add + row + col);
-            float sum[pack<T>::n] = {};
-            for (int from = 0; from < (RANKS ? ranks.n : 1); from++) {
-                pack<T> a = own;
-                if (RANKS && from != ranks.rank)
-                    *reinterpret_cast<uint4 *>(&a) =
-                        receive(row_of(ranks, ranks.rank, from, blockIdx.x, call) + piece * 2, call,
-                                ranks.gone);
-#pragma unroll
-                for (int i = 0; i < pack<T>::n; i++) sum[i] += to_f32(a.v[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < pack<T>::n; i++)
-                r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) + sum[i]);
-            store_pack(residual + row + col, r[p]);
+        const int at = p * (int)blockDim.x + (int)threadIdx.x;
+        if (at * 8 >= cols) continue;
+        r[p] = load_piece(residual + at * 8);
+        const piece own = load_piece(add + at * 8);
+        if (adds) {
+            r[p] = sum_of<T, RANKS>(r[p], own, at, call, ranks);
+            store_piece(residual + at * 8, r[p]);
         }
 #pragma unroll
-        for (int i = 0; i < pack<T>::n; i++) squares += to_f32(r[p].v[i]) * to_f32(r[p].v[i]);
+        for (int i = 0; i < 4; i++) {
+            const float2 x = pair_of<T>(r[p].word[i]);
+            squares.x += x.x * x.x, squares.y += x.y * x.y;
+        }
     }
-    const float scale = 1.f / sqrtf(block_sum(squares, shared) / (float)cols + eps);
+    const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
     if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * pack<T>::n;
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
         if (col >= cols) continue;
 #pragma unroll
-        for (int i = 0; i < pack<T>::n; i++)
-            r[p].v[i] = from_f32<T>(to_f32(r[p].v[i]) * scale * to_f32(gain[p].v[i]));
-        store_pack(y + row + col, r[p]);
+        for (int i = 0; i < 4; i++) {
+            const float2 x = pair_of<T>(r[p].word[i]), g = pair_of<T>(gain[p].word[i]);
+            r[p].word[i] = word_of<T>(x.x * scale * g.x, x.y * scale * g.y);
+        }
+        store_piece(y + col, r[p]);
     }
 }
 
@@ -125,7 +175,7 @@ template <dtype dt, bool RANKS>
 status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
               float eps, const norm_ranks &ranks, cudaStream_t s) {
     using T = typename element<dt>::type;
-    const int packs = cols / pack<T>::n;
+    const int packs = cols / 8;
     const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
     const int threads = (packs + each * 32 - 1) / (each * 32) * 32;
     auto *const kernel = each == 1            ? norm_add<T, 1, RANKS>
@@ -133,7 +183,7 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
                                               : norm_add<T, 4, false>;
     return launch_early("norm_add", kernel, (unsigned)rows, threads, s, static_cast<T *>(y),
                         static_cast<T *>(residual), static_cast<const T *>(add),
-                        static_cast<const T *>(w), cols, eps, ranks);
+                        static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks);
 }
 
 template <bool RANKS>
