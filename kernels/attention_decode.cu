@@ -1273,11 +1273,14 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         }
         if (++entry == ENTRIES) entry = 0, next_unit();
     }
-    // The page after those in the ring, to L2, if the tile is long enough to be paid for by memory.
+    // The page after those in the ring, or two where they are short, to L2, if the tile is long
+    // enough to be paid for by memory.
     __device__ __forceinline__ void look_ahead() {
-        const int page = __shfl_sync(~0u, pages, nth % 32);
-        if (!done && entry == 0 && stop - token > 4 * stride && lane == 0)
-            prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+        for (int k = 0; k < (WHOLE ? 2 : 1); k++) {
+            const int page = __shfl_sync(~0u, pages, (nth + k) % 32);
+            if (!done && entry == 0 && stop - token > (4 + k) * stride && lane == 0)
+                prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+        }
     }
     // Is the entry free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const {
