@@ -1020,10 +1020,10 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
     constexpr int LANES = D / 4 < 32 ? D / 4 : 32;
     const int64_t step = (int64_t)a.n_heads * (D + ATTENTION_PARTIAL_EXTRA); // from slot to slot
     const int n = run.n - prefix + 1;                                        // records
-    const int lane = threadIdx.x % 32 % LANES;
+    const int thread = threadIdx.x, lane = thread % 32 % LANES;
     const int64_t second = n > 1 ? prefix * step : 0; // from the first
-    for (int i0 = threadIdx.x / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
-        const int i = i0 + threadIdx.x % 32, h = min(i / (D / 4), p.n_heads - 1);
+    for (int i0 = thread / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
+        const int i = i0 + thread % 32, h = min(i / (D / 4), p.n_heads - 1);
         const int head = p.head0 + h, d = i % (D / 4) * 4;
         const float *first = record_of<D>(a, run.slot, head), *at = first;
         float m = -INFINITY, l = 0.f;
@@ -1273,11 +1273,14 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         }
         if (++entry == ENTRIES) entry = 0, next_unit();
     }
-    // The page after those in the ring, to L2, if the tile is long enough to be paid for by memory.
+    // The page after those in the ring, or two where they are short, to L2, if the tile is long
+    // enough to be paid for by memory.
     __device__ __forceinline__ void look_ahead() {
-        const int page = __shfl_sync(~0u, pages, nth % 32);
-        if (!done && entry == 0 && stop - token > 4 * stride && lane == 0)
-            prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+        for (int k = 0; k < (WHOLE ? 2 : 1); k++) {
+            const int page = __shfl_sync(~0u, pages, (nth + k) % 32);
+            if (!done && entry == 0 && stop - token > (4 + k) * stride && lane == 0)
+                prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+        }
     }
     // Is the entry free of the newest token, which the kernel before this one may be writing?
     __device__ __forceinline__ bool old() const {
@@ -1348,6 +1351,11 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     int n_put = 0;
     bool begun = false; // with its first tile
 
+    // The lane, for what is done once a leaf: what follows from it is not kept for that where
+    // registers are all taken, and addresses of copies take more.
+    __device__ __forceinline__ int rare_lane() const {
+        return crowded<D, H, C> && !BULK ? thread_anew() % 32 : feed.lane;
+    }
     // Barriers of a joint: all warps have put, all have taken.
     __device__ __forceinline__ uint32_t put_bar(int at) const {
         return feed.q_full(a.q_slots + at);
@@ -1416,7 +1424,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     __device__ __forceinline__ void put(const state<D, H> &st) {
         const int at = n_put % JOINTS;
         barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
-        put_joint<D, H, C>(memory, st, a, at, feed.warp, feed.lane);
+        put_joint<D, H, C>(memory, st, a, at, feed.warp, rare_lane());
         barrier_arrive(put_bar(at));
         n_put++;
     }
@@ -1426,11 +1434,11 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         const int n = n_put - 1 - back, at = n % JOINTS;
         sum<D, H> leaf;
         barrier_wait(put_bar(at), n / JOINTS & 1);
-        take_joint<D, H>(leaf, memory, a, at, feed.warp, feed.lane);
+        take_joint<D, H>(leaf, memory, a, at, feed.warp, rare_lane());
         barrier_arrive(taken_bar(at));
         if (!head)
             put_record<D, H, C>(leaf, a, run.slot + part, place_of<H>(a, tile), feed.warp,
-                                feed.lane);
+                                rare_lane());
         else if (part == 0)
             all = leaf;
         else
@@ -1470,7 +1478,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             state<D, H> st;
             attend_leaf(st, q, run, part);
             if (run.lone >= 0) {
-                put_lone<D, H, C>(st, a, run.row, place_of<H>(a, tile), feed.lane);
+                put_lone<D, H, C>(st, a, run.row, place_of<H>(a, tile), rare_lane());
                 return;
             }
             put(st);
@@ -1483,10 +1491,10 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         if (JOINTS > 1) take(all, run, tile, to - 1, 0, head);
         const tile_place place = place_of<H>(a, tile);
         if (whole) {
-            put_out<D, H, C>(all, a, run.row, place, feed.warp, feed.lane);
+            put_out<D, H, C>(all, a, run.row, place, feed.warp, rare_lane());
             return;
         }
-        if (head) put_record<D, H, C>(all, a, run.slot, place, feed.warp, feed.lane);
+        if (head) put_record<D, H, C>(all, a, run.slot, place, feed.warp, rare_lane());
         int *flag = (int *)(memory + a.barriers_at - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
             join_records<D, crowded<D, H, C> ? 8 : 16>(a, run, place, head ? to : run.prefix);

@@ -10,6 +10,13 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kPage = KV_PAGE_TOKENS;
 
+// threadIdx.x read anew: what follows from it is not kept in registers all the time.
+__device__ __forceinline__ int thread_anew() {
+    uint32_t t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return (int)(t % 1024);
+}
+
 // attention_code_at on the device.
 __device__ __forceinline__ int code_at(int row_bytes, int token, int at) {
     const int panel = min(row_bytes, 128), pieces = panel / 16, share = 128 / panel, r = token % 8;

@@ -38,12 +38,6 @@ struct tile_work {
     int g, first, last; // blocks of BN tokens; last < first: no more items
 };
 
-// threadIdx.x read anew: what follows from it is not kept in registers all the time.
-__device__ __forceinline__ int thread_anew() {
-    uint32_t t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return (int)(t % 1024);
-}
 __device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
                  "r"(x.w)

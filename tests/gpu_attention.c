@@ -42,6 +42,25 @@ static int32_t sm, n_sms;
     } while (0)
 
 static uint64_t random_state = 88172645463325252u;
+
+/* What the random numbers of a case are for. */
+typedef enum { DRAW_INPUT, DRAW_APPEND, DRAW_ROWS } draw;
+
+/* Every purpose of every case has numbers of its own, which hang on what the case is and on nothing
+ * that ran before: all variants are measured on the same rows, and a case that is run alone does
+ * what it did among others. */
+static void draw_for(const attention_case *c, draw what) {
+    const int32_t member[] = {(int32_t)what, (int32_t)c->type, c->heads,          c->kv_heads,
+                              c->head_dim,   c->window,        c->sinks,          c->norms,
+                              (int32_t)c->k, (int32_t)c->v,    (int32_t)c->sigma, (int32_t)c->mean,
+                              c->n_seqs,     c->n_decodes};
+    uint64_t h = 88172645463325252u;
+    for (const char *p = c->name; *p; p++) h = hash_u64((uint64_t)*p, h);
+    for (int32_t i = 0; i < COUNT_OF(member); i++) h = hash_u64((uint64_t)member[i], h);
+    for (int32_t s = 0; s < c->n_seqs; s++)
+        h = hash_u64((uint64_t)c->kv_len[s] << 32 | (uint32_t)c->n_new[s], h);
+    random_state = h | 1; /* not zero, which xorshift keeps */
+}
 static double uniform(void) {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
@@ -73,8 +92,11 @@ static uint16_t *random_16(int64_t n, dtype type, float sigma, float mean) {
     uint16_t *x = mem_alloc((size_t)n, 2);
     CHECK(x != NULL);
     static float table[1 << 16]; /* drawn once: a Box-Muller a value is most of the test's time */
+    const uint64_t state = random_state;
+    if (table[0] == 0) random_state = 88172645463325252u;
     for (int32_t i = 0; table[0] == 0 && i < COUNT_OF(table); i++)
         table[COUNT_OF(table) - 1 - i] = gaussian();
+    random_state = state;
     for (int64_t i = 0; i < n; i++) {
         random_state = random_state * 6364136223846793005u + 1442695040888963407u;
         const float v = table[random_state >> 48] * sigma + mean;
@@ -221,6 +243,7 @@ static void check_append(fixture *f, const test_batch *all) {
     float x[256], w[256], back[256], cosine[128], sine[128];
     uint8_t codes[1024];
     double worst_q = 0, worst_kv = 0;
+    draw_for(c, DRAW_APPEND);
     for (int32_t i = 0; i < 200; i++) {
         const int32_t t = (int32_t)(uniform() * all->host.n_tokens);
         const int32_t h = (int32_t)(uniform() * heads);
@@ -321,6 +344,7 @@ static void open_fixture(fixture *f, const attention_case *c) {
             f->rope[p * d + 2 * e] = (float)cos(angle);
             f->rope[p * d + 2 * e + 1] = (float)sin(angle);
         }
+    draw_for(c, DRAW_INPUT);
     f->qkv = random_16(n_tokens * heads * d, c->type, c->sigma, c->mean);
     if (c->norms)
         f->q_norm = random_16(d, c->type, 0.1f, 1), f->k_norm = random_16(d, c->type, 0.1f, 1);
@@ -437,54 +461,73 @@ static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t t
     return result;
 }
 
-/* ||out - ref|| / ||ref|| over sampled rows; `miss` leaves that many last tokens out of the
- * reference. Any NaN anywhere in out makes it NaN. */
-static double relative_error(fixture *f, const uint16_t *out, int32_t miss) {
+/* ||out - ref||^2 and ||ref||^2 of a row: head h of token t of sequence s; `first`: the sequence's
+ * token 0 among all. */
+typedef struct {
+    double error, norm;
+} row_error;
+
+static row_error error_of(const fixture *f, const uint16_t *out, int32_t s, int64_t first,
+                          int32_t h, int32_t t, int32_t miss) {
     const attention_case *c = f->c;
     const int32_t d = c->head_dim, heads = c->heads + 2 * c->kv_heads;
-    const int32_t ratio = c->heads / c->kv_heads;
-    double error = 0, norm = 0;
+    const int32_t g = h / (c->heads / c->kv_heads), position = c->kv_len[s] - c->n_new[s] + t;
+    const int64_t stride = (int64_t)c->kv_heads * d;
+    row_error e = {0, 0};
+    if (miss && position < miss) return e;
+    float q[256], ref[256];
+    float *k = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *k);
+    float *v = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *v);
+    for (int32_t j = 0; j <= position; j++) {
+        memcpy(k + (int64_t)j * d, f->k + (first + j) * stride + g * d, (size_t)d * 4);
+        memcpy(v + (int64_t)j * d, f->v + (first + j) * stride + g * d, (size_t)d * 4);
+    }
+    const uint16_t *in = f->turned + ((first + position) * heads + h) * d;
+    for (int32_t i = 0; i < d; i++) q[i] = value16(in[i], c->type);
+    const float sink = f->sinks ? value16(f->sinks[h], c->type) : 0;
+    ref_attention(ref, d, q, d, k, v, 1, position - miss, d, c->window, f->l.scale,
+                  f->sinks ? &sink : NULL);
+    for (int32_t i = 0; i < d; i++) {
+        const double off = (double)value16(out[h * d + i], c->type) - (double)ref[i];
+        e.error += off * off;
+        e.norm += (double)ref[i] * (double)ref[i];
+    }
+    mem_free(k);
+    mem_free(v);
+    return e;
+}
+
+/* ||out - ref|| / ||ref|| of a sequence over sampled rows, the root of its mean square over the
+ * sequences: what `bench attention` says of one. Of all rows together the shortest sequence would
+ * be the measure, since results shrink as contexts grow, and the few rows of one scatter. `miss`
+ * leaves that many last tokens out of the reference. Any NaN anywhere in out makes it NaN. */
+static double relative_error(fixture *f, const uint16_t *out, int32_t miss) {
+    const attention_case *c = f->c;
     int64_t n_out = 0, rows = 0;
     for (int32_t s = 0; s < c->n_seqs; s++) rows += c->n_new[s];
-    for (n_out = rows * c->heads * d; n_out-- > 0;)
+    for (n_out = rows * c->heads * c->head_dim; n_out-- > 0;)
         if (isnan(value16(out[n_out], c->type))) return NAN;
     int64_t first = 0, row = 0;
-    const int64_t stride = (int64_t)c->kv_heads * d;
+    double sum = 0;
+    int32_t n_seen = 0;
+    draw_for(c, DRAW_ROWS);
     for (int32_t s = 0; s < c->n_seqs; first += c->kv_len[s], row += c->n_new[s++]) {
         const int32_t n = c->kv_len[s] > 100000 ? 8 : (int32_t)i64_max(2, SAMPLES / c->n_seqs);
-        int32_t pick[SAMPLES][2];
-        for (int32_t i = 0; i < n; i++) {
-            pick[i][0] = (int32_t)(uniform() * c->heads);
-            pick[i][1] = i == 0 ? c->n_new[s] - 1 : (int32_t)(uniform() * c->n_new[s]);
-        }
+        const int32_t head0 = (int32_t)(uniform() * c->heads);
+        int32_t token[SAMPLES];
+        for (int32_t i = 0; i < n; i++)
+            token[i] = i == 0 ? c->n_new[s] - 1 : (int32_t)(uniform() * c->n_new[s]);
+        double error = 0, norm = 0;
 #pragma omp parallel for schedule(dynamic) reduction(+ : error, norm)
-        for (int32_t i = 0; i < n; i++) {
-            const int32_t h = pick[i][0], g = h / ratio, t = pick[i][1];
-            const int32_t position = c->kv_len[s] - c->n_new[s] + t;
-            if (miss && position < miss) continue;
-            float q[256], ref[256];
-            float *k = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *k);
-            float *v = mem_alloc((size_t)(position + 1) * (size_t)d, sizeof *v);
-            for (int32_t j = 0; j <= position; j++) {
-                memcpy(k + (int64_t)j * d, f->k + (first + j) * stride + g * d, (size_t)d * 4);
-                memcpy(v + (int64_t)j * d, f->v + (first + j) * stride + g * d, (size_t)d * 4);
-            }
-            const uint16_t *in = f->turned + ((first + position) * heads + h) * d;
-            for (int32_t e = 0; e < d; e++) q[e] = value16(in[e], c->type);
-            const float sink = f->sinks ? value16(f->sinks[h], c->type) : 0;
-            ref_attention(ref, d, q, d, k, v, 1, position - miss, d, c->window, f->l.scale,
-                          f->sinks ? &sink : NULL);
-            const uint16_t *o = out + ((row + t) * c->heads + h) * d;
-            for (int32_t e = 0; e < d; e++) {
-                const double off = (double)value16(o[e], c->type) - (double)ref[e];
-                error += off * off;
-                norm += (double)ref[e] * (double)ref[e];
-            }
-            mem_free(k);
-            mem_free(v);
+        for (int32_t i = 0; i < n; i++) { /* heads in turn: no row of a decode twice before all */
+            const row_error e = error_of(f, out + (row + token[i]) * c->heads * c->head_dim, s,
+                                         first, (head0 + i) % c->heads, token[i], miss);
+            error += e.error;
+            norm += e.norm;
         }
+        if (!(norm == 0)) sum += error / norm, n_seen++;
     }
-    return sqrt(error / norm);
+    return sqrt(sum / n_seen);
 }
 
 /* Largest rel_err by variant, decodes only or not, type, quantised or not. */
