@@ -533,18 +533,11 @@ __global__ void __launch_bounds__(kThreads)
          int32_t vocab) {
     __shared__ block_memory m;
     __shared__ row_view r; // not ten registers of each thread, which has 64
-    follow_previous();
+    launch_dependents();
     team t(m, vocab);
     const int at = (int)blockIdx.x / t.m.size;
-    const draw_row &p = row[at]; // not a copy: registers
+    const draw_row &p = row[at]; // a constant of the step; not a copy: registers
     const bool writes = t.m.rank == 0 && threadIdx.x == 0;
-    if (writes) {
-        draw_result *const result = out + p.to;
-        result->token = -1;
-        result->logprob = 0.f;
-        result->n_top = 0;
-    }
-    if (!p.active) return;
     const int64_t words = (vocab + 31) / 32;
     if (threadIdx.x == 0)
         r = {logits + int64_t{at} * vocab,
@@ -556,6 +549,14 @@ __global__ void __launch_bounds__(kThreads)
              1.4426950408889634 / (double)p.temperature,
              0.f,
              fminf((float)(kBins / -kLeast / (double)p.temperature), 1e30f)};
+    wait_for_previous();
+    if (writes) {
+        draw_result *const result = out + p.to;
+        result->token = -1;
+        result->logprob = 0.f;
+        result->n_top = 0;
+    }
+    if (!p.active) return;
     __syncthreads();
     const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);

@@ -10,9 +10,9 @@ constexpr int kThreads = 128;
 template <typename V>
 __global__ void __launch_bounds__(kThreads)
     copy_rows(V *out, const V *table, const int32_t *row, int32_t units) {
-    follow_previous();
     V *to = out + int64_t{blockIdx.x} * units;                // [units]
-    const V *from = table + int64_t{row[blockIdx.x]} * units; // [units]
+    const V *from = table + int64_t{row[blockIdx.x]} * units; // [units]; `row` is of the step
+    follow_previous();
     for (int i = (int)threadIdx.x; i < units; i += kThreads) to[i] = from[i];
 }
 
