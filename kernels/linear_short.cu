@@ -9,7 +9,7 @@
 //   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
 //       are asked for before the launch before has ended (programmatic dependent launch), since
 //       weights depend on no kernel; x once, or where it finds no room with every step
-//   P   help: they sum x over granules, and finish all tiles of the CTA but the last
+//   P   help: they sum x over granules (by_x_sums), and finish all tiles of the CTA but the last
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
 // counts the bytes), and are added there in order of K, the last tile's by the warps that multiply.
@@ -76,10 +76,10 @@ __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
     return f == WF_INT4 && g >= (experts ? 128 : 64);
 }
 // Are codes multiplied as they lie even, and is what is too much (zero points, 128 in bf16) taken
-// from the sums by those of x? Of more rows that costs more than it saves, where not four blocks
-// have them in common.
+// from the sums by those of x? Of more rows those who multiply wait for them, where not two blocks
+// or four of experts have them in common. (Of granules of 64 both zero points would be kept.)
 __host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool experts = false) {
-    return on_sums(f, g, experts) && (rows <= 16 || experts);
+    return on_sums(f, g, experts) && (rows <= (g == 128 ? 8 : 16) || experts);
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
@@ -1223,7 +1223,8 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
                    : few                ? 73
                    : rounds > 1 || many ? 106
                                         : 79;
-    if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
+    if (bf16 && !(on_sums(F, G) && !by_x_sums(F, G, NT)))
+        unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
     if (linear_code_bits(F) == 4 && !on_sums(F, G)) {
         const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
