@@ -383,12 +383,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         }
     }
 
-    // This warpgroup's sums: 32 inputs are converted while the 32 before are multiplied.
+    // This warpgroup's sums: 32 inputs, or 64 where there are registers for it, are converted while
+    // those before are multiplied.
     __device__ __forceinline__ void tile(float (&acc)[NT / 2], int steps) {
         constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
         constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
         const bool leader = threadIdx.x % 32 == 0;
-        uint32_t a[2][2][4];
+        constexpr int H = kLater && NT == 32 && B == 4 ? 2 : 1; // of 32
+        uint32_t a[2][H][2][4];
         float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
         const auto add_part = [&]() {
             group_wait<0>();
@@ -413,11 +415,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 #pragma unroll
             for (int u = 0; u < N; u++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    convert(a[h], rows, later, u, h, chunk, scale_at);
-                    if (h == 1 && u + 1 < N) load(u + 1, 0);
+                for (int h = 0; h < 2; h += H) {
+                    uint32_t(&of)[H][2][4] = a[H == 1 ? h : u % 2];
+#pragma unroll
+                    for (int i = 0; i < H; i++)
+                        convert(of[i], rows, later, u, h + i, chunk, scale_at);
+                    if (h + H == 2 && u + 1 < N) load(u + 1, 0);
                     if (h == 0 && wide) load(u, 1);
-                    if (!kOne && u == N - 1 && h == 1) { // the stage has been read
+                    if (!kOne && u == N - 1 && h + H == 2) { // the stage has been read
                         __syncwarp();
                         if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
                         bar.w.next();
@@ -436,14 +441,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                     }
                     group_fence();
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
+                    for (int i = 0; i < 2 * H; i++) {
                         const uint64_t to = x_at + (2 * h + i) * 2;
                         if constexpr (!kLater)
-                            multiply_group<T, NT>::run(acc, a[h][i], to);
+                            multiply_group<T, NT>::run(acc, of[i / 2][i % 2], to);
                         else if (u % 2 == 0 && h == 0 && i == 0)
-                            multiply_group<T, NT>::run_fresh(part, a[h][i], to);
+                            multiply_group<T, NT>::run_fresh(part, of[i / 2][i % 2], to);
                         else
-                            multiply_group<T, NT>::run(part, a[h][i], to);
+                            multiply_group<T, NT>::run(part, of[i / 2][i % 2], to);
                     }
                     group_commit();
                     group_wait<1>();

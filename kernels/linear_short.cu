@@ -9,7 +9,7 @@
 //   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
 //       are asked for before the launch before has ended (programmatic dependent launch), since
 //       weights depend on no kernel; x once, or where it finds no room with every step
-//   P   help: they sum x over granules, and finish all tiles of the CTA but the last
+//   P   help: they sum x over granules (by_x_sums), and finish all tiles of the CTA but the last
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
 // counts the bytes), and are added there in order of K, the last tile's by the warps that multiply.
@@ -76,10 +76,10 @@ __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
     return f == WF_INT4 && g >= (experts ? 128 : 64);
 }
 // Are codes multiplied as they lie even, and is what is too much (zero points, 128 in bf16) taken
-// from the sums by those of x? Of more rows that costs more than it saves, where not four blocks
-// have them in common.
+// from the sums by those of x? Of more rows those who multiply wait for them, where not two blocks
+// or four of experts have them in common. (Of granules of 64 both zero points would be kept.)
 __host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool experts = false) {
-    return on_sums(f, g, experts) && (rows <= 16 || experts);
+    return on_sums(f, g, experts) && (rows <= (g == 128 ? 8 : 16) || experts);
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
@@ -329,6 +329,8 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     static constexpr bool bf16 = half_pair<T>::bf16;
     static constexpr int per = G > 64 ? G / 64 : 1;    // units of a granule
     static constexpr int kParts = kSums ? 2 / per : 1; // granules that are multiplied at once
+    // Rows g + 8 as bytes of both codes, see bytes: of 16 rows that is slower.
+    static constexpr bool kBytes = kSums && !kByXSums && NT == 32;
     // By mma.sync: of 8 rows it takes half of wgmma's time on the tensor cores.
     static constexpr bool kSync = NT == 8 && kSums && !kExperts;
     const linear_args &p;
@@ -386,11 +388,26 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             a[3] = high & 0x00f000f0u;
         }
     }
+    // The same less the zero point, times 2^-9 (f16) or 2^-6. Of rows g + 8 it is the byte that
+    // ends with row g's code, whose sums are taken from theirs: no mask, no shift.
+    static __device__ __forceinline__ void bytes(uint32_t (&a)[4], uint32_t word, uint32_t zero) {
+        const uint32_t odd = __byte_perm(word, 0, 0x4341);
+        a[0] = pair_fma<T>(word & 0x000f000fu, kPairTop<T>, low_twice(zero));
+        a[1] = pair_fma<T>(__byte_perm(word, 0, 0x4240), kPairTop<T>, high_twice(zero));
+        a[2] = pair_fma<T>(odd & 0x000f000fu, kPairTop<T>, low_twice(zero));
+        a[3] = pair_fma<T>(odd, kPairTop<T>, high_twice(zero));
+    }
+    // The zero point of row g, and that of the byte.
+    static __device__ __forceinline__ uint32_t zero_of_bytes(uint32_t zero) {
+        return pair_mul<T>(__byte_perm(zero, 0, 0x4040) + ((zero & 0xff00u) << 12),
+                           kPairTop<T, true>);
+    }
     // What all sums are to be multiplied with.
     static __device__ __forceinline__ float mend(int e) {
         if (kByXSums && bf16) return e / 2 % 2 ? 4.f : 1.f;
         if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
-        if (kSums && !kByXSums) return dequant_factor<T, F>();
+        if (kSums && !kByXSums)
+            return dequant_factor<T, F>() * (kBytes && e / 2 % 2 ? 0.0625f : 1.f);
         return dequant_unfold<T, F>();
     }
 
@@ -415,6 +432,11 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk) + j * (bits / 4);
             if (kByXSums) {
                 raw(a[j], *word);
+                continue;
+            }
+            if (kBytes) {
+                if (u * 64 % inputs == 0 && j == 0) rows_of.zero = zero_of_bytes(packed.zero);
+                bytes(a[j], *word, rows_of.zero);
                 continue;
             }
             if (kSums) {
@@ -456,7 +478,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         dequant_unpack<F>(s, packed);
         if (!kByXSums) {
 #pragma unroll
-            for (int e = 0; e < N / 2; e++) acc[e] = fmaf(s[e / 2 % 2], sums[e], acc[e]);
+            for (int e = 0; e < N / 2; e++) {
+                const bool byte = kBytes && e / 2 % 2;
+                acc[e] = fmaf(s[e / 2 % 2], byte ? sums[e] - sums[e - 2] : sums[e], acc[e]);
+            }
             return;
         }
         if (bf16) { // 128 + z, a quarter of that
@@ -1223,7 +1248,8 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
                    : few                ? 73
                    : rounds > 1 || many ? 106
                                         : 79;
-    if (bf16) unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
+    if (bf16 && !(on_sums(F, G) && !by_x_sums(F, G, NT)))
+        unit += how == kTwo ? unit / 10 : how == kBeside ? unit / 16 : unit / 40;
     if (linear_code_bits(F) > 4) unit = unit * linear_code_bits(F) / 5;
     if (linear_code_bits(F) == 4 && !on_sums(F, G)) {
         const int part = (how == kTwo ? 3 : 4) + (few ? 0 : how == kBeside ? 4 : 2);
@@ -1265,7 +1291,7 @@ template <int F, int NT, int G> int early_stages(const division &d, live how, in
     constexpr bool four = linear_code_bits(F) == 4;
     int early = d.w_stages;
     if (d.x_again)
-        early = how == kAlone ? 1 : 2;
+        early = how == kAlone ? 1 : how == kTwo && NT == 32 && !apart ? 3 : 2;
     else if (how == kAlone && four && NT > 8)
         early = 1;
     else if (apart || (how == kTwo && all <= d.w_stages) ||
