@@ -37,8 +37,8 @@ static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
                   kThreads * (65536 / kThreads / 8 * 8),
               "registers_up would wait for ever");
 constexpr int kCode = kBlocks * kUnits * 2048; // bytes of a stage's codes
-constexpr int kPlaceRows = 16;                 // of x, finished at once
-constexpr int kPlaces = 2 * kPlaceRows * kBlocks * 128;
+// Bytes of a place of what tiles end in: 16 rows of x, all blocks.
+constexpr int kPlace = 16 * kBlocks * 128, kPlaces = 2 * kPlace;
 constexpr int kStagesMost = 12;
 // Barriers of a stage: full, empty, x has landed.
 constexpr int kEmpty = kStagesMost * 8, kLanded = 2 * kEmpty, kBars = 3 * kEmpty;
@@ -69,8 +69,9 @@ __device__ __forceinline__ int parts_of(const division &d, int rows) {
     return (rows + d.rows - 1) / d.rows;
 }
 
-// In shared memory: where an expert's rows begin, [count + 1]; the experts, those with the most
-// rows first, so that CTAs end alike, [count]; where the tiles of these begin, [count + 1].
+// In shared memory: where an expert's rows begin, [count + 1]; the experts, those whose tiles have
+// the most rows first, so that CTAs end alike, [count]; where the tiles of these begin,
+// [count + 1], and until that is known the rows of an expert's tiles.
 struct expert_table {
     int32_t *row, *order, *start;
     __device__ __forceinline__ expert_table(int32_t *at, int count)
@@ -88,15 +89,18 @@ __device__ __forceinline__ void fill_table(const linear_args &p, const division 
         table.row[i] = __ldcg(p.expert_start + i);
     __syncthreads();
     for (int e = threadIdx.x; e < p.count; e += kThreads) {
-        const int rows = table.row[e + 1] - table.row[e];
-        int rank = 0, before = table.row[0];
+        const int rows = table.row[e + 1] - table.row[e], parts = parts_of(d, rows);
+        table.start[e] = parts > 1 ? (rows + parts - 1) / parts : rows;
+    }
+    __syncthreads();
+    for (int t = threadIdx.x; t < (p.count * 4 + 31) / 32 * 32; t += kThreads) { // four an expert
+        const int e = t / 4, rows = e < p.count ? table.start[e] : 0;
+        int rank = 0;
 #pragma unroll 8
-        for (int i = 0; i < p.count; i++) {
-            const int end = table.row[i + 1], other = end - before;
-            rank += other + (i < e) > rows;
-            before = end;
-        }
-        table.order[rank] = e;
+        for (int i = t % 4; i < p.count; i += 4) rank += table.start[i] + (i < e) > rows;
+        rank += __shfl_xor_sync(~0u, rank, 1);
+        rank += __shfl_xor_sync(~0u, rank, 2);
+        if (t % 4 == 0 && e < p.count) table.order[rank] = e;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -303,11 +307,10 @@ template <typename T, int F, int G> struct multiplier {
         }
     }
 
-    // This warpgroup's sums. While it converts a unit the tensor cores are at those of others.
+    // This warpgroup's sums. While it converts a unit the tensor cores are at those of others; the
+    // codes of the next are read meanwhile.
     template <int N, int R> __device__ __forceinline__ void tile(float (&acc)[R]) {
         constexpr bool kLater = scaled_later(F, N);
-        // What sums are too small by.
-        constexpr float mend = kLater ? dequant_factor<T, F>() : dequant_unfold<T, F>();
         const bool leader = threadIdx.x % 32 == 0;
         float part[kLater ? N / 2 : 1] = {}, later[2]; // of a granule
 #pragma unroll 1
@@ -317,10 +320,11 @@ template <typename T, int F, int G> struct multiplier {
             const uint32_t x_stage = __shfl_sync(~0u, x + from.stage * (d.x_stage / 16), 0);
             barrier_wait(from.full + from.stage * 8, from.parity);
             dequant_rows rows;
+            uint4 chunk = shared_u128(code_at);
 #pragma unroll
             for (int u = 0; u < kUnits; u++) {
                 uint32_t a[4][4];
-                convert<kLater>(a, rows, later, u, shared_u128(code_at + u * 2048), scale_at);
+                convert<kLater>(a, rows, later, u, chunk, scale_at);
                 const uint64_t x_at = group_descriptor_low(x_stage + u * d.rows * 8);
                 group_fence();
 #pragma unroll
@@ -333,6 +337,7 @@ template <typename T, int F, int G> struct multiplier {
                         multiply_group<T, N>::run(part, a[j], x_at + j * 2);
                 }
                 group_commit();
+                if (u + 1 < kUnits) chunk = shared_u128(code_at + (u + 1) * 2048);
                 group_wait<0>();
             }
             if (leader) barrier_arrive(from.full + kEmpty + from.stage * 8);
@@ -345,10 +350,177 @@ template <typename T, int F, int G> struct multiplier {
                 acc[i] = fmaf(part[i], later[i / 2 % 2], acc[i]);
             from.next(d);
         }
-#pragma unroll
-        for (int i = 0; i < N / 2 && mend != 1.f; i++) acc[i] *= mend;
     }
 };
+
+// --- The end of a tile --------------------------------------------------------------------------
+
+__device__ __forceinline__ void meet(int number, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// What a warp knows of its block when its sums are made. Lines of 64 outputs are written whole, by
+// way of one of two places in turn (rounds: how often), 16 rows of x at a time.
+template <typename T> struct block_end {
+    const linear_args &p;
+    int warp, wg, strip, up; // up: whether it is a block of up that a gate waits for
+    int32_t in_half;         // the block's first row of its half
+    int rows;                // of x
+    T *y;                    // at the block's first output of the tile's first row
+    float bias[2];           // of outputs g and g + 8
+
+    __device__ __forceinline__ block_end(const linear_args &p, const target &tile, int block)
+        : p(p), bias{0.f, 0.f} {
+        const int upper = block >= p.half_blocks ? 1 : 0;
+        warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+        wg = warp / 4;
+        strip = warp % 4;
+        up = p.paired ? upper : 0;
+        in_half = (block - upper * p.half_blocks) * 64;
+        rows = tile.m_end - tile.m0;
+        y = static_cast<T *>(p.y) + tile.m0 * p.ldy + (upper - up) * p.half_rows + in_half;
+        const int32_t output = in_half + strip * 16;
+        if (!p.bias || output >= p.half_rows) return;
+        const T *of = static_cast<const T *>(p.bias) + (int64_t)tile.expert * p.n +
+                      upper * p.half_rows + output + threadIdx.x % 32 / 4;
+        bias[0] = linear_f32(of[0]);
+        bias[1] = linear_f32(of[8]);
+    }
+    __device__ __forceinline__ float value(float sum, float mend, int e) const {
+        return fmaf(sum, mend, bias[e / 2]);
+    }
+};
+
+// A row of 128 bytes has its pieces of 16 where the copy engine's swizzle would put them.
+template <typename T, int R>
+__device__ __forceinline__ void finish_plain(const float (&acc)[R], float mend,
+                                             const block_end<T> &end, uint32_t places,
+                                             int &rounds) {
+    const int thread = threadIdx.x % 128, lane = thread % 32, piece = thread % 8, row = thread / 8;
+    const int to = lane / 16 * 8 + lane % 8, of = end.strip * 2 + lane / 8 % 2;
+    const uint32_t own = places + end.wg * (kPlace / kBlocks);
+    const uint32_t put = own + to * 128 + ((of ^ to % 8) << 4);
+    const uint32_t get = own + row * 128 + ((piece ^ row % 8) << 4);
+    const int64_t ldy = end.p.ldy;
+    T *y = end.y + row * ldy + piece * 8;
+    const bool inside = end.in_half + piece * 8 < end.p.half_rows;
+    const bool wide = ((uint32_t)ldy % 8 | (uint32_t) reinterpret_cast<uintptr_t>(end.y) % 16) == 0;
+    const auto pair = [&](int j, int e) {
+        return pair_of<T>(end.value(acc[4 * j + e], mend, e),
+                          end.value(acc[4 * j + e + 1], mend, e));
+    };
+#pragma unroll
+    for (int j = 0; j < R / 4; j += 2, y += 16 * ldy) {
+        if (8 * j >= end.rows) break;
+        const uint32_t place = rounds++ % 2 * kPlace;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         put + place),
+                     "r"(pair(j, 0)), "r"(pair(j, 2)), "r"(pair(j + 1, 0)), "r"(pair(j + 1, 2))
+                     : "memory");
+        meet(9 + end.wg, 128);
+        const uint4 v = shared_u128(get + place);
+        if (!inside || 8 * j + row >= end.rows) continue;
+        if (wide) // in assembly, for the compiler makes words of both
+            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y), "r"(v.x), "r"(v.y),
+                         "r"(v.z), "r"(v.w)
+                         : "memory");
+        else
+            asm volatile("st.global.v2.u32 [%0], {%1, %2};\n"
+                         "st.global.v2.u32 [%0 + 8], {%3, %4};" ::"l"(y),
+                         "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                         : "memory");
+    }
+}
+
+// The test stands outside, so that the four take turns in the pipe.
+__device__ __forceinline__ void gate_four(float (&gate)[4], const float (&up)[4],
+                                          const linear_args &p) {
+    if (p.epilogue == LINEAR_GATED) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) gate[e] = linear_gate(gate[e], up[e], LINEAR_GATED, 0.f);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            gate[e] = linear_gate(gate[e], up[e], LINEAR_GATED_OAI, p.limit);
+    }
+}
+
+// Of gate and up each warp finishes every second eight rows: the other's sums of these come by a
+// place, [lane] of 16 bytes, and go back there as results: rows of 32 bytes, turned so that the
+// pieces of a line lie in different banks.
+template <typename T, int R>
+__device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
+                                             const block_end<T> &end, uint32_t places,
+                                             int &rounds) {
+    constexpr int kWarpPlace = kPlace / kWarps;
+    const int thread = threadIdx.x % 128, lane = thread % 32, other = end.warp ^ 2 * kBlocks;
+    const uint32_t mine = places + end.warp * kWarpPlace + lane * 16;
+    const uint32_t theirs = places + other * kWarpPlace;
+    const auto piece = [](int row, int strip, int half) {
+        const int at = (row + strip) % 8;
+        return at * 32 + ((half ^ at / 4) << 4);
+    };
+    const uint32_t put = theirs + piece(lane % 8, end.strip, lane / 8 % 2);
+    const int row = thread / 16, strip = thread / 4 % 4, first = 8 * end.up + row;
+    const uint32_t get = places + (other / 4 * 4 + strip) * kWarpPlace +
+                         piece(row, strip, thread / 2 % 2) + thread % 2 * 8;
+    T *y = end.y + first * end.p.ldy + thread % 16 * 4;
+    const bool inside = end.in_half + thread % 16 * 4 < end.p.half_rows;
+#pragma unroll
+    for (int j = 0; j < R / 4; j += 2, y += 16 * end.p.ldy) {
+        if (8 * j >= end.rows) break;
+        const uint32_t place = rounds++ % 2 * kPlace;
+        float own[4], v[4], gate[4], up[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) { // v: what this warp does not finish
+            const float low = end.value(acc[4 * j + e], mend, e);
+            const float high = end.value(acc[4 * j + 4 + e], mend, e);
+            own[e] = end.up ? high : low;
+            v[e] = end.up ? low : high;
+        }
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mine + place), "f"(v[0]),
+                     "f"(v[1]), "f"(v[2]), "f"(v[3])
+                     : "memory");
+        meet(1 + end.warp % (2 * kBlocks), 64);
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                     : "r"(theirs + place + lane * 16)
+                     : "memory");
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            gate[e] = end.up ? v[e] : own[e];
+            up[e] = end.up ? own[e] : v[e];
+        }
+        gate_four(gate, up, end.p);
+        __syncwarp();
+        asm volatile(
+            "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(put + place),
+            "r"(pair_of<T>(gate[0], gate[1])), "r"(pair_of<T>(gate[2], gate[3]))
+            : "memory");
+        meet(9 + end.wg, 128);
+        uint2 line;
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(line.x), "=r"(line.y)
+                     : "r"(get + place)
+                     : "memory");
+        if (inside && 8 * j + first < end.rows) *reinterpret_cast<uint2 *>(y) = line;
+    }
+}
+
+// y of a tile, by the warps that have its sums.
+template <typename T, int F, int R>
+__device__ __forceinline__ void finish(const float (&acc)[R], const linear_args &p,
+                                       const target &tile, uint32_t places, int &rounds) {
+    // What sums are too small by.
+    constexpr float mend = scaled_later(F, R * 2) ? dequant_factor<T, F>() : dequant_unfold<T, F>();
+    const int block = block_of<kBlocks>(p, tile, __shfl_sync(~0u, threadIdx.x / 128, 0));
+    if (block < 0) return;
+    const block_end<T> end(p, tile, block);
+    if (p.paired)
+        finish_gated<T>(acc, mend, end, places, rounds);
+    else
+        finish_plain<T>(acc, mend, end, places, rounds);
+}
 
 // --- The kernel ---------------------------------------------------------------------------------
 
@@ -366,9 +538,7 @@ __device__ __forceinline__ void multiply(const linear_args &p, const division &d
         if (tile.m_end == 0) break;
         const int eights = (tile.m_end - tile.m0 + 7) / 8;
         const auto end = [&](const auto &acc) {
-            const int block = __shfl_sync(~0u, threadIdx.x / 32, 0) / 4;
-            finish_own<T, kBlocks, kPlaceRows, false>(acc, p, told.again(count), block,
-                                                      base + d.at_places, rounds);
+            finish<T, F>(acc, p, told.again(count), base + d.at_places, rounds);
         };
 #define ROWS(n)                                                                                    \
     case (n) / 8:                                                                                  \
