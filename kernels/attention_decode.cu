@@ -362,7 +362,7 @@ template <int H, int UT> using scores = float[UT / 16][NT<H>][2 * NJ<H>];
 // s = K [UT, D] q^T
 template <int D, int H, int UT, int R, kv_format F, typename T>
 __device__ __forceinline__ void multiply_k(scores<H, UT> &s, const query<D, H> &q,
-                                           const uint32_t (&k_at)[R], int lane) {
+                                           const uint32_t (&k_at)[R], int lane, bool bf16) {
     constexpr int ROW = F == KF_16 ? 2 * D : D;
     constexpr int STEPS = F == KF_16 ? 1 : 2; // k-steps of a pair of pieces
     const uint32_t lane_at = lane_offset<ROW, true>(lane);
@@ -387,7 +387,7 @@ __device__ __forceinline__ void multiply_k(scores<H, UT> &s, const query<D, H> &
 #pragma unroll
                 for (int n = 0; n < NT<H>; n++) {
                     const uint32_t *b = &q.b[((pair * STEPS + i) * NT<H> + n) * 2];
-                    mma<T>(c[m][n], x[0], x[1], x[2], x[3], b[0], b[1]);
+                    mma_of<T>(c[m][n], x[0], x[1], x[2], x[3], b[0], b[1], bf16);
                 }
             }
     }
@@ -453,7 +453,7 @@ __device__ __forceinline__ void multiply_k_integers(scores<H, UT> &s, const quer
 template <int D, int H, int UT, int R, kv_format F, typename T>
 __device__ __forceinline__ void
 multiply_v(float (&acc)[D / 16][NT<H>][4], float (&middle)[NT<H>][4],
-           const uint32_t (&p)[UT / 16][NT<H>][2], const uint32_t (&v_at)[R], int lane) {
+           const uint32_t (&p)[UT / 16][NT<H>][2], const uint32_t (&v_at)[R], int lane, bool bf16) {
     constexpr int ROW = F == KF_16 ? 2 * D : F == KF_4 ? D / 2 : D;
     constexpr uint32_t MIDDLE = F == KF_8 ? 0x80808080u : 0x80088008u; // -128, -8 times 2^-24
     const uint32_t lane_at = lane_offset<ROW, false>(lane);
@@ -470,7 +470,7 @@ multiply_v(float (&acc)[D / 16][NT<H>][4], float (&middle)[NT<H>][4],
             if (F == KF_16) {
 #pragma unroll
                 for (int n = 0; n < NT<H>; n++)
-                    mma<T>(acc[pair][n], r[0], r[1], r[2], r[3], p[m][n][0], p[m][n][1]);
+                    mma_of<T>(acc[pair][n], r[0], r[1], r[2], r[3], p[m][n][0], p[m][n][1], bf16);
             }
 #pragma unroll
             for (int piece = 0; piece < (F == KF_16 ? 0 : 2); piece++) {
@@ -481,9 +481,9 @@ multiply_v(float (&acc)[D / 16][NT<H>][4], float (&middle)[NT<H>][4],
                         const uint32_t x = i ? lo >> 8 : lo, y = i ? hi >> 8 : hi;
 #pragma unroll
                         for (int n = 0; n < NT<H>; n++)
-                            mma<T>(acc[pair * 4 + piece * 2 + i][n], x & 0x000f000fu,
-                                   x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, p[m][n][0],
-                                   p[m][n][1]);
+                            mma_of<T>(acc[pair * 4 + piece * 2 + i][n], x & 0x000f000fu,
+                                      x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, p[m][n][0],
+                                      p[m][n][1], bf16);
                     }
                 } else {
                     uint32_t x[4];
@@ -491,8 +491,8 @@ multiply_v(float (&acc)[D / 16][NT<H>][4], float (&middle)[NT<H>][4],
                     bytes_apart<F>(x[2], x[3], hi);
 #pragma unroll
                     for (int n = 0; n < NT<H>; n++)
-                        mma<T>(acc[pair * 2 + piece][n], x[0], x[1], x[2], x[3], p[m][n][0],
-                               p[m][n][1]);
+                        mma_of<T>(acc[pair * 2 + piece][n], x[0], x[1], x[2], x[3], p[m][n][0],
+                                  p[m][n][1], bf16);
                 }
             }
         }
@@ -708,7 +708,8 @@ __device__ __forceinline__ void weigh(uint32_t (&p)[UT / 16][NT<H>][2], scores<H
                     if (codes && MINIMUM) st.z[n][j] += w[j] * vz;
                     if (codes) w[j] *= vs;
                 }
-                const uint32_t packed = codes ? pack2<__half>(w[0], w[1]) : pack2<T>(w[0], w[1]);
+                const uint32_t packed =
+                    codes ? pack2<__half>(w[0], w[1]) : pack2_of<T>(w[0], w[1], a.bf16);
                 p[m][n][half] = turn_matrix(packed);
             }
         }
@@ -1080,6 +1081,7 @@ __device__ __forceinline__ int lone_first(int lone, int warp) {
     return (warp + kWarps - lone) % kWarps;
 }
 
+template <int D> constexpr bool kCopied = D <= 128; // q, to block memory
 template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
 
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
@@ -1259,7 +1261,7 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
     // Fill a slot, which every lane has done with, with the next entry.
     __device__ __forceinline__ void fetch(int slot) {
         if (done) return;
-        if (fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
+        if (kCopied<D> && fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
         fresh = false;
         const uint32_t to = slot_at(slot), bar = full + 8 * slot;
         const int page = __shfl_sync(~0u, pages, nth % 32);
@@ -1291,32 +1293,35 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
 // --- The kernel ----------------------------------------------------------------------------------
 
 template <int D, int H, int UT, int R, kv_class C, typename T>
-__device__ __forceinline__ void multiply_k_of(scores<H, UT> &s, const query<D, H> &q, kv_format k,
-                                              const uint32_t (&at)[R], int lane) {
+__device__ __forceinline__ void multiply_k_of(scores<H, UT> &s, const query<D, H> &q,
+                                              const decode_arguments &a, const uint32_t (&at)[R],
+                                              int lane) {
+    const kv_format k = k_format<C>(a);
     if (may_be(C, only_k(C), KF_16) && k == KF_16)
-        multiply_k<D, H, UT, R, KF_16, T>(s, q, at, lane);
+        multiply_k<D, H, UT, R, KF_16, T>(s, q, at, lane, a.bf16);
     else if (may_be(C, only_k(C), KF_4) && !(C == ANY && H > 8) && k == KF_4)
         multiply_k_integers<D, H, UT, R, KF_4, C>(s, q, at, lane);
     else if (may_be(C, only_k(C), KF_8) && k == KF_8)
         multiply_k_integers<D, H, UT, R, KF_8, C>(s, q, at, lane);
     else if (may_be(C, only_k(C), KF_FP8))
-        multiply_k<D, H, UT, R, KF_FP8, __half>(s, q, at, lane);
+        multiply_k<D, H, UT, R, KF_FP8, __half>(s, q, at, lane, false);
 }
 
 template <int D, int H, int UT, int R, kv_class C, typename T>
-__device__ __forceinline__ void multiply_v_of(state<D, H> &st,
-                                              const uint32_t (&p)[UT / 16][NT<H>][2], kv_format v,
-                                              const extent &x, const uint32_t (&at)[R], int lane) {
+__device__ __forceinline__ void
+multiply_v_of(state<D, H> &st, const uint32_t (&p)[UT / 16][NT<H>][2], const decode_arguments &a,
+              const extent &x, const uint32_t (&at)[R], int lane) {
+    const kv_format v = v_format<C>(a);
     if (may_be(C, only_v(C), KF_16) && v == KF_16) {
         if (x.edge) clear_v<2 * D, UT, R>(at, x, lane);
-        multiply_v<D, H, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_16, T>(st.acc, st.middle, p, at, lane, a.bf16);
     } else if (may_be(C, only_v(C), KF_4) && v == KF_4) {
-        multiply_v<D, H, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_4, __half>(st.acc, st.middle, p, at, lane, false);
     } else if (may_be(C, only_v(C), KF_8) && v == KF_8) {
-        multiply_v<D, H, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_8, __half>(st.acc, st.middle, p, at, lane, false);
     } else if (may_be(C, only_v(C), KF_FP8)) {
         if (x.edge) clear_v<D, UT, R>(at, x, lane);
-        multiply_v<D, H, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane);
+        multiply_v<D, H, UT, R, KF_FP8, __half>(st.acc, st.middle, p, at, lane, false);
     }
 }
 
@@ -1388,7 +1393,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         scores<H, UT> s;
         uint32_t p[UT / 16][NT<H>][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
         wait(at);
-        multiply_k_of<D, H, UT, R, C, T>(s, q, k_format<C>(a), at, lane);
+        multiply_k_of<D, H, UT, R, C, T>(s, q, a, at, lane);
         const int param = a.k_bytes + (WHOLE ? a.v_bytes : 0);
         if (!has_16(C) || k_format<C>(a) != KF_16)
             load_params<UT, R>(k_param, at, param, k_format<C>(a), lane / 4);
@@ -1406,7 +1411,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             at[0] += a.k_bytes;
         else
             wait(at);
-        multiply_v_of<D, H, UT, R, C, T>(st, p, v_format<C>(a), x, at, lane);
+        multiply_v_of<D, H, UT, R, C, T>(st, p, a, x, at, lane);
         release();
     }
     // This warp's pages of a leaf, or all of them.
@@ -1445,20 +1450,20 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             add_leaf(all, leaf);
     }
     // q of tile n_q of the block after the first. That and a lone warp's (n_q < 0) are read where
-    // they are, which takes less time.
+    // they are, which takes less time; those of 256 dims all are, which takes fewer registers.
     __device__ __forceinline__ void get_query(query<D, H> &q, int row, const tile_place &p,
                                               int n_q) {
+        const uint8_t *there = feed.q_rows(row, p);
+        if (!kCopied<D>) {
+            load_query<D, H, C>(q, a, there, 2 * D, p.n_heads, feed.lane);
+            return;
+        }
         const int at = n_q % a.q_slots;
-        const uint8_t *there = feed.q_rows(row, p), *copy = memory + a.q_at + at * a.q_bytes;
+        const uint8_t *copy = memory + a.q_at + at * a.q_bytes;
         const bool first = n_q < 0;
         if (!first) barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
-        if (D <= 128)
-            load_query<D, H, C>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(),
-                                p.n_heads, feed.lane);
-        else if (first) // an address that may be either would cost registers
-            load_query<D, H, C>(q, a, there, 2 * D, p.n_heads, feed.lane);
-        else
-            load_query<D, H, C>(q, a, copy, q_row_bytes<D>(), p.n_heads, feed.lane);
+        load_query<D, H, C>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(), p.n_heads,
+                            feed.lane);
     }
     // Leaves from .. to of one tile.
     __device__ __forceinline__ void attend_tile(const attention_run &run, int tile, int from,
@@ -1581,7 +1586,7 @@ template <int D, int H, kv_class C, bool BULK> int lay_out(decode_arguments &a, 
     int bytes = room + 1;
     for (a.stages = 16 + some; bytes > room && a.stages > some;) {
         a.stages -= some;
-        a.q_slots = (int)div_up(a.stages, ENTRIES) + 1;
+        a.q_slots = kCopied<D> ? (int)div_up(a.stages, ENTRIES) + 1 : 0;
         a.q_at = kWarps * a.stages * a.slot_bytes;
         a.joint_at = a.q_at + a.q_slots * a.q_bytes;
         a.sums_at = a.joint_at + joint;
@@ -1653,14 +1658,16 @@ status launch(const attention_problem *p) {
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }
 
-// Pairs of formats with an instance of their own. An instance is two seconds of compiling, so what
-// serves any pair of codes has those of 256 dims and, of 64 dims or without bulk copies, FP8 and 8
-// with 4 bits.
+// Pairs of formats, and types of 16 bits, with an instance of their own: two seconds of compiling
+// each. The others are served by what takes any codes, or anything: all pairs of codes of 256 dims
+// and, of 64 dims or without bulk copies, FP8 and 8 with 4 bits.
 template <int D, bool BULK> constexpr bool own_instance(kv_class c) {
     return c >= CODES || (D <= 128 && (c == KV_4 || c == KV_8)) || (D == 128 && BULK);
 }
+template <int D, bool BULK> constexpr bool own_types = D == 128 || (D == 64 && BULK);
 
 template <int D, int H, bool BULK> status launch_formats(const attention_problem *p) {
+    constexpr int ANY_HEADS = H < 8 && !BULK ? 8 : H;
     const kv_format k = p->c.k, v = p->c.v;
     const bool half = p->l.type == DT_F16;
     const kv_class c = k == KF_16 && v == KF_16     ? KV_16
@@ -1679,21 +1686,22 @@ template <int D, int H, bool BULK> status launch_formats(const attention_problem
 #undef OF
     case CODES: return launch<D, H, CODES, __half, BULK>(p);
     case KV_16:
-        return half ? launch<D, H, KV_16, __half, BULK>(p)
-                    : launch<D, H, KV_16, __nv_bfloat16, BULK>(p);
-    default:
-        return half ? launch<D, H, ANY, __half, BULK>(p)
-                    : launch<D, H, ANY, __nv_bfloat16, BULK>(p);
+        if constexpr (!own_types<D, BULK>)
+            return launch<D, H, KV_16, either, BULK>(p);
+        else
+            return half ? launch<D, H, KV_16, __half, BULK>(p)
+                        : launch<D, H, KV_16, __nv_bfloat16, BULK>(p);
+    default: return launch<D, ANY_HEADS, ANY, either, BULK>(p);
     }
 }
 
-// attention_tile_heads, or 4 where a group has no more (of 64 dims 8 all the same).
+// attention_tile_heads, or 4 where a group has no more and 128 dims.
 template <int D, bool BULK> status launch_heads(const attention_problem *p) {
     const int ratio = p->l.n_heads / p->l.n_kv_heads;
-    if constexpr (D == 128)
+    if constexpr (D == 128) {
         if (ratio > 8) return launch_formats<D, 16, BULK>(p);
-    if constexpr (D != 64)
         if (ratio <= 4) return launch_formats<D, 4, BULK>(p);
+    }
     return launch_formats<D, 8, BULK>(p);
 }
 

@@ -4,6 +4,7 @@
 #define AMALGAM_ATTENTION_DEVICE_CUH
 #include "attention_plan.h"
 #include "traits.cuh"
+#include <type_traits>
 
 namespace {
 
@@ -103,6 +104,31 @@ template <> __device__ __forceinline__ uint32_t pack2<__half>(float lo, float hi
 template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
     const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
     return *reinterpret_cast<const uint32_t *>(&h);
+}
+
+// The type of 16-bit operands where an instance serves both: asked for at each product, which costs
+// an instruction that is not executed.
+struct either {};
+
+template <typename T>
+__device__ __forceinline__ void mma_of(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                       uint32_t a3, uint32_t b0, uint32_t b1, bool bf16) {
+    if constexpr (!std::is_same<T, either>::value)
+        mma<T>(c, a0, a1, a2, a3, b0, b1);
+    else
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %10, 0;\n"
+                     "@p mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                     "@!p mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}; }"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"((int)bf16));
+}
+template <typename T> __device__ __forceinline__ uint32_t pack2_of(float lo, float hi, bool bf16) {
+    if constexpr (!std::is_same<T, either>::value)
+        return pack2<T>(lo, hi);
+    else
+        return bf16 ? pack2<__nv_bfloat16>(lo, hi) : pack2<__half>(lo, hi);
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t at, int count) {

@@ -188,8 +188,9 @@ template <int D> __device__ __forceinline__ uint32_t dims_on(uint32_t at, int i)
 }
 
 // s[MT][BN tokens] = q K^T
-template <int D, int MT, int BN, typename TK>
-__device__ __forceinline__ void multiply_k(float (&s)[MT][BN / 2], uint32_t q_at, uint32_t k_at) {
+template <int D, int MT, int BN, typename T>
+__device__ __forceinline__ void multiply_k(float (&s)[MT][BN / 2], uint32_t q_at, uint32_t k_at,
+                                           bool bf16) {
     const int lane = thread_anew() % 32;
     const uint32_t q_row = q_at + matrix_row<D>(lane, true);
     const uint32_t k_row = k_at + matrix_row<D>(lane, false);
@@ -210,16 +211,16 @@ __device__ __forceinline__ void multiply_k(float (&s)[MT][BN / 2], uint32_t q_at
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    mma<TK>(*(float(*)[4]) & s[m][4 * (2 * n + j)], q[m][0], q[m][1], q[m][2],
-                            q[m][3], k[2 * j], k[2 * j + 1]);
+                    mma_of<T>(*(float(*)[4]) & s[m][4 * (2 * n + j)], q[m][0], q[m][1], q[m][2],
+                              q[m][3], k[2 * j], k[2 * j + 1], bf16);
         }
     }
 }
 
 // o[MT][D] += p V, p the weights in s.
-template <int D, int MT, int BN, typename TV>
+template <int D, int MT, int BN, typename T>
 __device__ __forceinline__ void multiply_v(float (&o)[MT][1][D / 2], const float (&s)[MT][BN / 2],
-                                           uint32_t v_at) {
+                                           uint32_t v_at, bool bf16) {
     const int lane = thread_anew() % 32;
     const uint32_t v_row = v_at + matrix_row<D>(lane, true);
 #pragma unroll
@@ -229,7 +230,7 @@ __device__ __forceinline__ void multiply_v(float (&o)[MT][1][D / 2], const float
         for (int m = 0; m < MT; m++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                p[m][e] = pack2<TV>(s[m][8 * i + 2 * e], s[m][8 * i + 2 * e + 1]);
+                p[m][e] = pack2_of<T>(s[m][8 * i + 2 * e], s[m][8 * i + 2 * e + 1], bf16);
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t v[4];
@@ -238,8 +239,8 @@ __device__ __forceinline__ void multiply_v(float (&o)[MT][1][D / 2], const float
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int m = 0; m < MT; m++)
-                    mma<TV>(*(float(*)[4]) & o[m][0][4 * (2 * n + j)], p[m][0], p[m][1], p[m][2],
-                            p[m][3], v[2 * j], v[2 * j + 1]);
+                    mma_of<T>(*(float(*)[4]) & o[m][0][4 * (2 * n + j)], p[m][0], p[m][1], p[m][2],
+                              p[m][3], v[2 * j], v[2 * j + 1], bf16);
         }
     }
 }
@@ -292,7 +293,7 @@ __device__ __forceinline__ tile_work part_of(const prefill_arguments &a, int i) 
 }
 
 // o and r of this warp's rows over a page.
-template <int D, int MT, typename TK, typename TV>
+template <int D, int MT, typename T>
 __device__ __forceinline__ void
 attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_arguments &a,
             const mma_layout &at, uint8_t *memory, const tile_work &w, const page_turn &p) {
@@ -304,7 +305,7 @@ attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_argument
     for (int part = 0; part < kPage / BN; part++) {
         float s[MT][BN / 2];
         const uint32_t rows_on = part * BN * 2 * D;
-        multiply_k<D, MT, BN, TK>(s, q_all + r0 * 2 * D, p.k_at + rows_on);
+        multiply_k<D, MT, BN, T>(s, q_all + r0 * 2 * D, p.k_at + rows_on, a.bf16 && a.k == KF_16);
         if (part == 0 && a.v == KF_16 && !at.turn_v) {
             copies_wait();
             __syncthreads(); // V has come
@@ -327,11 +328,11 @@ attend_page(float (&o)[MT][1][D / 2], row_state (&r)[MT], const prefill_argument
                 copy_page<D>(a, p.next, w.g, false, p.k_at, 0,
                              min(kPage, w.t.kv_len - (p.block + 1) * kPage));
         }
-        multiply_v<D, MT, BN, TV>(o, s, p.v_at + rows_on);
+        multiply_v<D, MT, BN, T>(o, s, p.v_at + rows_on, a.bf16 && a.v == KF_16);
     }
 }
 
-template <int D, int MT, typename TK, typename TV, bool WIDE>
+template <int D, int MT, typename T, bool WIDE>
 __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
     attend_prefill_mma(const prefill_arguments a, const mma_layout at) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
             p.now = p.next;
             if (p.block < w.last) p.next = page_of(p.block + 1);
             open_page<D>(a, at, memory, w, p);
-            attend_page<D, MT, TK, TV>(o, r, a, at, memory, w, p);
+            attend_page<D, MT, T>(o, r, a, at, memory, w, p);
             const uint32_t k_at = p.k_at, v_at = p.v_at;
             p.k_at = p.k_to, p.v_at = p.v_to;
             p.k_to = k_at, p.v_to = v_at;
@@ -415,13 +416,12 @@ int blocks_of(const attention_problem *p, const mma_layout &at) {
     return fit < most ? fit : most;
 }
 
-template <int D, int MT, typename TK, typename TV, bool WIDE>
-status launch_rows(const attention_problem *p) {
+template <int D, int MT, typename T, bool WIDE> status launch_rows(const attention_problem *p) {
     constexpr int ROWS = 16 * MT * kWarps<D>;
     mma_layout at = layout_of(p, ROWS, true);
     const mma_layout small = layout_of(p, ROWS, false);
     if (blocks_of(p, at) < blocks_of(p, small)) at = small;
-    const auto kernel = attend_prefill_mma<D, MT, TK, TV, WIDE>;
+    const auto kernel = attend_prefill_mma<D, MT, T, WIDE>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
     if (e != cudaSuccess)
@@ -440,22 +440,19 @@ status launch_rows(const attention_problem *p) {
     return launched("prefill_mma");
 }
 
-template <int D, typename TK, typename TV, bool WIDE = false>
-status launch(const attention_problem *p) {
+template <int D, typename T, bool WIDE = false> status launch(const attention_problem *p) {
     // Items of whole tiles, as if all chunks were one; half ones where each block has one at most.
     const int64_t rows = (int64_t)p->b.n_tokens * p->l.n_heads;
     if (kTilesMost<D> == 2 && rows <= (int64_t)2 * kRows * p->n_sms)
-        return launch_rows<D, 1, TK, TV, WIDE>(p);
-    return launch_rows<D, kTilesMost<D>, TK, TV, WIDE>(p);
+        return launch_rows<D, 1, T, WIDE>(p);
+    return launch_rows<D, kTilesMost<D>, T, WIDE>(p);
 }
 
 template <int D> status launch_types(const attention_problem *p) {
     const bool k = p->c.k == KF_16, v = p->c.v == KF_16; // else codes, which become fp16
-    if (p->tiles == TILES_WIDE) return launch<D, __half, __half, true>(p);
-    if (p->l.type == DT_F16 || !(k || v)) return launch<D, __half, __half>(p);
-    if (k)
-        return v ? launch<D, __nv_bfloat16, __nv_bfloat16>(p) : launch<D, __nv_bfloat16, __half>(p);
-    return launch<D, __half, __nv_bfloat16>(p);
+    if (p->tiles == TILES_WIDE) return launch<D, __half, true>(p);
+    if (p->l.type == DT_F16 || !(k || v)) return launch<D, __half>(p);
+    return k && v ? launch<D, __nv_bfloat16>(p) : launch<D, either>(p);
 }
 
 } // namespace

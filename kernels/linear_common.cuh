@@ -329,11 +329,21 @@ linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const 
     if (row < m_end) linear_put<T>(p, row, col, v);
 }
 
-// Finish the tile of this warp. `stage`: LINEAR_STAGE_FLOATS of this warp. Whether it is gated is
-// asked of each group of rows: loops of their own would be half as much code again.
+// Sums in registers, N places down. A loop over all groups of rows of a large tile, unrolled since
+// registers have no addresses, would be most of a kernel: so a few groups are the code, and the
+// next ones move to where it finds them.
+template <int N, int M> __device__ __forceinline__ void linear_move_down(float (&acc)[M]) {
+#pragma unroll
+    for (int i = 0; i + N < M; i++) acc[i] = acc[i + N];
+}
+
+// Finish the tile of this warp, whose sums it uses up. `stage`: LINEAR_STAGE_FLOATS of this warp.
+// Whether it is gated is asked of each group of rows: loops of their own would be half as much code
+// again.
 template <typename T, int NT, int R, int GROUPS = 2>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
                                               const linear_segment &s, float *stage) {
+    constexpr int ALL = NT / 8, AT = ALL < 4 ? ALL : 4;
     const bool gated = R > 1 && p.paired;
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -341,20 +351,27 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
         const bool pair = r % 2 == 0 && r + 1 < R && gated;
         const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
         if (!at.there) continue;
+        const int beside = r + 1 < R ? r + 1 : r;
         const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
         linear_outputs up = o;
         if (pair)
             up = linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
+#pragma unroll 1
+        for (int j0 = 0; j0 < ALL; j0 += AT) {
+            const int32_t m0 = s.m0 + 8 * j0;
+            if (m0 >= s.m_end) break;
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++) {
-            if (s.m0 + 8 * j >= s.m_end) continue;
-            float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
-            if (pair)
-                v = linear_gate_all(
-                    v, linear_affine(linear_turn(&acc[r + 1 < R ? r + 1 : r][4 * j], stage), up),
-                    p);
-            const int32_t row = s.m0 + 8 * j + threadIdx.x % 32 / 4;
-            if (row < s.m_end) linear_put<T>(p, row, at.col, v);
+            for (int j = 0; j < AT; j++) {
+                if (m0 + 8 * j >= s.m_end) continue;
+                float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
+                if (pair)
+                    v = linear_gate_all(
+                        v, linear_affine(linear_turn(&acc[beside][4 * j], stage), up), p);
+                const int32_t row = m0 + 8 * j + threadIdx.x % 32 / 4;
+                if (row < s.m_end) linear_put<T>(p, row, at.col, v);
+            }
+            linear_move_down<4 * AT>(acc[r]);
+            if (pair) linear_move_down<4 * AT>(acc[beside]);
         }
     }
 }

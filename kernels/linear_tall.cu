@@ -393,7 +393,7 @@ __device__ __forceinline__ float4 gate_of(const linear_args &p, float4 g, float4
         linear_gate(g.z, u.z, p.epilogue, p.limit), linear_gate(g.w, u.w, p.epilogue, p.limit));
 }
 
-// A whole tile in registers.
+// A whole tile in registers, which is used up.
 template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
                                        const linear_segment &s, uint32_t places) {
@@ -404,15 +404,18 @@ __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_
     outputs_put<T, F>(mine, p, s.expert, at, 0, lane);
     int32_t row = s.m0 + lane / 4;
     tall_output<T> out(p, row, at.col);
+#pragma unroll 1
+    for (int m0 = s.m0; m0 < min(s.m0 + kRows, s.m_end); m0 += 16) {
 #pragma unroll
-    for (int j = 0; j < kGroups; j++) {
-        if (s.m0 + 8 * j >= s.m_end) break;
-        place_put(mine, j % 2 * 8, &acc[0][4 * j], lane); // two in turn: one barrier each
-        __syncwarp();
-        const float4 v = affine(mine, place_get(mine, j % 2 * 8, lane), 0, lane);
-        if (row < s.m_end) out.put(v);
-        row += 8;
-        out.y += out.step;
+        for (int j = 0; j < 2; j++) {
+            place_put(mine, j * 8, &acc[0][4 * j], lane); // two in turn: one barrier each
+            __syncwarp();
+            const float4 v = affine(mine, place_get(mine, j * 8, lane), 0, lane);
+            if (row < s.m_end) out.put(v);
+            row += 8;
+            out.y += out.step;
+        }
+        linear_move_down<8>(acc[0]);
     }
 }
 
