@@ -217,6 +217,51 @@ template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>
     return __float2bfloat16_rn(x);
 }
 
+template <typename T> __device__ __forceinline__ uint32_t linear_two(float low, float high);
+template <> __device__ __forceinline__ uint32_t linear_two<__half>(float low, float high) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+template <> __device__ __forceinline__ uint32_t linear_two<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&v);
+}
+
+// Two groups of 8 x rows, rounded, to shared memory: x row i of the warp's 16 outputs lies at
+// 32 i, its halves the other way round in every second four rows. `at`: linear_place_at.
+__device__ __forceinline__ void linear_place_16(uint32_t at, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+__device__ __forceinline__ uint32_t linear_place_at(int row, int half) {
+    return row * 32 + ((half ^ row >> 2 & 1) << 4);
+}
+
+// Sixteen bytes to a multiple of 16, or of 8 when not wide. (As C it becomes four stores.)
+__device__ __forceinline__ void linear_store_16(void *to, uint4 v, bool wide) {
+    if (wide)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+                     "r"(v.z), "r"(v.w)
+                     : "memory");
+    else
+        asm volatile(
+            "st.global.v2.u32 [%0], {%1, %2};\nst.global.v2.u32 [%0+8], {%3, %4};" ::"l"(to),
+            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+            : "memory");
+}
+// Whether every eight outputs of 16 bits lie at a multiple of 16 bytes.
+__device__ __forceinline__ bool linear_wide(const linear_args &p) {
+    return ((p.ldy | (int64_t)(reinterpret_cast<uintptr_t>(p.y) / 2)) & 7) == 0;
+}
+
+// The thread, read anew: what follows from it is then not kept in registers through the main loop.
+__device__ __forceinline__ int linear_thread_anew() {
+    int i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i)::"memory");
+    return i;
+}
+
 __device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, const linear_args &p) {
     return make_float4(
         linear_gate(g.x, u.x, p.epilogue, p.limit), linear_gate(g.y, u.y, p.epilogue, p.limit),

@@ -36,7 +36,8 @@
 // half the sums of four blocks travel, for twice the x.
 //
 // The explicit lists: format, type, x rows (NT), scale granule (0: none). Of each there are tiles
-// of B x P = 2 x 1, 4 x 1 and, of 4 bits, 2 x 2, of which mid_NT takes what should be the fastest.
+// of B x P = 2 x 1, 4 x 1 and, of 4 bits, 2 x 2, of some 3 x 1, of which mid_NT takes what should
+// be the fastest.
 #define MID_ROWS(X, F, T, G) X(F, T, 32, G) X(F, T, 64, G)
 #define MID_TYPES(X, F, G)   MID_ROWS(X, F, F16, G) MID_ROWS(X, F, BF16, G)
 #ifndef MID_INSTANCES
@@ -46,6 +47,10 @@
     MID_TYPES(X, INT4, 32)                                                                         \
     MID_TYPES(X, MXFP4, 32)                                                                        \
     MID_TYPES(X, NVFP4, 16)
+#endif
+#ifndef MID_INSTANCES_3
+#define MID_INSTANCES_3(X)                                                                         \
+    X(INT4, F16, 64, 128) X(INT4, BF16, 64, 128) X(MXFP4, F16, 64, 32) X(MXFP4, BF16, 64, 32)
 #endif
 #ifndef MID_INSTANCES_8
 #define MID_INSTANCES_8(X)                                                                         \
@@ -61,24 +66,28 @@ enum { kStagesMost = 16, kGiveBytes = 1024 }; // kGiveBytes: of a warp, see exch
 // Units of K in a step, at least what a scale covers, and in a stage of x: the longer, the fewer
 // instructions; the shorter, the sooner is one free.
 __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
-    return linear_code_bits(f) == 4 && blocks * parts == 4 ? 4 : 2;
+    return linear_code_bits(f) == 4 && blocks * parts > 2 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    return blocks * parts == 4 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
+    return blocks * parts > 2 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
 }
 // Scales meet the sums of a granule, not each weight: fewer instructions, and for 64 rows more
 // registers than warps that load leave, so that those give some of theirs.
 __host__ __device__ constexpr bool scaled_later(int f, int rows, int blocks, int g) {
-    return f == WF_INT4 && g == 128 && (rows == 32 || blocks == 4);
+    return f == WF_INT4 && g == 128 && (rows == 32 || blocks > 2);
 }
 __host__ __device__ constexpr bool registers_given(int f, int rows, int blocks, int g) {
-    return scaled_later(f, rows, blocks, g) && rows == 64;
+    return scaled_later(f, rows, blocks, g) && rows == 64 && blocks == 4;
 }
 __host__ __device__ constexpr int threads(int f, int rows, int blocks, int parts, int g) {
     return 128 * blocks * parts + (registers_given(f, rows, blocks, g) ? 128 : 64);
 }
 // Two parts of K in a CTA: of 8 bits they have not been timed.
 constexpr bool has_parts(int f) { return linear_code_bits(f) == 4; }
+// Tiles of three blocks. Gate and up have none: a block would be without its other.
+constexpr bool has_three(int f, int rows, int g) {
+    return rows == 64 && (f == WF_MXFP4 || (f == WF_INT4 && g == 128));
+}
 // Granules of a step.
 __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
     return g ? step_units(f, blocks, parts) * 64 / g : 0;
@@ -179,8 +188,9 @@ struct ring {
     }
 };
 
-// With four blocks a stage of W and one of x are a step each, and one ring: fewer instructions.
-template <int B> constexpr bool kOneRing = B == 4;
+// With more than two blocks a stage of W and one of x are a step each, and one ring: fewer
+// instructions.
+template <int B> constexpr bool kOneRing = B > 2;
 struct barriers {
     ring w, x;
 };
@@ -269,7 +279,7 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
                                              ring to, uint32_t base) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
-    constexpr int kAsked = B == 4 ? 1 : 2; // stages, before the ring is full for once
+    constexpr int kAsked = B > 2 ? 1 : 2; // stages, before the ring is full for once
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     int asked = 0;
@@ -472,18 +482,19 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 
 // Where the block of this warp goes; of a pair, that of gate. R: rows of x that a warp has.
 struct target {
-    int32_t block, col; // col: of this lane's four outputs
+    int32_t block, col; // col: of its strip's first output
     int32_t group;      // its first of 8 rows of x
     bool there;
 };
 template <int R, int B, int P, bool kMay>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
-    const int wg = threadIdx.x / 128 % B, strip = threadIdx.x / 32 % 4;
+    // Read anew where registers are short. Where they are not, ptxas makes a slower main loop of it.
+    const int thread = P > 1 ? linear_thread_anew() : threadIdx.x;
+    const int wg = thread / 128 % B, strip = thread / 32 % 4;
     const int32_t block = block_of<kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
-    return target{block, half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
-                  P > 1 ? (int)threadIdx.x / (128 * B) * (R / 8) : 0,
+    return target{block, half * p.half_rows + in_half, P > 1 ? thread / (128 * B) * (R / 8) : 0,
                   block < p.blocks && in_half < p.half_rows};
 }
 
@@ -556,44 +567,119 @@ __device__ __forceinline__ void send(const float (&acc)[R / 2], const linear_arg
     }
 }
 
-// Groups `own`, own + among, .. of 8 rows of x, whose sums lie at acc of groups 0, among, .. Of
-// gate and up one warp finishes the first half, one the second, and each gives the other its sums.
-template <typename T, int R>
-__device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_args &p,
-                                     const target &to, int own, int among, float *turn,
-                                     uint32_t give) {
-    const linear_outputs o = linear_outputs_of<T>(p, 0, to.block, to.col);
-    if (!p.paired) {
+// What a lane's sums of outputs g and g + 8 of its strip are multiplied with and what is added.
+struct terms {
+    float scale[2], bias[2];
+    __device__ __forceinline__ float of(float v, int e) const {
+        return fmaf(v, scale[e / 2], bias[e / 2]);
+    }
+};
+template <typename T>
+__device__ __forceinline__ terms terms_of(const linear_args &p, int32_t block, int32_t col) {
+    terms t = {{1.f, 1.f}, {0.f, 0.f}};
+    const int thread = linear_thread_anew(), g = thread % 32 / 4, strip = thread / 32 % 4;
 #pragma unroll
-        for (int j = 0; j < R / 8; j++)
-            if ((j & (among - 1)) == 0 && 8 * (to.group + j + own) < p.m)
-                linear_emit<T, false>(p, 8 * (to.group + j + own), p.m, to.col, &acc[4 * j],
-                                      &acc[4 * j], o, o, turn);
+    for (int i = 0; i < 2; i++) {
+        if (p.channel) t.scale[i] = p.channel[block * 64 + strip * 16 + g + 8 * i];
+        if (p.global_scale) t.scale[i] = p.global_scale[0];
+        if (p.bias) t.bias[i] = linear_f32(static_cast<const T *>(p.bias)[col + g + 8 * i]);
+    }
+    return t;
+}
+
+// Outputs of 8 rows of x from m0 on and of 8 from m1 on, from fragments.
+template <typename T>
+__device__ __forceinline__ void put_groups(const linear_args &p, int m0, int m1, int32_t col,
+                                           const float (&v)[2][4], float *turn) {
+    const int lane = linear_thread_anew() % 32;
+    if (p.y_f32 || p.epilogue == LINEAR_RESIDUAL) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float4 out = linear_turn(v[i], turn);
+            const int row = (i ? m1 : m0) + lane / 4;
+            if (row < p.m) linear_put<T>(p, row, col + lane % 4 * 4, out);
+        }
         return;
     }
-    const linear_outputs up =
-        linear_outputs_of<T>(p, 0, to.block + p.half_blocks, to.col + p.half_rows);
-    const int warp = threadIdx.x / 32, half = warp / 4 % 2;
+    const uint32_t place = shared_address(turn);
+    uint32_t two[4];
 #pragma unroll
-    for (int j = 0; j < R / 16; j++) {
-        if (j & (among - 1)) continue;
-        float gate[4], v[4];
+    for (int i = 0; i < 4; i++)
+        two[i] = linear_two<T>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]);
+    __syncwarp();
+    linear_place_16(place + linear_place_at(lane / 16 * 8 + lane % 8, lane / 8 % 2), two);
+    __syncwarp();
+    const uint4 out = shared_u128(place + linear_place_at(lane / 2, lane % 2));
+    const int row = (lane < 16 ? m0 : m1 - 8) + lane / 2;
+    if (row < p.m)
+        linear_store_16(static_cast<T *>(p.y) + (int64_t)row * p.ldy + col + lane % 2 * 8, out,
+                        linear_wide(p));
+}
+
+// Groups `own`, own + among, .. of 8 rows of x, whose sums lie at acc of groups 0, among, ..: two
+// at a time. Of gate and up one warp finishes the first half, one the second, and each gives the
+// other its sums.
+template <typename T, int R, int AMONG>
+__device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_args &p,
+                                     const target &to, int own, float *turn, uint32_t give) {
+    const terms t = terms_of<T>(p, to.block, to.col);
+    if (!p.paired) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            gate[e] = half ? acc[4 * j + R / 4 + e] : acc[4 * j + e]; // or up
-            v[e] = half ? acc[4 * j + e] : acc[4 * j + R / 4 + e];
+        for (int j = 0; j < R / 8; j += 2 * AMONG) {
+            const int m0 = 8 * (to.group + j + own), m1 = j + AMONG < R / 8 ? m0 + 8 * AMONG : p.m;
+            if (m0 >= p.m) continue;
+            float v[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                v[e / 4][e % 4] = t.of(acc[4 * (j + e / 4 * AMONG) % (R / 2) + e % 4], e % 4);
+            put_groups<T>(p, m0, m1, to.col, v, turn);
         }
-        const float4 got =
-            exchange(v, give, (half ? -4 : 4) * kGiveBytes, j / among, warp / 8 * 4 + warp % 4);
-        const float w[4] = {got.x, got.y, got.z, got.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            v[e] = half ? gate[e] : w[e];
-            gate[e] = half ? w[e] : gate[e];
-        }
-        const int m0 = 8 * (to.group + j + half * (R / 16) + own);
-        if (m0 < p.m) linear_emit<T, true>(p, m0, p.m, to.col, gate, v, o, up, turn);
+        return;
     }
+    const terms t_up = terms_of<T>(p, to.block + p.half_blocks, to.col + p.half_rows);
+    const int warp = linear_thread_anew() / 32, half = warp / 4 % 2;
+#pragma unroll
+    for (int j0 = 0; j0 < R / 16; j0 += 2 * AMONG) {
+        float out[2][4] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int j = j0 + i * AMONG;
+            if (j >= R / 16) continue;
+            float gate[4], v[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                gate[e] = half ? acc[4 * j + R / 4 + e] : acc[4 * j + e]; // or up
+                v[e] = half ? acc[4 * j + e] : acc[4 * j + R / 4 + e];
+            }
+            const float4 got =
+                exchange(v, give, (half ? -4 : 4) * kGiveBytes, i, warp / 8 * 4 + warp % 4);
+            const float w[4] = {got.x, got.y, got.z, got.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                out[i][e] = linear_gate(t.of(half ? w[e] : gate[e], e),
+                                        t_up.of(half ? gate[e] : w[e], e), p.epilogue, p.limit);
+        }
+        const int m0 = 8 * (to.group + j0 + half * (R / 16) + own);
+        if (m0 < p.m)
+            put_groups<T>(p, m0, j0 + AMONG < R / 16 ? m0 + 8 * AMONG : p.m, to.col, out, turn);
+    }
+}
+
+// Until the last sums that each sharer sends to CTA `own` of them are seen to come, by one word:
+// beside the next launch's CTA, which asks for its weights, to ask for all again and again takes
+// longer than to ask once more.
+template <int R, int W>
+__device__ __forceinline__ void await(const linear_args &p, int groups, const sharers &by, int own,
+                                      int warp) {
+    const int s = threadIdx.x % 32, last = ((groups - 1 - own) & -by.finish) + own;
+    const bool wanted = s < by.n && s != own && groups > own;
+    const float4 *at =
+        meeting<R, W>(p, by.first + s, s < by.ends, warp) - threadIdx.x % 32 + last * 32 + 31;
+    float v = -0.f;
+    do {
+        if (wanted)
+            asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    } while (!__all_sync(~0u, __float_as_uint(v) != 0));
 }
 
 // Of a tile that S CTAs finish, this one's groups of rows: its number, S more, .. Sums of the first
@@ -613,6 +699,7 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
         return meeting<R, W>(p, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
     };
     const auto wanted = [&](int j) { return (j & among) != own && (j & ~among) + own < groups; };
+    await<R, W>(p, min(groups, R / 8), by, own, warp);
     bool all;
     do {
         all = true;
@@ -649,11 +736,14 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
             for (int e = 0; e < 4 * kOnce; e++)
                 if ((e / 4 & among) == 0) acc[4 * j0 + e] += v[e];
         }
-    emit<T, R>(acc, p, to, own, by.finish, turn, give);
+    // Zeros first: they are on their way while results are computed.
     for (int s = 0; s < by.n; s++)
         for (int j = own; j < R / 8 && j < groups && s != own; j += by.finish)
             meeting<R, W>(p, by.first + s, s < by.ends, warp)[j * 32] =
                 make_float4(0.f, 0.f, 0.f, 0.f);
+    if (by.finish == 1) emit<T, R, 1>(acc, p, to, own, turn, give);
+    if (by.finish == 2) emit<T, R, 2>(acc, p, to, own, turn, give);
+    if (by.finish == 4) emit<T, R, 4>(acc, p, to, own, turn, give);
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
@@ -683,7 +773,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     const uint32_t base = shared_address(start);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     barriers bar = barriers_of<B>(d, base);
-    sharers *by = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
+    sharers *sharing = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     const bool rounds = kRounds<F, B> && d.rounds;
     launch_dependents();
     if (threadIdx.x == 32 * W) {
@@ -693,7 +783,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     } else if (threadIdx.x == 32 * W + 32) {
         prefetch_map(&m.x);
     } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
-        *by = sharers(d, p.paired ? R / 16 : R / 8);
+        *sharing = sharers(d, p.paired ? R / 16 : R / 8);
     }
     __syncthreads();
     constexpr bool kGiven = registers_given(F, NT, B, G);
@@ -716,8 +806,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
         i.next(d, steps);
         const target to = target_of<R, B, P, kRounds<F, B>>(p, d, tile);
         if (!to.there) continue;
-        int thread;
-        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread)); // lest these be kept all the time
+        const int thread = linear_thread_anew();
         float *turn =
             reinterpret_cast<float *>(start + d.at_turn) + thread / 32 * LINEAR_STAGE_FLOATS;
         const uint32_t give = base + d.at_turn + W * LINEAR_STAGE_FLOATS * 4 +
@@ -732,12 +821,13 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
         // Where gate and up meet once a tile, the next tile's are in the other place.
         const uint32_t place_of_pair = give + (R == 16 ? tile % 2 * 512 : 0);
         if (steps == d.steps) {
-            emit<T, R>(sum, p, to, 0, 1, turn, place_of_pair);
+            emit<T, R, 1>(sum, p, to, 0, turn, place_of_pair);
             continue;
         }
-        send<R, W>(sum, p, d.groups - to.group, i.left == 0, *by);
+        const sharers by = *sharing; // once: asm statements may write to memory
+        send<R, W>(sum, p, d.groups - to.group, i.left == 0, by);
         if (i.left > 0) continue;
-        finish<T, R, W>(sum, p, d, to, *by, turn, place_of_pair);
+        finish<T, R, W>(sum, p, d, to, by, turn, place_of_pair);
         return;
     }
 #endif
@@ -747,16 +837,31 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
 
 __host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 : 226) * 1024; }
 
-// About how many ns a problem takes of which a CTA multiplies so many units of 64 rows of W.
-// Measured on an H200 with W4. With 8 bits no unit takes less than its bytes do, at 30 a ns and SM.
-template <int F, int NT, int B, int P> int64_t cost(int64_t units) {
+// ns of a unit of 64 rows of W, of a launch besides, and of sums where tiles are cut anyhow: not
+// all alike, into up to four parts. Measured on an H200 with W4. With 8 bits no unit takes less
+// than its bytes do, at 30 a ns and SM.
+struct times {
+    int32_t unit, launch, cut;
+};
+template <int F, int NT, int B, int P> constexpr times times_of() {
     constexpr bool few = NT == 32;
     if (linear_code_bits(F) == 8)
-        return B == 4 ? units * 136 + (few ? 7800 : 7500)
-                      : units * (few ? 136 : 139) + (few ? 3800 : 5000);
-    return B == 4   ? units * (few ? 74 : 111) + (few ? 7900 : 6700)
-           : P == 2 ? units * (few ? 88 : 119) + (few ? 4900 : 5650)
-                    : units * (few ? 101 : 160) + (few ? 3600 : 3720);
+        return B == 4 ? times{136, few ? 7800 : 7500, 0}
+                      : times{few ? 136 : 139, few ? 3800 : 5000, 0};
+    if (few) return B == 4 ? times{74, 7900, 0} : P == 2 ? times{88, 4900, 0} : times{101, 3600, 0};
+    return B == 4   ? times{106, 6500, 2700}
+           : B == 3 ? times{110, 5800, 1700}
+           : P == 2 ? times{111, 5800, 700}
+                    : times{150, 3400, 1400};
+}
+
+// About how many ns a problem takes whose steps have so many units of K and of W's blocks.
+template <int F, int NT, int B, int P> int64_t cost(const division &d, int units) {
+    const times t = times_of<F, NT, B, P>();
+    const bool whole = !d.more && d.each % d.steps == 0;
+    const bool alike = !d.more && d.steps % d.each == 0 && d.steps / d.each <= 4;
+    return (int64_t)(d.each + (d.more > 0)) * units * t.unit + t.launch +
+           (whole || alike ? 0 : t.cut);
 }
 
 // The same of d's rounds and as many more steps of the line.
@@ -764,7 +869,7 @@ template <int NT> int64_t cost_of_rounds(const division &d, int steps, int units
     const int64_t whole = (int64_t)d.per * d.rounds * d.steps, part = (steps + d.ctas - 1) / d.ctas;
     const int64_t n = (whole + part) * units * (paired ? 2 : 1);
     return NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
-                    : n * (paired ? 116 : 114) + (paired ? 4500 : 3500);
+                    : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
 }
 
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
@@ -778,6 +883,7 @@ division divide(const linear_args *a, int n_sms, bool in_rounds) {
     d.steps = (a->units + U - 1) / U;
     int total = (d.all + d.per - 1) / d.per * d.steps, most = (total + n_sms - 1) / n_sms;
     d.ctas = (total + most - 1) / most;
+    if (a->paired && B % 2) return d;
     if (in_rounds) { // of the line is what is left when all but one of each tile are whole
         d.ctas = n_sms;
         d.rounds = (d.all + d.per * n_sms - 1) / (d.per * n_sms);
@@ -813,8 +919,7 @@ division divide(const linear_args *a, int n_sms, bool in_rounds) {
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    d.cost = in_rounds ? cost_of_rounds<NT>(d, total, U, a->paired)
-                       : cost<F, NT, B, P>((int64_t)most * U * B);
+    d.cost = in_rounds ? cost_of_rounds<NT>(d, total, U, a->paired) : cost<F, NT, B, P>(d, U * B);
     return d;
 }
 
@@ -921,21 +1026,21 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
 
 template <typename T, int F, int NT, int G>
 status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-    const auto better = [](const division &a, const division &b) { // no stages: it has no room
-        return a.w_stages && (!b.w_stages || a.cost <= b.cost);
+    struct choice {
+        division d;
+        status (*run)(const division &, const linear_args *, int32_t, kernel_stream);
+    } best = {divide_best<F, NT, 2, 1, G>(args, n_sms), tiles<T, F, NT, 2, 1, G>::run};
+    const auto offer = [&best](const choice &c) { // no stages: it has no room
+        if (c.d.w_stages && (!best.d.w_stages || c.d.cost <= best.d.cost)) best = c;
     };
-    const division half = divide_best<F, NT, 2, 1, G>(args, n_sms);
-    const division four = divide_best<F, NT, 4, 1, G>(args, n_sms);
-    if constexpr (has_parts(F)) {
-        const division two = divide_best<F, NT, 2, 2, G>(args, n_sms);
-        // Behind another kernel the sums of halves take longer than in a chain of one (measured).
-        division apart = half;
-        if (args->apart && NT == 64) apart.cost += 1000;
-        if (better(two, apart) && !better(four, two))
-            return tiles<T, F, NT, 2, 2, G>::run(two, args, n_sms, stream);
-    }
-    if (better(four, half)) return tiles<T, F, NT, 4, 1, G>::run(four, args, n_sms, stream);
-    return tiles<T, F, NT, 2, 1, G>::run(half, args, n_sms, stream);
+    // Behind another kernel the sums of halves take longer than in a chain of one (measured).
+    if (has_parts(F) && args->apart && NT == 64) best.d.cost += 1000;
+    if constexpr (has_parts(F))
+        offer({divide_best<F, NT, 2, 2, G>(args, n_sms), tiles<T, F, NT, 2, 2, G>::run});
+    if constexpr (has_three(F, NT, G))
+        offer({divide_best<F, NT, 3, 1, G>(args, n_sms), tiles<T, F, NT, 3, 1, G>::run});
+    offer({divide_best<F, NT, 4, 1, G>(args, n_sms), tiles<T, F, NT, 4, 1, G>::run});
+    return best.run(best.d, args, n_sms, stream);
 }
 
 #define T_F16  __half
@@ -946,10 +1051,12 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
         ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),            \
         ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
+#define ROWS_3(F, T, NT, G)                                                                        \
+    ROW("mid_" #NT "x3", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 3, 1, G>::launch)),
 #define ROWS(F, T, NT, G)                                                                          \
     ROWS_8(F, T, NT, G)                                                                            \
     ROW("mid_" #NT "x2x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),
-const linear_variant rows[] = {MID_INSTANCES(ROWS) MID_INSTANCES_8(ROWS_8)};
+const linear_variant rows[] = {MID_INSTANCES(ROWS) MID_INSTANCES_3(ROWS_3) MID_INSTANCES_8(ROWS_8)};
 
 } // namespace
 

@@ -307,13 +307,6 @@ __device__ __forceinline__ void gather(const linear_args &p, const tall_work *wo
 
 // --- Epilogue -----------------------------------------------------------------------------------
 
-// The thread, read anew: what follows from it is then not kept in registers through the main loop.
-__device__ __forceinline__ int thread_anew() {
-    int i;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i)::"memory");
-    return i;
-}
-
 // Where this warp's block goes; of a pair, the place of the gate.
 template <int B = 4>
 __device__ __forceinline__ linear_place place_of(const linear_args &p, const linear_segment &s,
@@ -397,7 +390,7 @@ __device__ __forceinline__ float4 gate_of(const linear_args &p, float4 g, float4
 template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
                                        const linear_segment &s, uint32_t places) {
-    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const int thread = linear_thread_anew(), warp = thread / 32, lane = thread % 32;
     const linear_place at = place_of(p, s, thread);
     const uint32_t mine = places + warp * kPlaceBytes;
     if (!at.there) return;
@@ -424,7 +417,7 @@ __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_
 template <typename T, int F>
 __device__ __forceinline__ void finish_pair(float (&acc)[1][kRows / 2], const linear_args &p,
                                             const linear_segment &s, uint32_t places) {
-    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const int thread = linear_thread_anew(), warp = thread / 32, lane = thread % 32;
     const linear_place at = place_of(p, s, thread);
     const uint32_t mine = places + warp * kPlaceBytes, gate = places + (warp & ~4) * kPlaceBytes;
     const int barrier = BAR_PAIR + warp / 8 * 4 + warp % 4, half = warp / 4 % 2 * 8;
@@ -448,45 +441,11 @@ __device__ __forceinline__ void finish_pair(float (&acc)[1][kRows / 2], const li
     }
 }
 
-template <typename T> __device__ __forceinline__ uint32_t two_of(float low, float high);
-template <> __device__ __forceinline__ uint32_t two_of<__half>(float low, float high) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-template <> __device__ __forceinline__ uint32_t two_of<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
-// Two groups of 8 x rows, rounded, to shared memory: x row i of the warp's 16 outputs lies at
-// 32 i, its halves the other way round in every second four rows. `at`: place_16_at.
-__device__ __forceinline__ void place_16(uint32_t at, const uint32_t (&v)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
-}
-__device__ __forceinline__ uint32_t place_16_at(int row, int half) {
-    return row * 32 + ((half ^ row >> 2 & 1) << 4);
-}
-
-// Sixteen bytes to a multiple of 16, or of 8 when not wide. (As C it becomes four stores.)
-__device__ __forceinline__ void store_16(void *to, uint4 v, bool wide) {
-    if (wide)
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
-                     "r"(v.z), "r"(v.w)
-                     : "memory");
-    else
-        asm volatile(
-            "st.global.v2.u32 [%0], {%1, %2};\nst.global.v2.u32 [%0+8], {%3, %4};" ::"l"(to),
-            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-            : "memory");
-}
-
 // A whole tile in registers, of plain outputs of 16 bits.
 template <typename T, int F>
 __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const linear_args &p,
                                           const linear_segment &s, uint32_t places) {
-    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const int thread = linear_thread_anew(), warp = thread / 32, lane = thread % 32;
     linear_place at = place_of(p, s, thread);
     if (!at.there) return;
     at.col -= thread % 4 * 4;
@@ -505,11 +464,11 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
                 linear_f32(static_cast<const T *>(p.bias)[(int64_t)s.expert * p.n + at.col + of]);
     }
     const uint32_t mine = places + warp * kPlaceBytes;
-    const uint32_t put = mine + place_16_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    const uint32_t get = mine + place_16_at(lane / 2, lane % 2);
+    const uint32_t put = mine + linear_place_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t get = mine + linear_place_at(lane / 2, lane % 2);
     int32_t row = s.m0 + lane / 2;
     T *y = static_cast<T *>(p.y) + row * p.ldy + at.col + lane % 2 * 8;
-    const bool wide = ((p.ldy | (int64_t)(reinterpret_cast<uintptr_t>(p.y) / 2)) & 7) == 0;
+    const bool wide = linear_wide(p);
     const int32_t end = s.m_end, last = end - s.m0;
 #pragma unroll
     for (int q = 0; q < kRows / 16; q++) {
@@ -517,12 +476,12 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            v[i] = two_of<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
-                             fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
-        place_16(put + q % 2 * 512, v); // two in turn: one barrier each
+            v[i] = linear_two<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
+                                 fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
+        linear_place_16(put + q % 2 * 512, v); // two in turn: one barrier each
         __syncwarp();
         const uint4 out = shared_u128(get + q % 2 * 512);
-        if (row < end) store_16(y, out, wide);
+        if (row < end) linear_store_16(y, out, wide);
         row += 16;
         y += 16 * p.ldy;
     }
@@ -571,7 +530,7 @@ __device__ __forceinline__ void merge_parts(float (&own)[kOwn<2> * 4],
 }
 __device__ __forceinline__ void merge(float (&own)[1][kOwn<2> * 4],
                                       const float (&acc)[1][kRows / 2], uint32_t stages) {
-    const int warp = thread_anew() / 32, lane = thread_anew() % 32;
+    const int warp = linear_thread_anew() / 32, lane = linear_thread_anew() % 32;
     const uint32_t at = stages + lane * 16, mine = at + warp * kOwn<2> * 512,
                    other = at + (warp ^ 8) * kOwn<2> * 512;
     if (warp < 8)
@@ -586,7 +545,7 @@ __device__ __forceinline__ void merge(float (&own)[1][kOwn<2> * 4],
 template <int B>
 __device__ __forceinline__ float4 *team_slot(const linear_args &p, int32_t cta, bool tail) {
     if (B == 4) return linear_slot<8 * kOwn<B>, 1, kWarps>(p, cta, tail);
-    const int thread = thread_anew();
+    const int thread = linear_thread_anew();
     return reinterpret_cast<float4 *>(p.sums) + (cta * kWarps + thread / 32) * kOwn<B> * 32 +
            thread % 32;
 }
@@ -684,7 +643,7 @@ __device__ __forceinline__ void team_deposit(const float (&acc)[1][kOwn<B> * 4],
     }
     if (B == 4) __threadfence();
     __syncwarp();
-    if (B == 4 && thread_anew() % 32 == 0) atomicAdd(linear_counter<kWarps>(p, owner), 1);
+    if (B == 4 && linear_thread_anew() % 32 == 0) atomicAdd(linear_counter<kWarps>(p, owner), 1);
 }
 
 // A tile of which `size` CTAs have summed a part of K each, and of which each finishes every
@@ -693,7 +652,7 @@ template <typename T, int F, int B>
 __device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const linear_args &p,
                                             const linear_segment &s, uint32_t places,
                                             uint32_t stages, int rank, int size) {
-    const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+    const int thread = linear_thread_anew(), warp = thread / 32, lane = thread % 32;
     const int32_t owner = (int32_t)blockIdx.x - rank;
     sync_some<kMath>(BAR_MATH); // all stages have been read
     const linear_place at = place_of<B>(p, s, thread);
@@ -875,7 +834,7 @@ __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
                 finish<T, F>(acc, p, s, base_at + L::at_places);
         }
         __syncwarp();
-        if (thread_anew() % 32 == 0) {
+        if (linear_thread_anew() % 32 == 0) {
             const int done = segment;
             segment = done + 1;
             barrier_arrive(base_at + L::at_bars + kTold + done % kWorks * 16 + 8);
@@ -902,7 +861,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (!p.expert_start) launch_dependents();
     if (threadIdx.x < kWarps) segments[threadIdx.x] = 0;
-    if (thread_anew() == 0) {
+    if (linear_thread_anew() == 0) {
         for (int i = 0; i < L::stages; i++) {
             barrier_init(full + i * 8, p.x_row ? 1 + 2 : 1);
             barrier_init(empty + i * 8, kMath);

@@ -116,7 +116,8 @@ static const char *const kernels[] = {
     "short_8",  "words_32", "mid_64x2x2", "experts_16",  "ampere_units_64x192", "ampere_split_16x2",
     "short_16", "mid_64x2", "tall_128",   "hopper_8x2",  "ampere_strips_8",     "ampere_strips_16",
     "short_32", "mid_64x4", "experts_8",  "ampere_64x2", "ampere_128x2",        "mid_32x2",
-    "wide_256", "words_64", "experts_32", "hopper_16x2", "ampere_units_64x128", "experts_128"};
+    "wide_256", "words_64", "experts_32", "hopper_16x2", "ampere_units_64x128", "experts_128",
+    "mid_64x3"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
