@@ -24,6 +24,23 @@ constexpr int kEarlyTokens = 8;
 // same.
 template <int D> constexpr int each = D < 64 ? 1 : D / 64;
 
+// A lane's part of a row, past L1: what is read before the wait is not what is read after it.
+template <typename P> __device__ __forceinline__ P from_l2(const P *at) {
+    static_assert(sizeof(P) == 2 || sizeof(P) == 4 || sizeof(P) == 8, "a load");
+    P v;
+    if constexpr (sizeof(P) == 2) {
+        const unsigned short w = __ldcg((const unsigned short *)at);
+        memcpy(&v, &w, 2);
+    } else if constexpr (sizeof(P) == 4) {
+        const uint32_t w = __ldcg((const uint32_t *)at);
+        memcpy(&v, &w, 4);
+    } else {
+        const uint2 w = __ldcg((const uint2 *)at);
+        memcpy(&v, &w, 8);
+    }
+    return v;
+}
+
 template <typename T> struct append_arguments {
     T *qkv;                   // [T, (H + 2G) D]
     const T *q_norm, *k_norm; // [D] or NULL
@@ -270,7 +287,7 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
         float x[2 * E];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const part in = *(const part *)(row + half * (D / 2));
+            const part in = from_l2((const part *)(row + half * (D / 2)));
 #pragma unroll
             for (int e = 0; e < E; e++) x[half * E + e] = to_f32(in.v[e]);
         }
