@@ -488,7 +488,7 @@ struct target {
 };
 template <int R, int B, int P, bool kMay>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
-    // Read anew where registers are short. Where they are not, ptxas makes a slower main loop of it.
+    // Read anew where registers are short; elsewhere ptxas makes a slower main loop of that.
     const int thread = P > 1 ? linear_thread_anew() : threadIdx.x;
     const int wg = thread / 128 % B, strip = thread / 32 % 4;
     const int32_t block = block_of<kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
@@ -1034,7 +1034,7 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
         if (c.d.w_stages && (!best.d.w_stages || c.d.cost <= best.d.cost)) best = c;
     };
     // Behind another kernel the sums of halves take longer than in a chain of one (measured).
-    if (has_parts(F) && args->apart && NT == 64) best.d.cost += 1000;
+    if (has_parts(F) && NT == 64 && args->apart) best.d.cost += 1500;
     if constexpr (has_parts(F))
         offer({divide_best<F, NT, 2, 2, G>(args, n_sms), tiles<T, F, NT, 2, 2, G>::run});
     if constexpr (has_three(F, NT, G))
