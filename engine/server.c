@@ -692,7 +692,7 @@ int32_t server_port(const server *s) { return s->port; }
 static bool any_busy(server *s) {
     bool busy = false;
     pthread_mutex_lock(&s->lock);
-    for (peer *l = s->peers; l; l = l->next) busy |= l->job != NULL;
+    for (peer *l = s->peers; l; l = l->next) busy |= l->since_ns == 0;
     pthread_mutex_unlock(&s->lock);
     return busy;
 }
