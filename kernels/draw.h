@@ -36,7 +36,7 @@ static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 
  *
  *   out      device memory or pinned host memory that the device can write
  *   logits   [n, vocab] f32, device
- *   row      [n], device
+ *   row      [n], device, a constant: read while kernels before this one may still run
  *   seen     [., draw_seen_words(vocab)], device; read where row.seen >= 0
  *
  * The token is the one that sampler_draw takes from the same logits, unless rounding decides:

@@ -14,7 +14,8 @@ extern "C" {
  *
  *   out      [n, cols] of 16-bit elements, device, not within `table`
  *   table    [n_rows, cols], device; both 16-byte aligned
- *   row      [n], device; each in [0, n_rows), which the caller has checked
+ *   row      [n], device, a constant: read, but by the first, while kernels before this one may
+ *            still run; each in [0, n_rows), which the caller has checked
  *
  * Copies. cols need not be a multiple of anything; multiples of 8 move 16 bytes a thread. n == 0
  * launches nothing. DEVICE on launch failure. Asynchronous on `stream`. */
