@@ -364,12 +364,7 @@ __device__ __forceinline__ void
 linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const float *c,
             const float *c_up, const linear_outputs &o, const linear_outputs &o_up, float *stage) {
     float4 v = linear_affine(linear_turn(c, stage), o);
-    if (kGated) {
-        const float4 u = linear_affine(linear_turn(c_up, stage), o_up);
-        v = make_float4(
-            linear_gate(v.x, u.x, p.epilogue, p.limit), linear_gate(v.y, u.y, p.epilogue, p.limit),
-            linear_gate(v.z, u.z, p.epilogue, p.limit), linear_gate(v.w, u.w, p.epilogue, p.limit));
-    }
+    if (kGated) v = linear_gate_all(v, linear_affine(linear_turn(c_up, stage), o_up), p);
     const int32_t row = m0 + threadIdx.x % 32 / 4;
     if (row < m_end) linear_put<T>(p, row, col, v);
 }

@@ -406,29 +406,18 @@ __device__ __forceinline__ void finish_plain(const float (&acc)[R], float mend,
     const bool inside = end.in_half + piece * 8 < end.p.half_rows;
     const bool wide = ((uint32_t)ldy % 8 | (uint32_t) reinterpret_cast<uintptr_t>(end.y) % 16) == 0;
     const auto pair = [&](int j, int e) {
-        return pair_of<T>(end.value(acc[4 * j + e], mend, e),
-                          end.value(acc[4 * j + e + 1], mend, e));
+        return linear_two<T>(end.value(acc[4 * j + e], mend, e),
+                             end.value(acc[4 * j + e + 1], mend, e));
     };
 #pragma unroll
     for (int j = 0; j < R / 4; j += 2, y += 16 * ldy) {
         if (8 * j >= end.rows) break;
         const uint32_t place = rounds++ % 2 * kPlace;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         put + place),
-                     "r"(pair(j, 0)), "r"(pair(j, 2)), "r"(pair(j + 1, 0)), "r"(pair(j + 1, 2))
-                     : "memory");
+        linear_place_16(put + place, {pair(j, 0), pair(j, 2), pair(j + 1, 0), pair(j + 1, 2)});
         meet(9 + end.wg, 128);
         const uint4 v = shared_u128(get + place);
         if (!inside || 8 * j + row >= end.rows) continue;
-        if (wide) // in assembly, for the compiler makes words of both
-            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y), "r"(v.x), "r"(v.y),
-                         "r"(v.z), "r"(v.w)
-                         : "memory");
-        else
-            asm volatile("st.global.v2.u32 [%0], {%1, %2};\n"
-                         "st.global.v2.u32 [%0 + 8], {%3, %4};" ::"l"(y),
-                         "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                         : "memory");
+        linear_store_16(y, v, wide);
     }
 }
 
@@ -495,7 +484,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
         __syncwarp();
         asm volatile(
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(put + place),
-            "r"(pair_of<T>(gate[0], gate[1])), "r"(pair_of<T>(gate[2], gate[3]))
+            "r"(linear_two<T>(gate[0], gate[1])), "r"(linear_two<T>(gate[2], gate[3]))
             : "memory");
         meet(9 + end.wg, 128);
         uint2 line;

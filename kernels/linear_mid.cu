@@ -1045,17 +1045,17 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(NAME, F, T, NT, G, LAUNCH)                                                             \
-    { NAME, 90, 90, WF_##F, DT_##T, NT, 4, 1, G, G, 1, LAUNCH, NT }
+#define ROW(NAME, F, T, NT, B, G, LAUNCH)                                                          \
+    { NAME, 90, 90, WF_##F, DT_##T, NT, B, 1, G, G, 1, LAUNCH, NT }
 #define ROWS_8(F, T, NT, G)                                                                        \
-    ROW("mid_" #NT, F, T, NT, G, (launch_best<T_##T, WF_##F, NT, G>)),                             \
-        ROW("mid_" #NT "x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),            \
-        ROW("mid_" #NT "x4", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
+    ROW("mid_" #NT, F, T, NT, 4, G, (launch_best<T_##T, WF_##F, NT, G>)),                          \
+        ROW("mid_" #NT "x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),         \
+        ROW("mid_" #NT "x4", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 4, 1, G>::launch)),
 #define ROWS_3(F, T, NT, G)                                                                        \
-    ROW("mid_" #NT "x3", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 3, 1, G>::launch)),
+    ROW("mid_" #NT "x3", F, T, NT, 3, G, (tiles<T_##T, WF_##F, NT, 3, 1, G>::launch)),
 #define ROWS(F, T, NT, G)                                                                          \
     ROWS_8(F, T, NT, G)                                                                            \
-    ROW("mid_" #NT "x2x2", F, T, NT, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),
+    ROW("mid_" #NT "x2x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),
 const linear_variant rows[] = {MID_INSTANCES(ROWS) MID_INSTANCES_3(ROWS_3) MID_INSTANCES_8(ROWS_8)};
 
 } // namespace

@@ -1122,7 +1122,88 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     }
 }
 
+// An 8 x 8 matrix of 16 bits across a warp, turned.
+__device__ __forceinline__ uint32_t turned(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
 template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finished at once
+
+// A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.
+// Of gate and up the warp of the gate finishes outputs g and that of up g + 8; what the other needs
+// passes through one of two places in turn, PLACE rows at a time. rounds: how often it did. P:
+// blocks of a tile, of which this is `number`.
+template <typename T, int P, int PLACE, int R>
+__device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_args &p,
+                                           const target &tile, int number, uint32_t places,
+                                           int &rounds) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), strip = warp % 4;
+    const int block = block_of<P>(p, tile, number), half = number / (P / 2);
+    const int upper = block >= p.half_blocks ? 1 : 0, rows = tile.m_end - tile.m0;
+    const int32_t in_half = (block - upper * p.half_blocks) * 64 + strip * 16;
+    if (block < 0 || in_half >= p.half_rows) return;
+    float scale[2] = {1.f, 1.f}, bias[2] = {0.f, 0.f}; // of outputs g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int of = g + 8 * i;
+        if (p.channel)
+            scale[i] = p.channel[((int64_t)tile.expert * p.blocks + block) * 64 + strip * 16 + of];
+        if (p.global_scale) scale[i] = p.global_scale[tile.expert];
+        if (p.bias)
+            bias[i] = linear_f32(static_cast<const T *>(
+                p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + of]);
+    }
+    const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
+    T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
+    const auto value = [&](int j, int e) {
+        const float sum = acc[4 * j + e];
+        return fmaf(sum, scale[e / 2], bias[e / 2]);
+    };
+    if (p.paired) {
+        constexpr int J = PLACE / 8;
+        const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 2 * P) * 32 + lane) * 8;
+#pragma unroll
+        for (int j0 = 0; j0 < R / 4; j0 += J) {
+            if (8 * j0 >= rows) break;
+            const uint32_t at = places + rounds++ % 2 * (PLACE * P * 128);
+#pragma unroll
+            for (int j = 0; j < J; j++) // what this warp does not finish
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at + mine + j * (P * 1024)),
+                             "f"(half ? value(j0 + j, 0) : value(j0 + j, 2)),
+                             "f"(half ? value(j0 + j, 1) : value(j0 + j, 3))
+                             : "memory");
+            asm volatile("barrier.sync %0, 64;" ::"r"(1 + warp % (2 * P)) : "memory");
+#pragma unroll
+            for (int j = 0; j < J; j++, y += 8 * p.ldy) {
+                const int row0 = 8 * (j0 + j);
+                if (row0 >= rows) break;
+                float v[2], w[2];
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(w[0]), "=f"(w[1])
+                             : "r"(at + other + j * (P * 1024))
+                             : "memory");
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
+                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
+                const uint32_t out = turned(linear_two<T>(v[0], v[1]));
+                if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < R / 4; j++, y += 8 * p.ldy) {
+            if (8 * j >= rows) break;
+            const uint32_t low = turned(linear_two<T>(value(j, 0), value(j, 1)));
+            const uint32_t high = turned(linear_two<T>(value(j, 2), value(j, 3)));
+            if (8 * j + g >= rows) continue;
+            *reinterpret_cast<uint32_t *>(y) = low;
+            *reinterpret_cast<uint32_t *>(y + 8) = high;
+        }
+    }
+}
 
 // What the warps that multiply do.
 template <typename T, int F, int NT, int P, int G>
@@ -1161,8 +1242,7 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         if (P > 2 || d.cluster == 1) {
-            finish_own<T, P, kPlaceRows<NT>, true>(acc, p, tile, own.half, base + d.at_sums,
-                                                   rounds);
+            finish_own<T, P, kPlaceRows<NT>>(acc, p, tile, own.half, base + d.at_sums, rounds);
             continue;
         }
         if constexpr (P == 2) {

@@ -380,12 +380,6 @@ template <typename T> struct tall_output {
     }
 };
 
-__device__ __forceinline__ float4 gate_of(const linear_args &p, float4 g, float4 u) {
-    return make_float4(
-        linear_gate(g.x, u.x, p.epilogue, p.limit), linear_gate(g.y, u.y, p.epilogue, p.limit),
-        linear_gate(g.z, u.z, p.epilogue, p.limit), linear_gate(g.w, u.w, p.epilogue, p.limit));
-}
-
 // A whole tile in registers, which is used up.
 template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
@@ -435,7 +429,7 @@ __device__ __forceinline__ void finish_pair(float (&acc)[1][kRows / 2], const li
         const float4 g = affine(mine, place_get(gate, half, lane), 0, lane);
         const float4 u = affine(mine, place_get(gate + 4 * kPlaceBytes, half, lane), 1, lane);
         sync_some<64>(barrier);
-        if (row < s.m_end) out.put(gate_of(p, g, u));
+        if (row < s.m_end) out.put(linear_gate_all(g, u, p));
         row += kPlaceRows;
         out.y += 2 * out.step;
     }
@@ -697,7 +691,7 @@ __device__ __forceinline__ void finish_team(float (&acc)[1][kRows / 2], const li
         const int32_t row = s.m0 + 8 * group_of<B>(j, part) + lane / 4;
         const int32_t row2 = s.m0 + 8 * group_of<B>(next, part) + lane / 4;
         c = affine(mine, c, 0, lane);
-        if (p.paired) c = gate_of(p, c, affine(mine, d, 1, lane));
+        if (p.paired) c = linear_gate_all(c, affine(mine, d, 1, lane), p);
         if (row < s.m_end) tall_output<T>(p, row, at.col).put(c);
         if (!p.paired && next < groups && row2 < s.m_end)
             tall_output<T>(p, row2, at.col).put(affine(mine, d, 0, lane));
