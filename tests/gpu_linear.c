@@ -319,6 +319,7 @@ static void not_a_number(int32_t f) {
                 memset(x, 0, sizeof x);
                 x[(p.m - 1) * K + 5] = 0x7fc0;
                 cudaMemcpy((void *)(uintptr_t)p.x, x, sizeof x, cudaMemcpyHostToDevice);
+                cudaMemset(p.y, 0x3f, sizeof y);
                 const status st = kernel_linear(&p, NULL);
                 if (st == ST_UNSUPPORTED) continue;
                 cudaMemcpy(y, p.y, sizeof y, cudaMemcpyDeviceToHost);

@@ -775,8 +775,8 @@ static void a_long_prompt_delays_nobody(void **state) {
     text_free(&ignored);
 }
 
-/* Of long bodies that have arrived and are unread when the server closes each is told. How soon
- * they have arrived is the machine's affair, hence several waits. */
+/* Long bodies that have arrived and are unread when the server closes are told. How soon they have
+ * arrived, and how many of them, is the machine's affair, hence several waits. */
 static void long_prompts_end_with_the_server(void **state) {
     (void)state;
     enum { N = 6 };
