@@ -1343,6 +1343,12 @@ __device__ __forceinline__ void load_query(query<D, H> &q, const decode_argument
 // Instances whose registers are all taken read a run where it is.
 template <int D, int H, kv_class C>
 constexpr bool crowded = C == CODES || C == ANY || D > 128 || H > 8;
+// Of 16 heads and any formats more is taken anew, lest sm_86 and sm_89 spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int H, kv_class C> constexpr bool tight = H > 8 && C == ANY;
+#else
+template <int H, kv_class C> constexpr bool tight = false;
+#endif
 
 template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     static constexpr int UT = unit_tokens<D, H, C>, R = unit_entries<D, H, C>;
@@ -1360,6 +1366,9 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     // registers are all taken, and addresses of copies take more.
     __device__ __forceinline__ int rare_lane() const {
         return crowded<D, H, C> && !BULK ? thread_anew() % 32 : feed.lane;
+    }
+    __device__ __forceinline__ int rare_warp() const {
+        return tight<H, C> ? thread_anew() / 32 : feed.warp;
     }
     // Barriers of a joint: all warps have put, all have taken.
     __device__ __forceinline__ uint32_t put_bar(int at) const {
@@ -1389,7 +1398,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     __device__ __forceinline__ void attend(state<D, H> &st, const query<D, H> &q,
                                            const attention_run &run, int token0, int stop) {
         const extent x = {token0, run.lo, stop, token0 < run.lo || token0 + UT > stop};
-        const int lane = feed.lane;
+        const int lane = tight<H, C> ? thread_anew() % 32 : feed.lane;
         scores<H, UT> s;
         uint32_t p[UT / 16][NT<H>][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
         wait(at);
@@ -1429,7 +1438,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     __device__ __forceinline__ void put(const state<D, H> &st) {
         const int at = n_put % JOINTS;
         barrier_wait(taken_bar(at), n_put / JOINTS & 1 ^ 1);
-        put_joint<D, H, C>(memory, st, a, at, feed.warp, rare_lane());
+        put_joint<D, H, C>(memory, st, a, at, rare_warp(), rare_lane());
         barrier_arrive(put_bar(at));
         n_put++;
     }
@@ -1439,7 +1448,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         const int n = n_put - 1 - back, at = n % JOINTS;
         sum<D, H> leaf;
         barrier_wait(put_bar(at), n / JOINTS & 1);
-        take_joint<D, H>(leaf, memory, a, at, feed.warp, rare_lane());
+        take_joint<D, H>(leaf, memory, a, at, rare_warp(), rare_lane());
         barrier_arrive(taken_bar(at));
         if (!head)
             put_record<D, H, C>(leaf, a, run.slot + part, place_of<H>(a, tile), feed.warp,
@@ -1496,10 +1505,10 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         if (JOINTS > 1) take(all, run, tile, to - 1, 0, head);
         const tile_place place = place_of<H>(a, tile);
         if (whole) {
-            put_out<D, H, C>(all, a, run.row, place, feed.warp, rare_lane());
+            put_out<D, H, C>(all, a, run.row, place, rare_warp(), rare_lane());
             return;
         }
-        if (head) put_record<D, H, C>(all, a, run.slot, place, feed.warp, rare_lane());
+        if (head) put_record<D, H, C>(all, a, run.slot, place, rare_warp(), rare_lane());
         int *flag = (int *)(memory + a.barriers_at - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
             join_records<D, crowded<D, H, C> ? 8 : 16>(a, run, place, head ? to : run.prefix);
