@@ -207,26 +207,6 @@ __device__ __forceinline__ int32_t linear_block(const linear_args &p, int32_t ti
 
 template <typename T> struct alignas(8) four { T v[4]; };
 
-__device__ __forceinline__ float linear_f32(__half x) { return __half2float(x); }
-__device__ __forceinline__ float linear_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ __forceinline__ T linear_round(float x);
-template <> __device__ __forceinline__ __half linear_round<__half>(float x) {
-    return __float2half_rn(x);
-}
-template <> __device__ __forceinline__ __nv_bfloat16 linear_round<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
-
-template <typename T> __device__ __forceinline__ uint32_t linear_two(float low, float high);
-template <> __device__ __forceinline__ uint32_t linear_two<__half>(float low, float high) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-template <> __device__ __forceinline__ uint32_t linear_two<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&v);
-}
-
 // Two groups of 8 x rows, rounded, to shared memory: x row i of the warp's 16 outputs lies at
 // 32 i, its halves the other way round in every second four rows. `at`: linear_place_at.
 __device__ __forceinline__ void linear_place_16(uint32_t at, const uint32_t (&v)[4]) {
@@ -305,8 +285,7 @@ __device__ __forceinline__ linear_outputs linear_outputs_of(const linear_args &p
     if (p.bias) {
         const four<T> b = *reinterpret_cast<const four<T> *>(static_cast<const T *>(p.bias) +
                                                              (int64_t)expert * p.n + row);
-        o.bias = make_float4(linear_f32(b.v[0]), linear_f32(b.v[1]), linear_f32(b.v[2]),
-                             linear_f32(b.v[3]));
+        o.bias = make_float4(to_f32(b.v[0]), to_f32(b.v[1]), to_f32(b.v[2]), to_f32(b.v[3]));
     }
     return o;
 }
@@ -332,11 +311,10 @@ __device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, 
     four<T> *y = reinterpret_cast<four<T> *>(static_cast<T *>(p.y) + at);
     if (p.epilogue == LINEAR_RESIDUAL) {
         const four<T> old = *y;
-        v = make_float4(v.x + linear_f32(old.v[0]), v.y + linear_f32(old.v[1]),
-                        v.z + linear_f32(old.v[2]), v.w + linear_f32(old.v[3]));
+        v = make_float4(v.x + to_f32(old.v[0]), v.y + to_f32(old.v[1]), v.z + to_f32(old.v[2]),
+                        v.w + to_f32(old.v[3]));
     }
-    *y = four<T>{
-        {linear_round<T>(v.x), linear_round<T>(v.y), linear_round<T>(v.z), linear_round<T>(v.w)}};
+    *y = four<T>{{from_f32<T>(v.x), from_f32<T>(v.y), from_f32<T>(v.z), from_f32<T>(v.w)}};
 }
 
 // Where block r of this warp's group goes.

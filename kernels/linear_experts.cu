@@ -383,8 +383,8 @@ template <typename T> struct block_end {
         if (!p.bias || output >= p.half_rows) return;
         const T *of = static_cast<const T *>(p.bias) + (int64_t)tile.expert * p.n +
                       upper * p.half_rows + output + threadIdx.x % 32 / 4;
-        bias[0] = linear_f32(of[0]);
-        bias[1] = linear_f32(of[8]);
+        bias[0] = to_f32(of[0]);
+        bias[1] = to_f32(of[8]);
     }
     __device__ __forceinline__ float value(float sum, float mend, int e) const {
         return fmaf(sum, mend, bias[e / 2]);
@@ -406,8 +406,7 @@ __device__ __forceinline__ void finish_plain(const float (&acc)[R], float mend,
     const bool inside = end.in_half + piece * 8 < end.p.half_rows;
     const bool wide = ((uint32_t)ldy % 8 | (uint32_t) reinterpret_cast<uintptr_t>(end.y) % 16) == 0;
     const auto pair = [&](int j, int e) {
-        return linear_two<T>(end.value(acc[4 * j + e], mend, e),
-                             end.value(acc[4 * j + e + 1], mend, e));
+        return pack2<T>(end.value(acc[4 * j + e], mend, e), end.value(acc[4 * j + e + 1], mend, e));
     };
 #pragma unroll
     for (int j = 0; j < R / 4; j += 2, y += 16 * ldy) {
@@ -484,7 +483,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
         __syncwarp();
         asm volatile(
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(put + place),
-            "r"(linear_two<T>(gate[0], gate[1])), "r"(linear_two<T>(gate[2], gate[3]))
+            "r"(pack2<T>(gate[0], gate[1])), "r"(pack2<T>(gate[2], gate[3]))
             : "memory");
         meet(9 + end.wg, 128);
         uint2 line;

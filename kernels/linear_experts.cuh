@@ -1,6 +1,5 @@
 // linear_experts.cuh - what the kernels for experts have in common (linear_short.cu,
-// linear_experts.cu): which tile a CTA has, how its warps are told of it, and how those of
-// linear_short that have summed a tile by themselves finish it.
+// linear_experts.cu): which tile a CTA has, and how its warps are told of it.
 #ifndef LINEAR_EXPERTS_CUH
 #define LINEAR_EXPERTS_CUH
 #include "linear_common.cuh"

@@ -582,7 +582,7 @@ __device__ __forceinline__ terms terms_of(const linear_args &p, int32_t block, i
     for (int i = 0; i < 2; i++) {
         if (p.channel) t.scale[i] = p.channel[block * 64 + strip * 16 + g + 8 * i];
         if (p.global_scale) t.scale[i] = p.global_scale[0];
-        if (p.bias) t.bias[i] = linear_f32(static_cast<const T *>(p.bias)[col + g + 8 * i]);
+        if (p.bias) t.bias[i] = to_f32(static_cast<const T *>(p.bias)[col + g + 8 * i]);
     }
     return t;
 }
@@ -604,8 +604,7 @@ __device__ __forceinline__ void put_groups(const linear_args &p, int m0, int m1,
     const uint32_t place = shared_address(turn);
     uint32_t two[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        two[i] = linear_two<T>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 4; i++) two[i] = pack2<T>(v[i / 2][i % 2 * 2], v[i / 2][i % 2 * 2 + 1]);
     __syncwarp();
     linear_place_16(place + linear_place_at(lane / 16 * 8 + lane % 8, lane / 8 % 2), two);
     __syncwarp();

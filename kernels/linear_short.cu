@@ -1152,7 +1152,7 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
             scale[i] = p.channel[((int64_t)tile.expert * p.blocks + block) * 64 + strip * 16 + of];
         if (p.global_scale) scale[i] = p.global_scale[tile.expert];
         if (p.bias)
-            bias[i] = linear_f32(static_cast<const T *>(
+            bias[i] = to_f32(static_cast<const T *>(
                 p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + of]);
     }
     const int32_t col = (p.paired ? 8 * half : upper * p.half_rows) + in_half + lane % 4 * 2;
@@ -1188,7 +1188,7 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
                 for (int i = 0; i < 2; i++)
                     v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
                                 : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
-                const uint32_t out = turned(linear_two<T>(v[0], v[1]));
+                const uint32_t out = turned(pack2<T>(v[0], v[1]));
                 if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
             }
         }
@@ -1196,8 +1196,8 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
 #pragma unroll
         for (int j = 0; j < R / 4; j++, y += 8 * p.ldy) {
             if (8 * j >= rows) break;
-            const uint32_t low = turned(linear_two<T>(value(j, 0), value(j, 1)));
-            const uint32_t high = turned(linear_two<T>(value(j, 2), value(j, 3)));
+            const uint32_t low = turned(pack2<T>(value(j, 0), value(j, 1)));
+            const uint32_t high = turned(pack2<T>(value(j, 2), value(j, 3)));
             if (8 * j + g >= rows) continue;
             *reinterpret_cast<uint32_t *>(y) = low;
             *reinterpret_cast<uint32_t *>(y + 8) = high;

@@ -374,8 +374,8 @@ template <typename T> struct tall_output {
             one.epilogue = p.epilogue;
             linear_put<T>(one, 0, 0, v);
         } else {
-            *reinterpret_cast<four<T> *>(y) = four<T>{{linear_round<T>(v.x), linear_round<T>(v.y),
-                                                       linear_round<T>(v.z), linear_round<T>(v.w)}};
+            *reinterpret_cast<four<T> *>(y) =
+                four<T>{{from_f32<T>(v.x), from_f32<T>(v.y), from_f32<T>(v.z), from_f32<T>(v.w)}};
         }
     }
 };
@@ -454,8 +454,7 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
                 p.channel[((int64_t)s.expert * p.blocks + at.block) * 64 + warp % 4 * 16 + of];
         if (p.global_scale) scale[i] = p.global_scale[s.expert];
         if (p.bias)
-            bias[i] =
-                linear_f32(static_cast<const T *>(p.bias)[(int64_t)s.expert * p.n + at.col + of]);
+            bias[i] = to_f32(static_cast<const T *>(p.bias)[(int64_t)s.expert * p.n + at.col + of]);
     }
     const uint32_t mine = places + warp * kPlaceBytes;
     const uint32_t put = mine + linear_place_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -470,8 +469,8 @@ __device__ __forceinline__ void finish_16(float (&acc)[1][kRows / 2], const line
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            v[i] = linear_two<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
-                                 fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
+            v[i] = pack2<T>(fmaf(acc[0][8 * q + 2 * i], scale[i % 2], bias[i % 2]),
+                            fmaf(acc[0][8 * q + 2 * i + 1], scale[i % 2], bias[i % 2]));
         linear_place_16(put + q % 2 * 512, v); // two in turn: one barrier each
         __syncwarp();
         const uint4 out = shared_u128(get + q % 2 * 512);
