@@ -218,6 +218,12 @@ static enum MHD_Result answer_reset(exchange *x) {
 
 /* --- Completions ------------------------------------------------------------------------------ */
 
+/* Has the other side closed? A suspended connection is read by nobody, so only this tells. */
+static bool is_gone(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR));
+}
+
 /* Called by the engine thread with the job's lock held, and only while the connection is
  * suspended. */
 static void wake_connection(void *user) {
@@ -300,8 +306,9 @@ static enum MHD_Result read_later(exchange *x) {
     return MHD_YES;
 }
 
-/* One at a time, in the order of their arrival; when there are no_more, those that are left are
- * refused. A connection that is resumed may be gone at once, and its exchange with it. */
+/* One at a time, in the order of their arrival. Bodies whose client has left in the meantime are not
+ * read: others wait. When there are no_more, those that are left are refused. A connection that is
+ * resumed may be gone at once, and its exchange with it. */
 static void *read_thread(void *arg) {
     server *s = arg;
     pthread_mutex_lock(&s->lock);
@@ -315,6 +322,8 @@ static void *read_thread(void *arg) {
         pthread_mutex_unlock(&s->lock);
         if (no_more)
             refuse(x, 503, "shutting down");
+        else if (is_gone(x->peer->fd))
+            refuse(x, 503, "the client went away");
         else
             x->route->read(x);
         if (x->job)
@@ -553,12 +562,6 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
 }
 
 /* --- The watch -------------------------------------------------------------------------------- */
-
-/* Has the other side closed? A suspended connection is read by nobody, so only this tells. */
-static bool is_gone(int fd) {
-    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
-    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR));
-}
 
 /* The socket stays open while its peer is in the list, and the list is locked. */
 static void watch_peer(server *s, peer *l, int64_t now) {

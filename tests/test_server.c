@@ -775,6 +775,45 @@ static void a_long_prompt_delays_nobody(void **state) {
     text_free(&ignored);
 }
 
+/* Seconds until a long body on a connection of its own is answered. */
+static double time_long_body(const fixture *f, const text *head) {
+    text got = {0};
+    timeline t;
+    const int s = connect_raw(f, 0);
+    timeline_start_real(&t);
+    send_text(s, head->data);
+    hear_out(s, &got);
+    const double seconds = (double)timeline_now_ns(&t) * 1e-9;
+    assert_non_null(strstr(got.data, "{\"count\":"));
+    text_free(&got);
+    return seconds;
+}
+
+/* Long bodies whose clients have left are not read: who comes behind N of them waits for one at
+ * most, that is for two with the own. Half of what all would take is the limit, once in five times,
+ * because other programs may take the processor. */
+static void bodies_of_clients_that_left_are_not_read(void **state) {
+    enum { N = 10 };
+    const fixture *f = *state;
+    text head = {0};
+    add_long_request(&head, "/tokenize", 1000000);
+    bool good = false;
+    for (int32_t i = 0; i < 5 && !good; i++) {
+        const double alone_s = time_long_body(f, &head);
+        int s[N];
+        for (int32_t k = 0; k < N; k++) {
+            s[k] = connect_raw(f, 0);
+            send_text(s[k], head.data);
+        }
+        /* The thread that takes bodies in has come so far as to answer this. */
+        json_decref(call_json(f->url, "/health", NULL, 200));
+        for (int32_t k = 0; k < N; k++) close(s[k]);
+        good = time_long_body(f, &head) < alone_s * N / 2;
+    }
+    assert_true(good);
+    text_free(&head);
+}
+
 /* Long bodies that have arrived and are unread when the server closes are told. How soon they have
  * arrived, and how many of them, is the machine's affair, hence several waits. */
 static void long_prompts_end_with_the_server(void **state) {
@@ -1446,6 +1485,7 @@ int main(void) {
         cmocka_unit_test(clients_that_leave_free_their_pages),
         cmocka_unit_test(a_slow_reader_delays_nobody),
         cmocka_unit_test(a_long_prompt_delays_nobody),
+        cmocka_unit_test(bodies_of_clients_that_left_are_not_read),
         cmocka_unit_test(long_prompts_end_with_the_server),
         cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
