@@ -79,6 +79,14 @@ status cli_parse(int argc, char **argv, const char *usage, const cli_option *opt
     return ST_OK;
 }
 
+status cli_check(const cli_range *r, int32_t n) {
+    for (int32_t i = 0; i < n; i++)
+        if (r[i].value < r[i].lo || r[i].value > r[i].hi)
+            return FAIL(ST_USAGE, "%s %lld is outside %lld to %lld", r[i].name,
+                        (long long)r[i].value, (long long)r[i].lo, (long long)r[i].hi);
+    return ST_OK;
+}
+
 int cli_exit(status st) {
     if (st == ST_OK || st == ST_INTERRUPTED) return 0;
     fflush(stdout);

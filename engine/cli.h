@@ -26,6 +26,15 @@ typedef struct { /* an option that may be repeated */
 status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
                  const char **args, int32_t *n_args);
 
+/* The number of an option, and its limits. */
+typedef struct {
+    const char *name; /* "--tp" */
+    int64_t value, lo, hi;
+} cli_range;
+
+/* USAGE, naming the first of n that is outside of its limits. */
+status cli_check(const cli_range *r, int32_t n);
+
 /* For a command's return: prints the recorded failure to standard error (where AMALGAM_DEBUG is set
  * with the place in the source that it comes from) and gives the exit status:
  * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 3 for what does not fit

@@ -43,7 +43,7 @@ static status make_options(const arguments *a, tokenizer *tok, int32_t vocab, wo
         snprintf(w->format, sizeof w->format, "%s", a->format);
         if (tok) w->encoder = (text_encoder){.encode = encode, .user = tok};
     }
-    if (a->n > 0) w->n_requests = (int32_t)a->n;
+    w->n_requests = (int32_t)a->n;
     if (a->prompt > 0) w->prompt = fixed(a->prompt);
     if (a->output > 0) w->output = fixed(a->output);
     w->seed = (uint64_t)a->seed;
@@ -179,7 +179,7 @@ int cmd_bench_serve(int argc, char **argv) {
     arguments a = {.workload = "sharegpt",
                    .rate = "inf",
                    .backend = "openai",
-                   .n = 0,
+                   .n = 1000,
                    .burstiness = 1,
                    .speed = 1,
                    .timeout_s = 0};
@@ -220,10 +220,13 @@ int cmd_bench_serve(int argc, char **argv) {
     status st =
         cli_parse(argc - 1, argv + 1, "bench serve --url URL [options]", options, NULL, &n_args);
     if (st == ST_OK && !a.url) st = FAIL(ST_USAGE, "bench serve needs --url");
-    if (st == ST_OK && (a.n < 0 || a.n > 1 << 24 || a.concurrency < 0 || a.concurrency > 1 << 20 ||
-                        a.users < 0 || a.users > 1 << 20 || a.vocab < 0 || a.vocab > 1 << 24 ||
-                        a.prompt < 0 || a.prompt > 1 << 24 || a.output < 0 || a.output > 1 << 24))
-        st = FAIL(ST_USAGE, "a count is out of range");
+    const cli_range ranges[] = {{"--n", a.n, 1, 1 << 24},
+                                {"--concurrency", a.concurrency, 0, 1 << 20},
+                                {"--users", a.users, 0, 1 << 20},
+                                {"--vocab", a.vocab, 0, 1 << 24},
+                                {"--prompt-tokens", a.prompt, 0, 1 << 24},
+                                {"--output-tokens", a.output, 0, 1 << 24}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     if (st == ST_OK && !(a.burstiness > 0)) st = FAIL(ST_USAGE, "--burstiness must be positive");
     tokenizer *tok = NULL;
     arena memory = {0};

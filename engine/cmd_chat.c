@@ -211,9 +211,11 @@ int cmd_chat(int argc, char **argv) {
     int32_t n_args = 0;
     status st = cli_parse(argc - 1, argv + 1, "chat --model DIR [options]", options, NULL, &n_args);
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "chat needs --model");
-    if (st == ST_OK && (a.max_new < 1 || a.max_new > 1 << 24 || a.top_k < 0 || a.top_k > 1 << 24 ||
-                        a.threads < 0 || a.threads > 1024))
-        st = FAIL(ST_USAGE, "--max-tokens, --top-k or --threads is out of range");
+    const cli_range ranges[] = {{"--max-tokens", a.max_new, 1, 1 << 24},
+                                {"--top-k", a.top_k, 0, 1 << 24},
+                                {"--threads", a.threads, 0, 1024},
+                                {"--tp", a.tp, 1, 64}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     if (st == ST_OK && !(a.temperature >= 0 && a.temperature <= 100 && a.top_p > 0 && a.top_p <= 1))
         st = FAIL(ST_USAGE, "--temperature is outside 0 to 100, or --top-p outside 0 to 1");
     talk t = {.a = &a};

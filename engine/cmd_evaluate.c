@@ -104,8 +104,7 @@ int cmd_evaluate(int argc, char **argv) {
     if (st == ST_OK && (!model || !path)) st = FAIL(ST_USAGE, "eval needs --model and --text");
     if (st == ST_OK && (window < 2 || window > 1 << 20 || stride < 1 || stride >= window))
         st = FAIL(ST_USAGE, "--window must be 2 to %d and --stride below it", 1 << 20);
-    if (st == ST_OK && (threads < 0 || threads > 1024))
-        st = FAIL(ST_USAGE, "--threads is out of range");
+    if (st == ST_OK) st = cli_check(&(cli_range){"--threads", threads, 0, 1024}, 1);
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     if (st == ST_OK) st = device_computes(device_name);
     if (st == ST_OK) st = device_family(&o.device_options.kernel_family, family);

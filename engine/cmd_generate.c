@@ -153,10 +153,11 @@ int cmd_generate(int argc, char **argv) {
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "generate needs --model");
     if (st == ST_OK && !a.prompt == !a.file)
         st = FAIL(ST_USAGE, "generate needs --prompt or --prompt-file");
-    if (st == ST_OK && (a.max_new < 1 || a.max_new > 1 << 24))
-        st = FAIL(ST_USAGE, "--max-tokens %lld is out of range", (long long)a.max_new);
-    if (st == ST_OK && (a.top_k < 0 || a.top_k > 1 << 24 || a.threads < 0 || a.threads > 1024))
-        st = FAIL(ST_USAGE, "--top-k or --threads is out of range");
+    const cli_range ranges[] = {{"--max-tokens", a.max_new, 1, 1 << 24},
+                                {"--top-k", a.top_k, 0, 1 << 24},
+                                {"--threads", a.threads, 0, 1024},
+                                {"--tp", a.tp, 1, 64}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     generation g = {0};
     if (st == ST_OK) st = generation_open(&g, &a);
     if (st == ST_OK) st = answer(&g, &a);

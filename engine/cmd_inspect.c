@@ -27,8 +27,10 @@ static status inspect_plan(int argc, char **argv) {
     int32_t n = 0;
     TRY(cli_parse(argc, argv, "inspect plan --model NAME [options]", options, NULL, &n));
     if (!o.model) return FAIL(ST_USAGE, "inspect plan needs --model");
-    if (tokens < 1 || tokens > o.policy.token_budget || tp < 1 || tp > 64)
-        return FAIL(ST_USAGE, "--tokens or --tp is out of range");
+    const cli_range ranges[] = {{"--tokens", tokens, 1, o.policy.token_budget},
+                                {"--samples", samples, 0, i64_min(tokens, o.policy.max_seqs)},
+                                {"--tp", tp, 1, 64}};
+    TRY(cli_check(ranges, COUNT_OF(ranges)));
     o.device_options.tp = (int32_t)tp;
     TRY(device_family(&o.device_options.kernel_family, family));
     if (samples < 1) samples = i64_min(tokens, o.policy.max_seqs);

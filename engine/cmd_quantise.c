@@ -90,7 +90,7 @@ int cmd_quantise(int argc, char **argv) {
         {"--method", CLI_TEXT, &a.method, "NAME", "rtn, gptq or awq (rtn)"},
         {"--precision", CLI_TEXT, &a.format, "NAME", "weight format: W4, W4g64sym, W8, WFP8 (W4)"},
         {"--layout", CLI_TEXT, &a.layout, "NAME",
-         "compressed-tensors, awq, gptq, gptq_v2, fp8, modelopt"},
+         "compressed-tensors, awq, gptq, gptq_v2, fp8, modelopt, gpt-oss"},
         {"--calibration", CLI_TEXT, &a.text_path, "FILE", "text (the seeded corpus)"},
         {"--tokens", CLI_INT, &a.tokens, "N", "of it at most (16384)"},
         {"--seed", CLI_INT, &a.seed, "N", "of the corpus (0)"},
@@ -105,8 +105,11 @@ int cmd_quantise(int argc, char **argv) {
                           NULL, &n_args);
     if (st == ST_OK && (!a.model || !a.out))
         st = FAIL(ST_USAGE, "quantize needs --model and --out");
-    if (st == ST_OK && (a.tokens < 2 || a.tokens > 1 << 24 || a.threads < 0 || a.threads > 1024 ||
-                        a.seed < 0 || !(a.damp >= 0 && a.damp <= 10)))
-        st = FAIL(ST_USAGE, "--tokens, --threads, --seed or --damp is out of range");
+    const cli_range ranges[] = {{"--tokens", a.tokens, 2, 1 << 24},
+                                {"--threads", a.threads, 0, 1024},
+                                {"--seed", a.seed, 0, INT64_MAX}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
+    if (st == ST_OK && !(a.damp >= 0 && a.damp <= 10))
+        st = FAIL(ST_USAGE, "--damp is outside 0 to 10");
     return cli_exit(st == ST_OK ? run(&a) : st);
 }

@@ -41,10 +41,7 @@ static void end_on_signals(void (*handler)(int)) {
 }
 
 static status check(const arguments *a) {
-    const struct {
-        const char *name;
-        int64_t value, lo, hi;
-    } ranges[] = {
+    const cli_range ranges[] = {
         {"--port", a->port, 0, 65535},
         {"--tp", a->tp, 1, 64},
         {"--threads", a->threads, 0, 1024},
@@ -59,15 +56,12 @@ static status check(const arguments *a) {
         {"--http-threads", a->http_threads, 1, 64},
     };
     if (!a->model) return FAIL(ST_USAGE, "serve needs --model");
-    for (int32_t i = 0; i < COUNT_OF(ranges); i++)
-        if (ranges[i].value < ranges[i].lo || ranges[i].value > ranges[i].hi)
-            return FAIL(ST_USAGE, "%s %lld is outside %lld to %lld", ranges[i].name,
-                        (long long)ranges[i].value, (long long)ranges[i].lo,
-                        (long long)ranges[i].hi);
+    TRY(cli_check(ranges, COUNT_OF(ranges)));
     if (!(a->request_timeout_s > 0 && a->request_timeout_s <= SECONDS_MAX) ||
         !(a->grace_s >= 0 && a->grace_s <= SECONDS_MAX))
         return FAIL(ST_USAGE, "--request-timeout and --grace are seconds, %d at most", SECONDS_MAX);
     if (a->api_key && !a->api_key[0]) return FAIL(ST_USAGE, "--api-key is empty");
+    if (a->name && !a->name[0]) return FAIL(ST_USAGE, "--served-model-name is empty");
     return ST_OK;
 }
 
@@ -213,7 +207,7 @@ int cmd_serve(int argc, char **argv) {
         {"--precision", CLI_TEXT, &a.precision, "NAME",
          "auto: weights as stored, A16 KV16; see `amalgam formats`"},
         {"--device", CLI_TEXT, &a.device, "NAME",
-         "cpu; sim answers with made-up tokens at the predicted speed"},
+         "cpu or cuda (cpu); sim makes tokens up, at the predicted speed"},
         {"--gpu", CLI_TEXT, &a.gpu, "NAME", "data sheet of the sim device"},
         {"--tp", CLI_INT, &a.tp, "N", "tensor parallelism (1)"},
         {"--synthetic", CLI_FLAG, &a.synthetic, NULL, "seeded random weights"},

@@ -306,8 +306,8 @@ static enum MHD_Result read_later(exchange *x) {
     return MHD_YES;
 }
 
-/* One at a time, in the order of their arrival. Bodies whose client has left in the meantime are not
- * read: others wait. When there are no_more, those that are left are refused. A connection that is
+/* One at a time, in the order of their arrival; others wait, so the body of a client that has left
+ * is not read. When there are no_more, those that are left are refused. A connection that is
  * resumed may be gone at once, and its exchange with it. */
 static void *read_thread(void *arg) {
     server *s = arg;
