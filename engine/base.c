@@ -338,6 +338,11 @@ status file_write(const char *path, const void *data, size_t size) {
     return ST_OK;
 }
 
+status stdout_failed(void) {
+    if (errno == EPIPE) return ST_INTERRUPTED;
+    return FAIL(ST_IO, "standard output: %s", strerror(errno));
+}
+
 bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 const char *path_join(char *buf, size_t n, const char *dir, const char *name) {
@@ -384,6 +389,8 @@ const char *root_dir(void) {
     root_set(".");
     return root_path;
 }
+
+bool root_found(void) { return is_root(root_dir()); }
 
 /* --- Numbers ---------------------------------------------------------------------------------- */
 

@@ -127,6 +127,9 @@ status file_read(char **data, size_t *size, const char *path);
  * one. A full disk is IO and leaves the old file. Missing parent directories are made. */
 status file_write(const char *path, const void *data, size_t size);
 bool file_exists(const char *path);
+/* Why the write to standard output that has just failed did (errno): INTERRUPTED when who read it
+ * has closed the pipe and so has what they wanted, else IO. */
+status stdout_failed(void);
 status file_make_dirs(const char *path); /* like mkdir -p */
 
 /* "a/b" joined into buf (size n). Truncation is a programmer error. */
@@ -136,6 +139,7 @@ const char *path_join(char *buf, size_t n, const char *dir, const char *name);
  * found from --root, the environment variable AMALGAM_ROOT, the folder of the binary and its
  * parents, then the working directory. Never NULL after root_set. */
 const char *root_dir(void);
+bool root_found(void); /* is it one? What was named need not be, nor the working directory */
 void root_set(const char *dir);
 
 /* --- Small things ----------------------------------------------------------------------------- */

@@ -173,6 +173,8 @@ int cmd_bench(int argc, char **argv) {
     for (int32_t i = 0; argc > 1 && i < COUNT_OF(benches); i++) {
         if (strcmp(benches[i].name, argv[1]) != 0) continue;
         if (benches[i].run) return benches[i].run(argc - 1, argv + 1);
+        if (argc > 2 && strcmp(argv[2], "--help") == 0)
+            return printf("bench %s: %s\n", benches[i].name, benches[i].help) < 0;
         return cli_exit(FAIL(ST_UNSUPPORTED, "bench %s: this build has no CUDA", argv[1]));
     }
     if (argc < 2 || (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0))

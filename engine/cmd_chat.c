@@ -34,7 +34,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     bool stopped = false;
     if (t->st == ST_OK) t->st = output_push(&t->out, s->token, &stopped);
     output_print(&t->out);
-    return stopped || t->st != ST_OK;
+    return stopped || t->st != ST_OK || ferror(stdout);
 }
 
 static status start(talk *t) {
@@ -169,7 +169,7 @@ static status converse(talk *t) {
     size_t size = 0;
     status st = ST_OK;
     const bool terminal = isatty(STDIN_FILENO);
-    for (bool on = true; on && st == ST_OK;) {
+    for (bool on = true; on && st == ST_OK && !ferror(stdout);) {
         if (terminal) printf("> ");
         fflush(stdout);
         ssize_t n = getline(&line, &size, stdin);

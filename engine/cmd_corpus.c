@@ -50,8 +50,7 @@ static status print_text(const arguments *o, uint64_t seed) {
     if (o->kind) TRY(parse_kind(o->kind, &only));
     text t = {0};
     status st = corpus_text(&t, o->kind ? &only : NULL, seed, (size_t)o->bytes);
-    if (st == ST_OK && fwrite(t.data, 1, t.length, stdout) != t.length)
-        st = FAIL(ST_IO, "standard output");
+    if (st == ST_OK && fwrite(t.data, 1, t.length, stdout) != t.length) st = stdout_failed();
     text_free(&t);
     return st;
 }
@@ -86,6 +85,5 @@ int cmd_corpus(int argc, char **argv) {
     status st = parse(argc - 1, argv + 1, &o);
     const uint64_t seed = st == ST_OK && o.seed >= 0 ? (uint64_t)o.seed : 0;
     if (st == ST_OK) st = o.tasks ? print_tasks(&o, seed) : print_text(&o, seed);
-    if (st == ST_OK && fflush(stdout) != 0) st = FAIL(ST_IO, "standard output");
     return cli_exit(st == ST_UNSUPPORTED ? ST_USAGE : st); /* no task of that kind */
 }

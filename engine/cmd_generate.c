@@ -19,7 +19,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     bool stopped = false;
     if (p->st == ST_OK) p->st = output_push(p->out, s->token, &stopped);
     if (p->stream && p->st == ST_OK) output_print(p->out);
-    return stopped || p->st != ST_OK;
+    return stopped || p->st != ST_OK || ferror(stdout);
 }
 
 typedef struct {

@@ -123,7 +123,7 @@ status json_put(json_t *value) {
     char *line = value ? json_line(value) : NULL;
     json_decref(value);
     if (!line) return FAIL(ST_NOMEM, "a line of JSON");
-    const bool good = puts(line) >= 0;
+    const status st = puts(line) >= 0 ? ST_OK : stdout_failed();
     mem_free(line);
-    return good ? ST_OK : FAIL(ST_IO, "standard output");
+    return st;
 }

@@ -60,11 +60,25 @@ static int cmd_tune(int argc, char **argv) {
     return cmd_bench((argc < COUNT_OF(with) ? argc : COUNT_OF(with) - 1) + 1, with);
 }
 
+/* A command that is Lua: all of them lie in one checkout. */
+static int run_module(const char *module, int argc, char **argv) {
+    if (!root_found())
+        return cli_exit(FAIL(ST_NOTFOUND, "%s is no checkout of Amalgam: --root DIR names one",
+                             strcmp(root_dir(), ".") == 0 ? "the working directory" : root_dir()));
+    return lua_api_main(module, argc, argv);
+}
+
 /* `amalgam lua SCRIPT …`: for tests and house checks; arguments in the global `arg`. */
 static int run_lua_file(int argc, char **argv) {
-    if (argc < 2) {
-        fprintf(stderr, "amalgam: lua needs a script\n");
-        return 2;
+    if (argc < 2) return cli_exit(FAIL(ST_USAGE, "lua needs a script"));
+    if (strcmp(argv[1], "--help") == 0) {
+        puts("usage: amalgam lua SCRIPT [ARGUMENT...]\n"
+             "  The script may require(\"amalgam\") (experiments/amalgam.meta.lua) and the modules "
+             "of\n"
+             "  experiments/, baselines/, plots/ and tests/. An integer that it returns is the "
+             "exit\n"
+             "  status.");
+        return 0;
     }
     lua_State *L = lua_api_open();
     if (!L) return 1;
@@ -107,8 +121,8 @@ static int written(int code) {
     if (flushed && !ferror(stdout)) return code;
     struct pollfd out = {.fd = STDOUT_FILENO};
     if (code == 0 && !(poll(&out, 1, 0) > 0 && out.revents & POLLERR))
-        fprintf(stderr, "amalgam: standard output%s%s\n", flushed ? "" : ": ",
-                flushed ? "" : strerror(why));
+        fprintf(stderr, "amalgam: standard output: %s\n",
+                flushed ? "not all of it could be written" : strerror(why));
     return code ? code : 1;
 }
 
@@ -122,15 +136,16 @@ int main(int argc, char **argv) {
         at += 2;
     }
     if (at >= argc) return help(stderr);
-    if (strcmp(argv[at], "--help") == 0 || strcmp(argv[at], "help") == 0) return help(stdout);
+    if (strcmp(argv[at], "--help") == 0 || strcmp(argv[at], "help") == 0)
+        return written(help(stdout));
     if (strcmp(argv[at], "--version") == 0) {
         printf("amalgam %s%s%s\n", AMALGAM_COMMIT, AMALGAM_DIFF[0] ? "-dirty-" : "", AMALGAM_DIFF);
-        return 0;
+        return written(0);
     }
     for (int32_t i = 0; i < COUNT_OF(commands); i++) {
         if (strcmp(commands[i].name, argv[at]) != 0) continue;
         if (commands[i].run) return written(commands[i].run(argc - at, argv + at));
-        return written(lua_api_main(commands[i].module, argc - at - 1, argv + at + 1));
+        return written(run_module(commands[i].module, argc - at - 1, argv + at + 1));
     }
     return cli_exit(FAIL(ST_USAGE, "unknown command '%s' (amalgam --help lists them)", argv[at]));
 }

@@ -1,0 +1,76 @@
+--- The commands as a user meets them: numbers out of range, help, standard output that ends.
+
+local experiment = require("lib_experiment")
+local test = require("lib_test")
+
+local binary = experiment.quoted(os.getenv("AMALGAM_BINARY") or "build/amalgam")
+
+--- What a command says on both outputs, and its exit status.
+---@param words string of a shell; %s stands for the program
+local function command(words)
+  local line = words:gsub("%%s", function() return binary end)
+  local pipe = assert(io.popen("{ " .. line .. "\n} 2>&1"))
+  local said = pipe:read("a")
+  local _, _, code = pipe:close()
+  return code, said
+end
+
+local function refused(words, reason)
+  local code, said = command("%s " .. words)
+  test.equal(code, 2, words)
+  test.contains(said, reason)
+end
+
+test.case("a number that 32 bits do not hold is refused, not cut", function()
+  local over = 2 ^ 32 + 1
+  for words, range in pairs({
+    ["generate --model workloads/tiny --prompt a --tp %d"] = "--tp 4294967297 is outside 1 to 64",
+    ["chat --model workloads/tiny --tp %d"] = "--tp 4294967297 is outside 1 to 64",
+    ["serve --model workloads/tiny --ctx %d"] = "--ctx 4294967297 is outside 0 to 16777216",
+    ["bench serve --url http://127.0.0.1:1 --n %d"] = "--n 4294967297 is outside 1 to 16777216",
+    ["quantize --model workloads/tiny --out x --tokens %d"] = "is outside 2 to 16777216",
+    ["eval --model workloads/tiny --text README.md --threads %d"] = "is outside 0 to 1024",
+    ["inspect plan --model Qwen3-8B --gpu h200 --samples %d"] = "is outside 0 to 1",
+  }) do
+    refused(words:format(over), range)
+  end
+  refused("bench serve --url http://127.0.0.1:1 --n 0", "--n 0 is outside 1 to")
+  refused("serve --model workloads/tiny --served-model-name ''", "--served-model-name is empty")
+  local code = command("%s inspect plan --model Qwen3-8B --gpu h200 --tokens 8 --samples 8")
+  test.equal(code, 0, "the limit itself is taken")
+end)
+
+test.case("every command takes --help", function()
+  local _, list = command("%s --help")
+  local n = 0
+  for name in list:gmatch("\n  amalgam (%S+)") do
+    test.equal((command("%s " .. name .. " --help")), 0, name .. " --help")
+    n = n + 1
+  end
+  test.equal(n >= 18, true, "commands found")
+  for what in select(2, command("%s bench --help")):gmatch("\n  (%S+)") do
+    test.equal((command("%s bench " .. what .. " --help")), 0, what)
+  end
+end)
+
+test.case("a full disk is said with its reason, a reader that has left is not", function()
+  for _, words in ipairs({ "--help", "--version", "corpus --bytes 100000", "models --json",
+    "corpus --tasks arithmetic --count 20000", "inspect plan --model Qwen3-8B --gpu h200" }) do
+    local code, said = command("%s " .. words .. " >/dev/full")
+    test.equal(code, 1, words)
+    test.equal(said, "amalgam: standard output: No space left on device\n", words)
+  end
+  for _, words in ipairs({ "corpus --bytes 3000000", "corpus --tasks arithmetic --count 60000" }) do
+    local code, said = command("%s " .. words .. " | head -c 5 >/dev/null")
+    test.equal(code, 0, words)
+    test.equal(said, "", words)
+  end
+end)
+
+test.case("a folder that is no checkout is named", function()
+  for _, name in ipairs({ "run e01", "report", "compare a b", "servers" }) do
+    refused("--root /tmp " .. name, "amalgam: /tmp is no checkout of Amalgam: --root DIR names one")
+  end
+end)
+
+test.finish()
