@@ -1142,7 +1142,8 @@ static void the_command_ends_while_it_loads(void **state) {
     assert_true(WIFSIGNALED(status_));
 }
 
-/* The command: it says where it listens, and SIGTERM ends it with status 0. */
+/* The command: it says where it listens, and SIGTERM ends it with status 0. Its KV cache is smaller
+ * than the model's context: that is the limit that it tells, and chats that set none get it. */
 static void the_command_serves_until_sigterm(void **state) {
     (void)state;
     char line[256] = "", folder[256], *url;
@@ -1156,6 +1157,14 @@ static void the_command_serves_until_sigterm(void **state) {
     url[strcspn(url, "\r\n")] = 0;
     json_decref(call_json(url, "/v1/completions",
                           "{\"model\":\"serve_model\",\"prompt\":\"a\",\"max_tokens\":2}", 200));
+    json_t *models = call_json(url, "/v1/models", NULL, 200);
+    assert_int_equal(json_integer_value(at(json_array_get(at(models, "data"), 0), "max_model_len")),
+                     64 * KV_PAGE_TOKENS);
+    json_decref(models);
+    json_decref(call_json(url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],"
+                          "\"stop\":[\"a\",\"e\",\" \"]}",
+                          200));
     assert_int_equal(kill(pid, SIGTERM), 0);
     assert_int_equal(waitpid(pid, &status_, 0), pid);
     assert_true(WIFEXITED(status_));
