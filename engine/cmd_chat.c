@@ -95,7 +95,7 @@ static status encode(const talk *t, ids *prompt) {
 
 static status generate(talk *t, const ids *prompt, request_log *log) {
     const arguments *a = t->a;
-    const int64_t room = engine_config(t->engine)->ctx_max - prompt->length;
+    const int64_t room = engine_ctx_max(t->engine) - prompt->length;
     int32_t n_eos;
     const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
     if (room < 1) return FAIL(ST_RANGE, "the conversation is full; /reset begins another");

@@ -73,7 +73,7 @@ static status generation_open(generation *g, const arguments *a) {
                          TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL, &g->prompt));
     if (g->prompt.length == 0) return FAIL(ST_USAGE, "the prompt is empty");
     TRY(engine_open(&g->engine, &o, NULL, NULL));
-    const int32_t ctx_max = engine_config(g->engine)->ctx_max;
+    const int32_t ctx_max = engine_ctx_max(g->engine);
     if (g->prompt.length >= ctx_max)
         return FAIL(ST_RANGE, "the prompt has %lld tokens, the model takes %d",
                     (long long)g->prompt.length, ctx_max);
@@ -87,10 +87,10 @@ static status generation_open(generation *g, const arguments *a) {
 static status answer(generation *g, const arguments *a) {
     int32_t n_eos;
     const int32_t *eos = tokenizer_eos(g->tokenizer, &n_eos);
+    const int64_t room = engine_ctx_max(g->engine) - g->prompt.length;
     const request r = {.prompt = g->prompt.data,
                        .n_prompt = (int32_t)g->prompt.length,
-                       .max_new = (int32_t)i64_min(a->max_new, engine_config(g->engine)->ctx_max -
-                                                                   g->prompt.length),
+                       .max_new = (int32_t)i64_min(a->max_new, room),
                        .ignore_eos = a->ignore_eos,
                        .stop_token = a->ignore_eos ? NULL : eos,
                        .n_stop_tokens = a->ignore_eos ? 0 : n_eos,

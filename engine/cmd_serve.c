@@ -137,8 +137,6 @@ static status start(const arguments *a, parts *p) {
     TRY(engine_open(&p->engine, &o, NULL, NULL));
     TRY(engine_warm(p->engine));
     const model_config *c = engine_config(p->engine);
-    const int64_t kv_tokens = (int64_t)engine_capacity(p->engine)->n_pages * KV_PAGE_TOKENS;
-    const int64_t ctx_max = a->ctx && a->ctx < c->ctx_max ? a->ctx : c->ctx_max;
     TRY(service_open(&p->service, p->engine, p->tok, o.max_requests));
 
     const api_model m = {.model = a->name ? a->name : name_of(a->model, p->name),
@@ -146,7 +144,7 @@ static status start(const arguments *a, parts *p) {
                          .tpl = p->tpl,
                          .bos = tokenizer_bos_text(p->tok),
                          .eos = tokenizer_eos_text(p->tok),
-                         .ctx_max = (int32_t)i64_min(ctx_max, kv_tokens), /* what fits */
+                         .ctx_max = engine_ctx_max(p->engine),
                          .vocab = c->vocab,
                          .n_max = (int32_t)a->max_n};
     end_on_signals(on_end); /* while the model was loading they did what signals do */
@@ -156,7 +154,8 @@ static status start(const arguments *a, parts *p) {
     precision_name(engine_precision(p->engine), format);
     printf("serving %s as %s on http://%s%s%s:%d\n", m.model, format, bare6 ? "[" : "", a->host,
            bare6 ? "]" : "", server_port(p->server));
-    printf("contexts of up to %d tokens, a KV cache of %lld\n", m.ctx_max, (long long)kv_tokens);
+    printf("contexts of up to %d tokens, a KV cache of %lld\n", m.ctx_max,
+           (long long)engine_capacity(p->engine)->n_pages * KV_PAGE_TOKENS);
     fflush(stdout);
     return ST_OK;
 }

@@ -429,6 +429,9 @@ status engine_serve(engine *e, arena *a, const workload *w, request_log *log) {
 const model_config *engine_config(const engine *e) { return &e->config; }
 const precision *engine_precision(const engine *e) { return &e->precision; }
 const capacity *engine_capacity(const engine *e) { return &e->capacity; }
+int32_t engine_ctx_max(const engine *e) {
+    return (int32_t)i64_min(e->options.ctx_max, (int64_t)e->capacity.n_pages * KV_PAGE_TOKENS);
+}
 const engine_stats *engine_statistics(const engine *e) { return &e->stats; }
 sched *engine_sched(engine *e) { return e->sched; }
 uint64_t engine_digest(const engine *e) { return checkpoint_digest(e->checkpoint); }

@@ -102,6 +102,9 @@ typedef struct {
 const model_config *engine_config(const engine *e);
 const precision *engine_precision(const engine *e);
 const capacity *engine_capacity(const engine *e);
+/* Prompt and output of a request at most: the option, the model's limit, or what the KV cache
+ * holds. */
+int32_t engine_ctx_max(const engine *e);
 const engine_stats *engine_statistics(const engine *e);
 sched *engine_sched(engine *e);
 uint64_t engine_digest(const engine *e); /* of the checkpoint; 0 = synthetic */

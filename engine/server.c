@@ -166,16 +166,27 @@ static enum MHD_Result answer_version(exchange *x) {
     return send_json(x, 200, &t);
 }
 
+static void put_model(text *t, const server *s) {
+    const api_model *m = &s->model;
+    text_add(t, "{\"id\":");
+    api_put_string(t, m->model, strlen(m->model));
+    text_add(t, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"amalgam\",\"root\":",
+             (long long)s->started_s);
+    api_put_string(t, m->model, strlen(m->model));
+    text_add(t, ",\"parent\":null,\"max_model_len\":%d,\"vocab_size\":%d}", m->ctx_max, m->vocab);
+}
+
 static enum MHD_Result answer_models(exchange *x) {
-    const api_model *m = &x->server->model;
     text t = {0};
-    text_add(&t, "{\"object\":\"list\",\"data\":[{\"id\":");
-    api_put_string(&t, m->model, strlen(m->model));
-    text_add(&t, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"amalgam\",\"root\":",
-             (long long)x->server->started_s);
-    api_put_string(&t, m->model, strlen(m->model));
-    text_add(&t, ",\"parent\":null,\"max_model_len\":%d,\"vocab_size\":%d}]}", m->ctx_max,
-             m->vocab);
+    text_add(&t, "{\"object\":\"list\",\"data\":[");
+    put_model(&t, x->server);
+    text_add(&t, "]}");
+    return send_json(x, 200, &t);
+}
+
+static enum MHD_Result answer_model(exchange *x) {
+    text t = {0};
+    put_model(&t, x->server);
     return send_json(x, 200, &t);
 }
 
@@ -389,6 +400,7 @@ static const route routes[] = {
     {"/v1/completions", "POST", false, NULL, read_completions},
     {"/v1/chat/completions", "POST", false, NULL, read_chat},
     {"/v1/models", "GET", false, answer_models, NULL},
+    {"/v1/models/", "GET", false, answer_model, NULL}, /* and the model's name */
     {"/health", "GET", true, answer_health, NULL},
     {"/ping", "GET", true, answer_health, NULL},
     {"/version", "GET", false, answer_version, NULL},
@@ -446,11 +458,17 @@ static bool takes(const route *r, const char *method) {
            (strcmp(method, "HEAD") == 0 && strcmp(r->method, "GET") == 0);
 }
 
+static bool leads_to(const char *url, const route *r, const char *model) {
+    const size_t n = strlen(r->path);
+    if (r->answer != answer_model) return strcmp(url, r->path) == 0;
+    return strncmp(url, r->path, n) == 0 && strcmp(url + n, model) == 0;
+}
+
 /* The headers are here: refuse before the body is read, or go on. */
 static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *method) {
     take_request_id(x);
     for (int32_t i = 0; i < COUNT_OF(routes); i++)
-        if (strcmp(routes[i].path, url) == 0) x->route = &routes[i];
+        if (leads_to(url, &routes[i], x->server->model.model)) x->route = &routes[i];
     if (is_ambiguous(x)) return send_error(x, 400, "more than one length of the body");
     if (!authorised(x)) return send_error(x, 401, "wrong or missing API key");
     if (!x->route) return send_error(x, 404, "no such path");

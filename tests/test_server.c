@@ -301,6 +301,12 @@ static void plain_endpoints_answer(void **state) {
     const fixture *f = *state;
     json_t *v = call_json(f->url, "/v1/models", NULL, 200);
     assert_string_equal(words(at(json_array_get(at(v, "data"), 0), "id")), "tiny");
+    json_t *one = call_json(f->url, "/v1/models/t%69ny", NULL, 200);
+    assert_true(json_equal(one, json_array_get(at(v, "data"), 0)));
+    json_decref(one);
+    json_decref(call_json(f->url, "/v1/models/tin", NULL, 404));
+    json_decref(call_json(f->url, "/v1/models/", NULL, 404));
+    json_decref(call_json(f->url, "/v1/models/tiny", "{}", 405));
     json_decref(v);
     json_decref(call_json(f->url, "/health", NULL, 200));
     json_decref(call_json(f->url, "/ping", NULL, 200));

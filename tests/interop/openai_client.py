@@ -27,6 +27,7 @@ def main():
     models = client.models.list().data
     model = models[0].id
     check("models", len(models) == 1, models)
+    check("one model", client.models.retrieve(model).id == model, models)
 
     extra = {"ignore_eos": True}
     whole = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
