@@ -4,6 +4,7 @@
 #include "engine.h"
 #include "output.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -27,6 +28,14 @@ typedef struct {
     status st;
 } talk;
 
+/* ctrl-C ends an answer; once more, or where nothing is answered, the program. */
+static volatile sig_atomic_t stopped_by_user;
+
+static void stop_answer(int number) {
+    (void)number;
+    stopped_by_user = 1;
+}
+
 static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     (void)id;
     (void)now_ns;
@@ -34,7 +43,7 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
     bool stopped = false;
     if (t->st == ST_OK) t->st = output_push(&t->out, s->token, &stopped);
     output_print(&t->out);
-    return stopped || t->st != ST_OK || ferror(stdout);
+    return stopped || stopped_by_user || t->st != ST_OK || ferror(stdout);
 }
 
 static status start(talk *t) {
@@ -112,7 +121,14 @@ static status generate(talk *t, const ids *prompt, request_log *log) {
                                     .seed = (uint64_t)(a->seed + t->n_turns),
                                     .n_logprobs = -1},
                        .user = -1};
-    TRY(engine_answer(t->engine, &r, log));
+    const struct sigaction on_stop = {.sa_handler = stop_answer,
+                                      .sa_flags = SA_RESTART | (int)SA_RESETHAND};
+    struct sigaction before;
+    stopped_by_user = 0;
+    (void)sigaction(SIGINT, &on_stop, &before);
+    const status st = engine_answer(t->engine, &r, log);
+    (void)sigaction(SIGINT, &before, NULL);
+    TRY(st);
     TRY(t->st);
     return output_finish(&t->out);
 }
@@ -159,7 +175,8 @@ static bool command(talk *t, const char *line) {
                format, t->a->device, (double)c->weight_bytes * 1e-9, (long long)c->kv_tokens,
                (long long)s->tokens_sampled, (long long)s->n_steps);
     } else {
-        printf("[/precision  format and memory   /reset  forget   /quit  leave]\n");
+        printf("[/precision  format and memory   /reset  forget   /quit  leave   ctrl-C  ends an "
+               "answer]\n");
     }
     return true;
 }
