@@ -15,6 +15,7 @@ typedef struct {
     int64_t n, concurrency, users, seed, vocab, prompt, output;
     double burstiness, timeout_s, temperature, speed;
     bool json, natural_end, salted, trace_times;
+    cli_texts goodput;
 } arguments;
 
 static length_law fixed(int64_t n) {
@@ -67,6 +68,28 @@ static status make_options(const arguments *a, tokenizer *tok, int32_t vocab, wo
                      : a->burstiness == 1 ? ARRIVE_POISSON
                                           : ARRIVE_GAMMA;
         if (isinf(a->burstiness)) w->burstiness = 1;
+    }
+    return ST_OK;
+}
+
+/* "ttft:200", in ms; of a name that comes twice the last one counts. */
+static status read_limits(metric_limits *out, const cli_texts *said) {
+    *out = (metric_limits){0};
+    const struct {
+        const char *name;
+        double *limit_s;
+    } known[] = {{"ttft:", &out->ttft_s}, {"tpot:", &out->tpot_s}, {"e2e:", &out->e2e_s}};
+    for (int32_t i = 0; i < said->n; i++) {
+        double ms = 0;
+        for (int32_t k = 0; k < COUNT_OF(known); k++) {
+            const size_t n = strlen(known[k].name);
+            if (strncmp(said->item[i], known[k].name, n) == 0 &&
+                parse_f64(said->item[i] + n, 1e-3, 1e9, &ms))
+                *known[k].limit_s = ms * 1e-3;
+        }
+        if (!(ms > 0))
+            return FAIL(ST_USAGE, "--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS",
+                        said->item[i]);
     }
     return ST_OK;
 }
@@ -131,6 +154,8 @@ static void print_text(const load_report *r, const metrics *m) {
         "  %lld prompt tokens (%lld cached), %lld output tokens, at most %lld requests at a time\n",
         (long long)m->prompt_tokens, (long long)m->cached_tokens, (long long)m->output_tokens,
         (long long)m->max_concurrency);
+    if (isfinite(m->goodput_per_s))
+        printf("  goodput %.3f requests/s: within the limits given\n", m->goodput_per_s);
     printf("  %-22s %9s %9s %9s %9s\n", "ms", "mean", "p50", "p90", "p99");
     print_row("ttft from arrival", &m->ttft);
     print_row("ttft from dispatch", &m->ttft_dispatch);
@@ -143,6 +168,8 @@ static void print_text(const load_report *r, const metrics *m) {
 }
 
 static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *good) {
+    metric_limits limits;
+    TRY(read_limits(&limits, &a->goodput));
     if (a->tokenizer) TRY(tokenizer_open(tok, a->tokenizer));
     const load_options o = {.url = a->url,
                             .path = a->path,
@@ -166,7 +193,7 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
     load_report r;
     metrics m;
     TRY(load_run(&r, memory, &o, &w, log));
-    TRY(metrics_compute(&m, log, w.n, NULL));
+    TRY(metrics_compute(&m, log, w.n, &limits));
     if (a->json)
         TRY(print_json(&r, &m));
     else
@@ -208,6 +235,8 @@ int cmd_bench_serve(int argc, char **argv) {
         {"--tokenizer", CLI_TEXT, &a.tokenizer, "DIR", "send prompts as its text, not as ids"},
         {"--temperature", CLI_NUMBER, &a.temperature, "T", "0"},
         {"--natural-end", CLI_FLAG, &a.natural_end, NULL, "do not send ignore_eos"},
+        {"--goodput", CLI_TEXTS, &a.goodput, "NAME:MS",
+         "count requests with ttft, tpot or e2e within MS; may be repeated"},
         {"--timeout", CLI_NUMBER, &a.timeout_s, "S", "of a request; 0 = none"},
         {"--backend", CLI_TEXT, &a.backend, "NAME", "what the result file calls the server"},
         {"--label", CLI_TEXT, &a.label, "TEXT", "in the result file"},

@@ -35,6 +35,10 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     refused(words:format(over), range)
   end
   refused("bench serve --url http://127.0.0.1:1 --n 0", "--n 0 is outside 1 to")
+  for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
+    refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
+      ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
+  end
   refused("serve --model workloads/tiny --served-model-name ''", "--served-model-name is empty")
   local code = command("%s inspect plan --model Qwen3-8B --gpu h200 --tokens 8 --samples 8")
   test.equal(code, 0, "the limit itself is taken")

@@ -1307,14 +1307,24 @@ static void commands_and_lua_measure_a_server(void **state) {
     text said = {0};
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
-             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here",
+             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here "
+             "--goodput ttft:1e6 --goodput e2e:1e6",
              binary, f->url, path);
     assert_true(run_command(line, &said) <= 1);
     json_t *v = parsed(&said);
     assert_int_equal(json_integer_value(at(v, "n_completed")), 20);
     assert_int_equal(json_integer_value(at(v, "output_tokens")), 120);
+    const double rate = json_number_value(at(v, "requests_per_s"));
+    assert_more(rate, 0);
+    assert_true(json_number_value(at(v, "goodput_per_s")) == rate); /* all are within */
     json_decref(v);
     check_result_keys(path);
+    snprintf(line, sizeof line,
+             "%s bench serve --url %s --workload fixed --n 5 --output-tokens 6 --vocab 1000 "
+             "--goodput ttft:1e6 --goodput tpot:0.001",
+             binary, f->url);
+    assert_true(run_command(line, &said) <= 1);
+    assert_non_null(strstr(said.data, "goodput 0.000 requests/s"));
 
     snprintf(
         line, sizeof line,
