@@ -300,6 +300,10 @@ status file_make_dirs(const char *path) {
             return FAIL(ST_IO, "%s: %s", part, strerror(errno));
         part[i] = keep;
     }
+    struct stat made;
+    if (stat(path, &made) != 0 || !S_ISDIR(made.st_mode))
+        return FAIL(ST_IO, "%s: %s", path, strerror(ENOTDIR));
+    if (access(path, W_OK) != 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
     return ST_OK;
 }
 

@@ -130,7 +130,8 @@ bool file_exists(const char *path);
 /* Why the write to standard output that has just failed did (errno): INTERRUPTED when who read it
  * has closed the pipe and so has what they wanted, else IO. */
 status stdout_failed(void);
-status file_make_dirs(const char *path); /* like mkdir -p */
+/* Like mkdir -p. IO also where the folder is there and cannot be written to. */
+status file_make_dirs(const char *path);
 
 /* "a/b" joined into buf (size n). Truncation is a programmer error. */
 const char *path_join(char *buf, size_t n, const char *dir, const char *name);

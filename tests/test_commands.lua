@@ -71,6 +71,12 @@ test.case("a full disk is said with its reason, a reader that has left is not", 
   end
 end)
 
+test.case("a folder that cannot be written is refused before the work", function()
+  local code, said = command("%s quantize --model workloads/tiny --out README.md")
+  test.equal(code, 1)
+  test.equal(said, "amalgam: README.md: Not a directory\n")
+end)
+
 test.case("a folder that is no checkout is named", function()
   for _, name in ipairs({ "run e01", "report", "compare a b", "servers" }) do
     refused("--root /tmp " .. name, "amalgam: /tmp is no checkout of Amalgam: --root DIR names one")
