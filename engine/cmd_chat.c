@@ -3,6 +3,7 @@
 #include "cli.h"
 #include "engine.h"
 #include "output.h"
+#include "sampler.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -12,7 +13,7 @@
 
 typedef struct {
     const char *model, *precision, *device, *system;
-    double temperature, top_p;
+    double temperature, top_p, min_p, penalty;
     int64_t max_new, top_k, seed, threads, tp;
     bool no_thinking;
 } arguments;
@@ -102,6 +103,16 @@ static status encode(const talk *t, ids *prompt) {
     return st;
 }
 
+static sampling sampling_of(const arguments *a, int64_t seed) {
+    return (sampling){.temperature = (float)a->temperature,
+                      .top_k = (int32_t)a->top_k,
+                      .top_p = (float)a->top_p,
+                      .min_p = (float)a->min_p,
+                      .repetition_penalty = (float)a->penalty,
+                      .seed = (uint64_t)seed,
+                      .n_logprobs = -1};
+}
+
 static status generate(talk *t, const ids *prompt, request_log *log) {
     const arguments *a = t->a;
     const int64_t room = engine_ctx_max(t->engine) - prompt->length;
@@ -114,12 +125,7 @@ static status generate(talk *t, const ids *prompt, request_log *log) {
                        .max_new = (int32_t)i64_min(a->max_new, room),
                        .stop_token = eos,
                        .n_stop_tokens = n_eos,
-                       .sampling = {.temperature = (float)a->temperature,
-                                    .top_k = (int32_t)a->top_k,
-                                    .top_p = (float)a->top_p,
-                                    .repetition_penalty = 1,
-                                    .seed = (uint64_t)(a->seed + t->n_turns),
-                                    .n_logprobs = -1},
+                       .sampling = sampling_of(a, a->seed + t->n_turns),
                        .user = -1};
     const struct sigaction on_stop = {.sa_handler = stop_answer,
                                       .sa_flags = SA_RESTART | (int)SA_RESETHAND};
@@ -207,7 +213,8 @@ static status converse(talk *t) {
 }
 
 int cmd_chat(int argc, char **argv) {
-    arguments a = {.precision = "auto", .device = "cpu", .top_p = 1, .max_new = 512, .tp = 1};
+    arguments a = {
+        .precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 512, .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
         {"--precision", CLI_TEXT, &a.precision, "NAME",
@@ -220,6 +227,8 @@ int cmd_chat(int argc, char **argv) {
         {"--temperature", CLI_NUMBER, &a.temperature, "T", "0 = greedy, the default"},
         {"--top-k", CLI_INT, &a.top_k, "K", "0 = all"},
         {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
+        {"--min-p", CLI_NUMBER, &a.min_p, "P", "0 = all"},
+        {"--repetition-penalty", CLI_NUMBER, &a.penalty, "R", "1 = none"},
         {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},
@@ -233,8 +242,8 @@ int cmd_chat(int argc, char **argv) {
                                 {"--threads", a.threads, 0, 1024},
                                 {"--tp", a.tp, 1, 64}};
     if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
-    if (st == ST_OK && !(a.temperature >= 0 && a.temperature <= 100 && a.top_p > 0 && a.top_p <= 1))
-        st = FAIL(ST_USAGE, "--temperature is outside 0 to 100, or --top-p outside 0 to 1");
+    const sampling s = sampling_of(&a, a.seed);
+    if (st == ST_OK) st = sampling_check(&s);
     talk t = {.a = &a};
     if (st == ST_OK) st = start(&t);
     if (st == ST_OK) st = forget(&t);

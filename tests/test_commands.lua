@@ -35,6 +35,13 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     refused(words:format(over), range)
   end
   refused("bench serve --url http://127.0.0.1:1 --n 0", "--n 0 is outside 1 to")
+  for _, name in ipairs({ "chat", "generate --prompt a" }) do
+    for words, range in pairs({ ["--temperature -1"] = "temperature -1 is not in 0..100",
+      ["--top-p 0"] = "top_p 0 is not in (0, 1]", ["--min-p 2"] = "min_p 2 is not in 0..1",
+      ["--repetition-penalty 0"] = "repetition_penalty 0 is not in (0, 100]" }) do
+      refused(name .. " --model workloads/tiny " .. words .. " </dev/null", range)
+    end
+  end
   for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
     refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
       ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
