@@ -290,6 +290,18 @@ end
 --- The end of a whole file: gnuplot does not say when the disk is full.
 local LAST = { svg = "</svg>%s*$", png = "IEND....$" }
 
+--- What gnuplot said but for warnings, of series without rows for example, which are no errors.
+local function errors_in(path)
+  local said = {}
+  local log = io.open(path)
+  if not log then return "" end
+  for line in log:lines() do
+    if line:find("%S") and not line:find("warning:", 1, true) then said[#said + 1] = line end
+  end
+  log:close()
+  return (table.concat(said, " "):gsub("%s+", " "))
+end
+
 --- Draw one figure as SVG and PNG. Returns nil or what went wrong.
 ---@return string|nil
 local function draw(plots, gp, tsv, out)
@@ -300,9 +312,7 @@ local function draw(plots, gp, tsv, out)
     local command = ("DATA=%s gnuplot -e %s %s > %s 2> %s"):format(quoted(tsv), quoted(settings),
       quoted(gp), quoted(target .. ".part"), quoted(target .. ".log"))
     local good = os.execute(command)
-    local log = io.open(target .. ".log")
-    local why = log and log:read("a"):gsub("%s+", " ") or ""
-    if log then log:close() end
+    local why = errors_in(target .. ".log")
     os.remove(target .. ".log")
     local whole = good and amalgam.read_file(target .. ".part"):sub(-16):find(LAST[format])
     if not whole then

@@ -9,8 +9,8 @@ return {
   caption = "Weight quantisers on the tiny checkpoint, cpu reference: held-out perplexity, the "
     .. "share of the loss in log-likelihood by rounding that a method wins back, and agreement "
     .. "with the 16-bit model (greedy token of the same context; mean KL divergence). gK: a "
-    .. "group is a whole row. Text longer than that of Table 1, in shorter windows: perplexities of "
-    .. "the two are not to be compared.",
+    .. "group is a whole row. Text longer than that of Table 1, in shorter windows: perplexities "
+    .. "of the two are not to be compared.",
   build = function(data)
     local columns = { "format", "method", "perplexity", "16 bit", "recovered", "greedy agreement",
       "KL (nats)" }

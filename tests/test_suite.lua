@@ -511,6 +511,11 @@ test.case("a figure that could not be written whole is said and is no figure", f
   test.contains(amalgam.read_file(out .. "/said"), "fig03_latency_rate: svg was cut off")
   test.contains(amalgam.read_file(out .. "/PAPER.md"), "was not drawn (svg was cut off)")
   test.equal(io.open(out .. "/plots/out/fig03_latency_rate.svg"), nil)
+  -- Series without rows, of which gnuplot warns, are not the reason.
+  os.execute(("rm -r %s/results; %s run e02 --quick --results %s/results >/dev/null 2>&1; "
+    .. "trap '' XFSZ; ulimit -f 40; %s report --results %s/results --out %s >%s/said 2>&1"):format(
+    out, binary, out, binary, out, out, out))
+  test.contains(amalgam.read_file(out .. "/said"), "fig03_latency_rate: svg was cut off")
 end)
 
 test.case("the experiment of HACKING.md runs as it is written", function()
