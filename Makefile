@@ -89,8 +89,6 @@ $(B)/generated/version.h: FORCE
 	  echo "#define AMALGAM_CFLAGS \"$($(MODE)) -fopenmp\""; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
-$(O)/engine/results.o $(O)/engine/main.o: $(B)/generated/version.h
-
 # The devices that are built, and the architectures: what depends on them is compiled again when they change.
 $(B)/generated/devices.def: FORCE
 	@mkdir -p $(@D)
@@ -109,8 +107,6 @@ $(B)/generated/cuda_arch: FORCE
 	@echo "$(NVCC) $(NVFLAGS) $(GENCODE)" > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
-$(O)/engine/devices.o: $(B)/generated/devices.def
-$(O)/engine/cmd_bench.o: $(B)/generated/bench.def
 $(CUDA_HOST:%.c=$(O)/%.o): CFLAGS += -isystem $(CUDA)/include
 
 # Registers and spills of a file's kernels stand in the .ptxas beside its object; a spill fails `gpu-tests`.
@@ -121,7 +117,9 @@ $(O)/%.cu.o: %.cu $(B)/generated/cuda_arch
 	$(Q)$(if $(NVCC_LOCK),nice -n 19 flock $(NVCC_LOCK)) $(NVCC) $(NVFLAGS) $(GENCODE) -MMD -MP \
 	    -c $< -o $@ 2>$@.ptxas || { cat $@.ptxas; rm -f $@; exit 1; }
 
-$(O)/%.o: %.c Makefile
+# They are there before anything is compiled; whose content counts for a file is in its .d then.
+GENERATED := $(addprefix $(B)/generated/,version.h devices.def bench.def)
+$(O)/%.o: %.c Makefile | $(GENERATED)
 	@mkdir -p $(@D)
 	@echo "  cc    $<"
 	$(Q)$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
