@@ -472,6 +472,12 @@ static status bench_all(bench_case *c, char *kv, char *shapes, int64_t n_new, co
     return ST_OK;
 }
 
+static status check_word(const char *option, const char *value, const char *one,
+                         const char *other) {
+    if (strcmp(value, one) == 0 || strcmp(value, other) == 0) return ST_OK;
+    return FAIL(ST_USAGE, "%s '%s' is neither %s nor %s", option, value, one, other);
+}
+
 int bench_attention(int argc, char **argv) {
     const char *phase = "decode", *kv = "kv16", *type = "fp16", *heads = "32/8", *shapes = NULL;
     const char *kernel = NULL, *family = NULL;
@@ -507,6 +513,15 @@ int bench_attention(int argc, char **argv) {
                     .family = !family                     ? 0
                               : !strcmp(family, "ampere") ? 80
                                                           : 90};
+    if (st == ST_OK) st = check_word("--phase", phase, "decode", "prefill");
+    if (st == ST_OK) st = check_word("--dtype", type, "fp16", "bf16");
+    if (st == ST_OK && family) st = check_word("--kernel-family", family, "hopper", "ampere");
+    const cli_range ranges[] = {{"--head-dim", head_dim, 1, 1024},
+                                {"--batch", batch, 1, 1 << 20},
+                                {"--ctx", ctx, 1, 1 << 24},
+                                {"--new", n_new, 0, 1 << 24},
+                                {"--window", window, 0, 1 << 24}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     if (st == ST_OK && sscanf(heads, "%d/%d", &c.heads, &c.kv_heads) != 2)
         st = FAIL(ST_USAGE, "'%s' is no H/G", heads);
     char list[256], formats[256];

@@ -129,8 +129,10 @@ int bench_linear(int argc, char **argv) {
     linear_weight w;
     status st = cli_parse(argc - 1, argv + 1, "bench linear [options]", options, NULL, &n);
     if (st == ST_OK) st = parse_weight(&w, &o);
-    if (st == ST_OK && (o.experts < 1 || o.top_k < 1 || o.top_k > o.experts) && o.experts != 1)
-        st = FAIL(ST_USAGE, "--experts %lld --topk %lld", (long long)o.experts, (long long)o.top_k);
+    const cli_range ranges[] = {{"--experts", o.experts, 1, 1 << 16},
+                                {"--topk", o.top_k, 1, o.experts > 1 ? o.experts : INT32_MAX},
+                                {"--replays", o.replays, 1, 1 << 16}};
+    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     w.count = (int32_t)o.experts;
     for (const char *s = o.shapes; s && st == ST_OK;
          s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {

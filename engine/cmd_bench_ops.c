@@ -230,7 +230,7 @@ int bench_ops(int argc, char **argv) {
     char dir[1024];
     model_config c;
     status st = cli_parse(argc - 1, argv + 1, "bench ops [options]", options, NULL, &none);
-    if (st == ST_OK && (rows < 1 || rows > 65536)) st = FAIL(ST_USAGE, "--rows is out of range");
+    if (st == ST_OK) st = cli_check(&(cli_range){"--rows", rows, 1, 65536}, 1);
     if (st == ST_OK) st = model_dir(dir, sizeof dir, model);
     if (st == ST_OK) st = model_config_load(&c, dir);
     if (st != ST_OK) return cli_exit(st);

@@ -169,8 +169,7 @@ int bench_tune(int argc, char **argv) {
     };
     int32_t n = 0;
     status st = cli_parse(argc - 1, argv + 1, "tune [options]", options, NULL, &n);
-    if (st == ST_OK && (t.replays < 1 || t.replays > 1000))
-        st = FAIL(ST_USAGE, "--replays %lld", (long long)t.replays);
+    if (st == ST_OK) st = cli_check(&(cli_range){"--replays", t.replays, 1, 1000}, 1);
     if (st == ST_OK && !(t.out = fopen(out, "w"))) st = FAIL(ST_IO, "%s", out);
     if (st == ST_OK) st = tune(&t, only);
     if (t.out && fclose(t.out) != 0 && st == ST_OK) st = FAIL(ST_IO, "%s", out);

@@ -51,6 +51,23 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   test.equal(code, 0, "the limit itself is taken")
 end)
 
+test.case("benchmarks of kernels refuse what they do not know", function()
+  if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
+  for words, reason in pairs({
+    ["attention --dtype f32"] = "--dtype 'f32' is neither fp16 nor bf16",
+    ["attention --phase both"] = "--phase 'both' is neither decode nor prefill",
+    ["attention --kernel-family new"] = "--kernel-family 'new' is neither hopper nor ampere",
+    ["attention --head-dim 4294967424"] = "--head-dim 4294967424 is outside 1 to 1024",
+    ["linear --experts 0"] = "--experts 0 is outside 1 to 65536",
+    ["linear --experts 4 --topk 5"] = "--topk 5 is outside 1 to 4",
+    ["linear --replays 0"] = "--replays 0 is outside 1 to 65536",
+    ["ops --rows 0"] = "--rows 0 is outside 1 to 65536",
+    ["tune --replays 0"] = "--replays 0 is outside 1 to 1000",
+  }) do
+    refused("bench " .. words, reason)
+  end
+end)
+
 test.case("every command takes --help", function()
   local _, list = command("%s --help")
   local n = 0
