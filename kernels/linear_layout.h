@@ -177,7 +177,7 @@ LAYOUT_FN void linear_unpack4(uint8_t code[8], uint32_t word, bool e2m1, bool bf
 /* The scale of MXFP4 in its granule. With f16 the upper byte of a half, 2^(e - 115), which takes in
  * what mends the exponents of its words; 0 and infinity where e (100 to 131) is beyond them. */
 LAYOUT_FN uint8_t linear_e8m0_pack(uint8_t e, bool bf16) {
-    return bf16 ? e : (uint8_t)((e < 100 ? 0 : e > 131 ? 31 : e - 100) << 2);
+    return (uint8_t)(bf16 ? e : (e < 100 ? 0 : e > 131 ? 31 : e - 100) << 2);
 }
 LAYOUT_FN uint8_t linear_e8m0_unpack(uint8_t scale, bool bf16) {
     return bf16 ? scale : (uint8_t)((scale >> 2) + 100);
