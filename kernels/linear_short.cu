@@ -1122,12 +1122,6 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     }
 }
 
-// An 8 x 8 matrix of 16 bits across a warp, turned.
-__device__ __forceinline__ uint32_t turned(uint32_t v) {
-    uint32_t r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
 template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finished at once
 
 // A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.
