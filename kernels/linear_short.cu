@@ -56,7 +56,16 @@
     X(MXFP4, BF16, 32, 32)
 #endif
 
+// For racecheck, which lets nobody past a cluster's barrier before all its threads wait there, and
+// does not follow what a lane arrives for its warp: warps that load wait for the cluster before
+// they wait for a stage, and every lane tells that it has read one. 1 to 2 % slower.
+#ifndef SHORT_RACECHECK
+#define SHORT_RACECHECK false
+#endif
+
 namespace {
+
+constexpr bool kRacecheck = SHORT_RACECHECK;
 
 // Shared memory of a CTA: two an SM, or one.
 enum { kHalf = 113 * 1024, kRoom = 227 * 1024 };
@@ -248,12 +257,13 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         if (++step == own.begin + own.steps) step = own.begin, block += d.stride;
     };
     const int early = min(total, d.early);
+    const bool leader = !kRacecheck || threadIdx.x % 32 == 0;
     for (int i = 0;; i++, next()) {
         if (i == early) { // x, all that stays or that of the stages asked for
             wait_for_previous();
             const int n = d.x_again ? early : own.half == 0 && total > 0 ? own.steps : 0;
 #pragma unroll 1
-            for (int j = 0, s = own.begin + own.from; j < n; j++) {
+            for (int j = 0, s = own.begin + own.from; leader && j < n; j++) {
                 const int index = d.x_again ? j : s - own.begin;
                 const uint32_t there = (d.x_again ? full : bar.of(own.group, kX)) + index * 8;
                 if (!d.x_again) barrier_arrive_expect(there, x_bytes);
@@ -263,9 +273,14 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
                               there);
                 if (++s == own.begin + own.steps) s = own.begin;
             }
+            if (kRacecheck) {
+                __syncwarp();
+                cluster_wait();
+                if (!leader) break;
+            }
         }
         if (i == total) break;
-        load_w();
+        if (leader) load_w();
         if (d.x_again && i >= early)
             load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
     }
@@ -581,7 +596,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
-        const bool leader = threadIdx.x % 32 == 0;
+        const bool leader = (kRacecheck && !kExperts) || threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
         uint4 chunk[2][bits / 4];
         float granule[kParts][N / 2], of_x[N / 4]; // sums
@@ -872,7 +887,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, 4, 1);
+    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, kRacecheck ? 128 : 4, 1);
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
@@ -886,9 +901,9 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     }
     if (warp >= 4 * P) {
         const duty own(d, warp - 4 * P);
-        if (threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
+        if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
-        cluster_wait();
+        if (!kRacecheck) cluster_wait();
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
