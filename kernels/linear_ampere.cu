@@ -433,7 +433,7 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
     using S = tile<F, NT, R, SH, KU, FINE>;
     using O = operands<T, F, NT, R, SH, KU, FINE>;
     // The compiler moves no product over a branch, and then has registers enough.
-    constexpr bool kApart = S::rows == 128 && O::bits == 8;
+    constexpr bool kApart = S::rows == 128 && (O::bits == 8 || F == WF_NVFP4);
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     const auto after = [&](uint32_t stage) {
         return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;

@@ -17,6 +17,7 @@
 #define LINEAR_COMMON_CUH
 #include "linear_dequant.cuh"
 #include "linear_epilogue.cuh"
+#include "mma_sync.cuh"
 
 enum { LINEAR_EXPERTS_MAX = 512, LINEAR_WARPS = 8, LINEAR_SUMS_BYTES = 256 * 1024 };
 
@@ -71,6 +72,7 @@ __device__ __forceinline__ int32_t linear_even_rows(int32_t rows, int32_t tiles)
 // each, and none has parts of two: for kernels that begin a tile with nothing on its way.
 // kEven: tiles of up to NT rows, alike; and the launch says what a cut costs.
 template <int NT, bool kAligned = false, bool kEven = false> struct linear_walk {
+    static constexpr int32_t kBand = 8, kBandMost = 8 << 20; // tiles of x, and their elements
     const linear_args &p;
     const int32_t *tile_start; // [count + 1] in shared memory, grouped problems only
     int32_t tiles, cta, ctas, tile, share, rest, at, end;
@@ -84,11 +86,12 @@ template <int NT, bool kAligned = false, bool kEven = false> struct linear_walk 
         tiles = tile_start ? tile_start[p.count] : p.n_tiles * ((p.m + NT - 1) / NT);
         int32_t sk_tiles = tiles;
         // Not worth cutting: waves of whole tiles that are at least 15/16 full, or where cutting
-        // saves less than it costs. Else, of many tiles only the last wave and what is left over,
-        // so that most tiles are nobody's but one CTA's.
+        // saves less than it costs (tall tiles of kAligned: four steps). Else, of many tiles only
+        // the last wave and what is left over, so that most tiles are nobody's but one CTA's.
         const int32_t waves = (tiles + ctas - 1) / ctas;
-        if (kEven ? (waves * ctas - tiles) * p.steps <= p.cut_cost * ctas
-                  : tiles * 16 >= waves * ctas * 15)
+        if (kEven || (kAligned && NT >= 128)
+                ? (waves * ctas - tiles) * p.steps <= (kEven ? p.cut_cost : 4) * ctas
+                : tiles * 16 >= waves * ctas * 15)
             sk_tiles = 0;
         else if (tiles > 2 * ctas)
             sk_tiles = tiles % ctas + ctas;
@@ -161,8 +164,16 @@ template <int NT, bool kAligned = false, bool kEven = false> struct linear_walk 
         }
         const int32_t m_tiles = (row1 - row0 + NT - 1) / NT;
         const int32_t rows = kEven ? linear_even_rows(row1 - row0, m_tiles) : NT;
-        s.tile_n = t / m_tiles; // tiles that share weights are neighbours
-        s.m0 = row0 + (t - s.tile_n * m_tiles) * rows;
+        // Tiles that share weights are neighbours. Of many tiles of x a band passes over all of W,
+        // then the next: so its rows are still in L2 when they are read again, if they fit it.
+        int32_t first = 0, band = m_tiles;
+        if (kAligned && m_tiles > kBand && (int64_t)kBand * NT * p.k <= kBandMost) {
+            first = t / (kBand * p.n_tiles) * kBand;
+            t -= first * p.n_tiles;
+            band = min(kBand, m_tiles - first);
+        }
+        s.tile_n = t / band;
+        s.m0 = row0 + (first + t - s.tile_n * band) * rows;
         s.m_end = min(row1, s.m0 + rows);
     }
 };
@@ -355,41 +366,100 @@ template <int N, int M> __device__ __forceinline__ void linear_move_down(float (
     for (int i = 0; i + N < M; i++) acc[i] = acc[i + N];
 }
 
-// Finish the tile of this warp, whose sums it uses up. `stage`: LINEAR_STAGE_FLOATS of this warp.
-// Whether it is gated is asked of each group of rows: loops of their own would be half as much code
-// again.
+// What rows g and g + 8 of a strip are multiplied with and what is added.
+struct linear_row_outputs {
+    float scale[2], bias[2];
+};
+template <typename T>
+__device__ __forceinline__ linear_row_outputs linear_row_outputs_of(const linear_args &p,
+                                                                    int32_t expert, int32_t block) {
+    linear_row_outputs o = {{1.f, 1.f}, {0.f, 0.f}};
+    const int32_t half = block >= p.half_blocks ? 1 : 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int in = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * i;
+        if (p.channel) o.scale[i] = p.channel[((int64_t)expert * p.blocks + block) * 64 + in];
+        if (p.global_scale) o.scale[i] = p.global_scale[expert];
+        if (p.bias)
+            o.bias[i] =
+                to_f32(static_cast<const T *>(p.bias)[(int64_t)expert * p.n + half * p.half_rows +
+                                                      (block - half * p.half_blocks) * 64 + in]);
+    }
+    return o;
+}
+
+// Eight x rows of one strip, rounded: from the fragment to four outputs of x row lane / 4, those
+// from 0, 8, 4 and 12 on by lane % 4.
+template <typename T> __device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4]) {
+    const bool odd = threadIdx.x % 2;
+    const uint32_t low = turned(pack2<T>(v[0], v[1])), high = turned(pack2<T>(v[2], v[3]));
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+    return odd ? make_uint2(other, high) : make_uint2(low, other);
+}
+
+// Finish the tile of this warp, whose sums it uses up. `stage`: LINEAR_STAGE_FLOATS of this warp,
+// for what is f32 or added to y; all else, gated outputs too, is rounded before it is turned.
 template <typename T, int NT, int R, int GROUPS = 2>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
                                               const linear_segment &s, float *stage) {
     constexpr int ALL = NT / 8, AT = ALL < 4 ? ALL : 4;
-    const bool gated = R > 1 && p.paired;
+    const bool gated = R > 1 && p.paired, wide = p.y_f32 || p.epilogue == LINEAR_RESIDUAL;
+    const int lane = linear_thread_anew() % 32;
+    const int32_t row = s.m0 + lane / 4;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        if (gated && r % 2) continue;
-        const bool pair = r % 2 == 0 && r + 1 < R && gated;
+        constexpr int kUp = R > 1 ? 1 : 0; // block r + kUp is the up half of block r
+        if (gated && (r % 2 || r + 1 == R)) continue;
         const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
         if (!at.there) continue;
-        const int beside = r + 1 < R ? r + 1 : r;
-        const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
-        linear_outputs up = o;
-        if (pair)
-            up = linear_outputs_of<T>(p, s.expert, at.block + p.half_blocks, at.col + p.half_rows);
+        if (wide) {
+            const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
 #pragma unroll 1
-        for (int j0 = 0; j0 < ALL; j0 += AT) {
-            const int32_t m0 = s.m0 + 8 * j0;
-            if (m0 >= s.m_end) break;
+            for (int j0 = 0; j0 < ALL && s.m0 + 8 * j0 < s.m_end; j0 += AT) {
 #pragma unroll
-            for (int j = 0; j < AT; j++) {
-                if (m0 + 8 * j >= s.m_end) continue;
-                float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
-                if (pair)
-                    v = linear_gate_all(
-                        v, linear_affine(linear_turn(&acc[beside][4 * j], stage), up), p);
-                const int32_t row = m0 + 8 * j + threadIdx.x % 32 / 4;
-                if (row < s.m_end) linear_put<T>(p, row, at.col, v);
+                for (int j = 0; j < AT; j++) {
+                    const float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
+                    if (row + 8 * (j0 + j) < s.m_end)
+                        linear_put<T>(p, row + 8 * (j0 + j), at.col, v);
+                }
+                linear_move_down<4 * AT>(acc[r]);
+            }
+            continue;
+        }
+        const linear_row_outputs o = linear_row_outputs_of<T>(p, s.expert, at.block);
+        T *y = static_cast<T *>(p.y) + (int64_t)row * p.ldy + at.col - lane % 4 * 4 + lane % 2 * 8 +
+               lane % 4 / 2 * 4; // as linear_turn_16 has them
+        const auto value = [&](const linear_row_outputs &of, const float *c, int e) {
+            return fmaf(c[e], of.scale[e / 2], of.bias[e / 2]);
+        };
+        if (!gated) {
+#pragma unroll
+            for (int j = 0; j < ALL; j++, y += 8 * p.ldy) {
+                float v[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) v[e] = value(o, &acc[r][4 * j], e);
+                const uint2 out = linear_turn_16<T>(v);
+                if (row + 8 * j < s.m_end) *reinterpret_cast<uint2 *>(y) = out;
+            }
+            continue;
+        }
+        const linear_row_outputs up =
+            linear_row_outputs_of<T>(p, s.expert, at.block + p.half_blocks);
+#pragma unroll 1
+        for (int j0 = 0; j0 < ALL && s.m0 + 8 * j0 < s.m_end; j0 += AT) {
+#pragma unroll
+            for (int j = 0; j < AT; j++, y += 8 * p.ldy) {
+                float v[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v[e] =
+                        linear_gate(value(o, &acc[r][4 * j], e),
+                                    value(up, &acc[(r + kUp) % R][4 * j], e), p.epilogue, p.limit);
+                const uint2 out = linear_turn_16<T>(v);
+                if (row + 8 * (j0 + j) < s.m_end) *reinterpret_cast<uint2 *>(y) = out;
             }
             linear_move_down<4 * AT>(acc[r]);
-            if (pair) linear_move_down<4 * AT>(acc[beside]);
+            linear_move_down<4 * AT>(acc[(r + kUp) % R]);
         }
     }
 }

@@ -56,7 +56,16 @@
     X(MXFP4, BF16, 32, 32)
 #endif
 
+// For racecheck, which lets nobody past a cluster's barrier before all its threads wait there, and
+// does not follow what a lane arrives for its warp: warps that load wait for the cluster before
+// they wait for a stage, and every lane tells that it has read one. 1 to 2 % slower.
+#ifndef SHORT_RACECHECK
+#define SHORT_RACECHECK false
+#endif
+
 namespace {
+
+constexpr bool kRacecheck = SHORT_RACECHECK;
 
 // Shared memory of a CTA: two an SM, or one.
 enum { kHalf = 113 * 1024, kRoom = 227 * 1024 };
@@ -248,12 +257,13 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         if (++step == own.begin + own.steps) step = own.begin, block += d.stride;
     };
     const int early = min(total, d.early);
+    const bool leader = !kRacecheck || threadIdx.x % 32 == 0;
     for (int i = 0;; i++, next()) {
         if (i == early) { // x, all that stays or that of the stages asked for
             wait_for_previous();
             const int n = d.x_again ? early : own.half == 0 && total > 0 ? own.steps : 0;
 #pragma unroll 1
-            for (int j = 0, s = own.begin + own.from; j < n; j++) {
+            for (int j = 0, s = own.begin + own.from; leader && j < n; j++) {
                 const int index = d.x_again ? j : s - own.begin;
                 const uint32_t there = (d.x_again ? full : bar.of(own.group, kX)) + index * 8;
                 if (!d.x_again) barrier_arrive_expect(there, x_bytes);
@@ -263,9 +273,14 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
                               there);
                 if (++s == own.begin + own.steps) s = own.begin;
             }
+            if (kRacecheck) {
+                __syncwarp();
+                cluster_wait();
+                if (!leader) break;
+            }
         }
         if (i == total) break;
-        load_w();
+        if (leader) load_w();
         if (d.x_again && i >= early)
             load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
     }
@@ -332,7 +347,10 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     // Rows g + 8 as bytes of both codes, see bytes: of 16 rows that is slower.
     static constexpr bool kBytes = kSums && !kByXSums && NT == 32;
     // By mma.sync: of 8 rows it takes half of wgmma's time on the tensor cores.
-    static constexpr bool kSync = NT == 8 && kSums && !kExperts;
+    static constexpr bool kSync = NT == 8 && bits == 4 && !kExperts;
+    // Of granules of 32, whose x is one load, the scale meets the sums too, where words are even
+    // without it: e2m1 is not in bf16.
+    static constexpr bool kFine = kSync && G == 32 && !(F == WF_MXFP4 && bf16);
     const linear_args &p;
     const division &d;
     const barriers &bar;
@@ -406,7 +424,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     static __device__ __forceinline__ float mend(int e) {
         if (kByXSums && bf16) return e / 2 % 2 ? 4.f : 1.f;
         if (kByXSums && !bf16) return e / 2 % 2 ? 0x1p20f : 0x1p24f;
-        if (kSums && !kByXSums)
+        if ((kSums && !kByXSums) || (kFine && F == WF_INT4))
             return dequant_factor<T, F>() * (kBytes && e / 2 % 2 ? 0.0625f : 1.f);
         return dequant_unfold<T, F>();
     }
@@ -420,16 +438,25 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     // Unit u of a stage: A fragments. `scales` or `rows_of` holds what the unit before had.
     __device__ __forceinline__ void convert(uint32_t (&a)[4][4], const uint4 (&chunk)[bits / 4],
                                             dequant_scales &scales, dequant_rows &rows_of,
-                                            dequant_packed &packed, int u,
-                                            uint32_t scale_at) const {
+                                            dequant_packed &packed, int u, uint32_t scale_at,
+                                            dequant_packed (&fine)[4]) const {
         constexpr int rows = G && G < 64 ? 64 / (G ? G : 1) : 1; // granules of a unit
         constexpr int inputs = G ? G : 1 << 20;                  // of a granule
         if (kSums && u % 2 == 0)
             dequant_load_packed<F>(packed, scale_at + u * 64 / inputs * p.granule_bytes, at_scale,
                                    p.sym);
+        for (int i = 0; i < 2 && kFine; i++)
+            dequant_load_packed<F>(fine[u % 2 * 2 + i], scale_at + (2 * u + i) * p.granule_bytes,
+                                   at_scale, p.sym);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const uint32_t *word = reinterpret_cast<const uint32_t *>(chunk) + j * (bits / 4);
+            if (kFine) {
+                if (F == WF_INT4 && j % 2 == 0)
+                    rows_of = dequant_rows_of<T, F, kFolded>(fine[u % 2 * 2 + j / 2]);
+                dequant_word<T, F, false, kFolded>(a[j], word, dequant_scales_of(rows_of));
+                continue;
+            }
             if (kByXSums) {
                 raw(a[j], *word);
                 continue;
@@ -523,6 +550,44 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         }
     }
 
+    // Two units, onto two chains of sums.
+    template <int N>
+    static __device__ __forceinline__ void
+    multiply_onto(float (&acc)[N / 2], float (&beside)[N / 2], const uint32_t (&a)[2][4][4],
+                  uint32_t x_at) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t b[4];
+            load_matrices(b, (x_at ^ i % 2 * 64) + i / 2 * (NT * 128));
+            multiply(acc, a[i / 2][i % 2 * 2], b[0], b[1], T{});
+            multiply(beside, a[i / 2][i % 2 * 2 + 1], b[2], b[3], T{});
+        }
+    }
+    // Two units of granules of 32, whose scales are halves in all that come here.
+    template <int N>
+    static __device__ __forceinline__ void
+    multiply_fine(float (&acc)[N / 2], const uint32_t (&a)[2][4][4], uint32_t x_at,
+                  const dequant_packed (&fine)[4]) {
+        float c[4][N / 2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t b[4];
+            load_matrices(b, (x_at ^ i % 2 * 64) + i / 2 * (NT * 128));
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                multiply(c[i], a[i / 2][i % 2 * 2 + j], b[2 * j], b[2 * j + 1], T{});
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair =
+                F == WF_INT4 ? fine[i].scale : dequant_scale_pair<__half, F, kFolded>(fine[i]);
+            const __half2 h = *reinterpret_cast<const __half2 *>(&pair);
+            const float s[2] = {__low2float(h), __high2float(h)};
+#pragma unroll
+            for (int e = 0; e < N / 2; e++) acc[e] = fmaf(s[e / 2 % 2], c[i][e], acc[e]);
+        }
+    }
+
     // This warpgroup's sums of steps [step0, step1) of a tile, two units at a time: converted, then
     // multiplied, while other warpgroups convert theirs. `fresh`: x may not have been waited for;
     // x_parity: of its barriers. N: rows of x that are multiplied. kThere: all of x is there and
@@ -531,11 +596,12 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     __device__ __forceinline__ void tile(float (&acc)[R], bool fresh, int step0, int step1,
                                          int x_parity = 0) {
         constexpr bool kAhead = bits == 4; // codes are read while those before are multiplied
-        const bool leader = threadIdx.x % 32 == 0;
+        const bool leader = (kRacecheck && !kExperts) || threadIdx.x % 32 == 0;
         uint32_t a[2][4][4], code_at = code + at.stage * d.slot;
         uint4 chunk[2][bits / 4];
         float granule[kParts][N / 2], of_x[N / 4]; // sums
-        dequant_packed packed;
+        float beside[R] = {};
+        dequant_packed packed, fine[4];
         dequant_scales scales;
         dequant_rows rows_of;
         if (step0 < step1) barrier_wait(full + at.stage * 8, at.parity);
@@ -566,13 +632,18 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (!kAhead) load(chunk[i], u + i, code_at);
-                    convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at);
+                    convert(a[i], chunk[i], scales, rows_of, packed, u + i, scale_at, fine);
                     if (!kSync) pin(a[i]);
                 }
                 if (u + 2 == U && early) release();
                 if (!kThere && u == 0 && fresh && (kExperts || !d.x_again))
                     barrier_wait(x_bar, parity_x);
-                if constexpr (kSync) multiply_by_warps<N>(granule, a, x_at + u * (NT * 128));
+                if constexpr (kFine)
+                    multiply_fine<N>(acc, a, x_at + u * (NT * 128), fine);
+                else if constexpr (kSync && !kSums)
+                    multiply_onto<N>(acc, beside, a, x_at + u * (NT * 128));
+                else if constexpr (kSync)
+                    multiply_by_warps<N>(granule, a, x_at + u * (NT * 128));
                 if (!kSync) group_fence();
 #pragma unroll
                 for (int j = 0; j < 8 && !kSync; j++) {
@@ -595,7 +666,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
                 if (u == 0 && sums_wanted && !sums_there) barrier_wait(sums_bar, parity_x);
                 if (kByXSums) load_x_sums<N>(of_x, of_x_at + u / per * (NT * 4));
                 if (!kSync) group_wait<0>();
-                if (!kSums) group_pin(acc);
+                if (!kSums && !kSync) group_pin(acc);
                 for (int i = 0; i < kParts && kSums && !kSync; i++) group_pin(granule[i]);
                 for (int i = 0; i < kParts && kSums; i++) {
                     if (i > 0) {
@@ -610,6 +681,9 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
             if constexpr (U > 2) two_units(number<2>{});
             if (!early) release();
         }
+        if (kSync && !kSums && !kFine)
+#pragma unroll
+            for (int e = 0; e < R; e++) acc[e] += beside[e];
     }
 };
 
@@ -800,7 +874,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
 }
 
 // Of a thread; so few for 8 rows that small kernels of others find room beside two CTAs.
-template <int NT, int G> constexpr int kRegisters = NT == 8 ? G == 64 ? 72 : 64 : 80;
+template <int NT, int G> constexpr int kRegisters = NT > 8 ? 80 : G == 64 || G == 16 ? 72 : 64;
 template <int NT, int G> constexpr int kFewer = kRegisters<NT, G> - (NT == 32 ? 24 : 16);
 
 template <typename T, int F, int NT, int P, int G>
@@ -813,7 +887,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, 4, 1);
+    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, kRacecheck ? 128 : 4, 1);
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
@@ -827,9 +901,9 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     }
     if (warp >= 4 * P) {
         const duty own(d, warp - 4 * P);
-        if (threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
+        if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
-        cluster_wait();
+        if (!kRacecheck) cluster_wait();
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
@@ -1122,12 +1196,6 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     }
 }
 
-// An 8 x 8 matrix of 16 bits across a warp, turned.
-__device__ __forceinline__ uint32_t turned(uint32_t v) {
-    uint32_t r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
 template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finished at once
 
 // A tile whose K is not shared, by the warps that have summed it: 16 bytes of an x row at a time.

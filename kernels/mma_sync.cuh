@@ -14,6 +14,14 @@ __device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
                  : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit elements across a warp, turned: lane 4 i + j holds elements 2 j and
+// 2 j + 1 of row i.
+__device__ __forceinline__ uint32_t turned(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
 // c[16, 8] += a[16, 16] b[16, 8] in f32.
 #define MULTIPLY(T, TYPE)                                                                          \
     __device__ __forceinline__ void multiply(float *c, const uint32_t *a, uint32_t b0,             \
