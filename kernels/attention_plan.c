@@ -100,6 +100,34 @@ static int32_t leaf_cost(const attention_run *r) {
     return (int32_t)(rounds * (ATTENTION_LEAF_MIN / P) + 1 + 4 / r->n);
 }
 
+/* Where a block has many leaves, more exactly, in sixteenths of a page: the last leaf of a tile has
+ * the tokens that are left, and three pages for its beginning do not vanish beside five leaves. */
+enum { SIXTEENTHS = 16, TILE_COST = 3 * SIXTEENTHS };
+
+static int64_t exact_cost(const attention_run *r, int32_t tokens) {
+    if (r->lone >= 0) return leaf_cost(r) * SIXTEENTHS;
+    const int64_t rounds = div_up(tokens, ATTENTION_LEAF_MIN);
+    return (rounds * (ATTENTION_LEAF_MIN / P) + 1) * SIXTEENTHS + TILE_COST / r->n;
+}
+static int64_t whole_cost(const attention_run *r) {
+    return exact_cost(r, (int32_t)i64_min(r->leaf, r->end - r->begin));
+}
+/* What a tile's last leaf costs less. */
+static int64_t missing_cost(const attention_run *r) {
+    return whole_cost(r) - exact_cost(r, r->end - r->begin - (r->n - 1) * r->leaf);
+}
+static int64_t run_cost(const attention_run *r) {
+    return (r->to - r->from) * whole_cost(r) - (r->to / r->n - r->from / r->n) * missing_cost(r);
+}
+/* Most leaves from r->from on that cost no more than `room`. */
+static int32_t leaves_in(const attention_run *r, int64_t room) {
+    const int64_t leaf = whole_cost(r), missing = missing_cost(r), tile = r->n * leaf - missing;
+    const int32_t left = r->n - r->from % r->n; /* of the first tile */
+    if (room < left * leaf - missing) return (int32_t)i64_min(i64_max(room, 0) / leaf, left - 1);
+    room -= left * leaf - missing;
+    return (int32_t)(left + room / tile * r->n + i64_min(room % tile / leaf, r->n - 1));
+}
+
 /* The whole of decode s as one run. */
 static attention_run decode_run(const attention_batch *b, int32_t s, int32_t n_tiles,
                                 int32_t window, bool kv4) {
@@ -122,8 +150,10 @@ typedef struct {
     attention_run *run;
     int32_t n, most; /* runs */
     int32_t n_blocks, at, room,
-        n_full; /* block at hand, cost a block may have, full ones in a row */
-    bool few;   /* leaves: for half of the blocks at most */
+        n_full;           /* block at hand, cost a block may have, full ones in a row */
+    bool few;             /* leaves: for half of the blocks at most */
+    bool shares;          /* block b's list ends where b + 1 equal shares of the cost do */
+    int64_t total, given; /* exact cost: of all, of what blocks have */
     int32_t last[ATTENTION_BLOCKS_MAX], cost[ATTENTION_BLOCKS_MAX]; /* last run, or -1 */
     int32_t lone[ATTENTION_BLOCKS_MAX];                             /* warp whose turn it is */
 } split;
@@ -150,14 +180,22 @@ static void add_run(split *s, attention_run r) {
     s->run[i] = r;
     s->last[s->at] = i;
     s->cost[s->at] += (r.to - r.from) * leaf_cost(&r);
+    s->given += run_cost(&r);
 }
 
-/* Leaves of `all` to blocks with room, from the one at hand on; room grows when all are full. */
+/* Leaves of r that the block at hand still takes. */
+static int32_t fit_of(const split *s, const attention_run *r) {
+    if (!s->shares) return (s->room - s->cost[s->at]) / leaf_cost(r);
+    const int64_t end = s->total * (s->at + 1) / s->n_blocks;
+    return leaves_in(r, end - s->given + whole_cost(r) / 2);
+}
+
+/* Leaves of `all` to blocks that take some, from the one at hand on; room grows when all are
+ * full. */
 static void split_run(split *s, const attention_run *all, int32_t runs_to_come) {
-    const int32_t cost = leaf_cost(all);
     for (attention_run r = *all; r.from < all->to;) {
         const int32_t left = all->to - r.from;
-        int32_t fit = (s->room - s->cost[s->at]) / cost;
+        int32_t fit = fit_of(s, &r);
         if (fit > left || s->n + runs_to_come >= s->most) fit = left;
         if (fit > 0) {
             r.to = r.from + fit;
@@ -168,7 +206,7 @@ static void split_run(split *s, const attention_run *all, int32_t runs_to_come) 
         }
         if (fit == left) return;
         s->at = (s->at + 1) % s->n_blocks;
-        if (++s->n_full > s->n_blocks) s->room += cost, s->n_full = 0;
+        if (++s->n_full > s->n_blocks) s->room += leaf_cost(all), s->n_full = 0;
     }
 }
 
@@ -199,32 +237,49 @@ static void stagger(split *s) {
     }
 }
 
+/* Blocks with many leaves, of a mean cost, have equal shares, cut where they end, unless tiles are
+ * alike and a block's room is several or a part of one: its leaves are of few tiles then. With few
+ * leaves small ones fill the gaps that large ones leave. */
+static bool has_shares(int64_t mean, int32_t room, int32_t largest, const attention_run *any,
+                       bool alike) {
+    const int32_t leaves = room / largest;
+    const bool fits =
+        alike && room % largest == 0 && (leaves % any->n == 0 || any->n % leaves == 0);
+    return mean >= 4 * (int64_t)largest && !fits;
+}
+
 /* Large leaves first, up to a factor of two, since small ones fill the gaps. */
 static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_t n_tiles,
                             int32_t window, bool kv4, int32_t n_blocks) {
     split s = {.run = run, .n = n_blocks, .most = b->n_decodes + SPARE_RUNS, .n_blocks = n_blocks};
     int64_t cost = 0;
     int64_t n_leaves = 0;
+    bool alike = true; /* tiles */
+    attention_run r = {0};
     int32_t largest = 0, slot = 0, to_come = b->n_decodes;
     for (int32_t i = 0; i < n_blocks; i++) {
         run[i] = (attention_run){.n = 1, .next = -1, .lone = -1};
         s.last[i] = -1;
     }
     for (int32_t i = 0; i < b->n_decodes; i++) {
-        const attention_run r = decode_run(b, i, n_tiles, window, kv4);
+        const attention_run before = r;
+        r = decode_run(b, i, n_tiles, window, kv4);
+        alike = alike && (i == 0 || (r.n == before.n && run_cost(&r) == run_cost(&before)));
         n_leaves += r.to;
         cost += (int64_t)r.to * leaf_cost(&r);
+        s.total += run_cost(&r);
         largest = (int32_t)i64_max(largest, leaf_cost(&r));
     }
     s.room = first_room(cost, largest, n_blocks);
+    s.shares = has_shares(cost / n_blocks, s.room, largest, &r, alike);
     s.few = n_leaves <= n_blocks / 2;
     int32_t bit = 0;
     while (largest >> bit > 1) bit++;
-    for (; bit >= 0; bit--) {
+    for (; to_come > 0; bit--) {
         slot = 0;
-        s.at = s.n_full = 0;
+        if (!s.shares) s.at = s.n_full = 0;
         for (int32_t i = 0; i < b->n_decodes; i++) {
-            attention_run r = decode_run(b, i, n_tiles, window, kv4);
+            r = decode_run(b, i, n_tiles, window, kv4);
             r.slot = slot;
             slot += r.n;
             if (leaf_cost(&r) >> bit == 1) split_run(&s, &r, to_come--);

@@ -650,6 +650,11 @@ static void many(dtype type, kv_format k, kv_format v) {
     for (int32_t i = 0; i < 70; i++) add(&c, 300 + i * 13 % 900, 1); /* 280 items and more */
     add(&c, 150, 1);
     run_case(&c);
+    const int32_t all = n_sms;
+    n_sms = 16; /* many leaves a block: equal shares */
+    c.name = "shares";
+    run_case(&c);
+    n_sms = all;
     attention_case r = base_case("ragged", type, k, v);
     for (int32_t i = 0; i < 40; i++) add(&r, 100 + i, 1);
     add(&r, 20001, 1); /* alone it is split otherwise than beside the others */
@@ -748,12 +753,20 @@ static void tiny(dtype type, kv_format f) {
     n_sms = all;
 }
 
-/* Each way a decode's sequence may go: a warp alone, a leaf, leaves of one block and of several. */
+/* Each way a decode's sequence may go: a warp alone, a leaf, leaves of one block and of several;
+ * few leaves a block and, with two SMs, many. */
 static void least(kv_format f) {
     attention_case c = base_case("least", DT_F16, f, f);
     static const int32_t lengths[] = {1, 65, 128, 129, 300, 1100};
     for (int32_t i = 0; i < COUNT_OF(lengths); i++) add(&c, lengths[i], 1);
     run_case(&c);
+    const int32_t all = n_sms;
+    n_sms = 2;
+    c.name = "least, shares";
+    add(&c, 2300, 1);
+    add(&c, 700, 1);
+    run_case(&c);
+    n_sms = all;
 }
 
 /* Scales of V beyond 32, and of K as ever. */
