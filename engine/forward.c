@@ -173,9 +173,10 @@ status forward_launch(forward *f, const batch *b) {
 
     f->n_samples = b->n_samples;
     if (b->n_samples > 0) { /* none: a chunk of a prompt that goes on in the next step */
-        const tensor sampled_x = rows(f->sampled, b->n_samples);
         const tensor logits = rows(f->logits, b->n_samples);
-        TRY(op->gather(f->d, sampled_x, x));
+        const bool all = b->n_samples == n; /* they ascend, so each is its own */
+        const tensor sampled_x = all ? x : rows(f->sampled, b->n_samples);
+        if (!all) TRY(op->gather(f->d, sampled_x, x));
         TRY(op->logits(f->d, logits, sampled_x, &f->w.head));
         TRY(op->sample(f->d, logits));
     }
@@ -385,7 +386,7 @@ void forward_explain(forward *f, int32_t n_tokens, int32_t n_samples, text *out)
     }
     list_op(&l, "-", norm_behind_name(f), n_tokens, &f->w.norm);
     if (n_samples > 0) {
-        list_op(&l, "-", "gather", n_samples, NULL);
+        if (n_samples < n_tokens) list_op(&l, "-", "gather", n_samples, NULL);
         list_op(&l, "-", "logits", n_samples, &f->w.head);
         list_op(&l, "-", "sample", n_samples, NULL);
     }
