@@ -110,10 +110,11 @@ typedef struct device_ops {
     /* --- one step ------------------------------------------------------------------------- */
     status (*begin)(device *d, const batch *b); /* upload ids, plan attention */
 
-    /* out[t] = table[token[t]]                                            [T, E] */
-    status (*embed)(device *d, tensor out, const weight *table);
+    /* residual[t] = table[token[t]]; out = rmsnorm(residual) * w          [T, E] */
+    status (*embed)(device *d, tensor out, tensor residual, const weight *table, const weight *w,
+                    float eps);
 
-    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E]
+    /* residual += add; out = rmsnorm(residual) * w                        [T, E]
      * out is neither of the others. */
     status (*norm)(device *d, tensor out, tensor residual, tensor add, const weight *w, float eps);
 

@@ -596,13 +596,15 @@ static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
 
 static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows); }
 
-static status cuda_embed(device *d, tensor out, const weight *table) {
+static status cuda_embed(device *d, tensor out, tensor residual, const weight *table,
+                         const weight *w, float eps) {
     cudev *c = self(d);
-    CHECK(out.rows == c->b->n_tokens);
-    CHECK(out.cols == table->k);
+    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows);
+    CHECK(out.cols == table->k && residual.cols == out.cols && w->k == out.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
-                       out.cols, true, c->stream);
+    return kernel_norm_embed(out.data, residual.data, weight_of(table)->plain, c->tables.token,
+                             drawn_by(c, c->n_begun - 1), weight_of(w)->plain, rows_of(c, out),
+                             out.cols, eps, c->type, c->stream);
 }
 
 static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
@@ -611,10 +613,10 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
     CHECK(out.rows == residual.rows);
     CHECK(out.cols == residual.cols);
     CHECK(w->k == out.cols);
-    CHECK(add.rows == 0 || add.rows == out.rows);
+    CHECK(add.rows == out.rows);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_norm_add(out.data, residual.data, add.rows ? add.data : NULL, weight_of(w)->plain,
-                           rows_of(c, out), out.cols, eps, c->type, c->stream);
+    return kernel_norm_add(out.data, residual.data, add.data, weight_of(w)->plain, rows_of(c, out),
+                           out.cols, eps, c->type, c->stream);
 }
 
 static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
@@ -842,8 +844,7 @@ static status cuda_gather(device *d, tensor out, tensor x) {
     CHECK(out.rows == c->b->n_samples);
     CHECK(out.cols == x.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols, false,
-                       c->stream);
+    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols, c->stream);
 }
 
 static status cuda_sample(device *d, tensor logits) {

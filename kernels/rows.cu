@@ -17,15 +17,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename V>
-status copy(void *out, const void *table, const int32_t *row, int64_t n, int32_t units, bool first,
+status copy(void *out, const void *table, const int32_t *row, int64_t n, int32_t units,
             cudaStream_t stream) {
     V *to = static_cast<V *>(out);
     const V *from = static_cast<const V *>(table);
-    if (!first)
-        return launch_early("rows", copy_rows<V>, (unsigned)n, kThreads, stream, to, from, row,
-                            units);
-    copy_rows<<<(unsigned)n, kThreads, 0, stream>>>(to, from, row, units);
-    return launched("rows");
+    return launch_early("rows", copy_rows<V>, (unsigned)n, kThreads, stream, to, from, row, units);
 }
 
 struct copies {
@@ -63,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) join(float *out, const float *part, 
 } // namespace
 
 extern "C" status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n,
-                              int32_t cols, bool first, kernel_stream stream) {
+                              int32_t cols, kernel_stream stream) {
     if (n < 0 || n > INT32_MAX || cols <= 0)
         return FAIL(ST_SHAPE, "rows: %lld x %d", (long long)n, cols);
     if (n == 0) return ST_OK;
-    if (cols % 8 == 0) return copy<uint4>(out, table, row, n, cols / 8, first, stream);
-    return copy<unsigned short>(out, table, row, n, cols, first, stream);
+    if (cols % 8 == 0) return copy<uint4>(out, table, row, n, cols / 8, stream);
+    return copy<unsigned short>(out, table, row, n, cols, stream);
 }
 
 extern "C" status kernel_rows_upload(const rows_copy *copy, int32_t n, int32_t n_tokens,
