@@ -101,7 +101,7 @@ typedef struct device_ops {
     /* So far, all of it being over; NULL where nothing is copied. */
     status (*load_times)(device *d, load_times *out);
     status (*setup)(device *d, const device_setup *s);
-    /* Decode steps of `rows` sequences run as those of so many, at least as many; their first two
+    /* Decode steps of `rows` sequences run as those of so many, at least as many; their first three
      * runs, like those of other steps, cost more than later ones. NULL: none does. */
     int32_t (*padded_rows)(device *d, int32_t rows);
     /* An activation buffer for the whole run. */

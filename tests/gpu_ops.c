@@ -109,42 +109,6 @@ static void test_rows(void **state) {
     assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
 }
 
-/* Ids of a step before are put in; what lies behind them is copied, negative or not. */
-static void test_rows_upload(void **state) {
-    (void)state;
-    enum { IDS = 37, FIRST = 64, SECOND = 4096, DRAWN = 5 };
-    static draw_result drawn[DRAWN];
-    int32_t *first, *second, got[FIRST], rest[SECOND];
-    CUDA(cudaHostAlloc((void **)&first, sizeof got, cudaHostAllocDefault));
-    CUDA(cudaHostAlloc((void **)&second, sizeof rest, cudaHostAllocDefault));
-    for (int32_t i = 0; i < DRAWN; i++) drawn[i].token = 1000 + i;
-    for (int32_t i = 0; i < FIRST; i++) first[i] = i % 3 ? i : -1 - i % DRAWN;
-    for (int32_t i = 0; i < SECOND; i++) second[i] = -i;
-    void *d = dev_copy(drawn, sizeof drawn), *a = dev(sizeof got), *b = dev(sizeof rest);
-    const rows_copy copy[] = {{.to = a, .from = first, .bytes = sizeof got},
-                              {.to = b, .from = second, .bytes = sizeof rest}};
-    assert_ok(kernel_rows_upload(copy, 2, IDS, d, NULL));
-    fetch(got, a, sizeof got);
-    fetch(rest, b, sizeof rest);
-    int32_t wrong = 0;
-    for (int32_t i = 0; i < FIRST; i++) {
-        const int32_t want = i < IDS && first[i] < 0 ? 1000 + i % DRAWN : first[i];
-        wrong += got[i] != want;
-    }
-    assert_int_equal(wrong, 0);
-    assert_memory_equal(rest, second, sizeof rest);
-    got[3]++; /* twin */
-    assert_int_not_equal(got[3], 1000 + 3 % DRAWN);
-    const rows_copy odd = {.to = a, .from = first, .bytes = 8};
-    assert_status(kernel_rows_upload(&odd, 1, 0, d, NULL), ST_SHAPE);
-    assert_status(kernel_rows_upload(copy, ROWS_COPIES_MAX + 1, 0, d, NULL), ST_SHAPE);
-    CUDA(cudaFree(d));
-    CUDA(cudaFree(a));
-    CUDA(cudaFree(b));
-    CUDA(cudaFreeHost(first));
-    CUDA(cudaFreeHost(second));
-}
-
 static void test_rows_join(void **state) {
     (void)state;
     static const int32_t widths[] = {1, 100, 5000};
@@ -1320,15 +1284,15 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[argc - 1]);
     if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),       cmocka_unit_test(test_rows_upload),
-        cmocka_unit_test(test_rows_join),  cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_norm_embed), cmocka_unit_test(test_norm_ranks),
-        cmocka_unit_test(test_gated),      cmocka_unit_test(test_moe),
-        cmocka_unit_test(test_moe_norms),  cmocka_unit_test(test_draw),
-        cmocka_unit_test(test_noise),      cmocka_unit_test(test_finite),
-        cmocka_unit_test(test_convert),    cmocka_unit_test(test_angles),
-        cmocka_unit_test(test_quantise),   cmocka_unit_test(test_activations),
-        cmocka_unit_test(test_expand),     cmocka_unit_test(test_unpack),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_norm_embed),
+        cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_norm_ranks),  cmocka_unit_test(test_gated),
+        cmocka_unit_test(test_moe),         cmocka_unit_test(test_moe_norms),
+        cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
+        cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
+        cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_expand),
+        cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
