@@ -52,7 +52,7 @@ static status norm_launch(const bench *b, void *in, void *out, void *other) {
 static double rows_bytes(const bench *b) { return 4.0 * (double)b->t * b->c->dim; }
 static status rows_launch(const bench *b, void *in, void *out, void *other) {
     (void)other;
-    return kernel_rows(out, in, b->index, b->t, b->c->dim, false, b->stream);
+    return kernel_rows(out, in, b->index, b->t, b->c->dim, b->stream);
 }
 
 static double gated_bytes(const bench *b) { return 6.0 * (double)(slots(b) * ffn(b)); }

@@ -70,9 +70,9 @@ status cudev_marks_sum(cudev_staging *s);
 
 enum { CUDEV_GRAPHS_MAX = 40 };
 typedef struct {
-    int32_t n_rows;        /* a decode step of up to so many sequences is padded to this */
-    int32_t n_runs;        /* without a graph so far */
-    cudev_graph_exec exec; /* NULL until captured */
+    int32_t n_rows;           /* a decode step of up to so many sequences is padded to this */
+    int32_t n_runs;           /* without a graph so far */
+    cudev_graph_exec exec[2]; /* by the slot whose tables it reads; NULL until captured */
 } cudev_graph;
 
 typedef struct {
@@ -102,7 +102,8 @@ typedef struct {
     attention_work work; /* of the step */
 } cudev_plan;
 
-/* Arrays of a step on the device: one block, laid out for padded counts, one copy. */
+/* Arrays of a step on the device: one block, laid out for padded counts, one copy. Constants to all
+ * kernels but the first (norm.h). */
 typedef struct {
     const int32_t *token, *position, *token_seq; /* [T] */
     const int32_t *sample_row;                   /* [n_samples] */
@@ -111,14 +112,14 @@ typedef struct {
     size_t bytes;
 } cudev_tables;
 
-/* The host's side of a step, pinned: what it uploads, and what comes back. Two, so that a step can
- * be made while the one before runs; on the device the stream orders them. */
+/* What a step uploads, pinned, and where that goes; and what comes back, pinned. Two, so that a
+ * step can be made and uploaded while the one before runs. */
 typedef struct {
-    uint8_t *tables;
-    uint32_t *seen;              /* [seen_max, words] */
-    void *plan[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
-    draw_result *result;         /* [max_samples] */
-    cudev_event drawn, done;     /* tokens on the device; tokens here */
+    uint8_t *tables, *tables_device;
+    uint32_t *seen, *seen_device;                               /* [seen_max, words] */
+    void *plan[CUDEV_PLANS_MAX], *plan_device[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
+    draw_result *result;                                        /* [max_samples] */
+    cudev_event uploaded, drawn, done; /* tables on the device; tokens there; tokens here */
     int64_t step;
     int32_t n_samples;
 } cudev_slot;
@@ -138,8 +139,8 @@ typedef struct {
     int32_t gpu, rank; /* of options.tp; equal: ranks are GPUs 0 .. tp - 1 */
     int32_t sm, n_sms, family;
     kernel_stream stream;
-    kernel_stream back; /* tokens to the host */
-    bool dead;          /* an execution error was seen: nothing runs any more */
+    kernel_stream front, back; /* tables to the device; tokens to the host */
+    bool dead;                 /* an execution error was seen: nothing runs any more */
     char why[256];
 
     /* Weights and what loading them needs. */
@@ -173,8 +174,6 @@ typedef struct {
     int32_t n_plans;
     cudev_slot slot[2];
     int64_t n_begun, n_ended; /* steps; step i has slot i & 1 */
-    uint8_t *tables_device;
-    uint32_t *seen_device; /* [seen_max, words] */
     int32_t seen_max;
     draw_result *drawn; /* [2, max_samples] device, by step: the next may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token;

@@ -2,9 +2,9 @@
  *
  * A graph has fixed launches, so decode steps are padded up to one of these numbers: dense where a
  * row more costs most. They are padded whether graphs are on or off, so that both launch the same
- * kernels over the same rows and give the same tokens. A graph is captured the second time its
- * number comes up (the first run loads the kernels, which cannot be done within a capture).
- * Bounded: one graph a number. */
+ * kernels over the same rows and give the same tokens. Graphs are captured from the second time on
+ * that a number comes up (the first run loads the kernels, which cannot be done within a capture).
+ * Bounded: two graphs a number, since steps take their tables from two places in turn. */
 #include "cudev.h"
 
 #include <cuda_runtime_api.h>
@@ -34,6 +34,7 @@ cudev_graph *cudev_graphs_find(cudev_graphs *g, int32_t n_rows) {
 
 void cudev_graphs_free(cudev_graphs *g) {
     for (int32_t i = 0; i < g->n; i++)
-        if (g->graph[i].exec) (void)cudaGraphExecDestroy(g->graph[i].exec);
+        for (int32_t j = 0; j < COUNT_OF(g->graph[i].exec); j++)
+            if (g->graph[i].exec[j]) (void)cudaGraphExecDestroy(g->graph[i].exec[j]);
     *g = (cudev_graphs){0};
 }

@@ -328,9 +328,11 @@ static status ranks_end(device *d, sampled *out, int64_t *cost_ns) {
     return ST_OK;
 }
 
-static status ranks_embed(device *d, tensor out, const weight *table) {
+static status ranks_embed(device *d, tensor out, tensor residual, const weight *table,
+                          const weight *w, float eps) {
     ranks *g = self(d);
-    EACH_RANK(g, device_cuda.embed(of, part(out, r), share(table, r)));
+    EACH_RANK(g, device_cuda.embed(of, part(out, r), part(residual, r), share(table, r),
+                                   share(w, r), eps));
     return ST_OK;
 }
 

@@ -101,7 +101,7 @@ typedef struct device_ops {
     /* So far, all of it being over; NULL where nothing is copied. */
     status (*load_times)(device *d, load_times *out);
     status (*setup)(device *d, const device_setup *s);
-    /* Decode steps of `rows` sequences run as those of so many, at least as many; their first two
+    /* Decode steps of `rows` sequences run as those of so many, at least as many; their first three
      * runs, like those of other steps, cost more than later ones. NULL: none does. */
     int32_t (*padded_rows)(device *d, int32_t rows);
     /* An activation buffer for the whole run. */
@@ -110,10 +110,11 @@ typedef struct device_ops {
     /* --- one step ------------------------------------------------------------------------- */
     status (*begin)(device *d, const batch *b); /* upload ids, plan attention */
 
-    /* out[t] = table[token[t]]                                            [T, E] */
-    status (*embed)(device *d, tensor out, const weight *table);
+    /* residual[t] = table[token[t]]; out = rmsnorm(residual) * w          [T, E] */
+    status (*embed)(device *d, tensor out, tensor residual, const weight *table, const weight *w,
+                    float eps);
 
-    /* residual += add (when add.rows > 0); out = rmsnorm(residual) * w    [T, E]
+    /* residual += add; out = rmsnorm(residual) * w                        [T, E]
      * out is neither of the others. */
     status (*norm)(device *d, tensor out, tensor residual, tensor add, const weight *w, float eps);
 

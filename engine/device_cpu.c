@@ -314,28 +314,36 @@ static status cpu_begin(device *d, const batch *b) {
     return ST_OK;
 }
 
-static status cpu_embed(device *d, tensor out, const weight *table) {
-    const batch *b = self(d)->b;
+/* add: NULL, or what is added to the stream. */
+static void norm_rows(const cpu *c, tensor out, tensor residual, const float *add, const weight *w,
+                      float eps) {
+    CHECK(out.rows == residual.rows);
+    CHECK(out.cols == residual.cols);
+    CHECK(w->k == out.cols);
+    const float *gain = values(w)->value;
+#pragma omp parallel for num_threads(threads_for(c, out.rows *out.cols * 4))
+    for (int64_t r = 0; r < out.rows; r++)
+        ref_norm_add(data(out) + r * out.cols, data(residual) + r * out.cols,
+                     add ? add + r * out.cols : NULL, gain, 1, out.cols, eps);
+}
+
+static status cpu_embed(device *d, tensor out, tensor residual, const weight *table,
+                        const weight *w, float eps) {
+    const cpu *c = self(d);
     const float *value = values(table)->value;
-    CHECK(out.rows == b->n_tokens);
-    CHECK(out.cols == table->k);
-    for (int32_t t = 0; t < b->n_tokens; t++)
-        memcpy(data(out) + (int64_t)t * table->k, value + (int64_t)b->token[t] * table->k,
+    CHECK(residual.rows == c->b->n_tokens);
+    CHECK(residual.cols == table->k);
+    for (int32_t t = 0; t < c->b->n_tokens; t++)
+        memcpy(data(residual) + (int64_t)t * table->k, value + (int64_t)c->b->token[t] * table->k,
                sizeof(float) * (size_t)table->k);
+    norm_rows(c, out, residual, NULL, w, eps);
     return ST_OK;
 }
 
 static status cpu_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
                        float eps) {
-    CHECK(out.rows == residual.rows);
-    CHECK(out.cols == residual.cols);
-    CHECK(w->k == out.cols);
-    CHECK(add.rows == 0 || add.rows == out.rows);
-    const float *gain = values(w)->value;
-#pragma omp parallel for num_threads(threads_for(self(d), out.rows *out.cols * 4))
-    for (int64_t r = 0; r < out.rows; r++)
-        ref_norm_add(data(out) + r * out.cols, data(residual) + r * out.cols,
-                     add.rows ? data(add) + r * out.cols : NULL, gain, 1, out.cols, eps);
+    CHECK(add.rows == out.rows);
+    norm_rows(self(d), out, residual, data(add), w, eps);
     return ST_OK;
 }
 

@@ -2,12 +2,13 @@
  *
  * Memory is taken once: weights in one slab (cudev_load.c), then setup takes the KV pages, the
  * buffers and the tables of a step. A step brings a block of tables and a plan for each kind of
- * attention window over in one launch, runs, copies the tokens back on a stream of its own, and is
+ * attention window over on a stream of its own, runs, copies the tokens back on another, and is
  * waited for once, in end.
  *
- * Two steps may be under way (device_ops.launch). The host's side of each is a slot; on the device
- * one stream orders them, so that tables, activations and KV pages need no second copy. Tokens that
- * the first draws are put into the tables of the second on the device.
+ * Two steps may be under way (device_ops.launch). Each has a slot: what it uploads, here and on the
+ * device, so that one uploads while the other runs, and what comes back. One stream orders their
+ * kernels, so that activations and KV pages need no second copy. The embedding of the second takes
+ * tokens from where the first drew them.
  *
  * A step of decodes alone is padded to a number of rows of cudev_graph.c and runs as a CUDA graph:
  *
@@ -72,6 +73,7 @@ static status probe(cudev *c) {
                     c->sm);
     CUDA_TRY(cudaSetDevice(c->gpu), c->name);
     CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), c->name);
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->front, cudaStreamNonBlocking), c->name);
     CUDA_TRY(cudaStreamCreateWithFlags(&c->back, cudaStreamNonBlocking), c->name);
     void *word;
     CUDA_TRY(cudaMalloc(&word, 4), c->name);
@@ -109,6 +111,7 @@ static void close_slot(cudev_slot *s) {
     if (s->tables) (void)cudaFreeHost(s->tables);
     if (s->seen) (void)cudaFreeHost(s->seen);
     if (s->result) (void)cudaFreeHost(s->result);
+    if (s->uploaded) (void)cudaEventDestroy(s->uploaded);
     if (s->drawn) (void)cudaEventDestroy(s->drawn);
     if (s->done) (void)cudaEventDestroy(s->done);
 }
@@ -126,6 +129,8 @@ static void cuda_close(device *d) {
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) close_slot(&c->slot[i]);
     if (c->back) (void)cudaStreamSynchronize(c->back);
     if (c->back) (void)cudaStreamDestroy(c->back);
+    if (c->front) (void)cudaStreamSynchronize(c->front);
+    if (c->front) (void)cudaStreamDestroy(c->front);
     if (c->stream) (void)cudaStreamDestroy(c->stream);
     arena_close(&c->handles);
     (void)cudaGetLastError();
@@ -227,12 +232,13 @@ static status setup_plans(cudev *c) {
         }
         if (p == CUDEV_PLANS_MAX)
             return FAIL(ST_UNSUPPORTED, "more than %d different windows", CUDEV_PLANS_MAX);
-        for (int32_t j = 0; j < COUNT_OF(c->slot); j++)
-            TRY(pinned((size_t)bytes + 16, &c->slot[j].plan[p]));
+        for (int32_t j = 0; j < COUNT_OF(c->slot); j++) {
+            TRY(pinned((size_t)bytes, &c->slot[j].plan[p]));
+            TRY(take(c, bytes, "attention plan", &c->slot[j].plan_device[p]));
+        }
         c->plan[p].window = m->window[i];
         c->plan[p].kv4 = kv4;
         c->n_plans++;
-        TRY(take(c, bytes + 16, "attention plan", &c->plan[p].work.plan));
     }
     return ST_OK;
 }
@@ -287,17 +293,18 @@ static status setup_tables(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     const cudev_tables x =
         lay_tables(NULL, c->max_tokens, c->max_seqs, c->max_samples, c->max_page_ids);
-    TRY(take(c, (int64_t)x.bytes, "tables", &c->tables_device));
     c->seen_max = (int32_t)i64_min(c->max_seqs, c->max_samples);
     const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
-    TRY(take(c, seen, "penalties", &c->seen_device));
     const size_t drawn = sizeof(draw_result) * (size_t)c->max_samples;
     TRY(take(c, COUNT_OF(c->slot) * (int64_t)drawn, "tokens", &c->drawn));
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) {
         cudev_slot *slot = &c->slot[i];
         TRY(pinned(x.bytes, &slot->tables));
+        TRY(take(c, (int64_t)x.bytes, "tables", &slot->tables_device));
         TRY(pinned((size_t)seen, &slot->seen));
+        TRY(take(c, seen, "penalties", &slot->seen_device));
         TRY(pinned(drawn, &slot->result));
+        CUDA_TRY(cudaEventCreateWithFlags(&slot->uploaded, cudaEventDisableTiming), "event");
         CUDA_TRY(cudaEventCreateWithFlags(&slot->drawn, cudaEventDisableTiming), "event");
         CUDA_TRY(cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming), "event");
     }
@@ -442,33 +449,36 @@ static attention_batch attention_of(const cudev *c, const cudev_tables *x, bool 
                              .page = x->page};
 }
 
+static status upload(const cudev *c, void *to, const void *from, int64_t bytes) {
+    CUDA_TRY(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyHostToDevice, c->front), "tables");
+    return ST_OK;
+}
+
+/* The step that last read what this one writes is over, for begin has seen to it that at most one
+ * other is under way: nothing on the device is waited for. */
 static status upload_step(cudev *c) {
     const batch *b = c->b;
     const bool padded = c->graph != NULL;
     const int32_t s = padded ? c->rows : b->n_seqs, samples = padded ? c->rows : b->n_samples;
     int32_t n_seen;
+    cudev_slot *at = c->at;
     const cudev_tables h = fill_tables(c, c->rows, s, samples, &n_seen);
-    c->tables = lay_tables(c->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
-    rows_copy copy[1 + CUDEV_PLANS_MAX] = {
-        {.to = c->tables_device, .from = c->at->tables, .bytes = (int64_t)h.bytes}};
+    c->tables = lay_tables(at->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
+    TRY(upload(c, at->tables_device, at->tables, (int64_t)h.bytes));
     const model_config *m = &c->config;
     const attention_batch a = attention_of(c, &h, false);
     for (int32_t i = 0; i < c->n_plans; i++) {
         attention_work *w = &c->plan[i].work;
-        TRY(attention_plan_make(c->at->plan[i], &w->counts, &a, c->n_heads, c->n_kv_heads,
-                                m->head_dim, c->plan[i].window, c->plan[i].kv4, c->wide_pages,
-                                c->n_sms));
-        copy[1 + i] = (rows_copy){.to = (void *)(uintptr_t)w->plan,
-                                  .from = c->at->plan[i],
-                                  .bytes = div_up(w->counts.bytes, 16) * 16};
+        w->plan = at->plan_device[i];
+        TRY(attention_plan_make(at->plan[i], &w->counts, &a, c->n_heads, c->n_kv_heads, m->head_dim,
+                                c->plan[i].window, c->plan[i].kv4, c->wide_pages, c->n_sms));
+        TRY(upload(c, at->plan_device[i], at->plan[i], w->counts.bytes));
     }
     if (n_seen)
-        CUDA_TRY(cudaMemcpyAsync(c->seen_device, c->at->seen,
-                                 (size_t)(4 * draw_seen_words(c->config.vocab) * n_seen),
-                                 cudaMemcpyHostToDevice, c->stream),
-                 "penalties");
-    return kernel_rows_upload(copy, 1 + c->n_plans, b->n_decodes, drawn_by(c, c->n_begun - 1),
-                              c->stream);
+        TRY(upload(c, at->seen_device, at->seen, 4 * draw_seen_words(c->config.vocab) * n_seen));
+    CUDA_TRY(cudaEventRecord(at->uploaded, c->front), "tables");
+    CUDA_TRY(cudaStreamWaitEvent(c->stream, at->uploaded, 0), "tables");
+    return ST_OK;
 }
 
 /* --- A step: beginning and end -------------------------------------------------------------- */
@@ -506,11 +516,17 @@ void cudev_abandon_capture(cudev *c) {
     c->mode = STEP_EAGER;
 }
 
+/* The graph of this step, of its number of rows and its slot. */
+static cudev_graph_exec *exec_of(const cudev *c) { return &c->graph->exec[c->n_begun & 1]; }
+
 static status cuda_begin(device *d, const batch *b) {
     cudev *c = self(d);
     CHECK(c->ready);
     if (c->dead) return dead(c);
-    cudev_abandon_capture(c); /* an operation refused midway */
+    if (c->b) { /* an operation refused midway: what runs may still read what is uploaded now */
+        cudev_abandon_capture(c);
+        CUDA_TRY(cudaStreamSynchronize(c->stream), "an abandoned step");
+    }
     batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
     for (int32_t t = 0; t < b->n_tokens; t++) {
@@ -528,7 +544,7 @@ static status cuda_begin(device *d, const batch *b) {
     c->mode = STEP_EAGER;
     TRY(upload_step(c));
     if (!c->graph || c->graphs.off) return ST_OK;
-    if (c->graph->exec) {
+    if (*exec_of(c)) {
         c->mode = STEP_REPLAY;
     } else if (c->graph->n_runs++ > 0) {
         CUDA_TRY(cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "capture");
@@ -545,7 +561,7 @@ status cudev_end_capture(cudev *c) {
 
 status cudev_make_graph(cudev *c) {
     if (!c->captured) return ST_OK;
-    const cudaError_t e = cudaGraphInstantiate(&c->graph->exec, c->captured, 0);
+    const cudaError_t e = cudaGraphInstantiate(exec_of(c), c->captured, 0);
     (void)cudaGraphDestroy(c->captured);
     c->captured = NULL;
     return cudev_check((int)e, "graph");
@@ -558,7 +574,7 @@ static status cuda_launch(device *d) {
     TRY(cudev_end_capture(c));
     TRY(cudev_make_graph(c));
     c->b = NULL;
-    if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(c->graph->exec, c->stream), "graph");
+    if (c->mode == STEP_REPLAY) CUDA_TRY(cudaGraphLaunch(*exec_of(c), c->stream), "graph");
     c->mode = STEP_EAGER;
     CUDA_TRY(cudaEventRecord(c->at->drawn, c->stream), "tokens");
     CUDA_TRY(cudaStreamWaitEvent(c->back, c->at->drawn, 0), "tokens");
@@ -596,13 +612,15 @@ static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
 
 static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows); }
 
-static status cuda_embed(device *d, tensor out, const weight *table) {
+static status cuda_embed(device *d, tensor out, tensor residual, const weight *table,
+                         const weight *w, float eps) {
     cudev *c = self(d);
-    CHECK(out.rows == c->b->n_tokens);
-    CHECK(out.cols == table->k);
+    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows);
+    CHECK(out.cols == table->k && residual.cols == out.cols && w->k == out.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, weight_of(table)->plain, c->tables.token, rows_of(c, out),
-                       out.cols, true, c->stream);
+    return kernel_norm_embed(out.data, residual.data, weight_of(table)->plain, c->tables.token,
+                             drawn_by(c, c->n_begun - 1), weight_of(w)->plain, rows_of(c, out),
+                             out.cols, eps, c->type, c->stream);
 }
 
 static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
@@ -611,10 +629,10 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
     CHECK(out.rows == residual.rows);
     CHECK(out.cols == residual.cols);
     CHECK(w->k == out.cols);
-    CHECK(add.rows == 0 || add.rows == out.rows);
+    CHECK(add.rows == out.rows);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_norm_add(out.data, residual.data, add.rows ? add.data : NULL, weight_of(w)->plain,
-                           rows_of(c, out), out.cols, eps, c->type, c->stream);
+    return kernel_norm_add(out.data, residual.data, add.data, weight_of(w)->plain, rows_of(c, out),
+                           out.cols, eps, c->type, c->stream);
 }
 
 static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
@@ -842,7 +860,7 @@ static status cuda_gather(device *d, tensor out, tensor x) {
     CHECK(out.rows == c->b->n_samples);
     CHECK(out.cols == x.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols, false,
+    return kernel_rows(out.data, x.data, c->tables.sample_row, rows_of(c, out), out.cols,
                        c->stream);
 }
 
@@ -850,7 +868,7 @@ static status cuda_sample(device *d, tensor logits) {
     cudev *c = self(d);
     CHECK(logits.rows == c->b->n_samples);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_draw(c->drawn, logits.data, c->tables.draw, c->seen_device,
+    return kernel_draw(c->drawn, logits.data, c->tables.draw, c->at->seen_device,
                        (int32_t)rows_of(c, logits), logits.cols, c->stream);
 }
 

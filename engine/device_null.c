@@ -50,8 +50,9 @@ static status null_begin(device *d, const batch *b) {
     return ST_OK;
 }
 
-static status null_embed(device *d, tensor out, const weight *table) {
-    (void)d, (void)out, (void)table;
+static status null_embed(device *d, tensor out, tensor residual, const weight *table,
+                         const weight *w, float eps) {
+    (void)d, (void)out, (void)residual, (void)table, (void)w, (void)eps;
     return ST_OK;
 }
 

@@ -481,18 +481,21 @@ static double rope_bytes(const attention_shape *a, double rows) {
                    a->n_kv_heads * a->kv_bytes);
 }
 
-static status sim_embed(device *base, tensor out, const weight *table) {
+/* Two kernels: rows of the table, and their norm. */
+static status sim_embed(device *base, tensor out, tensor residual, const weight *table,
+                        const weight *w, float eps) {
     sim_device *d = sim_of(base);
-    (void)table;
+    (void)residual, (void)table, (void)w, (void)eps;
+    TRY(spend(d, moving(d, 4 * elements(out))));
     return spend(d, moving(d, 4 * elements(out)));
 }
 
 static status sim_norm(device *base, tensor out, tensor residual, tensor add, const weight *w,
                        float eps) {
     sim_device *d = sim_of(base);
-    (void)residual, (void)w, (void)eps;
-    /* Read the stream, write the result; with an addend read that and write the stream back. */
-    return spend(d, moving(d, (add.rows > 0 ? 8 : 4) * elements(out)));
+    (void)residual, (void)add, (void)w, (void)eps;
+    /* Read the stream and what is added, write the stream and the result. */
+    return spend(d, moving(d, 8 * elements(out)));
 }
 
 static status sim_rope_append(device *base, tensor qkv, const attention_layer *a) {

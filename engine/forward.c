@@ -1,11 +1,10 @@
 /* forward.c - the transformer, written once: what a step does, in order, on any device.
  *
- *     embed -> layers x { norm, qkv, rope + KV append, attention, o, norm, ffn | experts } -> norm
+ *     embed, norm -> layers x { qkv, rope + KV append, attention, o, norm, ffn | experts, norm }
  *     -> rows to be sampled -> logits -> draw
  *
  * The residual stream is a buffer of its own. A sub-layer's output (y) is added to it by the norm
- * that follows, which reads the stream anyway: the first norm of layer 0 adds nothing, every other
- * norm adds the y of the sub-layer before it, the last one adds the y of the last feed-forward. So
+ * that follows, which reads the stream anyway: that of the next layer, or the last one. So
  * y is complete (reduced over ranks, biases of o and down included, once in all) before the next
  * norm, or that norm sums the ranks' parts itself: nobody else reads y after all_reduce. With
  * plan.moe_norm a mixture leaves no y but its experts' rows, and the next norm adds those up.
@@ -49,8 +48,6 @@ static tensor rows(tensor t, int64_t n) {
     t.rows = n;
     return t;
 }
-
-static const tensor nothing; /* no rows: norm adds nothing */
 
 static attention_layer layer_attention(const forward *f, int32_t layer) {
     const model_config *c = &f->config;
@@ -139,15 +136,15 @@ static status moe_block(forward *f, int32_t layer, int64_t n) {
     return op->all_reduce(f->d, y);
 }
 
-/* x = norm of the stream with what the layer before, if any, has left. */
-static status norm_behind(forward *f, bool layer_before, const weight *w, int64_t n) {
+/* x = norm of the stream with what the layer before has left. */
+static status norm_behind(forward *f, const weight *w, int64_t n) {
     const device_ops *op = f->d->ops;
     const model_config *c = &f->config;
     const tensor residual = rows(f->residual, n), x = rows(f->x, n), y = rows(f->y, n);
     const float eps = (float)c->norm_eps;
-    if (layer_before && c->n_experts && f->plan.moe_norm)
+    if (c->n_experts && f->plan.moe_norm)
         return op->moe_leave(f->d, x, residual, rows(f->expert_y, n * c->top_k), w, eps, c->top_k);
-    return op->norm(f->d, x, residual, layer_before ? y : nothing, w, eps);
+    return op->norm(f->d, x, residual, y, w, eps);
 }
 
 status forward_launch(forward *f, const batch *b) {
@@ -162,20 +159,21 @@ status forward_launch(forward *f, const batch *b) {
     const tensor residual = rows(f->residual, n), x = rows(f->x, n), y = rows(f->y, n);
 
     TRY(op->begin(f->d, b));
-    TRY(op->embed(f->d, residual, &f->w.embed));
+    TRY(op->embed(f->d, x, residual, &f->w.embed, &f->w.layer[0].attn_norm, eps));
     for (int32_t i = 0; i < c->n_layers; i++) {
-        TRY(norm_behind(f, i > 0, &f->w.layer[i].attn_norm, n));
+        if (i > 0) TRY(norm_behind(f, &f->w.layer[i].attn_norm, n));
         TRY(attention_block(f, i, n));
         if (!c->n_experts) TRY(op->norm(f->d, x, residual, y, &f->w.layer[i].ffn_norm, eps));
         TRY(c->n_experts ? moe_block(f, i, n) : ffn_block(f, i, n));
     }
-    TRY(norm_behind(f, true, &f->w.norm, n));
+    TRY(norm_behind(f, &f->w.norm, n));
 
     f->n_samples = b->n_samples;
     if (b->n_samples > 0) { /* none: a chunk of a prompt that goes on in the next step */
-        const tensor sampled_x = rows(f->sampled, b->n_samples);
         const tensor logits = rows(f->logits, b->n_samples);
-        TRY(op->gather(f->d, sampled_x, x));
+        const bool all = b->n_samples == n; /* they ascend, so each is its own */
+        const tensor sampled_x = all ? x : rows(f->sampled, b->n_samples);
+        if (!all) TRY(op->gather(f->d, sampled_x, x));
         TRY(op->logits(f->d, logits, sampled_x, &f->w.head));
         TRY(op->sample(f->d, logits));
     }
@@ -385,7 +383,7 @@ void forward_explain(forward *f, int32_t n_tokens, int32_t n_samples, text *out)
     }
     list_op(&l, "-", norm_behind_name(f), n_tokens, &f->w.norm);
     if (n_samples > 0) {
-        list_op(&l, "-", "gather", n_samples, NULL);
+        if (n_samples < n_tokens) list_op(&l, "-", "gather", n_samples, NULL);
         list_op(&l, "-", "logits", n_samples, &f->w.head);
         list_op(&l, "-", "sample", n_samples, NULL);
     }

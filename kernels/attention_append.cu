@@ -17,7 +17,7 @@ constexpr int kWarps = 4;
 
 // Of so many tokens blocks find SMs while the kernel before this one still runs: there they go
 // through the code for nothing, so that it lies on the SM when they do so behind the wait.
-constexpr int kEarlyTokens = 8;
+constexpr int kEarlyTokens = 16;
 
 // Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these
 // do: their sums count twice (64 E is the number of values a warp holds), their stores write the

@@ -72,7 +72,6 @@ struct row_view {
     float least;                 // z below weighs nothing
     float spread;                // first bins of a descent in a unit of z
 
-    __device__ __forceinline__ float z(int id) const { return z_of(id, logits[id]); }
     __device__ __forceinline__ float z_of(int id, float logit) const {
         float v = finite_or_least(logit);
         if (seen && seen[id >> 5] >> (id & 31) & 1) {
@@ -144,7 +143,7 @@ __device__ __forceinline__ void each_logit(const row_view &r, int lo, int hi, in
 struct block_memory {
     uint32_t bin[2][2][kBins]; // low and high words
     weight_sum part[2][kWarps];
-    candidate block_best[2];
+    candidate block_best[2][kBlocksMax]; // of each block of the row
     int found[2];
     weight_sum all[kParts]; // of the row: bins, or sums of parts
     candidate best[kWarps];
@@ -202,26 +201,25 @@ struct team {
 
 // The best of the row, in every thread. Row.
 __device__ candidate row_best(candidate c, team &t) {
-    for (int d = 16; d > 0; d >>= 1) {
-        const candidate o = {__shfl_xor_sync(~0u, c.z, d), __shfl_xor_sync(~0u, c.id, d)};
-        if (better(o, c)) c = o;
-    }
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) t.m.best[threadIdx.x / 32] = c;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        c = t.m.best[threadIdx.x];
-        for (int d = 16; d > 0; d >>= 1) {
+    const int lane = (int)threadIdx.x % 32;
+    const auto best_of_lanes = [&](int lanes) {
+        for (int d = lanes / 2; d > 0; d >>= 1) {
             const candidate o = {__shfl_xor_sync(~0u, c.z, d), __shfl_xor_sync(~0u, c.id, d)};
             if (better(o, c)) c = o;
         }
-        if (threadIdx.x == 0) t.m.block_best[t.turn] = c;
+    };
+    best_of_lanes(32);
+    __syncthreads();
+    if (lane == 0) t.m.best[threadIdx.x / 32] = c;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        c = t.m.best[lane];
+        best_of_lanes(32);
+        if (lane < t.m.size) *t.there(&t.m.block_best[t.turn][t.m.rank], lane) = c;
     }
     t.meet();
-    for (int b = 0; b < t.m.size; b++) {
-        const candidate o = *t.there(&t.m.block_best[t.turn], b);
-        if (b == 0 || better(o, c)) c = o;
-    }
+    c = t.m.block_best[t.turn][lane & (t.m.size - 1)];
+    best_of_lanes(kBlocksMax);
     t.turn ^= 1;
     return c;
 }
@@ -351,6 +349,7 @@ __device__ int find_by_id(const row_view &r, team &t, F value, G target_of) {
     __syncthreads();
     const weight_sum total = sum_of_all(t.m, n);
     if (total == 0) {
+        t.meet(); // others may still read parts
         t.turn ^= 1;
         return -1;
     }
@@ -445,10 +444,16 @@ __device__ threshold descend(const row_view &r, team &t, threshold within, F val
 // The best candidate of the row. Row.
 __device__ candidate best_of_row(const row_view &r, team &t) {
     candidate best = {-INFINITY, r.vocab};
-    each_logit<4>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads, [&](int id, float x) {
-        const candidate c = {r.z_of(id, x), id};
+    const auto take = [&](int id, float z) {
+        const candidate c = {z, id};
         if (better(c, best)) best = c;
-    });
+    };
+    if (r.seen)
+        each_logit<2>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads,
+                      [&](int id, float x) { take(id, r.z_of(id, x)); });
+    else // fewer instructions, which lie in no cache when a step comes to them
+        each_logit<4>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads,
+                      [&](int id, float x) { take(id, finite_or_least(x)); });
     return row_best(best, t);
 }
 
@@ -531,15 +536,15 @@ __device__ int draw_token(const row_view &r, const draw_row &p, team &t) {
 __global__ void __launch_bounds__(kThreads)
     draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
          int32_t vocab) {
-    __shared__ block_memory m;
-    __shared__ row_view r; // not ten registers of each thread, which has 64
+    __shared__ block_memory m; // with what follows, not 20 registers of each thread, which has 64
+    __shared__ row_view r;
+    __shared__ draw_row p;
     launch_dependents();
     team t(m, vocab);
-    const int at = (int)blockIdx.x / t.m.size;
-    const draw_row &p = row[at]; // a constant of the step; not a copy: registers
-    const bool writes = t.m.rank == 0 && threadIdx.x == 0;
-    const int64_t words = (vocab + 31) / 32;
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+        const int at = (int)blockIdx.x / t.m.size;
+        const int64_t words = (vocab + 31) / 32;
+        p = row[at]; // a constant of the step
         r = {logits + int64_t{at} * vocab,
              p.seen >= 0 && p.repetition_penalty != 1.f ? seen + p.seen * words : nullptr,
              p.repetition_penalty,
@@ -549,15 +554,18 @@ __global__ void __launch_bounds__(kThreads)
              1.4426950408889634 / (double)p.temperature,
              0.f,
              fminf((float)(kBins / -kLeast / (double)p.temperature), 1e30f)};
+    }
+    __syncthreads();
+    t.meet(); // all blocks are there, so that their memory may be written to
     wait_for_previous();
-    if (writes) {
+    const auto writes = [&] { return t.m.rank == 0 && threadIdx.x == 0; };
+    if (writes()) {
         draw_result *const result = out + p.to;
         result->token = -1;
         result->logprob = 0.f;
         result->n_top = 0;
     }
     if (!p.active) return;
-    __syncthreads();
     const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);
     int token = any ? best.id : 0;
@@ -567,9 +575,30 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (p.temperature > 0.f && any) token = draw_token(r, p, t);
-    if (writes) out[p.to].token = token;
+    if (writes()) out[p.to].token = token;
     if (p.n_logprobs >= 0) log_probabilities(out + p.to, r, token, p.n_logprobs, t);
-    t.meet(); // others may still read what lies here
+}
+
+// Blocks of each of n rows: the most with which all rows run at once, since those that come when
+// the first have gone double the time. There are fewer clusters of eight than SMs would do for.
+int blocks_of_row(int n) {
+    static int fit[kBlocksMax + 1]; // clusters of so many blocks that run at once; 0: not asked yet
+    if (!early_launches()) return 1;
+    for (int size = kBlocksMax; size > 1; size /= 2) {
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {(unsigned)size, 1, 1};
+        cudaLaunchConfig_t config = {};
+        config.gridDim = (unsigned)size;
+        config.blockDim = kThreads;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        if (fit[size] == 0 &&
+            cudaOccupancyMaxActiveClusters(&fit[size], draw, &config) != cudaSuccess)
+            return 1;
+        if (n <= fit[size]) return size;
+    }
+    return 1;
 }
 
 } // namespace
@@ -580,8 +609,7 @@ extern "C" status kernel_draw(draw_result *out, const float *logits, const draw_
     if (n < 0 || vocab < 1 || vocab > 1 << 18)
         return FAIL(ST_SHAPE, "draw: %d rows of %d logits", n, vocab);
     if (n == 0) return ST_OK;
-    // As many blocks a row as leave SMs for all of 16 rows; where there are no clusters, one.
-    const int size = !early_launches() ? 1 : n <= 16 ? kBlocksMax : n <= 32 ? 4 : n <= 64 ? 2 : 1;
+    const int size = blocks_of_row(n);
     return launch_clusters("draw", draw, (unsigned)(n * size), kThreads, (unsigned)size, stream,
                            out, logits, row, seen, vocab);
 }

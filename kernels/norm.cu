@@ -107,6 +107,25 @@ __device__ __forceinline__ piece sum_of(const piece &there, const piece &own, in
     return r;
 }
 
+template <typename T> __device__ __forceinline__ void add_squares(float2 &sum, const piece &r) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = pair_of<T>(r.word[i]);
+        sum.x += x.x * x.x, sum.y += x.y * x.y;
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ piece scaled(const piece &r, float scale, const piece &gain) {
+    piece y;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = pair_of<T>(r.word[i]), g = pair_of<T>(gain.word[i]);
+        y.word[i] = word_of<T>(x.x * scale * g.x, x.y * scale * g.y);
+    }
+    return y;
+}
+
 // PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
 // RANKS: add is this rank's part. per_col: 1 / cols.
 template <typename T, int PACKS, bool RANKS>
@@ -150,47 +169,102 @@ __global__ void __launch_bounds__(kThreadsMax)
             r[p] = sum_of<T, RANKS>(r[p], own, at, call, ranks);
             store_piece(residual + at * 8, r[p]);
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 x = pair_of<T>(r[p].word[i]);
-            squares.x += x.x * x.x, squares.y += x.y * x.y;
-        }
+        add_squares<T>(squares, r[p]);
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
     if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col >= cols) continue;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 x = pair_of<T>(r[p].word[i]), g = pair_of<T>(gain[p].word[i]);
-            r[p].word[i] = word_of<T>(x.x * scale * g.x, x.y * scale * g.y);
-        }
-        store_piece(y + col, r[p]);
+        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
     }
+}
+
+// The stream of a token is a row of the embedding.
+template <typename T, int PACKS>
+__global__ void __launch_bounds__(kThreadsMax)
+    norm_embed(T *y, T *residual, const T *table, const int32_t *token, const draw_result *drawn,
+               const T *w, int32_t cols, float per_col, float eps) {
+    __shared__ float shared[32];
+    launch_dependents();
+    int id = token[blockIdx.x];
+    piece r[PACKS], gain[PACKS];
+    float2 squares = {};
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) gain[p] = load_piece(w + col);
+    }
+    if (id < 0) id = drawn[-1 - id].token;
+    const T *from = table + int64_t{id} * cols;
+    y += int64_t{blockIdx.x} * cols, residual += int64_t{blockIdx.x} * cols;
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) r[p] = load_piece(from + col);
+    }
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col >= cols) continue;
+        store_piece(residual + col, r[p]);
+        add_squares<T>(squares, r[p]);
+    }
+    const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
+    }
+}
+
+struct shape {
+    int each, threads; // pieces of a thread
+};
+shape shape_of(int32_t cols) {
+    const int packs = cols / 8;
+    const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
+    return {each, (packs + each * 32 - 1) / (each * 32) * 32};
 }
 
 template <dtype dt, bool RANKS>
 status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
               float eps, const norm_ranks &ranks, cudaStream_t s) {
     using T = typename element<dt>::type;
-    const int packs = cols / 8;
-    const int each = packs <= kThreadsMax ? 1 : packs <= 2 * kThreadsMax ? 2 : 4;
-    const int threads = (packs + each * 32 - 1) / (each * 32) * 32;
-    auto *const kernel = each == 1            ? norm_add<T, 1, RANKS>
-                         : RANKS || each == 2 ? norm_add<T, 2, RANKS>
-                                              : norm_add<T, 4, false>;
-    return launch_early("norm_add", kernel, (unsigned)rows, threads, s, static_cast<T *>(y),
+    const shape of = shape_of(cols);
+    auto *const kernel = of.each == 1            ? norm_add<T, 1, RANKS>
+                         : RANKS || of.each == 2 ? norm_add<T, 2, RANKS>
+                                                 : norm_add<T, 4, false>;
+    return launch_early("norm_add", kernel, (unsigned)rows, of.threads, s, static_cast<T *>(y),
                         static_cast<T *>(residual), static_cast<const T *>(add),
                         static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks);
+}
+
+template <dtype dt>
+status launch_embed(void *y, void *residual, const void *table, const int32_t *token,
+                    const draw_result *drawn, const void *w, int64_t rows, int32_t cols, float eps,
+                    cudaStream_t s) {
+    using T = typename element<dt>::type;
+    const shape of = shape_of(cols);
+    auto *const kernel = of.each == 1   ? norm_embed<T, 1>
+                         : of.each == 2 ? norm_embed<T, 2>
+                                        : norm_embed<T, 4>;
+    kernel<<<(unsigned)rows, of.threads, 0, s>>>(
+        static_cast<T *>(y), static_cast<T *>(residual), static_cast<const T *>(table), token,
+        drawn, static_cast<const T *>(w), cols, 1.f / (float)cols, eps);
+    return launched("norm_embed");
+}
+
+status refuse_shape(const char *what, int64_t rows, int32_t cols) {
+    if (rows < 0 || rows > INT32_MAX || cols <= 0 || cols % 8 || cols > 4 * 8 * kThreadsMax)
+        return FAIL(ST_SHAPE, "%s [%lld, %d]", what, (long long)rows, cols);
+    return ST_OK;
 }
 
 template <bool RANKS>
 status launch_type(void *y, void *residual, const void *add, const void *w, int64_t rows,
                    int32_t cols, float eps, dtype type, const norm_ranks &ranks, cudaStream_t s) {
-    if (rows < 0 || rows > INT32_MAX || cols <= 0 || cols % 8 || cols > 4 * 8 * kThreadsMax)
-        return FAIL(ST_SHAPE, "norm_add [%lld, %d]", (long long)rows, cols);
+    TRY(refuse_shape("norm_add", rows, cols));
     if (rows == 0) return ST_OK;
     switch (type) {
 #define X(name)                                                                                    \
@@ -207,6 +281,23 @@ extern "C" status kernel_norm_add(void *y, void *residual, const void *add, cons
                                   int64_t rows, int32_t cols, float eps, dtype type,
                                   kernel_stream stream) {
     return launch_type<false>(y, residual, add, w, rows, cols, eps, type, norm_ranks{}, stream);
+}
+
+extern "C" status kernel_norm_embed(void *y, void *residual, const void *table,
+                                    const int32_t *token, const draw_result *drawn, const void *w,
+                                    int64_t rows, int32_t cols, float eps, dtype type,
+                                    kernel_stream stream) {
+    TRY(refuse_shape("norm_embed", rows, cols));
+    if (rows == 0) return ST_OK;
+    switch (type) {
+#define X(name)                                                                                    \
+    case DT_##name:                                                                                \
+        return launch_embed<DT_##name>(y, residual, table, token, drawn, w, rows, cols, eps,       \
+                                       stream);
+        NORM_INSTANCES(X)
+#undef X
+    default: return FAIL(ST_UNSUPPORTED, "norm_embed: elements of %s", dtype_text(type));
+    }
 }
 
 extern "C" size_t norm_inbox_bytes(int32_t n_ranks, int32_t cols_max) {

@@ -1,6 +1,7 @@
 /* norm.h - residual addition and root-mean-square normalisation in one pass (ref_norm.h). */
 #ifndef KERNEL_NORM_H
 #define KERNEL_NORM_H
+#include "draw.h"
 #include "kernel.h"
 
 #ifdef __cplusplus
@@ -19,6 +20,21 @@ extern "C" {
  * and BF16, DEVICE on launch failure. rows == 0 launches nothing. Asynchronous on `stream`. */
 status kernel_norm_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
                        int32_t cols, float eps, dtype type, kernel_stream stream);
+
+/* residual[r,i] = table[id[r],i];  y[r,i] = residual[r,i] / root_r * w[i], root_r and rounding as
+ * above: the first kernel of a step. It begins when all before it is over, so that the tables of
+ * the step, whose upload the stream has waited for, are constants to all that follow.
+ *
+ *   y, residual   [rows, cols] of `type`, device, 16-byte aligned
+ *   table         [., cols] of `type`
+ *   token         [rows] ids, device: id[r] = token[r], a row of the table, which the caller has
+ *                 checked; or drawn[j].token where token[r] = -1 - j
+ *   drawn         results of draw.h, device
+ *
+ * Errors as above. rows == 0 launches nothing. Asynchronous on `stream`. */
+status kernel_norm_embed(void *y, void *residual, const void *table, const int32_t *token,
+                         const draw_result *drawn, const void *w, int64_t rows, int32_t cols,
+                         float eps, dtype type, kernel_stream stream);
 
 /* What the ranks of tensor parallelism share for `kernel_norm_add_ranks`. Every rank has an inbox
  * on its own GPU, which the others write to (peer access); it is zeroed once, and never again.

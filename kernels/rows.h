@@ -1,45 +1,23 @@
-/* rows.h - rows by number: the embedding, and the rows whose logits are wanted; and the tables of a
- * step on their way to the device. */
+/* rows.h - rows by number: those whose logits are wanted; and logits of ranks, side by side. */
 #ifndef KERNEL_ROWS_H
 #define KERNEL_ROWS_H
-#include "draw.h"
 #include "kernel.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* out[i] = table[row[i]] for i < n; the first kernel of a step starts when the upload of its tables
- * is over, so that those are constants to all that follow
+/* out[i] = table[row[i]] for i < n
  *
  *   out      [n, cols] of 16-bit elements, device, not within `table`
  *   table    [n_rows, cols], device; both 16-byte aligned
- *   row      [n], device, a constant: read, but by the first, while kernels before this one may
- *            still run; each in [0, n_rows), which the caller has checked
+ *   row      [n], device, a constant: read while kernels before this one may still run; each in
+ *            [0, n_rows), which the caller has checked
  *
  * Copies. cols need not be a multiple of anything; multiples of 8 move 16 bytes a thread. n == 0
  * launches nothing. DEVICE on launch failure. Asynchronous on `stream`. */
 status kernel_rows(void *out, const void *table, const int32_t *row, int64_t n, int32_t cols,
-                   bool first, kernel_stream stream);
-
-/* to[0 .. bytes) = from[0 .. bytes) for each copy, in one launch: a copy engine takes microseconds
- * to start for each. The first one begins with n_tokens ids of int32; negative ones become
- * drawn[-1 - id].token.
- *
- *   to, from   16-byte aligned, bytes a multiple of 16; `from` pinned host memory, which the device
- *              reads while the launch runs
- *   drawn      results of draw.h, device: of the step before, which the same stream has run
- *
- * SHAPE for more copies than ROWS_COPIES_MAX, DEVICE on launch failure. Asynchronous on `stream`.
- * */
-enum { ROWS_COPIES_MAX = 8 };
-typedef struct {
-    void *to;
-    const void *from;
-    int64_t bytes;
-} rows_copy;
-status kernel_rows_upload(const rows_copy *copy, int32_t n, int32_t n_tokens,
-                          const draw_result *drawn, kernel_stream stream);
+                   kernel_stream stream);
 
 /* out[r, p * width + c] = part[p, r, c]: logits of parts of the vocabulary, side by side
  *

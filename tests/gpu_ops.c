@@ -94,7 +94,7 @@ static void test_rows(void **state) {
         for (int i = 0; i < N; i++) index[i] = (i * 23 + 36) % TABLE;
         void *t = dev_copy(table, TABLE * row), *o = dev(N * row),
              *x = dev_copy(index, sizeof index);
-        assert_ok(kernel_rows(o, t, x, N, cols[c], c % 2, NULL));
+        assert_ok(kernel_rows(o, t, x, N, cols[c], NULL));
         fetch(got, o, N * row);
         for (int i = 0; i < N; i++)
             assert_memory_equal((char *)got + (size_t)i * row,
@@ -105,44 +105,8 @@ static void test_rows(void **state) {
         free(table);
         free(got);
     }
-    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, false, NULL));
-    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, false, NULL), ST_SHAPE);
-}
-
-/* Ids of a step before are put in; what lies behind them is copied, negative or not. */
-static void test_rows_upload(void **state) {
-    (void)state;
-    enum { IDS = 37, FIRST = 64, SECOND = 4096, DRAWN = 5 };
-    static draw_result drawn[DRAWN];
-    int32_t *first, *second, got[FIRST], rest[SECOND];
-    CUDA(cudaHostAlloc((void **)&first, sizeof got, cudaHostAllocDefault));
-    CUDA(cudaHostAlloc((void **)&second, sizeof rest, cudaHostAllocDefault));
-    for (int32_t i = 0; i < DRAWN; i++) drawn[i].token = 1000 + i;
-    for (int32_t i = 0; i < FIRST; i++) first[i] = i % 3 ? i : -1 - i % DRAWN;
-    for (int32_t i = 0; i < SECOND; i++) second[i] = -i;
-    void *d = dev_copy(drawn, sizeof drawn), *a = dev(sizeof got), *b = dev(sizeof rest);
-    const rows_copy copy[] = {{.to = a, .from = first, .bytes = sizeof got},
-                              {.to = b, .from = second, .bytes = sizeof rest}};
-    assert_ok(kernel_rows_upload(copy, 2, IDS, d, NULL));
-    fetch(got, a, sizeof got);
-    fetch(rest, b, sizeof rest);
-    int32_t wrong = 0;
-    for (int32_t i = 0; i < FIRST; i++) {
-        const int32_t want = i < IDS && first[i] < 0 ? 1000 + i % DRAWN : first[i];
-        wrong += got[i] != want;
-    }
-    assert_int_equal(wrong, 0);
-    assert_memory_equal(rest, second, sizeof rest);
-    got[3]++; /* twin */
-    assert_int_not_equal(got[3], 1000 + 3 % DRAWN);
-    const rows_copy odd = {.to = a, .from = first, .bytes = 8};
-    assert_status(kernel_rows_upload(&odd, 1, 0, d, NULL), ST_SHAPE);
-    assert_status(kernel_rows_upload(copy, ROWS_COPIES_MAX + 1, 0, d, NULL), ST_SHAPE);
-    CUDA(cudaFree(d));
-    CUDA(cudaFree(a));
-    CUDA(cudaFree(b));
-    CUDA(cudaFreeHost(first));
-    CUDA(cudaFreeHost(second));
+    assert_ok(kernel_rows(NULL, NULL, NULL, 0, 8, NULL));
+    assert_status(kernel_rows(NULL, NULL, NULL, 1, 0, NULL), ST_SHAPE);
 }
 
 static void test_rows_join(void **state) {
@@ -212,6 +176,53 @@ static void test_norm(void **state) {
     assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL), ST_SHAPE);
     assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL), ST_UNSUPPORTED);
     assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
+}
+
+/* The stream is the table's rows, and y the bits that kernel_norm_add makes of them. */
+static void embed_case(int64_t rows, int32_t cols, dtype type) {
+    enum { TABLE = 37, DRAWN = 5 };
+    const size_t row = (size_t)cols * 2, bytes = (size_t)rows * row;
+    static draw_result drawn[DRAWN];
+    for (int32_t i = 0; i < DRAWN; i++) drawn[i].token = i * 7 + 2;
+    float *values = normals(TABLE * cols, 1, 4), *w = normals(cols, 0.2, 5);
+    int32_t *token = host((size_t)rows, sizeof *token);
+    for (int64_t i = 0; i < rows; i++)
+        token[i] = (int32_t)(i % 3 == 0 ? -1 - i % DRAWN : i * 23 % TABLE);
+    uint16_t *table = host((size_t)TABLE * (size_t)cols, 2), *got = host(bytes, 1);
+    uint16_t *y = host(bytes, 1), *want = host(bytes, 1);
+    void *dt = dev_rounded(values, TABLE * cols, type), *dw = dev_rounded(w, cols, type);
+    void *dd = dev_copy(drawn, sizeof drawn), *di = dev_copy(token, sizeof *token * (size_t)rows);
+    void *dr = dev(bytes), *dy = dev(bytes);
+    assert_ok(kernel_norm_embed(dy, dr, dt, di, dd, dw, rows, cols, 1e-5f, type, NULL));
+    fetch(table, dt, TABLE * row);
+    fetch(got, dr, bytes);
+    fetch(y, dy, bytes);
+    for (int64_t i = 0; i < rows; i++) {
+        const int32_t id = token[i] < 0 ? drawn[-1 - token[i]].token : token[i];
+        assert_memory_equal(got + i * cols, table + (int64_t)id * cols, row);
+        assert_memory_not_equal(got + i * cols, table + (int64_t)((id + 1) % TABLE) * cols, row);
+    }
+    assert_ok(kernel_norm_add(dy, dr, NULL, dw, rows, cols, 1e-5f, type, NULL));
+    fetch(want, dy, bytes);
+    assert_memory_equal(y, want, bytes);
+    y[rows * cols / 2] ^= 1; /* twin */
+    assert_memory_not_equal(y, want, bytes);
+    void *all[] = {dt, dw, dd, di, dr, dy};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(values), free(w), free(token), free(table), free(got), free(y), free(want);
+}
+
+static void test_norm_embed(void **state) {
+    (void)state;
+    static const int32_t cols[] = {8, 72, 4096, 8200, 32768};
+    for (int c = 0; c < COUNT_OF(cols); c++)
+        for (int t = 0; t < 2; t++)
+            for (int64_t rows = 1; rows <= 65; rows += 32) embed_case(rows, cols[c], types[t]);
+    assert_status(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL),
+                  ST_SHAPE);
+    assert_status(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL),
+                  ST_UNSUPPORTED);
+    assert_ok(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
 }
 
 /* Ranks as streams of one GPU. */
@@ -1273,7 +1284,7 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[argc - 1]);
     if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),        cmocka_unit_test(test_rows_upload),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_norm_embed),
         cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
         cmocka_unit_test(test_norm_ranks),  cmocka_unit_test(test_gated),
         cmocka_unit_test(test_moe),         cmocka_unit_test(test_moe_norms),

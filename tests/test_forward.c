@@ -730,7 +730,7 @@ static void test_inspection(void **state) {
     engine *e = tiny_open("W4A16KV8", 1);
     assert_int_equal(forward_weight_bytes(e->f), model_weight_bytes(&e->c, &e->p, 1));
     text t = {0};
-    forward_explain(e->f, 8, 8, &t);
+    forward_explain(e->f, 9, 8, &t);
     const char *const op[] = {"embed",     "norm",   "linear",     "rope_append",
                               "attention", "gated",  "all_reduce", "6 layers",
                               "gather",    "logits", "sample",     "W4"};
