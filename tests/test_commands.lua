@@ -39,9 +39,12 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     for words, range in pairs({ ["--temperature -1"] = "temperature -1 is not in 0..100",
       ["--top-p 0"] = "top_p 0 is not in (0, 1]", ["--min-p 2"] = "min_p 2 is not in 0..1",
       ["--repetition-penalty 0"] = "repetition_penalty 0 is not in (0, 100]" }) do
-      refused(name .. " --model workloads/tiny " .. words .. " </dev/null", range)
+      refused(name .. " --model no-such-model " .. words .. " </dev/null", range)
     end
   end
+  refused("generate --model no-such-model --prompt a --stop ''", "--stop: an empty string")
+  refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
+    "no-such-model")
   for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
     refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
       ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
