@@ -54,6 +54,29 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   test.equal(code, 0, "the limit itself is taken")
 end)
 
+test.case("text comes through a pipe as from a file", function()
+  for options, n in pairs({ ["tokenize --json --file /dev/stdin"] = 20000, -- more than a pipe holds
+    ["generate --json --max-tokens 2 --prompt-file /dev/stdin"] = 3,
+    ["eval --json --text /dev/stdin"] = 300 }) do
+    local words = options .. " --model workloads/tiny"
+    local text = ("awk 'BEGIN { for (i = 0; i < %d; i++) print \"one two\", i }'"):format(n)
+    local code, piped = command(text .. " | %s " .. words)
+    test.equal(code, 0, piped)
+    local name = os.tmpname()
+    local _, filed = command(text .. " >" .. name .. "; %s " .. words .. " <" .. name)
+    os.remove(name)
+    local times = '"[%a_]+_m?s": *[%d.e+-]+'
+    test.equal(piped:gsub(times, ""), filed:gsub(times, ""), options)
+  end
+  local code, said = command("printf '' | %s generate --model workloads/tiny " ..
+    "--prompt-file /dev/stdin")
+  test.equal(code, 2)
+  test.contains(said, "the prompt is empty")
+  code, said = command("%s tokenize --model workloads/tiny --file /tmp")
+  test.equal(code, 1)
+  test.equal(said, "amalgam: /tmp: not a regular file\n")
+end)
+
 test.case("benchmarks of kernels refuse what they do not know", function()
   if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
   for words, reason in pairs({
