@@ -77,6 +77,19 @@ test.case("text comes through a pipe as from a file", function()
   test.equal(said, "amalgam: /tmp: not a regular file\n")
 end)
 
+test.case("serve's key is that of the environment, too", function()
+  for _, row in ipairs({
+    { "AMALGAM_API_KEY=a", "--api-key b", "--api-key and AMALGAM_API_KEY differ" },
+    { "AMALGAM_API_KEY=", "", "AMALGAM_API_KEY is empty" },
+    { "", "--api-key ''", "--api-key is empty" },
+    { "AMALGAM_API_KEY=a", "--api-key a", "no model 'no-such-model'" },
+  }) do
+    local code, said = command(row[1] .. " %s serve --model no-such-model " .. row[2])
+    test.equal(code, 2, row[3])
+    test.contains(said, row[3])
+  end
+end)
+
 test.case("benchmarks of kernels refuse what they do not know", function()
   if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
   for words, reason in pairs({

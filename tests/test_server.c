@@ -1148,6 +1148,26 @@ static void the_command_ends_while_it_loads(void **state) {
     assert_true(WIFSIGNALED(status_));
 }
 
+/* A key in the environment is no argument that `ps` shows. */
+static void the_command_takes_the_key_of_the_environment(void **state) {
+    (void)state;
+    char line[256] = "", *url;
+    FILE *said;
+    assert_int_equal(setenv("AMALGAM_API_KEY", "secret", 1), 0);
+    const pid_t pid = start_command(model_folder, &said);
+    assert_int_equal(unsetenv("AMALGAM_API_KEY"), 0);
+    assert_non_null(fgets(line, sizeof line, said));
+    url = strstr(line, "http://");
+    assert_non_null(url);
+    url[strcspn(url, "\r\n")] = 0;
+    const long without = call_head(url, "/v1/models"), open = call_head(url, "/health");
+    assert_int_equal(kill(pid, SIGTERM), 0);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+    fclose(said);
+    assert_int_equal(without, 401);
+    assert_int_equal(open, 200);
+}
+
 /* The command: it says where it listens, and SIGTERM ends it with status 0. Its KV cache is smaller
  * than the model's context: that is the limit that it tells, and chats that set none get it. */
 static void the_command_serves_until_sigterm(void **state) {
@@ -1568,6 +1588,7 @@ int main(void) {
         cmocka_unit_test(an_answer_can_be_stopped),
         cmocka_unit_test(made_up_tokens_are_no_answer),
         cmocka_unit_test(the_command_ends_while_it_loads),
+        cmocka_unit_test(the_command_takes_the_key_of_the_environment),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };
     signal(SIGPIPE, SIG_IGN);
