@@ -538,6 +538,20 @@ static void chat_streams_what_it_says_whole(void **state) {
     json_decref(v);
 }
 
+/* Nobody asked for 16 tokens: a prompt that leaves room for 4 is answered with 4. */
+static void the_default_length_fits_the_context(void **state) {
+    const fixture *f = *state;
+    text body = {0};
+    text_add(&body, "{\"ignore_eos\":true,\"prompt\":[5");
+    for (int32_t i = 1; i < 16384 - 4; i++) text_add(&body, ",%d", i * 7 % 1000);
+    text_add(&body, "]}");
+    json_t *v = call_json(f->url, "/v1/completions", body.data, 200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "completion_tokens")), 4);
+    assert_string_equal(words(at(choice(v, 0), "finish_reason")), "length");
+    json_decref(v);
+    text_free(&body);
+}
+
 static void what_is_wrong_is_said(void **state) {
     const fixture *f = *state;
     static const struct {
@@ -1566,6 +1580,7 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(chat_streams_what_it_says_whole),
+        cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
