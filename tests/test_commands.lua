@@ -43,6 +43,7 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     end
   end
   refused("generate --model no-such-model --prompt a --stop ''", "--stop: an empty string")
+  refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
   refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
     "no-such-model")
   for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
