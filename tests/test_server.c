@@ -1038,7 +1038,7 @@ static void the_key_is_wanted(void **state) {
     } cases[] = {
         {"Authorization: Bearer secret", 200},  {"Authorization: Bearer secre", 401},
         {"Authorization: Bearer secrets", 401}, {"Authorization: secret", 401},
-        {"Authorization: Bearer ", 401},
+        {"Authorization: Bearer ", 401},        {"Authorization: bearer secret", 200},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         text t = {0}, heads = {0};
