@@ -287,20 +287,21 @@ static void add_end_tokens(api_request *r, const api_model *m) {
     for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
-/* Output tokens of each prompt: what was asked for, or (chat) what the context leaves. */
+/* Output tokens of each prompt: what was asked for, or what the context leaves; where nobody said,
+ * completions end after OpenAI's 16 at the latest. */
 static status take_max_new(api_request *r, const api_model *m, const json_t *body) {
-    int32_t asked = r->chat ? 0 : 16; /* OpenAI's default for completions */
+    int32_t asked = 0;
     TRY(json_opt_i32(body, "max_tokens", WHERE, 1, 1 << 24, &asked));
     TRY(json_opt_i32(body, "max_completion_tokens", WHERE, 1, 1 << 24, &asked));
     r->max_new = mem_alloc((size_t)r->n_prompts, sizeof *r->max_new);
     if (!r->max_new) return FAIL(ST_NOMEM, "prompts");
     for (int32_t i = 0; i < r->n_prompts; i++) {
-        const int32_t n = (int32_t)r->prompt[i].length;
-        if (asked > m->ctx_max - n)
+        const int32_t n = (int32_t)r->prompt[i].length, room = m->ctx_max - n;
+        if (asked > room)
             return FAIL(ST_RANGE,
                         "max_tokens %d and a prompt of %d tokens exceed this model's context of %d",
                         asked, n, m->ctx_max);
-        r->max_new[i] = asked ? asked : m->ctx_max - n;
+        r->max_new[i] = asked ? asked : r->chat || room < 16 ? room : 16;
     }
     return ST_OK;
 }

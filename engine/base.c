@@ -270,9 +270,36 @@ void file_map_close(file_map *m) {
     *m = (file_map){0};
 }
 
+/* A pipe has no size: all that comes until its end. */
+static status read_pipe(char **data, size_t *size, const char *path) {
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    text all = {0};
+    char part[4096];
+    ssize_t n;
+    do {
+        n = read(fd, part, sizeof part);
+        if (n > 0) text_bytes(&all, part, (size_t)n);
+    } while (!all.failed && (n > 0 || (n < 0 && errno == EINTR)));
+    status st = all.failed ? FAIL(ST_NOMEM, "%s: more than %zu bytes", path, all.length) : ST_OK;
+    if (n < 0) st = FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    close(fd);
+    text_bytes(&all, "", 0); /* an empty one ends with a 0, too */
+    if (st == ST_OK) st = text_status(&all);
+    if (st != ST_OK) {
+        text_free(&all);
+        return st;
+    }
+    *data = all.data;
+    *size = all.length;
+    return ST_OK;
+}
+
 status file_read(char **data, size_t *size, const char *path) {
     *data = NULL;
     *size = 0;
+    struct stat kind;
+    if (stat(path, &kind) == 0 && S_ISFIFO(kind.st_mode)) return read_pipe(data, size, path);
     file_map m;
     TRY(file_map_open(&m, path));
     char *copy = mem_alloc(m.size + 1, 1);

@@ -120,7 +120,8 @@ typedef struct {
 status file_map_open(file_map *m, const char *path);
 void file_map_close(file_map *m); /* idempotent */
 
-/* Read a whole file into malloc'ed memory, terminated by a 0 that is not counted. */
+/* Read a whole file, or a pipe to its end, into malloc'ed memory, terminated by a 0 that is not
+ * counted. IO as file_map_open. */
 status file_read(char **data, size_t *size, const char *path);
 
 /* Write through a temporary beside the target, fsync, rename: readers see the old file or the new

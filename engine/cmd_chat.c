@@ -71,20 +71,19 @@ static status start(talk *t) {
     return t->variables ? ST_OK : FAIL(ST_NOMEM, "chat");
 }
 
-static status forget(talk *t) {
-    json_decref(t->messages);
-    t->messages = json_array();
-    if (t->messages && t->a->system)
-        (void)json_array_append_new(
-            t->messages, json_pack("{s:s, s:s}", "role", "system", "content", t->a->system));
-    return t->messages ? ST_OK : FAIL(ST_NOMEM, "chat");
-}
-
 static status add_message(talk *t, const char *role, const char *s, size_t n) {
     json_t *m = json_pack("{s:s, s:s%}", "role", role, "content", s, n);
     if (!m || json_array_append_new(t->messages, m) != 0)
         return FAIL(ST_FORMAT, "that is no UTF-8 text");
     return ST_OK;
+}
+
+static status forget(talk *t) {
+    json_decref(t->messages);
+    t->messages = json_array();
+    if (!t->messages) return FAIL(ST_NOMEM, "chat");
+    const char *system = t->a->system;
+    return system ? add_message(t, "system", system, strlen(system)) : ST_OK;
 }
 
 static status encode(const talk *t, ids *prompt) {
@@ -245,8 +244,8 @@ int cmd_chat(int argc, char **argv) {
     const sampling s = sampling_of(&a, a.seed);
     if (st == ST_OK) st = sampling_check(&s);
     talk t = {.a = &a};
+    if (st == ST_OK) st = forget(&t); /* before the weights are read: --system may be no text */
     if (st == ST_OK) st = start(&t);
-    if (st == ST_OK) st = forget(&t);
     if (st == ST_OK) st = converse(&t);
     json_decref(t.messages);
     json_decref(t.variables);

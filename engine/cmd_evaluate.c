@@ -35,13 +35,14 @@ static status compare(engine *e, const engine_options *o, const char *against, c
 
 static status run(engine_options *o, const char *path, const char *against, const char *logits,
                   int32_t window, int32_t stride, bool json) {
-    char dir[1024], *words = NULL;
+    char dir[1024], beside[1024], *words = NULL;
     size_t n_words = 0;
     tokenizer *t = NULL;
     engine *e = NULL;
     ids tokens = {0};
     perplexity_result r;
     status st = model_dir(dir, sizeof dir, o->model);
+    if (st == ST_OK && against) st = model_dir(beside, sizeof beside, against);
     if (st == ST_OK) st = tokenizer_open(&t, dir);
     if (st == ST_OK) st = file_read(&words, &n_words, path);
     if (st == ST_OK)

@@ -3,6 +3,7 @@
 #include "engine.h"
 #include "json.h"
 #include "output.h"
+#include "sampler.h"
 
 #include <string.h>
 
@@ -48,6 +49,31 @@ static void generation_close(generation *g) {
     mem_free(g->file);
 }
 
+static sampling sampling_of(const arguments *a) {
+    return (sampling){.temperature = (float)a->temperature,
+                      .top_k = (int32_t)a->top_k,
+                      .top_p = (float)a->top_p,
+                      .min_p = (float)a->min_p,
+                      .repetition_penalty = (float)a->penalty,
+                      .seed = (uint64_t)a->seed,
+                      .n_logprobs = -1};
+}
+
+/* All that can be said before a file is read. */
+static status check(const arguments *a) {
+    const cli_range ranges[] = {{"--max-tokens", a->max_new, 1, 1 << 24},
+                                {"--top-k", a->top_k, 0, 1 << 24},
+                                {"--threads", a->threads, 0, 1024},
+                                {"--tp", a->tp, 1, 64}};
+    if (!a->model) return FAIL(ST_USAGE, "generate needs --model");
+    if (!a->prompt == !a->file) return FAIL(ST_USAGE, "generate needs --prompt or --prompt-file");
+    TRY(cli_check(ranges, COUNT_OF(ranges)));
+    for (int32_t i = 0; i < a->stop.n; i++)
+        if (!a->stop.item[i][0]) return FAIL(ST_USAGE, "--stop: an empty string ends nothing");
+    const sampling s = sampling_of(a);
+    return sampling_check(&s);
+}
+
 static status generation_open(generation *g, const arguments *a) {
     TRY(device_computes(a->device));
     engine_options o = ENGINE_OPTIONS_DEFAULT;
@@ -77,8 +103,6 @@ static status generation_open(generation *g, const arguments *a) {
     if (g->prompt.length >= ctx_max)
         return FAIL(ST_RANGE, "the prompt has %lld tokens, the model takes %d",
                     (long long)g->prompt.length, ctx_max);
-    for (int32_t i = 0; i < a->stop.n; i++)
-        if (!a->stop.item[i][0]) return FAIL(ST_USAGE, "--stop: an empty string ends nothing");
     output_open(&g->out, g->tokenizer, a->stop.item, a->stop.n, true);
     return ST_OK;
 }
@@ -94,13 +118,7 @@ static status answer(generation *g, const arguments *a) {
                        .ignore_eos = a->ignore_eos,
                        .stop_token = a->ignore_eos ? NULL : eos,
                        .n_stop_tokens = a->ignore_eos ? 0 : n_eos,
-                       .sampling = {.temperature = (float)a->temperature,
-                                    .top_k = (int32_t)a->top_k,
-                                    .top_p = (float)a->top_p,
-                                    .min_p = (float)a->min_p,
-                                    .repetition_penalty = (float)a->penalty,
-                                    .seed = (uint64_t)a->seed,
-                                    .n_logprobs = -1},
+                       .sampling = sampling_of(a),
                        .user = -1};
     printer p = {.out = &g->out, .stream = a->stream && !a->json};
     engine_set_hooks(g->engine, &(engine_hooks){.user = &p, .token = on_token});
@@ -150,14 +168,7 @@ int cmd_generate(int argc, char **argv) {
     int32_t n_args = 0;
     status st = cli_parse(argc - 1, argv + 1, "generate --model DIR --prompt TEXT [options]",
                           options, NULL, &n_args);
-    if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "generate needs --model");
-    if (st == ST_OK && !a.prompt == !a.file)
-        st = FAIL(ST_USAGE, "generate needs --prompt or --prompt-file");
-    const cli_range ranges[] = {{"--max-tokens", a.max_new, 1, 1 << 24},
-                                {"--top-k", a.top_k, 0, 1 << 24},
-                                {"--threads", a.threads, 0, 1024},
-                                {"--tp", a.tp, 1, 64}};
-    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
+    if (st == ST_OK) st = check(&a);
     generation g = {0};
     if (st == ST_OK) st = generation_open(&g, &a);
     if (st == ST_OK) st = answer(&g, &a);

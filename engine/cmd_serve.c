@@ -5,6 +5,7 @@
 
 #include <semaphore.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 
@@ -60,8 +61,18 @@ static status check(const arguments *a) {
     if (!(a->request_timeout_s > 0 && a->request_timeout_s <= SECONDS_MAX) ||
         !(a->grace_s >= 0 && a->grace_s <= SECONDS_MAX))
         return FAIL(ST_USAGE, "--request-timeout and --grace are seconds, %d at most", SECONDS_MAX);
-    if (a->api_key && !a->api_key[0]) return FAIL(ST_USAGE, "--api-key is empty");
     if (a->name && !a->name[0]) return FAIL(ST_USAGE, "--served-model-name is empty");
+    return ST_OK;
+}
+
+/* One that is empty comes of a script's mistake, and would open the server to all. */
+static status take_key(arguments *a) {
+    const char *given = getenv("AMALGAM_API_KEY");
+    if (a->api_key && !a->api_key[0]) return FAIL(ST_USAGE, "--api-key is empty");
+    if (given && !given[0]) return FAIL(ST_USAGE, "AMALGAM_API_KEY is empty");
+    if (a->api_key && given && strcmp(a->api_key, given) != 0)
+        return FAIL(ST_USAGE, "--api-key and AMALGAM_API_KEY differ");
+    if (!a->api_key) a->api_key = given;
     return ST_OK;
 }
 
@@ -214,7 +225,8 @@ int cmd_serve(int argc, char **argv) {
         {"--threads", CLI_INT, &a.threads, "N", "of the cpu device; 0 = all cores"},
         {"--host", CLI_TEXT, &a.host, "ADDR", "127.0.0.1; anything else is open to the network"},
         {"--port", CLI_INT, &a.port, "N", "8000; 0 = any free one, printed"},
-        {"--api-key", CLI_TEXT, &a.api_key, "KEY", "wanted as `Authorization: Bearer KEY`"},
+        {"--api-key", CLI_TEXT, &a.api_key, "KEY",
+         "wanted as `Authorization: Bearer KEY`; AMALGAM_API_KEY in the environment hides it"},
         {"--served-model-name", CLI_TEXT, &a.name, "NAME", "the folder's name"},
         {"--ctx", CLI_INT, &a.ctx, "N", "prompt and output of a request at most; 0 = the model's"},
         {"--pages", CLI_INT, &a.pages, "N", "KV pages; 0 = what fits, on cpu 1 GiB"},
@@ -235,6 +247,7 @@ int cmd_serve(int argc, char **argv) {
     int32_t n_args = 0;
     status st =
         cli_parse(argc - 1, argv + 1, "serve --model DIR [options]", options, NULL, &n_args);
+    if (st == ST_OK) st = take_key(&a);
     if (st == ST_OK) st = run(&a);
     return cli_exit(st);
 }

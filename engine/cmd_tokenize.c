@@ -53,16 +53,14 @@ static status print_lines(const tokenizer *t, const ids *list) {
 static status tokenize(const options *o) {
     tokenizer *t;
     TRY(tokenizer_open(&t, o->model));
-    file_map file = {0};
+    char *file = NULL;
+    size_t n = o->text ? strlen(o->text) : 0;
     ids list = {0};
-    status st = o->file ? file_map_open(&file, o->file) : ST_OK;
-    if (st == ST_OK) {
-        const char *s = o->text ? o->text : file.data ? (const char *)file.data : "";
-        st = tokenizer_encode(t, s, o->text ? strlen(o->text) : file.size, o->flags, &list);
-    }
+    status st = o->file ? file_read(&file, &n, o->file) : ST_OK;
+    if (st == ST_OK) st = tokenizer_encode(t, o->text ? o->text : file, n, o->flags, &list);
     if (st == ST_OK) st = o->json ? print_json(t, &list) : print_lines(t, &list);
     ids_free(&list);
-    file_map_close(&file);
+    mem_free(file);
     tokenizer_close(t);
     return st;
 }

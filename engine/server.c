@@ -423,7 +423,7 @@ static bool authorised(const exchange *x) {
     if (!key || (x->route && x->route->open)) return true;
     const char *given =
         MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "Authorization");
-    return given && strncmp(given, "Bearer ", 7) == 0 && same_secret(given + 7, key);
+    return given && strncasecmp(given, "Bearer ", 7) == 0 && same_secret(given + 7, key);
 }
 
 /* Echoed only when it is plain text: it goes into a header of ours. */

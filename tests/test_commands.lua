@@ -39,9 +39,13 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     for words, range in pairs({ ["--temperature -1"] = "temperature -1 is not in 0..100",
       ["--top-p 0"] = "top_p 0 is not in (0, 1]", ["--min-p 2"] = "min_p 2 is not in 0..1",
       ["--repetition-penalty 0"] = "repetition_penalty 0 is not in (0, 100]" }) do
-      refused(name .. " --model workloads/tiny " .. words .. " </dev/null", range)
+      refused(name .. " --model no-such-model " .. words .. " </dev/null", range)
     end
   end
+  refused("generate --model no-such-model --prompt a --stop ''", "--stop: an empty string")
+  refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
+  refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
+    "no-such-model")
   for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
     refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
       ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
@@ -49,6 +53,42 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   refused("serve --model workloads/tiny --served-model-name ''", "--served-model-name is empty")
   local code = command("%s inspect plan --model Qwen3-8B --gpu h200 --tokens 8 --samples 8")
   test.equal(code, 0, "the limit itself is taken")
+end)
+
+test.case("text comes through a pipe as from a file", function()
+  for options, n in pairs({ ["tokenize --json --file /dev/stdin"] = 20000, -- more than a pipe holds
+    ["generate --json --max-tokens 2 --prompt-file /dev/stdin"] = 3,
+    ["eval --json --text /dev/stdin"] = 300 }) do
+    local words = options .. " --model workloads/tiny"
+    local text = ("awk 'BEGIN { for (i = 0; i < %d; i++) print \"one two\", i }'"):format(n)
+    local code, piped = command(text .. " | %s " .. words)
+    test.equal(code, 0, piped)
+    local name = os.tmpname()
+    local _, filed = command(text .. " >" .. name .. "; %s " .. words .. " <" .. name)
+    os.remove(name)
+    local times = '"[%a_]+_m?s": *[%d.e+-]+'
+    test.equal(piped:gsub(times, ""), filed:gsub(times, ""), options)
+  end
+  local code, said = command("printf '' | %s generate --model workloads/tiny " ..
+    "--prompt-file /dev/stdin")
+  test.equal(code, 2)
+  test.contains(said, "the prompt is empty")
+  code, said = command("%s tokenize --model workloads/tiny --file /tmp")
+  test.equal(code, 1)
+  test.equal(said, "amalgam: /tmp: not a regular file\n")
+end)
+
+test.case("serve's key is that of the environment, too", function()
+  for _, row in ipairs({
+    { "AMALGAM_API_KEY=a", "--api-key b", "--api-key and AMALGAM_API_KEY differ" },
+    { "AMALGAM_API_KEY=", "", "AMALGAM_API_KEY is empty" },
+    { "", "--api-key ''", "--api-key is empty" },
+    { "AMALGAM_API_KEY=a", "--api-key a", "no model 'no-such-model'" },
+  }) do
+    local code, said = command(row[1] .. " %s serve --model no-such-model " .. row[2])
+    test.equal(code, 2, row[3])
+    test.contains(said, row[3])
+  end
 end)
 
 test.case("benchmarks of kernels refuse what they do not know", function()

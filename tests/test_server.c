@@ -538,6 +538,20 @@ static void chat_streams_what_it_says_whole(void **state) {
     json_decref(v);
 }
 
+/* Nobody asked for 16 tokens: a prompt that leaves room for 4 is answered with 4. */
+static void the_default_length_fits_the_context(void **state) {
+    const fixture *f = *state;
+    text body = {0};
+    text_add(&body, "{\"ignore_eos\":true,\"prompt\":[5");
+    for (int32_t i = 1; i < 16384 - 4; i++) text_add(&body, ",%d", i * 7 % 1000);
+    text_add(&body, "]}");
+    json_t *v = call_json(f->url, "/v1/completions", body.data, 200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "completion_tokens")), 4);
+    assert_string_equal(words(at(choice(v, 0), "finish_reason")), "length");
+    json_decref(v);
+    text_free(&body);
+}
+
 static void what_is_wrong_is_said(void **state) {
     const fixture *f = *state;
     static const struct {
@@ -1024,7 +1038,7 @@ static void the_key_is_wanted(void **state) {
     } cases[] = {
         {"Authorization: Bearer secret", 200},  {"Authorization: Bearer secre", 401},
         {"Authorization: Bearer secrets", 401}, {"Authorization: secret", 401},
-        {"Authorization: Bearer ", 401},
+        {"Authorization: Bearer ", 401},        {"Authorization: bearer secret", 200},
     };
     for (int32_t i = 0; i < COUNT_OF(cases); i++) {
         text t = {0}, heads = {0};
@@ -1146,6 +1160,26 @@ static void the_command_ends_while_it_loads(void **state) {
     fclose(said);
     assert_int_equal(ended, pid);
     assert_true(WIFSIGNALED(status_));
+}
+
+/* A key in the environment is no argument that `ps` shows. */
+static void the_command_takes_the_key_of_the_environment(void **state) {
+    (void)state;
+    char line[256] = "", *url;
+    FILE *said;
+    assert_int_equal(setenv("AMALGAM_API_KEY", "secret", 1), 0);
+    const pid_t pid = start_command(model_folder, &said);
+    assert_int_equal(unsetenv("AMALGAM_API_KEY"), 0);
+    assert_non_null(fgets(line, sizeof line, said));
+    url = strstr(line, "http://");
+    assert_non_null(url);
+    url[strcspn(url, "\r\n")] = 0;
+    const long without = call_head(url, "/v1/models"), open = call_head(url, "/health");
+    assert_int_equal(kill(pid, SIGTERM), 0);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+    fclose(said);
+    assert_int_equal(without, 401);
+    assert_int_equal(open, 200);
 }
 
 /* The command: it says where it listens, and SIGTERM ends it with status 0. Its KV cache is smaller
@@ -1546,6 +1580,7 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(chat_streams_what_it_says_whole),
+        cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
@@ -1568,6 +1603,7 @@ int main(void) {
         cmocka_unit_test(an_answer_can_be_stopped),
         cmocka_unit_test(made_up_tokens_are_no_answer),
         cmocka_unit_test(the_command_ends_while_it_loads),
+        cmocka_unit_test(the_command_takes_the_key_of_the_environment),
         cmocka_unit_test(the_command_serves_until_sigterm),
     };
     signal(SIGPIPE, SIG_IGN);
