@@ -37,8 +37,8 @@ typedef struct {
 
 /* Read a body of n bytes. Fields that clients send and that change nothing here are ignored;
  * those that would change the result and are not supported are refused. seed: when the client
- * gave none. FORMAT, RANGE, UNSUPPORTED, USAGE: the client's fault, the message says what;
- * NOTFOUND: another model or a missing field; NOMEM. On failure there is nothing to free. */
+ * gave none. FORMAT, RANGE, UNSUPPORTED, USAGE (a missing field, too): the client's fault, the
+ * message says what; NOTFOUND: another model; NOMEM. On failure there is nothing to free. */
 status api_parse(api_request *out, const api_model *m, bool chat, const char *body, size_t n,
                  uint64_t seed);
 void api_request_free(api_request *r); /* idempotent */

@@ -211,7 +211,7 @@ static void e2m1_words_hold_their_codes(void **state) {
         uint8_t code[8], back[8];
         for (int32_t i = 0; i < 8; i++) {
             seed = seed * 1664525u + 1013904223u;
-            code[i] = n < 64 ? (uint8_t)(i == n / 8 ? 1 << n / 2 % 4 : 0) : (uint8_t)(seed >> 28);
+            code[i] = (uint8_t)(n >= 64 ? seed >> 28 : i == n / 8 ? 1u << n / 2 % 4 : 0u);
         }
         const uint32_t word = linear_pack4(code, true, bf16);
         linear_unpack4(back, word, true, bf16);
