@@ -126,6 +126,25 @@ __device__ __forceinline__ piece scaled(const piece &r, float scale, const piece
     return y;
 }
 
+// A thread's pieces of a row.
+template <int PACKS, typename T>
+__device__ __forceinline__ void load_pieces(piece (&to)[PACKS], const T *from, int32_t cols) {
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) to[p] = load_piece(from + col);
+    }
+}
+template <int PACKS, typename T>
+__device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], float scale,
+                                             const piece (&gain)[PACKS], int32_t cols) {
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) {
+        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
+    }
+}
+
 // PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
 // RANKS: add is this rank's part. per_col: 1 / cols.
 template <typename T, int PACKS, bool RANKS>
@@ -139,11 +158,7 @@ __global__ void __launch_bounds__(kThreadsMax)
     asm volatile("" : "+l"(y), "+l"(residual), "+l"(add)); // lest they be worked out after the wait
     piece r[PACKS], gain[PACKS];
     float2 squares = {};
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) gain[p] = load_piece(w + col);
-    }
+    load_pieces(gain, w, cols);
     follow_previous();
     uint32_t call = 0;
     if constexpr (RANKS) {
@@ -173,11 +188,7 @@ __global__ void __launch_bounds__(kThreadsMax)
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
     if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
-    }
+    store_scaled(y, r, scale, gain, cols);
 }
 
 // The stream of a token is a row of the embedding.
@@ -190,19 +201,11 @@ __global__ void __launch_bounds__(kThreadsMax)
     int id = token[blockIdx.x];
     piece r[PACKS], gain[PACKS];
     float2 squares = {};
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) gain[p] = load_piece(w + col);
-    }
+    load_pieces(gain, w, cols);
     if (id < 0) id = drawn[-1 - id].token;
     const T *from = table + int64_t{id} * cols;
     y += int64_t{blockIdx.x} * cols, residual += int64_t{blockIdx.x} * cols;
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) r[p] = load_piece(from + col);
-    }
+    load_pieces(r, from, cols);
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
@@ -211,11 +214,7 @@ __global__ void __launch_bounds__(kThreadsMax)
         add_squares<T>(squares, r[p]);
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
-    }
+    store_scaled(y, r, scale, gain, cols);
 }
 
 struct shape {
