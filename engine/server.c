@@ -400,7 +400,7 @@ static const route routes[] = {
     {"/v1/completions", "POST", false, NULL, read_completions},
     {"/v1/chat/completions", "POST", false, NULL, read_chat},
     {"/v1/models", "GET", false, answer_models, NULL},
-    {"/v1/models/", "GET", false, answer_model, NULL}, /* and the model's name */
+    {"/v1/models/", "GET", false, answer_model, NULL},
     {"/health", "GET", true, answer_health, NULL},
     {"/ping", "GET", true, answer_health, NULL},
     {"/version", "GET", false, answer_version, NULL},
@@ -458,9 +458,10 @@ static bool takes(const route *r, const char *method) {
            (strcmp(method, "HEAD") == 0 && strcmp(r->method, "GET") == 0);
 }
 
+/* What follows a path's last slash, if it ends with one, is the model's name. */
 static bool leads_to(const char *url, const route *r, const char *model) {
     const size_t n = strlen(r->path);
-    if (r->answer != answer_model) return strcmp(url, r->path) == 0;
+    if (r->path[n - 1] != '/') return strcmp(url, r->path) == 0;
     return strncmp(url, r->path, n) == 0 && strcmp(url + n, model) == 0;
 }
 
