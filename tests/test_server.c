@@ -1355,7 +1355,7 @@ static void commands_and_lua_measure_a_server(void **state) {
     check_result_keys(path);
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 5 --output-tokens 6 --vocab 1000 "
-             "--goodput ttft:1e6 --goodput tpot:0.001",
+             "--goodput ttft:1e6 --goodput e2e:0.001",
              binary, f->url);
     assert_true(run_command(line, &said) <= 1);
     assert_non_null(strstr(said.data, "goodput 0.000 requests/s"));
