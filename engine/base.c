@@ -5,6 +5,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -334,39 +335,58 @@ status file_make_dirs(const char *path) {
     return ST_OK;
 }
 
-status file_write(const char *path, const void *data, size_t size) {
-    char temporary[4096];
-    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
-        (int)sizeof temporary)
+status file_begin(file_draft *f, const char *path) {
+    char real[PATH_MAX];
+    struct stat kind, link;
+    const bool there = stat(path, &kind) == 0;
+    if (there && S_ISDIR(kind.st_mode)) return FAIL(ST_IO, "%s: %s", path, strerror(EISDIR));
+    if (there && S_ISREG(kind.st_mode) && lstat(path, &link) == 0 && S_ISLNK(link.st_mode) &&
+        realpath(path, real))
+        path = real;
+    const bool replaced = !there || S_ISREG(kind.st_mode);
+    if (snprintf(f->path, sizeof f->path, "%s", path) >= (int)sizeof f->path ||
+        snprintf(f->temporary, sizeof f->temporary, "%s.%d.tmp", path, (int)getpid()) >=
+            (int)sizeof f->temporary)
         return FAIL(ST_IO, "%s: path too long", path);
+    if (!replaced) f->temporary[0] = 0;
+    f->fd = replaced ? open(f->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)
+                     : open(path, O_WRONLY | O_CLOEXEC);
+    return f->fd >= 0 ? ST_OK : FAIL(ST_IO, "%s: %s", path, strerror(errno));
+}
+
+status file_add(file_draft *f, const void *data, size_t n) {
+    for (const uint8_t *p = data; n > 0;) {
+        const ssize_t done = write(f->fd, p, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done <= 0) return FAIL(ST_IO, "%s: %s", f->path, strerror(done ? errno : ENOSPC));
+        p += done;
+        n -= (size_t)done;
+    }
+    return ST_OK;
+}
+
+status file_end(file_draft *f, status st) {
+    const bool replaces = f->temporary[0] != 0;
+    if (st == ST_OK && replaces && fsync(f->fd) != 0)
+        st = FAIL(ST_IO, "%s: %s", f->path, strerror(errno));
+    if (close(f->fd) != 0 && st == ST_OK) st = FAIL(ST_IO, "%s: %s", f->path, strerror(errno));
+    if (st == ST_OK && replaces && rename(f->temporary, f->path) != 0)
+        st = FAIL(ST_IO, "%s: %s", f->path, strerror(errno));
+    if (st != ST_OK && replaces) unlink(f->temporary);
+    return st;
+}
+
+status file_write(const char *path, const void *data, size_t size) {
     const char *slash = strrchr(path, '/');
     if (slash && slash != path) {
         char dir[4096];
-        snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path);
+        if (snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path) >= (int)sizeof dir)
+            return FAIL(ST_IO, "%s: path too long", path);
         TRY(file_make_dirs(dir));
     }
-    const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd < 0) return FAIL(ST_IO, "%s: %s", temporary, strerror(errno));
-    const uint8_t *p = data;
-    bool ok = true;
-    for (size_t left = size; left && ok;) {
-        const ssize_t n = write(fd, p, left);
-        if (n < 0 && errno == EINTR) continue;
-        ok = n > 0;
-        if (ok) {
-            p += n;
-            left -= (size_t)n;
-        }
-    }
-    ok = ok && fsync(fd) == 0;
-    const int problem = errno;
-    if (close(fd) != 0) ok = false;
-    if (!ok || rename(temporary, path) != 0) {
-        const int why = ok ? errno : problem;
-        unlink(temporary);
-        return FAIL(ST_IO, "%s: %s", path, strerror(why));
-    }
-    return ST_OK;
+    file_draft f;
+    TRY(file_begin(&f, path));
+    return file_end(&f, file_add(&f, data, size));
 }
 
 status stdout_failed(void) {

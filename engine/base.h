@@ -124,8 +124,21 @@ void file_map_close(file_map *m); /* idempotent */
  * counted. IO as file_map_open. */
 status file_read(char **data, size_t *size, const char *path);
 
-/* Write through a temporary beside the target, fsync, rename: readers see the old file or the new
- * one. A full disk is IO and leaves the old file. Missing parent directories are made. */
+/* A file in the making. What is added goes to a temporary beside the target, which file_end puts into
+ * its place: readers see the old file or the new one, and a full disk leaves the old one. Symbolic
+ * links are followed. A pipe or a device is written to as it comes: nothing may take its place. */
+typedef struct {
+    int fd;
+    char path[4096], temporary[4096]; /* temporary "": of a pipe or a device */
+} file_draft;
+
+/* IO with the path, as all three; also for a folder. After a failure there is nothing to end. */
+status file_begin(file_draft *f, const char *path);
+status file_add(file_draft *f, const void *data, size_t n);
+/* st OK: flush to the disk and put into place. Else drop what was added; the result is st then. */
+status file_end(file_draft *f, status st);
+
+/* All of it at once. Missing parent directories are made. */
 status file_write(const char *path, const void *data, size_t size);
 bool file_exists(const char *path);
 /* Why the write to standard output that has just failed did (errno): INTERRUPTED when who read it

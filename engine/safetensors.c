@@ -8,11 +8,9 @@
 #include "json.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 enum { HEADER_BYTES_MAX = 100000000, SHARDS_MAX = 10000 };
 
@@ -382,47 +380,19 @@ static status make_header(text *out, const char *path, const tensor_view *tensor
     return st;
 }
 
-static bool write_all(int fd, const void *data, size_t n) {
-    for (const uint8_t *p = data; n > 0;) {
-        const ssize_t done = write(fd, p, n);
-        if (done < 0 && errno == EINTR) continue;
-        if (done <= 0) return false;
-        p += done;
-        n -= (size_t)done;
-    }
-    return true;
-}
-
 status safetensors_write(const char *path, const tensor_view *tensors, int32_t n) {
-    char temporary[4096];
-    if ((size_t)snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
-        sizeof temporary)
-        return FAIL(ST_IO, "%s: path too long", path);
     text header = {0};
-    const status st = make_header(&header, path, tensors, n);
-    if (st != ST_OK) {
-        text_free(&header);
-        return st;
-    }
-    /* Not file_write: a checkpoint need not fit into memory a second time. */
-    const int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && write_all(fd, header.data, header.length);
-    for (int32_t i = 0; ok && i < n; i++)
-        ok = write_all(fd, tensors[i].data, (size_t)tensors[i].bytes);
-    ok = ok && fsync(fd) == 0;
-    int why = errno;
-    if (fd >= 0 && close(fd) != 0 && ok) {
-        ok = false;
-        why = errno;
-    }
-    if (ok && rename(temporary, path) != 0) {
-        ok = false;
-        why = errno;
+    file_draft f;
+    status st = make_header(&header, path, tensors, n);
+    if (st == ST_OK) st = file_begin(&f, path);
+    if (st == ST_OK) {
+        st = file_add(&f, header.data, header.length);
+        for (int32_t i = 0; st == ST_OK && i < n; i++)
+            st = file_add(&f, tensors[i].data, (size_t)tensors[i].bytes);
+        st = file_end(&f, st);
     }
     text_free(&header);
-    if (ok) return ST_OK;
-    if (fd >= 0) unlink(temporary);
-    return FAIL(ST_IO, "%s: %s", path, strerror(why));
+    return st;
 }
 
 const char *tensor_shape_text(char *buf, size_t n, const int64_t *dim, int32_t n_dims) {

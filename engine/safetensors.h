@@ -41,7 +41,6 @@ uint64_t safetensors_digest(const safetensors *s);
 
 /* Write tensors to one file, in the given order (tests, quantiser); `bytes` must be that of shape
  * and type. Larger element types first: a tensor that would end up misaligned is UNSUPPORTED.
- * Through a temporary beside the target and rename, as file_write, but nothing is held in memory
- * twice. */
+ * A file_draft (base.h): the old file stays until the new one is whole. */
 status safetensors_write(const char *path, const tensor_view *tensors, int32_t n);
 #endif

@@ -47,6 +47,27 @@ local function file_of(results, id)
     identity.version)
 end
 
+test.case("a file is replaced whole; a link and a pipe stay what they are", function()
+  local real, link, pipe = dir .. "/real", dir .. "/link", dir .. "/pipe"
+  amalgam.write_file(real, "first")
+  amalgam.write_file(real, "second")
+  test.equal(amalgam.read_file(real), "second")
+  assert(os.execute(("ln -s real '%s'"):format(link)))
+  amalgam.write_file(link, "through it")
+  test.equal(amalgam.read_file(real), "through it")
+  test.equal(os.execute(("test -h '%s'"):format(link)), true, "still a link")
+  local reader = assert(io.popen(("mkfifo '%s'; timeout 10 cat '%s'"):format(pipe, pipe)))
+  assert(os.execute(("while ! test -p '%s'; do sleep 0.01; done"):format(pipe)))
+  amalgam.write_file(pipe, "as it comes")
+  test.equal(reader:read("a"), "as it comes")
+  reader:close()
+  test.equal(os.execute(("test -p '%s'"):format(pipe)), true, "still a pipe")
+  local ok, why = pcall(amalgam.write_file, dir, "text")
+  test.equal(ok, false)
+  test.contains(why, dir .. ": Is a directory")
+  for _, name in ipairs(amalgam.list(dir)) do test.equal(name:find("%.tmp$"), nil, name) end
+end)
+
 test.case("points are expanded in order, the last axis first", function()
   local loaded = experiment.load(write(HEAD .. BODY .. RUN))
   local words = {}
