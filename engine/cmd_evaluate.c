@@ -105,6 +105,8 @@ int cmd_evaluate(int argc, char **argv) {
     if (st == ST_OK && (!model || !path)) st = FAIL(ST_USAGE, "eval needs --model and --text");
     if (st == ST_OK && (window < 2 || window > 1 << 20 || stride < 1 || stride >= window))
         st = FAIL(ST_USAGE, "--window must be 2 to %d and --stride below it", 1 << 20);
+    if (st == ST_OK && logits && (against || json))
+        st = FAIL(ST_USAGE, "--logits writes a file alone: without --against and --json");
     if (st == ST_OK) st = cli_check(&(cli_range){"--threads", threads, 0, 1024}, 1);
     engine_options o = ENGINE_OPTIONS_DEFAULT;
     if (st == ST_OK) st = device_computes(device_name);

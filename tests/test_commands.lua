@@ -46,6 +46,10 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
   refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
     "no-such-model")
+  for _, other in ipairs({ "--against workloads/tiny", "--json" }) do
+    refused("eval --model no-such-model --text no-such-text --logits x " .. other,
+      "--logits writes a file alone")
+  end
   for _, limit in ipairs({ "ttft", "ttft:", "ttft:x", "ttft:-1", "itl:5", ":5" }) do
     refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
       ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
