@@ -5,8 +5,6 @@
 #include "quantise.h"
 #include "tokenizer.h"
 
-#include <sys/stat.h>
-
 typedef struct {
     const char *model, *out, *method, *format, *layout, *text_path, *device;
     int64_t tokens, threads, seed;
@@ -39,11 +37,6 @@ static status calibration(const arguments *a, const char *dir, ids *out) {
     return st;
 }
 
-static bool same_folder(const char *a, const char *b) {
-    struct stat x, y;
-    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
 static status run(const arguments *a) {
     quantise_options o = QUANTISE_OPTIONS_DEFAULT;
     char dir[1024];
@@ -51,9 +44,7 @@ static status run(const arguments *a) {
     TRY(quantise_method_parse(&o.method, a->method));
     TRY(save_layout_parse(&o.layout, a->layout));
     TRY(precision_parse(&o.precision, a->format));
-    if (o.precision.weight == WF_16) return FAIL(ST_USAGE, "W16 is what the source is in");
     TRY(model_dir(dir, sizeof dir, a->model));
-    if (same_folder(dir, a->out)) return FAIL(ST_USAGE, "--out is the source itself");
     if (o.method != QUANTISE_RTN) TRY(calibration(a, dir, &tokens));
     progress bar;
     progress_start(&bar, "quantize", 1);

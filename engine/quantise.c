@@ -12,6 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 static const char *const method_texts[QUANTISE_COUNT] = {"rtn", "gptq", "awq"};
 
@@ -502,6 +503,18 @@ static status check_source(const job *j) {
     return model_fits_precision(j->c, &j->o->precision, 1);
 }
 
+static bool same_folder(const char *a, const char *b) {
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* What needs no file of the source. */
+static status check_options(const quantise_options *o, const char *dir) {
+    if (o->precision.weight == WF_16) return FAIL(ST_USAGE, "W16 is what the source is in");
+    if (same_folder(dir, o->out)) return FAIL(ST_USAGE, "%s is the source itself", o->out);
+    return ST_OK;
+}
+
 status quantise_checkpoint(const quantise_options *o) {
     char dir[1024];
     model_config *c = mem_alloc(1, sizeof *c);
@@ -509,6 +522,7 @@ status quantise_checkpoint(const quantise_options *o) {
     job *j = mem_alloc(1, sizeof *j);
     status st = c && j ? ST_OK : FAIL(ST_NOMEM, "quantiser");
     if (st == ST_OK) st = model_dir(dir, sizeof dir, o->model);
+    if (st == ST_OK) st = check_options(o, dir);
     if (st == ST_OK) st = model_config_load(c, dir);
     if (st == ST_OK) st = checkpoint_open(&k, c, dir, 0);
     if (st == ST_OK) {

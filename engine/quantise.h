@@ -46,7 +46,7 @@ typedef struct {
                         .memory_bytes = (int64_t)4 << 30})
 
 /* UNSUPPORTED for a source that is quantised already or whose linears are not one tensor each, for
- * awq in other than integer formats. */
+ * awq in other than integer formats; USAGE when `out` is the source, or the format 16 bit. */
 status quantise_checkpoint(const quantise_options *o);
 
 /* --- The methods, on one matrix; `by` does the arithmetic ------------------------------------- */

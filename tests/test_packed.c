@@ -868,9 +868,16 @@ static void test_quantise_checkpoint(void **state) {
     assert_at_most(error[QUANTISE_GPTQ], 0.9 * error[QUANTISE_RTN]);
     assert_at_most(error[QUANTISE_AWQ], error[QUANTISE_RTN]);
     o.model = packed;
+    o.out = folder;
     assert_status(quantise_checkpoint(&o), ST_UNSUPPORTED);
     assert_non_null(strstr(fail_message(), "quantised already"));
     o.model = plain;
+    o.out = plain; /* before the source is touched */
+    assert_status(quantise_checkpoint(&o), ST_USAGE);
+    assert_non_null(strstr(fail_message(), "is the source itself"));
+    logits_of(plain, "W16", got);
+    assert_memory_equal(got, exact, sizeof exact);
+    o.out = packed;
     o.method = QUANTISE_AWQ;
     assert_ok(precision_parse(&o.precision, "WFP8"));
     assert_status(quantise_checkpoint(&o), ST_UNSUPPORTED);
