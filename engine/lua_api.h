@@ -6,7 +6,7 @@
 #include <lua.h>
 
 /* A state with the standard libraries, the module preloaded and package.path set to experiments/,
- * baselines/, workloads/ and plots/ under root_dir(). NULL when memory is short. */
+ * baselines/, plots/ and tests/ under root_dir(). NULL when memory is short. */
 lua_State *lua_api_open(void);
 
 /* Run `module`.main(arguments...) and return its integer result as exit status. A Lua error is one

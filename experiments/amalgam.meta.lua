@@ -128,10 +128,12 @@ function amalgam.capacity(options) end
 ---@field tasks? { kind?: "arithmetic"|"recall", n?: integer, seed?: integer }[]
 ---@field window? integer tokens of context at most (512)
 ---@field stride? integer tokens between windows (256)
+---@field against? string checkpoint that is run in 16 bit beside it, over `text`
 
 ---Perplexity of held-out text and exact answers to held-out tasks.
 ---@param options EvaluateOptions
----@return Result # metrics: perplexity, nll_nats, scored_tokens, <kind>_accuracy, <kind>_n
+---@return Result # metrics: perplexity, nll_nats, scored_tokens, <kind>_accuracy, <kind>_n; with
+---`against` also greedy_agreement, kl_nats, kl_nats_max, reference_perplexity
 function amalgam.evaluate(options) end
 
 ---@return string[] names of the models of the sweep
@@ -176,6 +178,11 @@ function amalgam.model(name) end
 ---@return GpuFacts
 function amalgam.gpu(name) end
 
+---@param name string
+---@return string|nil canonical nil when it is no precision
+---@return string|nil reason
+function amalgam.precision(name) end
+
 ---@class QuantizeOptions
 ---@field model string folder of a 16-bit checkpoint
 ---@field out string folder to write
@@ -187,15 +194,10 @@ function amalgam.gpu(name) end
 ---@field threads? integer
 
 --- Write a quantised checkpoint: method "rtn" (default), "gptq" or "awq"; layout
---- "compressed-tensors" (default), "awq", "gptq", "gptq_v2", "fp8" or "modelopt"; calibration text
---- of the seeded generator (for gptq and awq). Raises on failure.
+--- "compressed-tensors" (default), "awq", "gptq", "gptq_v2", "fp8", "modelopt" or "gpt-oss";
+--- calibration text of the seeded generator (for gptq and awq). Raises on failure.
 ---@param options QuantizeOptions
 function amalgam.quantize(options) end
-
----@param name string
----@return string|nil canonical nil when it is no precision
----@return string|nil reason
-function amalgam.precision(name) end
 
 ---`amalgam bench NAME --json` in a process of its own. Options are those of the command, without
 ---dashes before and with underscores inside: a list is joined by commas, true is a flag.
