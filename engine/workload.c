@@ -49,6 +49,7 @@ status workload_preset(workload_options *out, const char *name) {
         .burstiness = 1,
         .speed = 1,
         .users = 1,
+        .n_prefixes = 1,
         .vocab = 32000,
         .sampling = SAMPLING_GREEDY,
         .ignore_eos = true,

@@ -281,6 +281,12 @@ static void prefixes_are_shared_and_salts_are_not(void **state) {
     assert_int_equal(used, 3);
     assert_true(memcmp(first[0], first[1], 400) != 0);
     arena_reset(&memory, 0);
+    o.n_prefixes = preset("fixed").n_prefixes; /* unless told: one */
+    o.prompt.a = 100;
+    const workload one = make(&o);
+    for (int32_t i = 1; i < one.n; i++)
+        assert_memory_equal(one.request[i].prompt, one.request[0].prompt, 400);
+    arena_reset(&memory, 0);
 }
 
 /* --- Files ------------------------------------------------------------------------------------ */
