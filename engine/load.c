@@ -59,6 +59,14 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
+/* The server's URL, with or without slashes at its end, and a path on it. */
+static status join_url(char *out, size_t n, const char *url, const char *path) {
+    int length = (int)strlen(url);
+    while (length > 0 && url[length - 1] == '/') length--;
+    const int used = snprintf(out, n, "%.*s%s%s", length, url, path[0] == '/' ? "" : "/", path);
+    return (size_t)used < n ? ST_OK : FAIL(ST_RANGE, "a URL of %d bytes", used);
+}
+
 /* --- Plain requests --------------------------------------------------------------------------- */
 
 static size_t collect(char *data, size_t size, size_t n, void *user) {
@@ -108,7 +116,7 @@ status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *
     char url[1024];
     text answer = {0};
     *vocab = 0;
-    snprintf(url, sizeof url, "%s/v1/models", o->url);
+    TRY(join_url(url, sizeof url, o->url, "/v1/models"));
     struct curl_slist *headers = make_headers(o);
     CURL *c = curl_easy_init();
     if (!c) return FAIL(ST_NOMEM, "curl");
@@ -528,8 +536,7 @@ static status open_loader(loader *l) {
     curl_multi_setopt(l->multi, CURLMOPT_TIMERFUNCTION, on_timer);
     curl_multi_setopt(l->multi, CURLMOPT_TIMERDATA, l);
     curl_multi_setopt(l->multi, CURLMOPT_MAXCONNECTS, 4096L);
-    snprintf(l->url, sizeof l->url, "%s%s", l->o->url, l->o->path ? l->o->path : "/v1/completions");
-    return ST_OK;
+    return join_url(l->url, sizeof l->url, l->o->url, l->o->path ? l->o->path : "/v1/completions");
 }
 
 static void close_loader(loader *l) {

@@ -1447,6 +1447,14 @@ static void the_load_generator_counts_right(void **state) {
     assert_status(load_run(&r, &a, &silent, &w, log), ST_USAGE);
     const load_options nobody = {.url = "http://127.0.0.1:1"};
     assert_status(load_run(&r, &a, &nobody, &w, log), ST_IO);
+    char slashed[128], endless[2000] = "";
+    snprintf(slashed, sizeof slashed, "%s//", f->url);
+    const load_options joined = {.url = slashed, .path = "v1/completions"};
+    assert_ok(load_run(&r, &a, &joined, &w, log));
+    assert_int_equal(r.n_failed, 0);
+    memset(endless, 'u', sizeof endless - 1);
+    const load_options cut = {.url = endless};
+    assert_status(load_run(&r, &a, &cut, &w, log), ST_RANGE);
     arena_close(&a);
     assert_true(load_valid(0.0009, 1.0));
     assert_false(load_valid(0.0011, 1.0));
