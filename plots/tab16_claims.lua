@@ -38,7 +38,7 @@ local function latency(data)
   local mean, most = 100 * (1 - stats.geomean(found)), 100 * (1 - math.min(table.unpack(found)))
   return { ("-%.0f %% on average, -%.0f %% at most: median end to end, W4A16KV8 over 16 bits at "
     .. "the same rate"):format(mean, most), "predicted",
-    ("%+.0f and %+.0f points; another baseline"):format(mean - 30, most - 61) }
+    ("%+.0f and %+.0f points; another baseline"):format(30 - mean, 61 - most) }
 end
 
 local function everywhere(data)
