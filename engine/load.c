@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <math.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -59,8 +60,12 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
-/* The server's URL, with or without slashes at its end, and a path on it. */
+/* The server's URL, with or without slashes at its end, and a path on it. curl speaks more than
+ * HTTP. */
 static status join_url(char *out, size_t n, const char *url, const char *path) {
+    if (strstr(url, "://") && strncasecmp(url, "http://", 7) != 0 &&
+        strncasecmp(url, "https://", 8) != 0)
+        return FAIL(ST_USAGE, "'%.100s' is no URL of http or https", url);
     int length = (int)strlen(url);
     while (length > 0 && url[length - 1] == '/') length--;
     const int used = snprintf(out, n, "%.*s%s%s", length, url, path[0] == '/' ? "" : "/", path);
@@ -94,7 +99,6 @@ static void set_common(CURL *c, const struct curl_slist *headers) {
     curl_easy_setopt(c, CURLOPT_PROXY, ""); /* the server itself, whatever the environment says */
     curl_easy_setopt(c, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(c, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
-    curl_easy_setopt(c, CURLOPT_PROTOCOLS_STR, "http,https");
 }
 
 static status take_model(const char *answer, size_t n, const char *url, char *name, size_t size,

@@ -1,6 +1,8 @@
 /* lua_json.c - see lua_json.h. */
 #include "lua_json.h"
 
+#include "utf8.h"
+
 #include <lauxlib.h>
 #include <math.h>
 #include <string.h>
@@ -62,13 +64,15 @@ static json_t *convert_object(lua_State *L, int index, int depth) {
     lua_pushnil(L);
     while (object && lua_next(L, index)) {
         json_t *member = NULL;
-        if (lua_type(L, -2) != LUA_TSTRING)
+        size_t n = 0;
+        const char *key = lua_type(L, -2) == LUA_TSTRING ? lua_tolstring(L, -2, &n) : NULL;
+        if (!key)
             (void)FAIL(ST_FORMAT, "a table has a key that is no string beside others");
+        else if (strlen(key) != n || !utf8_valid(key, n))
+            (void)FAIL(ST_FORMAT, "a key is no UTF-8 text, or has a zero byte");
         else
             member = convert(L, lua_gettop(L), depth + 1);
-        size_t n;
-        const char *key = member ? lua_tolstring(L, -2, &n) : NULL;
-        if (!member || json_object_setn_new(object, key, n, member) != 0) {
+        if (!member || json_object_set_new(object, key, member) != 0) {
             json_decref(object);
             lua_pop(L, 2);
             return NULL;

@@ -17,6 +17,11 @@ local banned = { -- pattern -> what to use instead; files that may
   { "%f[%w_]rand%s*%(", "rng.h" },
   { "%f[%w_]gettimeofday%s*%(", "timeline.h" },
   { "%f[%w_]exit%s*%(", "return a status" },
+  -- Newer than the libraries of Ubuntu 22.04 (libcurl 7.81, jansson 2.13, glibc 2.35):
+  { "_PROTOCOLS_STR%f[^%w_]", "what libcurl 7.81 has" },
+  { "%f[%w_]json_object_[gsd]e[tl]n%f[^%l]", "what jansson 2.13 has" },
+  { "%f[%w_]strlc%a+%s*%(", "snprintf" },
+  { "%f[%w_]arc4random", "rng.h" },
 }
 
 local problems = {}

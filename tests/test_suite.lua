@@ -68,6 +68,15 @@ test.case("a file is replaced whole; a link and a pipe stay what they are", func
   for _, name in ipairs(amalgam.list(dir)) do test.equal(name:find("%.tmp$"), nil, name) end
 end)
 
+test.case("what JSON has no words for is refused", function()
+  for key, why in pairs({ ["a\0b"] = "zero byte", ["\xff"] = "no UTF-8", [1.5] = "no string" }) do
+    local ok, said = pcall(amalgam.json_encode, { [key] = 1, good = 2 })
+    test.equal(ok, false, why)
+    test.contains(said, why)
+  end
+  test.equal(amalgam.json_encode({ ["\u{e9}"] = "\0" }), '{"\u{e9}":"\\u0000"}')
+end)
+
 test.case("points are expanded in order, the last axis first", function()
   local loaded = experiment.load(write(HEAD .. BODY .. RUN))
   local words = {}
