@@ -124,9 +124,10 @@ void file_map_close(file_map *m); /* idempotent */
  * counted. IO as file_map_open. */
 status file_read(char **data, size_t *size, const char *path);
 
-/* A file in the making. What is added goes to a temporary beside the target, which file_end puts into
- * its place: readers see the old file or the new one, and a full disk leaves the old one. Symbolic
- * links are followed. A pipe or a device is written to as it comes: nothing may take its place. */
+/* A file in the making. What is added goes to a temporary beside the target, which file_end puts
+ * into its place: readers see the old file or the new one, and a full disk leaves the old one.
+ * Symbolic links are followed. A pipe or a device is written to as it comes: nothing may take its
+ * place. */
 typedef struct {
     int fd;
     char path[4096], temporary[4096]; /* temporary "": of a pipe or a device */
