@@ -28,20 +28,30 @@ static void take(void *p, void *unused) {
 
 /* --- Oniguruma to PCRE2 ----------------------------------------------------------------------- */
 
+/* Members of a class: White_Space, all others, and Oniguruma's \w, in general categories and
+ * ranges, since PCRE2 knows the names of properties from 10.40 on only. Each begins and ends with a
+ * category, beside which a '-' of the class is no range. */
+#define SPACE "\\p{Zs}\\t-\\r\\x85\\p{Z}"
+#define NO_SPACE                                                                                   \
+    "\\p{L}\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\p{M}\\p{N}\\p{P}\\p{S}\\p{Cf}"            \
+    "\\p{Co}\\p{Cn}"
+#define WORD                                                                                       \
+    "\\p{L}\\p{Nl}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-\\x{1f169}"                   \
+    "\\x{1f170}-\\x{1f189}\\p{M}\\p{Nd}\\p{Pc}"
+
 /* Append the translation of the escape \c; false when it has none. */
 static bool translate_escape(text *out, char c, bool in_class) {
-    static const char word[] = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
     /* Outside a class Oniguruma's Latin-1 table decides, which has superscripts and fractions. */
     static const char latin[] = "\\xb2\\xb3\\xb9\\xbc-\\xbe";
     switch (c) {
-    case 's': text_add(out, "\\p{White_Space}"); return true;
-    case 'S': text_add(out, "\\P{White_Space}"); return true;
-    case 'w': text_add(out, in_class ? "%s" : "[%s%s]", word, latin); return true;
+    case 's': text_add(out, in_class ? SPACE : "[" SPACE "]"); return true;
+    case 'S': text_add(out, in_class ? NO_SPACE : "[^" SPACE "]"); return true;
+    case 'w': text_add(out, in_class ? "%s" : "[%s%s]", WORD, latin); return true;
     case 'h': text_add(out, in_class ? "0-9a-fA-F" : "[0-9a-fA-F]"); return true;
     case 'W':
     case 'H':
         if (in_class) return false;
-        if (c == 'W') text_add(out, "[^%s%s]", word, latin);
+        if (c == 'W') text_add(out, "[^%s%s]", WORD, latin);
         if (c == 'H') text_add(out, "[^0-9a-fA-F]");
         return true;
     case 'v': text_add(out, "\\x0b"); return true;
