@@ -264,6 +264,8 @@ static status take_stops(api_request *r, const api_model *m, const json_t *body)
     const json_t *v = json_find(body, "stop"), *list = json_find(body, "stop_token_ids");
     const size_t n = json_is_array(v) ? json_array_size(v) : v ? 1 : 0;
     if (n > API_STOPS_MAX) return FAIL(ST_RANGE, "'stop': more than %d strings", API_STOPS_MAX);
+    if (n > 0 && !m->tok)
+        return FAIL(ST_UNSUPPORTED, "'stop': this server has no tokenizer: send 'stop_token_ids'");
     r->stop = mem_alloc(n + 1, sizeof *r->stop);
     r->stop_token = mem_alloc(API_STOP_TOKENS_MAX + TOKENIZER_EOS_MAX, sizeof *r->stop_token);
     if (!r->stop || !r->stop_token) return FAIL(ST_NOMEM, "stop strings");

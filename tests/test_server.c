@@ -466,6 +466,19 @@ static void the_tokenizer_knows_ends(void **state) {
     tokenizer_close(tok);
 }
 
+/* Without a tokenizer no text can end an answer: refused, not ignored. */
+static void stop_strings_want_a_tokenizer(void **state) {
+    (void)state;
+    static const char body[] = "{\"prompt\":[1],\"stop\":\"5\"}",
+                      none[] = "{\"prompt\":[1],\"stop\":[],\"stop_token_ids\":[5]}";
+    const api_model m = {.model = "ids", .ctx_max = 100, .vocab = 10, .n_max = 1};
+    api_request r;
+    assert_status(api_parse(&r, &m, false, body, strlen(body), 1), ST_UNSUPPORTED);
+    assert_non_null(strstr(fail_message(), "'stop'"));
+    assert_ok(api_parse(&r, &m, false, none, strlen(none), 1));
+    api_request_free(&r);
+}
+
 /* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
 static void stop_strings_cut_and_never_leak(void **state) {
     const fixture *f = *state;
@@ -1607,6 +1620,7 @@ int main(void) {
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
+        cmocka_unit_test(stop_strings_want_a_tokenizer),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
