@@ -153,8 +153,7 @@ __global__ void __launch_bounds__(kThreadsMax)
              norm_ranks ranks) {
     __shared__ float shared[32];
     const int64_t row = int64_t{blockIdx.x} * cols;
-    const bool adds = add != nullptr;
-    y += row, residual += row, add = adds ? add + row : residual;
+    y += row, residual += row, add += row;
     asm volatile("" : "+l"(y), "+l"(residual), "+l"(add)); // lest they be worked out after the wait
     piece r[PACKS], gain[PACKS];
     float2 squares = {};
@@ -180,10 +179,8 @@ __global__ void __launch_bounds__(kThreadsMax)
         if (at * 8 >= cols) continue;
         r[p] = load_piece(residual + at * 8);
         const piece own = load_piece(add + at * 8);
-        if (adds) {
-            r[p] = sum_of<T, RANKS>(r[p], own, at, call, ranks);
-            store_piece(residual + at * 8, r[p]);
-        }
+        r[p] = sum_of<T, RANKS>(r[p], own, at, call, ranks);
+        store_piece(residual + at * 8, r[p]);
         add_squares<T>(squares, r[p]);
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);

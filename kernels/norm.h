@@ -12,7 +12,6 @@ extern "C" {
  * with root_r = sqrt(mean_i(residual[r,i]^2) + eps) of the rounded residual.
  *
  *   y, residual, add   [rows, cols] of `type`, device, 16-byte aligned; y may be `add`
- *   add                NULL: nothing is added and residual is only read
  *   w                  [cols] of `type`
  *
  * Sums in f32 in an order that depends on cols alone, so a row's result does not depend on the
