@@ -31,16 +31,19 @@ enum {
     REQUEST_ID_MAX = 128,
     READ_AT_ONCE = 16 << 10, /* bytes of a body: about 10 ms at the slowest of our tokenizers */
     WATCH_MS = 20,
+    LOOK_NS = 500 * 1000 * 1000, /* between looks at connections on which nothing runs */
 };
 
 /* A connection. */
 typedef struct peer {
     struct peer *next, *before;
     int fd;
-    int64_t since_ns; /* a request has been awaited since; 0 = one is being answered */
-    int64_t moved_ns; /* the client last took something of a stream */
-    bool stalled;     /* there is something that it does not take */
-    bool dropped;     /* the watch has shut it down */
+    int64_t since_ns;  /* a request has been awaited since; 0 = one is being answered */
+    int64_t looked_ns; /* while one is awaited: when the watch last looked whether it can come */
+    bool ended;        /* and found that the client has closed */
+    int64_t moved_ns;  /* the client last took something of a stream */
+    bool stalled;      /* there is something that it does not take */
+    bool dropped;      /* the watch has shut it down */
     struct job *job;
 } peer;
 
@@ -582,11 +585,21 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
 
 /* --- The watch -------------------------------------------------------------------------------- */
 
+/* A request is awaited from a client that has closed. libmicrohttpd does not see an end that arrived
+ * together with data. Seen twice: what had arrived at the first look has been read at the second. */
+static bool awaits_in_vain(peer *l, int64_t now) {
+    if (!l->since_ns || now - i64_max(l->looked_ns, l->since_ns) < LOOK_NS) return false;
+    const bool before = l->ended && l->looked_ns > l->since_ns;
+    l->looked_ns = now;
+    l->ended = is_gone(l->fd);
+    return before && l->ended;
+}
+
 /* The socket stays open while its peer is in the list, and the list is locked. */
 static void watch_peer(server *s, peer *l, int64_t now) {
     const double waited = l->since_ns ? (double)(now - l->since_ns) * 1e-9 : 0;
     const double stalled = l->stalled ? (double)(now - l->moved_ns) * 1e-9 : 0;
-    const bool gone = l->job && is_gone(l->fd);
+    const bool gone = l->job ? is_gone(l->fd) : awaits_in_vain(l, now);
     if (!gone && waited <= s->options.request_timeout_s && stalled <= s->options.stall_timeout_s)
         return;
     l->dropped = true;

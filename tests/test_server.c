@@ -11,6 +11,7 @@
 #include "vllm_keys.h"
 
 #include <curl/curl.h>
+#include <dirent.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -56,6 +57,8 @@ static void write_model(void) {
     }
 }
 
+static double request_timeout_s = 2; /* of the next one */
+
 static void open_fixture(fixture *f, int32_t max_seqs, int32_t max_queue, const char *key) {
     *f = (fixture){0};
     engine_options o = ENGINE_OPTIONS_DEFAULT;
@@ -84,7 +87,7 @@ static void open_fixture(fixture *f, int32_t max_seqs, int32_t max_queue, const 
     so.port = 0;
     so.api_key = key;
     so.max_body_bytes = 1 << 20;
-    so.request_timeout_s = 2;
+    so.request_timeout_s = request_timeout_s;
     assert_ok(server_open(&f->server, &so, f->service, &m));
     snprintf(f->url, sizeof f->url, "http://127.0.0.1:%d", server_port(f->server));
 }
@@ -939,6 +942,47 @@ static void broken_senders_are_cut_off(void **state) {
     json_decref(call_json(f->url, "/health", NULL, 200));
 }
 
+static int32_t open_files(void) {
+    int32_t n = 0;
+    DIR *d = opendir("/proc/self/fd");
+    assert_non_null(d);
+    while (readdir(d)) n++;
+    closedir(d);
+    return n;
+}
+
+/* A part of a request and the end in one segment: the connection does not stay until the time for
+ * requests is over. A request that is whole is answered, though its sender says no more. */
+static void ends_that_come_with_data_are_seen(void **state) {
+    (void)state;
+    enum { N = 20 };
+    fixture f;
+    char buf[2048];
+    request_timeout_s = 60;
+    open_fixture(&f, 1, 2, NULL);
+    request_timeout_s = 2;
+    json_decref(call_json(f.url, "/health", NULL, 200));
+    const int32_t before = open_files();
+    for (int32_t i = 0; i < N; i++) {
+        const int s = connect_raw(&f, 0);
+        send_text(s, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{");
+        close(s);
+    }
+    timeline t;
+    timeline_start_real(&t);
+    while (open_files() > before) {
+        assert_at_most((double)timeline_now_ns(&t) * 1e-9, 30);
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    }
+    const int s = connect_raw(&f, 0);
+    send_text(s, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert_int_equal(shutdown(s, SHUT_WR), 0);
+    assert_more((double)recv(s, buf, sizeof buf, 0), 12);
+    assert_memory_equal(buf, "HTTP/1.1 200", 12);
+    close(s);
+    close_fixture(&f, 1);
+}
+
 static void a_full_queue_is_429(void **state) {
     (void)state;
     fixture f;
@@ -1637,6 +1681,7 @@ int main(void) {
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(urls_are_read_as_meant),
+        cmocka_unit_test(ends_that_come_with_data_are_seen),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
