@@ -585,8 +585,8 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
 
 /* --- The watch -------------------------------------------------------------------------------- */
 
-/* A request is awaited from a client that has closed. libmicrohttpd does not see an end that arrived
- * together with data. Seen twice: what had arrived at the first look has been read at the second. */
+/* A request is awaited from a client that has closed: libmicrohttpd does not see an end that came
+ * together with data. Seen twice: what had arrived at the first look has been read by then. */
 static bool awaits_in_vain(peer *l, int64_t now) {
     if (!l->since_ns || now - i64_max(l->looked_ns, l->since_ns) < LOOK_NS) return false;
     const bool before = l->ended && l->looked_ns > l->since_ns;
