@@ -14,7 +14,6 @@
 #include "rng.h"
 #include "safetensors.h"
 #include <string.h>
-#include <time.h>
 
 enum { MAX_TOKENS = 256, MAX_SEQS = 8, PAGES = 64, STREAM_PAGES = 8 };
 
@@ -539,14 +538,8 @@ static void test_threads(void **state) {
     }
 }
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Generate n_new tokens after each prompt; returns the seconds of all steps but the first. */
-static double generate(engine *e, stream *s, int32_t n_streams, int32_t n_new, int32_t *out) {
+/* Generate n_new tokens after each prompt. */
+static void generate(engine *e, stream *s, int32_t n_streams, int32_t n_new, int32_t *out) {
     int32_t fed[MAX_SEQS][STREAM_PAGES * KV_PAGE_TOKENS];
     int32_t chunk[MAX_SEQS];
     for (int32_t i = 0; i < n_streams; i++) {
@@ -554,10 +547,8 @@ static double generate(engine *e, stream *s, int32_t n_streams, int32_t n_new, i
         s[i].token = fed[i];
         chunk[i] = s[i].n;
     }
-    double start = 0;
     for (int32_t j = 0; j < n_new; j++) {
         step(e, s, chunk, n_streams);
-        if (j == 0) start = seconds();
         for (int32_t i = 0; i < n_streams; i++) {
             assert_in_range(s[i].drawn, 0, (uint64_t)e->c.vocab - 1);
             out[i * n_new + j] = fed[i][s[i].at] = s[i].drawn;
@@ -565,7 +556,6 @@ static double generate(engine *e, stream *s, int32_t n_streams, int32_t n_new, i
         }
     }
     for (int32_t i = 0; i < n_streams; i++) s[i].token = NULL; /* ours, gone now */
-    return seconds() - start;
 }
 
 /* Several prompts at temperature 1, alone and together: the same tokens. */
@@ -739,25 +729,6 @@ static void test_inspection(void **state) {
     tiny_close(e);
 }
 
-/* Decode of the tiny shape after prompts of 30 tokens. 300 tokens/s at batch 8 is what the suite
- * needs; the print says how far above it we are. */
-static void test_decode_rate(void **state) {
-    (void)state;
-    enum { NEW = 65 };
-    engine *e = tiny_open("W16", 2);
-    sampling draw = SAMPLING_GREEDY;
-    for (int32_t n = 1; n <= 8; n += 7) {
-        int32_t out[8 * NEW];
-        stream s[8];
-        for (int32_t i = 0; i < n; i++)
-            s[i] = (stream){.token = tiny_token, .n = 30, .draw = &draw};
-        give_pages(s, n, 6);
-        const double rate = n * (NEW - 1) / generate(e, s, n, NEW, out);
-        print_message("  batch %d: %.0f tokens/s\n", n, rate);
-    }
-    tiny_close(e);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_golden),       cmocka_unit_test(test_golden_tiny),
@@ -767,7 +738,7 @@ int main(void) {
         cmocka_unit_test(test_company),      cmocka_unit_test(test_no_samples),
         cmocka_unit_test(test_unwritten_kv), cmocka_unit_test(test_shared_page),
         cmocka_unit_test(test_refusals),     cmocka_unit_test(test_no_memory),
-        cmocka_unit_test(test_inspection),   cmocka_unit_test(test_decode_rate),
+        cmocka_unit_test(test_inspection),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
