@@ -19,10 +19,9 @@ return {
   title = "Linear layers over cuBLAS by format and batch",
   caption = "Measured speed-up of one linear layer over cuBLAS fp16 in the same process, geometric "
     .. "mean over six matrices of Llama-3.1-8B and -70B, against the rows of x; both axes are "
-    .. "logarithmic. FP8 is of weights and activations, quantisation of activations included; "
-    .. "\"5 of 6\": the mean over five. Dotted and dash-dotted: kernels of other systems, run once "
-    .. "by the same method on another H200; dashed: what bytes and arithmetic of W4A16 allow "
-    .. "(plots/peers.lua has both).",
+    .. "logarithmic. FP8 is of weights and activations, quantisation of activations included. "
+    .. "Dotted and dash-dotted: kernels of other systems, run once by the same method on another "
+    .. "H200; dashed: what bytes and arithmetic of W4A16 allow (plots/peers.lua has both).",
   build = function(data)
     local rows = {}
     for at, s in ipairs(SERIES) do
