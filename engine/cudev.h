@@ -30,6 +30,7 @@ typedef struct {
 status cudev_check(int cuda_error, const char *what);
 #define CUDA_TRY(call, what) TRY(cudev_check((int)(call), (what)))
 
+/* One more piece unless the last has `bytes` left; take them from it. OOM with `what`. */
 status cudev_slab_reserve(cudev_slab *s, size_t bytes, const char *what);
 status cudev_slab_take(cudev_slab *s, size_t bytes, const char *what, void **out);
 void cudev_slab_free(cudev_slab *s);

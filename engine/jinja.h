@@ -149,11 +149,15 @@ jinja_value jinja_int(int64_t i);
 /* Copy what was built and free it. */
 status jinja_take_text(jinja_run *r, text *t, jinja_value *out);
 status jinja_new_list(jinja_run *r, int32_t n, jinja_value *out); /* n items, UNDEFINED */
-status jinja_new_dict(jinja_run *r, jinja_value *out);
+status jinja_new_dict(jinja_run *r, jinja_value *out);            /* empty */
+/* d[key] = value; keys that are equal as Python has it are one. */
 status jinja_dict_set(jinja_run *r, jinja_dict *d, jinja_value key, jinja_value value);
+/* v lies `depth` levels deep; RANGE where it goes too deep. Strings are not copied. */
 status jinja_from_json(jinja_run *r, const json_t *v, int32_t depth, jinja_value *out);
 
+/* Python's bool(). */
 bool jinja_truth(const jinja_value *v);
+/* a op b for == != < <= > >= in "not in" (JINJA_EQ, ...); FORMAT for what has no order. */
 status jinja_compare(jinja_run *r, const jinja_value *a, int32_t op, const jinja_value *b,
                      bool *out);
 /* str(): what an output statement writes. */
@@ -162,12 +166,15 @@ const char *jinja_kind_name(const jinja_value *v);
 
 /* Items of a list, keys of a dict, characters of a string, nothing of undefined. */
 status jinja_iterate(jinja_run *r, const jinja_value *v, jinja_value *list);
+/* v.name and v[key]; what is not there is UNDEFINED, and FORMAT when v itself was. */
 status jinja_attribute(jinja_run *r, const jinja_value *v, const char *name, size_t n,
                        jinja_value *out);
 status jinja_item(jinja_run *r, const jinja_value *v, const jinja_value *key, jinja_value *out);
 /* bound[3]: start, stop, step; MISSING when not given. */
 status jinja_slice(jinja_run *r, const jinja_value *v, const jinja_value bound[3],
                    jinja_value *out);
+/* a op b: '+' '-' '*' '/' '%' '~', or '/' * 256 + '/' for //; FORMAT for kinds that do not go
+ * together. */
 status jinja_binary(jinja_run *r, const jinja_value *a, int32_t op, const jinja_value *b,
                     jinja_value *out);
 
@@ -184,6 +191,8 @@ int32_t jinja_find_test(const char *name, size_t n);
 int32_t jinja_find_method(const char *name, size_t n);
 bool jinja_find_function(const char *name, size_t n);
 
+/* in | row, in is row, self.name(args), name(args); row as found above. FORMAT for arguments that
+ * it does not take, UNSUPPORTED for a name that is not known. */
 status jinja_filter(jinja_run *r, int32_t row, const jinja_value *in, const jinja_args *args,
                     jinja_value *out);
 status jinja_test(jinja_run *r, int32_t row, const jinja_value *in, const jinja_args *args,

@@ -15,6 +15,7 @@ status json_parse(json_t **out, const char *data, size_t n, const char *where);
 /* NULL when absent or JSON null. */
 json_t *json_find(const json_t *object, const char *key);
 
+/* A key that must be there. */
 status json_get_i64(const json_t *object, const char *key, const char *where, int64_t lo,
                     int64_t hi, int64_t *out);
 status json_get_i32(const json_t *object, const char *key, const char *where, int32_t lo,

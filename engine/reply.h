@@ -20,6 +20,7 @@ typedef struct {
     bool end;       /* the closing events are out */
 } reply_stream;
 
+/* For the choices of j; NOMEM leaves what reply_stream_close frees. */
 status reply_stream_open(reply_stream *s, const job *j);
 void reply_stream_close(reply_stream *s); /* idempotent */
 

@@ -18,6 +18,7 @@ typedef struct {
     char machine[96];
 } identity;
 
+/* Of this build and machine; the GPU is asked for by NVML. */
 void identity_get(identity *out);
 /* Everything worth knowing of host and build: cpu, cores, memory, kernel, governor, load, compiler,
  * flags, library versions. New reference; NULL when memory is short. */

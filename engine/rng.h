@@ -20,6 +20,7 @@ typedef struct {
     double normal;
 } rng;
 
+/* Streams of one seed are independent of each other. */
 void rng_seed(rng *r, uint64_t seed, uint64_t stream);
 uint64_t rng_u64(rng *r);
 /* Uniform integer in [0, n), unbiased (rejection). n > 0. */

@@ -14,6 +14,7 @@ typedef struct timeline {
 /* CLOCK_MONOTONIC itself, for what has no timeline: progress, deadlines of child processes. */
 int64_t timeline_monotonic_ns(void);
 
+/* Begin at 0, with either kind of clock. */
 void timeline_start_real(timeline *t);
 void timeline_start_virtual(timeline *t);
 

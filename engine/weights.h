@@ -189,6 +189,7 @@ status checkpoint_source(const checkpoint *k, weight_field f, int32_t layer, wei
 /* --- Sizes, the one definition that sim, capacity and the devices share -------------------------
  */
 
+/* The whole of a weight, all experts, before any sharding. */
 weight_shape weight_field_shape(const model_config *c, weight_field f);
 
 /* One rank's share of a shape: n, k divided as `shard` says (KV heads replicated when tp exceeds
