@@ -116,8 +116,20 @@ static void the_same_tokens(void **state) {
         .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = 2};
     static const sampling penalised = {
         .top_p = 1, .repetition_penalty = 1.3f, .seed = 5, .n_logprobs = -1};
+    static const logit_bias bias[] = {{7, 1.5f}, {900, -100}};
+    static const sampling biased = {.temperature = 0.9f,
+                                    .top_p = 1,
+                                    .repetition_penalty = 1,
+                                    .n_bias = 2,
+                                    .bias = bias,
+                                    .min_tokens = 30,
+                                    .n_logprobs = 2};
+    sampling all = biased;
+    all.repetition_penalty = 1.1f;
+    all.presence_penalty = 0.3f;
+    all.frequency_penalty = 0.2f;
     static const int32_t sizes[] = {1, 5, 16};
-    const sampling *hows[] = {&greedy, &drawn, &penalised};
+    const sampling *hows[] = {&greedy, &drawn, &penalised, &biased, &all};
     for (int i = 0; i < COUNT_OF(hows); i++)
         for (int k = 0; k < COUNT_OF(sizes); k++) {
             both("W16A16KV16", hows[i], -1, sizes[k]);
@@ -150,6 +162,24 @@ static void stops_are_seen_late(void **state) {
     assert_true(stopped > 0 && common > 1);
     print_message("%d of %d stopped, the first after %d; %d differ from lockstep\n", stopped, N,
                   common, differing(N));
+}
+
+/* The stop is not drawn before its time, and a step that runs ahead knows when that is. */
+static void a_stop_is_barred(void **state) {
+    (void)state;
+    enum { N = 5 };
+    sampling how = greedy;
+    both("W16A16KV16", &how, -1, N);
+    const int32_t stop = behind.token[0][2];
+    both("W16A16KV16", &how, stop, N);
+    assert_true(ahead.n[0] <= 3); /* twin */
+    how.min_tokens = NEW / 2;
+    both("W16A16KV16", &how, stop, N);
+    assert_int_equal(differing(N), 0);
+    for (int32_t i = 0; i < N; i++) {
+        assert_true(ahead.n[i] > NEW / 2);
+        for (int32_t k = 0; k < NEW / 2; k++) assert_int_not_equal(ahead.token[i][k], stop);
+    }
 }
 
 /* A warmed engine gives the tokens of a cold one; the time of a first run is there to be read. */
@@ -205,9 +235,11 @@ int main(int argc, char **argv) {
     if (argc >= 5 && parse_i64(argv[4], 1, SEQS_MAX, &seqs) &&
         (argc == 5 || parse_i64(argv[5], 1, 8, &tp)))
         return time_steps(argv[2], argv[3], (int32_t)seqs, (int32_t)tp);
+    if (argc == 2) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_same_tokens),
         cmocka_unit_test(stops_are_seen_late),
+        cmocka_unit_test(a_stop_is_barred),
         cmocka_unit_test(warming_changes_no_token),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
