@@ -25,13 +25,14 @@ typedef struct {
     int32_t n_prompts;   /* choice c answers prompt c / n */
     ids *prompt;         /* [n_prompts] */
     int32_t *max_new;    /* [n_prompts] */
-    sampling sampling;   /* seed of choice c: sampling.seed + c */
+    sampling sampling;   /* seed of choice c: sampling.seed + c; its bias is of this request */
     bool logprobs;       /* were asked for */
     int32_t n_top;       /* and so many best ones */
     uint64_t salt;       /* cache_salt */
     int32_t *stop_token; /* [n_stop_tokens] */
     int32_t n_stop_tokens;
-    char **stop; /* [n_stops] */
+    logit_bias *bias; /* [sampling.n_bias] */
+    char **stop;      /* [n_stops] */
     int32_t n_stops;
 } api_request;
 

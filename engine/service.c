@@ -106,6 +106,7 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
         if (tok)
             output_open(&choice[i].out, tok, (const char *const *)j->request.stop,
                         j->request.n_stops, !j->request.chat);
+        choice[i].out.min_tokens = j->request.sampling.min_tokens;
     }
     *out = j;
     return ST_OK;

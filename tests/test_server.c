@@ -509,6 +509,106 @@ static void stop_strings_cut_and_never_leak(void **state) {
     json_decref(v);
 }
 
+/* The n tokens of a greedy answer, which lie in *v. `asked`: what the body has besides. */
+static const json_t *tokens_of(const fixture *f, json_t **v, int32_t n, const char *asked) {
+    text body = {0};
+    text_add(&body,
+             "{\"prompt\":\"bend\",\"max_tokens\":%d,\"temperature\":0,"
+             "\"return_token_ids\":true%s}",
+             n, asked);
+    *v = call_json(f->url, "/v1/completions", body.data, 200);
+    text_free(&body);
+    return at(choice(*v, 0), "token_ids");
+}
+
+static json_int_t id_at(const json_t *tokens, size_t i) {
+    return json_integer_value(json_array_get(tokens, i));
+}
+
+static int32_t times_of(const json_t *tokens, json_int_t id, size_t n) {
+    int32_t times = 0;
+    for (size_t i = 0; i < n && i < json_array_size(tokens); i++) times += id_at(tokens, i) == id;
+    return times;
+}
+
+static void logits_are_biased_and_penalised(void **state) {
+    const fixture *f = *state;
+    enum { N = 20 };
+    json_t *v;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logit_bias\":{\"65\":100}");
+    assert_int_equal(times_of(tokens, 65, N), N);
+    json_decref(v);
+    tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logit_bias\":{\"66\":100,\"65\":100}");
+    const int32_t plain = times_of(tokens, 65, N);
+    assert_int_equal(times_of(tokens, 66, N), N - plain);
+    json_decref(v);
+    /* Two below for each time: neither comes three times more often, as logits are within 4. */
+    tokens = tokens_of(f, &v, N,
+                       ",\"ignore_eos\":true,\"logit_bias\":{\"66\":100,\"65\":100},"
+                       "\"frequency_penalty\":2,\"logprobs\":1");
+    assert_true(times_of(tokens, 65, N) >= N / 4 && times_of(tokens, 66, N) >= N / 4);
+    assert_true(plain < N / 4 || plain > 3 * N / 4); /* twin */
+    /* Log-probabilities are of the model: it does not think of these. */
+    const json_t *logprobs = at(at(choice(v, 0), "logprobs"), "token_logprobs");
+    for (size_t i = 0; i < N; i++) assert_true(json_real_value(json_array_get(logprobs, i)) < -1);
+    json_decref(v);
+    /* Once: then the other one, which is an end as long as it may be. */
+    tokens = tokens_of(f, &v, N,
+                       ",\"ignore_eos\":true,\"logit_bias\":{\"66\":96,\"65\":97,\"64\":90},"
+                       "\"presence_penalty\":2,\"repetition_penalty\":1.02");
+    assert_true(times_of(tokens, 65, N) > 0 && times_of(tokens, 66, N) > 0);
+    json_decref(v);
+    json_t *first;
+    tokens = tokens_of(f, &first, N, ",\"ignore_eos\":true");
+    char ban[80];
+    snprintf(ban, sizeof ban, ",\"ignore_eos\":true,\"logit_bias\":{\"%d\":-100}",
+             (int)id_at(tokens, 0));
+    const json_t *without = tokens_of(f, &v, N, ban);
+    assert_int_equal(times_of(without, id_at(tokens, 0), N), 0);
+    json_decref(v);
+    json_decref(first);
+}
+
+/* A stop token, and a stop string, that would come early: not before min_tokens. */
+static void an_answer_has_its_least_length(void **state) {
+    const fixture *f = *state;
+    enum { N = 40, LEAST = 11 };
+    json_t *v, *cut;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true");
+    const json_int_t stop = id_at(tokens, 3);
+    char ask[200];
+    snprintf(ask, sizeof ask, ",\"ignore_eos\":true,\"stop_token_ids\":[%d]", (int)stop);
+    const json_t *early = tokens_of(f, &cut, N, ask);
+    assert_true(json_array_size(early) <= 4); /* twin */
+    json_decref(cut);
+    snprintf(ask, sizeof ask, ",\"ignore_eos\":true,\"stop_token_ids\":[%d],\"min_tokens\":%d",
+             (int)stop, LEAST);
+    const json_t *late = tokens_of(f, &cut, N, ask);
+    assert_true(json_array_size(late) > LEAST);
+    assert_int_equal(times_of(late, stop, LEAST), 0);
+    json_decref(cut);
+    /* The end token too, which the bias would have at once. */
+    tokens_of(f, &cut, N, ",\"logit_bias\":{\"1001\":100}");
+    assert_int_equal(json_array_size(at(choice(cut, 0), "token_ids")), 1);
+    json_decref(cut);
+    late = tokens_of(f, &cut, N, ",\"logit_bias\":{\"1001\":100},\"min_tokens\":11");
+    assert_int_equal(json_array_size(late), LEAST + 1);
+    assert_int_equal(id_at(late, LEAST), 1001);
+    assert_string_equal(words(at(choice(cut, 0), "finish_reason")), "stop");
+    json_decref(cut);
+    json_decref(v);
+    /* "A" is token 32, and all that comes. */
+    static const char letters[] = ",\"ignore_eos\":true,\"logit_bias\":{\"32\":100},\"stop\":\"A\"";
+    tokens_of(f, &cut, N, letters);
+    assert_string_equal(words(at(choice(cut, 0), "text")), "");
+    json_decref(cut);
+    snprintf(ask, sizeof ask, "%s,\"min_tokens\":%d", letters, LEAST);
+    late = tokens_of(f, &cut, N, ask);
+    assert_int_equal(json_array_size(late), LEAST + 1);
+    assert_string_equal(words(at(choice(cut, 0), "text")), "AAAAAAAAAAA");
+    json_decref(cut);
+}
+
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -575,7 +675,18 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
         {"{\"prompt\":\"a\",\"echo\":true}", "echo", 400},
-        {"{\"prompt\":\"a\",\"presence_penalty\":0.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
+        {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
+        {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+        {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
@@ -590,6 +701,12 @@ static void what_is_wrong_is_said(void **state) {
         assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
         json_decref(v);
     }
+    text map = {0};
+    text_add(&map, "{\"prompt\":\"a\",\"logit_bias\":{\"0\":1");
+    for (int32_t i = 1; i <= LOGIT_BIAS_MAX; i++) text_add(&map, ",\"%d\":1", i);
+    text_add(&map, "}}");
+    json_decref(call_json(f->url, "/v1/completions", map.data, 400));
+    text_free(&map);
     char *big = mem_alloc((2 << 20) + 1, 1);
     memset(big, 'a', 2 << 20);
     json_decref(call_json(f->url, "/v1/completions", big, 413));
@@ -1579,6 +1696,8 @@ int main(void) {
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
+        cmocka_unit_test(logits_are_biased_and_penalised),
+        cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
