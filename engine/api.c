@@ -354,7 +354,6 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
 static const struct {
     const char *key, *nothing;
 } unsupported[] = {
-    {"echo", "false"},
     {"suffix", ""},
     {"best_of", "1"},
     {"response_format", "{\"type\":\"text\"}"},
@@ -418,6 +417,8 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_bool(body, "stream", WHERE, &r->stream));
     TRY(json_opt_bool(body, "ignore_eos", WHERE, &r->ignore_eos));
     TRY(json_opt_bool(body, "return_token_ids", WHERE, &r->return_ids));
+    TRY(json_opt_bool(body, "echo", WHERE, &r->echo));
+    if (r->echo && r->chat) return FAIL(ST_UNSUPPORTED, "'echo' is of completions, not of chat");
     const json_t *so = json_find(body, "stream_options");
     if (so && !json_is_object(so)) return FAIL(ST_FORMAT, "'stream_options' is no object");
     if (so) TRY(json_opt_bool(so, "include_usage", WHERE, &r->include_usage));

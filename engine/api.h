@@ -20,7 +20,7 @@ typedef struct {
 
 /* Owned by itself: api_request_free. Pointers lie in it. */
 typedef struct {
-    bool chat, stream, include_usage, ignore_eos, return_ids;
+    bool chat, stream, include_usage, ignore_eos, return_ids, echo;
     int32_t n;           /* choices of each prompt */
     int32_t n_prompts;   /* choice c answers prompt c / n */
     ids *prompt;         /* [n_prompts] */

@@ -16,6 +16,7 @@ typedef struct {
     const int32_t
         *history; /* [n_history] prompt and the `draw` output tokens so far, for penalties */
     int32_t n_history;
+    const int32_t *given; /* this token gets its log-probability and none is drawn; NULL: one is */
 } sample_row;
 
 /* Sequences come with all decodes (one token) first, then prefill chunks. Every sequence has at

@@ -139,7 +139,7 @@ static status set_draws(const bench *b, draw_row like) {
     if (!draw) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
     like.repetition_penalty = 1;
     like.n_logprobs = -1;
-    like.active = 1;
+    like.kind = DRAW_TOKEN;
     like.seed = 1;
     for (int64_t i = 0; i < b->t; i++) {
         draw[i] = like;

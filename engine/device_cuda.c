@@ -397,13 +397,15 @@ static status reserve_edits(const cudev *c) {
 static draw_row draw_of(const cudev *c, const sample_row *s, draw_edit *edit) {
     const sampling *p = s->params;
     if (!p) return (draw_row){.n_logprobs = -1};
+    if (s->given)
+        return (draw_row){.n_logprobs = p->n_logprobs, .kind = DRAW_GIVEN, .given = *s->given};
     draw_row r = {.temperature = p->temperature,
                   .top_p = p->top_p,
                   .min_p = p->min_p,
                   .repetition_penalty = p->repetition_penalty,
                   .top_k = p->top_k,
                   .n_logprobs = p->n_logprobs,
-                  .active = 1,
+                  .kind = DRAW_TOKEN,
                   .edit = edit,
                   .seed = p->seed,
                   .counter = s->draw};

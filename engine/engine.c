@@ -272,7 +272,7 @@ static bool may_run_ahead(const engine *e) {
     const batch *b = &e->started[0].b;
     if (!e->ahead) return false;
     for (int32_t i = 0; i < b->n_samples; i++)
-        if (sampling_penalises(b->sample[i].params)) return false;
+        if (!b->sample[i].given && sampling_penalises(b->sample[i].params)) return false;
     return true;
 }
 
@@ -308,6 +308,13 @@ static status finish_step(engine *e) {
     for (int32_t i = 0; i < b->n_samples; i++) {
         const request *r = sched_request(e->sched, b, b->sample[i].seq);
         e->drawn[i] = e->sampled[i].token;
+        e->stop[i] = false;
+        if (b->sample[i].given) {
+            if (r && e->hooks.scored)
+                e->hooks.scored(e->hooks.user, r->id, b->position[b->sample[i].row] + 1,
+                                &e->sampled[i]);
+            continue;
+        }
         e->stop[i] = r && meant && ends_request(e, r, e->drawn[i]);
         if (r && e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
             e->stop[i] = true;

@@ -78,6 +78,7 @@ typedef struct request {
     int32_t max_new;  /* output tokens at most, >= 1 */
     bool ignore_eos;  /* run to max_new whatever is drawn: benchmarks, and devices without logits */
     sampling sampling;
+    bool score_prompt; /* log-probabilities of the prompt's tokens, too: sampling.n_logprobs */
     const int32_t *stop_token; /* besides the model's end tokens */
     int32_t n_stop_tokens;
     uint64_t salt; /* prefix-cache namespace: requests share pages only within one */

@@ -330,3 +330,10 @@ void sampler_draw(sampled *out, const float *logits, int32_t vocab, const sampli
     }
     if (params->n_logprobs >= 0) fill_logprobs(out, logits, vocab, params->n_logprobs);
 }
+
+void sampler_score(sampled *out, const float *logits, int32_t vocab, int32_t token,
+                   int32_t n_logprobs) {
+    check_token(token, vocab);
+    *out = (sampled){.token = token};
+    if (n_logprobs >= 0) fill_logprobs(out, logits, vocab, n_logprobs);
+}

@@ -18,6 +18,10 @@ void sampler_draw(sampled *out, const float *logits, int32_t vocab, const sampli
                   uint64_t draw, const int32_t *history, int32_t n_history, void *scratch);
 size_t sampler_bytes(int32_t vocab);
 
+/* What sampler_draw says of the log-probabilities, of a token that is there already. */
+void sampler_score(sampled *out, const float *logits, int32_t vocab, int32_t token,
+                   int32_t n_logprobs);
+
 /* Steps 1 to 3 of request.h as changes of single logits: into `out`, which has room for
  * sampler_edits_most of them (one is written in vain), the first *n_bias being step 1. Returns how
  * many. `count` [sampler_counts(vocab)] is 0 before and after. A token outside the vocabulary is a

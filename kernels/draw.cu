@@ -450,7 +450,8 @@ __device__ void edit_logits(const row_view &r, const draw_row &p, int from, int 
                             team &t) {
     const int first = from + t.m.rank * kThreads + (int)threadIdx.x;
     for (int i = first; i < to; i += t.m.size * kThreads) {
-        const int2 e = reinterpret_cast<const int2 *>(p.edit)[i]; // one read, of the host perhaps
+        int2 *const place = reinterpret_cast<int2 *>(p.edit) + i; // whole: it may be the host's
+        const int2 e = *place;
         const float add = __int_as_float(e.y);
         float *const logit = r.logits + (e.x < 0 ? ~e.x : e.x);
         if (undo) {
@@ -460,7 +461,7 @@ __device__ void edit_logits(const row_view &r, const draw_row &p, int from, int 
         float v = finite_or_least(*logit);
         if (e.x < 0)
             v = v > 0.f ? __fdiv_rn(v, p.repetition_penalty) : __fmul_rn(v, p.repetition_penalty);
-        if (p.n_logprobs >= 0) p.edit[i].add = *logit;
+        if (p.n_logprobs >= 0) *place = {e.x, __float_as_int(*logit)};
         *logit = finite_or_least(__fadd_rn(v, add));
     }
     t.meet();
@@ -570,18 +571,21 @@ __global__ void __launch_bounds__(kThreads)
         result->logprob = 0.f;
         result->n_top = 0;
     }
-    if (!p.active) return;
+    if (p.kind == DRAW_NOTHING) return;
     if (p.n_bias) edit_logits(r, p, 0, p.n_bias, false, t);
     if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, false, t);
-    const candidate best = best_of_row(r, t);
-    const bool any = !isinf(best.z);
-    int token = any ? best.id : 0;
-    if (threadIdx.x == 0) {
-        r.largest = best.z;
-        r.least = __double2float_rd((double)best.z + kLeast * (double)p.temperature);
+    int token = p.given;
+    if (p.kind == DRAW_TOKEN) {
+        const candidate best = best_of_row(r, t);
+        const bool any = !isinf(best.z);
+        token = any ? best.id : 0;
+        if (threadIdx.x == 0) {
+            r.largest = best.z;
+            r.least = __double2float_rd((double)best.z + kLeast * (double)p.temperature);
+        }
+        __syncthreads();
+        if (p.temperature > 0.f && any) token = draw_token(r, p, t);
     }
-    __syncthreads();
-    if (p.temperature > 0.f && any) token = draw_token(r, p, t);
     if (writes()) out[p.to].token = token;
     if (p.n_logprobs < 0) return;
     if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, true, t);

@@ -17,15 +17,19 @@ typedef struct {
     float add;     /* finite or -inf */
 } draw_edit;
 
+/* What a row gives: no token (-1), the one that is drawn, or `given`, with its log-probability. */
+typedef enum { DRAW_NOTHING, DRAW_TOKEN, DRAW_GIVEN } draw_kind;
+
 /* How row i is drawn from: `sampling` of request.h and what sample_row adds. */
 typedef struct {
     float temperature, top_p, min_p, repetition_penalty;
     int32_t top_k;
-    int32_t n_logprobs;      /* -1 = none; up to DRAW_TOP_MAX */
-    int32_t active;          /* 0: nothing is drawn, the token is -1 */
+    int32_t n_logprobs; /* -1 = none; up to DRAW_TOP_MAX */
+    draw_kind kind;
+    int32_t given;
     int32_t to;              /* the result is out[to]; no two rows' are the same */
     int32_t n_bias, n_edits; /* 0 <= n_bias <= n_edits */
-    draw_edit *edit;         /* [n_edits], device memory or pinned host memory */
+    draw_edit *edit;         /* [n_edits], 8-byte aligned, of the device or the host's pinned */
     uint64_t seed, counter;
 } draw_row;
 

@@ -16,6 +16,8 @@ enum { SEQS_MAX = 256, NEW = 120, PROMPT = 40 };
 
 typedef struct {
     int32_t token[SEQS_MAX][NEW], n[SEQS_MAX];
+    int32_t n_scored[SEQS_MAX]; /* of the prompt, the first not being one */
+    float scored[SEQS_MAX][PROMPT];
     finish_reason finish[SEQS_MAX];
     int64_t busy_ns;              /* that the hook takes for a token */
     int64_t decode_ns, n_decodes; /* wall clock of all steps but the first */
@@ -30,6 +32,14 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
          timeline_monotonic_ns() - start < o->busy_ns;) {
     }
     return false;
+}
+
+/* Ascending from the second token of the prompt on, before the first one drawn. */
+static void on_scored(void *user, int64_t id, int32_t at, const sampled *s) {
+    outputs *o = user;
+    if (o->n[id] || at != ++o->n_scored[id]) fail_msg("token %d of a prompt is scored", at);
+    assert_true(s->logprob <= 0 && s->n_top > 0);
+    o->scored[id][at] = s->logprob;
 }
 
 static engine_options options_of(const char *model, const char *format, bool lockstep,
@@ -52,9 +62,10 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
     static int32_t prompt[PROMPT];
     const int32_t vocab = engine_config(e)->vocab;
     memset(o->n, 0, sizeof o->n);
+    memset(o->n_scored, 0, sizeof o->n_scored);
     o->n_decodes = -1;
     int64_t first = 0;
-    engine_set_hooks(e, &(engine_hooks){.user = o, .token = on_token});
+    engine_set_hooks(e, &(engine_hooks){.user = o, .token = on_token, .scored = on_scored});
     assert_ok(engine_reset(e));
     for (int32_t i = 0; i < n; i++) {
         for (int32_t k = 0; k < PROMPT; k++) prompt[k] = (i * 131 + k * k * 17 + 3) % vocab;
@@ -64,6 +75,7 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
                            .n_prompt = PROMPT - i % 7,
                            .max_new = NEW,
                            .ignore_eos = true,
+                           .score_prompt = how->n_logprobs >= 0,
                            .sampling = *how,
                            .stop_token = &stop,
                            .n_stop_tokens = stop >= 0,
@@ -79,6 +91,7 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
         if (o->n_decodes++ < 0) first = timeline_monotonic_ns();
         while (sched_take_finished(engine_sched(e), &log, &token)) {
             assert_int_equal(log.n_output, o->n[log.id]);
+            assert_int_equal(o->n_scored[log.id], how->n_logprobs < 0 ? 0 : log.n_prompt - 1);
             o->finish[log.id] = log.finish;
             done++;
         }
@@ -93,7 +106,9 @@ static outputs ahead, behind;
 static int32_t differing(int32_t n) {
     int32_t differ = 0;
     for (int32_t i = 0; i < n; i++)
-        differ += ahead.n[i] != behind.n[i] ||
+        differ += ahead.n[i] != behind.n[i] || ahead.n_scored[i] != behind.n_scored[i] ||
+                  memcmp(ahead.scored[i], behind.scored[i],
+                         sizeof(float) * (size_t)(ahead.n_scored[i] + 1)) ||
                   memcmp(ahead.token[i], behind.token[i], sizeof(int32_t) * (size_t)ahead.n[i]);
     return differ;
 }

@@ -740,7 +740,7 @@ static int32_t differing_draws(const drawing *d, const sampled *want, bool shown
     int32_t differ = 0;
     for (int i = 0; i < DRAWS; i++) {
         const draw_result *got = &d->got[d->row[i].to];
-        if (!d->row[i].active) {
+        if (d->row[i].kind == DRAW_NOTHING) {
             assert_int_equal(got->token, -1);
             continue;
         }
@@ -792,11 +792,18 @@ static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
                         .repetition_penalty = p.repetition_penalty,
                         .top_k = p.top_k,
                         .n_logprobs = p.n_logprobs,
-                        .active = i != 13,
+                        .kind = i == 13       ? DRAW_NOTHING
+                                : i % 19 == 7 ? DRAW_GIVEN
+                                              : DRAW_TOKEN,
+                        .given = (i * 31) % vocab,
                         .to = (i + 3) % DRAWS,
                         .edit = d.edit_device + d.n_edits,
                         .seed = p.seed,
                         .counter = (uint64_t)i};
+        if (r->kind == DRAW_GIVEN) { /* i is 7, 26, 45, 64 or 83: some have log-probabilities */
+            sampler_score(&want[i], x, vocab, r->given, p.n_logprobs);
+            continue;
+        }
         r->n_edits = sampler_edits(d.edit + d.n_edits, &r->n_bias, &p, (uint64_t)i, history,
                                    HISTORY, vocab, count);
         assert_true(r->n_edits <= sampler_edits_most(&p, (uint64_t)i, HISTORY, vocab));

@@ -609,6 +609,86 @@ static void an_answer_has_its_least_length(void **state) {
     json_decref(cut);
 }
 
+/* The text of the prompt comes first, whole and in one event. Stop strings in it stop nothing. */
+static void a_prompt_is_echoed(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"prompt\":\"one two three\",\"max_tokens\":9,\"temperature\":0,"
+                              "\"ignore_eos\":true,\"return_token_ids\":true,\"n\":2%s}";
+    char body[256];
+    json_t *v[2];
+    for (int32_t i = 0; i < 2; i++) {
+        snprintf(body, sizeof body, ask, i ? ",\"echo\":true,\"stop\":\"two\"" : "");
+        v[i] = call_json(f->url, "/v1/completions", body, 200);
+        assert_int_equal(json_integer_value(at(at(v[i], "usage"), "completion_tokens")), 18);
+    }
+    for (size_t k = 0; k < 2; k++) {
+        text want = {0};
+        text_add(&want, "one two three%s", words(at(choice(v[0], k), "text")));
+        assert_string_equal(words(at(choice(v[1], k), "text")), want.data);
+        assert_true(json_equal(at(choice(v[0], k), "token_ids"), at(choice(v[1], k), "token_ids")));
+        text_free(&want);
+    }
+    snprintf(body, sizeof body, ask, ",\"echo\":true,\"stream\":true,\"logprobs\":0");
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_int_equal(h.n_events, 18);
+    assert_int_equal(h.tokens.length, 18);
+    assert_true(h.done);
+    assert_memory_equal(h.words.data, "one two three", 13);
+    hear_free(&h);
+    text_free(&stream);
+    json_decref(v[0]);
+    json_decref(v[1]);
+}
+
+/* What was drawn once, asked for again as a prompt: the log-probabilities are those of then, over
+ * several steps (more tokens than rows are sampled in one), and whatever is in the prefix cache. */
+static void a_prompt_is_scored(void **state) {
+    const fixture *f = *state;
+    enum { N = 150 };
+    json_t *v;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logprobs\":2");
+    const json_t *drawn = at(choice(v, 0), "logprobs");
+    json_t *known = call_json(f->url, "/tokenize", "{\"prompt\":\"bend\"}", 200);
+    json_t *prompt = json_copy((json_t *)(uintptr_t)at(known, "tokens"));
+    const size_t n = json_array_size(prompt);
+    json_array_extend(prompt, (json_t *)(uintptr_t)tokens);
+    json_t *ask = json_pack("{s:O, s:i, s:i, s:b, s:b, s:i}", "prompt", prompt, "max_tokens", 1,
+                            "logprobs", 2, "echo", 1, "ignore_eos", 1, "temperature", 0);
+    char *body = json_dumps(ask, JSON_COMPACT);
+    for (int32_t again = 0; again < 3; again++) {
+        json_t *scored = call_json(f->url, "/v1/completions", body, 200);
+        const json_t *l = at(choice(scored, 0), "logprobs");
+        const json_t *logprobs = at(l, "token_logprobs"), *top = at(l, "top_logprobs");
+        assert_int_equal(json_array_size(at(l, "tokens")), n + N + 1);
+        assert_int_equal(json_array_size(logprobs), n + N + 1);
+        assert_int_equal(json_array_size(top), n + N + 1);
+        assert_int_equal(json_array_size(at(l, "text_offset")), n + N + 1);
+        assert_true(json_is_null(json_array_get(logprobs, 0)));
+        assert_true(json_is_null(json_array_get(top, 0)));
+        for (size_t i = 1; i < n; i++)
+            assert_true(json_real_value(json_array_get(logprobs, i)) < 0);
+        for (size_t i = 0; i < N; i++) {
+            assert_true(json_equal(json_array_get(logprobs, n + i),
+                                   json_array_get(at(drawn, "token_logprobs"), i)));
+            assert_true(json_equal(json_array_get(top, n + i),
+                                   json_array_get(at(drawn, "top_logprobs"), i)));
+        }
+        /* Twin: those of the token before are others. */
+        assert_false(json_equal(json_array_get(logprobs, n),
+                                json_array_get(at(drawn, "token_logprobs"), 1)));
+        assert_int_equal(json_integer_value(at(at(scored, "usage"), "completion_tokens")), 1);
+        json_decref(scored);
+    }
+    free(body);
+    json_decref(ask);
+    json_decref(prompt);
+    json_decref(known);
+    json_decref(v);
+}
+
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -674,7 +754,7 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
-        {"{\"prompt\":\"a\",\"echo\":true}", "echo", 400},
+        {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
         {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
@@ -701,6 +781,18 @@ static void what_is_wrong_is_said(void **state) {
         assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
         json_decref(v);
     }
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
+                          400));
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_decref(call_json(
+        f->url, "/v1/chat/completions",
+        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
+}
+
+static void what_is_too_long_is_said(void **state) {
+    const fixture *f = *state;
     text map = {0};
     text_add(&map, "{\"prompt\":\"a\",\"logit_bias\":{\"0\":1");
     for (int32_t i = 1; i <= LOGIT_BIAS_MAX; i++) text_add(&map, ",\"%d\":1", i);
@@ -717,11 +809,6 @@ static void what_is_wrong_is_said(void **state) {
     text_add(&word, "\"}");
     json_decref(call_json(f->url, "/v1/completions", word.data, 400));
     text_free(&word);
-    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
-    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
-    json_decref(call_json(
-        f->url, "/v1/chat/completions",
-        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
 }
 
 /* Every token once and in order: the ids of each stream are those of the same request asked
@@ -1698,9 +1785,12 @@ int main(void) {
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(logits_are_biased_and_penalised),
         cmocka_unit_test(an_answer_has_its_least_length),
+        cmocka_unit_test(a_prompt_is_echoed),
+        cmocka_unit_test(a_prompt_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
+        cmocka_unit_test(what_is_too_long_is_said),
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
         cmocka_unit_test(a_slow_reader_delays_nobody),
