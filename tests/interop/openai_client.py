@@ -79,6 +79,13 @@ def main():
     check("frequency_penalty", min(two.count(65), two.count(66)) >= 5, two)
     check("presence_penalty", len(set(drawn(presence_penalty=2))) >= len(set(drawn())))
 
+    echoed = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                       echo=True, logprobs=1, extra_body=extra)
+    check("echo", echoed.choices[0].text == "Hello" + text, echoed)
+    scores = echoed.choices[0].logprobs.token_logprobs
+    check("prompt logprobs", scores[0] is None and all(s <= 0 for s in scores[1:])
+          and len(scores) == echoed.usage.total_tokens, scores)
+
     letters = [c for c in text if c.isascii() and c.isalnum()]
     if letters:
         cut = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
