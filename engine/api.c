@@ -327,6 +327,17 @@ static void add_end_tokens(api_request *r, const api_model *m) {
     for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
+/* What is echoed is held from the beginning, so a small body could ask for much memory. */
+static status check_echo(const api_request *r) {
+    int64_t n = 0;
+    for (int32_t i = 0; i < r->n_prompts && r->echo; i++)
+        n += (int64_t)r->prompt[i].length * r->n * (1 + r->n_top);
+    if (n > API_ECHO_MAX)
+        return FAIL(ST_RANGE, "'echo' of %lld log-probabilities, at most %d in a request",
+                    (long long)n, API_ECHO_MAX);
+    return ST_OK;
+}
+
 /* Output tokens of each prompt: what was asked for, or what the context leaves; where nobody said,
  * completions end after OpenAI's 16 at the latest. */
 static status take_max_new(api_request *r, const api_model *m, const json_t *body) {
@@ -434,6 +445,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     add_end_tokens(r, m);
     TRY(sampling_check(&r->sampling));
     TRY(r->chat ? take_messages(r, m, body) : take_prompts(r, m, body));
+    TRY(check_echo(r));
     return take_max_new(r, m, body);
 }
 

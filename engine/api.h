@@ -6,7 +6,12 @@
 #include "request.h"
 #include "tokenizer.h"
 
-enum { API_PROMPTS_MAX = 256, API_STOPS_MAX = 16, API_STOP_TOKENS_MAX = 64 };
+enum {
+    API_PROMPTS_MAX = 256,
+    API_STOPS_MAX = 16,
+    API_STOP_TOKENS_MAX = 64,
+    API_ECHO_MAX = 1 << 24 /* log-probabilities of prompts, all choices of a request together */
+};
 
 /* What a server can do; fixed while it runs. */
 typedef struct {

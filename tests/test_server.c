@@ -793,11 +793,19 @@ static void what_is_wrong_is_said(void **state) {
 
 static void what_is_too_long_is_said(void **state) {
     const fixture *f = *state;
+    json_t *v;
     text map = {0};
     text_add(&map, "{\"prompt\":\"a\",\"logit_bias\":{\"0\":1");
     for (int32_t i = 1; i <= LOGIT_BIAS_MAX; i++) text_add(&map, ",\"%d\":1", i);
     text_add(&map, "}}");
     json_decref(call_json(f->url, "/v1/completions", map.data, 400));
+    text_clear(&map); /* 8 prompts of 16000 tokens, 8 choices, 21 log-probabilities a token */
+    text_add(&map, "{\"echo\":true,\"n\":8,\"logprobs\":20,\"prompt\":[");
+    for (int32_t i = 0; i < 8 * 16000; i++) text_add(&map, i % 16000 ? ",5" : i ? "],[5" : "[5");
+    text_add(&map, "]]}");
+    v = call_json(f->url, "/v1/completions", map.data, 400);
+    assert_non_null(strstr(words(at(at(v, "error"), "message")), "'echo' of 21504000"));
+    json_decref(v);
     text_free(&map);
     char *big = mem_alloc((2 << 20) + 1, 1);
     memset(big, 'a', 2 << 20);
