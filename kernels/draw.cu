@@ -574,18 +574,16 @@ __global__ void __launch_bounds__(kThreads)
     if (p.kind == DRAW_NOTHING) return;
     if (p.n_bias) edit_logits(r, p, 0, p.n_bias, false, t);
     if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, false, t);
-    int token = p.given;
-    if (p.kind == DRAW_TOKEN) {
-        const candidate best = best_of_row(r, t);
-        const bool any = !isinf(best.z);
-        token = any ? best.id : 0;
-        if (threadIdx.x == 0) {
-            r.largest = best.z;
-            r.least = __double2float_rd((double)best.z + kLeast * (double)p.temperature);
-        }
-        __syncthreads();
-        if (p.temperature > 0.f && any) token = draw_token(r, p, t);
+    const candidate best = best_of_row(r, t);
+    const bool any = !isinf(best.z);
+    int token = any ? best.id : 0;
+    if (threadIdx.x == 0) {
+        r.largest = best.z;
+        r.least = __double2float_rd((double)best.z + kLeast * (double)p.temperature);
     }
+    __syncthreads();
+    if (p.temperature > 0.f && any) token = draw_token(r, p, t);
+    if (p.kind == DRAW_GIVEN) token = p.given; // with temperature 0, so little was done in vain
     if (writes()) out[p.to].token = token;
     if (p.n_logprobs < 0) return;
     if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, true, t);
