@@ -1,8 +1,10 @@
 /* api.c - see api.h. */
 #include "api.h"
 
+#include "sampler.h"
 #include "utf8.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -216,6 +218,41 @@ static status take_f32(const json_t *body, const char *key, double lo, double hi
     return ST_OK;
 }
 
+static int compare_bias(const void *a, const void *b) {
+    const logit_bias *x = a, *y = b;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+/* {"token id": bias, ...}: JSON has no other keys than strings. */
+static status take_bias(api_request *r, const api_model *m, const json_t *body) {
+    const json_t *map = json_find(body, "logit_bias");
+    sampling *s = &r->sampling;
+    const char *key;
+    json_t *v;
+    if (!map) return ST_OK;
+    if (!json_is_object(map)) return FAIL(ST_FORMAT, "'logit_bias' is no object");
+    if (json_object_size(map) > LOGIT_BIAS_MAX)
+        return FAIL(ST_RANGE, "'logit_bias' has %zu tokens, at most %d are taken",
+                    json_object_size(map), LOGIT_BIAS_MAX);
+    r->bias = mem_alloc(json_object_size(map) + 1, sizeof *r->bias);
+    if (!r->bias) return FAIL(ST_NOMEM, "logit_bias");
+    json_object_foreach((json_t *)(uintptr_t)map, key, v) {
+        int64_t id;
+        if (!parse_i64(key, 0, INT64_MAX, &id))
+            return FAIL(ST_FORMAT, "'logit_bias': '%.40s' is no token id", key);
+        if (id >= m->vocab)
+            return FAIL(ST_RANGE, "'logit_bias': token %lld is outside the vocabulary of %d",
+                        (long long)id, m->vocab);
+        if (!json_is_number(v))
+            return FAIL(ST_FORMAT, "'logit_bias': that of %lld is no number", (long long)id);
+        r->bias[s->n_bias++] =
+            (logit_bias){.token = (int32_t)id, .bias = (float)json_number_value(v)};
+    }
+    qsort(r->bias, (size_t)s->n_bias, sizeof *r->bias, compare_bias);
+    s->bias = r->bias;
+    return ST_OK;
+}
+
 static status take_sampling(api_request *r, const json_t *body, uint64_t seed) {
     sampling *s = &r->sampling;
     *s = (sampling){.temperature = 1, .top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
@@ -223,6 +260,9 @@ static status take_sampling(api_request *r, const json_t *body, uint64_t seed) {
     TRY(take_f32(body, "top_p", 0, 1, &s->top_p));
     TRY(take_f32(body, "min_p", 0, 1, &s->min_p));
     TRY(take_f32(body, "repetition_penalty", 0.01, 100, &s->repetition_penalty));
+    TRY(take_f32(body, "presence_penalty", -2, 2, &s->presence_penalty));
+    TRY(take_f32(body, "frequency_penalty", -2, 2, &s->frequency_penalty));
+    TRY(json_opt_i32(body, "min_tokens", WHERE, 0, 1 << 24, &s->min_tokens));
     int32_t top_k = 0;
     TRY(json_opt_i32(body, "top_k", WHERE, -1, 1 << 24, &top_k));
     s->top_k = top_k < 0 ? 0 : top_k; /* -1 is how vLLM says all */
@@ -289,6 +329,17 @@ static void add_end_tokens(api_request *r, const api_model *m) {
     for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
+/* What is echoed is held from the beginning, so a small body could ask for much memory. */
+static status check_echo(const api_request *r) {
+    int64_t n = 0;
+    for (int32_t i = 0; i < r->n_prompts && r->echo; i++)
+        n += (int64_t)r->prompt[i].length * r->n * (1 + r->n_top);
+    if (n > API_ECHO_MAX)
+        return FAIL(ST_RANGE, "'echo' of %lld log-probabilities, at most %d in a request",
+                    (long long)n, API_ECHO_MAX);
+    return ST_OK;
+}
+
 /* Output tokens of each prompt: what was asked for, or what the context leaves; where nobody said,
  * completions end after OpenAI's 16 at the latest. */
 static status take_max_new(api_request *r, const api_model *m, const json_t *body) {
@@ -304,6 +355,9 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
                         "max_tokens %d and a prompt of %d tokens exceed this model's context of %d",
                         asked, n, m->ctx_max);
         r->max_new[i] = asked ? asked : r->chat || room < 16 ? room : 16;
+        if (r->sampling.min_tokens > r->max_new[i])
+            return FAIL(ST_RANGE, "'min_tokens' %d is more than the %d of 'max_tokens'",
+                        r->sampling.min_tokens, r->max_new[i]);
     }
     return ST_OK;
 }
@@ -313,17 +367,12 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
 static const struct {
     const char *key, *nothing;
 } unsupported[] = {
-    {"echo", "false"},
     {"suffix", ""},
     {"best_of", "1"},
-    {"logit_bias", ""},
-    {"presence_penalty", "0"},
-    {"frequency_penalty", "0"},
     {"response_format", "{\"type\":\"text\"}"},
     {"functions", ""},
     {"function_call", "\"none\""},
-    {"min_tokens", "0"}, /* from here on: vLLM's */
-    {"length_penalty", "1"},
+    {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
     {"include_stop_str_in_output", "false"},
     {"skip_special_tokens", "true"},
@@ -381,6 +430,8 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_bool(body, "stream", WHERE, &r->stream));
     TRY(json_opt_bool(body, "ignore_eos", WHERE, &r->ignore_eos));
     TRY(json_opt_bool(body, "return_token_ids", WHERE, &r->return_ids));
+    TRY(json_opt_bool(body, "echo", WHERE, &r->echo));
+    if (r->echo && r->chat) return FAIL(ST_UNSUPPORTED, "'echo' is of completions, not of chat");
     const json_t *so = json_find(body, "stream_options");
     if (so && !json_is_object(so)) return FAIL(ST_FORMAT, "'stream_options' is no object");
     if (so) TRY(json_opt_bool(so, "include_usage", WHERE, &r->include_usage));
@@ -390,10 +441,13 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_string(body, "cache_salt", WHERE, &salt));
     if (salt) r->salt = hash_bytes(salt, strlen(salt), 1);
     TRY(take_sampling(r, body, seed));
+    TRY(take_bias(r, m, body));
     TRY(take_logprobs(r, body));
     TRY(take_stops(r, m, body));
     add_end_tokens(r, m);
+    TRY(sampling_check(&r->sampling));
     TRY(r->chat ? take_messages(r, m, body) : take_prompts(r, m, body));
+    TRY(check_echo(r));
     return take_max_new(r, m, body);
 }
 
@@ -423,6 +477,7 @@ void api_request_free(api_request *r) {
     mem_free(r->max_new);
     mem_free(r->stop);
     mem_free(r->stop_token);
+    mem_free(r->bias);
     *r = (api_request){0};
 }
 

@@ -6,7 +6,12 @@
 #include "request.h"
 #include "tokenizer.h"
 
-enum { API_PROMPTS_MAX = 256, API_STOPS_MAX = 16, API_STOP_TOKENS_MAX = 64 };
+enum {
+    API_PROMPTS_MAX = 256,
+    API_STOPS_MAX = 16,
+    API_STOP_TOKENS_MAX = 64,
+    API_ECHO_MAX = 1 << 24 /* log-probabilities of prompts, all choices of a request together */
+};
 
 /* What a server can do; fixed while it runs. */
 typedef struct {
@@ -20,18 +25,19 @@ typedef struct {
 
 /* Owned by itself: api_request_free. Pointers lie in it. */
 typedef struct {
-    bool chat, stream, include_usage, ignore_eos, return_ids;
+    bool chat, stream, include_usage, ignore_eos, return_ids, echo;
     int32_t n;           /* choices of each prompt */
     int32_t n_prompts;   /* choice c answers prompt c / n */
     ids *prompt;         /* [n_prompts] */
     int32_t *max_new;    /* [n_prompts] */
-    sampling sampling;   /* seed of choice c: sampling.seed + c */
+    sampling sampling;   /* seed of choice c: sampling.seed + c; its bias is of this request */
     bool logprobs;       /* were asked for */
     int32_t n_top;       /* and so many best ones */
     uint64_t salt;       /* cache_salt */
     int32_t *stop_token; /* [n_stop_tokens] */
     int32_t n_stop_tokens;
-    char **stop; /* [n_stops] */
+    logit_bias *bias; /* [sampling.n_bias] */
+    char **stop;      /* [n_stops] */
     int32_t n_stops;
 } api_request;
 

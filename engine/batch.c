@@ -28,6 +28,8 @@ static const char *sample_problem(const batch *b, int32_t i) {
     if (r->seq < 0 || r->seq >= b->n_seqs) return "a sampled row has no sequence";
     if (r->row < b->seq_start[r->seq] || r->row >= b->seq_start[r->seq + 1])
         return "a sampled row lies outside its sequence";
+    if (r->given && (*r->given < 0 || !r->params || r->n_history))
+        return "a given token is none, or is drawn";
     if (r->n_history && !r->history) return "a history is missing";
     if (r->n_history && r->n_history != b->position[r->row] + 1)
         return "a history does not end at its row";
@@ -81,6 +83,7 @@ uint64_t batch_hash(const batch *b) {
         h = hash_u64((uint64_t)(uint32_t)r->row << 32 | (uint32_t)r->seq, h);
         h = hash_u64(r->draw, h);
         h = hash_u64((uint64_t)(uint32_t)r->n_history << 1 | (r->params != NULL), h);
+        if (r->given) h = hash_u64((uint64_t)(uint32_t)*r->given, h);
     }
     return h;
 }

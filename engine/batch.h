@@ -13,8 +13,10 @@ typedef struct {
     int32_t seq;            /* of S */
     const sampling *params; /* NULL: logits are read by the caller, nothing is drawn (evaluation) */
     uint64_t draw;          /* index of this output token: the counter of philox_unit */
-    const int32_t *history; /* [n_history] prompt and output so far, for the repetition penalty */
+    const int32_t
+        *history; /* [n_history] prompt and the `draw` output tokens so far, for penalties */
     int32_t n_history;
+    const int32_t *given; /* this token gets its log-probability and none is drawn; NULL: one is */
 } sample_row;
 
 /* Sequences come with all decodes (one token) first, then prefill chunks. Every sequence has at

@@ -28,8 +28,8 @@ static int64_t wide_page_bytes(const model_config *c, int32_t tp) {
 /* The buffers of forward.c (BUFFERS there) at two bytes an element, logits at four; gate_up is
  * counted although a plan with the fused operation does without, so that a plan never changes the
  * number of pages. Then the tables of a batch: ids, positions, two words of the KV append for each
- * token; start, length and the sampler's 64 bytes for each sequence; experts and their weights for
- * each token. */
+ * token; start, length and some 64 bytes of the sampler for each sequence; experts and their
+ * weights for each token. */
 int64_t workspace_bytes(const model_config *c, const precision *p, int32_t tp, int32_t max_tokens,
                         int32_t max_seqs, int32_t max_samples, int32_t n_pages) {
     const bool moe = c->n_experts > 0;

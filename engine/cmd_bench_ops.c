@@ -102,7 +102,7 @@ static status combine_launch(const bench *b, void *in, void *out, void *other) {
 static double draw_bytes(const bench *b) { return 4.0 * (double)b->t * b->c->vocab; }
 static status draw_launch(const bench *b, void *in, void *out, void *other) {
     (void)other;
-    return kernel_draw(out, in, b->draw, NULL, (int32_t)b->t, b->c->vocab, b->stream);
+    return kernel_draw(out, in, b->draw, (int32_t)b->t, b->c->vocab, b->stream);
 }
 
 static const operation operations[] = {
@@ -138,8 +138,8 @@ static status set_draws(const bench *b, draw_row like) {
     draw_row *draw = mem_alloc((size_t)b->t, sizeof *draw);
     if (!draw) return FAIL(ST_NOMEM, "%lld rows", (long long)b->t);
     like.repetition_penalty = 1;
-    like.n_logprobs = like.seen = -1;
-    like.active = 1;
+    like.n_logprobs = -1;
+    like.kind = DRAW_TOKEN;
     like.seed = 1;
     for (int64_t i = 0; i < b->t; i++) {
         draw[i] = like;

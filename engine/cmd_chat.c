@@ -13,7 +13,7 @@
 
 typedef struct {
     const char *model, *precision, *device, *system;
-    double temperature, top_p, min_p, penalty;
+    double temperature, top_p, min_p, penalty, presence, frequency;
     int64_t max_new, top_k, seed, threads, tp;
     bool no_thinking;
 } arguments;
@@ -108,6 +108,8 @@ static sampling sampling_of(const arguments *a, int64_t seed) {
                       .top_p = (float)a->top_p,
                       .min_p = (float)a->min_p,
                       .repetition_penalty = (float)a->penalty,
+                      .presence_penalty = (float)a->presence,
+                      .frequency_penalty = (float)a->frequency,
                       .seed = (uint64_t)seed,
                       .n_logprobs = -1};
 }
@@ -228,6 +230,10 @@ int cmd_chat(int argc, char **argv) {
         {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
         {"--min-p", CLI_NUMBER, &a.min_p, "P", "0 = all"},
         {"--repetition-penalty", CLI_NUMBER, &a.penalty, "R", "1 = none"},
+        {"--presence-penalty", CLI_NUMBER, &a.presence, "P",
+         "off the logits of what the output has, -2 to 2 (0)"},
+        {"--frequency-penalty", CLI_NUMBER, &a.frequency, "P",
+         "off them for each time that it has them, -2 to 2 (0)"},
         {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},

@@ -25,8 +25,8 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
 
 typedef struct {
     const char *model, *precision, *device, *family, *prompt, *file;
-    double temperature, top_p, min_p, penalty;
-    int64_t max_new, top_k, seed, threads, tp;
+    double temperature, top_p, min_p, penalty, presence, frequency;
+    int64_t max_new, min_new, top_k, seed, threads, tp;
     bool stream, json, ignore_eos;
     cli_texts stop;
 } arguments;
@@ -55,13 +55,17 @@ static sampling sampling_of(const arguments *a) {
                       .top_p = (float)a->top_p,
                       .min_p = (float)a->min_p,
                       .repetition_penalty = (float)a->penalty,
+                      .presence_penalty = (float)a->presence,
+                      .frequency_penalty = (float)a->frequency,
                       .seed = (uint64_t)a->seed,
-                      .n_logprobs = -1};
+                      .n_logprobs = -1,
+                      .min_tokens = (int32_t)a->min_new};
 }
 
 /* All that can be said before a file is read. */
 static status check(const arguments *a) {
     const cli_range ranges[] = {{"--max-tokens", a->max_new, 1, 1 << 24},
+                                {"--min-tokens", a->min_new, 0, a->max_new},
                                 {"--top-k", a->top_k, 0, 1 << 24},
                                 {"--threads", a->threads, 0, 1024},
                                 {"--tp", a->tp, 1, 64}};
@@ -104,6 +108,7 @@ static status generation_open(generation *g, const arguments *a) {
         return FAIL(ST_RANGE, "the prompt has %lld tokens, the model takes %d",
                     (long long)g->prompt.length, ctx_max);
     output_open(&g->out, g->tokenizer, a->stop.item, a->stop.n, true);
+    g->out.min_tokens = (int32_t)a->min_new;
     return ST_OK;
 }
 
@@ -150,11 +155,16 @@ int cmd_generate(int argc, char **argv) {
         {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "what to go on from"},
         {"--prompt-file", CLI_TEXT, &a.file, "FILE", "the same from a file"},
         {"--max-tokens", CLI_INT, &a.max_new, "N", "output tokens at most (128)"},
+        {"--min-tokens", CLI_INT, &a.min_new, "N", "and at least, before an end or a --stop (0)"},
         {"--temperature", CLI_NUMBER, &a.temperature, "T", "0 = greedy, the default"},
         {"--top-k", CLI_INT, &a.top_k, "K", "0 = all"},
         {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
         {"--min-p", CLI_NUMBER, &a.min_p, "P", "0 = all"},
         {"--repetition-penalty", CLI_NUMBER, &a.penalty, "R", "1 = none"},
+        {"--presence-penalty", CLI_NUMBER, &a.presence, "P",
+         "off the logits of what the output has, -2 to 2 (0)"},
+        {"--frequency-penalty", CLI_NUMBER, &a.frequency, "P",
+         "off them for each time that it has them, -2 to 2 (0)"},
         {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},

@@ -117,7 +117,8 @@ typedef struct {
  * step can be made and uploaded while the one before runs. */
 typedef struct {
     uint8_t *tables, *tables_device;
-    uint32_t *seen, *seen_device;                               /* [seen_max, words] */
+    draw_edit *edit; /* [n_edits_max], read where it lies; grows as rows want it */
+    int64_t n_edits_max;
     void *plan[CUDEV_PLANS_MAX], *plan_device[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
     draw_result *result;                                        /* [max_samples] */
     cudev_event uploaded, drawn, done; /* tables on the device; tokens there; tokens here */
@@ -175,8 +176,8 @@ typedef struct {
     int32_t n_plans;
     cudev_slot slot[2];
     int64_t n_begun, n_ended; /* steps; step i has slot i & 1 */
-    int32_t seen_max;
-    draw_result *drawn; /* [2, max_samples] device, by step: the next may feed its tokens */
+    int32_t *count;           /* [sampler_counts] on the host, see sampler_edits */
+    draw_result *drawn;       /* [2, max_samples] device, by step: the next may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token;
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];

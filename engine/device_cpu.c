@@ -530,9 +530,13 @@ static status cpu_sample(device *d, tensor logits) {
         const sample_row *s = &b->sample[i];
         c->result[i] = (sampled){.token = -1};
         if (!s->params) continue;
-        sampler_draw(&c->result[i], data(logits) + (int64_t)i * logits.cols, logits.cols, s->params,
-                     s->draw, s->history, s->n_history,
-                     c->sampler_scratch + (size_t)omp_get_thread_num() * c->sampler_size);
+        const float *row = data(logits) + (int64_t)i * logits.cols;
+        if (s->given)
+            sampler_score(&c->result[i], row, logits.cols, *s->given, s->params->n_logprobs);
+        else
+            sampler_draw(&c->result[i], row, logits.cols, s->params, s->draw, s->history,
+                         s->n_history,
+                         c->sampler_scratch + (size_t)omp_get_thread_num() * c->sampler_size);
     }
     return ST_OK;
 }

@@ -31,6 +31,7 @@
 #include "moe.h"
 #include "norm.h"
 #include "rows.h"
+#include "sampler.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -109,7 +110,7 @@ static void close_slot(cudev_slot *s) {
     for (int32_t i = 0; i < CUDEV_PLANS_MAX; i++)
         if (s->plan[i]) (void)cudaFreeHost(s->plan[i]);
     if (s->tables) (void)cudaFreeHost(s->tables);
-    if (s->seen) (void)cudaFreeHost(s->seen);
+    if (s->edit) (void)cudaFreeHost(s->edit);
     if (s->result) (void)cudaFreeHost(s->result);
     if (s->uploaded) (void)cudaEventDestroy(s->uploaded);
     if (s->drawn) (void)cudaEventDestroy(s->drawn);
@@ -133,6 +134,7 @@ static void cuda_close(device *d) {
     if (c->front) (void)cudaStreamDestroy(c->front);
     if (c->stream) (void)cudaStreamDestroy(c->stream);
     arena_close(&c->handles);
+    mem_free(c->count);
     (void)cudaGetLastError();
     mem_free(c);
 }
@@ -293,16 +295,14 @@ static status setup_tables(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     const cudev_tables x =
         lay_tables(NULL, c->max_tokens, c->max_seqs, c->max_samples, c->max_page_ids);
-    c->seen_max = (int32_t)i64_min(c->max_seqs, c->max_samples);
-    const int64_t seen = 4 * draw_seen_words(m->vocab) * c->seen_max;
+    c->count = mem_alloc((size_t)sampler_counts(m->vocab), sizeof *c->count);
+    if (!c->count) return FAIL(ST_NOMEM, "penalties");
     const size_t drawn = sizeof(draw_result) * (size_t)c->max_samples;
     TRY(take(c, COUNT_OF(c->slot) * (int64_t)drawn, "tokens", &c->drawn));
     for (int32_t i = 0; i < COUNT_OF(c->slot); i++) {
         cudev_slot *slot = &c->slot[i];
         TRY(pinned(x.bytes, &slot->tables));
         TRY(take(c, (int64_t)x.bytes, "tables", &slot->tables_device));
-        TRY(pinned((size_t)seen, &slot->seen));
-        TRY(take(c, seen, "penalties", &slot->seen_device));
         TRY(pinned(drawn, &slot->result));
         CUDA_TRY(cudaEventCreateWithFlags(&slot->uploaded, cudaEventDisableTiming), "event");
         CUDA_TRY(cudaEventCreateWithFlags(&slot->drawn, cudaEventDisableTiming), "event");
@@ -375,31 +375,42 @@ static void put(const int32_t *to, const int32_t *from, int64_t n) {
     memcpy((int32_t *)(uintptr_t)to, from, sizeof *from * (size_t)n);
 }
 
-/* How sample i is drawn, and the tokens to penalise as a bit set. */
-static draw_row draw_of(cudev *c, const sample_row *s, int32_t *n_seen) {
+/* Room for all edits of the step: a row seldom has any, then some hundreds, and one of a long
+ * history as many as the vocabulary has tokens. */
+static status reserve_edits(const cudev *c) {
+    const batch *b = c->b;
+    int64_t n = 0;
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        const sample_row *s = &b->sample[i];
+        if (s->params) n += sampler_edits_most(s->params, s->draw, s->n_history, c->config.vocab);
+    }
+    if (n <= c->at->n_edits_max) return ST_OK;
+    if (c->at->edit) CUDA_TRY(cudaFreeHost(c->at->edit), "penalties");
+    c->at->edit = NULL;
+    c->at->n_edits_max = 0;
+    TRY(pinned(sizeof(draw_edit) * 2 * (size_t)n, &c->at->edit));
+    c->at->n_edits_max = 2 * n;
+    return ST_OK;
+}
+
+/* How sample i is drawn; its edits go to `edit`. */
+static draw_row draw_of(const cudev *c, const sample_row *s, draw_edit *edit) {
     const sampling *p = s->params;
-    if (!p) return (draw_row){.seen = -1, .n_logprobs = -1};
+    if (!p) return (draw_row){.n_logprobs = -1};
+    if (s->given)
+        return (draw_row){.n_logprobs = p->n_logprobs, .kind = DRAW_GIVEN, .given = *s->given};
     draw_row r = {.temperature = p->temperature,
                   .top_p = p->top_p,
                   .min_p = p->min_p,
                   .repetition_penalty = p->repetition_penalty,
                   .top_k = p->top_k,
                   .n_logprobs = p->n_logprobs,
-                  .seen = -1,
-                  .active = 1,
+                  .kind = DRAW_TOKEN,
+                  .edit = edit,
                   .seed = p->seed,
                   .counter = s->draw};
-    if (p->repetition_penalty == 1 || s->n_history == 0) return r;
-    CHECK(*n_seen < c->seen_max);
-    const int64_t words = draw_seen_words(c->config.vocab);
-    uint32_t *set = c->at->seen + words * *n_seen;
-    memset(set, 0, sizeof *set * (size_t)words);
-    for (int32_t i = 0; i < s->n_history; i++) {
-        const int32_t t = s->history[i];
-        CHECK((uint32_t)t < (uint32_t)c->config.vocab);
-        set[t / 32] |= 1u << (t % 32);
-    }
-    r.seen = (*n_seen)++;
+    r.n_edits = sampler_edits(edit, &r.n_bias, p, s->draw, s->history, s->n_history,
+                              c->config.vocab, c->count);
     return r;
 }
 
@@ -408,9 +419,10 @@ static draw_result *drawn_by(const cudev *c, int64_t step) {
     return c->drawn + (step & 1) * c->max_samples;
 }
 
-/* Fill the host's tables for `rows` tokens, sequences and samples as padded; *n_seen bit sets. */
-static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples, int32_t *n_seen) {
+/* Fill the host's tables for `rows` tokens, sequences and samples as padded. */
+static cudev_tables fill_tables(const cudev *c, int32_t t, int32_t s, int32_t samples) {
     const batch *b = c->b;
+    draw_edit *edit = c->at->edit;
     const int32_t n_pages = b->page_start[b->n_seqs];
     const cudev_tables h = lay_tables(c->at->tables, t, s, samples, n_pages);
     int32_t *seq = (int32_t *)(uintptr_t)h.token_seq, *row = (int32_t *)(uintptr_t)h.sample_row;
@@ -425,10 +437,10 @@ static cudev_tables fill_tables(cudev *c, int32_t t, int32_t s, int32_t samples,
     for (int32_t i = 0; i < b->n_seqs; i++)
         for (int32_t k = b->seq_start[i]; k < b->seq_start[i + 1]; k++) seq[k] = i;
     for (int32_t k = b->n_tokens; k < t; k++) seq[k] = -1;
-    *n_seen = 0;
     for (int32_t i = 0; i < b->n_samples; i++) {
         row[i] = b->sample[i].row;
-        draw[i] = draw_of(c, &b->sample[i], n_seen);
+        draw[i] = draw_of(c, &b->sample[i], edit);
+        edit += draw[i].n_edits;
     }
     for (int32_t i = 0; i < samples; i++)
         draw[i].to = (int32_t)(drawn_by(c, c->n_begun) - c->drawn) + i;
@@ -460,9 +472,9 @@ static status upload_step(cudev *c) {
     const batch *b = c->b;
     const bool padded = c->graph != NULL;
     const int32_t s = padded ? c->rows : b->n_seqs, samples = padded ? c->rows : b->n_samples;
-    int32_t n_seen;
     cudev_slot *at = c->at;
-    const cudev_tables h = fill_tables(c, c->rows, s, samples, &n_seen);
+    TRY(reserve_edits(c));
+    const cudev_tables h = fill_tables(c, c->rows, s, samples);
     c->tables = lay_tables(at->tables_device, c->rows, s, samples, b->page_start[b->n_seqs]);
     TRY(upload(c, at->tables_device, at->tables, (int64_t)h.bytes));
     const model_config *m = &c->config;
@@ -474,8 +486,6 @@ static status upload_step(cudev *c) {
                                 c->plan[i].window, c->plan[i].kv4, c->wide_pages, c->n_sms));
         TRY(upload(c, at->plan_device[i], at->plan[i], w->counts.bytes));
     }
-    if (n_seen)
-        TRY(upload(c, at->seen_device, at->seen, 4 * draw_seen_words(c->config.vocab) * n_seen));
     CUDA_TRY(cudaEventRecord(at->uploaded, c->front), "tables");
     CUDA_TRY(cudaStreamWaitEvent(c->stream, at->uploaded, 0), "tables");
     return ST_OK;
@@ -868,8 +878,8 @@ static status cuda_sample(device *d, tensor logits) {
     cudev *c = self(d);
     CHECK(logits.rows == c->b->n_samples);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_draw(c->drawn, logits.data, c->tables.draw, c->at->seen_device,
-                       (int32_t)rows_of(c, logits), logits.cols, c->stream);
+    return kernel_draw(c->drawn, logits.data, c->tables.draw, (int32_t)rows_of(c, logits),
+                       logits.cols, c->stream);
 }
 
 /* --- Looking -------------------------------------------------------------------------------- */

@@ -207,6 +207,16 @@ status engine_reset(engine *e) {
     return ST_OK;
 }
 
+/* What ends_request takes for an end. */
+static void bar_ends(const engine *e, request *r) {
+    sampling *s = &r->sampling;
+    if (s->min_tokens == 0) return;
+    s->barred[0].token = r->stop_token;
+    s->barred[0].n = r->n_stop_tokens;
+    s->barred[1].token = e->config.eos;
+    s->barred[1].n = r->ignore_eos ? 0 : e->config.n_eos;
+}
+
 status engine_submit(engine *e, const request *r) {
     const int64_t now = timeline_now_ns(&e->clock);
     TRY(sampling_check(&r->sampling));
@@ -214,7 +224,16 @@ status engine_submit(engine *e, const request *r) {
         if (r->prompt[i] < 0 || r->prompt[i] >= e->config.vocab)
             return FAIL(ST_RANGE, "prompt token %d is outside the vocabulary of %d", r->prompt[i],
                         e->config.vocab);
-    TRY(sched_add(e->sched, r, now));
+    for (int32_t i = 0; i < r->sampling.n_bias; i++)
+        if (r->sampling.bias[i].token >= e->config.vocab)
+            return FAIL(ST_RANGE, "logit_bias: token %d is outside the vocabulary of %d",
+                        r->sampling.bias[i].token, e->config.vocab);
+    if (r->sampling.min_tokens > r->max_new)
+        return FAIL(ST_RANGE, "min_tokens %d is more than the %d output tokens at most",
+                    r->sampling.min_tokens, r->max_new);
+    request q = *r;
+    bar_ends(e, &q);
+    TRY(sched_add(e->sched, &q, now));
     if (e->trace) trace_add(e->trace, r, now);
     return ST_OK;
 }
@@ -253,7 +272,7 @@ static bool may_run_ahead(const engine *e) {
     const batch *b = &e->started[0].b;
     if (!e->ahead) return false;
     for (int32_t i = 0; i < b->n_samples; i++)
-        if (b->sample[i].params->repetition_penalty != 1) return false;
+        if (!b->sample[i].given && sampling_penalises(b->sample[i].params)) return false;
     return true;
 }
 
@@ -289,6 +308,13 @@ static status finish_step(engine *e) {
     for (int32_t i = 0; i < b->n_samples; i++) {
         const request *r = sched_request(e->sched, b, b->sample[i].seq);
         e->drawn[i] = e->sampled[i].token;
+        e->stop[i] = false;
+        if (b->sample[i].given) {
+            if (r && e->hooks.scored)
+                e->hooks.scored(e->hooks.user, r->id, b->position[b->sample[i].row] + 1,
+                                &e->sampled[i]);
+            continue;
+        }
         e->stop[i] = r && meant && ends_request(e, r, e->drawn[i]);
         if (r && e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
             e->stop[i] = true;

@@ -232,12 +232,12 @@ bool kvpool_reserve(kvpool *p, kvseq *s, int32_t n_tokens) {
     return true;
 }
 
-bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt,
+bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, int32_t most, uint64_t salt,
                   int32_t *n_cached) {
     CHECK(s->n_pages == 0);
     CHECK(n >= 1);
     int32_t n_evictable;
-    const int32_t m = look_up(p, s, token, n, salt, &n_evictable);
+    const int32_t m = look_up(p, s, token, most < n ? most + 1 : n, salt, &n_evictable);
     const int32_t want = (int32_t)div_up(n, KV_PAGE_TOKENS);
     *n_cached = 0;
     if (want - m > kvpool_available(p) - n_evictable) return false;

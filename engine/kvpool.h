@@ -36,10 +36,11 @@ size_t kvpool_bytes(int32_t n_pages, bool prefix_cache);
 bool kvpool_reserve(kvpool *p, kvseq *s, int32_t n_tokens);
 
 /* Begin an empty `s` with token[0..n): references to the longest run of full cached pages that
- * equals its beginning, never all of it (at least one token is left to compute), and room for the
- * rest. All or nothing: a refusal changes neither the LRU order nor the counters, so that a waiting
- * request may ask at every step. *n_cached: tokens covered, a multiple of 64. */
-bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, uint64_t salt,
+ * equals its beginning, of `most` tokens at most and never all of it (at least one token is left
+ * to compute), and room for the rest. All or nothing: a refusal changes neither the LRU order nor
+ * the counters, so that a waiting request may ask at every step. *n_cached: tokens covered, a
+ * multiple of 64. */
+bool kvpool_admit(kvpool *p, kvseq *s, const int32_t *token, int32_t n, int32_t most, uint64_t salt,
                   int32_t *n_cached);
 
 /* The first n_computed tokens of the sequence now lie in its pages: register full pages not yet

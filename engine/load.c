@@ -272,6 +272,11 @@ static status write_body(const loader *l, const request *r, text *out) {
     if (s->min_p > 0) text_add(out, ",\"min_p\":%g", (double)s->min_p);
     if (s->repetition_penalty != 1)
         text_add(out, ",\"repetition_penalty\":%g", (double)s->repetition_penalty);
+    if (s->presence_penalty != 0)
+        text_add(out, ",\"presence_penalty\":%g", (double)s->presence_penalty);
+    if (s->frequency_penalty != 0)
+        text_add(out, ",\"frequency_penalty\":%g", (double)s->frequency_penalty);
+    if (s->min_tokens > 0) text_add(out, ",\"min_tokens\":%d", s->min_tokens);
     if (r->ignore_eos) text_add(out, ",\"ignore_eos\":true");
     if (r->salt) text_add(out, ",\"cache_salt\":\"%llx\"", (unsigned long long)r->salt);
     text_add(out, "}");

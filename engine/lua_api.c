@@ -205,23 +205,37 @@ static void read_length(lua_State *L, int t, const char *key, length_law *law) {
 
 static void read_sampling(lua_State *L, int t, sampling *p) {
     if (!opt_table(L, t, "sampling")) return;
-    static const char *const known[] = {"temperature",        "top_k", "top_p", "min_p",
-                                        "repetition_penalty", "seed",  NULL};
+    static const char *const known[] = {"temperature",
+                                        "top_k",
+                                        "top_p",
+                                        "min_p",
+                                        "repetition_penalty",
+                                        "presence_penalty",
+                                        "frequency_penalty",
+                                        "min_tokens",
+                                        "seed",
+                                        NULL};
     const int s = lua_gettop(L);
     check_keys(L, s, "sampling", known);
     double temperature = (double)p->temperature, top_p = (double)p->top_p, min_p = (double)p->min_p,
-           penalty = (double)p->repetition_penalty;
+           penalty = (double)p->repetition_penalty, presence = (double)p->presence_penalty,
+           frequency = (double)p->frequency_penalty;
     int64_t seed = (int64_t)p->seed;
     opt_num(L, s, "temperature", 0, 100, &temperature);
     opt_i32(L, s, "top_k", 0, 1 << 24, &p->top_k);
     opt_num(L, s, "top_p", 0, 1, &top_p);
     opt_num(L, s, "min_p", 0, 1, &min_p);
     opt_num(L, s, "repetition_penalty", 0.01, 100, &penalty);
+    opt_num(L, s, "presence_penalty", -2, 2, &presence);
+    opt_num(L, s, "frequency_penalty", -2, 2, &frequency);
+    opt_i32(L, s, "min_tokens", 0, 1 << 24, &p->min_tokens);
     opt_int(L, s, "seed", 0, INT64_MAX, &seed);
     p->temperature = (float)temperature;
     p->top_p = (float)top_p;
     p->min_p = (float)min_p;
     p->repetition_penalty = (float)penalty;
+    p->presence_penalty = (float)presence;
+    p->frequency_penalty = (float)frequency;
     p->seed = (uint64_t)seed;
     lua_pop(L, 1);
 }

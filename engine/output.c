@@ -21,7 +21,7 @@ static void find_stop(output *o, size_t from) {
     size_t cut = SIZE_MAX;
     for (int32_t i = 0; i < o->n_stops; i++) {
         const size_t n = strlen(o->stop[i]);
-        for (size_t at = from >= n ? from - n : 0; at + n <= o->text.length && at < cut; at++)
+        for (size_t at = from >= n ? from - n + 1 : 0; at + n <= o->text.length && at < cut; at++)
             if (memcmp(o->text.data + at, o->stop[i], n) == 0) cut = at;
     }
     if (cut == SIZE_MAX) return;
@@ -34,7 +34,10 @@ status output_push(output *o, int32_t token, bool *stopped) {
     if (!o->stopped) {
         const size_t from = o->text.length;
         TRY(tokenizer_stream_push(&o->stream, token, &o->text));
-        if (o->n_stops && o->text.length > from) find_stop(o, from);
+        if (o->min_tokens > 0)
+            o->min_tokens--;
+        else if (o->n_stops && o->text.length > from)
+            find_stop(o, from);
     }
     *stopped = o->stopped;
     return text_status(&o->text);

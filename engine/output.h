@@ -10,6 +10,7 @@ typedef struct {
     size_t shown; /* bytes already taken by output_take */
     const char *const *stop;
     int32_t n_stops;
+    int32_t min_tokens; /* 0; no stop string ends in the first so many, set after output_open */
     bool stopped;
 } output;
 

@@ -27,7 +27,7 @@ static void put_usage(text *t, const job *j) {
     for (int32_t i = 0; i < j->n_choices; i++) {
         if (i % j->request.n == 0) prompt += j->choice[i].n_prompt;
         if (i % j->request.n == 0) cached += j->choice[i].n_cached;
-        made += j->choice[i].n_ready;
+        made += j->choice[i].n_ready - j->choice[i].n_echoed;
     }
     text_add(t,
              "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
@@ -91,10 +91,15 @@ static void put_text_logprobs(text *t, const reply_head *h, const job_choice *c,
         put_token(t, h, c->token[i].id, bytes);
     }
     text_add(t, "],\"token_logprobs\":[");
+    const bool none = c->n_echoed && from == 0; /* of the first token of all */
     for (int32_t i = from; i < to; i++)
-        text_add(t, "%s%.9g", i > from ? "," : "", shown_logprob(c->token[i].logprob));
+        if (i == 0 && none)
+            text_add(t, "null");
+        else
+            text_add(t, "%s%.9g", i > from ? "," : "", shown_logprob(c->token[i].logprob));
     text_add(t, "],\"top_logprobs\":[");
-    for (int32_t i = from; i < to; i++) {
+    if (none && to > 0) text_add(t, "null");
+    for (int32_t i = from + none; i < to; i++) {
         text_add(t, "%s{", i > from ? "," : "");
         for (int32_t k = 0; k < n_top && c->top_id[i * n_top + k] >= 0; k++) {
             if (k) text_add(t, ",");
@@ -124,6 +129,7 @@ static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int3
 
 static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {
     if (!c->job->request.return_ids) return;
+    if (from < c->n_echoed) from = c->n_echoed < to ? c->n_echoed : to;
     text_add(t, ",\"token_ids\":[");
     for (int32_t i = from; i < to; i++) text_add(t, "%s%d", i > from ? "," : "", c->token[i].id);
     text_add(t, "]");
@@ -172,14 +178,17 @@ void reply_stream_close(reply_stream *s) {
     *s = (reply_stream){0};
 }
 
-/* The next event of a choice, if there is one. The last token carries the finish reason and what
- * was held back; a choice that ends without one (cancelled) gets an event of its own. */
+/* The next event of a choice, if there is one: of a token, the first with what is echoed. The last
+ * token carries the finish reason and what was held back; a choice that ends without one
+ * (cancelled) gets an event of its own. */
 static bool put_event(text *out, const reply_head *h, const job_choice *c, reply_stream *s) {
     const int32_t at = s->sent[c->index];
     const bool token = at < c->n_ready;
-    const bool last = c->finish != FINISH_NONE && at + 1 >= c->n_ready;
+    int32_t next = at < c->n_echoed ? c->n_echoed + 1 : at + 1;
+    if (next > c->n_ready) next = c->n_ready;
+    const bool last = c->finish != FINISH_NONE && next >= c->n_ready;
     if (s->ended[c->index] || (!token && !last)) return false;
-    const size_t from = s->shown[c->index], to = last ? c->text_end : c->token[at].text_end;
+    const size_t from = s->shown[c->index], to = last ? c->text_end : c->token[next - 1].text_end;
     const char *words = c->out.text.data ? c->out.text.data + from : "";
     text_add(out, "data: ");
     put_head(out, h, c->job, true);
@@ -193,13 +202,13 @@ static bool put_event(text *out, const reply_head *h, const job_choice *c, reply
         api_put_string(out, words, to - from);
         text_add(out, ",");
     }
-    put_logprobs(out, h, c, at, token ? at + 1 : at);
-    put_ids(out, c, at, token ? at + 1 : at);
+    put_logprobs(out, h, c, at, next);
+    put_ids(out, c, at, next);
     if (last)
         text_add(out, ",\"finish_reason\":\"%s\"}]}\n\n", reason_text(c->finish));
     else
         text_add(out, ",\"finish_reason\":null}]}\n\n");
-    s->sent[c->index] += token;
+    s->sent[c->index] = next;
     s->shown[c->index] = to;
     s->ended[c->index] = last;
     return true;

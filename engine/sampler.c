@@ -1,6 +1,6 @@
 /* sampler.c - one token from one row of logits.
  *
- * Steps, in the order of request.h: penalty -> z; e[i] = exp((z[i] - max z) / temperature) in f64;
+ * Steps, in the order of request.h: edits -> z; e[i] = exp((z[i] - max z) / temperature) in f64;
  * the k best (top-k); of those the shortest prefix, best first, whose sum reaches top_p of theirs;
  * of those the ones with e >= min_p (the best has e = 1); one draw: u = philox_unit(seed, draw),
  * and the token is the first, by ascending id, at which the running sum of e over the ones left
@@ -16,7 +16,7 @@
 #include <string.h>
 
 typedef struct {
-    float z; /* after the penalty */
+    float z; /* after the edits */
     int32_t id;
 } candidate;
 
@@ -24,14 +24,16 @@ typedef struct {
     double *e;       /* [V] by id; 0 = not kept */
     candidate *list; /* [V] */
     float *z;        /* [V] by id */
-    uint8_t *seen;   /* [V / 8] tokens of the history */
+    draw_edit *edit; /* [2 V + 1]: a token at most once in step 1, once in steps 2 and 3 */
+    int32_t *count;  /* [sampler_counts] */
 } work;
 
 enum { TOP_P_FIRST = 64, TOP_P_GROWTH = 8 };
 
 size_t sampler_bytes(int32_t vocab) {
     const size_t v = (size_t)vocab;
-    return v * (sizeof(double) + sizeof(candidate) + sizeof(float)) + (v + 7) / 8;
+    return v * (sizeof(double) + sizeof(candidate) + sizeof(float)) +
+           (2 * v + 1) * sizeof(draw_edit) + (size_t)sampler_counts(vocab) * sizeof(int32_t);
 }
 
 static work lay_scratch(void *scratch, int32_t vocab) {
@@ -39,7 +41,8 @@ static work lay_scratch(void *scratch, int32_t vocab) {
     w.e = scratch;
     w.list = (candidate *)(void *)(w.e + vocab);
     w.z = (float *)(void *)(w.list + vocab);
-    w.seen = (uint8_t *)(w.z + vocab);
+    w.edit = (draw_edit *)(void *)(w.z + vocab);
+    w.count = (int32_t *)(void *)(w.edit + 2 * (int64_t)vocab + 1);
     return w;
 }
 
@@ -54,9 +57,30 @@ status sampling_check(const sampling *p) {
     if (!(p->repetition_penalty > 0 && p->repetition_penalty <= 100))
         return FAIL(ST_RANGE, "repetition_penalty %g is not in (0, 100]",
                     (double)p->repetition_penalty);
+    if (!(p->presence_penalty >= -2 && p->presence_penalty <= 2))
+        return FAIL(ST_RANGE, "presence_penalty %g is not in -2..2", (double)p->presence_penalty);
+    if (!(p->frequency_penalty >= -2 && p->frequency_penalty <= 2))
+        return FAIL(ST_RANGE, "frequency_penalty %g is not in -2..2", (double)p->frequency_penalty);
+    if (p->min_tokens < 0) return FAIL(ST_RANGE, "min_tokens %d is negative", p->min_tokens);
+    if (p->n_bias < 0 || p->n_bias > LOGIT_BIAS_MAX)
+        return FAIL(ST_RANGE, "logit_bias: %d tokens, at most %d are taken", p->n_bias,
+                    LOGIT_BIAS_MAX);
+    for (int32_t i = 0; i < p->n_bias; i++) {
+        const logit_bias *b = &p->bias[i];
+        if (!(b->bias >= -100 && b->bias <= 100))
+            return FAIL(ST_RANGE, "logit_bias: %g of token %d is not in -100..100", (double)b->bias,
+                        b->token);
+        if (b->token < 0) return FAIL(ST_RANGE, "logit_bias: token %d", b->token);
+        if (i && b->token <= b[-1].token)
+            return FAIL(ST_RANGE, "logit_bias: token %d is there twice", b->token);
+    }
     if (p->n_logprobs < -1 || p->n_logprobs > LOGPROBS_MAX)
         return FAIL(ST_RANGE, "logprobs %d is not in 0..%d", p->n_logprobs, LOGPROBS_MAX);
     return ST_OK;
+}
+
+bool sampling_penalises(const sampling *p) {
+    return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
 }
 
 static float finite_or_least(float x) { return isfinite(x) ? x : -INFINITY; }
@@ -102,20 +126,93 @@ static void select_best(candidate *list, int32_t lo, int32_t hi, int32_t n) {
 
 /* --- Steps ------------------------------------------------------------------------------------ */
 
-/* z = logits after the penalty: once for each token of the history, however often it occurs. */
-static void penalise(const work *w, const float *logits, int32_t vocab, float penalty,
-                     const int32_t *history, int32_t n_history) {
-    for (int32_t i = 0; i < vocab; i++) w->z[i] = finite_or_least(logits[i]);
-    if (penalty == 1 || n_history == 0) return;
-    memset(w->seen, 0, ((size_t)vocab + 7) / 8);
-    for (int32_t h = 0; h < n_history; h++) {
+static void check_token(int32_t id, int32_t vocab) { CHECK((uint32_t)id < (uint32_t)vocab); }
+
+/* Step 1: a token that is barred has no bias beside that. */
+static int32_t bias_edits(draw_edit *out, const sampling *p, uint64_t draw, int32_t vocab,
+                          int32_t *count) {
+    int32_t n = 0, n_barred;
+    for (int32_t k = 0; k < COUNT_OF(p->barred) && draw < (uint64_t)p->min_tokens; k++)
+        for (int32_t i = 0; i < p->barred[k].n; i++) {
+            const int32_t id = p->barred[k].token[i];
+            if ((uint32_t)id >= (uint32_t)vocab) continue; /* of a tokenizer that has more */
+            if (count[id]++ == 0) out[n++] = (draw_edit){.token = id, .add = -INFINITY};
+        }
+    n_barred = n;
+    for (int32_t i = 0; i < p->n_bias; i++) {
+        const logit_bias *b = &p->bias[i];
+        check_token(b->token, vocab);
+        if (count[b->token] == 0) out[n++] = (draw_edit){.token = b->token, .add = b->bias};
+    }
+    for (int32_t i = 0; i < n_barred; i++) count[out[i].token] = 0;
+    return n;
+}
+
+/* Steps 2 and 3: the output's tokens with their counts, then those of the prompt that are not among
+ * them. A token stays in the list where it is new: a branch there is one that nobody predicts. */
+static int32_t penalty_edits(draw_edit *out, const sampling *p, int32_t n_prompt,
+                             const int32_t *history, int32_t n_history, int32_t vocab,
+                             int32_t *count) {
+    const bool repetition = p->repetition_penalty != 1;
+    uint32_t *seen = (uint32_t *)(count + vocab); /* bit set */
+    int32_t n = 0;
+    for (int32_t h = n_prompt; h < n_history; h++) {
         const int32_t id = history[h];
-        CHECK(id >= 0 && id < vocab);
-        const uint8_t bit = (uint8_t)(1u << (id & 7));
-        if (w->seen[id >> 3] & bit) continue;
-        w->seen[id >> 3] |= bit;
-        w->z[id] = w->z[id] > 0 ? w->z[id] / penalty : w->z[id] * penalty;
-        if (isnan(w->z[id])) w->z[id] = -INFINITY;
+        check_token(id, vocab);
+        out[n].token = id;
+        n += count[id]++ == 0;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t id = out[i].token;
+        out[i].add = -(p->frequency_penalty * (float)count[id] + p->presence_penalty);
+        count[id] = 0;
+        if (!repetition) continue;
+        out[i].token = ~id;
+        seen[id / 32] |= 1u << (id % 32);
+    }
+    if (!repetition) return n;
+    for (int32_t h = 0; h < n_prompt; h++) {
+        check_token(history[h], vocab);
+        const uint32_t id = (uint32_t)history[h], word = seen[id / 32];
+        seen[id / 32] = word | 1u << (id % 32);
+        out[n] = (draw_edit){.token = ~history[h]};
+        n += (word >> (id % 32) & 1) == 0;
+    }
+    memset(seen, 0, sizeof *seen * (size_t)div_up(vocab, 32));
+    return n;
+}
+
+int64_t sampler_counts(int32_t vocab) { return vocab + div_up(vocab, 32); }
+
+int32_t sampler_edits(draw_edit *out, int32_t *n_bias, const sampling *p, uint64_t draw,
+                      const int32_t *history, int32_t n_history, int32_t vocab, int32_t *count) {
+    *n_bias = bias_edits(out, p, draw, vocab, count);
+    if (!sampling_penalises(p)) return *n_bias;
+    const int32_t n_prompt = draw < (uint64_t)n_history ? n_history - (int32_t)draw : 0;
+    return *n_bias + penalty_edits(out + *n_bias, p, n_prompt, history, n_history, vocab, count);
+}
+
+int64_t sampler_edits_most(const sampling *p, uint64_t draw, int32_t n_history, int32_t vocab) {
+    int64_t n = p->n_bias;
+    for (int32_t k = 0; k < COUNT_OF(p->barred) && draw < (uint64_t)p->min_tokens; k++)
+        n += p->barred[k].n;
+    const int64_t counted =
+        p->repetition_penalty != 1 || draw > (uint64_t)n_history ? n_history : (int64_t)draw;
+    return i64_min(n, vocab) + (sampling_penalises(p) ? i64_min(counted, vocab) + 1 : 0);
+}
+
+/* z = logits after steps 1 to 3. */
+static void edit(const work *w, const float *logits, int32_t vocab, const sampling *p,
+                 uint64_t draw, const int32_t *history, int32_t n_history) {
+    for (int32_t i = 0; i < vocab; i++) w->z[i] = finite_or_least(logits[i]);
+    memset(w->count, 0, sizeof *w->count * (size_t)sampler_counts(vocab));
+    int32_t n_bias;
+    const int32_t n = sampler_edits(w->edit, &n_bias, p, draw, history, n_history, vocab, w->count);
+    for (int32_t i = 0; i < n; i++) {
+        const draw_edit e = w->edit[i];
+        float *z = &w->z[e.token < 0 ? ~e.token : e.token];
+        if (e.token < 0) *z = *z > 0 ? *z / p->repetition_penalty : *z * p->repetition_penalty;
+        *z = finite_or_least(*z + e.add);
     }
 }
 
@@ -222,7 +319,7 @@ void sampler_draw(sampled *out, const float *logits, int32_t vocab, const sampli
     const work w = lay_scratch(scratch, vocab);
     CHECK(vocab >= 1);
     *out = (sampled){0};
-    penalise(&w, logits, vocab, params->repetition_penalty, history, n_history);
+    edit(&w, logits, vocab, params, draw, history, n_history);
     out->token = largest_at(w.z, vocab);
     const double largest = w.z[out->token];
     if (params->temperature > 0 && isfinite(largest)) {
@@ -232,4 +329,11 @@ void sampler_draw(sampled *out, const float *logits, int32_t vocab, const sampli
         out->token = draw_from(w.e, vocab, philox_unit(params->seed, draw));
     }
     if (params->n_logprobs >= 0) fill_logprobs(out, logits, vocab, params->n_logprobs);
+}
+
+void sampler_score(sampled *out, const float *logits, int32_t vocab, int32_t token,
+                   int32_t n_logprobs) {
+    check_token(token, vocab);
+    *out = (sampled){.token = token};
+    if (n_logprobs >= 0) fill_logprobs(out, logits, vocab, n_logprobs);
 }

@@ -36,6 +36,7 @@ typedef struct {
     int32_t n_prompt, max_new, n_output;
     int32_t n_pending;  /* further tokens, being drawn by batches that are out: 0 to 2 */
     int32_t n_computed; /* tokens that lie in the KV pages once the batches that are out have run */
+    int32_t n_scored;   /* rows of the prompt that have scored their next token, with those out */
     kvseq kv;           /* pages in the storage of the lane */
     int32_t lane;
     slot_state state;
@@ -474,6 +475,11 @@ static void preempt_latest(sched *s) {
     queue_return(s, i);
 }
 
+/* Rows of the prompt that are yet to score the token after them. */
+static int32_t unscored(const slot *q) {
+    return q->request.score_prompt ? q->n_prompt - 1 - q->n_scored : 0;
+}
+
 /* Move the head of the queue to the running, with pages for all it knows. NONE when it does not
  * fit. */
 static int32_t admit_head(sched *s) {
@@ -484,7 +490,8 @@ static int32_t admit_head(sched *s) {
     const int32_t lane = s->n_free_lanes ? s->free_lane[s->n_free_lanes - 1] : s->n_fresh_lanes;
     q->kv = (kvseq){.page = s->lane_page + (int64_t)lane * s->seq_pages, .max_pages = s->seq_pages};
     int32_t n_cached;
-    if (!kvpool_admit(s->pool, &q->kv, q->token, n_known(q), q->salt, &n_cached)) {
+    const int32_t most = unscored(q) ? q->n_scored : n_known(q);
+    if (!kvpool_admit(s->pool, &q->kv, q->token, n_known(q), most, q->salt, &n_cached)) {
         s->blocked = true;
         return NONE;
     }
@@ -530,6 +537,11 @@ static void place(sched *s, picked *p, int32_t i, int32_t n, int64_t now_ns) {
     p->page_start[at + 1] = p->page_start[at] + n_pages;
     b->n_seqs++;
 
+    for (; unscored(q) && q->n_scored < kv_len; q->n_scored++)
+        p->sample[b->n_samples++] = (sample_row){.row = first + q->n_scored - q->n_computed,
+                                                 .seq = at,
+                                                 .params = &q->request.sampling,
+                                                 .given = &q->token[q->n_scored + 1]};
     if (kv_len == n_due(q)) {
         p->sample[b->n_samples] = (sample_row){.row = b->n_tokens - 1,
                                                .seq = at,
@@ -568,7 +580,14 @@ static bool place_decodes(sched *s, picked *p, int64_t now_ns) {
     return preempted;
 }
 
-/* Give slot i what the budget allows of its prompt. */
+/* Samples of the next n tokens. */
+static int32_t samples_of(const slot *q, int32_t n) {
+    const int32_t kv_len = q->n_computed + n, end = q->n_prompt - 1;
+    const int32_t scored = (kv_len < end ? kv_len : end) - q->n_scored;
+    return (unscored(q) && scored > 0 ? scored : 0) + (kv_len == n_due(q));
+}
+
+/* Give slot i what the budget allows of its prompt, and the rows to be sampled. */
 static void place_prefill(sched *s, picked *p, int32_t i, int64_t now_ns) {
     const slot *q = &s->slot[i];
     int32_t n = n_due(q) - q->n_computed;
@@ -577,6 +596,7 @@ static void place_prefill(sched *s, picked *p, int32_t i, int64_t now_ns) {
         if (!may_cut) s->left = 0; /* the step is over: nobody overtakes */
         n = s->left;
     }
+    while (n > 0 && samples_of(q, n) > s->max_running - p->b.n_samples) n--;
     if (n > 0) place(s, p, i, n, now_ns);
 }
 
@@ -679,7 +699,7 @@ void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *st
     bool any_finished = false;
     for (int32_t k = 0; k < p->b.n_samples; k++) {
         const int32_t i = p->slot[p->sample[k].seq];
-        if (i == NONE) continue;
+        if (i == NONE || p->sample[k].given) continue;
         slot *q = &s->slot[i];
         CHECK(token[k] >= 0);
         q->token[n_known(q)] = token[k];
@@ -781,6 +801,7 @@ static const char *running_problem(const sched *s) {
             q->kv.page != s->lane_page + (int64_t)q->lane * s->seq_pages)
             return "a lane is not its owner's";
         if (q->n_computed >= n_due(q)) return "a running request has nothing to compute";
+        if (unscored(q) && q->n_scored < q->n_computed) return "a token of a prompt is not scored";
         if (q->n_output >= q->max_new || q->n_output + q->n_pending > q->max_new)
             return "a request runs beyond its end";
         if ((int64_t)q->kv.n_pages * KV_PAGE_TOKENS < q->n_computed) return "a page is missing";

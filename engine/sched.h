@@ -18,7 +18,11 @@
  * (prompt and output so far), and nothing is admitted in that step. The earliest arrival is never
  * preempted, so every run makes progress.
  *
- * A sequence with one token left to compute counts as a decode, however it came there. */
+ * A sequence with one token left to compute counts as a decode, however it came there.
+ *
+ * A request with score_prompt has a sample for every row of its prompt but the last, once, before
+ * it draws. As many rows are sampled in a step as sequences may run: prompts are cut to that, and a
+ * prefix from the cache is not taken before it has been scored. */
 #ifndef AMALGAM_SCHED_H
 #define AMALGAM_SCHED_H
 #include "batch.h"
@@ -71,10 +75,10 @@ status sched_add(sched *s, const request *r, int64_t now_ns);
  * stays valid until sched_commit; picking three times without a commit is a programmer error. */
 bool sched_pick(sched *s, int64_t now_ns, batch *out);
 
-/* The step is done at now_ns: token[i] was drawn for b->sample[i], and stop[i] says that it ends
- * its request (an end token, a stop string); stop == NULL: none does. max_new is the scheduler's
- * own business. In the order of the picks. What was drawn for a request that has ended is passed
- * over. */
+/* The step is done at now_ns: token[i] was drawn for b->sample[i], unless that was given, and
+ * stop[i] says that it ends its request (an end token, a stop string); stop == NULL: none does.
+ * max_new is the scheduler's own business. In the order of the picks. What was drawn for a request
+ * that has ended is passed over. */
 void sched_commit(sched *s, const batch *b, const int32_t *token, const bool *stop, int64_t now_ns);
 
 /* The request of sequence `seq` of a batch that is not committed; NULL when it has ended since. */

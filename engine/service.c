@@ -82,7 +82,69 @@ struct service {
     bool quitting;                            /* what is cancelled now is cancelled by us */
 };
 
+/* --- Tokens ----------------------------------------------------------------------------------- */
+
+static status grow(job_choice *c) {
+    const int32_t n_top = c->job->request.n_top;
+    if (c->n_tokens < c->size) return ST_OK;
+    const size_t size = c->size ? (size_t)c->size * 2 : 32;
+    job_token *token = mem_resize(c->token, size, sizeof *token);
+    if (!token) return FAIL(ST_NOMEM, "tokens of a request");
+    c->token = token;
+    if (n_top > 0) {
+        int32_t *id = mem_resize(c->top_id, size * (size_t)n_top, sizeof *id);
+        if (id) c->top_id = id;
+        float *logprob = mem_resize(c->top_logprob, size * (size_t)n_top, sizeof *logprob);
+        if (logprob) c->top_logprob = logprob;
+        if (!id || !logprob) return FAIL(ST_NOMEM, "tokens of a request");
+    }
+    c->size = (int32_t)size;
+    return ST_OK;
+}
+
+static void set_logprobs(job_choice *c, int32_t at, const sampled *t) {
+    const int32_t n_top = c->job->request.n_top;
+    c->token[at].logprob = t->logprob;
+    for (int32_t i = 0; i < n_top; i++) {
+        const size_t k = (size_t)at * (size_t)n_top + (size_t)i;
+        c->top_id[k] = i < t->n_top ? t->top_token[i] : -1;
+        c->top_logprob[k] = i < t->n_top ? t->top_logprob[i] : 0;
+    }
+}
+
+static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, bool *stopped) {
+    TRY(grow(c));
+    if (tok) {
+        size_t n;
+        TRY(output_push(&c->out, t->token, stopped));
+        const char *shown = output_take(&c->out, &n);
+        c->text_end += n;
+        for (size_t i = 0; i < n; i++) c->chars_end += (shown[i] & 0xC0) != 0x80;
+    } else {
+        text_add(&c->out.text, " %d", t->token);
+        TRY(text_status(&c->out.text));
+        c->text_end = c->out.text.length;
+        c->chars_end = (int32_t)c->text_end;
+    }
+    c->token[c->n_tokens] =
+        (job_token){.id = t->token, .chars_end = c->chars_end, .text_end = c->text_end};
+    set_logprobs(c, c->n_tokens, t);
+    c->n_tokens++;
+    return ST_OK;
+}
+
 /* --- Jobs ------------------------------------------------------------------------------------- */
+
+/* The prompt's tokens as the first ones of the answer; stop strings are not looked for in them. */
+static status echo_prompt(job_choice *c, const tokenizer *tok) {
+    const api_request *r = &c->job->request;
+    const int32_t *prompt = r->prompt[c->index / r->n].data;
+    bool stopped;
+    c->out.min_tokens += c->n_prompt;
+    for (; c->n_echoed < c->n_prompt; c->n_echoed++)
+        TRY(push_token(tok, c, &(sampled){.token = prompt[c->n_echoed]}, &stopped));
+    return ST_OK;
+}
 
 status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)(void *user),
                void *user) {
@@ -100,12 +162,19 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
     *asked = (api_request){0};
     atomic_init(&j->refs, 1);
     pthread_mutex_init(&j->lock, NULL);
+    status st = ST_OK;
     for (int32_t i = 0; i < n; i++) {
         choice[i] = (job_choice){.job = j, .index = i, .id = -1};
         choice[i].n_prompt = (int32_t)j->request.prompt[i / j->request.n].length;
         if (tok)
             output_open(&choice[i].out, tok, (const char *const *)j->request.stop,
-                        j->request.n_stops, !j->request.chat);
+                        j->request.n_stops, !j->request.chat && !j->request.echo);
+        choice[i].out.min_tokens = j->request.sampling.min_tokens;
+        if (st == ST_OK && j->request.echo) st = echo_prompt(&choice[i], tok);
+    }
+    if (st != ST_OK) {
+        job_release(j);
+        return st;
     }
     *out = j;
     return ST_OK;
@@ -148,51 +217,7 @@ static void end_job(service *s, job *j, status st, const char *why) {
     job_release(j);
 }
 
-/* --- Tokens ----------------------------------------------------------------------------------- */
-
-static status grow(job_choice *c) {
-    const int32_t n_top = c->job->request.n_top;
-    if (c->n_tokens < c->size) return ST_OK;
-    const size_t size = c->size ? (size_t)c->size * 2 : 32;
-    job_token *token = mem_resize(c->token, size, sizeof *token);
-    if (!token) return FAIL(ST_NOMEM, "tokens of a request");
-    c->token = token;
-    if (n_top > 0) {
-        int32_t *id = mem_resize(c->top_id, size * (size_t)n_top, sizeof *id);
-        if (id) c->top_id = id;
-        float *logprob = mem_resize(c->top_logprob, size * (size_t)n_top, sizeof *logprob);
-        if (logprob) c->top_logprob = logprob;
-        if (!id || !logprob) return FAIL(ST_NOMEM, "tokens of a request");
-    }
-    c->size = (int32_t)size;
-    return ST_OK;
-}
-
-static status push_token(const service *s, job_choice *c, const sampled *t, bool *stopped) {
-    const int32_t n_top = c->job->request.n_top;
-    TRY(grow(c));
-    if (s->tok) {
-        size_t n;
-        TRY(output_push(&c->out, t->token, stopped));
-        const char *shown = output_take(&c->out, &n);
-        c->text_end += n;
-        for (size_t i = 0; i < n; i++) c->chars_end += (shown[i] & 0xC0) != 0x80;
-    } else {
-        text_add(&c->out.text, " %d", t->token);
-        TRY(text_status(&c->out.text));
-        c->text_end = c->out.text.length;
-        c->chars_end = (int32_t)c->text_end;
-    }
-    c->token[c->n_tokens] = (job_token){
-        .id = t->token, .logprob = t->logprob, .chars_end = c->chars_end, .text_end = c->text_end};
-    for (int32_t i = 0; i < n_top; i++) {
-        const size_t at = (size_t)c->n_tokens * (size_t)n_top + (size_t)i;
-        c->top_id[at] = i < t->n_top ? t->top_token[i] : -1;
-        c->top_logprob[at] = i < t->n_top ? t->top_logprob[i] : 0;
-    }
-    c->n_tokens++;
-    return ST_OK;
-}
+/* --- News of the engine ----------------------------------------------------------------------- */
 
 static void touch(service *s, job_choice *c) {
     if (c->is_touched) return;
@@ -207,13 +232,21 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     service *s = user;
     job_choice *c = s->slot[id % s->max_requests];
     bool stopped = false;
-    if (c->n_tokens == 0) s->prompt_tokens += c->n_prompt;
+    if (c->n_tokens == c->n_echoed) s->prompt_tokens += c->n_prompt;
     s->generation_tokens++;
     pthread_mutex_lock(&c->job->lock);
-    if (push_token(s, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
+    if (push_token(s->tok, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
     pthread_mutex_unlock(&c->job->lock);
     touch(s, c);
     return stopped;
+}
+
+static void on_scored(void *user, int64_t id, int32_t at, const sampled *t) {
+    service *s = user;
+    job_choice *c = s->slot[id % s->max_requests];
+    pthread_mutex_lock(&c->job->lock);
+    set_logprobs(c, at, t);
+    pthread_mutex_unlock(&c->job->lock);
 }
 
 /* --- Numbers ---------------------------------------------------------------------------------- */
@@ -359,6 +392,7 @@ static status submit_choice(service *s, job_choice *c) {
                  .n_prompt = c->n_prompt,
                  .max_new = r->max_new[prompt],
                  .ignore_eos = r->ignore_eos,
+                 .score_prompt = r->echo && r->logprobs,
                  .sampling = r->sampling,
                  .stop_token = r->stop_token,
                  .n_stop_tokens = r->n_stop_tokens,
@@ -557,7 +591,7 @@ status service_open(service **out, engine *e, const tokenizer *tok, int32_t max_
     for (int32_t i = 0; i < max_requests; i++) s->free_slot[s->n_free++] = max_requests - 1 - i;
     s->round = 1;
     timeline_start_real(&s->clock);
-    engine_set_hooks(e, &(engine_hooks){.user = s, .token = on_token});
+    engine_set_hooks(e, &(engine_hooks){.user = s, .token = on_token, .scored = on_scored});
     count_step(s, false, 0);
     if (pthread_create(&s->thread, NULL, engine_thread, s) != 0) {
         service_close(s);

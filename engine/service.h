@@ -23,7 +23,8 @@ typedef struct {
     int32_t chars_end; /* the same in characters, which clients count */
 } job_token;
 
-/* One of the answers of a job. What the engine thread has published: n_ready tokens, and finish. */
+/* One of the answers of a job. What the engine thread has published: n_ready tokens, and finish.
+ * With echo the prompt's tokens come first, and are there from the beginning. */
 typedef struct job_choice {
     struct job *job;
     int32_t index;
@@ -31,6 +32,7 @@ typedef struct job_choice {
     job_token *token;
     int32_t *top_id;    /* [n_ready * n_top], -1 where there were fewer */
     float *top_logprob; /* the same */
+    int32_t n_echoed;   /* of the prompt: all or 0; the first has no log-probability */
     int32_t n_tokens, n_ready, size;
     size_t text_end;      /* of all that can be shown */
     int32_t chars_end;    /* the same in characters */

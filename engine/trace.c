@@ -52,8 +52,9 @@ void trace_add(trace *t, const request *r, int64_t now_ns) {
     /* JSON integers are signed here: the salt goes through its two's complement. */
     fprintf(t->file,
             "{\"add\":{\"id\":%" PRId64 ",\"arrival\":%" PRId64 ",\"max_new\":%" PRId32
-            ",\"salt\":%" PRId64 ",\"prompt\":",
-            r->id, r->arrival_ns, r->max_new, (int64_t)r->salt);
+            ",\"salt\":%" PRId64 "%s,\"prompt\":",
+            r->id, r->arrival_ns, r->max_new, (int64_t)r->salt,
+            r->score_prompt ? ",\"score_prompt\":true" : "");
     write_i32s(t->file, r->prompt, r->n_prompt);
     fprintf(t->file, "},\"now\":%" PRId64 "}\n", now_ns);
 }
@@ -186,6 +187,7 @@ static status replay_add(replay *r, const json_t *line) {
     TRY(json_get_i64(object, "arrival", w, INT64_MIN, INT64_MAX, &q.arrival_ns));
     TRY(json_get_i32(object, "max_new", w, 1, INT32_MAX, &q.max_new));
     TRY(json_get_i64(object, "salt", w, INT64_MIN, INT64_MAX, &salt));
+    TRY(json_opt_bool(object, "score_prompt", w, &q.score_prompt));
     TRY(read_numbers(r, object, "prompt", INT32_MAX));
     q.salt = (uint64_t)salt;
     q.prompt = r->numbers;

@@ -51,6 +51,9 @@ local amalgam = {}
 ---@field top_p? number 1 = all (1)
 ---@field min_p? number 0 = all (0)
 ---@field repetition_penalty? number 1 = none (1)
+---@field presence_penalty? number off what the output has, -2 to 2 (0)
+---@field frequency_penalty? number off that for each time, -2 to 2 (0)
+---@field min_tokens? integer no end or stop token, nor stop string, in the first so many (0)
 ---@field seed? integer
 
 ---@class WorkloadOptions

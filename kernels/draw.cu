@@ -1,6 +1,6 @@
 // draw.cu - one token from one row of logits, by the blocks of a cluster, without sorting.
 //
-// Candidates are ordered by key: the logit after the penalty as an unsigned integer that orders
+// Candidates are ordered by key: the logit after the edits as an unsigned integer that orders
 // alike. What top-k, top-p and min-p keep is always a prefix of (key descending, id ascending), so
 // it is a threshold: all of a larger key, and those of the key itself up to some id. A threshold is
 // found by a descent with a histogram of 256 bins for each level: of counts for top-k, of weights
@@ -8,6 +8,8 @@
 // in a bin; those after it are of eight bits each of the keys within one bin, of which there are
 // few. Weights are integers (draw.h says why), so every sum is exact and independent of order, and
 // of how many blocks share a row.
+//
+// Edits (bias, penalties) are few, and written into the logits first: no step knows of them.
 //
 //   1  largest z, lowest id                     greedy ends here
 //   2  top-k: descent by count                  -> threshold
@@ -63,23 +65,13 @@ __device__ __forceinline__ bool keeps(threshold t, uint32_t key, int id) {
 
 // One row as the steps see it.
 struct row_view {
-    const float *logits;  // [vocab]
-    const uint32_t *seen; // bit set, or NULL
-    float penalty;
+    float *logits; // [vocab]
     int vocab;
     double largest, temperature; // largest: of z
     double rate;                 // log2(e) / temperature
     float least;                 // z below weighs nothing
     float spread;                // first bins of a descent in a unit of z
 
-    __device__ __forceinline__ float z_of(int id, float logit) const {
-        float v = finite_or_least(logit);
-        if (seen && seen[id >> 5] >> (id & 31) & 1) {
-            v = v > 0.f ? __fdiv_rn(v, penalty) : __fmul_rn(v, penalty);
-            if (isnan(v)) v = -INFINITY;
-        }
-        return v;
-    }
     __device__ __forceinline__ double e(float v) const {
         return exp(((double)v - largest) / temperature);
     }
@@ -122,6 +114,7 @@ template <int kInFlight, typename F>
 __device__ __forceinline__ void each_logit(const row_view &r, int lo, int hi, int thread, int size,
                                            F f) {
     const int units = r.vocab % 4 == 0 ? max(hi - lo, 0) / 4 : 0; // rows are 16-byte aligned then
+    __builtin_assume(__isGlobal(r.logits)); // a pointer out of shared memory tells nothing
     const float4 *from = reinterpret_cast<const float4 *>(r.logits + lo);
     for (int base = thread; base < units; base += size * kInFlight) {
         float4 x[kInFlight];
@@ -305,7 +298,7 @@ __device__ int walk(const row_view &r, int lo, int hi, weight_sum running, weigh
         weight_sum v[4], mine = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            v[i] = first + i < hi ? value(first + i, r.z_of(first + i, own[i])) : 0;
+            v[i] = first + i < hi ? value(first + i, finite_or_least(own[i])) : 0;
             mine += v[i];
         }
         weight_sum upto = mine; // inclusive over lanes
@@ -339,7 +332,8 @@ __device__ int find_by_id(const row_view &r, team &t, F value, G target_of) {
     const int lo = t.m.lo + warp * (kBlocksMax / t.m.size) * t.m.each;
     const int hi = min(t.m.hi, lo + kBlocksMax / t.m.size * t.m.each);
     weight_sum sum = 0;
-    each_logit<2>(r, lo, hi, lane, 32, [&](int id, float x) { sum += value(id, r.z_of(id, x)); });
+    each_logit<2>(r, lo, hi, lane, 32,
+                  [&](int id, float x) { sum += value(id, finite_or_least(x)); });
     for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
     __syncthreads();
     if (lane == 0) t.m.part[t.turn][warp] = sum;
@@ -380,7 +374,7 @@ __device__ void fill_bins(const row_view &r, team &t, F value, B bin_of) {
     if (threadIdx.x < 2 * kBins) bins[threadIdx.x / kBins][threadIdx.x % kBins] = 0;
     __syncthreads();
     each_logit<2>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads, [&](int id, float x) {
-        const float v = r.z_of(id, x);
+        const float v = finite_or_least(x);
         const int bin = bin_of(id, v);
         if (bin >= 0) add_to_bin(bins, bin, value(v));
     });
@@ -444,17 +438,33 @@ __device__ threshold descend(const row_view &r, team &t, threshold within, F val
 // The best candidate of the row. Row.
 __device__ candidate best_of_row(const row_view &r, team &t) {
     candidate best = {-INFINITY, r.vocab};
-    const auto take = [&](int id, float z) {
-        const candidate c = {z, id};
+    each_logit<4>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads, [&](int id, float x) {
+        const candidate c = {finite_or_least(x), id};
         if (better(c, best)) best = c;
-    };
-    if (r.seen)
-        each_logit<2>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads,
-                      [&](int id, float x) { take(id, r.z_of(id, x)); });
-    else // fewer instructions, which lie in no cache when a step comes to them
-        each_logit<4>(r, t.m.lo, t.m.hi, (int)threadIdx.x, kThreads,
-                      [&](int id, float x) { take(id, finite_or_least(x)); });
+    });
     return row_best(best, t);
+}
+
+// Do the edits [from, to) of a row, or undo them. Those to be undone keep the logit. Row.
+__device__ void edit_logits(const row_view &r, const draw_row &p, int from, int to, bool undo,
+                            team &t) {
+    const int first = from + t.m.rank * kThreads + (int)threadIdx.x;
+    for (int i = first; i < to; i += t.m.size * kThreads) {
+        int2 *const place = reinterpret_cast<int2 *>(p.edit) + i; // whole: it may be the host's
+        const int2 e = *place;
+        const float add = __int_as_float(e.y);
+        float *const logit = r.logits + (e.x < 0 ? ~e.x : e.x);
+        if (undo) {
+            *logit = add;
+            continue;
+        }
+        float v = finite_or_least(*logit);
+        if (e.x < 0)
+            v = v > 0.f ? __fdiv_rn(v, p.repetition_penalty) : __fmul_rn(v, p.repetition_penalty);
+        if (p.n_logprobs >= 0) *place = {e.x, __float_as_int(*logit)};
+        *logit = finite_or_least(__fadd_rn(v, add));
+    }
+    t.meet();
 }
 
 // Log-probabilities of the raw logits: of out->token, and the n best in turn. Row.
@@ -534,8 +544,7 @@ __device__ int draw_token(const row_view &r, const draw_row &p, team &t) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
-         int32_t vocab) {
+    draw(draw_result *out, float *logits, const draw_row *row, int32_t vocab) {
     __shared__ block_memory m; // with what follows, not 20 registers of each thread, which has 64
     __shared__ row_view r;
     __shared__ draw_row p;
@@ -543,11 +552,8 @@ __global__ void __launch_bounds__(kThreads)
     team t(m, vocab);
     if (threadIdx.x == 0) {
         const int at = (int)blockIdx.x / t.m.size;
-        const int64_t words = (vocab + 31) / 32;
         p = row[at]; // a constant of the step
         r = {logits + int64_t{at} * vocab,
-             p.seen >= 0 && p.repetition_penalty != 1.f ? seen + p.seen * words : nullptr,
-             p.repetition_penalty,
              vocab,
              0.,
              (double)p.temperature,
@@ -565,7 +571,9 @@ __global__ void __launch_bounds__(kThreads)
         result->logprob = 0.f;
         result->n_top = 0;
     }
-    if (!p.active) return;
+    if (p.kind == DRAW_NOTHING) return;
+    if (p.n_bias) edit_logits(r, p, 0, p.n_bias, false, t);
+    if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, false, t);
     const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);
     int token = any ? best.id : 0;
@@ -575,8 +583,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (p.temperature > 0.f && any) token = draw_token(r, p, t);
+    if (p.kind == DRAW_GIVEN) token = p.given; // with temperature 0, so little was done in vain
     if (writes()) out[p.to].token = token;
-    if (p.n_logprobs >= 0) log_probabilities(out + p.to, r, token, p.n_logprobs, t);
+    if (p.n_logprobs < 0) return;
+    if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, true, t);
+    if (p.n_bias) edit_logits(r, p, 0, p.n_bias, true, t);
+    log_probabilities(out + p.to, r, token, p.n_logprobs, t);
 }
 
 // Blocks of each of n rows: the most with which all rows run at once, since those that come when
@@ -603,13 +615,12 @@ int blocks_of_row(int n) {
 
 } // namespace
 
-extern "C" status kernel_draw(draw_result *out, const float *logits, const draw_row *row,
-                              const uint32_t *seen, int32_t n, int32_t vocab,
-                              kernel_stream stream) {
+extern "C" status kernel_draw(draw_result *out, float *logits, const draw_row *row, int32_t n,
+                              int32_t vocab, kernel_stream stream) {
     if (n < 0 || vocab < 1 || vocab > 1 << 18)
         return FAIL(ST_SHAPE, "draw: %d rows of %d logits", n, vocab);
     if (n == 0) return ST_OK;
     const int size = blocks_of_row(n);
     return launch_clusters("draw", draw, (unsigned)(n * size), kThreads, (unsigned)size, stream,
-                           out, logits, row, seen, vocab);
+                           out, logits, row, vocab);
 }

@@ -9,14 +9,27 @@ extern "C" {
 
 enum { DRAW_TOP_MAX = 20 };
 
+/* A change of one logit: the repetition penalty, if it is marked, then `add`, in f32; what comes
+ * out and is not finite counts as -inf. The first n_bias of a row come before the others, and
+ * within both no token is there twice. engine/sampler.c makes them. */
+typedef struct {
+    int32_t token; /* its complement: marked */
+    float add;     /* finite or -inf */
+} draw_edit;
+
+/* What a row gives: no token (-1), the one that is drawn, or `given`, with its log-probability. */
+typedef enum { DRAW_NOTHING, DRAW_TOKEN, DRAW_GIVEN } draw_kind;
+
 /* How row i is drawn from: `sampling` of request.h and what sample_row adds. */
 typedef struct {
     float temperature, top_p, min_p, repetition_penalty;
     int32_t top_k;
     int32_t n_logprobs; /* -1 = none; up to DRAW_TOP_MAX */
-    int32_t seen;       /* row of the bit sets of tokens to penalise; -1 = none */
-    int32_t active;     /* 0: nothing is drawn, the token is -1 */
-    int32_t to;         /* the result is out[to]; no two rows' are the same */
+    draw_kind kind;
+    int32_t given;
+    int32_t to;              /* the result is out[to]; no two rows' are the same */
+    int32_t n_bias, n_edits; /* 0 <= n_bias <= n_edits */
+    draw_edit *edit;         /* [n_edits], 8-byte aligned, of the device or the host's pinned */
     uint64_t seed, counter;
 } draw_row;
 
@@ -29,15 +42,13 @@ typedef struct {
     float top_logprob[DRAW_TOP_MAX];
 } draw_result;
 
-/* 32-bit words of one row of `seen`: bit t % 32 of word t / 32 says that token t occurred. */
-static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 31) / 32; }
-
 /* out[row[i].to] = token of logits[i, :], and its log-probabilities if asked for
  *
  *   out      device memory or pinned host memory that the device can write
- *   logits   [n, vocab] f32, device
+ *   logits   [n, vocab] f32, device; rows that have edits are left changed, unless
+ *            log-probabilities of them were asked for
  *   row      [n], device, a constant: read while kernels before this one may still run
- *   seen     [., draw_seen_words(vocab)], device; read where row.seen >= 0
+ *   edits    of a row with log-probabilities: overwritten
  *
  * The token is the one that sampler_draw takes from the same logits, unless rounding decides:
  * weights e = exp((z - max z) / T) are f64 as there, but their sums are of e 2^44 rounded to
@@ -49,8 +60,8 @@ static inline int64_t draw_seen_words(int32_t vocab) { return ((int64_t)vocab + 
  *
  * One to eight blocks a row, on which no bit depends. SHAPE for vocab outside 1 .. 2^18, DEVICE on
  * launch failure; n == 0 launches nothing. Asynchronous on `stream`, capturable in a graph. */
-status kernel_draw(draw_result *out, const float *logits, const draw_row *row, const uint32_t *seen,
-                   int32_t n, int32_t vocab, kernel_stream stream);
+status kernel_draw(draw_result *out, float *logits, const draw_row *row, int32_t n, int32_t vocab,
+                   kernel_stream stream);
 
 #ifdef __cplusplus
 }

@@ -16,6 +16,8 @@ enum { SEQS_MAX = 256, NEW = 120, PROMPT = 40 };
 
 typedef struct {
     int32_t token[SEQS_MAX][NEW], n[SEQS_MAX];
+    int32_t n_scored[SEQS_MAX]; /* of the prompt, the first not being one */
+    float scored[SEQS_MAX][PROMPT];
     finish_reason finish[SEQS_MAX];
     int64_t busy_ns;              /* that the hook takes for a token */
     int64_t decode_ns, n_decodes; /* wall clock of all steps but the first */
@@ -30,6 +32,14 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
          timeline_monotonic_ns() - start < o->busy_ns;) {
     }
     return false;
+}
+
+/* Ascending from the second token of the prompt on, before the first one drawn. */
+static void on_scored(void *user, int64_t id, int32_t at, const sampled *s) {
+    outputs *o = user;
+    if (o->n[id] || at != ++o->n_scored[id]) fail_msg("token %d of a prompt is scored", at);
+    assert_true(s->logprob <= 0 && s->n_top > 0);
+    o->scored[id][at] = s->logprob;
 }
 
 static engine_options options_of(const char *model, const char *format, bool lockstep,
@@ -52,9 +62,10 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
     static int32_t prompt[PROMPT];
     const int32_t vocab = engine_config(e)->vocab;
     memset(o->n, 0, sizeof o->n);
+    memset(o->n_scored, 0, sizeof o->n_scored);
     o->n_decodes = -1;
     int64_t first = 0;
-    engine_set_hooks(e, &(engine_hooks){.user = o, .token = on_token});
+    engine_set_hooks(e, &(engine_hooks){.user = o, .token = on_token, .scored = on_scored});
     assert_ok(engine_reset(e));
     for (int32_t i = 0; i < n; i++) {
         for (int32_t k = 0; k < PROMPT; k++) prompt[k] = (i * 131 + k * k * 17 + 3) % vocab;
@@ -64,6 +75,7 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
                            .n_prompt = PROMPT - i % 7,
                            .max_new = NEW,
                            .ignore_eos = true,
+                           .score_prompt = how->n_logprobs >= 0,
                            .sampling = *how,
                            .stop_token = &stop,
                            .n_stop_tokens = stop >= 0,
@@ -79,6 +91,7 @@ static void run(engine *e, int32_t n, const sampling *how, int32_t stop, outputs
         if (o->n_decodes++ < 0) first = timeline_monotonic_ns();
         while (sched_take_finished(engine_sched(e), &log, &token)) {
             assert_int_equal(log.n_output, o->n[log.id]);
+            assert_int_equal(o->n_scored[log.id], how->n_logprobs < 0 ? 0 : log.n_prompt - 1);
             o->finish[log.id] = log.finish;
             done++;
         }
@@ -93,7 +106,9 @@ static outputs ahead, behind;
 static int32_t differing(int32_t n) {
     int32_t differ = 0;
     for (int32_t i = 0; i < n; i++)
-        differ += ahead.n[i] != behind.n[i] ||
+        differ += ahead.n[i] != behind.n[i] || ahead.n_scored[i] != behind.n_scored[i] ||
+                  memcmp(ahead.scored[i], behind.scored[i],
+                         sizeof(float) * (size_t)(ahead.n_scored[i] + 1)) ||
                   memcmp(ahead.token[i], behind.token[i], sizeof(int32_t) * (size_t)ahead.n[i]);
     return differ;
 }
@@ -116,8 +131,20 @@ static void the_same_tokens(void **state) {
         .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = 2};
     static const sampling penalised = {
         .top_p = 1, .repetition_penalty = 1.3f, .seed = 5, .n_logprobs = -1};
+    static const logit_bias bias[] = {{7, 1.5f}, {900, -100}};
+    static const sampling biased = {.temperature = 0.9f,
+                                    .top_p = 1,
+                                    .repetition_penalty = 1,
+                                    .n_bias = 2,
+                                    .bias = bias,
+                                    .min_tokens = 30,
+                                    .n_logprobs = 2};
+    sampling all = biased;
+    all.repetition_penalty = 1.1f;
+    all.presence_penalty = 0.3f;
+    all.frequency_penalty = 0.2f;
     static const int32_t sizes[] = {1, 5, 16};
-    const sampling *hows[] = {&greedy, &drawn, &penalised};
+    const sampling *hows[] = {&greedy, &drawn, &penalised, &biased, &all};
     for (int i = 0; i < COUNT_OF(hows); i++)
         for (int k = 0; k < COUNT_OF(sizes); k++) {
             both("W16A16KV16", hows[i], -1, sizes[k]);
@@ -150,6 +177,24 @@ static void stops_are_seen_late(void **state) {
     assert_true(stopped > 0 && common > 1);
     print_message("%d of %d stopped, the first after %d; %d differ from lockstep\n", stopped, N,
                   common, differing(N));
+}
+
+/* The stop is not drawn before its time, and a step that runs ahead knows when that is. */
+static void a_stop_is_barred(void **state) {
+    (void)state;
+    enum { N = 5 };
+    sampling how = greedy;
+    both("W16A16KV16", &how, -1, N);
+    const int32_t stop = behind.token[0][2];
+    both("W16A16KV16", &how, stop, N);
+    assert_true(ahead.n[0] <= 3); /* twin */
+    how.min_tokens = NEW / 2;
+    both("W16A16KV16", &how, stop, N);
+    assert_int_equal(differing(N), 0);
+    for (int32_t i = 0; i < N; i++) {
+        assert_true(ahead.n[i] > NEW / 2);
+        for (int32_t k = 0; k < NEW / 2; k++) assert_int_not_equal(ahead.token[i][k], stop);
+    }
 }
 
 /* A warmed engine gives the tokens of a cold one; the time of a first run is there to be read. */
@@ -205,9 +250,11 @@ int main(int argc, char **argv) {
     if (argc >= 5 && parse_i64(argv[4], 1, SEQS_MAX, &seqs) &&
         (argc == 5 || parse_i64(argv[5], 1, 8, &tp)))
         return time_steps(argv[2], argv[3], (int32_t)seqs, (int32_t)tp);
+    if (argc == 2) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_same_tokens),
         cmocka_unit_test(stops_are_seen_late),
+        cmocka_unit_test(a_stop_is_barred),
         cmocka_unit_test(warming_changes_no_token),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

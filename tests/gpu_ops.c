@@ -23,6 +23,7 @@
 #include "unpack.h"
 #include "weights.h"
 
+/* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
 static bool least;
 static const dtype types[] = {DT_F16, DT_BF16};
 static double unit_of(dtype t) { return t == DT_F16 ? 0x1p-11 : 0x1p-8; }
@@ -627,21 +628,37 @@ static void test_moe_norms(void **state) {
 
 /* --- Drawing ---------------------------------------------------------------------------------- */
 
-enum { DRAWS = 96 };
+enum { DRAWS = 96, BIASES = 40, HISTORY = 50 };
 
-/* Parameters that walk through every combination of the options. */
-static sampling params_of(int i) {
+/* Parameters that walk through every combination of the options. `bias`: room for BIASES. */
+static sampling params_of(int i, int32_t vocab, logit_bias *bias) {
     static const float temperature[] = {0, 1, 0.7f, 2.5f}, top_p[] = {1, 0.9f, 0.3f, 1e-4f};
     static const float min_p[] = {0, 0.05f, 0}, penalty[] = {1, 1.3f, 0.8f};
-    static const int32_t top_k[] = {0, 1, 40, 0, 7};
+    static const float presence[] = {0, 0.5f, -1.5f, 2, 0}, frequency[] = {0, 0.7f, 0, -0.3f, 0};
+    static const int32_t top_k[] = {0, 1, 40, 0, 7}, n_bias[] = {0, 1, 0, BIASES};
+    static const int32_t barred[] = {3, 1 << 20, 3, 17, 0, 31}; /* one is no token */
     sampling p = SAMPLING_GREEDY;
     p.temperature = temperature[i % 4];
     p.top_p = top_p[i / 4 % 4];
     p.min_p = min_p[i % 3];
     p.top_k = top_k[i % 5];
     p.repetition_penalty = penalty[i / 2 % 3];
+    p.presence_penalty = presence[i / 3 % 5];
+    p.frequency_penalty = frequency[i / 7 % 5];
     p.n_logprobs = i % 7 == 0 ? 20 : i % 7 == 1 ? 0 : -1;
     p.seed = (uint64_t)i * 77 + 5;
+    p.n_bias = i % 11 == 0 ? 0 : n_bias[i / 5 % 4] < vocab ? n_bias[i / 5 % 4] : vocab;
+    p.bias = bias;
+    for (int32_t k = 0; k < p.n_bias; k++)
+        bias[k] = (logit_bias){.token = k * (vocab / p.n_bias),
+                               .bias = k % 5   ? (float)(i % 9) - 4.3f
+                                       : k % 2 ? -100
+                                               : 9};
+    p.min_tokens = i % 3 * 40;
+    p.barred[0].token = barred;
+    p.barred[0].n = 4;
+    p.barred[1].token = barred + 2;
+    p.barred[1].n = vocab > 31 ? 4 : 2;
     return p;
 }
 
@@ -657,90 +674,158 @@ static void make_logits(float *x, int32_t vocab, int kind, uint64_t seed) {
     }
 }
 
-/* Few and small cases, for compute-sanitizer: racecheck takes seconds for 10 MB. */
+/* Rows of a draw, on both sides: a draw may leave its logits and edits changed. */
+typedef struct {
+    int32_t vocab;
+    int64_t n_edits;
+    float *logits, *logits_device; /* [DRAWS, vocab] */
+    draw_edit *edit, *edit_device; /* [n_edits] */
+    draw_row row[DRAWS], *row_device;
+    draw_result got[DRAWS], *got_device;
+} drawing;
 
-/* The same bits from fewer rows at a time, which more blocks share. */
-static void draw_results_of_few(const draw_result *want, const float *logits, const draw_row *row,
-                                const uint32_t *seen, int32_t vocab) {
-    void *out = dev(DRAWS * sizeof *want);
-    draw_result got[DRAWS];
-    for (int32_t few = least ? 16 : 64; few >= (least ? 16 : 1); few /= few > 16 ? 2 : 16) {
-        for (int32_t i = 0; i < DRAWS; i += few)
-            assert_ok(kernel_draw(out, logits + (int64_t)i * vocab, row + i, seen,
-                                  DRAWS - i < few ? DRAWS - i : few, vocab, NULL));
-        fetch(got, out, sizeof got);
-        for (int32_t i = 0; i < DRAWS; i++) {
-            const size_t used = offsetof(draw_result, top_token) + 4 * (size_t)want[i].n_top;
-            assert_memory_equal(&got[i], &want[i], used);
-            assert_memory_equal(got[i].top_logprob, want[i].top_logprob, 4 * (size_t)want[i].n_top);
-        }
-    }
-    CUDA(cudaFree(out));
+/* The rows, `few` at a time, which more blocks share the fewer they are. */
+static void draw_all(drawing *d, int32_t few) {
+    CUDA(cudaMemcpy(d->logits_device, d->logits, (size_t)d->vocab * DRAWS * 4,
+                    cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(d->edit_device, d->edit, (size_t)d->n_edits * sizeof *d->edit,
+                    cudaMemcpyDefault));
+    CUDA(cudaMemcpy(d->row_device, d->row, sizeof d->row, cudaMemcpyHostToDevice));
+    for (int32_t i = 0; i < DRAWS; i += few)
+        assert_ok(kernel_draw(d->got_device, d->logits_device + (int64_t)i * d->vocab,
+                              d->row_device + i, DRAWS - i < few ? DRAWS - i : few, d->vocab,
+                              NULL));
+    fetch(d->got, d->got_device, sizeof d->got);
 }
 
-static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
-    float *logits = host((size_t)vocab * DRAWS, 4);
-    const int64_t words = draw_seen_words(vocab);
-    uint32_t *seen = host((size_t)words * DRAWS, 4);
-    draw_row row[DRAWS];
-    sampled want[DRAWS];
-    draw_result got[DRAWS], turned[DRAWS];
-    void *scratch = host(1, sampler_bytes(vocab));
-    for (int i = 0; i < DRAWS; i++) {
-        float *x = logits + (int64_t)i * vocab;
-        make_logits(x, vocab, kind, (uint64_t)i + salt);
-        const sampling p = params_of(i);
-        int32_t history[50];
-        for (int h = 0; h < 50; h++) {
-            history[h] = (h * 7919 + i) % vocab;
-            seen[i * words + history[h] / 32] |= 1u << (history[h] % 32);
+/* The edits are read from `at`. */
+static void place_edits(drawing *d, draw_edit *at) {
+    for (int i = 0; i < DRAWS; i++) d->row[i].edit = at + (d->row[i].edit - d->edit_device);
+    d->edit_device = at;
+}
+
+/* The same bits from fewer rows at a time, and from edits in the host's memory. */
+static void draw_results_of_few(drawing *d) {
+    static draw_result want[DRAWS];
+    void *host_edits, *device_edits = d->edit_device;
+    memcpy(want, d->got, sizeof want);
+    CUDA(cudaHostAlloc(&host_edits, (size_t)d->n_edits * sizeof *d->edit, cudaHostAllocDefault));
+    place_edits(d, host_edits);
+    for (int32_t few = least ? 16 : 64; few >= (least ? 16 : 1); few /= few > 16 ? 2 : 16) {
+        draw_all(d, few);
+        for (int32_t i = 0; i < DRAWS; i++) {
+            const size_t used = offsetof(draw_result, top_token) + 4 * (size_t)want[i].n_top;
+            assert_memory_equal(&d->got[i], &want[i], used);
+            assert_memory_equal(d->got[i].top_logprob, want[i].top_logprob,
+                                4 * (size_t)want[i].n_top);
         }
-        sampler_draw(&want[i], x, vocab, &p, (uint64_t)i, history, 50, scratch);
-        row[i] = (draw_row){.temperature = p.temperature,
-                            .top_p = p.top_p,
-                            .min_p = p.min_p,
-                            .repetition_penalty = p.repetition_penalty,
-                            .top_k = p.top_k,
-                            .n_logprobs = p.n_logprobs,
-                            .seen = i,
-                            .active = i != 13,
-                            .to = (i + 3) % DRAWS,
-                            .seed = p.seed,
-                            .counter = (uint64_t)i};
     }
-    void *dl = dev_copy(logits, (size_t)vocab * DRAWS * 4),
-         *ds = dev_copy(seen, (size_t)words * DRAWS * 4);
-    void *dr = dev_copy(row, sizeof row), *out = dev(sizeof got);
-    assert_ok(kernel_draw(out, dl, dr, ds, DRAWS, vocab, NULL));
-    fetch(turned, out, sizeof turned);
-    for (int i = 0; i < DRAWS; i++) got[i] = turned[row[i].to];
-    draw_results_of_few(turned, dl, dr, ds, vocab);
+    place_edits(d, device_edits);
+    CUDA(cudaFreeHost(host_edits));
+}
+
+/* Without edits, or with log-probabilities, a row is as it was. */
+static void rows_are_left(const drawing *d) {
+    float *after = host((size_t)d->vocab * DRAWS, 4);
+    fetch(after, d->logits_device, (size_t)d->vocab * DRAWS * 4);
+    for (int i = 0; i < DRAWS; i++) {
+        const int64_t at = (int64_t)i * d->vocab;
+        if (d->row[i].n_edits && d->row[i].n_logprobs < 0) continue;
+        assert_memory_equal(after + at, d->logits + at, (size_t)d->vocab * 4);
+    }
+    free(after);
+}
+
+/* How many tokens are not those wanted; what else is wrong fails here. */
+static int32_t differing_draws(const drawing *d, const sampled *want, bool shown) {
     int32_t differ = 0;
     for (int i = 0; i < DRAWS; i++) {
-        if (i == 13) {
-            assert_int_equal(got[i].token, -1);
+        const draw_result *got = &d->got[d->row[i].to];
+        if (d->row[i].kind == DRAW_NOTHING) {
+            assert_int_equal(got->token, -1);
             continue;
         }
-        if (got[i].token != want[i].token) {
+        if (got->token != want[i].token) {
             differ++;
-            print_message("vocab %d kind %d row %d: token %d, want %d\n", vocab, kind, i,
-                          got[i].token, want[i].token);
+            if (shown)
+                print_message("vocab %d row %d: token %d, want %d\n", d->vocab, i, got->token,
+                              want[i].token);
             continue;
         }
-        assert_int_equal(got[i].n_top, want[i].n_top);
-        if (row[i].n_logprobs < 0) continue;
-        assert_true(got[i].logprob == want[i].logprob ||
-                    fabs((double)got[i].logprob - (double)want[i].logprob) <=
+        assert_int_equal(got->n_top, want[i].n_top);
+        if (d->row[i].n_logprobs < 0) continue;
+        assert_true(got->logprob == want[i].logprob ||
+                    fabs((double)got->logprob - (double)want[i].logprob) <=
                         1e-6 * (1 + fabs((double)want[i].logprob)));
         for (int j = 0; j < want[i].n_top; j++) {
-            assert_int_equal(got[i].top_token[j], want[i].top_token[j]);
-            assert_close(got[i].top_logprob[j], want[i].top_logprob[j],
+            assert_int_equal(got->top_token[j], want[i].top_token[j]);
+            assert_close(got->top_logprob[j], want[i].top_logprob[j],
                          1e-6 * (1 + fabs((double)want[i].top_logprob[j])));
         }
     }
-    void *all[] = {dl, ds, dr, out};
-    for (int i = 0; i < 4; i++) CUDA(cudaFree(all[i]));
-    free(logits), free(seen), free(scratch);
+    return differ;
+}
+
+/* Row i has drawn i tokens before: the last ones of a history of HISTORY. */
+static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
+    drawing d = {.vocab = vocab, .logits = host((size_t)vocab * DRAWS, 4)};
+    static sampled want[DRAWS];
+    static logit_bias bias[BIASES];
+    void *scratch = host(1, sampler_bytes(vocab));
+    int32_t *count = host((size_t)sampler_counts(vocab), 4);
+    d.edit = host((size_t)DRAWS * (BIASES + HISTORY + 8), sizeof *d.edit);
+    d.logits_device = dev((size_t)vocab * DRAWS * 4);
+    d.edit_device = dev((size_t)DRAWS * (BIASES + HISTORY + 8) * sizeof *d.edit);
+    d.row_device = dev(sizeof d.row);
+    d.got_device = dev(sizeof d.got);
+    for (int i = 0; i < DRAWS; i++) {
+        float *x = d.logits + (int64_t)i * vocab;
+        make_logits(x, vocab, kind, (uint64_t)i + salt);
+        const sampling p = params_of(i, vocab, bias);
+        int32_t history[HISTORY];
+        for (int h = 0; h < HISTORY; h++) /* a token up to 12 times */
+            history[h] = (h / (1 + h % 12) * 7919 + i) % vocab;
+        sampler_draw(&want[i], x, vocab, &p, (uint64_t)i, history, HISTORY, scratch);
+        draw_row *r = &d.row[i];
+        *r = (draw_row){.temperature = p.temperature,
+                        .top_p = p.top_p,
+                        .min_p = p.min_p,
+                        .repetition_penalty = p.repetition_penalty,
+                        .top_k = p.top_k,
+                        .n_logprobs = p.n_logprobs,
+                        .kind = i == 13       ? DRAW_NOTHING
+                                : i % 19 == 7 ? DRAW_GIVEN
+                                              : DRAW_TOKEN,
+                        .given = (i * 31) % vocab,
+                        .to = (i + 3) % DRAWS,
+                        .edit = d.edit_device + d.n_edits,
+                        .seed = p.seed,
+                        .counter = (uint64_t)i};
+        if (r->kind == DRAW_GIVEN) { /* i is 7, 26, 45, 64 or 83: some have log-probabilities */
+            sampler_score(&want[i], x, vocab, r->given, p.n_logprobs);
+            continue;
+        }
+        r->n_edits = sampler_edits(d.edit + d.n_edits, &r->n_bias, &p, (uint64_t)i, history,
+                                   HISTORY, vocab, count);
+        assert_true(r->n_edits <= sampler_edits_most(&p, (uint64_t)i, HISTORY, vocab));
+        d.n_edits += r->n_edits;
+    }
+    draw_all(&d, DRAWS);
+    const int32_t differ = differing_draws(&d, want, true);
+    rows_are_left(&d);
+    draw_results_of_few(&d);
+    /* Twins: no edits; no penalty for what the output has. */
+    if (vocab >= 1024 && kind == 0) {
+        for (int i = 0; i < DRAWS; i++) d.row[i].n_edits = d.row[i].n_bias;
+        draw_all(&d, DRAWS);
+        assert_true(differing_draws(&d, want, false) > 0);
+        for (int i = 0; i < DRAWS; i++) d.row[i].n_edits = d.row[i].n_bias = 0;
+        draw_all(&d, DRAWS);
+        assert_true(differing_draws(&d, want, false) > 5);
+    }
+    void *all[] = {d.logits_device, d.edit_device, d.row_device, d.got_device};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(d.logits), free(d.edit), free(count), free(scratch);
     return differ;
 }
 

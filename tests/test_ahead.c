@@ -212,6 +212,42 @@ static void the_same_tokens(void **state) {
     compare(&(conditions){.how = {.top_p = 1, .repetition_penalty = 1.3f, .n_logprobs = -1},
                           .stop = -1},
             false);
+    sampling counted = greedy;
+    counted.frequency_penalty = 0.5f;
+    compare(&(conditions){.how = counted, .stop = -1}, false);
+}
+
+/* What comes most often. */
+static int32_t frequent(const outputs *o) {
+    static int32_t times[4096];
+    int32_t best = 0;
+    memset(times, 0, sizeof times);
+    for (int32_t i = 0; i < N; i++)
+        for (int32_t k = 0; k < o->n[i]; k++)
+            if (++times[o->token[i][k]] > times[best]) best = o->token[i][k];
+    return best;
+}
+
+/* What needs no history waits for none; the stop is barred up to the same token. */
+static void the_same_least_length(void **state) {
+    (void)state;
+    static const logit_bias bias[] = {{30, 6}, {100, -100}, {2000, 1}};
+    conditions c = {.how = greedy, .stop = -1};
+    c.how.bias = bias;
+    c.how.n_bias = COUNT_OF(bias);
+    run(true, &c, &behind);
+    c.stop = frequent(&behind);
+    run(true, &c, &behind);
+    int32_t early = 0, stopped = 0; /* the twin: without */
+    for (int32_t i = 0; i < N; i++) early += behind.n[i] <= NEW / 2;
+    c.how.min_tokens = NEW / 2;
+    compare(&c, true);
+    for (int32_t i = 0; i < N; i++) {
+        assert_true(ahead.n[i] > NEW / 2);
+        for (int32_t k = 0; k < NEW / 2; k++) assert_int_not_equal(ahead.token[i][k], c.stop);
+        stopped += ahead.finish[i] == FINISH_STOP;
+    }
+    assert_true(early > 0 && stopped > 0);
 }
 
 static void the_same_ends(void **state) {
@@ -243,10 +279,11 @@ static void company_changes_nothing(void **state) {
                                     {.pages = 5, .tokens = 11},
                                     {.no_cache = true, .pages = 7},
                                     {.cancel = true}};
-    const sampling drawn = {
+    sampling drawn = {
         .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = -1};
     int32_t n_preempted = 0;
     for (int32_t i = 0; i < COUNT_OF(precisions); i++) {
+        if (i == 1) drawn.frequency_penalty = 0.4f, drawn.repetition_penalty = 1.1f;
         run(true,
             &(conditions){
                 .how = drawn, .stop = -1, .precision = precisions[i], .seqs = 1, .no_cache = true},
@@ -286,11 +323,9 @@ static void another_token_is_noticed(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_same_tokens),
-        cmocka_unit_test(the_same_ends),
-        cmocka_unit_test(the_same_with_too_few_pages),
-        cmocka_unit_test(company_changes_nothing),
-        cmocka_unit_test(cancels_what_is_under_way),
+        cmocka_unit_test(the_same_tokens),          cmocka_unit_test(the_same_ends),
+        cmocka_unit_test(the_same_least_length),    cmocka_unit_test(the_same_with_too_few_pages),
+        cmocka_unit_test(company_changes_nothing),  cmocka_unit_test(cancels_what_is_under_way),
         cmocka_unit_test(another_token_is_noticed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -38,11 +38,15 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   for _, name in ipairs({ "chat", "generate --prompt a" }) do
     for words, range in pairs({ ["--temperature -1"] = "temperature -1 is not in 0..100",
       ["--top-p 0"] = "top_p 0 is not in (0, 1]", ["--min-p 2"] = "min_p 2 is not in 0..1",
-      ["--repetition-penalty 0"] = "repetition_penalty 0 is not in (0, 100]" }) do
+      ["--repetition-penalty 0"] = "repetition_penalty 0 is not in (0, 100]",
+      ["--presence-penalty 3"] = "presence_penalty 3 is not in -2..2",
+      ["--frequency-penalty -3"] = "frequency_penalty -3 is not in -2..2" }) do
       refused(name .. " --model no-such-model " .. words .. " </dev/null", range)
     end
   end
   refused("generate --model no-such-model --prompt a --stop ''", "--stop: an empty string")
+  refused("generate --model no-such-model --prompt a --max-tokens 4 --min-tokens 5",
+    "--min-tokens 5 is outside 0 to 4")
   refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
   refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
     "no-such-model")

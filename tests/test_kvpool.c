@@ -161,7 +161,7 @@ static const char *op_admit(world *w, model_seq *s, bool all) {
     const int32_t m = model_match(w, s, n, &n_evictable);
     const int32_t available = model_free(w) + model_cached(w);
     const bool fits = (n + P - 1) / P - m <= available - n_evictable;
-    if (kvpool_admit(w->p, &s->kv, s->token, n, s->salt, &covered) != fits)
+    if (kvpool_admit(w->p, &s->kv, s->token, n, n, s->salt, &covered) != fits)
         return "admission differs";
     if (!fits) {
         s->live = false;
@@ -384,7 +384,7 @@ static void page_edges_exhaustively(void **state) {
 /* What is covered of a sequence that is admitted and gives all back. */
 static int32_t covered_of(world *w, kvseq *s, const int32_t *token, int32_t n, uint64_t salt) {
     int32_t covered = -1;
-    assert_true(kvpool_admit(w->p, s, token, n, salt, &covered));
+    assert_true(kvpool_admit(w->p, s, token, n, n, salt, &covered));
     kvpool_release(w->p, s);
     return covered;
 }

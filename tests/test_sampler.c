@@ -7,7 +7,7 @@
 #include <string.h>
 
 enum { V_MAX = 4096 };
-static double scratch[V_MAX * 4];
+static double scratch[V_MAX * 6];
 static const sampling greedy = {.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
 
 static sampled draw_of(const float *logits, int32_t vocab, const sampling *p, uint64_t draw) {
@@ -249,6 +249,136 @@ static void test_penalty(void **state) {
     assert_int_equal(out.token, 0);
 }
 
+/* Steps 1 to 3 as they are written down: every token by itself, counts anew for each. */
+static float naive_edited(const sampling *p, float z, int32_t id, int32_t draw,
+                          const int32_t *history, int32_t n) {
+    bool barred = false;
+    int32_t in_all = 0, in_output = 0;
+    for (int32_t k = 0; k < 2; k++)
+        for (int32_t i = 0; i < p->barred[k].n; i++) barred |= p->barred[k].token[i] == id;
+    if (barred && draw < p->min_tokens) return -INFINITY;
+    for (int32_t i = 0; i < p->n_bias; i++)
+        if (p->bias[i].token == id) z += p->bias[i].bias;
+    for (int32_t h = 0; h < n; h++) {
+        in_all += history[h] == id;
+        in_output += history[h] == id && h >= n - draw;
+    }
+    if (in_all) z = z > 0 ? z / p->repetition_penalty : z * p->repetition_penalty;
+    if (in_output) z -= p->frequency_penalty * (float)in_output + p->presence_penalty;
+    return z;
+}
+
+/* Every logit after n edits against naive_edited, and that no step has a token twice; how many
+ * logits the edits changed. */
+static int32_t compare_edits(const sampling *p, const float *logits, int32_t vocab,
+                             const draw_edit *edit, int32_t n, int32_t n_bias, int32_t draw,
+                             const int32_t *history, int32_t n_history) {
+    int32_t differ = 0;
+    for (int32_t i = 0; i < vocab; i++) {
+        float want = naive_edited(p, logits[i], i, draw, history, n_history), got = logits[i];
+        if (!isfinite(want)) want = -INFINITY;
+        if (!isfinite(got)) got = -INFINITY;
+        differ += got != want;
+        for (int32_t k = 0; k < n; k++) {
+            const int32_t token = edit[k].token;
+            if ((token < 0 ? ~token : token) != i) continue;
+            if (token < 0)
+                got = got > 0 ? got / p->repetition_penalty : got * p->repetition_penalty;
+            got += edit[k].add;
+            for (int32_t j = k + 1; j < n; j++)
+                if ((k < n_bias) == (j < n_bias)) assert_int_not_equal(edit[j].token, token);
+        }
+        assert_true(got == want || fabsf(got - want) <= 1e-6f * (1 + fabsf(want)));
+    }
+    return differ;
+}
+
+/* A token against another one just below and just above what its logit is after the edits. */
+static void draw_beside(const sampling *p, float logit, int32_t id, int32_t vocab, int32_t draw,
+                        const int32_t *history, int32_t n_history) {
+    const float want = naive_edited(p, logit, id, draw, history, n_history);
+    const int32_t other = id == 10 ? 9 : 10; /* neither is in the history or has a bias */
+    float two[V_MAX];
+    for (int32_t k = 0; k < vocab; k++) two[k] = k == id ? logit : -INFINITY;
+    for (int32_t up = 0; up < 2; up++) {
+        sampled out;
+        two[other] = !isfinite(want) ? -1e6f : want + (up ? 1e-3f : -1e-3f);
+        sampler_draw(&out, two, vocab, p, (uint64_t)draw, history, n_history, scratch);
+        assert_int_equal(out.token, up || !isfinite(want) ? other : id);
+    }
+}
+
+static void test_edits(void **state) {
+    (void)state;
+    enum { V = 13, H = 9 };
+    static const int32_t history[H] = {1, 2, 2, 5, 2, 3, 3, 3, 7}, ends[] = {4, 7, 40, 7};
+    static const logit_bias bias[] = {{0, 1.5f}, {3, -2}, {4, 100}, {7, 0.25f}, {12, -100}};
+    const struct {
+        float repetition, presence, frequency;
+        int32_t draw, min_tokens, n_bias;
+    } rule[] = {
+        {1, 0, 0, 4, 0, 0},       {1, 0.5f, 0, 4, 0, 0},       {1, 0, 0.3f, 4, 0, 0},
+        {1, -2, 2, 5, 0, 5},      {1.3f, 0, 0, 4, 0, 5},       {1.3f, 0.7f, -0.2f, 0, 1, 5},
+        {1, 0, 0, 4, 5, 5},       {0.8f, 1.1f, 0.9f, 9, 9, 3}, {1.5f, 0.1f, 0.1f, 12, 99, 5},
+        {1, 0.5f, 0.5f, 1, 1, 1},
+    };
+    float logits[V];
+    int32_t count[V + 1] = {0};
+    assert_int_equal(sampler_counts(V), COUNT_OF(count));
+    rng r;
+    rng_seed(&r, 3, 0);
+    for (int32_t c = 0; c < COUNT_OF(rule); c++) {
+        sampling p = greedy;
+        p.repetition_penalty = rule[c].repetition;
+        p.presence_penalty = rule[c].presence;
+        p.frequency_penalty = rule[c].frequency;
+        p.min_tokens = rule[c].min_tokens;
+        p.bias = bias;
+        p.n_bias = rule[c].n_bias;
+        p.barred[0].token = ends;
+        p.barred[0].n = 3;
+        p.barred[1].token = ends + 3;
+        p.barred[1].n = 1;
+        assert_ok(sampling_check(&p));
+        for (int32_t i = 0; i < V; i++) logits[i] = (float)(3 * rng_normal(&r));
+        logits[11] = NAN;
+        draw_edit edit[2 * V + 1];
+        int32_t n_bias;
+        const uint64_t draw = (uint64_t)rule[c].draw;
+        const int32_t n = sampler_edits(edit, &n_bias, &p, draw, history, H, V, count);
+        assert_true(n <= sampler_edits_most(&p, draw, H, V));
+        for (int32_t i = 0; i < COUNT_OF(count); i++) assert_int_equal(count[i], 0);
+        const int32_t differ =
+            compare_edits(&p, logits, V, edit, n, n_bias, rule[c].draw, history, H);
+        assert_true((differ > 0) == (c > 0)); /* the twin: without them */
+        for (int32_t i = 0; i < V; i++) draw_beside(&p, logits[i], i, V, rule[c].draw, history, H);
+    }
+}
+
+/* The bound holds where every token of a long history is another, and where there is none. */
+static void test_edits_most(void **state) {
+    (void)state;
+    enum { V = 50 };
+    int32_t history[V], count[V + 2] = {0}, n_bias;
+    for (int32_t i = 0; i < V; i++) history[i] = V - 1 - i;
+    draw_edit edit[V + 1];
+    sampling p = greedy;
+    assert_int_equal(sampler_edits_most(&p, 50, V, V), 0);
+    p.presence_penalty = 1;
+    for (uint64_t draw = 0; draw < 60; draw++) {
+        const int32_t n = sampler_edits(edit, &n_bias, &p, draw, history, V, V, count);
+        assert_int_equal(n, draw < V ? draw : V);
+        assert_int_equal(sampler_edits_most(&p, draw, V, V), n + 1);
+    }
+    assert_int_equal(sampler_edits(edit, &n_bias, &p, 3, NULL, 0, V, count), 0);
+    p.repetition_penalty = 2;
+    assert_int_equal(sampler_edits(edit, &n_bias, &p, 3, history, V, V, count), V);
+    assert_int_equal(sampler_edits_most(&p, 3, V, V), V + 1);
+    for (int32_t i = 0; i < COUNT_OF(count); i++) assert_int_equal(count[i], 0);
+    assert_true(sampling_penalises(&p));
+    assert_false(sampling_penalises(&greedy));
+}
+
 static void test_logprobs(void **state) {
     (void)state;
     const float logits[] = {1, 4, NAN, 4, 2, -3};
@@ -268,8 +398,11 @@ static void test_logprobs(void **state) {
     }
     assert_more(fabs((double)s.top_logprob[2] - (double)s.top_logprob[1]), 1e-6); /* twin */
 
-    /* Of the raw logits: neither temperature nor penalty nor truncation shows. */
+    /* Of the raw logits: neither temperature nor penalty nor bias nor truncation shows. */
     const int32_t history[] = {1, 3};
+    const logit_bias bias[] = {{1, -3}, {5, -100}};
+    p.bias = bias;
+    p.n_bias = 2;
     p.repetition_penalty = 10;
     p.temperature = 0.01f;
     p.top_k = 1;
@@ -280,7 +413,7 @@ static void test_logprobs(void **state) {
     assert_int_equal(s.n_top, 5);
     assert_int_equal(s.top_token[0], 1);
     assert_int_equal(s.top_token[4], 5);
-    p.n_logprobs = 0;
+    p.n_logprobs = p.n_bias = 0;
     s = draw_of(logits, 6, &p, 0);
     assert_int_equal(s.n_top, 0);
     assert_close(s.logprob, 4 - log(sum), 1e-6);
@@ -307,16 +440,36 @@ static void test_check(void **state) {
     refuse("min_p", (sampling){.top_p = 1, .min_p = -1, .repetition_penalty = 1});
     refuse("repetition_penalty", (sampling){.top_p = 1, .repetition_penalty = 0});
     refuse("repetition_penalty", (sampling){.top_p = 1, .repetition_penalty = NAN});
+    refuse("presence_penalty",
+           (sampling){.top_p = 1, .repetition_penalty = 1, .presence_penalty = 2.1f});
+    refuse("presence_penalty",
+           (sampling){.top_p = 1, .repetition_penalty = 1, .presence_penalty = NAN});
+    refuse("frequency_penalty",
+           (sampling){.top_p = 1, .repetition_penalty = 1, .frequency_penalty = -2.1f});
+    refuse("min_tokens", (sampling){.top_p = 1, .repetition_penalty = 1, .min_tokens = -1});
+    static const logit_bias bias[] = {{3, 1}, {3, 2}, {4, 100.5f}, {5, NAN}, {-1, 0}};
+    sampling biased = greedy;
+    for (biased.bias = bias, biased.n_bias = 2; biased.bias < bias + 5;
+         biased.bias += biased.n_bias, biased.n_bias = 1)
+        refuse("logit_bias", biased);
+    biased.n_bias = LOGIT_BIAS_MAX + 1;
+    refuse("logit_bias", biased);
     refuse("logprobs", (sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = 21});
     refuse("logprobs", (sampling){.top_p = 1, .repetition_penalty = 1, .n_logprobs = -2});
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_greedy),           cmocka_unit_test(test_distribution),
-        cmocka_unit_test(test_large_vocabulary), cmocka_unit_test(test_top_p_exact),
-        cmocka_unit_test(test_inverse),          cmocka_unit_test(test_penalty),
-        cmocka_unit_test(test_logprobs),         cmocka_unit_test(test_check),
+        cmocka_unit_test(test_greedy),
+        cmocka_unit_test(test_distribution),
+        cmocka_unit_test(test_large_vocabulary),
+        cmocka_unit_test(test_top_p_exact),
+        cmocka_unit_test(test_inverse),
+        cmocka_unit_test(test_penalty),
+        cmocka_unit_test(test_edits),
+        cmocka_unit_test(test_edits_most),
+        cmocka_unit_test(test_logprobs),
+        cmocka_unit_test(test_check),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -45,6 +45,8 @@ typedef struct {
     int64_t id, arrival_ns;
     uint64_t salt;
     int32_t n_prompt, max_new, n_stop; /* stops when so many were drawn; 0 = never */
+    bool scores;                       /* its prompt */
+    int32_t n_scored;                  /* rows of it whose next token has been given */
     int32_t n_known;                   /* prompt and what was drawn */
     int32_t token[CTX];
     uint64_t truth[CTX]; /* hash of salt and token[0..i] */
@@ -68,6 +70,7 @@ typedef struct {
     int32_t n_alive;
     uint64_t cell[PAGES * P];
     int64_t written[PAGES * P]; /* step that wrote it, + 1 */
+    int64_t n_scored;           /* rows */
     int64_t n_steps, n_finished, n_shared_tokens, n_stopped, n_cancelled;
     uint64_t run_hash; /* of all batches */
     /* Ahead: batches run as they are picked, and their tokens are committed later. */
@@ -134,6 +137,7 @@ static const char *add_person(world *w) {
     *q = (person){.alive = true,
                   .id = w->next_id++,
                   .salt = rng_below(&w->r, 4) == 0,
+                  .scores = rng_below(&w->r, 5) == 0,
                   /* Some arrive late at the scheduler, many at the same instant. */
                   .arrival_ns = w->now - (int64_t)rng_below(&w->r, 3) * 50};
     const int32_t longest = w->limits.ctx_max;
@@ -153,6 +157,7 @@ static const char *add_person(world *w) {
                        .n_prompt = q->n_prompt,
                        .max_new = q->max_new,
                        .salt = q->salt,
+                       .score_prompt = q->scores,
                        .sampling = {.seed = (uint64_t)q->id}};
     const int32_t before = sched_alive(w->s);
     const status st = sched_add(w->s, &r, w->now);
@@ -242,14 +247,34 @@ static const char *run_seq(world *w, int32_t k) {
     return NULL;
 }
 
+/* Every row of a prompt but the last gives the token after it, once, in order. */
+static const char *check_given(world *w, person *q, int32_t k, int32_t *n) {
+    for (int32_t t = w->seq_start[k]; t < w->seq_start[k + 1]; t++) {
+        const int32_t at = w->position[t];
+        if (!q->scores || at >= q->n_prompt - 1 || at < q->n_scored) continue;
+        if (at > q->n_scored) return "a token of a prompt is not scored";
+        if (*n == w->b.n_samples) return "a row to be scored is no sample";
+        const sample_row *r = &w->sample[(*n)++];
+        if (r->seq != k || r->row != t || !r->given || r->draw != 0) return "another is scored";
+        if (*r->given != q->token[at + 1]) return "another token is given";
+        if (!r->params || r->params->seed != (uint64_t)q->id) return "parameters of another";
+        q->n_scored++;
+        w->n_scored++;
+    }
+    return NULL;
+}
+
 static const char *check_samples(world *w) {
     int32_t n = 0;
     for (int32_t k = 0; k < w->b.n_seqs; k++) {
-        const person *q = find_person(w, w->id[k]);
+        person *q = find_person(w, w->id[k]);
+        const char *problem = check_given(w, q, k, &n);
+        if (problem) return problem;
         if (w->kv_len[k] != q->n_known) continue;
         if (n == w->b.n_samples) return "a finished prompt is not sampled";
         const sample_row *r = &w->sample[n++];
         if (r->seq != k || r->row != w->seq_start[k + 1] - 1) return "another row is sampled";
+        if (r->given) return "what is to be drawn is given";
         if (r->draw != (uint64_t)(q->n_known - q->n_prompt)) return "the draw index is wrong";
         if (!r->params || r->params->seed != (uint64_t)q->id) return "parameters of another";
         if (r->n_history != q->n_known) return "the history is not all of it";
@@ -273,6 +298,7 @@ static const char *check_policy(const world *w) {
     const int32_t budget = w->policy.token_budget - (w->fault == OVER_BUDGET);
     if (w->b.n_tokens > budget) return "the token budget is exceeded";
     if (s->n_running > w->policy.max_seqs) return "too many run";
+    if (w->b.n_samples > s->max_running) return "too many rows are sampled";
     if (!chunked && w->b.n_decodes != 0 && w->b.n_decodes != w->b.n_seqs)
         return "a step mixes prompts and decodes";
 
@@ -311,7 +337,7 @@ static const char *check_policy(const world *w) {
         const slot *q = &s->slot[s->picked[w->b.step & 1].slot[k]];
         const int32_t n = w->seq_start[k + 1] - w->seq_start[k];
         if (cut) return "somebody comes after a prompt that was cut";
-        cut = w->kv_len[k] < n_known(q);
+        cut = w->kv_len[k] < n_known(q) && w->b.n_samples < s->max_running; /* by the budget */
         if (cut && !chunked && (n != w->policy.token_budget || q->n_output == 0))
             return "a prompt was cut";
     }
@@ -327,6 +353,10 @@ static const char *run_batch(world *w, int32_t *drawn, bool *stop) {
     for (int32_t i = 0; i < w->b.n_samples; i++) {
         const int32_t k = w->sample[i].seq;
         person *q = find_person(w, w->id[k]);
+        if (w->sample[i].given) {
+            drawn[i] = *w->sample[i].given;
+            continue;
+        }
         drawn[i] = drawn_after(*cell_of(w, k, w->kv_len[k] - 1));
         if (drawn[i] != drawn_after(q->truth[q->n_known - 1])) return "another token is drawn";
         if (q->n_stop && q->n_known - q->n_prompt == q->n_stop) {
@@ -605,7 +635,7 @@ static void keeps_every_promise_under_random_work(void **state) {
     const uint64_t seed = 4711;
     print_message("seed %llu\n", (unsigned long long)seed);
     int64_t steps = 0, finished = 0, shared = 0, preempted = 0, evicted = 0, stopped = 0,
-            cancelled = 0;
+            cancelled = 0, scored = 0;
     for (uint64_t episode = 0; steps < 400000; episode++) {
         open_random(&w, seed + episode);
         const char *problem = NULL;
@@ -619,6 +649,7 @@ static void keeps_every_promise_under_random_work(void **state) {
         shared += w.n_shared_tokens;
         stopped += w.n_stopped;
         cancelled += w.n_cancelled;
+        scored += w.n_scored;
         preempted += sched_preemptions(w.s);
         evicted += kvpool_evictions(sched_pool(w.s));
         world_close(&w);
@@ -632,6 +663,7 @@ static void keeps_every_promise_under_random_work(void **state) {
     assert_true(evicted > 1000);
     assert_true(stopped > 1000);
     assert_true(cancelled > 1000);
+    assert_true(scored > 10000);
 }
 
 /* The same with batches picked ahead of commits; its twin is at the end. */

@@ -525,6 +525,186 @@ static void stop_strings_cut_and_never_leak(void **state) {
     json_decref(v);
 }
 
+/* The n tokens of a greedy answer, which lie in *v. `asked`: what the body has besides. */
+static const json_t *tokens_of(const fixture *f, json_t **v, int32_t n, const char *asked) {
+    text body = {0};
+    text_add(&body,
+             "{\"prompt\":\"bend\",\"max_tokens\":%d,\"temperature\":0,"
+             "\"return_token_ids\":true%s}",
+             n, asked);
+    *v = call_json(f->url, "/v1/completions", body.data, 200);
+    text_free(&body);
+    return at(choice(*v, 0), "token_ids");
+}
+
+static json_int_t id_at(const json_t *tokens, size_t i) {
+    return json_integer_value(json_array_get(tokens, i));
+}
+
+static int32_t times_of(const json_t *tokens, json_int_t id, size_t n) {
+    int32_t times = 0;
+    for (size_t i = 0; i < n && i < json_array_size(tokens); i++) times += id_at(tokens, i) == id;
+    return times;
+}
+
+static void logits_are_biased_and_penalised(void **state) {
+    const fixture *f = *state;
+    enum { N = 20 };
+    json_t *v;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logit_bias\":{\"65\":100}");
+    assert_int_equal(times_of(tokens, 65, N), N);
+    json_decref(v);
+    tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logit_bias\":{\"66\":100,\"65\":100}");
+    const int32_t plain = times_of(tokens, 65, N);
+    assert_int_equal(times_of(tokens, 66, N), N - plain);
+    json_decref(v);
+    /* Two below for each time: neither comes three times more often, as logits are within 4. */
+    tokens = tokens_of(f, &v, N,
+                       ",\"ignore_eos\":true,\"logit_bias\":{\"66\":100,\"65\":100},"
+                       "\"frequency_penalty\":2,\"logprobs\":1");
+    assert_true(times_of(tokens, 65, N) >= N / 4 && times_of(tokens, 66, N) >= N / 4);
+    assert_true(plain < N / 4 || plain > 3 * N / 4); /* twin */
+    /* Log-probabilities are of the model: it does not think of these. */
+    const json_t *logprobs = at(at(choice(v, 0), "logprobs"), "token_logprobs");
+    for (size_t i = 0; i < N; i++) assert_true(json_real_value(json_array_get(logprobs, i)) < -1);
+    json_decref(v);
+    /* Once: then the other one, which is an end as long as it may be. */
+    tokens = tokens_of(f, &v, N,
+                       ",\"ignore_eos\":true,\"logit_bias\":{\"66\":96,\"65\":97,\"64\":90},"
+                       "\"presence_penalty\":2,\"repetition_penalty\":1.02");
+    assert_true(times_of(tokens, 65, N) > 0 && times_of(tokens, 66, N) > 0);
+    json_decref(v);
+    json_t *first;
+    tokens = tokens_of(f, &first, N, ",\"ignore_eos\":true");
+    char ban[80];
+    snprintf(ban, sizeof ban, ",\"ignore_eos\":true,\"logit_bias\":{\"%d\":-100}",
+             (int)id_at(tokens, 0));
+    const json_t *without = tokens_of(f, &v, N, ban);
+    assert_int_equal(times_of(without, id_at(tokens, 0), N), 0);
+    json_decref(v);
+    json_decref(first);
+}
+
+/* A stop token, and a stop string, that would come early: not before min_tokens. */
+static void an_answer_has_its_least_length(void **state) {
+    const fixture *f = *state;
+    enum { N = 40, LEAST = 11 };
+    json_t *v, *cut;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true");
+    const json_int_t stop = id_at(tokens, 3);
+    char ask[200];
+    snprintf(ask, sizeof ask, ",\"ignore_eos\":true,\"stop_token_ids\":[%d]", (int)stop);
+    const json_t *early = tokens_of(f, &cut, N, ask);
+    assert_true(json_array_size(early) <= 4); /* twin */
+    json_decref(cut);
+    snprintf(ask, sizeof ask, ",\"ignore_eos\":true,\"stop_token_ids\":[%d],\"min_tokens\":%d",
+             (int)stop, LEAST);
+    const json_t *late = tokens_of(f, &cut, N, ask);
+    assert_true(json_array_size(late) > LEAST);
+    assert_int_equal(times_of(late, stop, LEAST), 0);
+    json_decref(cut);
+    /* The end token too, which the bias would have at once. */
+    tokens_of(f, &cut, N, ",\"logit_bias\":{\"1001\":100}");
+    assert_int_equal(json_array_size(at(choice(cut, 0), "token_ids")), 1);
+    json_decref(cut);
+    late = tokens_of(f, &cut, N, ",\"logit_bias\":{\"1001\":100},\"min_tokens\":11");
+    assert_int_equal(json_array_size(late), LEAST + 1);
+    assert_int_equal(id_at(late, LEAST), 1001);
+    assert_string_equal(words(at(choice(cut, 0), "finish_reason")), "stop");
+    json_decref(cut);
+    json_decref(v);
+    /* "A" is token 32, and all that comes. */
+    static const char letters[] = ",\"ignore_eos\":true,\"logit_bias\":{\"32\":100},\"stop\":\"A\"";
+    tokens_of(f, &cut, N, letters);
+    assert_string_equal(words(at(choice(cut, 0), "text")), "");
+    json_decref(cut);
+    snprintf(ask, sizeof ask, "%s,\"min_tokens\":%d", letters, LEAST);
+    late = tokens_of(f, &cut, N, ask);
+    assert_int_equal(json_array_size(late), LEAST + 1);
+    assert_string_equal(words(at(choice(cut, 0), "text")), "AAAAAAAAAAA");
+    json_decref(cut);
+}
+
+/* The text of the prompt comes first, whole and in one event. Stop strings in it stop nothing. */
+static void a_prompt_is_echoed(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"prompt\":\"one two three\",\"max_tokens\":9,\"temperature\":0,"
+                              "\"ignore_eos\":true,\"return_token_ids\":true,\"n\":2%s}";
+    char body[256];
+    json_t *v[2];
+    for (int32_t i = 0; i < 2; i++) {
+        snprintf(body, sizeof body, ask, i ? ",\"echo\":true,\"stop\":\"two\"" : "");
+        v[i] = call_json(f->url, "/v1/completions", body, 200);
+        assert_int_equal(json_integer_value(at(at(v[i], "usage"), "completion_tokens")), 18);
+    }
+    for (size_t k = 0; k < 2; k++) {
+        text want = {0};
+        text_add(&want, "one two three%s", words(at(choice(v[0], k), "text")));
+        assert_string_equal(words(at(choice(v[1], k), "text")), want.data);
+        assert_true(json_equal(at(choice(v[0], k), "token_ids"), at(choice(v[1], k), "token_ids")));
+        text_free(&want);
+    }
+    snprintf(body, sizeof body, ask, ",\"echo\":true,\"stream\":true,\"logprobs\":0");
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_int_equal(h.n_events, 18);
+    assert_int_equal(h.tokens.length, 18);
+    assert_true(h.done);
+    assert_memory_equal(h.words.data, "one two three", 13);
+    hear_free(&h);
+    text_free(&stream);
+    json_decref(v[0]);
+    json_decref(v[1]);
+}
+
+/* What was drawn once, asked for again as a prompt: the log-probabilities are those of then, over
+ * several steps (more tokens than rows are sampled in one), and whatever is in the prefix cache. */
+static void a_prompt_is_scored(void **state) {
+    const fixture *f = *state;
+    enum { N = 150 };
+    json_t *v;
+    const json_t *tokens = tokens_of(f, &v, N, ",\"ignore_eos\":true,\"logprobs\":2");
+    const json_t *drawn = at(choice(v, 0), "logprobs");
+    json_t *known = call_json(f->url, "/tokenize", "{\"prompt\":\"bend\"}", 200);
+    json_t *prompt = json_copy((json_t *)(uintptr_t)at(known, "tokens"));
+    const size_t n = json_array_size(prompt);
+    json_array_extend(prompt, (json_t *)(uintptr_t)tokens);
+    json_t *ask = json_pack("{s:O, s:i, s:i, s:b, s:b, s:i}", "prompt", prompt, "max_tokens", 1,
+                            "logprobs", 2, "echo", 1, "ignore_eos", 1, "temperature", 0);
+    char *body = json_dumps(ask, JSON_COMPACT);
+    for (int32_t again = 0; again < 3; again++) {
+        json_t *scored = call_json(f->url, "/v1/completions", body, 200);
+        const json_t *l = at(choice(scored, 0), "logprobs");
+        const json_t *logprobs = at(l, "token_logprobs"), *top = at(l, "top_logprobs");
+        assert_int_equal(json_array_size(at(l, "tokens")), n + N + 1);
+        assert_int_equal(json_array_size(logprobs), n + N + 1);
+        assert_int_equal(json_array_size(top), n + N + 1);
+        assert_int_equal(json_array_size(at(l, "text_offset")), n + N + 1);
+        assert_true(json_is_null(json_array_get(logprobs, 0)));
+        assert_true(json_is_null(json_array_get(top, 0)));
+        for (size_t i = 1; i < n; i++)
+            assert_true(json_real_value(json_array_get(logprobs, i)) < 0);
+        for (size_t i = 0; i < N; i++) {
+            assert_true(json_equal(json_array_get(logprobs, n + i),
+                                   json_array_get(at(drawn, "token_logprobs"), i)));
+            assert_true(json_equal(json_array_get(top, n + i),
+                                   json_array_get(at(drawn, "top_logprobs"), i)));
+        }
+        /* Twin: those of the token before are others. */
+        assert_false(json_equal(json_array_get(logprobs, n),
+                                json_array_get(at(drawn, "token_logprobs"), 1)));
+        assert_int_equal(json_integer_value(at(at(scored, "usage"), "completion_tokens")), 1);
+        json_decref(scored);
+    }
+    free(body);
+    json_decref(ask);
+    json_decref(prompt);
+    json_decref(known);
+    json_decref(v);
+}
+
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -590,8 +770,19 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
-        {"{\"prompt\":\"a\",\"echo\":true}", "echo", 400},
-        {"{\"prompt\":\"a\",\"presence_penalty\":0.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
+        {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
+        {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
+        {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
+        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
+        {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+        {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
@@ -606,6 +797,32 @@ static void what_is_wrong_is_said(void **state) {
         assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
         json_decref(v);
     }
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
+                          400));
+    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_decref(call_json(
+        f->url, "/v1/chat/completions",
+        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
+}
+
+static void what_is_too_long_is_said(void **state) {
+    const fixture *f = *state;
+    json_t *v;
+    text map = {0};
+    text_add(&map, "{\"prompt\":\"a\",\"logit_bias\":{\"0\":1");
+    for (int32_t i = 1; i <= LOGIT_BIAS_MAX; i++) text_add(&map, ",\"%d\":1", i);
+    text_add(&map, "}}");
+    json_decref(call_json(f->url, "/v1/completions", map.data, 400));
+    text_clear(&map); /* 8 prompts of 16000 tokens, 8 choices, 21 log-probabilities a token */
+    text_add(&map, "{\"echo\":true,\"n\":8,\"logprobs\":20,\"prompt\":[");
+    for (int32_t i = 0; i < 8 * 16000; i++) text_add(&map, i % 16000 ? ",5" : i ? "],[5" : "[5");
+    text_add(&map, "]]}");
+    v = call_json(f->url, "/v1/completions", map.data, 400);
+    assert_non_null(strstr(words(at(at(v, "error"), "message")), "'echo' of 21504000"));
+    json_decref(v);
+    text_free(&map);
     char *big = mem_alloc((2 << 20) + 1, 1);
     memset(big, 'a', 2 << 20);
     json_decref(call_json(f->url, "/v1/completions", big, 413));
@@ -616,11 +833,6 @@ static void what_is_wrong_is_said(void **state) {
     text_add(&word, "\"}");
     json_decref(call_json(f->url, "/v1/completions", word.data, 400));
     text_free(&word);
-    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
-    json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
-    json_decref(call_json(
-        f->url, "/v1/chat/completions",
-        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
 }
 
 /* Every token once and in order: the ids of each stream are those of the same request asked
@@ -1666,9 +1878,14 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
+        cmocka_unit_test(logits_are_biased_and_penalised),
+        cmocka_unit_test(an_answer_has_its_least_length),
+        cmocka_unit_test(a_prompt_is_echoed),
+        cmocka_unit_test(a_prompt_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
+        cmocka_unit_test(what_is_too_long_is_said),
         cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
         cmocka_unit_test(clients_that_leave_free_their_pages),
         cmocka_unit_test(a_slow_reader_delays_nobody),

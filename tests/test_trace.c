@@ -72,6 +72,7 @@ static int64_t record(const sched_policy *p, uint64_t seed) {
                                .arrival_ns = now - (int64_t)rng_below(&r, 500),
                                .prompt = prompt,
                                .n_prompt = n,
+                               .score_prompt = n % 7 == 3,
                                .max_new = (int32_t)rng_range(&r, 1, 100),
                                .salt = rng_below(&r, 3) ? 0 : UINT64_MAX,
                                .sampling = SAMPLING_GREEDY};
@@ -178,6 +179,7 @@ static void a_changed_policy_gives_other_batches(void **state) {
         {"\"prefix_cache\":true", "\"prefix_cache\":false", 50},
         {"\"static_batching\":false", "\"static_batching\":true", 50},
         {"\"hash\":\"", "\"hash\":\"0123456789abcdef\",\"was\":\"", 1},
+        {"\"score_prompt\":true", "\"score_prompt\":false", 1},
     };
     for (int32_t i = 0; i < COUNT_OF(change); i++) {
         int64_t n, different;

@@ -67,6 +67,25 @@ def main():
     check("role first", stream[0].choices[0].delta.role == "assistant", stream[0])
     check("finish last", stream[-1].choices[0].finish_reason == "length", stream[-1])
 
+    ids = {"return_token_ids": True, **extra}
+
+    def drawn(**options):
+        answer = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                           extra_body=ids, **options)
+        return answer.choices[0].model_extra["token_ids"]
+
+    check("logit_bias", set(drawn(logit_bias={"65": 100})) == {65})
+    two = drawn(logit_bias={"65": 100, "66": 100}, frequency_penalty=2)
+    check("frequency_penalty", min(two.count(65), two.count(66)) >= 5, two)
+    check("presence_penalty", len(set(drawn(presence_penalty=2))) >= len(set(drawn())))
+
+    echoed = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                       echo=True, logprobs=1, extra_body=extra)
+    check("echo", echoed.choices[0].text == "Hello" + text, echoed)
+    scores = echoed.choices[0].logprobs.token_logprobs
+    check("prompt logprobs", scores[0] is None and all(s <= 0 for s in scores[1:])
+          and len(scores) == echoed.usage.total_tokens, scores)
+
     letters = [c for c in text if c.isascii() and c.isalnum()]
     if letters:
         cut = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
@@ -77,6 +96,8 @@ def main():
     for name, error, call in (
         ("bad parameter is 400", openai.BadRequestError,
          lambda: client.completions.create(model=model, prompt="a", temperature=-1)),
+        ("bad bias is 400", openai.BadRequestError,
+         lambda: client.completions.create(model=model, prompt="a", logit_bias={"65": 101})),
         ("unknown model is 404", openai.NotFoundError,
          lambda: client.completions.create(model="nobody", prompt="a")),
         ("no messages is 400", openai.BadRequestError,
