@@ -37,10 +37,10 @@ return {
   timeout_s = 120,
   run = function(amalgam, point)
     local limit = amalgam.model(point.model).ctx_max
-    local options = { -- of long steps fewer than 12: bench step stops after 0.4 s
+    local options = { -- of long steps fewer than 100: bench step stops after 0.4 s
       model = point.model, precision = point.precision, device = point.device, tp = point.tp,
       batch = BATCHES, ctx = math.min(CONTEXT, limit), prefill = math.min(PREFILL, limit),
-      steps = 12,
+      steps = 100,
     }
     if point.device == "sim" then options.gpu = point.gpu end
     local lines, status, reason = amalgam.bench("step", options)
