@@ -17,7 +17,7 @@ return {
   id = "e06_steps",
   title = "Decode and prefill steps against the roofline, 16 models",
   question = "How close to the hardware is one step of a model, by format and batch?",
-  cost = "about 40 s on 2 cores; with --device cuda about 4 minutes on an H200; --quick 5 s",
+  cost = "about 40 s on 2 cores; with --device cuda about 7 minutes on an H200; --quick 5 s",
   axes = {
     { name = "gpu", values = { "a100-80gb", "h100-sxm", "h200" } },
     { name = "model", values = serving.MODELS },
