@@ -29,6 +29,7 @@
 enum {
     STEPS_MAX = 200,
     STEPS_LEAST = 3,
+    WARM_NS = 300 * 1000 * 1000, /* steps before the timed ones, once kernels are loaded */
     LONG_NS = 400 * 1000 * 1000, /* timed steps in all, once there are STEPS_LEAST */
     SHAPES_MAX = 16,
     EXPERTS_MAX = 512
@@ -56,16 +57,19 @@ static int ascending(const void *a, const void *b) {
 static status time_steps(engine *e, const batch *b, sampled *drawn, int32_t steps, double us[3]) {
     static double t[STEPS_MAX];
     forward *f = engine_forward(e);
+    const bool real = !engine_device(e)->ops->virtual_time;
     timeline clock;
-    int64_t cost, last = 0;
+    int64_t cost, first = 0, now = 0, last = 0;
     timeline_start_real(&clock);
-    /* Load, capture, warm: long steps have no graph and are warm after one. */
-    for (int64_t i = 0, now = 0; i < 4 && (i < 1 || now < LONG_NS / 4); i++) {
+    /* The first step loads kernels; graphs and the clock of a GPU that was idle come with time. */
+    for (int32_t i = 0; i == 0 || (real && now - first < WARM_NS); i++) {
         TRY(forward_step(f, b, drawn, &cost));
-        last = timeline_now_ns(&clock) - now;
-        now += last;
+        const int64_t after = timeline_now_ns(&clock);
+        last = after - now;
+        now = after;
+        if (i == 0) first = now;
     }
-    if (engine_device(e)->ops->virtual_time) {
+    if (!real) {
         us[0] = us[1] = us[2] = (double)cost * 1e-3;
         return ST_OK;
     }
@@ -77,7 +81,7 @@ static status time_steps(engine *e, const batch *b, sampled *drawn, int32_t step
     if (ahead) TRY(forward_collect(f, drawn, &cost));
     const int64_t started = timeline_now_ns(&clock);
     int32_t n = 0;
-    for (int64_t now = started; n < steps && (n < STEPS_LEAST || now < started + LONG_NS); n++) {
+    for (now = started; n < steps && (n < STEPS_LEAST || now < started + LONG_NS); n++) {
         TRY(ahead ? forward_launch(f, b) : forward_step(f, b, drawn, &cost));
         if (ahead) TRY(forward_collect(f, drawn, &cost));
         const int64_t after = timeline_now_ns(&clock);

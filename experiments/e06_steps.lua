@@ -17,7 +17,7 @@ return {
   id = "e06_steps",
   title = "Decode and prefill steps against the roofline, 16 models",
   question = "How close to the hardware is one step of a model, by format and batch?",
-  cost = "about 40 s on 2 cores; with --device cuda about 4 minutes on an H200; --quick 5 s",
+  cost = "about 40 s on 2 cores; with --device cuda about 7 minutes on an H200; --quick 5 s",
   axes = {
     { name = "gpu", values = { "a100-80gb", "h100-sxm", "h200" } },
     { name = "model", values = serving.MODELS },
@@ -37,10 +37,10 @@ return {
   timeout_s = 120,
   run = function(amalgam, point)
     local limit = amalgam.model(point.model).ctx_max
-    local options = { -- of long steps fewer than 12: bench step stops after 0.4 s
+    local options = { -- of long steps fewer than 100: bench step stops after 0.4 s
       model = point.model, precision = point.precision, device = point.device, tp = point.tp,
       batch = BATCHES, ctx = math.min(CONTEXT, limit), prefill = math.min(PREFILL, limit),
-      steps = 12,
+      steps = 100,
     }
     if point.device == "sim" then options.gpu = point.gpu end
     local lines, status, reason = amalgam.bench("step", options)

@@ -1413,7 +1413,10 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
     if (few && how == kTwo && !apart && !d.line && rounds > 1 && rest > 0 && rest <= d.clusters / 2)
         work -= work / (2 * rounds);
     const int64_t ctas = d.clusters * d.cluster / (how == kTwo ? 2 : 1);
-    const int64_t read = bytes / ((how == kBeside ? 29 : 33) * ctas);
+    // Of many rounds the last, where it is not full: those that are left read slower than all.
+    const bool many_tiles = d.tiles >= 8 * ctas;
+    const int idle = d.line || !many_tiles ? 0 : rounds * d.clusters - d.tiles;
+    const int64_t read = (bytes + bytes / d.tiles * idle / 3) / ((how == kBeside ? 29 : 33) * ctas);
     const int64_t x =
         how == kAlone && !many ? d.x_stages * d.groups * NT * step_units(F, NT) * 128 / 70 : 0;
     const int64_t launch = how == kAlone ? many            ? 3900
@@ -1429,7 +1432,8 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
                          : !few                    ? how == kAlone && d.cluster > 1 ? 1700 : 3500
                          : how == kAlone           ? 2000
                          : how == kBeside && apart ? 2600
-                                                   : 1300;
+                         : many_tiles && d.cluster > 1 ? 2300
+                                                       : 1300;
     return launch + x + line + (work > read ? work : read);
 }
 

@@ -226,22 +226,31 @@ static void tall_codes(int32_t f, dtype type) {
 }
 
 /* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
- * CTA of linear_mid has a tile and little of the next. */
+ * CTA of linear_mid has a tile and little of the next. The last one has as many as an output head:
+ * of 16 bits a line, since a last round would read slower. */
 static void lines(int32_t f, dtype type) {
-    for (int32_t gated = 0; gated < 2; gated++) {
-        linear_weight w = weight_of(f, type, gated ? 17920 : 8960, gated ? 5120 : 10240, 1);
-        w.gated = gated;
+    static const struct {
+        int32_t n, k;
+        bool gated, head;
+    } of[] = {
+        {8960, 10240, false, false},
+        {17920, 5120, true, false},
+        {70464, 2048, false, true},
+    };
+    for (int32_t i = 0; i < (int32_t)COUNT_OF(of); i++) {
+        linear_weight w = weight_of(f, type, of[i].n, of[i].k, 1);
+        w.gated = of[i].gated;
         linear_probe *p = opened(&w, 33);
         if (!p) return;
         for (int32_t m = 1; m <= 31; m += 5) /* 1, 6; 11, 16; 21, 26, 31 */
             one(p, &w,
                 (linear_trial){.m = m,
-                               .y_type = type,
-                               .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
+                               .y_type = of[i].head ? DT_F32 : type,
+                               .epilogue = of[i].gated ? LINEAR_GATED : LINEAR_STORE,
                                .kernel = m <= 8    ? "short_8"
                                          : m <= 16 ? "short_16"
                                                    : "mid_32x2x2",
-                               .bias = true},
+                               .bias = !of[i].head},
                 "line");
         linear_probe_close(p);
     }
