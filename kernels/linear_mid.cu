@@ -116,8 +116,8 @@ __device__ __forceinline__ int first_step(const division &d, int cta) {
 }
 
 // Whether tiles may be dealt out in rounds. (Of FP8B scales of three blocks would lie where no copy
-// can go, of the others of 8 bits rounds have not been timed.)
-template <int F, int B> constexpr bool kRounds = B == 4 && linear_code_bits(F) == 4;
+// can go.)
+template <int F, int B> constexpr bool kRounds = B == 4 && F != WF_FP8B;
 
 // Where a CTA is, or, with rounds, those of its warps that have whole tiles: the steps left, the
 // tile and the step of it.
@@ -241,6 +241,12 @@ struct walk {
     }
 };
 
+// Stages of W that are asked for and not there, until the ring is full for once: with all of them
+// the first of x would come last.
+__host__ __device__ constexpr int asked_at_once(int f, int blocks) {
+    return blocks > 2 && linear_code_bits(f) == 4 ? 1 : 2;
+}
+
 // With rounds: codes and scales of all steps, by one thread.
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_rounds(const linear_args &p, const division &d, const maps &m,
@@ -250,12 +256,13 @@ __device__ __forceinline__ void load_rounds(const linear_args &p, const division
     const int scales = kGranules * p.granule_bytes, halves = p.paired ? 2 : 1;
     const uint64_t policy = policy_evict_first();
     const int line = d.ctas * d.rounds * d.per;
+    constexpr int kAsked = asked_at_once(F, B);
     int asked = 0;
     for (walk i(d, to); i.whole.left > 0; i.next(d), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
         const bool part = i.part.left > 0;
         i.wait(to);
-        if (asked >= 1 && asked < to.stages) barrier_wait(full - 8, 0); // as load_weights
+        if (asked >= kAsked && asked < to.stages) barrier_wait(full - kAsked * 8, 0);
         asked++;
         barrier_arrive_expect(full, (part ? B : d.per * halves) * (U * unit + scales));
         const int at = i.part.step;
@@ -279,7 +286,7 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
                                              ring to, uint32_t base) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
-    constexpr int kAsked = B > 2 ? 1 : 2; // stages, before the ring is full for once
+    constexpr int kAsked = asked_at_once(F, B);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     int asked = 0;
@@ -287,7 +294,6 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
         const int v = i.tile * d.per;
         to.wait_empty();
-        // Not all at once: the first of x would come after them.
         if (asked >= kAsked && asked < to.stages) barrier_wait(full - kAsked * 8, 0);
         asked++;
         barrier_arrive_expect(full, bytes);
@@ -846,7 +852,7 @@ template <int F, int NT, int B, int P> constexpr times times_of() {
     constexpr bool few = NT == 32;
     if (linear_code_bits(F) == 8)
         return B == 4 ? times{136, few ? 7800 : 7500, 0}
-                      : times{few ? 136 : 139, few ? 3800 : 5000, 0};
+                      : times{few ? 136 : 152, few ? 3800 : 5000, 0};
     if (few) return B == 4 ? times{74, 7900, 0} : P == 2 ? times{88, 4900, 0} : times{101, 3600, 0};
     return B == 4   ? times{106, 6500, 2700}
            : B == 3 ? times{110, 5800, 1700}
@@ -864,9 +870,11 @@ template <int F, int NT, int B, int P> int64_t cost(const division &d, int units
 }
 
 // The same of d's rounds and as many more steps of the line.
-template <int NT> int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
+template <int F, int NT>
+int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     const int64_t whole = (int64_t)d.per * d.rounds * d.steps, part = (steps + d.ctas - 1) / d.ctas;
     const int64_t n = (whole + part) * units * (paired ? 2 : 1);
+    if (linear_code_bits(F) == 8) return n * 142 + (paired ? 5000 : 4000) - (NT == 32 ? 2000 : 0);
     return NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
                     : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
 }
@@ -918,7 +926,8 @@ division divide(const linear_args *a, int n_sms, bool in_rounds) {
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
     d.bytes = d.at_bars + bars + 1024;
-    d.cost = in_rounds ? cost_of_rounds<NT>(d, total, U, a->paired) : cost<F, NT, B, P>(d, U * B);
+    d.cost =
+        in_rounds ? cost_of_rounds<F, NT>(d, total, U, a->paired) : cost<F, NT, B, P>(d, U * B);
     return d;
 }
 

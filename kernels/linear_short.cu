@@ -1,14 +1,15 @@
 // linear_short.cu - y^T = W x^T for few rows of x, on sm_90, by wgmma.
 //
-// A cluster of C CTAs shares a tile (a block of 64 rows of W; with gate and up 64 of each) along K.
-// Cluster c takes tiles c, c + clusters, ... Of a CTA's warps
+// A cluster of C CTAs shares a tile (a block of 64 rows of W; with gate and up 64 of each; or two
+// blocks) along K. Cluster c takes tiles c, c + clusters, ... Of a CTA's warps
 //
-//   4 P multiply: a warpgroup has a part of the CTA's inputs (with gate and up two have the same,
-//       for a half each). It turns codes of 128 inputs into A fragments, which wgmma multiplies
+//   4 P multiply: a warpgroup has a part of the CTA's inputs (of two blocks two have the same, for
+//       a block each). It turns codes of 128 inputs into A fragments, which wgmma multiplies
 //       with x from shared memory while other warpgroups convert
-//   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
-//       are asked for before the launch before has ended (programmatic dependent launch), since
-//       weights depend on no kernel; x once, or where it finds no room with every step
+//   P   load, one for each warpgroup, or for two that share x: codes and scales through a ring of
+//       steps, by bulk copies that are asked for before the launch before has ended (programmatic
+//       dependent launch), since weights depend on no kernel; x once, or where it finds no room
+//       with every step
 //   P   help: they sum x over granules (by_x_sums), and finish all tiles of the CTA but the last
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
@@ -33,7 +34,7 @@
 #include "tensor_map.cuh"
 
 // The explicit lists: format, type, x rows (NT), scale granule (0: none). Of 32 rows where that is
-// faster than linear_mid.cu.
+// faster than linear_mid.cu, with 8 bits for dense problems only.
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
 #define SHORT_TYPES(X, F, G)   SHORT_ROWS(X, F, F16, G) SHORT_ROWS(X, F, BF16, G)
 #ifndef SHORT_INSTANCES
@@ -54,6 +55,10 @@
     X(INT4, BF16, 32, 128)                                                                         \
     X(MXFP4, F16, 32, 32)                                                                          \
     X(MXFP4, BF16, 32, 32)
+#endif
+#ifndef SHORT_INSTANCES_32_DENSE
+#define SHORT_INSTANCES_32_DENSE(X)                                                                \
+    X(INT8, F16, 32, 0) X(INT8, BF16, 32, 0) X(FP8, F16, 32, 0) X(FP8, BF16, 32, 0)
 #endif
 
 // For racecheck, which lets nobody past a cluster's barrier before all its threads wait there, and
@@ -79,6 +84,13 @@ __host__ __device__ constexpr int step_granules(int f, int g, int rows, bool exp
     return g ? step_units(f, rows, experts) * 64 / g : 0;
 }
 
+// May two blocks share x? Of 32 rows that is as many bytes as a block's codes of 8 bits, and L2
+// gives both no sooner than memory gives the codes of two. (With 4 bits arithmetic binds.) No CTA
+// then has less than an SM: its stages would be too few.
+__host__ __device__ constexpr bool may_pair(int f, int rows) {
+    return rows == 32 && linear_code_bits(f) == 8;
+}
+
 // Are products of a granule summed by themselves, and does the scale meet those sums in f32? Else
 // it meets the codes. For granules of 64 experts' kernels have no registers.
 __host__ __device__ constexpr bool on_sums(int f, int g, bool experts = false) {
@@ -100,7 +112,7 @@ struct division {
     int32_t line;                 // steps of a tile's longest part, where tiles are one line; or 0
     int32_t share, rest;          // of the line: of each cluster, one more of the first so many
     int32_t groups;               // parts of K in a CTA
-    int32_t halves;               // blocks of a tile: gate and up, or two of experts
+    int32_t halves;               // blocks of a tile: gate and up, or two side by side
     int32_t senders, senders_log; // sums of a chunk
     int32_t sums_bytes;           // of all chunks (pairs of them, when gated) that a CTA finishes
     int32_t turns_log;            // of tiles, one or two, whose sums have a place of their own
@@ -113,7 +125,8 @@ struct division {
     uint32_t x_high; // GROUP_DESCRIPTOR_HIGH
     int32_t at_w, at_sums, at_x_sums, at_bars, bytes;
     int32_t x_sums_stride; // bytes from a warpgroup's sums of x to the next's
-    int32_t beside;        // bytes from a block's codes in a stage to those of the tile's next
+    int32_t beside; // from a block's codes in a stage to its tile's next; 0: each has its own ring
+    int32_t x_rows; // of a box: NT, or those there are, in eights
     int64_t cost;
 };
 
@@ -142,14 +155,14 @@ __host__ __device__ constexpr int bars_bytes(int p) { return 32 + p * kStagesMos
 struct duty {
     int rank, group, part, half; // part: of K in the CTA
     int begin, steps, tiles;     // the first step of K
-    int x_group;                 // whose x
+    int ring, x_group;           // whose stages, and whose x
     int tile0;
     int from, to;       // of the first tile its steps from here, of the last those before
     int given, lacking; // 1: the cluster before begins the first tile; the next ends the last
     __device__ __forceinline__ void share(const division &d, int of) {
         tiles = tile0 < of ? (of - tile0 + d.clusters - 1) / d.clusters : 0;
     }
-    __device__ __forceinline__ duty(const division &d, int group) : group(group) {
+    __device__ __forceinline__ duty(const division &d, int group, bool pairs) : group(group) {
         tile0 = (int)blockIdx.x >> d.cluster_log;
         rank = cluster_rank();
         half = group >= d.groups ? 1 : 0;
@@ -157,7 +170,8 @@ struct duty {
         const int i = rank * d.groups + part;
         begin = d.steps * i >> d.senders_log;
         steps = (d.steps * (i + 1) >> d.senders_log) - begin;
-        x_group = d.x_again ? group : part;
+        ring = pairs && d.beside ? part : group;
+        x_group = d.x_again ? ring : part;
         from = 0;
         to = steps;
         given = lacking = 0;
@@ -200,15 +214,24 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                  : "memory");
 }
 
+// Rows of x that a box has.
+template <int F, int NT> __host__ __device__ __forceinline__ int x_rows_of(const division &d) {
+    return may_pair(F, NT) ? d.x_rows : NT;
+}
+
 // x of one step.
 template <int F, int NT>
 __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map, int step,
                                        uint32_t to, uint32_t bar) {
     constexpr int U = step_units(F, NT);
-    if (d.x_whole)
+    if (d.x_whole && x_rows_of<F, NT>(d) == NT)
         copy_box(to, &map, step * U, bar);
     else
-        for (int i = 0; i < U; i++) copy_tile(to + i * NT * 128, &map, (step * U + i) * 64, 0, bar);
+        for (int i = 0; i < U; i++)
+            if (may_pair(F, NT) && d.x_whole)
+                copy_box(to + i * NT * 128, &map, step * U + i, bar);
+            else
+                copy_tile(to + i * NT * 128, &map, (step * U + i) * 64, 0, bar);
 }
 
 // Codes and scales of a step of a block of the matrix at `code` and `scale`.
@@ -229,7 +252,13 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const uint8_t
         copy_bulk(to + U * unit + i * p.granule_bytes, scale, p.granule_bytes, there, policy);
 }
 
-// All steps of a warpgroup, by one thread.
+// Blocks of a tile that lie side by side.
+template <int NT>
+__device__ __forceinline__ int blocks_side_by_side(const linear_args &p, const division &d) {
+    return NT == 32 && !p.paired ? d.halves : 1;
+}
+
+// All steps of a ring, by one thread.
 template <int F, int NT, int G>
 __device__ __forceinline__ void load(const linear_args &p, const division &d,
                                      const CUtensorMap &map, const barriers &bar, uint32_t base,
@@ -237,24 +266,32 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
     constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F),
                   N = step_granules(F, G, NT);
     constexpr int x_bytes = U * NT * 128;
-    const int total = own.steps * (own.tiles - 1) - own.from + own.to;
+    const bool shared = may_pair(F, NT) && d.beside > 0; // a stage has both blocks of a tile
+    const int total = shared && own.half ? 0 : own.steps * (own.tiles - 1) - own.from + own.to;
     const uint64_t policy = policy_evict_first();
-    const uint32_t full = bar.of(own.group, kFull), empty = bar.of(own.group, kEmpty);
-    const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
-    const int bytes = U * unit + N * p.granule_bytes + (d.x_again ? x_bytes : 0);
-    int block = own.tile0 + own.half * p.half_blocks, step = own.begin + own.from;
+    const uint32_t full = bar.of(own.ring, kFull), empty = bar.of(own.ring, kEmpty);
+    const uint32_t slots = base + d.at_w + own.ring * d.w_stages * d.slot;
+    const int x_there = U * x_rows_of<F, NT>(d) * 128; // of x_bytes
+    const int bytes =
+        (shared ? 2 : 1) * (U * unit + N * p.granule_bytes) + (d.x_again ? x_there : 0);
+    const int per = blocks_side_by_side<NT>(p, d);
+    int block = own.tile0 * per + own.half * p.half_blocks, step = own.begin + own.from;
     place at;
     prefetch_map(&map);
     const auto load_w = [&] {
         const uint32_t there = full + at.stage * 8;
         barrier_wait(empty + at.stage * 8, at.parity ^ 1);
         barrier_arrive_expect(there, bytes);
-        load_weights<F, U, G>(p, p.code, p.scale, block, step,
-                              slots + at.stage * d.slot + (d.x_again ? x_bytes : 0), there, policy);
+        const uint32_t to = slots + at.stage * d.slot + (d.x_again ? x_bytes : 0);
+        load_weights<F, U, G>(p, p.code, p.scale, block, step, to, there, policy);
+        if (shared) // past the last block any, for nobody asks for its sums
+            load_weights<F, U, G>(p, p.code, p.scale,
+                                  min(block + (per == 2 ? 1 : p.half_blocks), p.blocks - 1), step,
+                                  to + d.beside, there, policy);
     };
     const auto next = [&] {
         at.next(d.w_stages);
-        if (++step == own.begin + own.steps) step = own.begin, block += d.stride;
+        if (++step == own.begin + own.steps) step = own.begin, block += d.stride * per;
     };
     const int early = min(total, d.early);
     const bool leader = !kRacecheck || threadIdx.x % 32 == 0;
@@ -266,7 +303,7 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
             for (int j = 0, s = own.begin + own.from; leader && j < n; j++) {
                 const int index = d.x_again ? j : s - own.begin;
                 const uint32_t there = (d.x_again ? full : bar.of(own.group, kX)) + index * 8;
-                if (!d.x_again) barrier_arrive_expect(there, x_bytes);
+                if (!d.x_again) barrier_arrive_expect(there, x_there);
                 load_x<F, NT>(d, map, s,
                               d.x_again ? slots + j * d.slot
                                         : base + (own.group * d.x_stages + index) * x_bytes,
@@ -366,7 +403,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     __device__ __forceinline__ void begin(uint32_t base) {
         constexpr int x_bytes = U * NT * 128;
         const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const uint32_t slots = base + d.at_w + own.group * d.w_stages * d.slot;
+        const uint32_t slots = base + d.at_w + own.ring * d.w_stages * d.slot;
         const uint32_t codes = slots + (!kExperts && d.x_again ? x_bytes : 0) + own.half * d.beside;
         code = codes + strip * (unit / 4) + lane * 16;
         scale = codes + U * unit;
@@ -382,7 +419,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         }
         x_high = __shfl_sync(~0u, d.x_high, 0);
         x_sums = base + d.at_x_sums + own.x_group * d.x_sums_stride + lane % 4 * 8;
-        full = __shfl_sync(~0u, bar.of(own.group, kFull), 0);
+        full = __shfl_sync(~0u, bar.of(own.ring, kFull), 0);
         x_full = __shfl_sync(~0u, bar.of(own.x_group, kExperts ? kXSums : kX), 0);
         // Opaque, lest they be computed anew for every step.
         asm volatile(""
@@ -720,9 +757,10 @@ __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int se
     }
 }
 
+template <int NT>
 __device__ __forceinline__ target dense(const linear_args &p, const division &d, const duty &own,
                                         int count) {
-    return {0, own.tile0 + count * d.stride, 0, p.m};
+    return {0, (own.tile0 + count * d.stride) * blocks_side_by_side<NT>(p, d), 0, p.m};
 }
 
 // A tile that two clusters share: one gives its sums to the one before, which had the first part of
@@ -852,7 +890,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             // Two steps in which those that multiply need no help.
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
-                    finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, count - 1),
+                    finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, count - 1),
                                   count - 1, count + d.turns_log < own.tiles, local,
                                   count == 1 && own.given ? kGiven : kWhole);
             if (!by_x_sums(F, G, NT) || step == steps) continue;
@@ -887,27 +925,28 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P) init<NT, P>(bar, d, 1, kRacecheck ? 128 : 4, 1);
+    if (threadIdx.x == 128 * P)
+        init<NT, P>(bar, d, 1, (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1), 1);
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
     if (warp >= 4 * P) registers_down<kFewer<NT, G>>();
     if (warp >= 5 * P) {
-        const duty own(d, warp - 5 * P);
+        const duty own(d, warp - 5 * P, NT == 32);
         wait_for_previous();
         cluster_wait();
         help<T, F, NT, P, G>(p, d, bar, shared, own);
         return;
     }
     if (warp >= 4 * P) {
-        const duty own(d, warp - 4 * P);
+        const duty own(d, warp - 4 * P, NT == 32);
         if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
         if (!kRacecheck) cluster_wait();
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
-    const duty own(d, warp / 4);
+    const duty own(d, warp / 4, NT == 32);
     multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
@@ -926,8 +965,8 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         send<NT>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
-        finish<T, NT>(p, d, bar, shared, own.rank, dense(p, d, own, own.tiles - 1), own.tiles - 1,
-                      false, warp, own.lacking ? kTaken : kWhole);
+        finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, own.tiles - 1),
+                      own.tiles - 1, false, warp, own.lacking ? kTaken : kWhole);
 #endif
 }
 
@@ -1347,7 +1386,7 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
     cluster_arrive();
-    duty own(d, 0);
+    duty own(d, 0, false);
     own.share(d, table[p.count]);
     if (P > 2 && warp >= 4 * P) registers_down<64>();
     if (warp == 4 * P + 1) {
@@ -1380,11 +1419,34 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
 // How a CTA lives on its SM: beside one of the next launch, alone, or beside one of its own launch.
 enum live { kBeside, kAlone, kTwo };
 
+// About how many ns a problem takes that waits for what all SMs get from memory or, with x, from
+// L2: its launch, and rounds of a tile each. `bytes` of codes; `units` of 64 x 64 of a tile on a
+// CTA. Rates in bytes a ns and times measured on an H200; a unit takes an SM longer where both SMs
+// of a pair are busy.
+template <int F, int NT> int64_t cost_of_rounds(const division &d, int units, int64_t bytes) {
+    constexpr int64_t memory = 4500, l2 = 8400, unit = 65, unit_of_two = 98;
+    const int64_t tile = bytes / d.tiles, blocks = d.beside ? 2 : 1; // of a stage
+    const int64_t x =
+        d.x_again ? tile * (d.x_rows * 128) / (blocks * 512 * linear_code_bits(F)) : 0;
+    const auto round = [&](int64_t tiles) {
+        const bool two = tiles * 2 > d.clusters;
+        const int64_t work = units * (two ? unit_of_two : unit);
+        return max(work, max(tiles * tile / memory, tiles * (tile + x) / l2));
+    };
+    const int whole = d.tiles / d.clusters, last = d.tiles % d.clusters;
+    const int64_t launch = d.cluster == 1               ? d.beside ? 4800 : 3600
+                           : d.cluster == 2 && d.beside ? 3600
+                                                        : 3400;
+    const int64_t end = d.cluster > 2 ? 350 : 0;
+    return launch + whole * (round(d.clusters) + end) + (last ? round(last) + end : 0);
+}
+
 // About how many ns a problem takes, of which `units` are on a CTA, in `rounds` tiles.
 // Measured on an H200: launches, x that stays, ends of tiles, units of 64 x 64 with W4, and what a
 // line takes longer than its units.
 template <typename T, int F, int NT, int G>
 int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, bool apart) {
+    if (may_pair(F, NT)) return cost_of_rounds<F, NT>(d, units / rounds, bytes);
     constexpr bool few = NT == 8, many = NT == 32, bf16 = half_pair<T>::bf16;
     // A CTA beside another of its launch gets half of the SM.
     int64_t unit = how == kTwo          ? few    ? 119
@@ -1413,10 +1475,16 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
     if (few && how == kTwo && !apart && !d.line && rounds > 1 && rest > 0 && rest <= d.clusters / 2)
         work -= work / (2 * rounds);
     const int64_t ctas = d.clusters * d.cluster / (how == kTwo ? 2 : 1);
+    const bool bytes_bind = linear_code_bits(F) == 8 && NT == 16;
+    // SMs that have no tile of the last round leave the others more of what memory gives.
+    if (bytes_bind && how == kAlone && d.cluster == 2 && d.halves == 1 && !d.line && rounds > 1 &&
+        d.tiles % d.clusters * 2 <= d.clusters)
+        return 3200 + max((int64_t)units * 62, bytes / (34 * ctas));
     // Of many rounds the last, where it is not full: those that are left read slower than all.
     const bool many_tiles = d.tiles >= 8 * ctas;
     const int idle = d.line || !many_tiles ? 0 : rounds * d.clusters - d.tiles;
-    const int64_t read = (bytes + bytes / d.tiles * idle / 3) / ((how == kBeside ? 29 : 33) * ctas);
+    const int64_t read = (bytes + bytes / d.tiles * idle / 3) /
+                         ((how != kBeside ? 33 : bytes_bind ? 32 : 29) * ctas);
     const int64_t x =
         how == kAlone && !many ? d.x_stages * d.groups * NT * step_units(F, NT) * 128 / 70 : 0;
     const int64_t launch = how == kAlone ? many            ? 3900
@@ -1442,7 +1510,9 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
 template <int F, int NT, int G> int early_stages(const division &d, live how, int all, bool apart) {
     constexpr bool four = linear_code_bits(F) == 4;
     int early = d.w_stages;
-    if (d.x_again)
+    if (may_pair(F, NT))
+        early = apart ? 2 : early;
+    else if (d.x_again)
         early = how == kAlone ? 1 : how == kTwo && NT == 32 && !apart ? 3 : 2;
     else if (how == kAlone && four && NT > 8)
         early = 1;
@@ -1452,9 +1522,10 @@ template <int F, int NT, int G> int early_stages(const division &d, live how, in
     return min(early, d.w_stages);
 }
 
-// The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room.
+// The division among at most `most` clusters of c CTAs; bytes = 0 when there is no room. `pairs`:
+// two blocks of a tile, gate and up or side by side, share their stages, and x in them.
 template <typename T, int F, int NT, int P, int G>
-division divide(const linear_args *a, int c, int most, live how, bool line) {
+division divide(const linear_args *a, int c, int most, live how, bool line, bool pairs) {
     constexpr int U = step_units(F, NT), unit = 512 * linear_code_bits(F), x_stage = U * NT * 128;
     const int stage = U * unit + step_granules(F, G, NT) * a->granule_bytes;
     const int x_sum = x_sums_bytes(F, G, NT), room = how == kAlone ? kRoom : kHalf;
@@ -1462,14 +1533,16 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     d.cluster = c;
     d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : c == 4 ? 2 : 3;
     d.clusters = most; // also where there are fewer tiles: each SM then has a CTA of every launch
-    d.tiles = a->paired ? a->half_blocks : a->blocks;
+    d.halves = a->paired || pairs ? 2 : 1;
+    d.tiles = a->paired ? a->half_blocks : (a->blocks + d.halves - 1) / d.halves;
     d.steps = (a->units + U - 1) / U;
-    d.groups = a->paired ? P / 2 : P;
+    d.groups = P / d.halves;
     d.senders = c * d.groups;
     d.senders_log = d.cluster_log + (d.groups == 1 ? 0 : d.groups == 2 ? 1 : 2);
-    d.halves = a->paired ? 2 : 1;
     d.sums_bytes = 512 * d.halves * d.senders << chunks<NT>(d).per;
     d.x_whole = a->k % 64 == 0;
+    // Two boxes a step instead of one pay where x is as many bytes as W.
+    d.x_rows = may_pair(F, NT) && !pairs ? (a->m + 7) / 8 * 8 : NT;
     d.x_high = GROUP_DESCRIPTOR_HIGH;
     const int rounds = (d.tiles + most - 1) / most, part = (d.steps + d.senders - 1) / d.senders;
     d.stride = most;
@@ -1485,26 +1558,28 @@ division divide(const linear_args *a, int c, int most, live how, bool line) {
     const int least = how == kAlone && c > 1 && NT == 16 && U == 4 ? min(want, 2) : want;
     const auto left = [&] { return room - bars_bytes(P) - (d.sums_bytes << d.turns_log); };
     d.x_stages = part;
-    d.slot = (stage + 127) / 128 * 128;
+    d.beside = pairs ? (stage + 127) / 128 * 128 : 0;
+    const int rings = pairs ? d.groups : P, codes = pairs ? 2 * d.beside : stage;
+    d.slot = (codes + 127) / 128 * 128;
     for (d.turns_log = turns_log;; d.turns_log--) {
-        d.w_stages = (left() - part * d.groups * (x_stage + x_sum)) / (P * d.slot);
+        d.w_stages = (left() - part * d.groups * (x_stage + x_sum)) / (rings * d.slot);
         if (d.w_stages >= want || d.turns_log == 0) break;
     }
     if (d.w_stages < least || part > kStagesMost) {
         d.turns_log = turns_log;
         d.x_again = 1;
         d.x_stages = 0;
-        d.slot = (x_stage + stage + 1023) / 1024 * 1024;
-        d.w_stages = left() / (P * (d.slot + x_sum));
+        d.slot = (x_stage + codes + 1023) / 1024 * 1024;
+        d.w_stages = left() / (rings * (d.slot + x_sum));
     }
     if (d.w_stages > all) d.w_stages = all;
     if (d.w_stages > kStagesMost) d.w_stages = kStagesMost;
     d.early = early_stages<F, NT, G>(d, how, all, a->apart);
     d.x_sums_stride = (d.x_again ? d.w_stages : part) * x_sum;
     d.at_w = d.x_stages * d.groups * x_stage;
-    d.at_sums = d.at_w + d.w_stages * P * d.slot;
+    d.at_sums = d.at_w + d.w_stages * rings * d.slot;
     d.at_x_sums = d.at_sums + (d.sums_bytes << d.turns_log);
-    d.at_bars = d.at_x_sums + (d.x_again ? P : d.groups) * d.x_sums_stride;
+    d.at_bars = d.at_x_sums + (d.x_again ? rings : d.groups) * d.x_sums_stride;
     d.bytes = how == kAlone ? kRoom : d.at_bars + bars_bytes(P);
     if (a->apart && how == kBeside && d.bytes < LINEAR_APART_BYTES) d.bytes = LINEAR_APART_BYTES;
     if (d.w_stages < 2 && d.w_stages < all) d.bytes = 0;
@@ -1571,13 +1646,16 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
             // Four warpgroups have the SM for themselves, two share it.
             for (const live how : {kBeside, kAlone, kTwo}) {
                 if ((how == kAlone) != (P == 4) || (how != kAlone && c > 2)) continue;
+                const int n = most[how == kTwo][i];
                 for (const bool line : {false, true}) {
-                    const int n = most[how == kTwo][i];
                     const int tiles = args->paired ? args->half_blocks : args->blocks;
                     if (line && (NT > 16 || tiles < n || tiles % n == 0))
                         continue; // of two clusters
-                    const division d = divide<T, F, NT, P, G>(args, c, n, how, line);
-                    if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
+                    for (const bool pairs : {false, true}) {
+                        if (pairs && !may_pair(F, NT)) continue;
+                        const division d = divide<T, F, NT, P, G>(args, c, n, how, line, pairs);
+                        if (d.bytes && (!best->bytes || d.cost <= best->cost)) *best = d;
+                    }
                 }
             }
         }
@@ -1588,7 +1666,8 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
     static status run(const division &d, const linear_args *args, kernel_stream stream) {
         if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
         CUtensorMap map;
-        TRY(encode_x(&map, args, half_pair<T>::bf16, NT, step_units(F, NT)));
+        const int rows = x_rows_of<F, NT>(d);
+        TRY(encode_x(&map, args, half_pair<T>::bf16, rows, rows == NT ? step_units(F, NT) : 1));
         cudaLaunchAttribute with[2];
         cudaLaunchConfig_t config = config_of(with, d.cluster);
         config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
@@ -1608,14 +1687,18 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
 };
 
 template <typename T, int F, int NT, int G>
-status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-    using two = warpgroups<T, F, NT, 2, G>;
+status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream) {
     using four = warpgroups<T, F, NT, 4, G>;
-    division a, b;
-    TRY(two::plan(&a, args, n_sms));
-    TRY(four::plan(&b, args, n_sms));
-    const bool more = b.bytes && (!a.bytes || b.cost < a.cost);
-    return more ? four::run(b, args, stream) : two::run(a, args, stream);
+    if constexpr (may_pair(F, NT)) {
+        return four::launch(args, n_sms, per_sm, stream);
+    } else {
+        using two = warpgroups<T, F, NT, 2, G>;
+        division a, b;
+        TRY(two::plan(&a, args, n_sms));
+        TRY(four::plan(&b, args, n_sms));
+        const bool more = b.bytes && (!a.bytes || b.cost < a.cost);
+        return more ? four::run(b, args, stream) : two::run(a, args, stream);
+    }
 }
 
 // Problems of experts: how they are cut, and the launch.
@@ -1719,7 +1802,8 @@ template <typename T, int F, int NT, int P, int G> struct experts {
     ROW("experts_" #NT, F, T, NT, G, (experts<T_##T, WF_##F, NT, P, G>::launch), 0, true),
 #define ROWS(F, T, NT, G)    DENSE(F, T, NT, G) GROUPED(F, T, NT, 2, G)
 #define ROWS_32(F, T, NT, G) DENSE(F, T, NT, G) GROUPED(F, T, NT, 4, G)
-const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(ROWS_32)};
+const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(ROWS_32)
+                                   SHORT_INSTANCES_32_DENSE(DENSE)};
 
 } // namespace
 

@@ -256,14 +256,24 @@ static void lines(int32_t f, dtype type) {
     }
 }
 
-/* So many tiles that each CTA has one, of few steps: linear_short does not cut K over CTAs. */
+/* So many tiles that each CTA has one, of few steps: linear_short does not cut K over CTAs. Then so
+ * many that with 8 bits two blocks of a tile share x, the last of which has no other. */
 static void whole_tiles(int32_t f, dtype type) {
-    const linear_weight w = weight_of(f, type, 4608, 768, 1);
-    linear_probe *p = opened(&w, 35);
-    if (!p) return;
-    for (int32_t m = 17; m <= 32; m += 5) /* 17, 22, 27, 32 */
-        one(p, &w, (linear_trial){.m = m, .y_type = type, .kernel = "short_32"}, "whole");
-    linear_probe_close(p);
+    static const int32_t shapes[][3] = {{4608, 768, 0}, {28736, 2304, 0}, {28672, 2304, 1}};
+    for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
+        linear_weight w = weight_of(f, type, shapes[s][0], shapes[s][1], 1);
+        w.gated = shapes[s][2];
+        linear_probe *p = opened(&w, 35);
+        if (!p) return;
+        for (int32_t m = 17; m <= 32; m += 5) /* 17, 22, 27, 32 */
+            one(p, &w,
+                (linear_trial){.m = m,
+                               .y_type = type,
+                               .epilogue = w.gated ? LINEAR_GATED : LINEAR_STORE,
+                               .kernel = "short_32"},
+                "whole");
+        linear_probe_close(p);
+    }
 }
 
 /* More blocks than CTAs, so that linear_mid's have some whole and of others a part of K, which for
