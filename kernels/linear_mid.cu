@@ -26,7 +26,7 @@
 // workspace that are zero but between a sum's sending and its reading: a sum of zero is sent as -0,
 // so each says by itself that it is there. They are added in order of K, so the bits are the same
 // on every run. All CTAs of a launch must fit the GPU at once.
-#include "linear_common.cuh"
+#include "linear_ahead.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
@@ -789,6 +789,8 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     if (warp >= W) {
         if (kGiven) registers_down<32>();
         load<F, NT, B, P, G>(p, d, m, bar, base, threadIdx.x - 32 * W);
+        __syncwarp();
+        if (warp == W && (int)blockIdx.x < d.ctas) linear_ask_ahead(p.ahead, blockIdx.x, d.ctas);
         return;
     }
     if (kGiven) registers_up<112>();

@@ -26,6 +26,7 @@
 // more than half of the shared memory (linear_problem.apart).
 //
 // Problems with experts have a kernel of their own here, which multiplies in the same way.
+#include "linear_ahead.cuh"
 #include "linear_experts.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
@@ -904,6 +905,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
         if (!kRacecheck) cluster_wait();
+        if (NT > 8) linear_ask_ahead(p.ahead, (int)blockIdx.x * P + own.group, (int)gridDim.x * P);
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
