@@ -14,7 +14,8 @@
 //       sums meet in shared memory. It turns codes of 32 inputs into A fragments while wgmma
 //       multiplies those before with x from shared memory
 //   1   has codes and scales brought into a ring. Weights depend on no kernel before this one and
-//       are asked for before waiting for it (programmatic dependent launch)
+//       are asked for before waiting for it (programmatic dependent launch); at last it asks for
+//       what a later launch reads (linear_problem.ahead)
 //   1   has x brought into a ring of its own
 //
 // Everything comes as boxes of the tensor copy engine, as few as can be: a copy costs its thread a

@@ -8,7 +8,8 @@
 //       with x from shared memory while other warpgroups convert
 //   P   load, one for each warpgroup: codes and scales through a ring of steps, by bulk copies that
 //       are asked for before the launch before has ended (programmatic dependent launch), since
-//       weights depend on no kernel; x once, or where it finds no room with every step
+//       weights depend on no kernel; x once, or where it finds no room with every step; at last
+//       they ask for what a later launch reads (linear_problem.ahead)
 //   P   help: they sum x over granules (by_x_sums), and finish all tiles of the CTA but the last
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
