@@ -120,7 +120,8 @@ typedef struct {
     draw_edit *edit; /* [n_edits_max], read where it lies; grows as rows want it */
     int64_t n_edits_max;
     void *plan[CUDEV_PLANS_MAX], *plan_device[CUDEV_PLANS_MAX]; /* attention_plan_bytes */
-    draw_result *result;                                        /* [max_samples] */
+    attention_ahead *ahead[CUDEV_PLANS_MAX], *ahead_device[CUDEV_PLANS_MAX];
+    draw_result *result;               /* [max_samples] */
     cudev_event uploaded, drawn, done; /* tables on the device; tokens there; tokens here */
     int64_t step;
     int32_t n_samples;
@@ -192,6 +193,7 @@ typedef struct {
     cudev_graph_recorded captured; /* not yet graph->exec */
     int32_t rows;                  /* T of the device: b->n_tokens, or padded */
     cudev_tables tables;
+    int32_t layer; /* whose attention comes next */
 } cudev;
 
 static inline cudev *cudev_self(device *d) { return (cudev *)(void *)d; }

@@ -107,8 +107,10 @@ static status cuda_open(device **out, const device_options *o) {
 }
 
 static void close_slot(cudev_slot *s) {
-    for (int32_t i = 0; i < CUDEV_PLANS_MAX; i++)
+    for (int32_t i = 0; i < CUDEV_PLANS_MAX; i++) {
         if (s->plan[i]) (void)cudaFreeHost(s->plan[i]);
+        if (s->ahead[i]) (void)cudaFreeHost(s->ahead[i]);
+    }
     if (s->tables) (void)cudaFreeHost(s->tables);
     if (s->edit) (void)cudaFreeHost(s->edit);
     if (s->result) (void)cudaFreeHost(s->result);
@@ -237,6 +239,8 @@ static status setup_plans(cudev *c) {
         for (int32_t j = 0; j < COUNT_OF(c->slot); j++) {
             TRY(pinned((size_t)bytes, &c->slot[j].plan[p]));
             TRY(take(c, bytes, "attention plan", &c->slot[j].plan_device[p]));
+            TRY(pinned(sizeof(attention_ahead), &c->slot[j].ahead[p]));
+            TRY(take(c, sizeof(attention_ahead), "attention plan", &c->slot[j].ahead_device[p]));
         }
         c->plan[p].window = m->window[i];
         c->plan[p].kv4 = kv4;
@@ -466,6 +470,11 @@ static status upload(const cudev *c, void *to, const void *from, int64_t bytes) 
     return ST_OK;
 }
 
+/* Do linears of this step ask for what attention will read? Mixtures have not been timed. */
+static bool asks_ahead(const cudev *c) {
+    return c->graph && c->rows > 8 && c->rows <= 64 && c->sm == 90 && c->config.n_experts == 0;
+}
+
 /* The step that last read what this one writes is over, for begin has seen to it that at most one
  * other is under way: nothing on the device is waited for. */
 static status upload_step(cudev *c) {
@@ -485,6 +494,10 @@ static status upload_step(cudev *c) {
         TRY(attention_plan_make(at->plan[i], &w->counts, &a, c->n_heads, c->n_kv_heads, m->head_dim,
                                 c->plan[i].window, c->plan[i].kv4, c->wide_pages, c->n_sms));
         TRY(upload(c, at->plan_device[i], at->plan[i], w->counts.bytes));
+        if (!asks_ahead(c)) continue;
+        TRY(upload(c, at->ahead_device[i], at->ahead[i],
+                   attention_ahead_make(at->ahead[i], at->plan[i], h.page, c->n_heads,
+                                        c->n_kv_heads, m->head_dim, c->n_sms)));
     }
     CUDA_TRY(cudaEventRecord(at->uploaded, c->front), "tables");
     CUDA_TRY(cudaStreamWaitEvent(c->stream, at->uploaded, 0), "tables");
@@ -552,6 +565,7 @@ static status cuda_begin(device *d, const batch *b) {
     c->graph = decodes_alone(b) ? cudev_graphs_find(&c->graphs, b->n_seqs) : NULL;
     c->rows = c->graph ? c->graph->n_rows : b->n_tokens;
     c->mode = STEP_EAGER;
+    c->layer = 0;
     TRY(upload_step(c));
     if (!c->graph || c->graphs.off) return ST_OK;
     if (*exec_of(c)) {
@@ -645,6 +659,28 @@ static status cuda_norm(device *d, tensor out, tensor residual, tensor add, cons
                            out.cols, eps, c->type, c->stream);
 }
 
+static int32_t plan_of(const cudev *c, int32_t window) {
+    int32_t p = 0;
+    while (c->plan[p].window != window) p++;
+    return p;
+}
+
+/* A layer's linears of INT4 bring a quarter each of what the next attention reads some time after
+ * it begins: with so few rows they leave memory idle (LADDER_steps.md). */
+static linear_ahead ahead_of(const cudev *c, const cudev_weight *w) {
+    static const weight_field fields[] = {WEIGHT_o, WEIGHT_gate_up, WEIGHT_down, WEIGHT_qkv};
+    int32_t part = 0;
+    while (part < COUNT_OF(fields) && fields[part] != w->field) part++;
+    if (!asks_ahead(c) || part == COUNT_OF(fields) || c->layer == c->config.n_layers ||
+        w->linear.format != WF_INT4)
+        return (linear_ahead){0};
+    linear_ahead a = attention_ahead_of(c->at->ahead_device[plan_of(c, c->config.window[c->layer])],
+                                        &c->cache[c->layer], c->n_kv_heads, c->config.head_dim);
+    a.part = part;
+    a.parts = COUNT_OF(fields);
+    return a;
+}
+
 static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
     const cudev_weight *cw = weight_of(w);
     CHECK(cw->linear.format != WF_COUNT);
@@ -656,6 +692,7 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
                             .act = cw->linear.act,
                             .epilogue = LINEAR_STORE,
                             .apart = true,
+                            .ahead = ahead_of(c, cw),
                             .workspace = c->linear_space,
                             .sm = c->sm,
                             .n_sms = c->n_sms};
@@ -733,9 +770,8 @@ static status cuda_attention(device *d, tensor out, tensor qkv, const attention_
     if (cudev_replayed(c)) return ST_OK;
     const attention_layer_params l = params_of(c, a);
     const attention_batch b = attention_of(c, &c->tables, c->graph != NULL);
-    int32_t p = 0;
-    while (c->plan[p].window != a->window) p++;
-    attention_work w = c->plan[p].work;
+    c->layer = a->layer + 1;
+    attention_work w = c->plan[plan_of(c, a->window)].work;
     w.workspace = c->attention_space;
     w.wide = c->wide_space;
     return kernel_attention(out.data, qkv.data, &l, &c->cache[a->layer], &b, &w, NULL, c->family,

@@ -16,6 +16,7 @@
  * past kv_len may hold anything, NaN included, and never reach a result. All offsets are 64-bit. */
 #ifndef AMALGAM_ATTENTION_H
 #define AMALGAM_ATTENTION_H
+#include "linear.h"
 #include "ref_quant.h"
 
 #ifdef __cplusplus
@@ -113,6 +114,32 @@ int64_t attention_workspace_bytes(int32_t max_seqs, int64_t max_pages, int32_t n
 status attention_plan_make(void *host, attention_counts *counts, const attention_batch *b,
                            int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window,
                            bool kv4, int32_t wide_pages, int32_t n_sms);
+
+/* What linear_problem.ahead lists for a launch of decodes: of each block some pages of a KV head
+ * that its warps have in turn, at a distance from each other, for memory stands still unless it is
+ * asked for what lies between. What the rings hold when a block begins (6 pages of 8 bits) comes
+ * before them. */
+enum {
+    ATTENTION_AHEAD_FIRST = 6,
+    ATTENTION_AHEAD_STRIDE = 7,
+    ATTENTION_AHEAD_PAGES = 4,
+    ATTENTION_AHEAD_MAX = 2048,      /* pieces: of 512 blocks */
+    ATTENTION_AHEAD_BYTES = 17 << 20 /* of a layer: what L2 keeps until it is read */
+};
+typedef struct {
+    int32_t n, pad;
+    struct {
+        int32_t page, head;
+    } at[ATTENTION_AHEAD_MAX];
+} attention_ahead;
+
+/* Fill `out` from a plan that attention_plan_make has made of the same batch; `page` is the
+ * batch's, on the host. Bytes of it that are to be copied to the device. */
+int64_t attention_ahead_make(attention_ahead *out, const void *plan, const int32_t *page,
+                             int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t n_sms);
+/* That list (on the device) for one layer. */
+linear_ahead attention_ahead_of(const attention_ahead *list, const attention_cache *c,
+                                int32_t n_kv_heads, int32_t head_dim);
 
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
  * once. q is read from qkv [T, (H + 2G) D]. kernel: NULL, or the name of a variant that must be the

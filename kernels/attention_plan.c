@@ -290,6 +290,65 @@ static int32_t plan_decodes(attention_run *run, const attention_batch *b, int32_
     return s.n;
 }
 
+/* A page of a KV head. */
+typedef struct {
+    int32_t page, head;
+} piece;
+
+/* Of block b's list the pages that attention_ahead wants, up to where a warp has tiles of its own:
+ * their number. per_head: tiles. */
+static int32_t pieces_of(piece at[ATTENTION_AHEAD_PAGES], const attention_run *run, int32_t b,
+                         const int32_t *page, int32_t per_head) {
+    int32_t n = 0, place = ATTENTION_AHEAD_FIRST; /* of the next one, from the page at hand */
+    for (int32_t i = b; i >= 0; i = run[i].next) {
+        const attention_run *r = &run[i];
+        if (r->lone >= 0) return n;
+        for (int32_t leaf = r->from; leaf < r->to; leaf++) {
+            const int32_t begin = r->begin + leaf % r->n * r->leaf;
+            const int32_t pages = (int32_t)div_up(i64_min(r->leaf, r->end - begin), P);
+            for (; place < pages; place += ATTENTION_AHEAD_STRIDE) {
+                at[n++] = (piece){page[r->page_at + begin / P + place], leaf / r->n / per_head};
+                if (n == ATTENTION_AHEAD_PAGES) return n;
+            }
+            place -= pages;
+        }
+    }
+    return n;
+}
+
+int64_t attention_ahead_make(attention_ahead *out, const void *plan, const int32_t *page,
+                             int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t n_sms) {
+    _Static_assert(ATTENTION_AHEAD_PAGES * ATTENTION_BLOCKS_MAX <= ATTENTION_AHEAD_MAX, "all");
+    const attention_plan *all = plan;
+    const attention_run *run = (const attention_run *)(const void *)(all + 1);
+    const int32_t n_blocks = all->n_runs ? attention_decode_blocks(n_sms) : 0;
+    const int32_t ratio = n_heads / n_kv_heads;
+    const int32_t per_head = (int32_t)div_up(ratio, attention_tile_heads(ratio, head_dim));
+    piece at[ATTENTION_BLOCKS_MAX][ATTENTION_AHEAD_PAGES];
+    int32_t n[ATTENTION_BLOCKS_MAX];
+    out->n = 0;
+    for (int32_t b = 0; b < n_blocks; b++) n[b] = pieces_of(at[b], run, b, page, per_head);
+    /* What comes first in any block comes first. */
+    for (int32_t i = 0; i < ATTENTION_AHEAD_PAGES; i++)
+        for (int32_t b = 0; b < n_blocks; b++) {
+            if (i >= n[b]) continue;
+            out->at[out->n].page = at[b][i].page;
+            out->at[out->n++].head = at[b][i].head;
+        }
+    return (const uint8_t *)&out->at[out->n] - (const uint8_t *)out;
+}
+
+linear_ahead attention_ahead_of(const attention_ahead *list, const attention_cache *c,
+                                int32_t n_kv_heads, int32_t head_dim) {
+    const attention_layout l = attention_layout_of(c->k, c->v, n_kv_heads, head_dim);
+    return (linear_ahead){.list = &list->n,
+                          .base = c->base,
+                          .stride = c->page_bytes,
+                          .bytes = (int32_t)l.head_bytes,
+                          .most = (int32_t)(ATTENTION_AHEAD_BYTES / l.head_bytes),
+                          .parts = 1};
+}
+
 /* Tiles of sequence s. wide_at: where its page 0 would lie among pages written out. */
 static int32_t plan_chunk(attention_tile *tile, const attention_batch *b, int32_t s, int32_t ratio,
                           int32_t wide_at) {

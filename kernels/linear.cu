@@ -366,6 +366,7 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.apart = p->apart;
     a.routed = p->routed;
     a.limit = p->limit;
+    a.ahead = p->ahead;
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;

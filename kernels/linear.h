@@ -59,6 +59,16 @@ typedef enum {
     LINEAR_RESIDUAL   /* y += x W^T + bias */
 } linear_epilogue;
 
+/* Memory that a launch behind this one reads, in pieces: piece i, j is `bytes` at base + i * stride
+ * + j * bytes. The list is int32 on the device: how many there are, a pad, i and j of each;
+ * constants of the step. A launch takes share `part` of `parts` of the first `most`. */
+typedef struct {
+    const int32_t *list; /* NULL: none */
+    const void *base;
+    int64_t stride;
+    int32_t bytes, most, part, parts;
+} linear_ahead;
+
 typedef struct {
     const linear_weight *w;
     int32_t m;
@@ -89,6 +99,9 @@ typedef struct {
     /* Other kernels run between this launch and other linears, so that SMs may be empty when it
      * begins, one before another: no two of its CTAs may fit an SM. */
     bool apart;
+    /* Brought to L2 by CTAs that have asked for all of their weights, in launches of 9 to 64 rows,
+     * which leave memory idle; else nobody does. */
+    linear_ahead ahead;
 } linear_problem;
 
 /* For problems whose x has up to max_x rows. */

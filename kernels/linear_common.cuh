@@ -53,6 +53,7 @@ struct linear_args {
     int32_t part, part_rest; // of a tile's steps: of each CTA of a team; one more of so many
     int32_t apart, routed;   // as in linear_problem
     float *sums;             // zeros when no launch is under way
+    linear_ahead ahead;      // as in linear_problem
 };
 
 // --- Walk ----------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
 //       sums meet in shared memory. It turns codes of 32 inputs into A fragments while wgmma
 //       multiplies those before with x from shared memory
 //   1   has codes and scales brought into a ring. Weights depend on no kernel before this one and
-//       are asked for before waiting for it (programmatic dependent launch)
+//       are asked for before waiting for it (programmatic dependent launch); at last it asks for
+//       what a later launch reads (linear_problem.ahead)
 //   1   has x brought into a ring of its own
 //
 // Everything comes as boxes of the tensor copy engine, as few as can be: a copy costs its thread a
@@ -26,7 +27,7 @@
 // workspace that are zero but between a sum's sending and its reading: a sum of zero is sent as -0,
 // so each says by itself that it is there. They are added in order of K, so the bits are the same
 // on every run. All CTAs of a launch must fit the GPU at once.
-#include "linear_common.cuh"
+#include "linear_ahead.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
@@ -795,6 +796,8 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     if (warp >= W) {
         if (kGiven) registers_down<32>();
         load<F, NT, B, P, G>(p, d, m, bar, base, threadIdx.x - 32 * W);
+        __syncwarp();
+        if (warp == W && (int)blockIdx.x < d.ctas) linear_ask_ahead(p.ahead, blockIdx.x, d.ctas);
         return;
     }
     if (kGiven) registers_up<112>();

@@ -331,11 +331,12 @@ struct bench_data {
     void *x = nullptr, *y = nullptr, *y_before = nullptr;
     int32_t *expert_start = nullptr, *x_row = nullptr; // [kRoutes][count + 1], [kRoutes][m]
     double *sums = nullptr, *x_quantised = nullptr;
+    int32_t *ahead = nullptr;   // a list for linear_problem.ahead
     int32_t n_out, x_rows, hit; // hit: experts with rows in the first route
     int64_t ldx, ldy, y_bytes;
     ~bench_data() {
         for (void *m : {x, y, y_before, (void *)expert_start, (void *)x_row, (void *)sums,
-                        (void *)x_quantised})
+                        (void *)x_quantised, (void *)ahead})
             cudaFree(m);
     }
 };
@@ -535,12 +536,31 @@ extern "C" void linear_probe_close(linear_probe *p) {
     delete p;
 }
 
+// Pieces of the first 2 KB of codes, the least that a weight has, again and again.
+static status ask_ahead(const linear_probe *p, bench_data *d, linear_problem *problem) {
+    constexpr int32_t n = 1000;
+    std::vector<int32_t> list(2 + 2 * n);
+    list[0] = n;
+    for (int32_t i = 0; i < n; i++) list[2 + 2 * i] = i % 2, list[3 + 2 * i] = i / 2 % 2;
+    CUDA(cudaMalloc((void **)&d->ahead, list.size() * sizeof(int32_t)));
+    CUDA(cudaMemcpy(d->ahead, list.data(), list.size() * sizeof(int32_t), cudaMemcpyDefault));
+    problem->ahead.list = d->ahead;
+    problem->ahead.base = p->w.code;
+    problem->ahead.stride = 512;
+    problem->ahead.bytes = 768;
+    problem->ahead.most = n - 1;
+    problem->ahead.part = 1;
+    problem->ahead.parts = 2;
+    return ST_OK;
+}
+
 extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int64_t samples,
                                      linear_outcome *o) {
     bench_data d;
     TRY(make_data(p, t, &d));
     linear_weight w = p->w;
-    const linear_problem problem = problem_of(p, t, &d, &w);
+    linear_problem problem = problem_of(p, t, &d, &w);
+    if (t->ahead) TRY(ask_ahead(p, &d, &problem));
     const bool ladder = ladder_linear_is(t->kernel);
     if (ladder) TRY(open_ladder(p, t->m));
     const char *name = ladder ? t->kernel : linear_choice(&problem);

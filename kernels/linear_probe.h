@@ -23,6 +23,7 @@ typedef struct {
     int32_t top_k; /* grouped, not 0: m / top_k tokens, each goes to so many different experts; the
                       times are of launches that hit other experts each */
     bool routed;   /* timed launches after the first: as linear_problem has it */
+    bool ahead;    /* the launch brings memory to L2 besides (linear_problem.ahead) */
     const char *kernel;
     int32_t sabotage; /* 1: the packed codes of one unit of every matrix (64 rows, 64 inputs) are
                          spoilt for the launch, which the comparison must notice; 2: compared with

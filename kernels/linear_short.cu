@@ -9,7 +9,7 @@
 //   P   load, one for each warpgroup, or for two that share x: codes and scales through a ring of
 //       steps, by bulk copies that are asked for before the launch before has ended (programmatic
 //       dependent launch), since weights depend on no kernel; x once, or where it finds no room
-//       with every step
+//       with every step; at last they ask for what a later launch reads (linear_problem.ahead)
 //   P   help: they sum x over granules (by_x_sums), and finish all tiles of the CTA but the last
 //
 // Sums of a tile go to the CTA that finishes them (st.async into its shared memory, whose barrier
@@ -27,6 +27,7 @@
 // more than half of the shared memory (linear_problem.apart).
 //
 // Problems with experts have a kernel of their own here, which multiplies in the same way.
+#include "linear_ahead.cuh"
 #include "linear_experts.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
@@ -943,6 +944,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
         if (!kRacecheck) cluster_wait();
+        if (NT > 8) linear_ask_ahead(p.ahead, (int)blockIdx.x * P + own.group, (int)gridDim.x * P);
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
@@ -1483,8 +1485,10 @@ int64_t cost(const division &d, live how, int rounds, int units, int64_t bytes, 
     // Of many rounds the last, where it is not full: those that are left read slower than all.
     const bool many_tiles = d.tiles >= 8 * ctas;
     const int idle = d.line || !many_tiles ? 0 : rounds * d.clusters - d.tiles;
-    const int64_t read = (bytes + bytes / d.tiles * idle / 3) /
-                         ((how != kBeside ? 33 : bytes_bind ? 32 : 29) * ctas);
+    const int64_t read = (bytes + bytes / d.tiles * idle / 3) / ((how != kBeside ? 33
+                                                                  : bytes_bind   ? 32
+                                                                                 : 29) *
+                                                                 ctas);
     const int64_t x =
         how == kAlone && !many ? d.x_stages * d.groups * NT * step_units(F, NT) * 128 / 70 : 0;
     const int64_t launch = how == kAlone ? many            ? 3900

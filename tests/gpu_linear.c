@@ -59,6 +59,7 @@ static void one(linear_probe *p, const linear_weight *w, linear_trial t, const c
         fail(w, &t, what, wrong, &o);
         return;
     }
+    t.ahead = true;
     st = linear_probe_check(p, &t, 64, &again);
     if (st != ST_OK || again.hash != o.hash) fail(w, &t, what, "not the same bits again", &o);
     t.sabotage = 1; /* the twin: the comparison itself must fail */

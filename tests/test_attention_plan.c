@@ -199,11 +199,87 @@ static void test_pages_written_out(void **state) {
     mem_free(plan);
 }
 
+/* Pages of block b's list, all of them, in the order in which its four warps have them in turn;
+ * up to where a warp has tiles of its own. */
+static int32_t pages_of(const planned *p, int32_t b, const int32_t *page, int32_t (*at)[2]) {
+    int32_t n = 0;
+    for (int32_t i = b; i >= 0; i = p->run[i].next) {
+        const attention_run *r = &p->run[i];
+        if (r->lone >= 0) return n;
+        for (int32_t leaf = r->from; leaf < r->to; leaf++) {
+            const int32_t token = r->begin + leaf % r->n * r->leaf;
+            for (int32_t k = 0; k < r->leaf && token + k < r->end; k += KV_PAGE_TOKENS, n++) {
+                at[n][0] = page[r->page_at + (token + k) / KV_PAGE_TOKENS];
+                at[n][1] = leaf / r->n / (tiles_of(p) / p->kv_heads);
+            }
+        }
+    }
+    return n;
+}
+
+/* Pieces that are not what a block reads at its place, are missing, or are there twice (as they may
+ * be where a head has two tiles). */
+static int32_t ahead_mistakes(const planned *p, const attention_ahead *a, const int32_t *page) {
+    enum { MOST = 4096 };
+    static int32_t at[MOST][2];
+    int32_t wrong = 0, all = 0;
+    for (int32_t b = 0; b < attention_decode_blocks(SMS) && p->plan->n_runs; b++) {
+        const int32_t n = pages_of(p, b, page, at);
+        CHECK(n <= MOST);
+        for (int32_t i = 0; i < ATTENTION_AHEAD_PAGES; i++) {
+            const int32_t place = ATTENTION_AHEAD_FIRST + i * ATTENTION_AHEAD_STRIDE;
+            if (place >= n) break;
+            int32_t found = 0;
+            for (int32_t k = 0; k < a->n; k++)
+                found += a->at[k].page == at[place][0] && a->at[k].head == at[place][1];
+            wrong += found < 1 || (found > 1 && tiles_of(p) == p->kv_heads);
+            all++;
+        }
+    }
+    return wrong + (all != a->n);
+}
+
+static void test_pieces_ahead(void **state) {
+    (void)state;
+    static const struct {
+        int32_t n, len, last, groups, window, pieces;
+    } row[] = {{16, 4096, 4096, 8, 0, 1024}, {64, 4096, 4096, 8, 0, 1024},
+               {40, 700, 9000, 8, 0, -1},    {30, 5000, 5000, 4, 1000, -1},
+               {20, 900, 20000, 1, 0, -1},   {64, 100, 100, 8, 0, 0},
+               {63, 100, 60000, 8, 0, -1}};
+    static attention_ahead a;
+    for (int32_t i = 0; i < COUNT_OF(row); i++) {
+        int32_t kv_len[SEQS_MAX], page[8192], pages = 0;
+        for (int32_t s = 0; s < row[i].n; s++) {
+            kv_len[s] = s + 1 < row[i].n ? row[i].len : row[i].last;
+            pages += (int32_t)div_up(kv_len[s], KV_PAGE_TOKENS);
+        }
+        for (int32_t k = 0; k < pages; k++) page[k] = (k * 7919 + 5) % 100003;
+        planned p = plan_of(row[i].n, row[i].groups, kv_len, row[i].window, false);
+        const int64_t bytes =
+            attention_ahead_make(&a, p.plan, page, HEADS, row[i].groups, 128, SMS);
+        assert_true(bytes == 8 + 8 * (int64_t)a.n);
+        assert_true(row[i].pieces < 0 || row[i].pieces == a.n);
+        assert_int_equal(ahead_mistakes(&p, &a, page), 0);
+        if (a.n && row[i].groups > 1) { /* the twins: another head, a page twice, a piece lost */
+            a.at[a.n / 2].head ^= 1;
+            assert_true(ahead_mistakes(&p, &a, page) != 0);
+            a.at[a.n / 2] = a.at[0];
+            assert_true(ahead_mistakes(&p, &a, page) != 0);
+            (void)attention_ahead_make(&a, p.plan, page, HEADS, row[i].groups, 128, SMS);
+            a.n--;
+            assert_true(ahead_mistakes(&p, &a, page) != 0);
+        }
+        mem_free(p.plan);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_leaf_once),
         cmocka_unit_test(test_shares_are_even),
         cmocka_unit_test(test_pages_written_out),
+        cmocka_unit_test(test_pieces_ahead),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
