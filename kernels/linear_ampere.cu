@@ -548,8 +548,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
     __shared__ linear_shared later_of[LINEAR_WARPS];
     begin_launch<NT>(tile_start, p);
-    linear_shared *later = &later_of[threadIdx.x / 32];
-    linear_shared_init(later);
+    linear_shared_init(&later_of[threadIdx.x / 32]);
 
     linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s, next;
@@ -569,11 +568,14 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         own_sums(own, acc, reinterpret_cast<float4 *>(shared));
         more = walk.next(next);
         if (more) begin();
-        if (SH != BLOCKS) s.m0 += threadIdx.x / 128 * S::own; // what is this warp's
-        if (s.step1 - s.step0 == p.steps || linear_share<S::own, R>(own, p, walk, s, later))
-            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[threadIdx.x / 32]);
+        const int warp = linear_thread_anew() / 32;
+        if (SH != BLOCKS) s.m0 += warp / 4 * S::own; // what is this warp's
+        if (s.step1 - s.step0 == p.steps ||
+            linear_share<S::own, R>(own, p, walk, s, &later_of[warp]))
+            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[warp]);
     }
-    linear_finish_all<T, S::own, R, S::groups>(p, later, turn[threadIdx.x / 32]);
+    const int warp = threadIdx.x / 32;
+    linear_finish_all<T, S::own, R, S::groups>(p, &later_of[warp], turn[warp]);
 }
 
 // Of an SM.
