@@ -338,12 +338,13 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
         dequant_load_packed<F>(s, scales_at(stage, atom, r), place, sym);
     }
     // Its scales, where a granule begins.
-    __device__ __forceinline__ void scales(dequant_scales &s, uint32_t stage, int atom,
-                                           int r) const {
+    __device__ __forceinline__ void scales(dequant_rows &s, uint32_t stage, int atom, int r) const {
         if (!S::scale || (!FINE && atom % 4)) return;
         if (FINE && F == WF_MXFP4 && atom % 2) return;
         if (FINE && F == WF_INT4 && (atom % 4 * 16 & (granule - 1))) return;
-        dequant_load_scales<T, F>(s, scales_at(stage, atom, r), place, sym);
+        dequant_packed from;
+        packed(from, stage, atom, r);
+        s = dequant_rows_of<T, F, false>(from);
     }
 };
 
@@ -362,7 +363,7 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
     const source &in;
     uint32_t a[2][4], b[rolls ? 1 : 2][source::words];
     uint4 chunk[R];
-    dequant_scales scales[R];
+    dequant_rows scales[R];
     dequant_packed packed[R];
     float q[sums ? R : 1][sums ? n : 1], x_sum[sums ? n : 1]; // of the unit at hand
 
@@ -373,7 +374,7 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
         if (sums)
             raw_codes<T>::fragment(a[i % 2], word[0]);
         else
-            dequant_word<T, F>(a[i % 2], word, scales[r]);
+            dequant_word<T, F>(a[i % 2], word, dequant_scales_of(scales[r]));
     }
     __device__ __forceinline__ void begin(uint32_t stage) {
         in.inputs(b[0], stage, 0);
@@ -393,7 +394,8 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
             if (next % 4 == 0) in.packed(packed[r], stage, next, r);
             if (next % 4 == 0 && r == R - 1) { // once the last ones have been used
 #pragma unroll
-                for (int k = 0; k < R; k++) dequant_scales_of<T, WF_INT4>(scales[k], packed[k]);
+                for (int k = 0; k < R; k++)
+                    scales[k] = dequant_rows_of<T, WF_INT4, false>(packed[k]);
             }
         } else if (!sums) {
             in.scales(scales[r], stage, next, r);
