@@ -458,6 +458,12 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
     }
 };
 
+// The compiler moves no product over an exit. Steps are not negative, so this one is never taken;
+// `less`: below zero, of each another, since it drops what is known to be false.
+__device__ __forceinline__ void divide_products(int step, int less) {
+    asm volatile("{ .reg .pred p; setp.lt.s32 p, %0, %1; @p exit; }" ::"r"(step), "r"(less));
+}
+
 template <typename T, int F, int NT, int R, share SH, int KU, bool FINE, int kStages>
 __device__ __forceinline__ void
 multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segment &s,
@@ -467,6 +473,9 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
     using O = operands<T, F, NT, R, SH, KU, FINE>;
     // The compiler moves no product over a branch, and then has registers enough.
     constexpr bool kApart = S::rows == 128 && (O::bits == 8 || F == WF_NVFP4);
+    // Of so many products the compiler puts off the copies until fragments of x that come after
+    // them are late, and conversions until they are all in one place.
+    constexpr bool kDivided = S::rows == 128 && R > 1 && !kApart;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     const auto after = [&](uint32_t stage) {
         return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;
@@ -488,6 +497,7 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
 #pragma unroll
         for (int i = 0; i < O::atoms * R; i++) {
             const int r = i % R, j = i / R;
+            if (kDivided && (i == 1 || i == 5)) divide_products(step, -1 - i);
             if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
             if (r == 0 && j == O::atoms - 1 && (!kApart || step + 1 < s.step1)) turn();
             o.prepare(read, i);
