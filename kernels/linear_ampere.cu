@@ -120,8 +120,16 @@ struct loader {
     static constexpr int kCode = (S::code / 16 + N - 1) / N;
     static constexpr int kX = (S::x / 16 + N - 1) / N;
     static constexpr int kScale = (S::blocks * S::scale_block / 16 + N - 1) / N;
+    static constexpr int kChunks = KU * S::unit / 16; // of a block
     static constexpr uint32_t kNone = ~0u;
+    // Tall tiles copy blocks and rows past the end too, others in their place, since nobody writes
+    // their products: so no copy needs a predicate of its own. And places are counted from pointers
+    // that move on, not from the matrix's start.
+    static constexpr bool kAll =
+        NT == 128 && KU == 1 && N == kThreads && F != WF_INT8 && F != WF_16; // slower there
+    static_assert(!kAll || (S::code / 16 % N == 0 && S::x / 16 % N == 0), "predicates needed");
     const linear_args &p;
+    const uint8_t *code, *x; // kAll: code_of and x_of the step that comes next
     uint32_t code_at[kCode], x_at[kX], x_to, scale_at[kScale + 1], scale_to[kScale + 1];
     int unit, scale_row[kScale + 1]; // unit: the first of the step that comes next
 
@@ -136,26 +144,27 @@ struct loader {
     }
 
     __device__ __forceinline__ void begin(const linear_segment &s, int unit0) {
-        const int tid = threadIdx.x % N;
+        const int tid = linear_thread_anew() % N;
         unit = unit0;
 #pragma unroll
         for (int i = 0; i < kCode; i++) {
-            constexpr int kChunks = KU * S::unit / 16; // of a block
             const int c = tid + i * N;
-            const int32_t b = c < S::code / 16 ? block(s, c / kChunks) : p.blocks;
-            code_at[i] = b < p.blocks ? (uint32_t)(s.expert * (p.code_bytes / 16)) +
-                                            (uint32_t)(b * p.units) * (S::unit / 16) + c % kChunks
-                                      : kNone;
+            int32_t b = c < S::code / 16 ? block(s, c / kChunks) : p.blocks;
+            if (kAll && b >= p.blocks) b = 0;
+            code_at[i] = kAll || b < p.blocks ? (uint32_t)(s.expert * (p.code_bytes / 16)) +
+                                                    (uint32_t)(b * p.units) * (S::unit / 16) +
+                                                    (kAll ? i * N % kChunks : c % kChunks)
+                                              : kNone;
             asm volatile("" : "+r"(code_at[i]));
         }
 #pragma unroll
         for (int i = 0; i < kX; i++) {
             const int c = tid + i * N;
-            const int32_t m = s.m0 + c / 8 % NT;
+            const int32_t m = min(s.m0 + c / 8 % NT, kAll ? s.m_end - 1 : INT32_MAX);
             x_at[i] = kNone;
-            if (c < S::x / 16 && m < s.m_end)
-                x_at[i] =
-                    (uint32_t)((p.x_row ? p.x_row[m] : m) * (p.ldx / 8)) + c / 8 / NT * 8 + c % 8;
+            if (kAll || (c < S::x / 16 && m < s.m_end))
+                x_at[i] = (uint32_t)((p.x_row ? p.x_row[m] : m) * (p.ldx / 8)) + c / 8 / NT * 8 +
+                          (kAll ? 0 : c % 8);
             asm volatile("" : "+r"(x_at[i]));
         }
 #pragma unroll
@@ -174,16 +183,19 @@ struct loader {
     }
 
     // Of a step from `unit` on, if it is wanted. Units and inputs past the end become zero, so that
-    // they meet nothing that is not finite.
-    __device__ __forceinline__ void load_weights(uint32_t to, bool wanted, int unit) const {
+    // they meet nothing that is not finite. `from`: code_of or x_of the unit.
+    __device__ __forceinline__ void load_weights(uint32_t to, bool wanted, int unit,
+                                                 const uint8_t *from) const {
         const int tid = threadIdx.x % N;
         if (STRIDE > KU) wanted = wanted && unit < p.units;
 #pragma unroll
         for (int i = 0; i < kCode; i++) {
             const int c = tid + i * N;
-            copy16(to + c * 16, p.code + (uint64_t)(code_at[i] + unit * (S::unit / 16)) * 16,
+            copy16(to + c * 16,
+                   kAll ? from + (uint64_t)code_at[i] * 16
+                        : p.code + (uint64_t)(code_at[i] + unit * (S::unit / 16)) * 16,
                    KU == 1 || unit + c / (S::unit / 16) % KU < p.units,
-                   wanted && code_at[i] != kNone);
+                   wanted && (kAll || code_at[i] != kNone));
         }
         const int32_t row0 = unit * 64 >> p.granule_shift;
 #pragma unroll
@@ -192,35 +204,54 @@ struct loader {
                    p.scale + (uint64_t)(scale_at[i] + row0 * (p.granule_bytes / 16)) * 16,
                    KU == 1 || row0 + scale_row[i] < p.granules, wanted && scale_at[i] != kNone);
     }
-    __device__ __forceinline__ void load_x(uint32_t to, bool wanted, int unit) const {
+    __device__ __forceinline__ void load_x(uint32_t to, bool wanted, int unit,
+                                           const uint8_t *from) const {
         const int tid = threadIdx.x % N;
         if (STRIDE > KU) wanted = wanted && unit < p.units;
 #pragma unroll
         for (int i = 0; i < kX; i++)
             copy16((to + x_to + i * N * 16) ^ (N / 8 * i % 8 << 4),
-                   static_cast<const uint8_t *>(p.x) + (uint64_t)(x_at[i] + unit * 8) * 16,
+                   kAll ? from + (uint64_t)x_at[i] * 16
+                        : static_cast<const uint8_t *>(p.x) + (uint64_t)(x_at[i] + unit * 8) * 16,
                    unit * 64 + (tid + i * N) / 8 / NT * 64 + tid % 8 * 8 < p.k,
-                   wanted && x_at[i] != kNone);
+                   wanted && (kAll || x_at[i] != kNone));
     }
-    // The next step, as one group of copies.
-    __device__ __forceinline__ void load(uint32_t to, bool wanted) {
-        load_weights(to, wanted, unit);
-        load_x(to, wanted, unit);
-        copy_commit();
-        unit += STRIDE;
+    // What places of tall tiles are counted from: of each thread another, since what is the same of
+    // all would be in a uniform register, which costs each copy a move.
+    __device__ __forceinline__ const uint8_t *code_of(int unit) const {
+        return p.code + (uint64_t)unit * S::unit + threadIdx.x % N % kChunks * 16;
+    }
+    __device__ __forceinline__ const uint8_t *x_of(int unit) const {
+        return static_cast<const uint8_t *>(p.x) + (uint64_t)unit * 128 + threadIdx.x % 8 * 16;
     }
     // The first STEPS of `n`, `bytes` apart: their weights before the launch before this one has
     // ended.
     template <int STEPS> __device__ __forceinline__ void load_first(uint32_t to, int bytes, int n) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) load_weights(to + i * bytes, i < n, unit + i * STRIDE);
+        for (int i = 0; i < STEPS; i++)
+            load_weights(to + i * bytes, i < n, unit + i * STRIDE, code_of(unit + i * STRIDE));
         wait_for_previous();
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            load_x(to + i * bytes, i < n, unit + i * STRIDE);
+            load_x(to + i * bytes, i < n, unit + i * STRIDE, x_of(unit + i * STRIDE));
             copy_commit();
         }
         unit += STEPS * STRIDE;
+    }
+    // Those after the first, each as one group of copies.
+    __device__ __forceinline__ void begin_rest() {
+        if (!kAll) return;
+        code = code_of(unit);
+        x = x_of(unit);
+    }
+    __device__ __forceinline__ void load(uint32_t to, bool wanted) {
+        load_weights(to, wanted, unit, code);
+        load_x(to, wanted, unit, x);
+        copy_commit();
+        unit += STRIDE;
+        if (!kAll) return;
+        code += STRIDE * S::unit;
+        x += STRIDE * 128;
     }
 };
 
@@ -338,12 +369,13 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
         dequant_load_packed<F>(s, scales_at(stage, atom, r), place, sym);
     }
     // Its scales, where a granule begins.
-    __device__ __forceinline__ void scales(dequant_scales &s, uint32_t stage, int atom,
-                                           int r) const {
+    __device__ __forceinline__ void scales(dequant_rows &s, uint32_t stage, int atom, int r) const {
         if (!S::scale || (!FINE && atom % 4)) return;
         if (FINE && F == WF_MXFP4 && atom % 2) return;
         if (FINE && F == WF_INT4 && (atom % 4 * 16 & (granule - 1))) return;
-        dequant_load_scales<T, F>(s, scales_at(stage, atom, r), place, sym);
+        dequant_packed from;
+        packed(from, stage, atom, r);
+        s = dequant_rows_of<T, F, false>(from);
     }
 };
 
@@ -362,7 +394,7 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
     const source &in;
     uint32_t a[2][4], b[rolls ? 1 : 2][source::words];
     uint4 chunk[R];
-    dequant_scales scales[R];
+    dequant_rows scales[R];
     dequant_packed packed[R];
     float q[sums ? R : 1][sums ? n : 1], x_sum[sums ? n : 1]; // of the unit at hand
 
@@ -373,7 +405,7 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
         if (sums)
             raw_codes<T>::fragment(a[i % 2], word[0]);
         else
-            dequant_word<T, F>(a[i % 2], word, scales[r]);
+            dequant_word<T, F>(a[i % 2], word, dequant_scales_of(scales[r]));
     }
     __device__ __forceinline__ void begin(uint32_t stage) {
         in.inputs(b[0], stage, 0);
@@ -393,7 +425,8 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
             if (next % 4 == 0) in.packed(packed[r], stage, next, r);
             if (next % 4 == 0 && r == R - 1) { // once the last ones have been used
 #pragma unroll
-                for (int k = 0; k < R; k++) dequant_scales_of<T, WF_INT4>(scales[k], packed[k]);
+                for (int k = 0; k < R; k++)
+                    scales[k] = dequant_rows_of<T, WF_INT4, false>(packed[k]);
             }
         } else if (!sums) {
             in.scales(scales[r], stage, next, r);
@@ -425,6 +458,12 @@ template <typename T, int F, int NT, int R, share SH, int KU, bool FINE> struct 
     }
 };
 
+// The compiler moves no product over an exit. Steps are not negative, so this one is never taken;
+// `less`: below zero, of each another, since it drops what is known to be false.
+__device__ __forceinline__ void divide_products(int step, int less) {
+    asm volatile("{ .reg .pred p; setp.lt.s32 p, %0, %1; @p exit; }" ::"r"(step), "r"(less));
+}
+
 template <typename T, int F, int NT, int R, share SH, int KU, bool FINE, int kStages>
 __device__ __forceinline__ void
 multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segment &s,
@@ -434,6 +473,9 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
     using O = operands<T, F, NT, R, SH, KU, FINE>;
     // The compiler moves no product over a branch, and then has registers enough.
     constexpr bool kApart = S::rows == 128 && (O::bits == 8 || F == WF_NVFP4);
+    // Of so many products the compiler puts off the copies until fragments of x that come after
+    // them are late, and conversions until they are all in one place.
+    constexpr bool kDivided = S::rows == 128 && R > 1 && !kApart;
     uint32_t write = shared + (kStages - 1) * S::bytes, read = shared;
     const auto after = [&](uint32_t stage) {
         return stage == shared + (kStages - 1) * S::bytes ? shared : stage + S::bytes;
@@ -444,6 +486,7 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
         read = after(read);
     };
     O o = {in};
+    from.begin_rest();
     copy_wait<kStages - 2>();
     __syncthreads();
     o.begin(read);
@@ -454,6 +497,7 @@ multiply_segment(float (&acc)[R][NT / (SH == ROWS ? 4 : 2)], const linear_segmen
 #pragma unroll
         for (int i = 0; i < O::atoms * R; i++) {
             const int r = i % R, j = i / R;
+            if (kDivided && (i == 1 || i == 5)) divide_products(step, -1 - i);
             if (O::sums && j % 4 == 0) in.packed(o.packed[r], read, j, r);
             if (r == 0 && j == O::atoms - 1 && (!kApart || step + 1 < s.step1)) turn();
             o.prepare(read, i);
@@ -548,8 +592,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     __shared__ __align__(16) float turn[LINEAR_WARPS][LINEAR_STAGE_FLOATS];
     __shared__ linear_shared later_of[LINEAR_WARPS];
     begin_launch<NT>(tile_start, p);
-    linear_shared *later = &later_of[threadIdx.x / 32];
-    linear_shared_init(later);
+    linear_shared_init(&later_of[threadIdx.x / 32]);
 
     linear_walk<NT, true> walk(p, p.expert_start ? tile_start : nullptr);
     linear_segment s, next;
@@ -569,11 +612,14 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         own_sums(own, acc, reinterpret_cast<float4 *>(shared));
         more = walk.next(next);
         if (more) begin();
-        if (SH != BLOCKS) s.m0 += threadIdx.x / 128 * S::own; // what is this warp's
-        if (s.step1 - s.step0 == p.steps || linear_share<S::own, R>(own, p, walk, s, later))
-            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[threadIdx.x / 32]);
+        const int warp = linear_thread_anew() / 32;
+        if (SH != BLOCKS) s.m0 += warp / 4 * S::own; // what is this warp's
+        if (s.step1 - s.step0 == p.steps ||
+            linear_share<S::own, R>(own, p, walk, s, &later_of[warp]))
+            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[warp]);
     }
-    linear_finish_all<T, S::own, R, S::groups>(p, later, turn[threadIdx.x / 32]);
+    const int warp = threadIdx.x / 32;
+    linear_finish_all<T, S::own, R, S::groups>(p, &later_of[warp], turn[warp]);
 }
 
 // Of an SM.

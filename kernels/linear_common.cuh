@@ -265,8 +265,9 @@ enum {
 }; // one warp's 8 x rows of 16 outputs, rows padded by one vector
 
 // Eight x rows of one strip: from the fragment (lane = 4 g + t) to lane = 4 row + n / 4.
-__device__ __forceinline__ float4 linear_turn(const float *c, float *stage) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+__device__ __forceinline__ float4 linear_turn(const float *c, float *stage,
+                                              int thread = threadIdx.x) {
+    const int lane = thread % 32, g = lane / 4, t = lane % 4;
     __syncwarp();
     stage[(2 * t) * 20 + g] = c[0];
     stage[(2 * t + 1) * 20 + g] = c[1];
@@ -284,9 +285,9 @@ struct linear_outputs {
 template <typename T>
 __device__ __forceinline__ linear_outputs linear_outputs_of(const linear_args &p, int32_t expert,
                                                             int32_t block, int32_t row,
-                                                            int strip = threadIdx.x / 32 % 4) {
+                                                            int strip = threadIdx.x / 32 % 4,
+                                                            int quad = threadIdx.x % 4) {
     linear_outputs o = {{1.f, 1.f, 1.f, 1.f}, {0.f, 0.f, 0.f, 0.f}};
-    const int quad = threadIdx.x % 4;
     if (p.channel)
         o.scale = *reinterpret_cast<const float4 *>(
             p.channel + ((int64_t)expert * p.blocks + block) * 64 + strip * 16 + quad * 4);
@@ -337,14 +338,15 @@ struct linear_place {
 
 template <int R, int GROUPS>
 __device__ __forceinline__ linear_place linear_place_of(const linear_args &p,
-                                                        const linear_segment &s, int r) {
-    const int warp = threadIdx.x / 32, strip = warp % 4;
+                                                        const linear_segment &s, int r,
+                                                        int thread = threadIdx.x) {
+    const int warp = thread / 32, strip = warp % 4;
     linear_place at;
     at.block = linear_block<R, GROUPS>(p, s.tile_n, warp / 4 % GROUPS, r);
     const int32_t half = at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
-    at.col = half * p.half_rows + in_half + threadIdx.x % 4 * 4;
+    at.col = half * p.half_rows + in_half + thread % 4 * 4;
     return at;
 }
 
@@ -373,12 +375,13 @@ struct linear_row_outputs {
 };
 template <typename T>
 __device__ __forceinline__ linear_row_outputs linear_row_outputs_of(const linear_args &p,
-                                                                    int32_t expert, int32_t block) {
+                                                                    int32_t expert, int32_t block,
+                                                                    int thread) {
     linear_row_outputs o = {{1.f, 1.f}, {0.f, 0.f}};
     const int32_t half = block >= p.half_blocks ? 1 : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int in = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * i;
+        const int in = thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * i;
         if (p.channel) o.scale[i] = p.channel[((int64_t)expert * p.blocks + block) * 64 + in];
         if (p.global_scale) o.scale[i] = p.global_scale[expert];
         if (p.bias)
@@ -391,8 +394,9 @@ __device__ __forceinline__ linear_row_outputs linear_row_outputs_of(const linear
 
 // Eight x rows of one strip, rounded: from the fragment to four outputs of x row lane / 4, those
 // from 0, 8, 4 and 12 on by lane % 4.
-template <typename T> __device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4]) {
-    const bool odd = threadIdx.x % 2;
+template <typename T>
+__device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4], int thread) {
+    const bool odd = thread % 2;
     const uint32_t low = turned(pack2<T>(v[0], v[1])), high = turned(pack2<T>(v[2], v[3]));
     const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
     return odd ? make_uint2(other, high) : make_uint2(low, other);
@@ -405,21 +409,22 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
                                               const linear_segment &s, float *stage) {
     constexpr int ALL = NT / 8, AT = ALL < 4 ? ALL : 4;
     const bool gated = R > 1 && p.paired, wide = p.y_f32 || p.epilogue == LINEAR_RESIDUAL;
-    const int lane = linear_thread_anew() % 32;
+    const int thread = linear_thread_anew(), lane = thread % 32;
     const int32_t row = s.m0 + lane / 4;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         constexpr int kUp = R > 1 ? 1 : 0; // block r + kUp is the up half of block r
         if (gated && (r % 2 || r + 1 == R)) continue;
-        const linear_place at = linear_place_of<R, GROUPS>(p, s, r);
+        const linear_place at = linear_place_of<R, GROUPS>(p, s, r, thread);
         if (!at.there) continue;
         if (wide) {
-            const linear_outputs o = linear_outputs_of<T>(p, s.expert, at.block, at.col);
+            const linear_outputs o =
+                linear_outputs_of<T>(p, s.expert, at.block, at.col, thread / 32 % 4, thread % 4);
 #pragma unroll 1
             for (int j0 = 0; j0 < ALL && s.m0 + 8 * j0 < s.m_end; j0 += AT) {
 #pragma unroll
                 for (int j = 0; j < AT; j++) {
-                    const float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage), o);
+                    const float4 v = linear_affine(linear_turn(&acc[r][4 * j], stage, thread), o);
                     if (row + 8 * (j0 + j) < s.m_end)
                         linear_put<T>(p, row + 8 * (j0 + j), at.col, v);
                 }
@@ -427,7 +432,7 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
             }
             continue;
         }
-        const linear_row_outputs o = linear_row_outputs_of<T>(p, s.expert, at.block);
+        const linear_row_outputs o = linear_row_outputs_of<T>(p, s.expert, at.block, thread);
         T *y = static_cast<T *>(p.y) + (int64_t)row * p.ldy + at.col - lane % 4 * 4 + lane % 2 * 8 +
                lane % 4 / 2 * 4; // as linear_turn_16 has them
         const auto value = [&](const linear_row_outputs &of, const float *c, int e) {
@@ -439,13 +444,13 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
                 float v[4];
 #pragma unroll
                 for (int e = 0; e < 4; e++) v[e] = value(o, &acc[r][4 * j], e);
-                const uint2 out = linear_turn_16<T>(v);
+                const uint2 out = linear_turn_16<T>(v, thread);
                 if (row + 8 * j < s.m_end) *reinterpret_cast<uint2 *>(y) = out;
             }
             continue;
         }
         const linear_row_outputs up =
-            linear_row_outputs_of<T>(p, s.expert, at.block + p.half_blocks);
+            linear_row_outputs_of<T>(p, s.expert, at.block + p.half_blocks, thread);
 #pragma unroll 1
         for (int j0 = 0; j0 < ALL && s.m0 + 8 * j0 < s.m_end; j0 += AT) {
 #pragma unroll
@@ -456,7 +461,7 @@ __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const lin
                     v[e] =
                         linear_gate(value(o, &acc[r][4 * j], e),
                                     value(up, &acc[(r + kUp) % R][4 * j], e), p.epilogue, p.limit);
-                const uint2 out = linear_turn_16<T>(v);
+                const uint2 out = linear_turn_16<T>(v, thread);
                 if (row + 8 * (j0 + j) < s.m_end) *reinterpret_cast<uint2 *>(y) = out;
             }
             linear_move_down<4 * AT>(acc[r]);
