@@ -120,6 +120,9 @@ struct loader {
     static constexpr int kCode = (S::code / 16 + N - 1) / N;
     static constexpr int kX = (S::x / 16 + N - 1) / N;
     static constexpr int kScale = (S::blocks * S::scale_block / 16 + N - 1) / N;
+    // What follows from the thread is found anew at each tile's end, lest it take registers of the
+    // main loop; of few rows and of 16 bits that was slower.
+    static constexpr bool kAnew = NT >= 32 && N == kThreads && F != WF_16;
     static constexpr int kChunks = KU * S::unit / 16; // of a block
     static constexpr uint32_t kNone = ~0u;
     // Tall tiles copy blocks and rows past the end too, others in their place, since nobody writes
@@ -144,7 +147,7 @@ struct loader {
     }
 
     __device__ __forceinline__ void begin(const linear_segment &s, int unit0) {
-        const int tid = linear_thread_anew() % N;
+        const int tid = (kAnew ? (unsigned)linear_thread_anew() : threadIdx.x) % N;
         unit = unit0;
 #pragma unroll
         for (int i = 0; i < kCode; i++) {
@@ -612,11 +615,13 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         own_sums(own, acc, reinterpret_cast<float4 *>(shared));
         more = walk.next(next);
         if (more) begin();
-        const int warp = linear_thread_anew() / 32;
+        const unsigned thread =
+            decltype(from)::kAnew ? (unsigned)linear_thread_anew() : threadIdx.x;
+        const int warp = thread / 32;
         if (SH != BLOCKS) s.m0 += warp / 4 * S::own; // what is this warp's
         if (s.step1 - s.step0 == p.steps ||
             linear_share<S::own, R>(own, p, walk, s, &later_of[warp]))
-            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[warp]);
+            linear_finish<T, S::own, R, S::groups>(own, p, s, turn[warp], thread);
     }
     const int warp = threadIdx.x / 32;
     linear_finish_all<T, S::own, R, S::groups>(p, &later_of[warp], turn[warp]);

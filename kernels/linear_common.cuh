@@ -266,7 +266,7 @@ enum {
 
 // Eight x rows of one strip: from the fragment (lane = 4 g + t) to lane = 4 row + n / 4.
 __device__ __forceinline__ float4 linear_turn(const float *c, float *stage,
-                                              int thread = threadIdx.x) {
+                                              unsigned thread = threadIdx.x) {
     const int lane = thread % 32, g = lane / 4, t = lane % 4;
     __syncwarp();
     stage[(2 * t) * 20 + g] = c[0];
@@ -339,7 +339,7 @@ struct linear_place {
 template <int R, int GROUPS>
 __device__ __forceinline__ linear_place linear_place_of(const linear_args &p,
                                                         const linear_segment &s, int r,
-                                                        int thread = threadIdx.x) {
+                                                        unsigned thread = threadIdx.x) {
     const int warp = thread / 32, strip = warp % 4;
     linear_place at;
     at.block = linear_block<R, GROUPS>(p, s.tile_n, warp / 4 % GROUPS, r);
@@ -376,7 +376,7 @@ struct linear_row_outputs {
 template <typename T>
 __device__ __forceinline__ linear_row_outputs linear_row_outputs_of(const linear_args &p,
                                                                     int32_t expert, int32_t block,
-                                                                    int thread) {
+                                                                    unsigned thread) {
     linear_row_outputs o = {{1.f, 1.f}, {0.f, 0.f}};
     const int32_t half = block >= p.half_blocks ? 1 : 0;
 #pragma unroll
@@ -395,7 +395,7 @@ __device__ __forceinline__ linear_row_outputs linear_row_outputs_of(const linear
 // Eight x rows of one strip, rounded: from the fragment to four outputs of x row lane / 4, those
 // from 0, 8, 4 and 12 on by lane % 4.
 template <typename T>
-__device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4], int thread) {
+__device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4], unsigned thread) {
     const bool odd = thread % 2;
     const uint32_t low = turned(pack2<T>(v[0], v[1])), high = turned(pack2<T>(v[2], v[3]));
     const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
@@ -406,10 +406,11 @@ __device__ __forceinline__ uint2 linear_turn_16(const float (&v)[4], int thread)
 // for what is f32 or added to y; all else, gated outputs too, is rounded before it is turned.
 template <typename T, int NT, int R, int GROUPS = 2>
 __device__ __forceinline__ void linear_finish(float (&acc)[R][NT / 2], const linear_args &p,
-                                              const linear_segment &s, float *stage) {
+                                              const linear_segment &s, float *stage,
+                                              unsigned thread = threadIdx.x) {
     constexpr int ALL = NT / 8, AT = ALL < 4 ? ALL : 4;
     const bool gated = R > 1 && p.paired, wide = p.y_f32 || p.epilogue == LINEAR_RESIDUAL;
-    const int thread = linear_thread_anew(), lane = thread % 32;
+    const int lane = linear_thread_anew() % 32;
     const int32_t row = s.m0 + lane / 4;
 #pragma unroll
     for (int r = 0; r < R; r++) {
