@@ -1,6 +1,6 @@
 /* cmd_chat.c - `amalgam chat`: a conversation in the terminal, streamed, with history. */
 #include "chat_template.h"
-#include "cli.h"
+#include "cmd_sampling.h"
 #include "engine.h"
 #include "output.h"
 #include "sampler.h"
@@ -13,8 +13,8 @@
 
 typedef struct {
     const char *model, *precision, *device, *system;
-    double temperature, top_p, min_p, penalty, presence, frequency;
-    int64_t max_new, top_k, seed, threads, tp;
+    cmd_sampling draws;
+    int64_t max_new, threads, tp;
     bool no_thinking;
 } arguments;
 
@@ -102,31 +102,21 @@ static status encode(const talk *t, ids *prompt) {
     return st;
 }
 
-static sampling sampling_of(const arguments *a, int64_t seed) {
-    return (sampling){.temperature = (float)a->temperature,
-                      .top_k = (int32_t)a->top_k,
-                      .top_p = (float)a->top_p,
-                      .min_p = (float)a->min_p,
-                      .repetition_penalty = (float)a->penalty,
-                      .presence_penalty = (float)a->presence,
-                      .frequency_penalty = (float)a->frequency,
-                      .seed = (uint64_t)seed,
-                      .n_logprobs = -1};
-}
-
 static status generate(talk *t, const ids *prompt, request_log *log) {
     const arguments *a = t->a;
     const int64_t room = engine_ctx_max(t->engine) - prompt->length;
     int32_t n_eos;
     const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
     if (room < 1) return FAIL(ST_RANGE, "the conversation is full; /reset begins another");
+    cmd_sampling draws = a->draws;
+    draws.seed += t->n_turns; /* a stream of its own for each answer */
     const request r = {.id = t->n_turns++,
                        .prompt = prompt->data,
                        .n_prompt = (int32_t)prompt->length,
                        .max_new = (int32_t)i64_min(a->max_new, room),
                        .stop_token = eos,
                        .n_stop_tokens = n_eos,
-                       .sampling = sampling_of(a, a->seed + t->n_turns),
+                       .sampling = cmd_sampling_of(&draws),
                        .user = -1};
     const struct sigaction on_stop = {.sa_handler = stop_answer,
                                       .sa_flags = SA_RESTART | (int)SA_RESETHAND};
@@ -214,8 +204,11 @@ static status converse(talk *t) {
 }
 
 int cmd_chat(int argc, char **argv) {
-    arguments a = {
-        .precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 512, .tp = 1};
+    arguments a = {.precision = "auto",
+                   .device = "cpu",
+                   .draws = {.top_p = 1, .repetition = 1},
+                   .max_new = 512,
+                   .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "checkpoint folder with a chat template"},
         {"--precision", CLI_TEXT, &a.precision, "NAME",
@@ -225,16 +218,7 @@ int cmd_chat(int argc, char **argv) {
         {"--no-thinking", CLI_FLAG, &a.no_thinking, NULL,
          "enable_thinking = false for the template"},
         {"--max-tokens", CLI_INT, &a.max_new, "N", "of an answer (512)"},
-        {"--temperature", CLI_NUMBER, &a.temperature, "T", "0 = greedy, the default"},
-        {"--top-k", CLI_INT, &a.top_k, "K", "0 = all"},
-        {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
-        {"--min-p", CLI_NUMBER, &a.min_p, "P", "0 = all"},
-        {"--repetition-penalty", CLI_NUMBER, &a.penalty, "R", "1 = none"},
-        {"--presence-penalty", CLI_NUMBER, &a.presence, "P",
-         "off the logits of what the output has, -2 to 2 (0)"},
-        {"--frequency-penalty", CLI_NUMBER, &a.frequency, "P",
-         "off them for each time that it has them, -2 to 2 (0)"},
-        {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
+#include "cmd_sampling.def"
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
@@ -243,11 +227,11 @@ int cmd_chat(int argc, char **argv) {
     status st = cli_parse(argc - 1, argv + 1, "chat --model DIR [options]", options, NULL, &n_args);
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "chat needs --model");
     const cli_range ranges[] = {{"--max-tokens", a.max_new, 1, 1 << 24},
-                                {"--top-k", a.top_k, 0, 1 << 24},
+                                {"--top-k", a.draws.top_k, 0, 1 << 24},
                                 {"--threads", a.threads, 0, 1024},
                                 {"--tp", a.tp, 1, 64}};
     if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
-    const sampling s = sampling_of(&a, a.seed);
+    const sampling s = cmd_sampling_of(&a.draws);
     if (st == ST_OK) st = sampling_check(&s);
     talk t = {.a = &a};
     if (st == ST_OK) st = forget(&t); /* before the weights are read: --system may be no text */

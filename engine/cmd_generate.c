@@ -1,5 +1,5 @@
 /* cmd_generate.c - `amalgam generate`: text from a prompt, on any device. */
-#include "cli.h"
+#include "cmd_sampling.h"
 #include "engine.h"
 #include "json.h"
 #include "output.h"
@@ -25,8 +25,8 @@ static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
 
 typedef struct {
     const char *model, *precision, *device, *family, *prompt, *file;
-    double temperature, top_p, min_p, penalty, presence, frequency;
-    int64_t max_new, min_new, top_k, seed, threads, tp;
+    cmd_sampling draws;
+    int64_t max_new, min_new, threads, tp;
     bool stream, json, ignore_eos;
     cli_texts stop;
 } arguments;
@@ -50,23 +50,16 @@ static void generation_close(generation *g) {
 }
 
 static sampling sampling_of(const arguments *a) {
-    return (sampling){.temperature = (float)a->temperature,
-                      .top_k = (int32_t)a->top_k,
-                      .top_p = (float)a->top_p,
-                      .min_p = (float)a->min_p,
-                      .repetition_penalty = (float)a->penalty,
-                      .presence_penalty = (float)a->presence,
-                      .frequency_penalty = (float)a->frequency,
-                      .seed = (uint64_t)a->seed,
-                      .n_logprobs = -1,
-                      .min_tokens = (int32_t)a->min_new};
+    sampling s = cmd_sampling_of(&a->draws);
+    s.min_tokens = (int32_t)a->min_new;
+    return s;
 }
 
 /* All that can be said before a file is read. */
 static status check(const arguments *a) {
     const cli_range ranges[] = {{"--max-tokens", a->max_new, 1, 1 << 24},
                                 {"--min-tokens", a->min_new, 0, a->max_new},
-                                {"--top-k", a->top_k, 0, 1 << 24},
+                                {"--top-k", a->draws.top_k, 0, 1 << 24},
                                 {"--threads", a->threads, 0, 1024},
                                 {"--tp", a->tp, 1, 64}};
     if (!a->model) return FAIL(ST_USAGE, "generate needs --model");
@@ -144,8 +137,11 @@ static status print_json(const generation *g) {
 }
 
 int cmd_generate(int argc, char **argv) {
-    arguments a = {
-        .precision = "auto", .device = "cpu", .top_p = 1, .penalty = 1, .max_new = 128, .tp = 1};
+    arguments a = {.precision = "auto",
+                   .device = "cpu",
+                   .draws = {.top_p = 1, .repetition = 1},
+                   .max_new = 128,
+                   .tp = 1};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR",
          "checkpoint folder (config.json, *.safetensors, tokenizer.json)"},
@@ -156,16 +152,7 @@ int cmd_generate(int argc, char **argv) {
         {"--prompt-file", CLI_TEXT, &a.file, "FILE", "the same from a file"},
         {"--max-tokens", CLI_INT, &a.max_new, "N", "output tokens at most (128)"},
         {"--min-tokens", CLI_INT, &a.min_new, "N", "and at least, before an end or a --stop (0)"},
-        {"--temperature", CLI_NUMBER, &a.temperature, "T", "0 = greedy, the default"},
-        {"--top-k", CLI_INT, &a.top_k, "K", "0 = all"},
-        {"--top-p", CLI_NUMBER, &a.top_p, "P", "1 = all"},
-        {"--min-p", CLI_NUMBER, &a.min_p, "P", "0 = all"},
-        {"--repetition-penalty", CLI_NUMBER, &a.penalty, "R", "1 = none"},
-        {"--presence-penalty", CLI_NUMBER, &a.presence, "P",
-         "off the logits of what the output has, -2 to 2 (0)"},
-        {"--frequency-penalty", CLI_NUMBER, &a.frequency, "P",
-         "off them for each time that it has them, -2 to 2 (0)"},
-        {"--seed", CLI_INT, &a.seed, "N", "of the draws (0)"},
+#include "cmd_sampling.def"
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
