@@ -149,12 +149,15 @@ $(REPLAYS): $(O)/tests/%: tests/fuzz/%.c tests/fuzz/replay.c tests/fuzz/fuzz.h $
 ##@ Reproduce
 EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
 
-# A failed point does not keep the report from being made; it is the exit status all the same.
+# A failed point does not keep the report from being made; it is the exit status all the same. Ctrl-C
+# does: PAPER.md and README.md stay as they were.
 reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
-	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; $(O)/amalgam report && exit $$status
+	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; [ $$status -ne 130 ] || exit 130; \
+	    $(O)/amalgam report && exit $$status
 
 quick: build ## the same on a few points each, under build/quick (about a minute)
 	$(Q)$(O)/amalgam run $(EXPERIMENTS) --quick --results $(B)/quick/results; status=$$?; \
+	    [ $$status -ne 130 ] || exit 130; \
 	    $(O)/amalgam report --results $(B)/quick/results --out $(B)/quick && exit $$status
 
 report: build ## tables, plots and PAPER.md from the results that are stored
