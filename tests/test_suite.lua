@@ -459,6 +459,24 @@ end)
 
 -- --- report --------------------------------------------------------------------------------------
 
+test.case("a ratio of measurements counts those whose rows are of two versions", function()
+  local function row(p, model, version, origin)
+    return { experiment = "e10_x", status = "ok", time = "1", version = version, origin = origin,
+      definition = "d", key = { model = model, p = p }, metrics = { x = p == "4" and 3 or 2 } }
+  end
+  local function across(below, origin)
+    local data = report.data({ row("4", "a", "2", origin), row("16", "a", below, origin),
+      row("4", "b", "2", origin), row("16", "b", "2", origin) }, { version = "2" })
+    local found, _, n = data:ratios("e10", "model", { p = "4" }, { p = "16" }, "x")
+    test.equal(#found, 2)
+    test.near(found[1], 1.5, 0)
+    return n
+  end
+  test.equal(across("1", "measured"), 1)
+  test.equal(across("2", "measured"), 0)
+  test.equal(across("1", "predicted"), 0)
+end)
+
 test.case("templates compute their numbers and say what has no rows", function()
   local rows = { { experiment = "e03_x", status = "ok", time = "1", version = "v",
     key = { model = "m" }, metrics = { tokens = 12.345 } } }
