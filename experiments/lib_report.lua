@@ -561,6 +561,11 @@ local function template_environment(data, blocks)
     end
     return at > 0 and ("%.2f (%s)"):format(ratios[at], tostring(which[at])) or "*(no rows)*"
   end
+  --- Median of a metric over the rows with this key, repetitions mostly.
+  function env.median(name, filter, metric)
+    local values = data:values(name, filter, metric)
+    return #values > 0 and M.number(stats.median(values)) or "*(no rows)*"
+  end
   function env.ref(name)
     return blocks[name] and numbered(name) or error(("no table or figure '%s'"):format(name), 2)
   end
