@@ -149,12 +149,15 @@ $(REPLAYS): $(O)/tests/%: tests/fuzz/%.c tests/fuzz/replay.c tests/fuzz/fuzz.h $
 ##@ Reproduce
 EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
 
-# A failed point does not keep the report from being made; it is the exit status all the same.
+# A failed point does not keep the report from being made; it is the exit status all the same. Ctrl-C
+# does: PAPER.md and README.md stay as they were.
 reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 12 minutes)
-	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; $(O)/amalgam report && exit $$status
+	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; [ $$status -ne 130 ] || exit 130; \
+	    $(O)/amalgam report && exit $$status
 
 quick: build ## the same on a few points each, under build/quick (about a minute)
 	$(Q)$(O)/amalgam run $(EXPERIMENTS) --quick --results $(B)/quick/results; status=$$?; \
+	    [ $$status -ne 130 ] || exit 130; \
 	    $(O)/amalgam report --results $(B)/quick/results --out $(B)/quick && exit $$status
 
 report: build ## tables, plots and PAPER.md from the results that are stored
@@ -169,16 +172,17 @@ bench: build ## what the suite itself costs (null, sim and cpu devices)
 # Shared libraries travel beside the program, all but the C library, cuBLAS and the driver's own: a node
 # needs nothing else installed. The program looks for them in lib/ beside itself (RPATH, so that
 # libraries of libraries are found there too).
-NODE_LIBS := ld-linux|libc|libm|libdl|librt|libpthread|libcublas|libcublasLt|libcuda
+NODE_FILES := experiments workloads plots baselines results tests/vectors LICENSE README.md
+NODE_LIBS  := ld-linux|libc|libm|libdl|librt|libpthread|libcublas|libcublasLt|libcuda
 dist: build ## a tarball for a GPU node: the program, its libraries and data, under build/
 	@rm -rf $(B)/dist && mkdir -p $(B)/dist/amalgam/lib
 	$(Q)cp $(O)/amalgam $(B)/dist/amalgam/
 	$(Q)ldd $(O)/amalgam | awk '/=> \// { print $$3 }' | grep -Ev '/($(NODE_LIBS))[-.]' | \
 	    xargs -I{} cp -L {} $(B)/dist/amalgam/lib/
-	$(Q)git ls-files experiments workloads plots baselines results tests/vectors LICENSE README.md | \
+	$(Q){ git ls-files $(NODE_FILES) 2>/dev/null || find $(NODE_FILES) -type f; } | \
 	    tar cf - -T - | tar xf - -C $(B)/dist/amalgam
-	$(Q)tar czf $(B)/amalgam-$$(git rev-parse --short=12 HEAD).tar.gz -C $(B)/dist amalgam
-	@ls $(B)/amalgam-*.tar.gz
+	$(Q)name=$(B)/amalgam-$$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown).tar.gz && \
+	    tar czf $$name -C $(B)/dist amalgam && ls $$name
 
 ##@ Check
 test: build ## every check: style, layers, C and Lua tests (under 10 minutes)

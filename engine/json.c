@@ -102,6 +102,7 @@ status json_get_i64(const json_t *object, const char *key, const char *where, in
 }
 status json_get_i32(const json_t *object, const char *key, const char *where, int32_t lo,
                     int32_t hi, int32_t *out) {
+    *out = 0; /* json_opt_i32 reads it */
     REQUIRED(i32, lo, hi, out);
 }
 status json_get_f64(const json_t *object, const char *key, const char *where, double lo, double hi,

@@ -282,9 +282,11 @@ static status write_parts(job *j, weight_field f, int32_t index, const qmatrix *
     const weight_source *s = &j->source[f];
     const int32_t each = s->n_parts / s->shape.count;
     const matrix_part *p = s->part + (int64_t)index * each;
+    if (j->o->layout == SAVE_GPT_OSS)
+        return save_expert(j->out, p->tensor->name, index, s->shape.count, s->shape.n_fused, q);
     for (int32_t i = 0; i < each; i++, p++) {
         if (!p->tensor || p->tensor->n_dims != 2 || p->tensor->dim[0] != p->rows)
-            return FAIL(ST_UNSUPPORTED, "%s: its tensors hold more than one linear", s->name);
+            return FAIL(ST_UNSUPPORTED, "its tensor holds more than one linear");
         if (p->row_at % q->block_n)
             return FAIL(ST_UNSUPPORTED, "tensor '%s' begins inside a block of %d rows",
                         p->tensor->name, q->block_n);
@@ -413,6 +415,8 @@ static status do_layer(job *j) {
     if (j->o->method == QUANTISE_AWQ) TRY(awq_layer(j));
     for (int32_t f = 0; f < WEIGHT_COUNT; f++) {
         if (!weight_field_present(j->c, (weight_field)f) || !j->source[f].shape.quantise) continue;
+        const bool expert = f == WEIGHT_experts_gate_up || f == WEIGHT_experts_down;
+        if (j->o->layout == SAVE_GPT_OSS && !expert) continue; /* stays in 16 bit */
         for (int32_t e = 0; e < j->source[f].shape.count; e++)
             TRY(write_matrix(j, (weight_field)f, e));
     }
@@ -488,6 +492,18 @@ static status all_layers(job *j) {
     return ST_OK;
 }
 
+/* The layout of gpt-oss is that of experts in one tensor, inputs before rows. */
+static status check_stacked(const job *j) {
+    weight_source s;
+    if (j->c->n_experts) {
+        TRY(checkpoint_source(j->k, WEIGHT_experts_gate_up, 0, &s));
+        if (s.part[0].tensor && s.part[0].tensor->n_dims == 3 && s.part[0].col_stride != 1)
+            return ST_OK;
+    }
+    return FAIL(ST_UNSUPPORTED, "%s is no gpt-oss, whose experts alone are stored in that layout",
+                j->o->model);
+}
+
 static status check_source(const job *j) {
     precision stored = {0};
     const device_ops *d;
@@ -500,6 +516,7 @@ static status check_source(const job *j) {
     const weight_format f = j->o->precision.weight;
     if (j->o->method == QUANTISE_AWQ && f != WF_INT4 && f != WF_INT8)
         return FAIL(ST_UNSUPPORTED, "awq makes integer formats, not W%s", weight_format_text(f));
+    if (j->o->layout == SAVE_GPT_OSS) TRY(check_stacked(j));
     return model_fits_precision(j->c, &j->o->precision, 1);
 }
 

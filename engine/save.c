@@ -319,8 +319,9 @@ status save_matrix(save *s, const char *name, const qmatrix *q, const int32_t *o
                                           : put_gptq(&w);
 }
 
-status save_expert(save *s, const char *name, int32_t index, int32_t count, const qmatrix *q) {
-    CHECK(s->layout == SAVE_GPT_OSS);
+status save_expert(save *s, const char *name, int32_t index, int32_t count, int32_t n_fused,
+                   const qmatrix *q) {
+    CHECK(s->layout == SAVE_GPT_OSS && q->format == WF_MXFP4 && q->n % n_fused == 0);
     char codes[256];
     snprintf(codes, sizeof codes, "%s_blocks", name);
     saved *old = find(s, name), *to = find(s, codes);
@@ -332,10 +333,14 @@ status save_expert(save *s, const char *name, int32_t index, int32_t count, cons
             return FAIL(ST_NOMEM, "%s", name);
         to = find(s, codes);
     }
-    const size_t bytes = (size_t)q->n * (size_t)q->k;
-    memcpy((uint8_t *)(uintptr_t)to->view.data + (size_t)index * bytes / 2, q->code, bytes / 2);
-    memcpy((uint8_t *)(uintptr_t)to[1].view.data + (size_t)index * bytes / 32, q->scale,
-           bytes / 32);
+    const int64_t n = q->n, codes_k = q->k / 2, scales_k = q->k / 32;
+    uint8_t *code = (uint8_t *)(uintptr_t)to->view.data + index * n * codes_k;
+    uint8_t *scale = (uint8_t *)(uintptr_t)to[1].view.data + index * n * scales_k;
+    for (int64_t r = 0; r < n; r++) {
+        const int64_t from = r / n_fused + r % n_fused * (n / n_fused);
+        memcpy(code + r * codes_k, q->code + from * codes_k, (size_t)codes_k);
+        memcpy(scale + r * scales_k, (const uint8_t *)q->scale + from * scales_k, (size_t)scales_k);
+    }
     return ST_OK;
 }
 

@@ -30,8 +30,10 @@ status save_open(save **out, const char *dir, save_layout layout, const precisio
  * (NULL = j; GPTQ and compressed-tensors integers only). Copies q. */
 status save_matrix(save *s, const char *name, const qmatrix *q, const int32_t *order);
 
-/* gpt-oss: matrix `index` of `count` experts of tensor `name`, rows as the file has them. */
-status save_expert(save *s, const char *name, int32_t index, int32_t count, const qmatrix *q);
+/* gpt-oss: matrix `index` of `count` experts of tensor `name`: `n_fused` matrices one below the
+ * other, whose rows alternate in the file. Copies q. NOTFOUND: the source has no such tensor. */
+status save_expert(save *s, const char *name, int32_t index, int32_t count, int32_t n_fused,
+                   const qmatrix *q);
 
 /* Other values for a plain tensor of the source, n elements, rounded to its type. */
 status save_values(save *s, const char *name, const float *values, int64_t n);

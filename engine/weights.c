@@ -477,7 +477,7 @@ static status add_experts(part_list *p) {
     const int32_t ranges = transposed ? s->n_fused : 1;
     for (int32_t e = 0; e < s->count; e++)
         for (int32_t i = 0; i < ranges; i++)
-            add_part(p, t, e * s->n * k + i,
+            add_part(p, t, (int64_t)e * s->n * k + i,
                      (matrix_part){.index = e,
                                    .row_at = i * (s->n / ranges),
                                    .rows = s->n / ranges,

@@ -127,19 +127,26 @@ end
 --- For each value of `over`: metric under `filter` over metric under `base`, where both exist.
 ---@return number[] ratios
 ---@return any[] of which values of `over`
+---@return integer across of how many both were measured, by different versions of the engine: what
+--- changed between them is in the ratio
 function Data:ratios(name, over, filter, base, metric)
-  local out, which = {}, {}
+  local out, which, across = {}, {}, 0
   for _, value in ipairs(self:distinct(name, over)) do
     local with, against = { [over] = value }, { [over] = value }
     for k, v in pairs(filter) do with[k] = v end
     for k, v in pairs(base) do against[k] = v end
-    local a, b = self:value(name, with, metric), self:value(name, against, metric)
+    local above, below = self:row(name, with), self:row(name, against)
+    local a, b = above and above.metrics[metric], below and below.metrics[metric]
     if a and b and b > 0 then
       out[#out + 1] = a / b
       which[#which + 1] = value
+      if above.origin == "measured" and below.origin == "measured"
+        and above.version ~= below.version then
+        across = across + 1
+      end
     end
   end
-  return out, which
+  return out, which, across
 end
 
 --- Values in a wanted order, with those that have no rows left out and unknown ones at the end.
@@ -530,11 +537,13 @@ local function template_environment(data, blocks)
     if not x then return "*(no row)*" end
     return format and format:format(x) or M.number(x)
   end
-  --- Geometric mean over `over` of filter / base, and of how many: "1.83 (16)".
+  --- Geometric mean over `over` of filter / base, and of how many: "1.83 (16)"; of measured rows
+  --- "1.83 (16; 12 across commits)" where the two are not of one version.
   function env.gain(name, over, filter, base, metric)
-    local ratios = data:ratios(name, over, filter, base, metric)
+    local ratios, _, across = data:ratios(name, over, filter, base, metric)
     if #ratios == 0 then return "*(no rows)*" end
-    return ("%.2f (%d)"):format(stats.geomean(ratios), #ratios)
+    return ("%.2f (%d%s)"):format(stats.geomean(ratios), #ratios,
+      across > 0 and ("; %d across commits"):format(across) or "")
   end
   --- A metric of one row over that of another, which differ in one part of the key: "1.83".
   function env.ratio(name, filter, part, value, base, metric)
@@ -551,6 +560,11 @@ local function template_environment(data, blocks)
       if at == 0 or r > ratios[at] then at = i end
     end
     return at > 0 and ("%.2f (%s)"):format(ratios[at], tostring(which[at])) or "*(no rows)*"
+  end
+  --- Median of a metric over the rows with this key, repetitions mostly.
+  function env.median(name, filter, metric)
+    local values = data:values(name, filter, metric)
+    return #values > 0 and M.number(stats.median(values)) or "*(no rows)*"
   end
   function env.ref(name)
     return blocks[name] and numbered(name) or error(("no table or figure '%s'"):format(name), 2)

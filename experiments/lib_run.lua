@@ -27,7 +27,8 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
   --again             run finished points once more: rows are added, none is replaced
   --list              print the points and their state, run nothing
 
-Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, bad experiment.]]
+Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, bad experiment, 130
+interrupted.]]
 
 ---@class RunOptions
 ---@field names string[]
@@ -365,10 +366,11 @@ local function run_all(loaded, todo, context, jobs, seconds)
   amalgam.progress_end()
   if not ok then
     if type(why) == "table" then error(why, 0) end
+    local reason = tostring(why):gsub("^%S+%.lua:%d+: ", "")
     error({
-      exit = 1,
+      exit = reason == "interrupted" and 130 or 1,
       message = ("%s: %s; %s of this run kept, the same command goes on from there"):format(spec.id,
-        (tostring(why):gsub("^%S+%.lua:%d+: ", "")), count(tally.rows, "row")),
+        reason, count(tally.rows, "row")),
     }, 0)
   end
   return tally

@@ -23,10 +23,10 @@ set style fill solid 0.9 noborder
 set style histogram clustered gap 1
 set boxwidth 0.9
 # Okabe-Ito palette: distinguishable in print and by colour-blind readers. A format has one colour
-# and one marker in all figures, by format_lt below. An odd point type is filled, the one before it
-# hollow.
+# and one marker in all figures, by format_lt below; vermilion and blue are alike in grey. From 4
+# on an odd point type is filled, the one before it hollow.
 set linetype 1 lc rgb "#000000" lw 1.8 pt 7 ps 0.6
-set linetype 2 lc rgb "#D55E00" lw 1.8 pt 5 ps 0.6
+set linetype 2 lc rgb "#D55E00" lw 1.8 pt 2 ps 1.1
 set linetype 3 lc rgb "#009E73" lw 1.8 pt 9 ps 0.7
 set linetype 4 lc rgb "#CC79A7" lw 1.8 pt 11 ps 0.7
 set linetype 5 lc rgb "#E69F00" lw 1.8 pt 13 ps 0.8

@@ -9,7 +9,7 @@ return {
   title = "Throughput by precision over 16 bits (predicted)",
   caption = "Output tokens per second and GPU relative to W16A16KV16, offline, on H100-SXM; each "
     .. "format on the smallest tensor-parallel degree on which it fits. A missing bar is a format "
-    .. "that the model's shapes or the GPU refuse. Predicted.",
+    .. "that the model's shapes or the GPU refuse; " .. labels.eight_bit_units .. " Predicted.",
   build = function(data)
     local rows = {}
     local metric = "output_tokens_per_s_per_gpu"

@@ -8,8 +8,7 @@ return {
   title = "Throughput gain across GPUs (predicted)",
   caption = "Geometric mean over the models of output tokens per second and GPU relative to "
     .. "W16A16KV16 on the same kind of GPU, over models where both fit. FP8 needs matrix units "
-    .. "that the A100 does not have; before Hopper, W8A8 and FP8 are of units that no kernel here "
-    .. "uses yet. Predicted.",
+    .. "that the A100 does not have; " .. labels.eight_bit_units .. " Predicted.",
   build = function(data)
     local rows = {}
     for _, gpu in ipairs(data.ordered(labels.gpus, data:distinct("e03", "gpu"))) do

@@ -14,8 +14,8 @@ set key off
 set xlabel "request rate (1/s)"
 set yrange [0:*]
 set offsets graph 0.05, graph 0.05, 0, 0
-metrics = "ttft_p50_ms ttft_p99_ms e2e_p50_ms"
-label_of(i) = i == 1 ? "TTFT P50 (ms)" : i == 2 ? "TTFT P99 (ms)" : "end to end P50 (ms)"
+metrics = "ttft_p50_ms ttft_p90_ms e2e_p50_ms"
+label_of(i) = i == 1 ? "TTFT P50 (ms)" : i == 2 ? "TTFT P90 (ms)" : "end to end P50 (ms)"
 do for [i=1:3] {
     m = word(metrics, i)
     set ylabel label_of(i)

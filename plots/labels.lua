@@ -1,5 +1,8 @@
 --- Names and orders that tables and figures share.
 return {
+  --- For captions: where a prediction is of kernels that do not exist.
+  eight_bit_units = "before Hopper, and for experts anywhere, W8A8 and FP8 are of units that no "
+    .. "kernel here uses yet.",
   models = {
     "Llama-2-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B",
     "Qwen2.5-72B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B",

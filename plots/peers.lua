@@ -3,7 +3,8 @@
 --- 260 MB, KV sets through 512 MB, graph replay, medians; speed-up over cublasGemmEx fp16 of the
 --- same run, geometric mean over the six matrices of e07). TurboMind: InternLM/lmdeploy at commit
 --- 1263d5cd (2026-08-21) with its own packer, dispatch and tuner; Marlin: the kernel of 2024,
---- symmetric; cuDNN: scaled_dot_product_attention of PyTorch 2.11, bf16.
+--- symmetric, without its L2 eviction hint, which faults on sm_90; cublasLt: FP8 with a scale per
+--- tensor; cuDNN: scaled_dot_product_attention of PyTorch 2.11, bf16.
 return {
   rows_x = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096 },
   linear = {
@@ -13,6 +14,11 @@ return {
       0.49 },
     turbomind_mxfp4a16 = { 1.51, 1.51, 1.52, 1.36, 1.15, 1.00, 0.75, 0.61, 0.52, 0.53, 0.55, 0.58,
       0.61 },
+    -- activations quantised before, outside of the time
+    turbomind_fp8b = { 1.10, 1.12, 1.13, 1.15, 1.13, 1.12, 1.05, 1.02, 1.01, 1.26, 1.45, 1.57,
+      1.68 },
+    cublaslt_fp8 = { false, false, false, false, 1.86, 1.89, 1.84, 1.87, 1.89, 1.93, 1.91, 1.90,
+      1.92 },
   },
   -- max(bytes at 4.66 TB/s, arithmetic at 770 TFLOP/s) of W4A16 g128 with scales and zero points
   linear_limit_w4a16 = { 5.25, 5.04, 5.08, 5.19, 5.13, 5.08, 3.59, 1.94, 1.26, 1.08, 1.03, 1.05,

@@ -11,7 +11,7 @@ return {
   title = "Speed-up by model and format",
   caption = "Predicted offline throughput on H100-SXM: output tokens/s per GPU of W16A16KV16, and "
     .. "the other formats relative to it, with the tensor-parallel degree after \"@\"; "
-    .. "\"-\": refused, since groups of 128 do not divide its widths."
+    .. "\"-\": refused, since groups of 128 do not divide its widths; " .. labels.eight_bit_units
     .. accuracy.note,
   build = function(data)
     local columns, rows = { "model", labels.base .. " (tokens/s)" }, {}

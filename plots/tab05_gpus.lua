@@ -10,8 +10,9 @@ return {
   predicted = true,
   title = "Speed-up by GPU and format",
   caption = "Predicted offline throughput per GPU over W16A16KV16 (geometric mean over the models "
-    .. "that fit in both formats; in brackets their number); \"-\": that GPU has no FP8 units; "
-    .. "before Hopper, W8A8 and FP8 are of units that no kernel here uses yet." .. accuracy.note,
+    .. "that fit in both formats; in brackets their number; means over different numbers are not "
+    .. "to be compared); \"-\": that GPU has no FP8 units; " .. labels.eight_bit_units
+    .. accuracy.note,
   build = function(data)
     local columns, rows = { "GPU" }, {}
     for _, f in ipairs(labels.formats) do columns[#columns + 1] = labels.format_title[f] or f end

@@ -5,7 +5,9 @@ local stats = require("lib_stats")
 local MATRICES = 6
 local SHOWN = { 1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096 }
 local PEERS = { { "TurboMind W4A16", "turbomind_w4a16" }, { "Marlin W4A16", "marlin_w4a16" },
-  { "TurboMind MXFP4-A16", "turbomind_mxfp4a16" } }
+  { "TurboMind MXFP4-A16", "turbomind_mxfp4a16" },
+  { "TurboMind WFP8bAFP8, codes given", "turbomind_fp8b" },
+  { "cublasLt FP8 by tensor, codes given", "cublaslt_fp8" } }
 
 return {
   experiment = "e07_linear",
@@ -13,7 +15,8 @@ return {
   caption = "Measured speed-up of linear layers over cuBLAS fp16 in the same process, geometric "
     .. "mean over six matrices, by rows of x; error is the largest of ||y - ref|| / ||ref|| "
     .. "against float64. Rows in italics: kernels of other systems, measured once by the same "
-    .. "method on another H200 (plots/peers.lua); \"-\": not measured.",
+    .. "method on another H200 (plots/peers.lua); \"codes given\": without the quantisation of "
+    .. "activations, which our FP8 and W8A8 include. \"-\": not measured.",
   build = function(data)
     local columns, rows = { "format", "type", "kernels" }, {}
     for _, m in ipairs(SHOWN) do columns[#columns + 1] = tostring(m) end
@@ -42,7 +45,8 @@ return {
         local row = { "*" .. peer[1] .. "*", "", "" }
         for _, m in ipairs(SHOWN) do
           for i, x in ipairs(peers.rows_x) do
-            if x == m then row[#row + 1] = ("*%.2f*"):format(peers.linear[peer[2]][i]) end
+            local speedup = peers.linear[peer[2]][i]
+            if x == m then row[#row + 1] = speedup and ("*%.2f*"):format(speedup) or "-" end
           end
         end
         rows[#rows + 1] = row

@@ -82,7 +82,8 @@ local function marlin(data, report)
   if not mean then return { NONE } end
   return { ("%+.0f %% over Marlin of 2024 on average over 1 to 4096 rows, %+.0f to %+.0f %%")
     :format(mean, least, most), "measured; Marlin once, on another H200",
-    ("%+.0f and %+.0f points"):format(mean - 19.2, most - 25.5) }
+    ("%+.0f and %+.0f points; another Marlin, and it is made for Ampere"):format(mean - 19.2,
+      most - 25.5) }
 end
 
 local function turbomind(data, report)

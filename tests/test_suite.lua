@@ -176,6 +176,28 @@ test.case("two runs at once do each point once", function()
     "another run adds to these rows")
 end)
 
+test.case("an interrupted run keeps its rows, says so by its status, and goes on", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(_, point)
+    while point.a == 2 and not io.open("]] .. dir .. [[/go") do end
+    return { status = "ok", metrics = { x = point.a } }
+  end }]])
+  local rows = file_of("stopped")
+  assert(os.execute(([[%s --root %s run %s --results %s/stopped --jobs 1 >%s/said 2>&1 & run=$!
+    n=0
+    until [ "$(cat '%s' 2>/dev/null | wc -l)" -eq 2 ] || [ $((n += 1)) -gt 2000 ]
+    do sleep 0.01; done
+    kill -INT $run; wait $run; [ $? -eq 130 ]
+  ]]):format(binary, experiment.quoted(identity.root), path, dir, dir, rows)), "status 130")
+  test.contains(amalgam.read_file(dir .. "/said"), "interrupted; 2 rows of this run kept")
+  test.equal(#amalgam.rows(rows), 2, "rows")
+  amalgam.write_file(dir .. "/go", "")
+  local status, said = run(path, "stopped")
+  test.equal(status, 0)
+  test.contains(said, "2 of 5 points finished")
+  test.equal(#amalgam.rows(rows), 5, "rows")
+end)
+
 test.case("a torn last line costs its own point only", function()
   local path = write(HEAD .. BODY .. RUN)
   run(path, "torn")
@@ -436,6 +458,24 @@ test.case("compare --json is one object a line", function()
 end)
 
 -- --- report --------------------------------------------------------------------------------------
+
+test.case("a ratio of measurements counts those whose rows are of two versions", function()
+  local function row(p, model, version, origin)
+    return { experiment = "e10_x", status = "ok", time = "1", version = version, origin = origin,
+      definition = "d", key = { model = model, p = p }, metrics = { x = p == "4" and 3 or 2 } }
+  end
+  local function across(below, origin)
+    local data = report.data({ row("4", "a", "2", origin), row("16", "a", below, origin),
+      row("4", "b", "2", origin), row("16", "b", "2", origin) }, { version = "2" })
+    local found, _, n = data:ratios("e10", "model", { p = "4" }, { p = "16" }, "x")
+    test.equal(#found, 2)
+    test.near(found[1], 1.5, 0)
+    return n
+  end
+  test.equal(across("1", "measured"), 1)
+  test.equal(across("2", "measured"), 0)
+  test.equal(across("1", "predicted"), 0)
+end)
 
 test.case("templates compute their numbers and say what has no rows", function()
   local rows = { { experiment = "e03_x", status = "ok", time = "1", version = "v",
