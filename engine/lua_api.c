@@ -1,6 +1,7 @@
 /* lua_api.c - see lua_api.h. ORDER lua api: the table at the end, amalgam.meta.lua. */
 #include "lua_api.h"
 
+#include "cli.h"
 #include "engine.h"
 #include "evaluate.h"
 #include "formats.h"
@@ -28,17 +29,25 @@
 
 /* --- Options ---------------------------------------------------------------------------------- */
 
-/* A misspelt option must not take its default. `known` ends with NULL. */
+static int32_t count_keys(const char *const *list) {
+    int32_t n = 0;
+    while (list[n]) n++;
+    return n;
+}
+
+/* A misspelt option must not take its default, nor one that this call does not read go for nothing:
+ * every key of the table at `index` is one of `known`, which ends with NULL. */
 static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
     luaL_checktype(L, index, LUA_TTABLE);
     index = lua_absindex(L, index);
+    const int32_t n = count_keys(known);
     lua_pushnil(L);
     while (lua_next(L, index)) {
         if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "%s: a key is no string", what);
         const char *key = lua_tostring(L, -2);
-        bool found = false;
-        for (const char *const *k = known; *k && !found; k++) found = strcmp(*k, key) == 0;
-        if (!found) luaL_error(L, "%s: unknown key '%s'", what, key);
+        const char *nearest = nearest_name(key, strlen(key), known, sizeof *known, n);
+        if (strcmp(nearest, key) != 0)
+            luaL_error(L, "%s: unknown key '%s': the nearest is '%s'", what, key, nearest);
         lua_pop(L, 1);
     }
 }
@@ -105,35 +114,17 @@ static bool opt_table(lua_State *L, int t, const char *key) {
     return true;
 }
 
-static const char *const engine_keys[] = {"model",
-                                          "weights",
-                                          "weights_seed",
-                                          "precision",
-                                          "device",
-                                          "gpu",
-                                          "tp",
-                                          "threads",
-                                          "memory_fraction",
-                                          "ctx_max",
-                                          "pages",
-                                          "scheduler",
-                                          "dequant_first",
-                                          "kernel_family",
-                                          "no_graphs",
-                                          "lockstep",
-                                          "trace",
-                                          /* serve */ "workload",
-                                          "limits",
-                                          /* evaluate */ "text",
-                                          "window",
-                                          "stride",
-                                          "tasks",
-                                          "against",
-                                          NULL};
+/* Keys of every call that opens an engine, and of each what it reads beside them. */
+#define ENGINE_KEYS                                                                                \
+    "model", "weights", "weights_seed", "precision", "device", "gpu", "tp", "threads",             \
+        "memory_fraction", "ctx_max", "pages", "scheduler", "dequant_first", "kernel_family",      \
+        "no_graphs", "lockstep", "trace"
 
-/* Options shared by every call that opens an engine. `t` is the option table. */
-static void read_engine_options(lua_State *L, int t, engine_options *o) {
-    check_keys(L, t, "options", engine_keys);
+/* Options shared by every call that opens an engine. `t` is the option table, `keys` what it may
+ * hold. */
+static void read_engine_options(lua_State *L, int t, const char *what, const char *const *keys,
+                                engine_options *o) {
+    check_keys(L, t, what, keys);
     *o = ENGINE_OPTIONS_DEFAULT;
     opt_str(L, t, "model", &o->model);
     if (!o->model) luaL_error(L, "'model' is missing");
@@ -453,9 +444,10 @@ static void set_gpu(lua_State *L, const char *gpu) {
 }
 
 static int l_serve(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, "workload", "limits", NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "serve", known, &o);
     session *s = session_new(L);
     const model_config *config = load_config(L, &o);
 
@@ -518,7 +510,7 @@ static int l_bench_serve(lua_State *L) {
                                         "vocab",       "workload",  NULL};
     load_options o = {0};
     lua_settop(L, 1);
-    check_keys(L, 1, "options", known);
+    check_keys(L, 1, "bench_serve", known);
     session *s = session_new(L);
     const char *dir = NULL;
     opt_str(L, 1, "url", &o.url);
@@ -574,9 +566,10 @@ static int l_bench_serve(lua_State *L) {
 /* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
  * the smallest degree on which it fits is chosen. */
 static int l_capacity(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "capacity", known, &o);
     const model_config *config = load_config(L, &o);
     gpu_sheet gpu;
     precision p;
@@ -672,6 +665,8 @@ static void evaluate_text(lua_State *L, session *s, const engine_options *o, int
 
 static void evaluate_task_list(lua_State *L, session *s, int t) {
     const int list = lua_gettop(L);
+    if (lua_rawlen(L, list) == 0)
+        luaL_error(L, "tasks: a list of tables, each with 'kind' and 'n'");
     for (lua_Integer i = 1; i <= (lua_Integer)lua_rawlen(L, list); i++) {
         static const char *const known[] = {"kind", "n", "seed", NULL};
         lua_rawgeti(L, list, i);
@@ -701,9 +696,11 @@ static void evaluate_task_list(lua_State *L, session *s, int t) {
 }
 
 static int l_evaluate(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, "text",    "window", "stride",
+                                        "tasks",     "against", NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "evaluate", known, &o);
     int32_t window = 512, stride = 256;
     opt_i32(L, 1, "window", 2, 1 << 20, &window);
     opt_i32(L, 1, "stride", 1, 1 << 20, &stride);
@@ -991,6 +988,22 @@ static int l_json_decode(lua_State *L) {
     return 1;
 }
 
+/* nearest(word, names): nearest_name. */
+static int l_nearest(lua_State *L) {
+    size_t length;
+    const char *word = luaL_checklstring(L, 1, &length), **names;
+    luaL_checktype(L, 2, LUA_TTABLE);
+    const int32_t n = (int32_t)luaL_len(L, 2);
+    names = lua_newuserdatauv(L, ((size_t)n + 1) * sizeof *names, 0);
+    for (int32_t i = 0; i < n; i++) {
+        if (lua_rawgeti(L, 2, i + 1) != LUA_TSTRING) return luaL_error(L, "nearest: no string");
+        names[i] = lua_tostring(L, -1); /* alive in the table */
+        lua_pop(L, 1);
+    }
+    lua_pushstring(L, nearest_name(word, length, names, sizeof *names, n));
+    return 1;
+}
+
 static int l_hash(lua_State *L) {
     size_t n;
     const char *s = luaL_checklstring(L, 1, &n);
@@ -1240,6 +1253,7 @@ static const luaL_Reg functions[] = {
     {"bench", l_bench},
     {"json_encode", l_json_encode},
     {"json_decode", l_json_decode},
+    {"nearest", l_nearest},
     {"hash", l_hash},
     {"identity", l_identity},
     {"append", l_append},
