@@ -341,11 +341,13 @@ static status check_echo(const api_request *r) {
 }
 
 /* Output tokens of each prompt: what was asked for, or what the context leaves; where nobody said,
- * completions end after OpenAI's 16 at the latest. */
+ * completions end after OpenAI's 16 at the latest. None at all is for completions to ask. */
 static status take_max_new(api_request *r, const api_model *m, const json_t *body) {
-    int32_t asked = 0;
-    TRY(json_opt_i32(body, "max_tokens", WHERE, 1, 1 << 24, &asked));
-    TRY(json_opt_i32(body, "max_completion_tokens", WHERE, 1, 1 << 24, &asked));
+    const int32_t least = r->chat ? 1 : 0;
+    int32_t asked = -1;
+    TRY(json_opt_i32(body, "max_tokens", WHERE, least, 1 << 24, &asked));
+    TRY(json_opt_i32(body, "max_completion_tokens", WHERE, least, 1 << 24, &asked));
+    r->no_output = asked == 0;
     r->max_new = mem_alloc((size_t)r->n_prompts, sizeof *r->max_new);
     if (!r->max_new) return FAIL(ST_NOMEM, "prompts");
     for (int32_t i = 0; i < r->n_prompts; i++) {
@@ -354,8 +356,10 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
             return FAIL(ST_RANGE,
                         "max_tokens %d and a prompt of %d tokens exceed this model's context of %d",
                         asked, n, m->ctx_max);
-        r->max_new[i] = asked ? asked : r->chat || room < 16 ? room : 16;
-        if (r->sampling.min_tokens > r->max_new[i])
+        r->max_new[i] = asked > 0 ? asked : r->chat || room < 16 ? room : 16;
+        if (r->no_output) r->max_new[i] = 1;
+        const int32_t most = r->no_output ? 0 : r->max_new[i];
+        if (r->sampling.min_tokens > most)
             return FAIL(ST_RANGE, "'min_tokens' %d is more than the %d of 'max_tokens'",
                         r->sampling.min_tokens, r->max_new[i]);
     }

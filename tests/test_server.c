@@ -709,6 +709,54 @@ static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
         "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\","
+/* A prompt alone has the log-probabilities that it has before an output, streamed or not, and
+ * nothing else: with an end token forced, too. */
+static void a_prompt_alone_is_scored(void **state) {
+    const fixture *f = *state;
+    static const char ask[] =
+        "{\"prompt\":[\"one two three\",[5,6,7]],\"echo\":true,\"logprobs\":3,\"max_tokens\":%d,"
+        "\"logit_bias\":{\"1001\":100}%s}";
+    static const char *const lists[] = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
+    char body[256];
+    json_t *v[2];
+    for (int32_t n = 0; n < 2; n++) {
+        snprintf(body, sizeof body, ask, n, "");
+        v[n] = call_json(f->url, "/v1/completions", body, 200);
+        assert_int_equal(json_integer_value(at(at(v[n], "usage"), "completion_tokens")), 2 * n);
+    }
+    for (size_t k = 0; k < 2; k++) {
+        const json_t *alone = at(choice(v[0], k), "logprobs");
+        const json_t *before = at(choice(v[1], k), "logprobs");
+        assert_string_equal(words(at(choice(v[0], k), "finish_reason")), "length");
+        for (int32_t i = 0; i < COUNT_OF(lists); i++) {
+            json_t *cut = json_copy((json_t *)(uintptr_t)at(before, lists[i]));
+            assert_false(json_equal(at(alone, lists[i]), cut)); /* the twin: with the output */
+            json_array_remove(cut, json_array_size(cut) - 1);
+            assert_true(json_equal(at(alone, lists[i]), cut));
+            json_decref(cut);
+        }
+    }
+    snprintf(body, sizeof body, ask, 0,
+             ",\"stream\":true,\"stream_options\":{\"include_usage\":true}");
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_int_equal(h.n_events, 2);
+    assert_true(h.done && h.usage == 0);
+    assert_string_equal(h.finish, "length");
+    hear_free(&h);
+    text_free(&stream);
+    json_decref(v[0]);
+    json_decref(v[1]);
+    v[0] = call_json(f->url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":0}", 200);
+    assert_string_equal(words(at(choice(v[0], 0), "text")), "");
+    json_decref(v[0]);
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"max_tokens\":0}",
+                          400));
+}
+
         "\"text\":\"hi\"}]}],\"max_completion_tokens\":20,\"seed\":5,\"stream\":%s,"
         "\"stream_options\":{\"include_usage\":true},\"logprobs\":true,\"top_logprobs\":2,"
         "\"ignore_eos\":true,\"user\":\"someone\",\"metadata\":null}";
@@ -763,7 +811,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
         {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
         {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":0}", "max_tokens", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
         {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
         {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
@@ -1918,3 +1967,4 @@ int main(void) {
     curl_global_cleanup();
     return failed;
 }
+        cmocka_unit_test(a_prompt_alone_is_scored),
