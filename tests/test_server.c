@@ -1535,6 +1535,63 @@ static int run_command(const char *line, text *said) {
     char buf[4096];
     text_clear(said);
     FILE *f = popen(line, "r");
+/* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
+ * server of nohup goes on. */
+static void the_command_ends_by_other_signals(void **state) {
+    (void)state;
+    for (int32_t hangup = 0; hangup < 2; hangup++) {
+        char line[256] = "", body[160], *url;
+        const int32_t tokens = 3000;
+        int status_;
+        FILE *said;
+        const pid_t pid = start_command(model_folder, &said);
+        assert_non_null(fgets(line, sizeof line, said));
+        url = strstr(line, "http://");
+        assert_non_null(url);
+        url[strcspn(url, "\r\n")] = 0;
+        snprintf(body, sizeof body, long_stream, 1, tokens);
+        crowd *c = open_crowd();
+        join_crowd(c, url, "/v1/completions", body);
+        run_crowd(c, 400);
+        for (int32_t i = 0; i < 2; i++) {
+            assert_int_equal(kill(pid, hangup ? SIGHUP : SIGTERM), 0);
+            nanosleep(&(struct timespec){.tv_nsec = 50000000L}, NULL);
+        }
+        run_crowd(c, 0);
+        assert_int_equal(waitpid(pid, &status_, 0), pid);
+        heard h;
+        hear(&h, &c->out[0]);
+        assert_int_equal(h.done, hangup);
+        if (hangup) assert_int_equal(h.n_events, tokens);
+        assert_true(hangup ? WIFEXITED(status_) && WEXITSTATUS(status_) == 0
+                           : WIFSIGNALED(status_) && WTERMSIG(status_) == SIGTERM);
+        hear_free(&h);
+        close_crowd(c);
+        fclose(said);
+    }
+}
+
+static void nohup_keeps_the_command(void **state) {
+    (void)state;
+    char line[256] = "", *url;
+    int status_;
+    FILE *said;
+    signal(SIGHUP, SIG_IGN);
+    const pid_t pid = start_command(model_folder, &said);
+    signal(SIGHUP, SIG_DFL);
+    assert_non_null(fgets(line, sizeof line, said));
+    url = strstr(line, "http://");
+    assert_non_null(url);
+    url[strcspn(url, "\r\n")] = 0;
+    assert_int_equal(kill(pid, SIGHUP), 0);
+    nanosleep(&(struct timespec){.tv_nsec = 100000000L}, NULL);
+    assert_int_equal(call_head(url, "/health"), 200);
+    assert_int_equal(kill(pid, SIGTERM), 0);
+    assert_int_equal(waitpid(pid, &status_, 0), pid);
+    assert_true(WIFEXITED(status_) && WEXITSTATUS(status_) == 0);
+    fclose(said);
+}
+
     assert_non_null(f);
     for (size_t n; (n = fread(buf, 1, sizeof buf, f)) > 0;) text_bytes(said, buf, n);
     const int status_ = pclose(f);
@@ -1968,3 +2025,5 @@ int main(void) {
     return failed;
 }
         cmocka_unit_test(a_prompt_alone_is_scored),
+        cmocka_unit_test(the_command_ends_by_other_signals),
+        cmocka_unit_test(nohup_keeps_the_command),
