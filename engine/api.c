@@ -4,7 +4,6 @@
 #include "sampler.h"
 #include "utf8.h"
 
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -218,11 +217,6 @@ static status take_f32(const json_t *body, const char *key, double lo, double hi
     return ST_OK;
 }
 
-static int compare_bias(const void *a, const void *b) {
-    const logit_bias *x = a, *y = b;
-    return (x->token > y->token) - (x->token < y->token);
-}
-
 /* {"token id": bias, ...}: JSON has no other keys than strings. */
 static status take_bias(api_request *r, const api_model *m, const json_t *body) {
     const json_t *map = json_find(body, "logit_bias");
@@ -248,7 +242,7 @@ static status take_bias(api_request *r, const api_model *m, const json_t *body) 
         r->bias[s->n_bias++] =
             (logit_bias){.token = (int32_t)id, .bias = (float)json_number_value(v)};
     }
-    qsort(r->bias, (size_t)s->n_bias, sizeof *r->bias, compare_bias);
+    logit_bias_sort(r->bias, s->n_bias);
     s->bias = r->bias;
     return ST_OK;
 }

@@ -13,6 +13,7 @@
 #include "progress.h"
 #include "quantise.h"
 #include "results.h"
+#include "sampler.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -194,7 +195,31 @@ static void read_length(lua_State *L, int t, const char *key, length_law *law) {
     lua_pop(L, 1);
 }
 
-static void read_sampling(lua_State *L, int t, sampling *p) {
+/* {[token id] = bias}, which goes to `a`. */
+static void read_bias(lua_State *L, int t, arena *a, sampling *p) {
+    if (!opt_table(L, t, "logit_bias")) return;
+    int32_t n = 0;
+    logit_bias *bias = arena_array(a, logit_bias, LOGIT_BIAS_MAX);
+    if (!bias) luaL_error(L, "out of memory");
+    for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1)) {
+        int is_id, is_bias;
+        const lua_Integer id = lua_tointegerx(L, -2, &is_id);
+        const double v = lua_tonumberx(L, -1, &is_bias);
+        if (!is_id || lua_type(L, -2) != LUA_TNUMBER || id < 0 || id > INT32_MAX)
+            luaL_error(L, "logit_bias: a key is no token id");
+        if (!is_bias) luaL_error(L, "logit_bias: that of %I is no number", id);
+        if (n == LOGIT_BIAS_MAX)
+            luaL_error(L, "logit_bias: more than %d tokens", (int)LOGIT_BIAS_MAX);
+        bias[n++] = (logit_bias){.token = (int32_t)id, .bias = (float)v};
+    }
+    logit_bias_sort(bias, n);
+    p->bias = bias;
+    p->n_bias = n;
+    if (sampling_check(p) != ST_OK) luaL_error(L, "%s", fail_message());
+    lua_pop(L, 1);
+}
+
+static void read_sampling(lua_State *L, int t, arena *a, sampling *p) {
     if (!opt_table(L, t, "sampling")) return;
     static const char *const known[] = {"temperature",
                                         "top_k",
@@ -204,6 +229,7 @@ static void read_sampling(lua_State *L, int t, sampling *p) {
                                         "presence_penalty",
                                         "frequency_penalty",
                                         "min_tokens",
+                                        "logit_bias",
                                         "seed",
                                         NULL};
     const int s = lua_gettop(L);
@@ -228,11 +254,12 @@ static void read_sampling(lua_State *L, int t, sampling *p) {
     p->presence_penalty = (float)presence;
     p->frequency_penalty = (float)frequency;
     p->seed = (uint64_t)seed;
+    read_bias(L, s, a, p);
     lua_pop(L, 1);
 }
 
-/* The table "workload" at `t`. */
-static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *o) {
+/* The table "workload" at `t`; what is of no fixed size goes to `a`. */
+static void read_workload(lua_State *L, int t, int32_t vocab, arena *a, workload_options *o) {
     static const char *const known[] = {
         "preset", "name",       "file",     "format",     "n_requests", "prompt", "output",
         "prefix", "n_prefixes", "arrival",  "rate_per_s", "burstiness", "speed",  "users",
@@ -275,7 +302,7 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
     o->seed = (uint64_t)seed;
     opt_bool(L, t, "salted", &o->salted);
     opt_bool(L, t, "ignore_eos", &o->ignore_eos);
-    read_sampling(L, t, &o->sampling);
+    read_sampling(L, t, a, &o->sampling);
     o->vocab = vocab;
 }
 
@@ -454,7 +481,7 @@ static int l_serve(lua_State *L) {
     if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
     workload_options wo;
     const int wt = lua_gettop(L);
-    read_workload(L, wt, config->vocab, &wo);
+    read_workload(L, wt, config->vocab, &s->memory, &wo);
     const char *contents = "random";
     opt_str(L, wt, "contents", &contents);
     lua_pop(L, 1);
@@ -536,7 +563,7 @@ static int l_bench_serve(lua_State *L) {
     if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
     workload_options wo;
     workload w;
-    read_workload(L, lua_gettop(L), vocab, &wo);
+    read_workload(L, lua_gettop(L), vocab, &s->memory, &wo);
     lua_pop(L, 1);
     if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
     request_log *log = arena_array(&s->memory, request_log, (size_t)w.n + 1);

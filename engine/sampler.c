@@ -79,6 +79,13 @@ status sampling_check(const sampling *p) {
     return ST_OK;
 }
 
+static int compare_bias(const void *a, const void *b) {
+    const logit_bias *x = a, *y = b;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+void logit_bias_sort(logit_bias *b, int32_t n) { qsort(b, (size_t)n, sizeof *b, compare_bias); }
+
 bool sampling_penalises(const sampling *p) {
     return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
 }

@@ -32,6 +32,8 @@ int32_t sampler_edits(draw_edit *out, int32_t *n_bias, const sampling *params, u
 int64_t sampler_counts(int32_t vocab);
 int64_t sampler_edits_most(const sampling *params, uint64_t draw, int32_t n_history, int32_t vocab);
 
+/* By ascending token, as sampling wants them. */
+void logit_bias_sort(logit_bias *b, int32_t n);
 /* RANGE with the parameter's name. */
 status sampling_check(const sampling *p);
 /* Whether the history matters: one of the penalties is set. */

@@ -55,6 +55,7 @@ local amalgam = {}
 ---@field presence_penalty? number off what the output has, -2 to 2 (0)
 ---@field frequency_penalty? number off that for each time, -2 to 2 (0)
 ---@field min_tokens? integer no end or stop token, nor stop string, in the first so many (0)
+---@field logit_bias? table<integer, number> onto the logit of a token id, -100 to 100
 ---@field seed? integer
 
 ---@class WorkloadOptions

@@ -1713,6 +1713,43 @@ static void commands_and_lua_measure_a_server(void **state) {
     const char *binary = getenv("AMALGAM_BINARY");
     if (!binary) binary = "build/amalgam";
     char line[1024], path[] = "build/tests/serve_result.json", script[] = "build/tests/serve.lua";
+/* The end token forced: every output is that one, here, over HTTP and in `generate`. Twins: without
+ * the bias they are longer. */
+static void a_bias_is_given_in_lua_and_by_option(void **state) {
+    const fixture *f = *state;
+    static const char code[] =
+        "local a = require 'amalgam'\n"
+        "for _, bias in ipairs { 100, 0 } do\n"
+        "  local function load(id) return { n_requests = 4, prompt = { fixed = 8 }, ignore_eos ="
+        " false,\n    output = { fixed = 6 }, sampling = { logit_bias = { [id] = bias } } } end\n"
+        "  local r = a.bench_serve { url = '%s', vocab = 1000, workload = load(1001) }\n"
+        "  local own = a.serve { model = 'workloads/tiny', workload = load(0) }\n"
+        "  io.write(r.metrics.output_tokens, ' ', own.metrics.output_tokens, ' ')\n"
+        "end\n"
+        "print(pcall(a.serve, { model = 'workloads/tiny', workload = { sampling = { logit_bias ="
+        " { [1] = 101 } } } }))\n";
+    const char *binary = getenv("AMALGAM_BINARY"), *script = "build/tests/bias.lua";
+    if (!binary) binary = "build/amalgam";
+    char line[2048];
+    text said = {0};
+    snprintf(line, sizeof line, code, f->url);
+    assert_ok(file_write(script, line, strlen(line)));
+    snprintf(line, sizeof line, "%s lua %s", binary, script);
+    assert_int_equal(run_command(line, &said), 0);
+    if (strncmp(said.data, "4 4 24 24 ", 10) != 0) fail_msg("%s", said.data);
+    assert_non_null(strstr(said.data, "logit_bias: 101 of token 1"));
+    for (int32_t forced = 0; forced < 2; forced++) {
+        snprintf(line, sizeof line,
+                 "%s generate --model workloads/tiny --prompt Once --max-tokens 5 --json %s",
+                 binary, forced ? "--logit-bias 7=-3 --logit-bias 0=100" : "");
+        assert_int_equal(run_command(line, &said), 0);
+        json_t *v = parsed(&said);
+        assert_int_equal(json_integer_value(at(v, "output_tokens")), forced ? 1 : 5);
+        json_decref(v);
+    }
+    text_free(&said);
+}
+
     text said = {0};
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
@@ -2009,6 +2046,7 @@ int main(void) {
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
+        cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
         cmocka_unit_test(a_line_is_one_message),
