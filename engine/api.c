@@ -355,7 +355,7 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
         const int32_t most = r->no_output ? 0 : r->max_new[i];
         if (r->sampling.min_tokens > most)
             return FAIL(ST_RANGE, "'min_tokens' %d is more than the %d of 'max_tokens'",
-                        r->sampling.min_tokens, r->max_new[i]);
+                        r->sampling.min_tokens, most);
     }
     return ST_OK;
 }
@@ -368,6 +368,9 @@ static const struct {
     {"suffix", ""},
     {"best_of", "1"},
     {"response_format", "{\"type\":\"text\"}"},
+    {"modalities", "[\"text\"]"},
+    {"audio", ""},
+    {"web_search_options", ""},
     {"functions", ""},
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */

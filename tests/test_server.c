@@ -332,6 +332,10 @@ static void plain_endpoints_answer(void **state) {
                   200);
     assert_true(json_integer_value(at(v, "count")) > 5);
     json_decref(v);
+    v = call_json(f->url, "/tokenizer_info", NULL, 200);
+    assert_string_equal(words(at(v, "chat_template")), tokenizer_chat_template(f->tok, NULL));
+    assert_true(json_is_null(at(v, "eos_token")) && json_is_null(at(v, "bos_token")));
+    json_decref(v);
     json_decref(call_json(f->url, "/reset_prefix_cache", "", 200));
     json_decref(call_json(f->url, "/nothing", NULL, 404));
     json_decref(call_json(f->url, "/v1/completions", NULL, 405));
@@ -705,10 +709,6 @@ static void a_prompt_is_scored(void **state) {
     json_decref(v);
 }
 
-static void chat_streams_what_it_says_whole(void **state) {
-    const fixture *f = *state;
-    static const char ask[] =
-        "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\","
 /* A prompt alone has the log-probabilities that it has before an output, streamed or not, and
  * nothing else: with an end token forced, too. */
 static void a_prompt_alone_is_scored(void **state) {
@@ -757,6 +757,10 @@ static void a_prompt_alone_is_scored(void **state) {
                           400));
 }
 
+static void chat_streams_what_it_says_whole(void **state) {
+    const fixture *f = *state;
+    static const char ask[] =
+        "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\","
         "\"text\":\"hi\"}]}],\"max_completion_tokens\":20,\"seed\":5,\"stream\":%s,"
         "\"stream_options\":{\"include_usage\":true},\"logprobs\":true,\"top_logprobs\":2,"
         "\"ignore_eos\":true,\"user\":\"someone\",\"metadata\":null}";
@@ -835,6 +839,7 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
+        {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
         {"{\"prompt\":[]}", "0 prompts", 400},
     };
@@ -1530,11 +1535,6 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
-/* A command's standard output and exit status. */
-static int run_command(const char *line, text *said) {
-    char buf[4096];
-    text_clear(said);
-    FILE *f = popen(line, "r");
 /* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
  * server of nohup goes on. */
 static void the_command_ends_by_other_signals(void **state) {
@@ -1592,6 +1592,11 @@ static void nohup_keeps_the_command(void **state) {
     fclose(said);
 }
 
+/* A command's standard output and exit status. */
+static int run_command(const char *line, text *said) {
+    char buf[4096];
+    text_clear(said);
+    FILE *f = popen(line, "r");
     assert_non_null(f);
     for (size_t n; (n = fread(buf, 1, sizeof buf, f)) > 0;) text_bytes(said, buf, n);
     const int status_ = pclose(f);
@@ -1708,11 +1713,6 @@ static void check_result_keys(const char *path) {
 
 /* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
  * machine was too busy for a valid run. */
-static void commands_and_lua_measure_a_server(void **state) {
-    const fixture *f = *state;
-    const char *binary = getenv("AMALGAM_BINARY");
-    if (!binary) binary = "build/amalgam";
-    char line[1024], path[] = "build/tests/serve_result.json", script[] = "build/tests/serve.lua";
 /* The end token forced: every output is that one, here, over HTTP and in `generate`. Twins: without
  * the bias they are longer. */
 static void a_bias_is_given_in_lua_and_by_option(void **state) {
@@ -1750,6 +1750,11 @@ static void a_bias_is_given_in_lua_and_by_option(void **state) {
     text_free(&said);
 }
 
+static void commands_and_lua_measure_a_server(void **state) {
+    const fixture *f = *state;
+    const char *binary = getenv("AMALGAM_BINARY");
+    if (!binary) binary = "build/amalgam";
+    char line[1024], path[] = "build/tests/serve_result.json", script[] = "build/tests/serve.lua";
     text said = {0};
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
@@ -2025,6 +2030,7 @@ int main(void) {
         cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(a_prompt_is_echoed),
         cmocka_unit_test(a_prompt_is_scored),
+        cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
@@ -2040,13 +2046,13 @@ int main(void) {
         cmocka_unit_test(the_load_generator_counts_right),
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
+        cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
         cmocka_unit_test(urls_are_read_as_meant),
         cmocka_unit_test(ends_that_come_with_data_are_seen),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
-        cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
         cmocka_unit_test(a_line_is_one_message),
@@ -2055,6 +2061,8 @@ int main(void) {
         cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_takes_the_key_of_the_environment),
         cmocka_unit_test(the_command_serves_until_sigterm),
+        cmocka_unit_test(the_command_ends_by_other_signals),
+        cmocka_unit_test(nohup_keeps_the_command),
     };
     signal(SIGPIPE, SIG_IGN);
     curl_global_init(CURL_GLOBAL_DEFAULT);
@@ -2062,6 +2070,3 @@ int main(void) {
     curl_global_cleanup();
     return failed;
 }
-        cmocka_unit_test(a_prompt_alone_is_scored),
-        cmocka_unit_test(the_command_ends_by_other_signals),
-        cmocka_unit_test(nohup_keeps_the_command),
