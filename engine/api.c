@@ -4,7 +4,6 @@
 #include "sampler.h"
 #include "utf8.h"
 
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -218,11 +217,6 @@ static status take_f32(const json_t *body, const char *key, double lo, double hi
     return ST_OK;
 }
 
-static int compare_bias(const void *a, const void *b) {
-    const logit_bias *x = a, *y = b;
-    return (x->token > y->token) - (x->token < y->token);
-}
-
 /* {"token id": bias, ...}: JSON has no other keys than strings. */
 static status take_bias(api_request *r, const api_model *m, const json_t *body) {
     const json_t *map = json_find(body, "logit_bias");
@@ -248,7 +242,7 @@ static status take_bias(api_request *r, const api_model *m, const json_t *body) 
         r->bias[s->n_bias++] =
             (logit_bias){.token = (int32_t)id, .bias = (float)json_number_value(v)};
     }
-    qsort(r->bias, (size_t)s->n_bias, sizeof *r->bias, compare_bias);
+    logit_bias_sort(r->bias, s->n_bias);
     s->bias = r->bias;
     return ST_OK;
 }
@@ -341,11 +335,13 @@ static status check_echo(const api_request *r) {
 }
 
 /* Output tokens of each prompt: what was asked for, or what the context leaves; where nobody said,
- * completions end after OpenAI's 16 at the latest. */
+ * completions end after OpenAI's 16 at the latest. None at all is for completions to ask. */
 static status take_max_new(api_request *r, const api_model *m, const json_t *body) {
-    int32_t asked = 0;
-    TRY(json_opt_i32(body, "max_tokens", WHERE, 1, 1 << 24, &asked));
-    TRY(json_opt_i32(body, "max_completion_tokens", WHERE, 1, 1 << 24, &asked));
+    const int32_t least = r->chat ? 1 : 0;
+    int32_t asked = -1;
+    TRY(json_opt_i32(body, "max_tokens", WHERE, least, 1 << 24, &asked));
+    TRY(json_opt_i32(body, "max_completion_tokens", WHERE, least, 1 << 24, &asked));
+    r->no_output = asked == 0;
     r->max_new = mem_alloc((size_t)r->n_prompts, sizeof *r->max_new);
     if (!r->max_new) return FAIL(ST_NOMEM, "prompts");
     for (int32_t i = 0; i < r->n_prompts; i++) {
@@ -354,10 +350,12 @@ static status take_max_new(api_request *r, const api_model *m, const json_t *bod
             return FAIL(ST_RANGE,
                         "max_tokens %d and a prompt of %d tokens exceed this model's context of %d",
                         asked, n, m->ctx_max);
-        r->max_new[i] = asked ? asked : r->chat || room < 16 ? room : 16;
-        if (r->sampling.min_tokens > r->max_new[i])
+        r->max_new[i] = asked > 0 ? asked : r->chat || room < 16 ? room : 16;
+        if (r->no_output) r->max_new[i] = 1;
+        const int32_t most = r->no_output ? 0 : r->max_new[i];
+        if (r->sampling.min_tokens > most)
             return FAIL(ST_RANGE, "'min_tokens' %d is more than the %d of 'max_tokens'",
-                        r->sampling.min_tokens, r->max_new[i]);
+                        r->sampling.min_tokens, most);
     }
     return ST_OK;
 }
@@ -370,6 +368,9 @@ static const struct {
     {"suffix", ""},
     {"best_of", "1"},
     {"response_format", "{\"type\":\"text\"}"},
+    {"modalities", "[\"text\"]"},
+    {"audio", ""},
+    {"web_search_options", ""},
     {"functions", ""},
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */

@@ -26,10 +26,11 @@ typedef struct {
 /* Owned by itself: api_request_free. Pointers lie in it. */
 typedef struct {
     bool chat, stream, include_usage, ignore_eos, return_ids, echo;
+    bool no_output;      /* max_tokens 0: of the prompt alone, to see its log-probabilities */
     int32_t n;           /* choices of each prompt */
     int32_t n_prompts;   /* choice c answers prompt c / n */
     ids *prompt;         /* [n_prompts] */
-    int32_t *max_new;    /* [n_prompts] */
+    int32_t *max_new;    /* [n_prompts]; 1 with no_output: what is drawn is for nobody */
     sampling sampling;   /* seed of choice c: sampling.seed + c; its bias is of this request */
     bool logprobs;       /* were asked for */
     int32_t n_top;       /* and so many best ones */

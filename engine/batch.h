@@ -14,7 +14,8 @@ typedef struct {
     const sampling *params; /* NULL: logits are read by the caller, nothing is drawn (evaluation) */
     uint64_t draw;          /* index of this output token: the counter of philox_unit */
     const int32_t
-        *history; /* [n_history] prompt and the `draw` output tokens so far, for penalties */
+        *history; /* [n_history] prompt and the `draw` output tokens so far, for penalties; the last
+                     may be -1 - j like the row's token, until the batch before is committed */
     int32_t n_history;
     const int32_t *given; /* this token gets its log-probability and none is drawn; NULL: one is */
 } sample_row;

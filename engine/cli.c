@@ -38,6 +38,42 @@ static status store(const cli_option *o, const char *value) {
     return ST_OK;
 }
 
+/* Letters of a name that count. */
+enum { NAME_LETTERS = 64 };
+
+/* Levenshtein's distance. */
+static size_t edit_distance(const char *a, size_t n, const char *b) {
+    const size_t m = strnlen(b, NAME_LETTERS);
+    size_t row[NAME_LETTERS + 1]; /* from a's first i letters to b's first j */
+    if (n > NAME_LETTERS) n = NAME_LETTERS;
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            const size_t changed = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            if (changed < row[j]) row[j] = changed;
+        }
+    }
+    return row[m];
+}
+
+const char *nearest_name(const char *word, size_t length, const char *const *name, size_t stride,
+                         int32_t n) {
+    const char *best = NULL;
+    size_t least = SIZE_MAX;
+    for (int32_t i = 0; i < n; i++) {
+        const char *const *at = (const void *)((const char *)name + (size_t)i * stride);
+        const size_t distance = edit_distance(word, length, *at);
+        if (distance >= least) continue;
+        least = distance;
+        best = *at;
+    }
+    return best;
+}
+
 status cli_parse(int argc, char **argv, const char *usage, const cli_option *options,
                  const char **args, int32_t *n_args) {
     const int32_t max_args = *n_args;
@@ -63,8 +99,12 @@ status cli_parse(int argc, char **argv, const char *usage, const cli_option *opt
         const size_t n = equals ? (size_t)(equals - arg) : strlen(arg);
         const cli_option *o = options;
         while (o->name && (strlen(o->name) != n || strncmp(o->name, arg, n) != 0)) o++;
-        if (!o->name)
-            return FAIL(ST_USAGE, "unknown option '%.*s' (--help lists them)", (int)n, arg);
+        if (!o->name) {
+            const char *nearest =
+                nearest_name(arg, n, &options->name, sizeof *options, (int32_t)(o - options));
+            return FAIL(ST_USAGE, "unknown option '%.*s': the nearest is '%s' (--help lists them)",
+                        (int)n, arg, nearest ? nearest : "--help");
+        }
         const char *value = NULL;
         if (o->kind == CLI_FLAG) {
             if (equals) return FAIL(ST_USAGE, "%s takes no value", o->name);

@@ -35,6 +35,12 @@ typedef struct {
 /* USAGE, naming the first of n that is outside of its limits. */
 status cli_check(const cli_range *r, int32_t n);
 
+/* Of the n names, which lie `stride` bytes apart, the one with the fewest letters to change, insert
+ * or leave out to make the first `length` of `word` of it; the first of several. NULL where n = 0.
+ */
+const char *nearest_name(const char *word, size_t length, const char *const *name, size_t stride,
+                         int32_t n);
+
 /* For a command's return: prints the recorded failure to standard error (where AMALGAM_DEBUG is set
  * with the place in the source that it comes from) and gives the exit status:
  * 0 for OK and --help, 2 for USAGE (and what a user can mend in the input), 3 for what does not fit

@@ -227,12 +227,10 @@ int cmd_chat(int argc, char **argv) {
     status st = cli_parse(argc - 1, argv + 1, "chat --model DIR [options]", options, NULL, &n_args);
     if (st == ST_OK && !a.model) st = FAIL(ST_USAGE, "chat needs --model");
     const cli_range ranges[] = {{"--max-tokens", a.max_new, 1, 1 << 24},
-                                {"--top-k", a.draws.top_k, 0, 1 << 24},
                                 {"--threads", a.threads, 0, 1024},
                                 {"--tp", a.tp, 1, 64}};
     if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
-    const sampling s = cmd_sampling_of(&a.draws);
-    if (st == ST_OK) st = sampling_check(&s);
+    if (st == ST_OK) st = cmd_sampling_check(&a.draws);
     talk t = {.a = &a};
     if (st == ST_OK) st = forget(&t); /* before the weights are read: --system may be no text */
     if (st == ST_OK) st = start(&t);

@@ -3,7 +3,6 @@
 #include "engine.h"
 #include "json.h"
 #include "output.h"
-#include "sampler.h"
 
 #include <string.h>
 
@@ -56,10 +55,9 @@ static sampling sampling_of(const arguments *a) {
 }
 
 /* All that can be said before a file is read. */
-static status check(const arguments *a) {
+static status check(arguments *a) {
     const cli_range ranges[] = {{"--max-tokens", a->max_new, 1, 1 << 24},
                                 {"--min-tokens", a->min_new, 0, a->max_new},
-                                {"--top-k", a->draws.top_k, 0, 1 << 24},
                                 {"--threads", a->threads, 0, 1024},
                                 {"--tp", a->tp, 1, 64}};
     if (!a->model) return FAIL(ST_USAGE, "generate needs --model");
@@ -67,8 +65,7 @@ static status check(const arguments *a) {
     TRY(cli_check(ranges, COUNT_OF(ranges)));
     for (int32_t i = 0; i < a->stop.n; i++)
         if (!a->stop.item[i][0]) return FAIL(ST_USAGE, "--stop: an empty string ends nothing");
-    const sampling s = sampling_of(a);
-    return sampling_check(&s);
+    return cmd_sampling_check(&a->draws);
 }
 
 static status generation_open(generation *g, const arguments *a) {

@@ -1,5 +1,5 @@
-/* cmd_serve.c - `amalgam serve`: a model behind OpenAI's HTTP interface, until SIGTERM or SIGINT.
- */
+/* cmd_serve.c - `amalgam serve`: a model behind OpenAI's HTTP interface, until SIGTERM, SIGINT, or
+ * SIGHUP of a terminal that closes. */
 #include "cli.h"
 #include "server.h"
 
@@ -35,10 +35,25 @@ static void on_end(int number) {
     (void)sem_post(&ended);
 }
 
-static void end_on_signals(void (*handler)(int)) {
-    const struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
-    (void)sigaction(SIGINT, &action, NULL);
-    (void)sigaction(SIGTERM, &action, NULL);
+static void on_signal(int number, void (*handler)(int)) {
+    (void)sigaction(number, &(struct sigaction){.sa_handler = handler, .sa_flags = SA_RESTART},
+                    NULL);
+}
+
+static void end_on_signals(void) {
+    struct sigaction hangup;
+    on_signal(SIGINT, on_end);
+    on_signal(SIGTERM, on_end);
+    /* nohup has it ignored: then so it stays. */
+    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN)
+        on_signal(SIGHUP, on_end);
+}
+
+/* The next one ends all at once, but a terminal that closes may send several. */
+static void end_at_once_on_signals(void) {
+    on_signal(SIGINT, SIG_DFL);
+    on_signal(SIGTERM, SIG_DFL);
+    on_signal(SIGHUP, SIG_IGN);
 }
 
 static status check(const arguments *a) {
@@ -158,7 +173,7 @@ static status start(const arguments *a, parts *p) {
                          .ctx_max = engine_ctx_max(p->engine),
                          .vocab = c->vocab,
                          .n_max = (int32_t)a->max_n};
-    end_on_signals(on_end); /* while the model was loading they did what signals do */
+    end_on_signals(); /* while the model was loading they did what signals do */
     TRY(server_open(&p->server, &so, p->service, &m));
     const bool bare6 = strchr(a->host, ':') != NULL;
     char format[PRECISION_NAME_MAX];
@@ -187,7 +202,7 @@ static status run(const arguments *a) {
         }
         fprintf(stderr, "amalgam: shutting down, %d requests in flight; once more to stop now\n",
                 service_alive(p.service));
-        end_on_signals(SIG_DFL); /* the next one ends all at once */
+        end_at_once_on_signals();
     }
     server_close(p.server, a->grace_s);
     service_close(p.service);

@@ -397,6 +397,13 @@ static status reserve_edits(const cudev *c) {
     return ST_OK;
 }
 
+/* What a step draws stays while the next one draws: the host has it before the one after begins. */
+static int32_t drawn_at(const cudev *c, int64_t step) {
+    return (int32_t)(step & 1) * c->max_samples;
+}
+
+static draw_result *drawn_by(const cudev *c, int64_t step) { return c->drawn + drawn_at(c, step); }
+
 /* How sample i is drawn; its edits go to `edit`. */
 static draw_row draw_of(const cudev *c, const sample_row *s, draw_edit *edit) {
     const sampling *p = s->params;
@@ -407,6 +414,8 @@ static draw_row draw_of(const cudev *c, const sample_row *s, draw_edit *edit) {
                   .top_p = p->top_p,
                   .min_p = p->min_p,
                   .repetition_penalty = p->repetition_penalty,
+                  .presence_penalty = p->presence_penalty,
+                  .frequency_penalty = p->frequency_penalty,
                   .top_k = p->top_k,
                   .n_logprobs = p->n_logprobs,
                   .kind = DRAW_TOKEN,
@@ -415,12 +424,9 @@ static draw_row draw_of(const cudev *c, const sample_row *s, draw_edit *edit) {
                   .counter = s->draw};
     r.n_edits = sampler_edits(edit, &r.n_bias, p, s->draw, s->history, s->n_history,
                               c->config.vocab, c->count);
+    const int32_t last = s->n_history ? s->history[s->n_history - 1] : 0;
+    if (last < 0 && sampling_penalises(p)) r.last = last - drawn_at(c, c->n_begun - 1);
     return r;
-}
-
-/* What a step draws stays while the next one draws: the host has it before the one after begins. */
-static draw_result *drawn_by(const cudev *c, int64_t step) {
-    return c->drawn + (step & 1) * c->max_samples;
 }
 
 /* Fill the host's tables for `rows` tokens, sequences and samples as padded. */
@@ -446,8 +452,7 @@ static cudev_tables fill_tables(const cudev *c, int32_t t, int32_t s, int32_t sa
         draw[i] = draw_of(c, &b->sample[i], edit);
         edit += draw[i].n_edits;
     }
-    for (int32_t i = 0; i < samples; i++)
-        draw[i].to = (int32_t)(drawn_by(c, c->n_begun) - c->drawn) + i;
+    for (int32_t i = 0; i < samples; i++) draw[i].to = drawn_at(c, c->n_begun) + i;
     return h;
 }
 

@@ -267,15 +267,6 @@ static status launch_step(engine *e) {
     return ST_OK;
 }
 
-/* A penalty looks at every token before, so those must be known. */
-static bool may_run_ahead(const engine *e) {
-    const batch *b = &e->started[0].b;
-    if (!e->ahead) return false;
-    for (int32_t i = 0; i < b->n_samples; i++)
-        if (!b->sample[i].given && sampling_penalises(b->sample[i].params)) return false;
-    return true;
-}
-
 static void count_step(engine *e, const step_under_way *s, int64_t now) {
     engine_stats *t = &e->stats;
     const batch *b = &s->b;
@@ -329,7 +320,7 @@ status engine_step(engine *e, bool *ran) {
     if (e->n_started == 0) TRY(launch_step(e));
     *ran = e->n_started > 0;
     if (!*ran) return ST_OK;
-    if (may_run_ahead(e)) TRY(launch_step(e));
+    if (e->ahead) TRY(launch_step(e));
     return finish_step(e);
 }
 

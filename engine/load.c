@@ -277,6 +277,9 @@ static status write_body(const loader *l, const request *r, text *out) {
     if (s->frequency_penalty != 0)
         text_add(out, ",\"frequency_penalty\":%g", (double)s->frequency_penalty);
     if (s->min_tokens > 0) text_add(out, ",\"min_tokens\":%d", s->min_tokens);
+    for (int32_t i = 0; i < s->n_bias; i++)
+        text_add(out, "%s\"%d\":%g%s", i ? "," : ",\"logit_bias\":{", s->bias[i].token,
+                 (double)s->bias[i].bias, i + 1 < s->n_bias ? "" : "}");
     if (r->ignore_eos) text_add(out, ",\"ignore_eos\":true");
     if (r->salt) text_add(out, ",\"cache_salt\":\"%llx\"", (unsigned long long)r->salt);
     text_add(out, "}");

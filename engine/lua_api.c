@@ -1,6 +1,7 @@
 /* lua_api.c - see lua_api.h. ORDER lua api: the table at the end, amalgam.meta.lua. */
 #include "lua_api.h"
 
+#include "cli.h"
 #include "engine.h"
 #include "evaluate.h"
 #include "formats.h"
@@ -12,6 +13,7 @@
 #include "progress.h"
 #include "quantise.h"
 #include "results.h"
+#include "sampler.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -28,17 +30,25 @@
 
 /* --- Options ---------------------------------------------------------------------------------- */
 
-/* A misspelt option must not take its default. `known` ends with NULL. */
+static int32_t count_keys(const char *const *list) {
+    int32_t n = 0;
+    while (list[n]) n++;
+    return n;
+}
+
+/* A misspelt option must not take its default, nor one that this call does not read go for nothing:
+ * every key of the table at `index` is one of `known`, which ends with NULL. */
 static void check_keys(lua_State *L, int index, const char *what, const char *const *known) {
     luaL_checktype(L, index, LUA_TTABLE);
     index = lua_absindex(L, index);
+    const int32_t n = count_keys(known);
     lua_pushnil(L);
     while (lua_next(L, index)) {
         if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "%s: a key is no string", what);
         const char *key = lua_tostring(L, -2);
-        bool found = false;
-        for (const char *const *k = known; *k && !found; k++) found = strcmp(*k, key) == 0;
-        if (!found) luaL_error(L, "%s: unknown key '%s'", what, key);
+        const char *nearest = nearest_name(key, strlen(key), known, sizeof *known, n);
+        if (strcmp(nearest, key) != 0)
+            luaL_error(L, "%s: unknown key '%s': the nearest is '%s'", what, key, nearest);
         lua_pop(L, 1);
     }
 }
@@ -105,35 +115,17 @@ static bool opt_table(lua_State *L, int t, const char *key) {
     return true;
 }
 
-static const char *const engine_keys[] = {"model",
-                                          "weights",
-                                          "weights_seed",
-                                          "precision",
-                                          "device",
-                                          "gpu",
-                                          "tp",
-                                          "threads",
-                                          "memory_fraction",
-                                          "ctx_max",
-                                          "pages",
-                                          "scheduler",
-                                          "dequant_first",
-                                          "kernel_family",
-                                          "no_graphs",
-                                          "lockstep",
-                                          "trace",
-                                          /* serve */ "workload",
-                                          "limits",
-                                          /* evaluate */ "text",
-                                          "window",
-                                          "stride",
-                                          "tasks",
-                                          "against",
-                                          NULL};
+/* Keys of every call that opens an engine, and of each what it reads beside them. */
+#define ENGINE_KEYS                                                                                \
+    "model", "weights", "weights_seed", "precision", "device", "gpu", "tp", "threads",             \
+        "memory_fraction", "ctx_max", "pages", "scheduler", "dequant_first", "kernel_family",      \
+        "no_graphs", "lockstep", "trace"
 
-/* Options shared by every call that opens an engine. `t` is the option table. */
-static void read_engine_options(lua_State *L, int t, engine_options *o) {
-    check_keys(L, t, "options", engine_keys);
+/* Options shared by every call that opens an engine. `t` is the option table, `keys` what it may
+ * hold. */
+static void read_engine_options(lua_State *L, int t, const char *what, const char *const *keys,
+                                engine_options *o) {
+    check_keys(L, t, what, keys);
     *o = ENGINE_OPTIONS_DEFAULT;
     opt_str(L, t, "model", &o->model);
     if (!o->model) luaL_error(L, "'model' is missing");
@@ -203,7 +195,31 @@ static void read_length(lua_State *L, int t, const char *key, length_law *law) {
     lua_pop(L, 1);
 }
 
-static void read_sampling(lua_State *L, int t, sampling *p) {
+/* {[token id] = bias}, which goes to `a`. */
+static void read_bias(lua_State *L, int t, arena *a, sampling *p) {
+    if (!opt_table(L, t, "logit_bias")) return;
+    int32_t n = 0;
+    logit_bias *bias = arena_array(a, logit_bias, LOGIT_BIAS_MAX);
+    if (!bias) luaL_error(L, "out of memory");
+    for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1)) {
+        int is_id, is_bias;
+        const lua_Integer id = lua_tointegerx(L, -2, &is_id);
+        const double v = lua_tonumberx(L, -1, &is_bias);
+        if (!is_id || lua_type(L, -2) != LUA_TNUMBER || id < 0 || id > INT32_MAX)
+            luaL_error(L, "logit_bias: a key is no token id");
+        if (!is_bias) luaL_error(L, "logit_bias: that of %I is no number", id);
+        if (n == LOGIT_BIAS_MAX)
+            luaL_error(L, "logit_bias: more than %d tokens", (int)LOGIT_BIAS_MAX);
+        bias[n++] = (logit_bias){.token = (int32_t)id, .bias = (float)v};
+    }
+    logit_bias_sort(bias, n);
+    p->bias = bias;
+    p->n_bias = n;
+    if (sampling_check(p) != ST_OK) luaL_error(L, "%s", fail_message());
+    lua_pop(L, 1);
+}
+
+static void read_sampling(lua_State *L, int t, arena *a, sampling *p) {
     if (!opt_table(L, t, "sampling")) return;
     static const char *const known[] = {"temperature",
                                         "top_k",
@@ -213,6 +229,7 @@ static void read_sampling(lua_State *L, int t, sampling *p) {
                                         "presence_penalty",
                                         "frequency_penalty",
                                         "min_tokens",
+                                        "logit_bias",
                                         "seed",
                                         NULL};
     const int s = lua_gettop(L);
@@ -237,11 +254,12 @@ static void read_sampling(lua_State *L, int t, sampling *p) {
     p->presence_penalty = (float)presence;
     p->frequency_penalty = (float)frequency;
     p->seed = (uint64_t)seed;
+    read_bias(L, s, a, p);
     lua_pop(L, 1);
 }
 
-/* The table "workload" at `t`. */
-static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *o) {
+/* The table "workload" at `t`; what is of no fixed size goes to `a`. */
+static void read_workload(lua_State *L, int t, int32_t vocab, arena *a, workload_options *o) {
     static const char *const known[] = {
         "preset", "name",       "file",     "format",     "n_requests", "prompt", "output",
         "prefix", "n_prefixes", "arrival",  "rate_per_s", "burstiness", "speed",  "users",
@@ -284,7 +302,7 @@ static void read_workload(lua_State *L, int t, int32_t vocab, workload_options *
     o->seed = (uint64_t)seed;
     opt_bool(L, t, "salted", &o->salted);
     opt_bool(L, t, "ignore_eos", &o->ignore_eos);
-    read_sampling(L, t, &o->sampling);
+    read_sampling(L, t, a, &o->sampling);
     o->vocab = vocab;
 }
 
@@ -453,16 +471,17 @@ static void set_gpu(lua_State *L, const char *gpu) {
 }
 
 static int l_serve(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, "workload", "limits", NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "serve", known, &o);
     session *s = session_new(L);
     const model_config *config = load_config(L, &o);
 
     if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
     workload_options wo;
     const int wt = lua_gettop(L);
-    read_workload(L, wt, config->vocab, &wo);
+    read_workload(L, wt, config->vocab, &s->memory, &wo);
     const char *contents = "random";
     opt_str(L, wt, "contents", &contents);
     lua_pop(L, 1);
@@ -518,7 +537,7 @@ static int l_bench_serve(lua_State *L) {
                                         "vocab",       "workload",  NULL};
     load_options o = {0};
     lua_settop(L, 1);
-    check_keys(L, 1, "options", known);
+    check_keys(L, 1, "bench_serve", known);
     session *s = session_new(L);
     const char *dir = NULL;
     opt_str(L, 1, "url", &o.url);
@@ -544,7 +563,7 @@ static int l_bench_serve(lua_State *L) {
     if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
     workload_options wo;
     workload w;
-    read_workload(L, lua_gettop(L), vocab, &wo);
+    read_workload(L, lua_gettop(L), vocab, &s->memory, &wo);
     lua_pop(L, 1);
     if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
     request_log *log = arena_array(&s->memory, request_log, (size_t)w.n + 1);
@@ -574,9 +593,10 @@ static int l_bench_serve(lua_State *L) {
 /* What fits where, with nothing loaded: {weight_bytes, kv_tokens, …} or the outcome. With tp absent
  * the smallest degree on which it fits is chosen. */
 static int l_capacity(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "capacity", known, &o);
     const model_config *config = load_config(L, &o);
     gpu_sheet gpu;
     precision p;
@@ -672,6 +692,8 @@ static void evaluate_text(lua_State *L, session *s, const engine_options *o, int
 
 static void evaluate_task_list(lua_State *L, session *s, int t) {
     const int list = lua_gettop(L);
+    if (lua_rawlen(L, list) == 0)
+        luaL_error(L, "tasks: a list of tables, each with 'kind' and 'n'");
     for (lua_Integer i = 1; i <= (lua_Integer)lua_rawlen(L, list); i++) {
         static const char *const known[] = {"kind", "n", "seed", NULL};
         lua_rawgeti(L, list, i);
@@ -701,9 +723,11 @@ static void evaluate_task_list(lua_State *L, session *s, int t) {
 }
 
 static int l_evaluate(lua_State *L) {
+    static const char *const known[] = {ENGINE_KEYS, "text",    "window", "stride",
+                                        "tasks",     "against", NULL};
     engine_options o;
     lua_settop(L, 1);
-    read_engine_options(L, 1, &o);
+    read_engine_options(L, 1, "evaluate", known, &o);
     int32_t window = 512, stride = 256;
     opt_i32(L, 1, "window", 2, 1 << 20, &window);
     opt_i32(L, 1, "stride", 1, 1 << 20, &stride);
@@ -991,6 +1015,22 @@ static int l_json_decode(lua_State *L) {
     return 1;
 }
 
+/* nearest(word, names): nearest_name. */
+static int l_nearest(lua_State *L) {
+    size_t length;
+    const char *word = luaL_checklstring(L, 1, &length), **names;
+    luaL_checktype(L, 2, LUA_TTABLE);
+    const int32_t n = (int32_t)luaL_len(L, 2);
+    names = lua_newuserdatauv(L, ((size_t)n + 1) * sizeof *names, 0);
+    for (int32_t i = 0; i < n; i++) {
+        if (lua_rawgeti(L, 2, i + 1) != LUA_TSTRING) return luaL_error(L, "nearest: no string");
+        names[i] = lua_tostring(L, -1); /* alive in the table */
+        lua_pop(L, 1);
+    }
+    lua_pushstring(L, nearest_name(word, length, names, sizeof *names, n));
+    return 1;
+}
+
 static int l_hash(lua_State *L) {
     size_t n;
     const char *s = luaL_checklstring(L, 1, &n);
@@ -1240,6 +1280,7 @@ static const luaL_Reg functions[] = {
     {"bench", l_bench},
     {"json_encode", l_json_encode},
     {"json_decode", l_json_decode},
+    {"nearest", l_nearest},
     {"hash", l_hash},
     {"identity", l_identity},
     {"append", l_append},

@@ -147,5 +147,8 @@ int main(int argc, char **argv) {
         if (commands[i].run) return written(commands[i].run(argc - at, argv + at));
         return written(run_module(commands[i].module, argc - at - 1, argv + at + 1));
     }
-    return cli_exit(FAIL(ST_USAGE, "unknown command '%s' (amalgam --help lists them)", argv[at]));
+    return cli_exit(FAIL(
+        ST_USAGE, "unknown command '%s': the nearest is '%s' (amalgam --help lists them)", argv[at],
+        nearest_name(argv[at], strlen(argv[at]), &commands->name, sizeof *commands,
+                     COUNT_OF(commands))));
 }

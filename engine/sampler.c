@@ -79,6 +79,13 @@ status sampling_check(const sampling *p) {
     return ST_OK;
 }
 
+static int compare_bias(const void *a, const void *b) {
+    const logit_bias *x = a, *y = b;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+void logit_bias_sort(logit_bias *b, int32_t n) { qsort(b, (size_t)n, sizeof *b, compare_bias); }
+
 bool sampling_penalises(const sampling *p) {
     return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
 }
@@ -136,27 +143,29 @@ static int32_t bias_edits(draw_edit *out, const sampling *p, uint64_t draw, int3
         for (int32_t i = 0; i < p->barred[k].n; i++) {
             const int32_t id = p->barred[k].token[i];
             if ((uint32_t)id >= (uint32_t)vocab) continue; /* of a tokenizer that has more */
-            if (count[id]++ == 0) out[n++] = (draw_edit){.token = id, .add = -INFINITY};
+            if (count[id]++ == 0) out[n++] = (draw_edit){.token = id, .value = -INFINITY};
         }
     n_barred = n;
     for (int32_t i = 0; i < p->n_bias; i++) {
         const logit_bias *b = &p->bias[i];
         check_token(b->token, vocab);
-        if (count[b->token] == 0) out[n++] = (draw_edit){.token = b->token, .add = b->bias};
+        if (count[b->token] == 0) out[n++] = (draw_edit){.token = b->token, .value = b->bias};
     }
     for (int32_t i = 0; i < n_barred; i++) count[out[i].token] = 0;
     return n;
 }
 
 /* Steps 2 and 3: the output's tokens with their counts, then those of the prompt that are not among
- * them. A token stays in the list where it is new: a branch there is one that nobody predicts. */
+ * them, then a place for a last one that is not known. A token stays in the list where it is new: a
+ * branch there is one that nobody predicts. */
 static int32_t penalty_edits(draw_edit *out, const sampling *p, int32_t n_prompt,
                              const int32_t *history, int32_t n_history, int32_t vocab,
                              int32_t *count) {
     const bool repetition = p->repetition_penalty != 1;
+    const int32_t unknown = n_prompt < n_history && history[n_history - 1] < 0;
     uint32_t *seen = (uint32_t *)(count + vocab); /* bit set */
     int32_t n = 0;
-    for (int32_t h = n_prompt; h < n_history; h++) {
+    for (int32_t h = n_prompt; h < n_history - unknown; h++) {
         const int32_t id = history[h];
         check_token(id, vocab);
         out[n].token = id;
@@ -164,13 +173,14 @@ static int32_t penalty_edits(draw_edit *out, const sampling *p, int32_t n_prompt
     }
     for (int32_t i = 0; i < n; i++) {
         const int32_t id = out[i].token;
-        out[i].add = -(p->frequency_penalty * (float)count[id] + p->presence_penalty);
+        out[i].value = (float)count[id];
         count[id] = 0;
         if (!repetition) continue;
         out[i].token = ~id;
         seen[id / 32] |= 1u << (id % 32);
     }
-    if (!repetition) return n;
+    out[n] = (draw_edit){.token = 0};
+    if (!repetition) return n + unknown;
     for (int32_t h = 0; h < n_prompt; h++) {
         check_token(history[h], vocab);
         const uint32_t id = (uint32_t)history[h], word = seen[id / 32];
@@ -179,7 +189,8 @@ static int32_t penalty_edits(draw_edit *out, const sampling *p, int32_t n_prompt
         n += (word >> (id % 32) & 1) == 0;
     }
     memset(seen, 0, sizeof *seen * (size_t)div_up(vocab, 32));
-    return n;
+    out[n] = (draw_edit){.token = ~0};
+    return n + unknown;
 }
 
 int64_t sampler_counts(int32_t vocab) { return vocab + div_up(vocab, 32); }
@@ -204,15 +215,18 @@ int64_t sampler_edits_most(const sampling *p, uint64_t draw, int32_t n_history, 
 /* z = logits after steps 1 to 3. */
 static void edit(const work *w, const float *logits, int32_t vocab, const sampling *p,
                  uint64_t draw, const int32_t *history, int32_t n_history) {
+    if (sampling_penalises(p) && n_history) check_token(history[n_history - 1], vocab);
     for (int32_t i = 0; i < vocab; i++) w->z[i] = finite_or_least(logits[i]);
     memset(w->count, 0, sizeof *w->count * (size_t)sampler_counts(vocab));
     int32_t n_bias;
     const int32_t n = sampler_edits(w->edit, &n_bias, p, draw, history, n_history, vocab, w->count);
     for (int32_t i = 0; i < n; i++) {
         const draw_edit e = w->edit[i];
-        float *z = &w->z[e.token < 0 ? ~e.token : e.token];
+        float *z = &w->z[e.token < 0 ? ~e.token : e.token], add = e.value;
+        if (i >= n_bias && e.value > 0)
+            add = -(p->frequency_penalty * e.value + p->presence_penalty);
         if (e.token < 0) *z = *z > 0 ? *z / p->repetition_penalty : *z * p->repetition_penalty;
-        *z = finite_or_least(*z + e.add);
+        *z = finite_or_least(*z + add);
     }
 }
 

@@ -25,12 +25,15 @@ void sampler_score(sampled *out, const float *logits, int32_t vocab, int32_t tok
 /* Steps 1 to 3 of request.h as changes of single logits: into `out`, which has room for
  * sampler_edits_most of them (one is written in vain), the first *n_bias being step 1. Returns how
  * many. `count` [sampler_counts(vocab)] is 0 before and after. A token outside the vocabulary is a
- * programmer error, but among the barred it is passed over. */
+ * programmer error, but among the barred it is passed over; and a negative last one of the output
+ * is not known yet (batch.h): it is not counted, and the last edit is kept for it (draw.h). */
 int32_t sampler_edits(draw_edit *out, int32_t *n_bias, const sampling *params, uint64_t draw,
                       const int32_t *history, int32_t n_history, int32_t vocab, int32_t *count);
 int64_t sampler_counts(int32_t vocab);
 int64_t sampler_edits_most(const sampling *params, uint64_t draw, int32_t n_history, int32_t vocab);
 
+/* By ascending token, as sampling wants them. */
+void logit_bias_sort(logit_bias *b, int32_t n);
 /* RANGE with the parameter's name. */
 status sampling_check(const sampling *p);
 /* Whether the history matters: one of the penalties is set. */

@@ -193,6 +193,27 @@ static enum MHD_Result answer_model(exchange *x) {
     return send_json(x, 200, &t);
 }
 
+static void put_text_or_null(text *t, const char *key, const char *words) {
+    text_add(t, ",\"%s\":", key);
+    if (words && words[0])
+        api_put_string(t, words, strlen(words));
+    else
+        text_add(t, "null");
+}
+
+/* vLLM's: what a client needs to make prompts and tokens as this server does. */
+static enum MHD_Result answer_tokenizer(exchange *x) {
+    const api_model *m = &x->server->model;
+    text t = {0};
+    if (!m->tok) return send_error(x, 404, "this server has no tokenizer");
+    text_add(&t, "{\"tokenizer_class\":null");
+    put_text_or_null(&t, "bos_token", m->bos);
+    put_text_or_null(&t, "eos_token", m->eos);
+    put_text_or_null(&t, "chat_template", m->tpl ? tokenizer_chat_template(m->tok, NULL) : NULL);
+    text_add(&t, "}");
+    return send_json(x, 200, &t);
+}
+
 static enum MHD_Result answer_metrics(exchange *x) {
     text t = {0};
     service_metrics(x->server->service, x->server->model.model, &t);
@@ -408,6 +429,7 @@ static const route routes[] = {
     {"/ping", "GET", true, answer_health, NULL},
     {"/version", "GET", false, answer_version, NULL},
     {"/metrics", "GET", false, answer_metrics, NULL},
+    {"/tokenizer_info", "GET", false, answer_tokenizer, NULL},
     {"/tokenize", "POST", false, NULL, read_tokenize},
     {"/detokenize", "POST", false, NULL, read_detokenize},
     {"/reset_prefix_cache", "POST", false, answer_reset, NULL},

@@ -233,11 +233,12 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     job_choice *c = s->slot[id % s->max_requests];
     bool stopped = false;
     if (c->n_tokens == c->n_echoed) s->prompt_tokens += c->n_prompt;
+    touch(s, c);
+    if (c->job->request.no_output) return false;
     s->generation_tokens++;
     pthread_mutex_lock(&c->job->lock);
     if (push_token(s->tok, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
     pthread_mutex_unlock(&c->job->lock);
-    touch(s, c);
     return stopped;
 }
 
@@ -391,11 +392,11 @@ static status submit_choice(service *s, job_choice *c) {
                  .prompt = r->prompt[prompt].data,
                  .n_prompt = c->n_prompt,
                  .max_new = r->max_new[prompt],
-                 .ignore_eos = r->ignore_eos,
+                 .ignore_eos = r->ignore_eos || r->no_output,
                  .score_prompt = r->echo && r->logprobs,
                  .sampling = r->sampling,
                  .stop_token = r->stop_token,
-                 .n_stop_tokens = r->n_stop_tokens,
+                 .n_stop_tokens = r->no_output ? 0 : r->n_stop_tokens,
                  .salt = r->salt,
                  .user = -1};
     q.sampling.seed += (uint64_t)c->index;
@@ -420,6 +421,7 @@ static void take_finished(service *s) {
         job_choice *c = s->slot[slot];
         s->slot[slot] = NULL;
         s->free_slot[s->n_free++] = slot;
+        if (c->job->request.no_output) log.n_output = 0;
         count_finished(s, &log);
         pthread_mutex_lock(&c->job->lock);
         if (s->tok && output_finish(&c->out) == ST_OK) {

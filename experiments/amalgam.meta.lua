@@ -15,7 +15,8 @@ local amalgam = {}
 ---@field prefix_cache? boolean share pages of equal beginnings (true)
 ---@field static_batching? boolean baseline: a batch runs until its last request ends (false)
 
----Options of every call that opens an engine. Unknown keys are refused.
+---Options of every call that opens an engine. Keys that a call does not read are refused, here and
+---in all tables of options, with the nearest that it does.
 ---@class EngineOptions
 ---@field model string a name under workloads/models, or a folder with config.json
 ---@field weights? "checkpoint"|"synthetic" (checkpoint)
@@ -54,6 +55,7 @@ local amalgam = {}
 ---@field presence_penalty? number off what the output has, -2 to 2 (0)
 ---@field frequency_penalty? number off that for each time, -2 to 2 (0)
 ---@field min_tokens? integer no end or stop token, nor stop string, in the first so many (0)
+---@field logit_bias? table<integer, number> onto the logit of a token id, -100 to 100
 ---@field seed? integer
 
 ---@class WorkloadOptions
@@ -218,6 +220,11 @@ function amalgam.json_encode(value) end
 ---@param text string
 ---@return any
 function amalgam.json_decode(text) end
+
+---@param word string
+---@param names string[]
+---@return string|nil # of the names the one with the fewest letters different; the first of several
+function amalgam.nearest(word, names) end
 
 ---@param bytes string
 ---@return string # 16 hexadecimal digits

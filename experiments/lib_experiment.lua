@@ -40,6 +40,7 @@ local FIELDS = {
   axes = "table", fixed = "table", where = "function", quick = "table", jobs = "string",
   timeout_s = "number", needs = "string", run = "function",
 }
+local AXIS_FIELDS = { name = "string", values = "table" }
 local REQUIRED = { "id", "title", "question", "cost", "axes", "jobs", "run" }
 local ORIGINS = { measured = true, predicted = true, reference = true }
 
@@ -47,6 +48,16 @@ local ORIGINS = { measured = true, predicted = true, reference = true }
 ---@param format string
 function M.refuse(format, ...)
   error({ exit = 2, message = format:format(...) }, 0)
+end
+
+--- Is `key` one of `known`? nil, or what is wrong with it.
+---@param key any
+---@param known table<string, any>
+---@return string|nil
+function M.key_problem(key, known)
+  if known[key] ~= nil then return nil end
+  local nearest = amalgam.nearest(tostring(key), M.sorted_keys(known))
+  return ("unknown key '%s': the nearest is '%s'"):format(tostring(key), nearest)
 end
 
 --- What the word after an option must be: a whole number from 1 to `most`.
@@ -83,7 +94,12 @@ local function options_of(args, kinds, n_names)
       value = value or args[at] or M.refuse("%s needs a value", flag)
       o[key] = kind == "word" and value or kind(value, flag, o[key])
     elseif flag:find("^%-") then
-      M.refuse("unknown option '%s' (--help lists them)", args[at])
+      local names = { "--help" }
+      for _, name in ipairs(M.sorted_keys(kinds)) do
+        names[#names + 1] = "--" .. name:gsub("_", "-")
+      end
+      M.refuse("unknown option '%s': the nearest is '%s' (--help lists them)", args[at],
+        amalgam.nearest(flag, names))
     elseif #o.names == n_names then
       M.refuse("unexpected argument '%s' (--help says what is taken)", args[at])
     else
@@ -207,10 +223,8 @@ local function check_fields(loaded)
     M.refuse("%s:1: an experiment file returns a table, this one a %s", file, type(spec))
   end
   for _, key in ipairs(M.sorted_keys(spec)) do
-    if not FIELDS[key] then
-      M.refuse("%s: unknown key '%s' (known: %s)", place(loaded, key), key,
-        table.concat(M.sorted_keys(FIELDS), ", "))
-    end
+    local problem = M.key_problem(key, FIELDS)
+    if problem then M.refuse("%s: %s", place(loaded, key), problem) end
     if type(spec[key]) ~= FIELDS[key] then
       M.refuse("%s: '%s' is a %s, not a %s", place(loaded, key), key, type(spec[key]), FIELDS[key])
     end
@@ -258,9 +272,8 @@ local function check_axes(loaded)
       M.refuse("%s: axis %d has no name", place(loaded, "axes"), i)
     end
     for _, key in ipairs(M.sorted_keys(axis)) do
-      if key ~= "name" and key ~= "values" then
-        M.refuse("%s: unknown key '%s' in axis '%s'", place(loaded, key), key, axis.name)
-      end
+      local problem = M.key_problem(key, AXIS_FIELDS)
+      if problem then M.refuse("%s: axis '%s': %s", place(loaded, key), axis.name, problem) end
     end
     if names[axis.name] then
       M.refuse("%s: axis '%s' twice", place(loaded, axis.name), axis.name)

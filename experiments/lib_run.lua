@@ -106,7 +106,8 @@ local RESULT_KEYS = {
 local function check_result(result, declared_origin)
   if type(result) ~= "table" then error("run returned a " .. type(result) .. ", no table", 0) end
   for _, key in ipairs(experiment.sorted_keys(result)) do
-    if not RESULT_KEYS[key] then error(("result: unknown key '%s'"):format(key), 0) end
+    local problem = experiment.key_problem(key, RESULT_KEYS)
+    if problem then error("result: " .. problem, 0) end
     if type(result[key]) ~= RESULT_KEYS[key] then
       error(("result: '%s' is a %s"):format(key, type(result[key])), 0)
     end

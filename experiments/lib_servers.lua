@@ -39,7 +39,8 @@ function M.load(name)
   end
   local server = chunk()
   for key in pairs(server) do
-    if not KEYS[key] then experiment.refuse("%s: unknown key '%s'", path, key) end
+    local problem = experiment.key_problem(key, KEYS)
+    if problem then experiment.refuse("%s: %s", path, problem) end
   end
   for key, kind in pairs(KEYS) do
     local value = server[key]

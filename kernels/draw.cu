@@ -142,6 +142,7 @@ struct block_memory {
     candidate best[kWarps];
     double part_f64[kParts];
     weight_sum chosen[2]; // results that one thread hands to all
+    int counted;          // rank 0's: an edit has counted the row's last token
     int rank, size;       // this block, of how many of the row
     int each, lo, hi;     // ids of a part; [lo, hi) are this block's
 };
@@ -159,6 +160,7 @@ struct team {
         asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
 #endif
         if (threadIdx.x == 0) {
+            m.counted = 0;
             m.rank = rank;
             m.size = size;
             m.each = (vocab + kParts * 32 - 1) / (kParts * 32) * 32;
@@ -445,26 +447,67 @@ __device__ candidate best_of_row(const row_view &r, team &t) {
     return row_best(best, t);
 }
 
-// Do the edits [from, to) of a row, or undo them. Those to be undone keep the logit. Row.
-__device__ void edit_logits(const row_view &r, const draw_row &p, int from, int to, bool undo,
-                            team &t) {
+// f(i) for the edits [from, to) of a row; then all is seen by all. Row.
+template <typename F> __device__ void each_edit(int from, int to, team &t, F f) {
     const int first = from + t.m.rank * kThreads + (int)threadIdx.x;
-    for (int i = first; i < to; i += t.m.size * kThreads) {
-        int2 *const place = reinterpret_cast<int2 *>(p.edit) + i; // whole: it may be the host's
-        const int2 e = *place;
-        const float add = __int_as_float(e.y);
-        float *const logit = r.logits + (e.x < 0 ? ~e.x : e.x);
-        if (undo) {
-            *logit = add;
-            continue;
-        }
-        float v = finite_or_least(*logit);
-        if (e.x < 0)
-            v = v > 0.f ? __fdiv_rn(v, p.repetition_penalty) : __fmul_rn(v, p.repetition_penalty);
-        if (p.n_logprobs >= 0) *place = {e.x, __float_as_int(*logit)};
-        *logit = finite_or_least(__fadd_rn(v, add));
-    }
+    for (int i = first; i < to; i += t.m.size * kThreads) f(i);
     t.meet();
+}
+
+// Edit i of a row: whole, for it may be the host's.
+__device__ __forceinline__ int2 &edit_at(const draw_row &p, int i) {
+    return reinterpret_cast<int2 *>(p.edit)[i];
+}
+
+// Change a logit; what it was goes to edit `keep` where it will be asked for.
+__device__ __forceinline__ void edit_logit(const row_view &r, const draw_row &p, int id,
+                                           bool repeated, float add, int keep) {
+    const float was = r.logits[id];
+    float v = finite_or_least(was);
+    if (repeated)
+        v = v > 0.f ? __fdiv_rn(v, p.repetition_penalty) : __fmul_rn(v, p.repetition_penalty);
+    if (p.n_logprobs >= 0) edit_at(p, keep) = {id, __float_as_int(was)};
+    r.logits[id] = finite_or_least(__fadd_rn(v, add));
+}
+
+__device__ void add_bias(const row_view &r, const draw_row &p, team &t) {
+    each_edit(0, p.n_bias, t, [&](int i) {
+        const int2 e = edit_at(p, i);
+        edit_logit(r, p, e.x, false, __int_as_float(e.y), i);
+    });
+}
+
+// last: a token that no edit counts yet, or -1. The last edit is then kept for it, and gets its
+// logit in any case, so that undoing knows nothing of it. Row.
+__device__ void penalise(const row_view &r, const draw_row &p, int last, team &t) {
+    const auto add_of = [&](float times) {
+        const float penalty = __fadd_rn(__fmul_rn(p.frequency_penalty, times), p.presence_penalty);
+        return times > 0.f ? -penalty : 0.f;
+    };
+    const int kept = last < 0 ? p.n_edits : p.n_edits - 1;
+    each_edit(p.n_bias, kept, t, [&](int i) {
+        const int2 e = edit_at(p, i);
+        const int id = e.x < 0 ? ~e.x : e.x;
+        float times = __int_as_float(e.y);
+        if (id == last) {
+            times += 1.f;
+            *t.there(&t.m.counted, 0) = 1;
+            if (p.n_logprobs >= 0) edit_at(p, kept) = {id, __float_as_int(r.logits[id])};
+        }
+        edit_logit(r, p, id, e.x < 0, add_of(times), i);
+    });
+    if (last < 0) return;
+    if (t.m.rank == 0 && threadIdx.x == 0 && !t.m.counted)
+        edit_logit(r, p, last, edit_at(p, kept).x < 0, add_of(1.f), kept);
+    t.meet();
+}
+
+// Logits as they were before edits [from, to). Row.
+__device__ void undo_edits(const row_view &r, const draw_row &p, int from, int to, team &t) {
+    each_edit(from, to, t, [&](int i) {
+        const int2 e = edit_at(p, i);
+        r.logits[e.x] = __int_as_float(e.y);
+    });
 }
 
 // Log-probabilities of the raw logits: of out->token, and the n best in turn. Row.
@@ -572,8 +615,8 @@ __global__ void __launch_bounds__(kThreads)
         result->n_top = 0;
     }
     if (p.kind == DRAW_NOTHING) return;
-    if (p.n_bias) edit_logits(r, p, 0, p.n_bias, false, t);
-    if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, false, t);
+    if (p.n_bias) add_bias(r, p, t);
+    if (p.n_edits > p.n_bias) penalise(r, p, p.last < 0 ? out[~p.last].token : -1, t);
     const candidate best = best_of_row(r, t);
     const bool any = !isinf(best.z);
     int token = any ? best.id : 0;
@@ -586,8 +629,8 @@ __global__ void __launch_bounds__(kThreads)
     if (p.kind == DRAW_GIVEN) token = p.given; // with temperature 0, so little was done in vain
     if (writes()) out[p.to].token = token;
     if (p.n_logprobs < 0) return;
-    if (p.n_edits > p.n_bias) edit_logits(r, p, p.n_bias, p.n_edits, true, t);
-    if (p.n_bias) edit_logits(r, p, 0, p.n_bias, true, t);
+    if (p.n_edits > p.n_bias) undo_edits(r, p, p.n_bias, p.n_edits, t);
+    if (p.n_bias) undo_edits(r, p, 0, p.n_bias, t);
     log_probabilities(out + p.to, r, token, p.n_logprobs, t);
 }
 

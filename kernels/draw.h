@@ -9,12 +9,13 @@ extern "C" {
 
 enum { DRAW_TOP_MAX = 20 };
 
-/* A change of one logit: the repetition penalty, if it is marked, then `add`, in f32; what comes
- * out and is not finite counts as -inf. The first n_bias of a row come before the others, and
- * within both no token is there twice. engine/sampler.c makes them. */
+/* A change of one logit, in f32; what comes out and is not finite counts as -inf. The first n_bias
+ * of a row add `value`. Then come the others: the repetition penalty, if it is marked, and, with
+ * value > 0, minus (frequency penalty * value + presence penalty). Within both no token is there
+ * twice. engine/sampler.c makes them. */
 typedef struct {
     int32_t token; /* its complement: marked */
-    float add;     /* finite or -inf */
+    float value;   /* what is added, finite or -inf; or how often the output has the token */
 } draw_edit;
 
 /* What a row gives: no token (-1), the one that is drawn, or `given`, with its log-probability. */
@@ -22,14 +23,19 @@ typedef enum { DRAW_NOTHING, DRAW_TOKEN, DRAW_GIVEN } draw_kind;
 
 /* How row i is drawn from: `sampling` of request.h and what sample_row adds. */
 typedef struct {
-    float temperature, top_p, min_p, repetition_penalty;
+    float temperature, top_p, min_p;
+    float repetition_penalty, presence_penalty, frequency_penalty;
     int32_t top_k;
     int32_t n_logprobs; /* -1 = none; up to DRAW_TOP_MAX */
     draw_kind kind;
     int32_t given;
     int32_t to;              /* the result is out[to]; no two rows' are the same */
     int32_t n_bias, n_edits; /* 0 <= n_bias <= n_edits */
-    draw_edit *edit;         /* [n_edits], 8-byte aligned, of the device or the host's pinned */
+    /* Negative: out[~last].token, of a launch before, is the row's last token, which the edits do
+     * not count yet. It is one more in the edit that has it; if none has, the row's last edit,
+     * which is kept for it, is its own. 0: all are counted. */
+    int32_t last;
+    draw_edit *edit; /* [n_edits], 8-byte aligned, of the device or the host's pinned */
     uint64_t seed, counter;
 } draw_row;
 

@@ -3,8 +3,8 @@
  *
  *     gpu_engine time MODEL PRECISION SEQS [TP]
  *
- * prints us a decode step of the whole loop, both ways, for hooks of 0, 1 and 4 us a token;
- * synthetic weights.
+ * prints us a decode step of the whole loop, both ways, for hooks of 0, 1 and 4 us a token, and
+ * with penalties; synthetic weights.
  *
  * All requests start together and are as long, so that both ways run the same batches; company may
  * change the last bits of a row. */
@@ -125,32 +125,46 @@ static void both(const char *format, const sampling *how, int32_t stop, int32_t 
 
 static const sampling greedy = {.top_p = 1, .repetition_penalty = 1, .n_logprobs = -1};
 
+static const logit_bias bias[] = {{7, 1.5f}, {900, -100}};
+static const sampling biased = {.temperature = 0.9f,
+                                .top_p = 1,
+                                .repetition_penalty = 1,
+                                .n_bias = 2,
+                                .bias = bias,
+                                .min_tokens = 30,
+                                .n_logprobs = 2};
+
+static void compare_sizes(const sampling *how) {
+    static const int32_t sizes[] = {1, 5, 16};
+    for (int k = 0; k < COUNT_OF(sizes); k++) {
+        both("W16A16KV16", how, -1, sizes[k]);
+        assert_int_equal(differing(sizes[k]), 0);
+    }
+}
+
 static void the_same_tokens(void **state) {
     (void)state;
     static const sampling drawn = {
         .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = 2};
+    compare_sizes(&greedy);
+    compare_sizes(&drawn);
+    compare_sizes(&biased);
+    both("W16A16KV16", &greedy, -1, 16);
+    ahead.token[3][50] ^= 1; /* twin */
+    assert_int_equal(differing(16), 1);
+}
+
+/* The last token of a history is on the device alone when a step ahead is made. */
+static void the_same_penalised_tokens(void **state) {
+    (void)state;
     static const sampling penalised = {
         .top_p = 1, .repetition_penalty = 1.3f, .seed = 5, .n_logprobs = -1};
-    static const logit_bias bias[] = {{7, 1.5f}, {900, -100}};
-    static const sampling biased = {.temperature = 0.9f,
-                                    .top_p = 1,
-                                    .repetition_penalty = 1,
-                                    .n_bias = 2,
-                                    .bias = bias,
-                                    .min_tokens = 30,
-                                    .n_logprobs = 2};
     sampling all = biased;
     all.repetition_penalty = 1.1f;
     all.presence_penalty = 0.3f;
     all.frequency_penalty = 0.2f;
-    static const int32_t sizes[] = {1, 5, 16};
-    const sampling *hows[] = {&greedy, &drawn, &penalised, &biased, &all};
-    for (int i = 0; i < COUNT_OF(hows); i++)
-        for (int k = 0; k < COUNT_OF(sizes); k++) {
-            both("W16A16KV16", hows[i], -1, sizes[k]);
-            assert_int_equal(differing(sizes[k]), 0);
-        }
-    both("W16A16KV16", &greedy, -1, 16);
+    compare_sizes(&penalised);
+    compare_sizes(&all);
     ahead.token[3][50] ^= 1; /* twin */
     assert_int_equal(differing(16), 1);
 }
@@ -220,7 +234,9 @@ static void warming_changes_no_token(void **state) {
 }
 
 static int time_steps(const char *model, const char *format, int32_t seqs, int32_t tp) {
-    static const int64_t busy[] = {0, 1000, 4000};
+    static const int64_t busy[] = {0, 1000, 4000, 0};
+    static const sampling penalised = {
+        .top_p = 1, .repetition_penalty = 1.1f, .frequency_penalty = 0.2f, .n_logprobs = -1};
     for (int lockstep = 0; lockstep < 2; lockstep++) {
         const engine_options o = options_of(model, format, lockstep != 0, true, seqs, tp);
         engine *e;
@@ -230,11 +246,13 @@ static int time_steps(const char *model, const char *format, int32_t seqs, int32
         }
         outputs *out = lockstep ? &behind : &ahead;
         for (int i = 0; i < COUNT_OF(busy); i++) {
+            const sampling *how = i == 3 ? &penalised : &greedy;
             out->busy_ns = busy[i];
-            run(e, seqs, &greedy, -1, out); /* graphs and kernels are there from the second on */
-            run(e, seqs, &greedy, -1, out);
-            printf("%s %s tp %d, %d running, %s, hook %d us a token: %.1f us a step\n", model,
+            run(e, seqs, how, -1, out); /* graphs and kernels are there from the second on */
+            run(e, seqs, how, -1, out);
+            printf("%s %s tp %d, %d running, %s, hook %d us a token%s: %.1f us a step\n", model,
                    format, tp, seqs, lockstep ? "lockstep" : "ahead", (int)busy[i] / 1000,
+                   i == 3 ? ", penalties" : "",
                    (double)out->decode_ns * 1e-3 / (double)out->n_decodes);
         }
         engine_close(e);
@@ -252,9 +270,8 @@ int main(int argc, char **argv) {
         return time_steps(argv[2], argv[3], (int32_t)seqs, (int32_t)tp);
     if (argc == 2) cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_same_tokens),
-        cmocka_unit_test(stops_are_seen_late),
-        cmocka_unit_test(a_stop_is_barred),
+        cmocka_unit_test(the_same_tokens),          cmocka_unit_test(the_same_penalised_tokens),
+        cmocka_unit_test(stops_are_seen_late),      cmocka_unit_test(a_stop_is_barred),
         cmocka_unit_test(warming_changes_no_token),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -674,14 +674,15 @@ static void make_logits(float *x, int32_t vocab, int kind, uint64_t seed) {
     }
 }
 
-/* Rows of a draw, on both sides: a draw may leave its logits and edits changed. */
+/* Rows of a draw, on both sides: a draw may leave its logits and edits changed. Behind the results
+ * of a draw lie those of the one before. */
 typedef struct {
     int32_t vocab;
     int64_t n_edits;
     float *logits, *logits_device; /* [DRAWS, vocab] */
     draw_edit *edit, *edit_device; /* [n_edits] */
     draw_row row[DRAWS], *row_device;
-    draw_result got[DRAWS], *got_device;
+    draw_result got[DRAWS], before[DRAWS], *got_device;
 } drawing;
 
 /* The rows, `few` at a time, which more blocks share the fewer they are. */
@@ -691,6 +692,7 @@ static void draw_all(drawing *d, int32_t few) {
     CUDA(cudaMemcpy(d->edit_device, d->edit, (size_t)d->n_edits * sizeof *d->edit,
                     cudaMemcpyDefault));
     CUDA(cudaMemcpy(d->row_device, d->row, sizeof d->row, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(d->got_device + DRAWS, d->before, sizeof d->before, cudaMemcpyHostToDevice));
     for (int32_t i = 0; i < DRAWS; i += few)
         assert_ok(kernel_draw(d->got_device, d->logits_device + (int64_t)i * d->vocab,
                               d->row_device + i, DRAWS - i < few ? DRAWS - i : few, d->vocab,
@@ -766,56 +768,75 @@ static int32_t differing_draws(const drawing *d, const sampled *want, bool shown
     return differ;
 }
 
-/* Row i has drawn i tokens before: the last ones of a history of HISTORY. */
+/* Row i has drawn i tokens before: the last ones of a history of HISTORY. The device alone knows
+ * the last of them in every other four rows; it is new or was there before. */
+static void make_draw(drawing *d, int i, sampled *want, int32_t *count, void *scratch) {
+    static logit_bias bias[BIASES];
+    const int32_t vocab = d->vocab;
+    const float *x = d->logits + (int64_t)i * vocab;
+    const sampling p = params_of(i, vocab, bias);
+    int32_t history[HISTORY], *last = &history[HISTORY - 1];
+    for (int h = 0; h < HISTORY; h++) /* a token up to 12 times */
+        history[h] = (h / (1 + h % 12) * 7919 + i) % vocab;
+    const bool untold = i / 4 % 2;
+    if (untold) *last = i % 2 ? (i * 331 + 5) % vocab : last[-i / 4];
+    sampler_draw(want, x, vocab, &p, (uint64_t)i, history, HISTORY, scratch);
+    draw_row *r = &d->row[i];
+    *r = (draw_row){.temperature = p.temperature,
+                    .top_p = p.top_p,
+                    .min_p = p.min_p,
+                    .repetition_penalty = p.repetition_penalty,
+                    .presence_penalty = p.presence_penalty,
+                    .frequency_penalty = p.frequency_penalty,
+                    .top_k = p.top_k,
+                    .n_logprobs = p.n_logprobs,
+                    .kind = i == 13       ? DRAW_NOTHING
+                            : i % 19 == 7 ? DRAW_GIVEN
+                                          : DRAW_TOKEN,
+                    .given = (i * 31) % vocab,
+                    .to = (i + 3) % DRAWS,
+                    .edit = d->edit_device + d->n_edits,
+                    .seed = p.seed,
+                    .counter = (uint64_t)i};
+    if (r->kind == DRAW_GIVEN) { /* i is 7, 26, 45, 64 or 83: some have log-probabilities */
+        sampler_score(want, x, vocab, r->given, p.n_logprobs);
+        return;
+    }
+    if (untold && sampling_penalises(&p)) {
+        r->last = ~(2 * DRAWS - 1 - i);
+        d->before[DRAWS - 1 - i].token = *last;
+        *last = -1;
+    }
+    r->n_edits = sampler_edits(d->edit + d->n_edits, &r->n_bias, &p, (uint64_t)i, history, HISTORY,
+                               vocab, count);
+    assert_true(r->n_edits <= sampler_edits_most(&p, (uint64_t)i, HISTORY, vocab));
+    d->n_edits += r->n_edits;
+}
+
 static int32_t draw_case(int32_t vocab, int kind, uint64_t salt) {
     drawing d = {.vocab = vocab, .logits = host((size_t)vocab * DRAWS, 4)};
     static sampled want[DRAWS];
-    static logit_bias bias[BIASES];
     void *scratch = host(1, sampler_bytes(vocab));
     int32_t *count = host((size_t)sampler_counts(vocab), 4);
     d.edit = host((size_t)DRAWS * (BIASES + HISTORY + 8), sizeof *d.edit);
     d.logits_device = dev((size_t)vocab * DRAWS * 4);
     d.edit_device = dev((size_t)DRAWS * (BIASES + HISTORY + 8) * sizeof *d.edit);
     d.row_device = dev(sizeof d.row);
-    d.got_device = dev(sizeof d.got);
+    d.got_device = dev(2 * sizeof d.got);
     for (int i = 0; i < DRAWS; i++) {
-        float *x = d.logits + (int64_t)i * vocab;
-        make_logits(x, vocab, kind, (uint64_t)i + salt);
-        const sampling p = params_of(i, vocab, bias);
-        int32_t history[HISTORY];
-        for (int h = 0; h < HISTORY; h++) /* a token up to 12 times */
-            history[h] = (h / (1 + h % 12) * 7919 + i) % vocab;
-        sampler_draw(&want[i], x, vocab, &p, (uint64_t)i, history, HISTORY, scratch);
-        draw_row *r = &d.row[i];
-        *r = (draw_row){.temperature = p.temperature,
-                        .top_p = p.top_p,
-                        .min_p = p.min_p,
-                        .repetition_penalty = p.repetition_penalty,
-                        .top_k = p.top_k,
-                        .n_logprobs = p.n_logprobs,
-                        .kind = i == 13       ? DRAW_NOTHING
-                                : i % 19 == 7 ? DRAW_GIVEN
-                                              : DRAW_TOKEN,
-                        .given = (i * 31) % vocab,
-                        .to = (i + 3) % DRAWS,
-                        .edit = d.edit_device + d.n_edits,
-                        .seed = p.seed,
-                        .counter = (uint64_t)i};
-        if (r->kind == DRAW_GIVEN) { /* i is 7, 26, 45, 64 or 83: some have log-probabilities */
-            sampler_score(&want[i], x, vocab, r->given, p.n_logprobs);
-            continue;
-        }
-        r->n_edits = sampler_edits(d.edit + d.n_edits, &r->n_bias, &p, (uint64_t)i, history,
-                                   HISTORY, vocab, count);
-        assert_true(r->n_edits <= sampler_edits_most(&p, (uint64_t)i, HISTORY, vocab));
-        d.n_edits += r->n_edits;
+        make_logits(d.logits + (int64_t)i * vocab, vocab, kind, (uint64_t)i + salt);
+        make_draw(&d, i, &want[i], count, scratch);
     }
     draw_all(&d, DRAWS);
     const int32_t differ = differing_draws(&d, want, true);
     rows_are_left(&d);
     draw_results_of_few(&d);
-    /* Twins: no edits; no penalty for what the output has. */
+    /* Twins: another last token; no edits; no penalty for what the output has. */
     if (vocab >= 1024 && kind == 0) {
+        for (int i = 0; i < DRAWS; i++)
+            if (d.row[i].last) d.before[DRAWS - 1 - i].token = want[i].token;
+        draw_all(&d, DRAWS);
+        assert_true(differing_draws(&d, want, false) > 0);
         for (int i = 0; i < DRAWS; i++) d.row[i].n_edits = d.row[i].n_bias;
         draw_all(&d, DRAWS);
         assert_true(differing_draws(&d, want, false) > 0);

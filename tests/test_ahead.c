@@ -4,8 +4,8 @@
  * pages.
  *
  * The device here runs a step when it is launched and hands it out when it is asked, as a GPU's
- * stream would; ids that stand for drawn tokens it replaces from the step before. devices.c is not
- * linked: this is the only device there is. */
+ * stream would; ids that stand for drawn tokens it replaces from the step before, in histories too.
+ * devices.c is not linked: this is the only device there is. */
 #include "test.h"
 
 #include "engine.h"
@@ -19,19 +19,44 @@ enum { N = 12, NEW = 24, LONGEST = 150, SEQS = 8, TOKENS = 64, TOKENS_MAX = 128 
 static device_ops ops;
 static sampled result[2][SEQS];
 static int32_t n_result[2], fed[TOKENS_MAX];
-static int64_t begun, ended, n_fed;
+static int64_t begun, ended, n_fed, n_told;
 static batch resolved;
-static int32_t shift; /* twin: what another sample drew is fed */
+static sample_row told[SEQS];
+static int32_t history[SEQS][LONGEST];
+static int32_t shift;         /* twin: what another sample drew is fed */
+static int32_t history_shift; /* twin: and is in the history */
 
 static status ahead_open(device **out, const device_options *o) {
     TRY(device_cpu.open(out, o));
     (*out)->ops = &ops;
-    begun = ended = n_fed = 0;
+    begun = ended = n_fed = n_told = 0;
     return ST_OK;
 }
 
+/* The token that `id` stands for. */
+static int32_t drawn_before(int32_t id, int32_t by) {
+    const int32_t n = n_result[~begun & 1], i = -1 - id;
+    assert_true(begun > ended && i < n);
+    return result[~begun & 1][(i + by) % n].token;
+}
+
+/* Histories with all their tokens. */
+static void tell_histories(const batch *b) {
+    for (int32_t i = 0; i < b->n_samples; i++) {
+        sample_row *s = &told[i];
+        *s = b->sample[i];
+        if (s->n_history == 0) continue;
+        assert_true(s->n_history <= LONGEST);
+        memcpy(history[i], s->history, sizeof **history * (size_t)s->n_history);
+        int32_t *last = &history[i][s->n_history - 1];
+        n_told += *last < 0;
+        if (*last < 0) *last = drawn_before(*last, history_shift);
+        s->history = history[i];
+    }
+    resolved.sample = told;
+}
+
 static status ahead_begin(device *d, const batch *b) {
-    const sampled *before = result[~begun & 1];
     assert_true(begun - ended < 2);
     assert_true(b->n_tokens <= TOKENS_MAX);
     resolved = *b;
@@ -39,11 +64,10 @@ static status ahead_begin(device *d, const batch *b) {
     for (int32_t t = 0; t < b->n_tokens; t++) {
         fed[t] = b->token[t];
         if (fed[t] >= 0) continue;
-        const int32_t n = n_result[~begun & 1], i = -1 - fed[t];
-        assert_true(begun > ended && i < n);
-        fed[t] = before[(i + shift) % n].token;
+        fed[t] = drawn_before(fed[t], shift);
         n_fed++;
     }
+    tell_histories(b);
     return device_cpu.begin(d, &resolved);
 }
 
@@ -189,11 +213,11 @@ static int32_t differing(const outputs *a, const outputs *b) {
 
 static outputs ahead, behind;
 
-static void compare(const conditions *c, bool feeds) {
+static void compare(const conditions *c) {
     run(false, c, &ahead);
-    assert_true((n_fed > N) == feeds);
+    assert_true(n_fed > N && n_told > N);
     run(true, c, &behind);
-    assert_int_equal(n_fed, 0);
+    assert_int_equal(n_fed + n_told, 0);
     assert_int_equal(differing(&ahead, &behind), 0);
 }
 
@@ -201,20 +225,21 @@ static const sampling greedy = {.top_p = 1, .repetition_penalty = 1, .n_logprobs
 
 static void the_same_tokens(void **state) {
     (void)state;
-    compare(&(conditions){.how = greedy, .stop = -1}, true);
+    compare(&(conditions){.how = greedy, .stop = -1});
     compare(&(conditions){.how = {.temperature = 0.9f,
                                   .top_p = 0.95f,
                                   .repetition_penalty = 1,
                                   .seed = 5,
                                   .n_logprobs = -1},
-                          .stop = -1},
-            true);
+                          .stop = -1});
     compare(&(conditions){.how = {.top_p = 1, .repetition_penalty = 1.3f, .n_logprobs = -1},
-                          .stop = -1},
-            false);
+                          .stop = -1});
     sampling counted = greedy;
     counted.frequency_penalty = 0.5f;
-    compare(&(conditions){.how = counted, .stop = -1}, false);
+    compare(&(conditions){.how = counted, .stop = -1});
+    counted.repetition_penalty = 1.1f;
+    compare(&(conditions){.how = counted, .stop = -1, .pages = 7});
+    assert_true(ahead.n_preempted > 0);
 }
 
 /* What comes most often. */
@@ -228,7 +253,7 @@ static int32_t frequent(const outputs *o) {
     return best;
 }
 
-/* What needs no history waits for none; the stop is barred up to the same token. */
+/* The stop is barred up to the same token. */
 static void the_same_least_length(void **state) {
     (void)state;
     static const logit_bias bias[] = {{30, 6}, {100, -100}, {2000, 1}};
@@ -241,7 +266,7 @@ static void the_same_least_length(void **state) {
     int32_t early = 0, stopped = 0; /* the twin: without */
     for (int32_t i = 0; i < N; i++) early += behind.n[i] <= NEW / 2;
     c.how.min_tokens = NEW / 2;
-    compare(&c, true);
+    compare(&c);
     for (int32_t i = 0; i < N; i++) {
         assert_true(ahead.n[i] > NEW / 2);
         for (int32_t k = 0; k < NEW / 2; k++) assert_int_not_equal(ahead.token[i][k], c.stop);
@@ -253,17 +278,17 @@ static void the_same_least_length(void **state) {
 static void the_same_ends(void **state) {
     (void)state;
     run(true, &(conditions){.how = greedy, .stop = -1}, &behind);
-    compare(&(conditions){.how = greedy, .stop = behind.token[3][NEW / 2]}, true);
+    compare(&(conditions){.how = greedy, .stop = behind.token[3][NEW / 2]});
     int32_t stopped = 0;
     for (int32_t i = 0; i < N; i++) stopped += ahead.finish[i] == FINISH_STOP;
     assert_true(stopped > 0);
-    compare(&(conditions){.how = greedy, .stop = -1, .hook = 7}, true);
+    compare(&(conditions){.how = greedy, .stop = -1, .hook = 7});
     for (int32_t i = 0; i < N; i++) assert_int_equal(ahead.n[i], 7 + i);
 }
 
 static void the_same_with_too_few_pages(void **state) {
     (void)state;
-    compare(&(conditions){.how = greedy, .stop = -1, .pages = 7}, true);
+    compare(&(conditions){.how = greedy, .stop = -1, .pages = 7});
     assert_true(ahead.n_preempted > 0);
 }
 
@@ -305,20 +330,27 @@ static void company_changes_nothing(void **state) {
 static void cancels_what_is_under_way(void **state) {
     (void)state;
     const conditions c = {.how = greedy, .stop = -1, .cancel = true};
-    compare(&c, true);
+    compare(&c);
     assert_int_equal(ahead.finish[2], FINISH_CANCEL);
     assert_int_equal(ahead.n[2], 5);
 }
 
-/* The twin of all of them. */
+/* The twins of all of them. */
 static void another_token_is_noticed(void **state) {
     (void)state;
-    const conditions c = {.how = greedy, .stop = -1};
+    conditions c = {.how = greedy, .stop = -1};
     shift = 1;
     run(false, &c, &ahead);
     shift = 0;
     run(true, &c, &behind);
     assert_true(differing(&ahead, &behind) > N / 2);
+    c.how.temperature = 1; /* one step's penalty moves few best tokens, but many drawn ones */
+    c.how.presence_penalty = 2;
+    history_shift = 1;
+    run(false, &c, &ahead);
+    history_shift = 0;
+    run(true, &c, &behind);
+    assert_true(differing(&ahead, &behind) > 0);
 }
 
 int main(void) {

@@ -243,6 +243,8 @@ static void wrong_usage_is_status_2(void **state) {
     assert_non_null(strstr(output, "usage: amalgam formats"));
     assert_int_equal(RUN("formats", "-v"), 2);
     assert_non_null(strstr(output, "unknown option '-v'"));
+    assert_int_equal(RUN("formats", "--gqu=h200"), 2);
+    assert_non_null(strstr(output, "unknown option '--gqu': the nearest is '--gpu' (--help"));
 }
 
 int main(void) {

@@ -282,9 +282,13 @@ static int32_t compare_edits(const sampling *p, const float *logits, int32_t voc
         for (int32_t k = 0; k < n; k++) {
             const int32_t token = edit[k].token;
             if ((token < 0 ? ~token : token) != i) continue;
+            const float value = edit[k].value;
             if (token < 0)
                 got = got > 0 ? got / p->repetition_penalty : got * p->repetition_penalty;
-            got += edit[k].add;
+            if (k < n_bias)
+                got += value;
+            else if (value > 0)
+                got -= p->frequency_penalty * value + p->presence_penalty;
             for (int32_t j = k + 1; j < n; j++)
                 if ((k < n_bias) == (j < n_bias)) assert_int_not_equal(edit[j].token, token);
         }
@@ -353,6 +357,48 @@ static void test_edits(void **state) {
         assert_true((differ > 0) == (c > 0)); /* the twin: without them */
         for (int32_t i = 0; i < V; i++) draw_beside(&p, logits[i], i, V, rule[c].draw, history, H);
     }
+}
+
+/* The edits made without the last token, which a device adds by the rule of draw.h, against those
+ * of the whole history: the last token is in the output already, in the prompt, or in neither. */
+static void test_last_token_is_added(void **state) {
+    (void)state;
+    enum { V = 13, H = 9, DRAWN = 4 };
+    int32_t history[H] = {1, 2, 2, 5, 2, 3, 3, 3, -1}, count[V + 1] = {0}, missed = 0;
+    float logits[V];
+    rng r;
+    rng_seed(&r, 4, 0);
+    for (int32_t c = 0; c < 3 * V; c++) {
+        const int32_t last = c / 3;
+        sampling p = greedy;
+        p.repetition_penalty = c % 3 != 1 ? 1.3f : 1;
+        p.presence_penalty = c % 3 != 0 ? 0.4f : 0;
+        p.frequency_penalty = c % 3 != 0 ? -0.3f : 0;
+        for (int32_t i = 0; i < V; i++) logits[i] = (float)(3 * rng_normal(&r));
+        draw_edit edit[2 * V + 1];
+        int32_t n_bias;
+        history[H - 1] = -7; /* whatever sample draws it */
+        int32_t n = sampler_edits(edit, &n_bias, &p, DRAWN, history, H, V, count);
+        assert_true(n < sampler_edits_most(&p, DRAWN, H, V));
+        for (int32_t i = 0; i < COUNT_OF(count); i++) assert_int_equal(count[i], 0);
+        history[H - 1] = last;
+        bool counted = false;
+        for (int32_t k = 0; k < n - 1; k++) {
+            if ((edit[k].token < 0 ? ~edit[k].token : edit[k].token) != last) continue;
+            edit[k].value += 1;
+            counted = true;
+        }
+        draw_edit *kept = &edit[n - 1];
+        assert_int_equal(kept->token, c % 3 != 1 ? ~0 : 0);
+        if (counted)
+            n--;
+        else
+            *kept = (draw_edit){.token = c % 3 != 1 ? ~last : last, .value = 1};
+        assert_true(compare_edits(&p, logits, V, edit, n, 0, DRAWN, history, H) > 0);
+        const float all = naive_edited(&p, logits[last], last, DRAWN, history, H);
+        missed += all != naive_edited(&p, logits[last], last, DRAWN - 1, history, H - 1);
+    }
+    assert_int_equal(missed, 3 * V - 4); /* the twin: without it; four have the penalty already */
 }
 
 /* The bound holds where every token of a long history is another, and where there is none. */
@@ -467,6 +513,7 @@ int main(void) {
         cmocka_unit_test(test_inverse),
         cmocka_unit_test(test_penalty),
         cmocka_unit_test(test_edits),
+        cmocka_unit_test(test_last_token_is_added),
         cmocka_unit_test(test_edits_most),
         cmocka_unit_test(test_logprobs),
         cmocka_unit_test(test_check),

@@ -332,6 +332,10 @@ static void plain_endpoints_answer(void **state) {
                   200);
     assert_true(json_integer_value(at(v, "count")) > 5);
     json_decref(v);
+    v = call_json(f->url, "/tokenizer_info", NULL, 200);
+    assert_string_equal(words(at(v, "chat_template")), tokenizer_chat_template(f->tok, NULL));
+    assert_true(json_is_null(at(v, "eos_token")) && json_is_null(at(v, "bos_token")));
+    json_decref(v);
     json_decref(call_json(f->url, "/reset_prefix_cache", "", 200));
     json_decref(call_json(f->url, "/nothing", NULL, 404));
     json_decref(call_json(f->url, "/v1/completions", NULL, 405));
@@ -705,6 +709,54 @@ static void a_prompt_is_scored(void **state) {
     json_decref(v);
 }
 
+/* A prompt alone has the log-probabilities that it has before an output, streamed or not, and
+ * nothing else: with an end token forced, too. */
+static void a_prompt_alone_is_scored(void **state) {
+    const fixture *f = *state;
+    static const char ask[] =
+        "{\"prompt\":[\"one two three\",[5,6,7]],\"echo\":true,\"logprobs\":3,\"max_tokens\":%d,"
+        "\"logit_bias\":{\"1001\":100}%s}";
+    static const char *const lists[] = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
+    char body[256];
+    json_t *v[2];
+    for (int32_t n = 0; n < 2; n++) {
+        snprintf(body, sizeof body, ask, n, "");
+        v[n] = call_json(f->url, "/v1/completions", body, 200);
+        assert_int_equal(json_integer_value(at(at(v[n], "usage"), "completion_tokens")), 2 * n);
+    }
+    for (size_t k = 0; k < 2; k++) {
+        const json_t *alone = at(choice(v[0], k), "logprobs");
+        const json_t *before = at(choice(v[1], k), "logprobs");
+        assert_string_equal(words(at(choice(v[0], k), "finish_reason")), "length");
+        for (int32_t i = 0; i < COUNT_OF(lists); i++) {
+            json_t *cut = json_copy((json_t *)(uintptr_t)at(before, lists[i]));
+            assert_false(json_equal(at(alone, lists[i]), cut)); /* the twin: with the output */
+            json_array_remove(cut, json_array_size(cut) - 1);
+            assert_true(json_equal(at(alone, lists[i]), cut));
+            json_decref(cut);
+        }
+    }
+    snprintf(body, sizeof body, ask, 0,
+             ",\"stream\":true,\"stream_options\":{\"include_usage\":true}");
+    text stream = {0};
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    heard h;
+    hear(&h, &stream);
+    assert_int_equal(h.n_events, 2);
+    assert_true(h.done && h.usage == 0);
+    assert_string_equal(h.finish, "length");
+    hear_free(&h);
+    text_free(&stream);
+    json_decref(v[0]);
+    json_decref(v[1]);
+    v[0] = call_json(f->url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":0}", 200);
+    assert_string_equal(words(at(choice(v[0], 0), "text")), "");
+    json_decref(v[0]);
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"max_tokens\":0}",
+                          400));
+}
+
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -763,7 +815,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
         {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
         {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":0}", "max_tokens", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
+        {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
         {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
         {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
@@ -786,6 +839,7 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
+        {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
         {"{\"prompt\":[]}", "0 prompts", 400},
     };
@@ -1481,6 +1535,63 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
+/* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
+ * server of nohup goes on. */
+static void the_command_ends_by_other_signals(void **state) {
+    (void)state;
+    for (int32_t hangup = 0; hangup < 2; hangup++) {
+        char line[256] = "", body[160], *url;
+        const int32_t tokens = 3000;
+        int status_;
+        FILE *said;
+        const pid_t pid = start_command(model_folder, &said);
+        assert_non_null(fgets(line, sizeof line, said));
+        url = strstr(line, "http://");
+        assert_non_null(url);
+        url[strcspn(url, "\r\n")] = 0;
+        snprintf(body, sizeof body, long_stream, 1, tokens);
+        crowd *c = open_crowd();
+        join_crowd(c, url, "/v1/completions", body);
+        run_crowd(c, 400);
+        for (int32_t i = 0; i < 2; i++) {
+            assert_int_equal(kill(pid, hangup ? SIGHUP : SIGTERM), 0);
+            nanosleep(&(struct timespec){.tv_nsec = 50000000L}, NULL);
+        }
+        run_crowd(c, 0);
+        assert_int_equal(waitpid(pid, &status_, 0), pid);
+        heard h;
+        hear(&h, &c->out[0]);
+        assert_int_equal(h.done, hangup);
+        if (hangup) assert_int_equal(h.n_events, tokens);
+        assert_true(hangup ? WIFEXITED(status_) && WEXITSTATUS(status_) == 0
+                           : WIFSIGNALED(status_) && WTERMSIG(status_) == SIGTERM);
+        hear_free(&h);
+        close_crowd(c);
+        fclose(said);
+    }
+}
+
+static void nohup_keeps_the_command(void **state) {
+    (void)state;
+    char line[256] = "", *url;
+    int status_;
+    FILE *said;
+    signal(SIGHUP, SIG_IGN);
+    const pid_t pid = start_command(model_folder, &said);
+    signal(SIGHUP, SIG_DFL);
+    assert_non_null(fgets(line, sizeof line, said));
+    url = strstr(line, "http://");
+    assert_non_null(url);
+    url[strcspn(url, "\r\n")] = 0;
+    assert_int_equal(kill(pid, SIGHUP), 0);
+    nanosleep(&(struct timespec){.tv_nsec = 100000000L}, NULL);
+    assert_int_equal(call_head(url, "/health"), 200);
+    assert_int_equal(kill(pid, SIGTERM), 0);
+    assert_int_equal(waitpid(pid, &status_, 0), pid);
+    assert_true(WIFEXITED(status_) && WEXITSTATUS(status_) == 0);
+    fclose(said);
+}
+
 /* A command's standard output and exit status. */
 static int run_command(const char *line, text *said) {
     char buf[4096];
@@ -1602,6 +1713,43 @@ static void check_result_keys(const char *path) {
 
 /* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
  * machine was too busy for a valid run. */
+/* The end token forced: every output is that one, here, over HTTP and in `generate`. Twins: without
+ * the bias they are longer. */
+static void a_bias_is_given_in_lua_and_by_option(void **state) {
+    const fixture *f = *state;
+    static const char code[] =
+        "local a = require 'amalgam'\n"
+        "for _, bias in ipairs { 100, 0 } do\n"
+        "  local function load(id) return { n_requests = 4, prompt = { fixed = 8 }, ignore_eos ="
+        " false,\n    output = { fixed = 6 }, sampling = { logit_bias = { [id] = bias } } } end\n"
+        "  local r = a.bench_serve { url = '%s', vocab = 1000, workload = load(1001) }\n"
+        "  local own = a.serve { model = 'workloads/tiny', workload = load(0) }\n"
+        "  io.write(r.metrics.output_tokens, ' ', own.metrics.output_tokens, ' ')\n"
+        "end\n"
+        "print(pcall(a.serve, { model = 'workloads/tiny', workload = { sampling = { logit_bias ="
+        " { [1] = 101 } } } }))\n";
+    const char *binary = getenv("AMALGAM_BINARY"), *script = "build/tests/bias.lua";
+    if (!binary) binary = "build/amalgam";
+    char line[2048];
+    text said = {0};
+    snprintf(line, sizeof line, code, f->url);
+    assert_ok(file_write(script, line, strlen(line)));
+    snprintf(line, sizeof line, "%s lua %s", binary, script);
+    assert_int_equal(run_command(line, &said), 0);
+    if (strncmp(said.data, "4 4 24 24 ", 10) != 0) fail_msg("%s", said.data);
+    assert_non_null(strstr(said.data, "logit_bias: 101 of token 1"));
+    for (int32_t forced = 0; forced < 2; forced++) {
+        snprintf(line, sizeof line,
+                 "%s generate --model workloads/tiny --prompt Once --max-tokens 5 --json %s",
+                 binary, forced ? "--logit-bias 7=-3 --logit-bias 0=100" : "");
+        assert_int_equal(run_command(line, &said), 0);
+        json_t *v = parsed(&said);
+        assert_int_equal(json_integer_value(at(v, "output_tokens")), forced ? 1 : 5);
+        json_decref(v);
+    }
+    text_free(&said);
+}
+
 static void commands_and_lua_measure_a_server(void **state) {
     const fixture *f = *state;
     const char *binary = getenv("AMALGAM_BINARY");
@@ -1882,6 +2030,7 @@ int main(void) {
         cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(a_prompt_is_echoed),
         cmocka_unit_test(a_prompt_is_scored),
+        cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
@@ -1897,6 +2046,7 @@ int main(void) {
         cmocka_unit_test(the_load_generator_counts_right),
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
+        cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
         cmocka_unit_test(urls_are_read_as_meant),
         cmocka_unit_test(ends_that_come_with_data_are_seen),
         cmocka_unit_test(a_full_queue_is_429),
@@ -1911,6 +2061,8 @@ int main(void) {
         cmocka_unit_test(the_command_ends_while_it_loads),
         cmocka_unit_test(the_command_takes_the_key_of_the_environment),
         cmocka_unit_test(the_command_serves_until_sigterm),
+        cmocka_unit_test(the_command_ends_by_other_signals),
+        cmocka_unit_test(nohup_keeps_the_command),
     };
     signal(SIGPIPE, SIG_IGN);
     curl_global_init(CURL_GLOBAL_DEFAULT);

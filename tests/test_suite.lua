@@ -95,7 +95,8 @@ test.case("options are read alike by all commands", function()
   test.contains(text, "2 ok")
   for words, said in pairs({ ["--jobs 0"] = "run: --jobs 0 is no number from 1 to 64",
     ["--jobs"] = "run: --jobs needs a value", ["--only a"] = "run: --only a is not KEY=VALUE",
-    ["--quick=1"] = "run: unknown option '--quick=1'", ["-x"] = "run: unknown option '-x'" }) do
+    ["--quick=1"] = "run: unknown option '--quick=1'", ["-x"] = "run: unknown option '-x'",
+    ["--job 2"] = "run: unknown option '--job': the nearest is '--jobs'" }) do
     local args = { path }
     for word in words:gmatch("%S+") do args[#args + 1] = word end
     code, text = test.captured(function() return runner.main(args) end)
@@ -230,7 +231,10 @@ end)
 
 -- Each: what is wrong, text, part of the message.
 local MISTAKES = {
-  { "unknown key", HEAD .. "  tittle = 'x',\n" .. BODY .. RUN, ":4: unknown key 'tittle'" },
+  { "unknown key", HEAD .. "  tittle = 'x',\n" .. BODY .. RUN,
+    ":4: unknown key 'tittle': the nearest is 'title'" },
+  { "unknown key of an axis", HEAD .. BODY:gsub("values = ", "value = ", 1) .. RUN,
+    "axis 'a': unknown key 'value': the nearest is 'values'" },
   { "missing key", "return { id = 'x' }", ":1: 'title' is missing" },
   { "wrong type", HEAD:gsub('title = "toy"', "title = 3") .. BODY .. RUN, "'title' is a number" },
   { "misspelt axis in quick", HEAD .. BODY:gsub("quick = { a", "quick = { aa") .. RUN,
@@ -247,9 +251,11 @@ local MISTAKES = {
   { "unknown module", "require('lib_nothing')", ":1: module 'lib_nothing' not found" },
   { "no table", "return 3", "returns a table" },
   { "unknown key of the engine", HEAD .. BODY .. [[
-  run = function(amalgam) return amalgam.serve { modle = "x" } end }]], "unknown key 'modle'" },
+  run = function(amalgam) return amalgam.serve { modle = "x" } end }]],
+    "serve: unknown key 'modle': the nearest is 'model'" },
   { "unknown key of a result", HEAD .. BODY .. [[
-  run = function() return { status = "ok", metric = {} } end }]], "unknown key 'metric'" },
+  run = function() return { status = "ok", metric = {} } end }]],
+    "result: unknown key 'metric': the nearest is 'metrics'" },
 }
 for _, mistake in ipairs(MISTAKES) do
   test.case("refused in one line with status 2: " .. mistake[1], function()
@@ -260,6 +266,65 @@ for _, mistake in ipairs(MISTAKES) do
     test.contains(line, mistake[3])
   end)
 end
+
+-- One key more than a call reads, which another call may read. The twin: without it, the table is
+-- read.
+test.case("a key that a call does not read is refused, and the nearest is named", function()
+  local tiny = identity.root .. "/workloads/tiny"
+  local base = { model = "Llama-3.1-8B", weights = "synthetic", device = "null", gpu = "h200" }
+  local function refused(call, options, said)
+    for key, value in pairs(base) do options[key] = value end
+    local ok, why = pcall(call, options)
+    test.equal(ok, false, said)
+    test.contains(why, said)
+  end
+  local w = { n_requests = 1, prompt = { fixed = 4 }, output = { fixed = 2 },
+    sampling = { presence_penalty = 1, min_tokens = 1 } }
+  for _, case in ipairs({
+    { { presicion = "W4" }, "serve: unknown key 'presicion': the nearest is 'precision'" },
+    { { window = 5 }, "serve: unknown key 'window': the nearest is" },
+    { { scheduler = { max_seq = 2 } },
+      "scheduler: unknown key 'max_seq': the nearest is 'max_seqs'" },
+    { { workload = { n_request = 3 } },
+      "workload: unknown key 'n_request': the nearest is 'n_requests'" },
+    { { workload = { prompt = { fix = 3 } } },
+      "prompt: unknown key 'fix': the nearest is 'fixed'" },
+    { { workload = { sampling = { topk = 3 } } },
+      "sampling: unknown key 'topk': the nearest is 'top_k'" },
+    { { workload = w, limits = { ttft = 3 } },
+      "limits: unknown key 'ttft': the nearest is 'ttft_ms'" },
+  }) do refused(amalgam.serve, case[1], case[2]) end
+  refused(amalgam.capacity, { workload = w }, "capacity: unknown key 'workload'")
+  refused(amalgam.evaluate, { workload = w }, "evaluate: unknown key 'workload'")
+  for _, case in ipairs({
+    { amalgam.bench_serve, { ulr = "x" }, "bench_serve: unknown key 'ulr': the nearest is 'url'" },
+    { amalgam.quantize, { methods = "x" },
+      "quantize: unknown key 'methods': the nearest is 'method'" },
+    { amalgam.quantize, { model = "x", out = "y", calibration = { sed = 1 } },
+      "calibration: unknown key 'sed': the nearest is 'seed'" },
+    { amalgam.evaluate, { model = tiny, text = { byte = 3 } },
+      "text: unknown key 'byte': the nearest is 'bytes'" },
+    { amalgam.evaluate, { model = tiny, tasks = { { kinds = "recall" } } },
+      "tasks: unknown key 'kinds': the nearest is 'kind'" },
+    { amalgam.evaluate, { model = tiny, tasks = { kind = "recall" } },
+      "tasks: a list" },
+  }) do
+    local ok, why = pcall(case[1], case[2])
+    test.equal(ok, false, case[3])
+    test.contains(why, case[3])
+  end
+  base.workload, base.scheduler, base.limits = w, { max_seqs = 2 }, { ttft_ms = 3 }
+  test.equal(amalgam.serve(base).status, "ok")
+end)
+
+test.case("the nearest name takes the fewest letters", function()
+  local names = { "top_k", "top_p", "min_p" }
+  test.equal(amalgam.nearest("top-p", names), "top_p")
+  test.equal(amalgam.nearest("top", names), "top_k", "the first of several")
+  test.equal(amalgam.nearest("mn_p", names), "min_p")
+  test.equal(amalgam.nearest(("top_p"):rep(40), names), "top_p")
+  test.equal(amalgam.nearest("x", {}), nil)
+end)
 
 test.case("options that name nothing are refused", function()
   local path = write(HEAD .. BODY .. RUN)

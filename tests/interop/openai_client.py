@@ -86,6 +86,20 @@ def main():
     check("prompt logprobs", scores[0] is None and all(s <= 0 for s in scores[1:])
           and len(scores) == echoed.usage.total_tokens, scores)
 
+    alone = client.completions.create(model=model, prompt=["Hello", [5, 6, 7]], max_tokens=0,
+                                      echo=True, logprobs=1)
+    check("a prompt alone", alone.usage.completion_tokens == 0
+          and alone.choices[0].logprobs.token_logprobs == scores[:-20]
+          and len(alone.choices[1].logprobs.token_logprobs) == 3, alone)
+    two = list(client.chat.completions.create(model=model, messages=messages, max_tokens=6, n=2,
+                                              stream=True, stream_options={"include_usage": True},
+                                              extra_body=extra))
+    check("two streams in one", sorted(c.index for e in two for c in e.choices if c.finish_reason)
+          == [0, 1] and two[-1].usage.completion_tokens == 12, two[-1])
+    cut = client.chat.completions.create(model=model, messages=messages, max_tokens=60,
+                                         temperature=0, stop=list("etaoi"), extra_body=extra)
+    check("stop list", not set(cut.choices[0].message.content) & set("etaoi"), cut)
+
     letters = [c for c in text if c.isascii() and c.isalnum()]
     if letters:
         cut = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
@@ -98,6 +112,16 @@ def main():
          lambda: client.completions.create(model=model, prompt="a", temperature=-1)),
         ("bad bias is 400", openai.BadRequestError,
          lambda: client.completions.create(model=model, prompt="a", logit_bias={"65": 101})),
+        ("JSON mode is refused", openai.BadRequestError,
+         lambda: client.chat.completions.create(model=model, messages=messages,
+                                                response_format={"type": "json_object"})),
+        ("a tool that must be called is refused", openai.BadRequestError,
+         lambda: client.chat.completions.create(
+             model=model, messages=messages, tool_choice="required",
+             tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])),
+        ("sound is refused", openai.BadRequestError,
+         lambda: client.chat.completions.create(model=model, messages=messages,
+                                                modalities=["text", "audio"])),
         ("unknown model is 404", openai.NotFoundError,
          lambda: client.completions.create(model="nobody", prompt="a")),
         ("no messages is 400", openai.BadRequestError,
