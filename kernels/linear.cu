@@ -31,8 +31,8 @@ __global__ void pack_codes(const pack_args a) {
     for (int j = 0; j < 4; j++) {
         uint16_t c[8];
         for (int e = 0; e < 8; e++)
-            c[e] = code_at(a, linear_row(&a.l, b, strip * 16 + linear_atom_row(lane, e)),
-                           u * 64 + j * 16 + linear_atom_col(lane, e));
+            c[e] = code_at(a, linear_row(&a.l, b, strip * 16 + linear_word_row(&a.l, j, lane, e)),
+                           u * 64 + linear_word_col(&a.l, j, lane, e));
         uint8_t *to = a.code + linear_word_at(&a.l, b, u, strip, j, lane);
         if (a.l.bits == 4) {
             uint8_t n[8];
@@ -124,6 +124,7 @@ const preference preferences[] = {
     {90, 64, 62, "mid_64"},
     {90, 64, 62, "words_64"},
     {90, 64, 62, "hopper_64x2"},
+    {90, 1 << 30, 62, "words_tall"},
     {90, 128, 62, "tall_128"},
     {90, 256, 27, "tall_128"},
     {90, 512, 25, "tall_128"},
@@ -179,8 +180,9 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
     const linear_table tables[] = {
-        linear_short_table(), linear_mid_table(),  linear_words_table(),  linear_experts_table(),
-        linear_tall_table(),  linear_wide_table(), linear_hopper_table(), linear_ampere_table()};
+        linear_short_table(),   linear_mid_table(),    linear_words_table(),
+        linear_experts_table(), linear_tall_table(),   linear_wide_table(),
+        linear_hopper_table(),  linear_ampere_table(), linear_words_tall_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -292,10 +294,11 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {
-        linear_short_table(),  linear_mid_table(),  linear_words_table(), linear_experts_table(),
-        linear_hopper_table(), linear_tall_table(), linear_wide_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}};
+    const linear_table hopper[] = {linear_short_table(),  linear_mid_table(),
+                                   linear_words_table(),  linear_experts_table(),
+                                   linear_hopper_table(), linear_tall_table(),
+                                   linear_wide_table(),   linear_words_tall_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {

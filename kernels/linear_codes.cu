@@ -1,6 +1,6 @@
 // linear_codes.cu - linears whose operands are multiplied as they lie, on Hopper: y^T = W x^T by
 // wgmma. W and x as 8-bit codes in plain order, both fed to the tensor cores through shared memory
-// by the copy engine; or both of 16 bits, W as A fragments that pass through registers.
+// by the copy engine; or both of 16 bits, W as tiles of which ldmatrix makes A fragments.
 //
 //   tile     128 rows of W x NT rows of x: a block of 64 rows a warpgroup, two neighbours, or a
 //            block of gate and the same of up
@@ -33,9 +33,9 @@ constexpr int kClusterMost = 4;   // larger ones wait longer for their places th
 struct codes_args : linear_output { // k: bytes of a row of operands
     const float *w_scale, *x_scale;
     int32_t m_pad;
-    int32_t x_rows;          // of a tile, in eights: a box that reaches past the last row costs
-    int32_t w_step;          // f32 between scales of two block rows, FP8b
-    const uint8_t *fragment; // W of 16 bits: blocks (linear_layout.h), and those of a half
+    int32_t x_rows;       // of a tile, in eights: a box that reaches past the last row costs
+    int32_t w_step;       // f32 between scales of two block rows, FP8b
+    const uint8_t *tiled; // W of 16 bits: blocks (linear_layout.h), and those of a half
     int32_t blocks, half_blocks;
 };
 
@@ -105,14 +105,14 @@ struct part { // of the inputs, and of the rows
     int from, steps, row0, row1, m0;
 };
 
-// Fragments of the tile's two blocks; of none where the last tile has but one.
+// W of the tile's two blocks; of none where the last tile has but one.
 template <int NT>
-__device__ __forceinline__ void copy_fragments(const codes_args &a, ring_at<kWStages<NT>> at,
-                                               uint32_t ring, const part &p) {
+__device__ __forceinline__ void copy_blocks(const codes_args &a, ring_at<kWStages<NT>> at,
+                                            uint32_t ring, const part &p) {
     constexpr int kUnit = kBlock * kStep;
     const int units = (a.k + kStep - 1) / kStep, b0 = p.row0 / kBlock, b1 = p.row1 / kBlock;
-    const uint8_t *from0 = a.fragment + ((int64_t)b0 * units + p.from) * kUnit;
-    const uint8_t *from1 = a.fragment + ((int64_t)b1 * units + p.from) * kUnit;
+    const uint8_t *from0 = a.tiled + ((int64_t)b0 * units + p.from) * kUnit;
+    const uint8_t *from1 = a.tiled + ((int64_t)b1 * units + p.from) * kUnit;
     const uint64_t policy = policy_evict_first();
     for (int i = 0; i < p.steps; i++, at.next(), from0 += kUnit, from1 += kUnit) {
         const uint32_t to = ring + at.stage * kWBytes, bar = at.full + at.stage * 8;
@@ -174,9 +174,10 @@ template <weight_format F, typename T, int X, typename S, int N>
 __device__ __forceinline__ void multiply_step(S (&d)[N], uint32_t w, uint32_t x) {
     uint4 f[F == WF_16 ? 4 : 1];
     if constexpr (F == WF_16) {
-        const uint32_t at = w + threadIdx.x / 32 % 4 * 2048 + threadIdx.x % 32 * 16;
+        const uint32_t at =
+            w + threadIdx.x / 32 % 4 * 2048 + dequant_lane_at<WF_16>(threadIdx.x % 32);
 #pragma unroll
-        for (int q = 0; q < 4; q++) f[q] = shared_u128(at + q * 512);
+        for (int q = 0; q < 4; q++) f[q] = dequant_load<WF_16>(at, q);
     }
     group_pin(d);
     group_fence();
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (warp >= kConsumers / 32) {
         if (threadIdx.x == kConsumers) {
             if constexpr (F == WF_16)
-                copy_fragments<NT>(a, w_at, ring, p);
+                copy_blocks<NT>(a, w_at, ring, p);
             else
                 copy_weights<NT>(&w_map, w_at, ring, p);
         }
@@ -457,7 +458,7 @@ status launch_words(const linear_args *p, int32_t, int32_t, kernel_stream stream
     a.k = p->k * 2;
     a.gated = p->paired;
     a.half = p->half_rows;
-    a.fragment = p->code;
+    a.tiled = p->code;
     a.blocks = p->blocks;
     a.half_blocks = p->half_blocks;
     a.epilogue = (linear_epilogue)p->epilogue;

@@ -1,15 +1,21 @@
-// linear_codes_tall.cu - int8 x int8 for many rows on Hopper: y = x W^T by wgmma, x and W as codes
-// in plain order, fed to the tensor cores through shared memory by the copy engine.
+// linear_codes_tall.cu - operands multiplied as they lie, for many rows on Hopper: y = x W^T by
+// wgmma, both fed to the tensor cores through shared memory by the copy engine. x and W as int8
+// codes in plain order; or both of 16 bits, W as tiles that have the swizzle (linear_layout.h).
 //
 //   tile     128 rows of x, 64 a warpgroup, by NT rows of W: neighbours, or NT / 2 of gate and the
 //            same of up
-//   step     128 codes of each row
+//   step     128 bytes of each row
 //   cluster  two CTAs have two tiles of the same rows of W, or of x; each brings half of those to
 //            both
+//   team     16 bits: clusters that have a part of the inputs of a tile each, where tiles are fewer
+//            than clusters, or of the last wave. All leave sums in the workspace, and each finishes
+//            every size-th piece of 32 columns: its own sums and, in their order, the others'.
+//            Who that is depends on the shape and the number of SMs alone, so bits are the same in
+//            every run
 //
-// Sums are exact int32 in the tensor core's hands; scales, bias, gate and residual meet them in
-// registers, where cuBLASLt's product would leave int32 to another kernel. W does not depend on the
-// kernel before, so its first stages are asked for before that has ended.
+// Sums of codes are exact int32 in the tensor core's hands; scales, bias, gate and residual meet
+// them in registers, where cuBLASLt's product would leave int32 to another kernel. W does not
+// depend on the kernel before, so its first stages are asked for before that has ended.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "tensor_map.cuh"
@@ -23,15 +29,28 @@ namespace {
 
 constexpr int kRows = 128, kStep = 128, kCtas = 2;
 constexpr int kWarps = 8, kThreads = 32 * kWarps + 128;
-constexpr int kMathRegisters = 232, kLoadRegisters = 40;
+// Of a thread that multiplies, and of one that loads: a third of 504 each at the launch.
+template <typename T> constexpr int kLoadRegisters = sizeof(T) == 2 ? 56 : 40;
+template <typename T> constexpr int kMathRegisters = (504 - kLoadRegisters<T>) / 2;
 constexpr int kBand = 8; // clusters' tiles along m that are worked on beside each other
 
-struct tall_args : linear_output {
+struct tall_args : linear_output { // k: bytes of a row of operands
     const float *w_scale, *x_scale;
-    int32_t along_m, along_n; // clusters' tiles
+    const uint8_t *tiled;        // W of 16 bits (linear_layout.h)
+    int32_t blocks, half_blocks; // of all of it, and of gate or up
+    int32_t second, gap;         // its rows from there on are outputs of so many less
+    int32_t along_m, along_n;    // clusters' tiles
+    int32_t whole, team;         // tiles of one cluster; of how many clusters the others are
+    float4 *partial;             // of each CTA the sums of a tile
+    int32_t *counters;           // two of each CTA's warps: sums that are there; who has read them
     bool share_w;
     bool simple; // y is of 16 bits and 16-byte addresses, without bias, residual or limit
 };
+
+template <typename T> constexpr bool kWords = sizeof(T) == 2;
+template <typename T> struct sum_of { using type = float; };
+template <> struct sum_of<int8_t> { using type = int32_t; };
+template <typename T> using sum_type = typename sum_of<T>::type;
 
 constexpr int kXBytes = kRows * kStep;
 template <int NT> constexpr int kStageBytes = kXBytes + NT *kStep;
@@ -53,29 +72,53 @@ __device__ __forceinline__ void copy_to_both(uint32_t to, const void *map, int c
 // --- Walk ---------------------------------------------------------------------------------------
 
 struct place {
-    int m0, n0; // first row of x; first output
+    int m0, n0;       // first row of x; first output, of 16 bits as packed
+    int step0, step1; // of the tile
+    int owner, rank;  // first cluster of the team, and which of it this is
+    int size;         // of the team; 1: the tile is not shared, and owner and rank are not set
 };
 
-template <int NT> struct walk {
+template <typename T, int NT> struct walk {
     const tall_args &a;
-    int rank, unit;
-    __device__ __forceinline__ walk(const tall_args &a)
-        : a(a), rank((int)cluster_rank()), unit((int)blockIdx.x / kCtas) {}
+    int unit;
+    __device__ __forceinline__ walk(const tall_args &a) : a(a), unit((int)blockIdx.x / kCtas) {}
     __device__ __forceinline__ bool next(place &p) {
-        if (unit >= a.along_m * a.along_n) return false;
-        const int band = unit / (kBand * a.along_n), in = unit - band * kBand * a.along_n;
+        int tile = unit;
+        p.step0 = 0, p.step1 = (a.k + kStep - 1) / kStep;
+        p.size = 1;
+        if (kWords<T> && unit >= a.whole) {
+            const int part = unit - a.whole, in = part / a.team, cluster = (int)blockIdx.x / kCtas;
+            tile = a.whole + in;
+            p.rank = part - in * a.team;
+            p.size = a.team;
+            p.owner = cluster - p.rank;
+            const int steps = p.step1;
+            p.step0 = steps * p.rank / a.team;
+            p.step1 = steps * (p.rank + 1) / a.team;
+        }
+        if (tile >= a.along_m * a.along_n) return false;
+        unit += (int)gridDim.x / kCtas;
+        const int rank = (int)cluster_rank();
+        const int band = tile / (kBand * a.along_n), in = tile - band * kBand * a.along_n;
         const int high = min(kBand, a.along_m - band * kBand);
         const int n = in / high, m = band * kBand + in - n * high;
         p.m0 = (a.share_w ? 2 * m + rank : m) * kRows;
         p.n0 = (a.share_w ? n : 2 * n + rank) * (a.gated ? NT / 2 : NT);
-        unit += (int)gridDim.x / kCtas;
         return true;
     }
 };
 
 // --- Loading ------------------------------------------------------------------------------------
 
-template <int NT> struct producer {
+__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
+                                                  uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
+                 : "memory");
+}
+
+template <typename T, int NT> struct producer {
     const tall_args &a;
     const CUtensorMap *w_map, *x_map;
     uint32_t ring, full, empty;
@@ -83,14 +126,36 @@ template <int NT> struct producer {
     // W of a step; all bytes of the stage are announced here.
     __device__ __forceinline__ void weights(const place &p, int step, int stage) const {
         const uint32_t to = ring + stage * kStageBytes<NT> + kXBytes, bar = full + stage * 8;
-        const int row1 = a.gated ? a.half + p.n0 : p.n0 + NT / 2, rank = (int)cluster_rank();
-        barrier_arrive_expect(bar, kStageBytes<NT>);
-        if (a.share_w) {
-            copy_to_both(to + rank * (NT / 2 * kStep), w_map, step * kStep, rank ? row1 : p.n0,
-                         bar);
+        const int rank = (int)cluster_rank();
+        if constexpr (kWords<T>) {
+            constexpr int kBlocks = NT / LINEAR_BLOCK, kUnit = LINEAR_BLOCK * kStep;
+            const int units = (a.k + kStep - 1) / kStep, first = p.n0 / LINEAR_BLOCK;
+            const int high = a.gated ? kBlocks / 2 : kBlocks; // up's follow
+            const int there = max(0, min(high, (a.gated ? a.half_blocks : a.blocks) - first));
+            const int from = rank * (kUnit / 2);
+            const uint64_t policy = a.m <= 2 * kRows ? policy_evict_first() : policy_evict_normal();
+            barrier_arrive_expect(bar, kXBytes + (a.gated ? 2 : 1) * there * kUnit);
+#pragma unroll
+            for (int i = 0; i < kBlocks; i++) {
+                const int in = i < high ? i : i - high, half = i < high ? 0 : a.half_blocks;
+                const uint8_t *unit =
+                    a.tiled + ((int64_t)(half + first + in) * units + step) * kUnit;
+                if (in >= there) continue;
+                if (a.share_w)
+                    copy_bulk_to_both(to + i * kUnit + from, unit + from, kUnit / 2, bar);
+                else
+                    copy_bulk(to + i * kUnit, unit, kUnit, bar, policy);
+            }
         } else {
-            copy_tile(to, w_map, step * kStep, p.n0, bar);
-            copy_tile(to + NT / 2 * kStep, w_map, step * kStep, row1, bar);
+            const int row1 = a.gated ? a.half + p.n0 : p.n0 + NT / 2;
+            barrier_arrive_expect(bar, kStageBytes<NT>);
+            if (a.share_w) {
+                copy_to_both(to + rank * (NT / 2 * kStep), w_map, step * kStep, rank ? row1 : p.n0,
+                             bar);
+            } else {
+                copy_tile(to, w_map, step * kStep, p.n0, bar);
+                copy_tile(to + NT / 2 * kStep, w_map, step * kStep, row1, bar);
+            }
         }
     }
     __device__ __forceinline__ void inputs(const place &p, int step, int stage) const {
@@ -105,16 +170,16 @@ template <int NT> struct producer {
         }
     }
     __device__ __forceinline__ void run() const {
-        const int steps = (a.k + kStep - 1) / kStep;
         int stage = 0, turn = 1, early = 0;
-        walk<NT> tiles(a);
+        walk<T, NT> tiles(a);
         place p;
         for (bool first = true; tiles.next(p); first = false) {
             if (first) {
-                for (; early < kStages<NT> && early < steps; early++) weights(p, early, early);
+                for (; early < kStages<NT> && p.step0 + early < p.step1; early++)
+                    weights(p, p.step0 + early, early);
                 wait_for_previous();
             }
-            for (int step = 0; step < steps; step++) {
+            for (int step = p.step0; step < p.step1; step++) {
                 barrier_wait(empty + stage * 8, turn); // in both CTAs
                 if (early > 0)
                     early--;
@@ -130,13 +195,19 @@ template <int NT> struct producer {
 // --- From sums to y -----------------------------------------------------------------------------
 
 // Four sums of x row m, rows n .. n + 3 of W: scaled, with bias.
+template <typename T>
 __device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at, int m,
                                           int n) {
     const uint4 s = shared_u128(at);
-    const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
-    const float x = a.x_scale[m];
-    v[0] = (float)(int)s.x * (x * w.x), v[1] = (float)(int)s.y * (x * w.y);
-    v[2] = (float)(int)s.z * (x * w.z), v[3] = (float)(int)s.w * (x * w.w);
+    if constexpr (kWords<T>) {
+        v[0] = __uint_as_float(s.x), v[1] = __uint_as_float(s.y);
+        v[2] = __uint_as_float(s.z), v[3] = __uint_as_float(s.w);
+    } else {
+        const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
+        const float x = a.x_scale[m];
+        v[0] = (float)(int)s.x * (x * w.x), v[1] = (float)(int)s.y * (x * w.y);
+        v[2] = (float)(int)s.z * (x * w.z), v[3] = (float)(int)s.w * (x * w.w);
+    }
     if (!a.bias) return;
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] += linear_element(a.bias, n + i, a.bf16, false);
@@ -146,11 +217,14 @@ template <int I> __device__ __forceinline__ void put_two(uint32_t at, int32_t a,
     asm volatile("st.shared.v2.u32 [%0], {%1, %2}; // %3" ::"r"(at), "r"(a), "r"(b), "n"(I)
                  : "memory");
 }
+template <int I> __device__ __forceinline__ void put_two(uint32_t at, float a, float b) {
+    put_two<I>(at, __float_as_int(a), __float_as_int(b));
+}
 
 // Columns of `chunk`, which is I or more: 32 neighbours, or from NT / 32 on 16 of gate and of up.
 // By branches: registers have no index, and statements that differ only there would become one.
-template <int I, int NT>
-__device__ __forceinline__ void put_chunk(const int32_t (&acc)[NT / 2], uint32_t at, int chunk) {
+template <int I, int NT, typename S>
+__device__ __forceinline__ void put_chunk(const S (&acc)[NT / 2], uint32_t at, int chunk) {
     if (chunk == I) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -174,8 +248,8 @@ template <int I> __device__ __forceinline__ void put_word(uint32_t at, uint32_t 
 
 // 64 outputs in 16 bits to [16][128 bytes], the 16 bytes of eight at their place exclusive or the
 // row's number: chunk I of the sums, or from NT / 64 on chunk I - NT / 64 of gate and up.
-template <int I, int NT>
-__device__ __forceinline__ void put_outputs(const int32_t (&acc)[NT / 2], const tall_args &a,
+template <typename T, int I, int NT>
+__device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], const tall_args &a,
                                             const place &p, const float (&x_scale)[2],
                                             uint32_t turn, int chunk) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -186,36 +260,37 @@ __device__ __forceinline__ void put_outputs(const int32_t (&acc)[NT / 2], const 
         for (int j = 0; j < 8; j++) {
             const uint32_t at = turn + g * 128 + ((j ^ g) << 4) + t * 4;
             const int b = kFirst + j, n = p.n0 + 8 * b + 2 * t;
-            float2 w = {}, w_up = {};
-            if (n < a.half) w = *reinterpret_cast<const float2 *>(a.w_scale + n);
-            if (gated && n < a.half)
+            float2 w = {1.f, 1.f}, w_up = {1.f, 1.f};
+            if (!kWords<T> && n < a.half) w = *reinterpret_cast<const float2 *>(a.w_scale + n);
+            if (!kWords<T> && gated && n < a.half)
                 w_up = *reinterpret_cast<const float2 *>(a.w_scale + a.half + n);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
+                const float x = kWords<T> ? 1.f : x_scale[h];
                 const int i = 4 * b + 2 * h, up = (i + NT / 4) % (NT / 2);
-                float v0 = (float)acc[i] * (x_scale[h] * w.x);
-                float v1 = (float)acc[i + 1] * (x_scale[h] * w.y);
+                float v0 = (float)acc[i] * (x * w.x);
+                float v1 = (float)acc[i + 1] * (x * w.y);
                 if (gated) {
-                    v0 = linear_gate(v0, (float)acc[up] * (x_scale[h] * w_up.x), LINEAR_GATED, 0);
-                    v1 = linear_gate(v1, (float)acc[up + 1] * (x_scale[h] * w_up.y), LINEAR_GATED,
-                                     0);
+                    v0 = linear_gate(v0, (float)acc[up] * (x * w_up.x), LINEAR_GATED, 0);
+                    v1 = linear_gate(v1, (float)acc[up + 1] * (x * w_up.y), LINEAR_GATED, 0);
                 }
                 put_word<I>(at + h * 1024, two_words(v0, v1, a.bf16));
             }
         }
     } else if constexpr (I + 1 < NT / 64 + NT / 128) {
-        put_outputs<I + 1, NT>(acc, a, p, x_scale, turn, chunk);
+        put_outputs<T, I + 1, NT>(acc, a, p, x_scale, turn, chunk);
     }
 }
 
-template <int NT>
-__device__ __forceinline__ void finish_simple(int32_t (&acc)[NT / 2], const tall_args &a,
+template <typename T, int NT>
+__device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const tall_args &a,
                                               const place &p, int row, uint32_t turn) {
     const int lane = (int)threadIdx.x % 32;
     float x_scale[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++)
-        if (row + lane / 4 + 8 * h < a.m) x_scale[h] = a.x_scale[row + lane / 4 + 8 * h];
+        if (!kWords<T> && row + lane / 4 + 8 * h < a.m)
+            x_scale[h] = a.x_scale[row + lane / 4 + 8 * h];
     const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? NT / 128 : NT / 64;
     const int m = row + lane / 8, unit = lane % 8;
     uint16_t *y = static_cast<uint16_t *>(a.y) + m * a.ldy + p.n0 + unit * 8;
@@ -224,7 +299,7 @@ __device__ __forceinline__ void finish_simple(int32_t (&acc)[NT / 2], const tall
     for (int c = 0; c < chunks; c++, n += 64, y += 64) {
         group_pin(acc); // what is made of them is made here, not before the loop
         __syncwarp();
-        put_outputs<0, NT>(acc, a, p, x_scale, turn, first + c);
+        put_outputs<T, 0, NT>(acc, a, p, x_scale, turn, first + c);
         __syncwarp();
         uint4 v[4];
 #pragma unroll
@@ -238,14 +313,32 @@ __device__ __forceinline__ void finish_simple(int32_t (&acc)[NT / 2], const tall
     }
 }
 
-// A warp's 16 rows of the tile from `row` on, 32 columns at a time through shared memory: 32
-// outputs, or 16 of gate beside their 16 of up. Straight code for all of them would be read from L2
-// once a tile, which takes longer than this.
-template <int NT>
-__device__ __forceinline__ void finish(int32_t (&acc)[NT / 2], const tall_args &a, const place &p,
-                                       int row, uint32_t turn) {
-    const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// A warp's 32 columns of 16 rows of x, in shared memory; of those rows number i of fours, to 32
+// outputs each, or of eights, to 16 outputs: 16 sums of gate beside the 16 of up.
+template <typename T, int NT>
+__device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int row, uint32_t turn,
+                                         int c, int i) {
+    const int lane = (int)threadIdx.x % 32;
     const int shift = a.gated ? 2 : 3, across = 1 << shift; // lanes of a row
+    int first = p.n0 + c * (a.gated ? 16 : 32), end = a.half;
+    if (kWords<T> && !a.gated && first >= a.second) first -= a.gap, end = a.n;
+    const int r = i * (32 >> shift) + (lane >> shift), col = (lane & (across - 1)) * 4;
+    const int m = row + r, n = first + col;
+    if (m >= a.m || n >= end) return;
+    const uint32_t from = turn + (r * kPitch + col) * 4;
+    const int64_t at = m * a.ldy + n;
+    float v[4], u[4] = {};
+    four_sums<T>(v, a, from, m, n);
+    if (a.gated) four_sums<T>(u, a, from + 64, m, a.half + n);
+    linear_put_four(a, at, v, u);
+}
+
+// A warp's 16 rows of the tile from `row` on, 32 columns at a time through shared memory. Straight
+// code for all of them would be read from L2 once a tile, which takes longer than this.
+template <typename T, int NT>
+__device__ __forceinline__ void finish(sum_type<T> (&acc)[NT / 2], const tall_args &a,
+                                       const place &p, int row, uint32_t turn) {
+    const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int c = 0; c < NT / 32; c++) {
         group_pin(acc); // what is made of them is made here, not before the loop
@@ -254,57 +347,194 @@ __device__ __forceinline__ void finish(int32_t (&acc)[NT / 2], const tall_args &
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (i >= across / 2) break;
-            const int r = i * (32 >> shift) + (lane >> shift), col = (lane & (across - 1)) * 4;
-            const int m = row + r, n = p.n0 + c * (a.gated ? 16 : 32) + col;
-            if (m >= a.m || n >= a.half) continue;
-            const uint32_t from = turn + (r * kPitch + col) * 4;
-            const int64_t at = m * a.ldy + n;
-            float v[4], u[4] = {};
-            four_sums(v, a, from, m, n);
-            if (a.gated) four_sums(u, a, from + 64, m, a.half + n);
-            linear_put_four(a, at, v, u);
+            if (i >= (a.gated ? 2 : 4)) break;
+            put_rows<T, NT>(a, p, row, turn, c, i);
         }
     }
 }
 
+// --- Tiles that clusters share -------------------------------------------------------------------
+
+// A warp's 16 rows of 32 columns as CTA `cta` left them, this lane's: [4][lane][4], four rows each.
 template <int NT>
-__device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint32_t full,
-                                        uint32_t empty) {
-    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), lane = (int)threadIdx.x % 32;
-    const int steps = (a.k + kStep - 1) / kStep;
-    const uint32_t turned = ring + kStages<NT> * kStageBytes<NT> + warp * kTurnBytes;
-    int stage = 0, turn = 0;
-    walk<NT> tiles(a);
-    place p;
-    while (tiles.next(p)) {
-        int32_t acc[NT / 2] = {};
-        for (int step = 0; step < steps; step++) {
-            const uint32_t x = ring + stage * kStageBytes<NT> + warp / 4 * 64 * kStep;
-            const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes;
-            barrier_wait(full + stage * 8, turn);
-            group_pin(acc);
-            group_fence();
+__device__ __forceinline__ float4 *piece_of(const tall_args &a, int cta, int piece) {
+    return a.partial + ((cta * kWarps + (int)threadIdx.x / 32) * (NT / 32) + piece) * 128 +
+           (int)threadIdx.x % 32;
+}
+__device__ __forceinline__ void shared_put(uint32_t at, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z),
+                 "f"(v.w)
+                 : "memory");
+}
+__device__ __forceinline__ float4 shared_get(uint32_t at) {
+    const uint4 v = shared_u128(at);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                       __uint_as_float(v.w));
+}
+
+// Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
+// others.
+constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
+
+// Leaves what others finish, and finishes every size-th piece. The ring is free: what is this
+// cluster's own waits there, and what the others left comes there. Loops, for straight code is read
+// from L2 once, which takes longer than what it does.
+template <int NT>
+__device__ __forceinline__ void finish_team(float (&acc)[NT / 2], const tall_args &a,
+                                            const place &p, int row, uint32_t ring, uint32_t turn) {
+    static_assert(kWarps * kRoom <= kStages<NT> * kStageBytes<NT>, "no room for sums");
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4,
+              t = lane % 4;
+    const uint32_t own = ring + warp * kRoom,
+                   others = own + (NT / 32 - p.rank + p.size - 1) / p.size * kTurnBytes + lane * 16;
+    const uint32_t four_rows = (lane / 8 * kPitch + lane % 8 * 4) * 4; // where this lane's are
+    const int rank = (int)cluster_rank();
+    int32_t *counter = a.counters + ((kCtas * p.owner + rank) * kWarps + warp) * 2;
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory"); // all stages have been read
+    if (row >= a.m) return;
+    int mine = p.rank;
+    uint32_t to = own;
+#pragma unroll 1
+    for (int c = 0; c < NT / 32; c++) {
+        const bool keep = c == mine;
+        group_pin(acc);
+        __syncwarp();
+        put_chunk<0, NT>(acc, (keep ? to : turn) + (g * kPitch + 2 * t) * 4,
+                         c + (a.gated ? NT / 32 : 0));
+        __syncwarp();
+        if (keep) {
+            mine += p.size, to += kTurnBytes;
+            continue;
+        }
+        float4 *slot = piece_of<NT>(a, (int)blockIdx.x, c);
 #pragma unroll
-            for (int q = 0; q < kStep / 32; q++)
-                multiply_codes<true, NT>::run(acc, group_descriptor(x + q * 32),
-                                              group_descriptor(w + q * 32), 1);
-            group_commit();
+        for (int q = 0; q < 4; q++)
+            __stcg(slot + q * 32, shared_get(turn + four_rows + q * 4 * kPitch * 4));
+    }
+    __syncwarp();
+    if (lane == 0)
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    linear_await(counter, p.size);
+    // For the next launch, which comes here after this one has ended.
+    if (lane == 0 && atomicAdd(counter + 1, 1) == p.size - 1) counter[0] = counter[1] = 0;
+    uint32_t at = others;
+#pragma unroll 1
+    for (int c = p.rank; c < NT / 32; c += p.size)
+#pragma unroll 1
+        for (int i = 0; i < p.size - 1; i++, at += 2048) {
+            const float4 *from = piece_of<NT>(a, kCtas * (p.owner + i + (i >= p.rank)) + rank, c);
+#pragma unroll
+            for (int q = 0; q < 4; q++) copy_some(at + q * 512, from + q * 32, 16);
+        }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+    at = others, to = own;
+#pragma unroll 1
+    for (int c = p.rank; c < NT / 32; c += p.size, to += kTurnBytes) {
+        float4 sum[4];
+#pragma unroll
+        for (int q = 0; q < 4; q++) sum[q] = shared_get(to + four_rows + q * 4 * kPitch * 4);
+#pragma unroll 1
+        for (int i = 0; i < p.size - 1; i++, at += 2048)
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const float4 v = shared_get(at + q * 512);
+                sum[q].x += v.x, sum[q].y += v.y, sum[q].z += v.z, sum[q].w += v.w;
+            }
+#pragma unroll
+        for (int q = 0; q < 4; q++) shared_put(to + four_rows + q * 4 * kPitch * 4, sum[q]);
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < (a.gated ? 2 : 4); i++) put_rows<__half, NT>(a, p, row, to, c, i);
+    }
+}
+
+// --- Products -----------------------------------------------------------------------------------
+
+// Steps of a tile, or of this cluster's part of it.
+template <typename T, int NT> struct multiplier {
+    uint32_t ring, full, empty;
+    int stage = 0, turn = 0;
+
+    __device__ __forceinline__ void release(uint32_t bar) const {
+        const int lane = (int)threadIdx.x % 32;
+        if (lane < kCtas) remote_arrive(remote_address(bar, lane));
+    }
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages<NT>) stage = 0, turn ^= 1;
+    }
+    // The products of a stage, as one group.
+    __device__ __forceinline__ void multiply(sum_type<T> (&acc)[NT / 2]) const {
+        const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+        const uint32_t x = ring + stage * kStageBytes<NT> + warp / 4 * 64 * kStep;
+        const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes;
+        barrier_wait(full + stage * 8, turn);
+        if (!kWords<T>) group_pin(acc);
+        group_fence();
+#pragma unroll
+        for (int q = 0; q < kStep / 32; q++) {
+            const uint64_t x_at = group_descriptor(x + q * 32), w_at = group_descriptor(w + q * 32);
+            if constexpr (kWords<T>)
+                multiply_words<T, NT>::run(acc, x_at, w_at);
+            else
+                multiply_codes<true, NT>::run(acc, x_at, w_at, 1);
+        }
+        group_commit();
+    }
+    __device__ __forceinline__ void codes(sum_type<T> (&acc)[NT / 2], const place &p) {
+        for (int step = p.step0; step < p.step1; step++, next()) {
+            multiply(acc);
             group_wait<0>();
             group_pin(acc);
-            if (lane < kCtas) remote_arrive(remote_address(empty + stage * 8, lane));
-            if (++stage == kStages<NT>) stage = 0, turn ^= 1;
+            release(empty + stage * 8);
         }
-        const int row = p.m0 + warp * 16;
-        if (a.simple)
-            finish_simple<NT>(acc, a, p, row, turned);
+    }
+    // A stage is released when the next one's products have been asked for.
+    __device__ __forceinline__ void words(sum_type<T> (&acc)[NT / 2], const place &p) {
+        uint32_t before = 0;
+#pragma unroll 1
+        for (int step = p.step0; step < p.step1; step++, next()) {
+            multiply(acc);
+            group_wait<1>();
+            if (step > p.step0) release(before);
+            before = empty + stage * 8;
+        }
+        group_wait<0>();
+        group_pin(acc);
+        release(before);
+    }
+};
+
+template <typename T, int NT>
+__device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint32_t full,
+                                        uint32_t empty) {
+    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+    const uint32_t turned = ring + kStages<NT> * kStageBytes<NT> + warp * kTurnBytes;
+    multiplier<T, NT> steps = {ring, full, empty};
+    walk<T, NT> tiles(a);
+    place p;
+    while (tiles.next(p)) {
+        sum_type<T> acc[NT / 2] = {};
+        if constexpr (kWords<T>)
+            steps.words(acc, p);
         else
-            finish<NT>(acc, a, p, row, turned);
+            steps.codes(acc, p);
+        const int row = p.m0 + warp * 16;
+        if constexpr (kWords<T>) {
+            if (p.size > 1) {
+                finish_team<NT>(acc, a, p, row, ring, turned);
+                continue;
+            }
+        }
+        if (a.simple)
+            finish_simple<T, NT>(acc, a, p, row, turned);
+        else
+            finish<T, NT>(acc, a, p, row, turned);
     }
 }
 #endif
 
-template <int NT>
+template <typename T, int NT>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_codes_tall(const __grid_constant__ tall_args a,
                       const __grid_constant__ CUtensorMap w_map,
@@ -327,17 +557,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     cluster_arrive(); // the other CTA writes here
     cluster_wait();
     if (warp >= kWarps) {
-        registers_down<kLoadRegisters>();
+        registers_down<kLoadRegisters<T>>();
         if (threadIdx.x == 32 * kWarps) {
             prefetch_map(&w_map);
             prefetch_map(&x_map);
-            const producer<NT> load = {a, &w_map, &x_map, ring, full, empty};
+            const producer<T, NT> load = {a, &w_map, &x_map, ring, full, empty};
             load.run();
         }
     } else {
-        registers_up<kMathRegisters>();
+        registers_up<kMathRegisters<T>>();
         wait_for_previous(); // scales of x, and y
-        compute<NT>(a, ring, full, empty);
+        compute<T, NT>(a, ring, full, empty);
     }
     __syncwarp();
     cluster_arrive(); // until then it may still arrive here
@@ -347,40 +577,145 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- Launch -------------------------------------------------------------------------------------
 
-template <int NT>
-status launch(const tall_args &args, const void *w, const void *x, int32_t n_sms,
+// Sets how the problem lies in tiles of NT rows of W, and how many of them there are for clusters.
+template <int NT> int32_t lay_out(tall_args *a) {
+    const int32_t wide = a->gated ? NT / 2 : NT;
+    const int32_t rows = a->tiled && !a->gated ? a->blocks * LINEAR_BLOCK : a->half;
+    const int32_t m_tiles = (a->m + kRows - 1) / kRows, n_tiles = (rows + wide - 1) / wide;
+    a->share_w = (m_tiles + 1) / 2 * n_tiles <= m_tiles * ((n_tiles + 1) / 2);
+    a->along_m = a->share_w ? (m_tiles + 1) / 2 : m_tiles;
+    a->along_n = a->share_w ? n_tiles : (n_tiles + 1) / 2;
+    a->team = 1;
+    a->whole = a->along_m * a->along_n;
+    return a->along_m * a->along_n;
+}
+
+// The kernel's launch; clusters: of the grid.
+template <typename T, int NT> struct grid {
+    cudaLaunchAttribute attrs[2];
+    cudaLaunchConfig_t config = {};
+    grid(int32_t clusters, cudaStream_t stream) {
+        attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attrs[0].val.programmaticStreamSerializationAllowed = 1;
+        attrs[1].id = cudaLaunchAttributeClusterDimension;
+        attrs[1].val.clusterDim = {kCtas, 1, 1};
+        config.gridDim = dim3((unsigned)(clusters * kCtas));
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = shared_bytes<NT>;
+        config.stream = stream;
+        config.attrs = attrs;
+        config.numAttrs = 2;
+    }
+};
+
+template <typename T, int NT>
+status launch(const tall_args &a, const void *w, const void *x, int64_t ldx, int32_t clusters,
               cudaStream_t stream) {
-    const auto kernel = linear_codes_tall<NT>;
-    tall_args a = args;
-    const int32_t wide = a.gated ? NT / 2 : NT;
-    const int32_t m_tiles = (a.m + kRows - 1) / kRows, n_tiles = (a.half + wide - 1) / wide;
-    a.share_w = (m_tiles + 1) / 2 * n_tiles <= m_tiles * ((n_tiles + 1) / 2);
-    a.along_m = a.share_w ? (m_tiles + 1) / 2 : m_tiles;
-    a.along_n = a.share_w ? n_tiles : (n_tiles + 1) / 2;
-    a.simple = !a.y_f32 && !a.bias && (a.epilogue == LINEAR_STORE || a.epilogue == LINEAR_GATED) &&
-               ((uintptr_t)a.y | (uintptr_t)(a.ldy * 2)) % 16 == 0;
-    CUtensorMap w_map, x_map;
-    TRY(tensor_map_codes(&w_map, w, a.n, a.k, a.k, NT / 2));
-    TRY(tensor_map_codes(&x_map, x, a.m, a.k, a.k, kRows / 2));
+    const auto kernel = linear_codes_tall<T, NT>;
+    CUtensorMap w_map = {}, x_map;
+    if (!kWords<T>) TRY(tensor_map_codes(&w_map, w, a.n, a.k, a.k, NT / 2));
+    TRY(tensor_map_codes(&x_map, x, a.m, a.k, ldx, kRows / 2));
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<NT>);
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim = {kCtas, 1, 1};
-    cudaLaunchConfig_t config = {};
-    const int32_t units = a.along_m * a.along_n, clusters = n_sms / kCtas;
-    config.gridDim = dim3((unsigned)((units < clusters ? units : clusters) * kCtas));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes<NT>;
-    config.stream = stream;
-    config.attrs = attrs;
-    config.numAttrs = 2;
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
+    const grid<T, NT> g(clusters, stream);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&g.config, kernel, a, w_map, x_map);
     return e == cudaSuccess ? ST_OK
                             : FAIL(ST_DEVICE, "linear_codes_tall: %s", cudaGetErrorString(e));
 }
+
+template <int NT>
+status launch_codes(const tall_args &args, const void *w, const void *x, int32_t n_sms,
+                    cudaStream_t stream) {
+    tall_args a = args;
+    const int32_t tiles = lay_out<NT>(&a), clusters = n_sms / kCtas;
+    return launch<int8_t, NT>(a, w, x, a.k, tiles < clusters ? tiles : clusters, stream);
+}
+
+bool simple_output(const tall_args &a) {
+    return !a.y_f32 && !a.bias && (a.epilogue == LINEAR_STORE || a.epilogue == LINEAR_GATED) &&
+           ((uintptr_t)a.y | (uintptr_t)(a.ldy * 2)) % 16 == 0;
+}
+
+// --- 16 bits ------------------------------------------------------------------------------------
+
+// ns of a step; of a tile's end; of sums left and taken, and of how many of their bytes an SM
+// moves in one. As timed on an H200.
+template <int NT> constexpr int kStepTime = NT == 256 ? 560 : NT == 192 ? 430 : 330;
+constexpr int kTileTime = 1500, kExchangeTime = 1000, kBytesTime = 20;
+
+// Shares the steps out over the clusters that run at once. About how many ns it takes.
+template <int NT> int64_t share(tall_args *a, int32_t clusters) {
+    const int32_t tiles = lay_out<NT>(a), steps = (a->k + kStep - 1) / kStep;
+    const int32_t rest = tiles % clusters;
+    const int64_t tile = steps * kStepTime<NT> + kTileTime;
+    int64_t last = rest ? tile : 0; // of the last wave
+    a->whole = tiles;
+    for (int32_t s = 2; s <= NT / 32 && s * rest <= clusters && s * 2 <= steps && rest; s++) {
+        if ((NT / 32 + s - 1) / s * (s - 1) > kOthersMost) continue;
+        const int64_t with = div_up(steps, s) * kStepTime<NT> + kTileTime + kExchangeTime +
+                             2 * kRows * NT * 4 * (s - 1) / s / kBytesTime;
+        if (with < last) last = with, a->team = s, a->whole = tiles - rest;
+    }
+    return tiles / clusters * tile + last;
+}
+
+template <typename T, int NT> int clusters_at_once(int32_t n_sms) {
+    static int most = 0;
+    const auto kernel = linear_codes_tall<T, NT>;
+    const grid<T, NT> g(1, nullptr);
+    if (most == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           shared_bytes<NT>) != cudaSuccess ||
+                      cudaOccupancyMaxActiveClusters(&most, kernel, &g.config) != cudaSuccess))
+        most = 0;
+    return most < n_sms / kCtas ? most : n_sms / kCtas;
+}
+
+template <typename T>
+status launch_words(const linear_args *p, int32_t n_sms, int32_t, kernel_stream stream) {
+    tall_args a = {};
+    a.bias = p->bias;
+    a.y = p->y;
+    a.ldy = p->ldy;
+    a.m = p->m;
+    a.n = p->n;
+    a.k = p->k * 2;
+    a.gated = p->paired;
+    a.tiled = p->code;
+    a.blocks = p->blocks;
+    a.half_blocks = p->half_blocks;
+    a.second = p->half_blocks * LINEAR_BLOCK;
+    a.gap = a.second - p->half_rows;
+    a.half = p->half_rows;
+    if (!a.gated && a.gap == 0) a.half = a.n;
+    a.epilogue = (linear_epilogue)p->epilogue;
+    a.limit = p->limit;
+    a.bf16 = half_pair<T>::bf16;
+    a.y_f32 = p->y_f32;
+    a.simple = simple_output(a) && (a.gated || a.half == a.n);
+    a.partial = reinterpret_cast<float4 *>(p->partial);
+    a.counters = p->counters;
+    const int32_t clusters = clusters_at_once<T, 256>(n_sms);
+    if (clusters == 0) return FAIL(ST_DEVICE, "linear_codes_tall: no room for a cluster");
+    tall_args b = a, c = a;
+    int64_t with_256 = share<256>(&a, clusters), with_128 = share<128>(&b, clusters);
+    int64_t with_192 = a.gated ? INT64_MAX : share<192>(&c, clusters);
+    const auto grid_of = [&](const tall_args &x) {
+        const int32_t n = x.along_m * x.along_n, all = x.whole + (n - x.whole) * x.team;
+        return all < clusters ? all : clusters;
+    };
+    const cudaStream_t s = (cudaStream_t)stream;
+    if (with_256 <= with_128 && with_256 <= with_192)
+        return launch<T, 256>(a, nullptr, p->x, p->ldx * 2, grid_of(a), s);
+    if (with_192 <= with_128) return launch<T, 192>(c, nullptr, p->x, p->ldx * 2, grid_of(c), s);
+    return launch<T, 128>(b, nullptr, p->x, p->ldx * 2, grid_of(b), s);
+}
+
+#define T_F16              __half
+#define T_BF16             __nv_bfloat16
+#define WORDS_INSTANCES(X) X(F16) X(BF16)
+#define WORDS_ROW(T)                                                                               \
+    {"words_tall", 90, 90, WF_16, DT_##T, kRows, 4, 1, 0, 0, 1, launch_words<T_##T>, INT32_MAX},
+const linear_variant words[] = {WORDS_INSTANCES(WORDS_ROW)};
 
 } // namespace
 
@@ -392,8 +727,14 @@ extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row,
     tall_args a = {linear_output_of(p, row, m)};
     a.w_scale = static_cast<const float *>(w->scale);
     a.x_scale = x_scale;
+    a.simple = simple_output(a);
     const int64_t tiles = (m + kRows - 1) / kRows * (int64_t)((w->n + 255) / 256);
     const int64_t waves = div_up(tiles, p->n_sms), halves = div_up(2 * tiles, p->n_sms);
-    return 5 * waves <= 3 * halves ? launch<256>(a, w->code, code, p->n_sms, (cudaStream_t)stream)
-                                   : launch<128>(a, w->code, code, p->n_sms, (cudaStream_t)stream);
+    return 5 * waves <= 3 * halves
+               ? launch_codes<256>(a, w->code, code, p->n_sms, (cudaStream_t)stream)
+               : launch_codes<128>(a, w->code, code, p->n_sms, (cudaStream_t)stream);
+}
+
+extern "C" linear_table linear_words_tall_table(void) {
+    return linear_table{words, (int32_t)(sizeof words / sizeof words[0])};
 }

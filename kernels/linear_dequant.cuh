@@ -13,6 +13,7 @@
 #ifndef LINEAR_DEQUANT_CUH
 #define LINEAR_DEQUANT_CUH
 #include "linear_layout.h"
+#include "mma_sync.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -98,6 +99,19 @@ __device__ __forceinline__ uint4 shared_u128(uint32_t at) {
                  : "r"(at)
                  : "memory");
     return v;
+}
+
+// Where a lane reads its words of a strip from: they lie one behind the other, or, of 16 bits, as
+// rows with the swizzle, of which ldmatrix makes them.
+template <int F> __device__ __forceinline__ int dequant_lane_at(int lane) {
+    return F == WF_16 ? linear_chunk_at(lane % 16, lane / 16) : lane * 16;
+}
+// Sixteen bytes of words, number c of a unit's; `at`: the strip and dequant_lane_at.
+template <int F> __device__ __forceinline__ uint4 dequant_load(uint32_t at, int c) {
+    if (F != WF_16) return shared_u128(at + c * 512);
+    uint32_t r[4];
+    load_matrices(r, at ^ c * 32);
+    return make_uint4(r[0], r[1], r[2], r[3]);
 }
 
 // Scales of a lane's two rows, as pairs, and what is subtracted from integers.

@@ -88,8 +88,17 @@ template <typename T, int F> __global__ void expand(const expand_args a) {
             out[e].x = from_f32<T>(to_f32(v.x) * by * k * global);
             out[e].y = from_f32<T>(to_f32(v.y) * by * k * global);
         }
-        *reinterpret_cast<uint4 *>(to + linear_word_at(&a.wide, b, u, strip, j, lane)) =
-            *reinterpret_cast<const uint4 *>(out);
+        if (!a.wide.tiled) {
+            *reinterpret_cast<uint4 *>(to + linear_word_at(&a.wide, b, u, strip, j, lane)) =
+                *reinterpret_cast<const uint4 *>(out);
+            continue;
+        }
+        uint8_t *unit = to + ((int64_t)b * a.wide.units + u) * a.wide.unit_bytes;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            *reinterpret_cast<P *>(
+                unit + linear_chunk_at(strip * 16 + linear_atom_row(lane, 2 * e), 2 * j + e / 2) +
+                lane % 4 * 4) = out[e];
     }
 }
 

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
     linear_shared *later = &later_of[warp];
     linear_shared_init(later);
     // Offsets of this lane within a stage; opaque, lest they be computed anew for every unit.
-    uint32_t code_in = wg * R * KU * L::unit + strip * (L::unit / 4) + lane * 16;
+    uint32_t code_in = wg * R * KU * L::unit + strip * (L::unit / 4) + dequant_lane_at<F>(lane);
     int place = strip * 16 + lane / 4 * 2;
     uint32_t scale_in = base_at + L::at_scale + wg * R * L::scale_block;
     asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
@@ -293,8 +293,7 @@ __global__ void __launch_bounds__(32 * LINEAR_WARPS + loaders(kCtas), kCtas)
                 const auto load = [&](int i) { // i = u R + r
 #pragma unroll
                     for (int c = 0; c < kChunks; c++)
-                        chunk[i % 2][c] =
-                            shared_u128(code + (i % R * KU + i / R) * L::unit + c * 512);
+                        chunk[i % 2][c] = dequant_load<F>(code + (i % R * KU + i / R) * L::unit, c);
                 };
                 load(0);
 #pragma unroll

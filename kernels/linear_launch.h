@@ -64,7 +64,8 @@ linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);
 linear_table linear_mid_table(void);
-linear_table linear_words_table(void); /* of linear_codes.cu */
+linear_table linear_words_table(void);      /* of linear_codes.cu */
+linear_table linear_words_tall_table(void); /* of linear_codes_tall.cu */
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
 status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 

@@ -13,6 +13,9 @@
  *            (row g+8, ...)
  *
  *   code   [count][block][unit][strip][16-byte chunk][lane][16 bytes]
+ *          16 bits, family 90: [count][block][unit][64 rows][128 bytes], the 16-byte chunk c of a
+ *          row's inputs at place c ^ row % 8. That is the tile with the 128-byte swizzle that wgmma
+ *          reads from shared memory; ldmatrix makes the same fragments of it, as many bytes at once
  *   scale  [count][block][granule][...]: a granule holds the scales (and zeros) of 64 rows for 128,
  *          64, 32 or 16 inputs, whichever divides the group; rows in the order strip, g, (g, g+8)
  *          so that a lane's two rows are neighbours. Per-channel formats keep f32 [count][rows]
@@ -40,6 +43,7 @@ typedef struct {
     int32_t half_rows, half_blocks; /* of gate and of up; all rows when not gated */
     int32_t blocks, units;
     int32_t bits, unit_bytes;        /* of one block */
+    bool tiled;                      /* 16 bits: rows with the swizzle, not fragments */
     int32_t granule;                 /* inputs; 0 = per channel or none */
     int32_t granules;                /* of one block */
     int32_t granule_bytes;           /* of one block and granule */
@@ -69,6 +73,7 @@ LAYOUT_FN linear_layout linear_layout_of(const linear_weight *w) {
     l.units = (w->k + LINEAR_UNIT - 1) / LINEAR_UNIT;
     l.bits = w->format == WF_16 ? 16 : (fp4 || w->format == WF_INT4) ? 4 : 8;
     l.unit_bytes = LINEAR_BLOCK * LINEAR_UNIT / 8 * l.bits;
+    l.tiled = l.bits == 16 && w->family == 90;
     l.granule = 0;
     l.granule_bytes = 0;
     if (w->format == WF_INT4) {
@@ -106,6 +111,21 @@ LAYOUT_FN int32_t linear_row(const linear_layout *l, int32_t b, int32_t i) {
 LAYOUT_FN int32_t linear_atom_row(int32_t lane, int32_t i) { return lane / 4 + (i / 2 % 2) * 8; }
 LAYOUT_FN int32_t linear_atom_col(int32_t lane, int32_t i) {
     return lane % 4 * 2 + i % 2 + i / 4 * 8;
+}
+
+/* The same, input within the unit, of atom j's word: with the swizzle it is neighbours of a row. */
+LAYOUT_FN int32_t linear_word_row(const linear_layout *l, int32_t j, int32_t lane, int32_t i) {
+    return l->tiled ? (j * 32 + lane) / 8 : linear_atom_row(lane, i);
+}
+LAYOUT_FN int32_t linear_word_col(const linear_layout *l, int32_t j, int32_t lane, int32_t i) {
+    if (l->tiled) return (lane % 8 ^ linear_word_row(l, j, lane, i) % 8) * 8 + i;
+    return j * 16 + linear_atom_col(lane, i);
+}
+
+/* Bytes from a unit's start to the chunk of inputs 8 c .. 8 c + 7 of a row, 16 bits with the
+ * swizzle. */
+LAYOUT_FN int32_t linear_chunk_at(int32_t row, int32_t c) {
+    return row * 128 + ((c ^ row % 8) << 4);
 }
 
 /* Place of row i (0..63) among the 64 entries of a granule. */

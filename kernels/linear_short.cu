@@ -406,7 +406,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
         const int strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const uint32_t slots = base + d.at_w + own.ring * d.w_stages * d.slot;
         const uint32_t codes = slots + (!kExperts && d.x_again ? x_bytes : 0) + own.half * d.beside;
-        code = codes + strip * (unit / 4) + lane * 16;
+        code = codes + strip * (unit / 4) + dequant_lane_at<F>(lane);
         scale = codes + U * unit;
         at_scale = strip * 16 + lane / 4 * 2;
         const uint32_t first =
@@ -470,7 +470,7 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
     // Codes of unit u of a stage.
     static __device__ __forceinline__ void load(uint4 (&chunk)[bits / 4], int u, uint32_t code_at) {
 #pragma unroll
-        for (int c = 0; c < bits / 4; c++) chunk[c] = shared_u128(code_at + u * unit + c * 512);
+        for (int c = 0; c < bits / 4; c++) chunk[c] = dequant_load<F>(code_at + u * unit, c);
     }
 
     // Unit u of a stage: A fragments. `scales` or `rows_of` holds what the unit before had.

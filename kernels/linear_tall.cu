@@ -735,7 +735,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[1][kRows / 2], const 
             if (G == 32 && j == 0)
                 dequant_load_packed<F>(packed, granule + p.granule_bytes, place, p.sym);
             uint4 direct;
-            if (bits == 16) direct = shared_u128(code + u * L::unit + j * 512);
+            if (bits == 16) direct = dequant_load<F>(code + u * L::unit, j);
             dequant_word<T, F, true, true>(f[j],
                                            bits == 16 ? reinterpret_cast<uint32_t *>(&direct)
                                                       : reinterpret_cast<const uint32_t *>(raw) +
@@ -789,13 +789,13 @@ __device__ __forceinline__ void compute(const linear_args &p, uint32_t base_at,
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int b = warp / 4 % B, part = warp / 4 / B, strip = warp % 4;
     // Opaque, lest they be computed anew for every unit.
-    tall_place at = {base_at,
-                     uint32_t((b * kUnits + part) * L::unit + strip * (L::unit / 4) + lane * 16),
-                     base_at + L::at_scale + b * L::scale_block +
-                         part * (64 / (G ? G : 128)) * p.granule_bytes,
-                     strip * 16 + lane / 4 * 2,
-                     0,
-                     part};
+    tall_place at = {
+        base_at,
+        uint32_t((b * kUnits + part) * L::unit + strip * (L::unit / 4) + dequant_lane_at<F>(lane)),
+        base_at + L::at_scale + b * L::scale_block + part * (64 / (G ? G : 128)) * p.granule_bytes,
+        strip * 16 + lane / 4 * 2,
+        0,
+        part};
     asm volatile("" : "+r"(at.code), "+r"(at.place), "+r"(at.scale));
 #pragma unroll 1
     for (;;) {

@@ -2,7 +2,7 @@
 // the two CTAs of a cluster.
 //
 // A CTA has half of the tile's rows of W and brings half of its rows of x to both, so that an SM
-// asks L2 for 20 (4 bits) to 32 (16 bits) bytes a cycle of the tensor cores. Two warpgroups
+// asks L2 for 20 (4 bits) to 24 (8 bits) bytes a cycle of the tensor cores. Two warpgroups
 // multiply, each one block of 64 rows of W: a unit's A fragments are made while the tensor cores
 // are at the unit before, and the other warpgroup's. The walk is linear_common.cuh's, over
 // clusters instead of CTAs; what it says of CTAs holds for those of one rank.
@@ -21,8 +21,7 @@
     WIDE_TYPES(X, MXFP4, 32)                                                                       \
     WIDE_TYPES(X, INT8, 0)                                                                         \
     WIDE_TYPES(X, FP8, 0)                                                                          \
-    WIDE_TYPES(X, FP8B, 128)                                                                       \
-    WIDE_TYPES(X, 16, 0)
+    WIDE_TYPES(X, FP8B, 128)
 #endif
 
 namespace {

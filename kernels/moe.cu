@@ -295,21 +295,24 @@ __device__ __forceinline__ pack<T> enter_row(const moe_enter &p, const enter_pla
     return r;
 }
 
-// The warp's 16 experts by all tokens, of this CTA's columns, to `part` of the first CTA.
+// The warp's 16 experts by all tokens, of this CTA's columns, to `part` of the first CTA. w: of
+// every 32 inputs those of rows g and g + 8 that lane 4 g + t holds, 8 t and on, which are inputs
+// 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two products; of x the same, so their order does not matter.
 template <typename T, int U>
 __device__ __forceinline__ void enter_products(const enter_place &e, enter_shared<T, U> &shared,
                                                const uint4 (&w)[U][4], int tokens,
                                                const float *part) {
     float acc[2][4] = {};
-    const uint32_t row = shared_address(&shared.x[e.lane % 8][e.lane / 8 * 8]);
+    const T *row = &shared.x[e.lane / 4][e.lane % 4 * 8];
 #pragma unroll
     for (int u = 0; u < U; u++)
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
-            uint32_t b[4];
-            load_matrices(b, row + (u * LINEAR_UNIT + j * 16) * (int)sizeof(T));
-            multiply(acc[0], &w[u][j].x, b[0], b[1], T{});
-            multiply(acc[1], &w[u][j + 1].x, b[2], b[3], T{});
+            const uint4 b = *reinterpret_cast<const uint4 *>(row + u * LINEAR_UNIT + j * 16);
+            const uint4 lo = w[u][j], hi = w[u][j + 1]; // rows g, g + 8
+            const uint32_t a[2][4] = {{lo.x, hi.x, lo.y, hi.y}, {lo.z, hi.z, lo.w, hi.w}};
+            multiply(acc[0], a[0], b.x, b.y, T{});
+            multiply(acc[1], a[1], b.z, b.w, T{});
         }
     const uint32_t to = remote_address(shared_address(part), 0), arrived = remote_address(e.bar, 0);
 #pragma unroll
@@ -379,7 +382,10 @@ __global__ void __launch_bounds__(kEnterThreads, 2) enter(const __grid_constant_
         const uint4 *from =
             a.w + (int64_t{e.warp / 4} * a.units + unit_at) * 512 + e.warp % 4 * 128;
 #pragma unroll
-        for (int j = 0; j < 4; j++) w[u][j] = some ? __ldg(from + j * 32 + e.lane) : uint4{};
+        for (int j = 0; j < 4; j++) {
+            const int row = e.lane / 4 + j % 2 * 8, chunk = j / 2 * 4 + e.lane % 4;
+            w[u][j] = some ? __ldg(from + linear_chunk_at(row, chunk) / 16) : uint4{};
+        }
     }
     pack<T> gain = {};
     if (e.here) gain = load_pack(static_cast<const T *>(p.gain) + col);

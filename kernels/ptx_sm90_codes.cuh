@@ -1,9 +1,11 @@
-// ptx_sm90_codes.cuh - Hopper's matrix products of 8-bit operands, both from shared memory:
+// ptx_sm90_codes.cuh - Hopper's matrix products of operands that both lie in shared memory:
 //
 //   multiply_codes<false, NT>: D [64, NT] f32 = A [64, 32] e4m3 x B [NT, 32]^T, added to D or not
 //   multiply_codes<true, NT>:  the same of int8 with int32 sums
 //
-// A and B are rows of 128 bytes with the 128-byte swizzle (group_descriptor), 32 inputs a step.
+//   multiply_words<T, NT>: D [64, NT] f32 += A [64, 16] x B [NT, 16]^T of f16 or bf16
+//
+// A and B are rows of 128 bytes with the 128-byte swizzle (group_descriptor), 32 bytes a step.
 #ifndef PTX_SM90_CODES_CUH
 #define PTX_SM90_CODES_CUH
 #include "ptx_sm90.cuh"
@@ -31,4 +33,24 @@ CODES_MULTIPLIES(128, 64, 64, 65, 66)
 CODES_MULTIPLIES(256, 128, 128, 129, 130)
 #undef CODES_MULTIPLIES
 #undef CODES_MULTIPLY
+
+template <typename T, int NT> struct multiply_words;
+
+#define WORDS_MULTIPLY(T, TYPE, N, R, A, B)                                                        \
+    template <> struct multiply_words<T, N> {                                                      \
+        static __device__ __forceinline__ void run(float (&d)[R], uint64_t a, uint64_t b) {        \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
+                         " {" PLACES_##R "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                     \
+                         : SUMS_##R("+f", 0)                                                       \
+                         : "l"(a), "l"(b));                                                        \
+        }                                                                                          \
+    };
+#define WORDS_MULTIPLIES(...)                                                                      \
+    WORDS_MULTIPLY(__half, "f16", __VA_ARGS__)                                                     \
+    WORDS_MULTIPLY(__nv_bfloat16, "bf16", __VA_ARGS__)
+WORDS_MULTIPLIES(128, 64, 64, 65)
+WORDS_MULTIPLIES(192, 96, 96, 97)
+WORDS_MULTIPLIES(256, 128, 128, 129)
+#undef WORDS_MULTIPLIES
+#undef WORDS_MULTIPLY
 #endif

@@ -103,8 +103,9 @@ static void each_word(const linear_weight *w, void *code, qmatrix *q, word_visit
                     for (int32_t lane = 0; lane < 32; lane++) {
                         int32_t row[8], col[8];
                         for (int32_t i = 0; i < 8; i++) {
-                            row[i] = linear_row(&l, b, strip * 16 + linear_atom_row(lane, i));
-                            col[i] = u * 64 + j * 16 + linear_atom_col(lane, i);
+                            row[i] =
+                                linear_row(&l, b, strip * 16 + linear_word_row(&l, j, lane, i));
+                            col[i] = u * 64 + linear_word_col(&l, j, lane, i);
                         }
                         visit(w, code, q, linear_word_at(&l, b, u, strip, j, lane), row, col);
                     }

@@ -112,13 +112,38 @@ static linear_probe *opened(const linear_weight *w, uint64_t seed) {
 }
 
 /* The table's choice, and what it may not come to. */
-static const char *const kernels[] = {
-    NULL,       "mid_32x4", "mid_32x2x2", "ampere_16x2", "ampere_128x1",        "ampere_strips_32",
-    "short_8",  "words_32", "mid_64x2x2", "experts_16",  "ampere_units_64x192", "ampere_split_16x2",
-    "short_16", "mid_64x2", "tall_128",   "hopper_8x2",  "ampere_strips_8",     "ampere_strips_16",
-    "short_32", "mid_64x4", "experts_8",  "ampere_64x2", "ampere_128x2",        "mid_32x2",
-    "wide_256", "words_64", "experts_32", "hopper_16x2", "ampere_units_64x128", "experts_128",
-    "mid_64x3"};
+static const char *const kernels[] = {NULL,
+                                      "mid_32x4",
+                                      "mid_32x2x2",
+                                      "ampere_16x2",
+                                      "ampere_128x1",
+                                      "ampere_strips_32",
+                                      "short_8",
+                                      "words_32",
+                                      "mid_64x2x2",
+                                      "experts_16",
+                                      "ampere_units_64x192",
+                                      "ampere_split_16x2",
+                                      "short_16",
+                                      "mid_64x2",
+                                      "tall_128",
+                                      "hopper_8x2",
+                                      "ampere_strips_8",
+                                      "ampere_strips_16",
+                                      "short_32",
+                                      "mid_64x4",
+                                      "experts_8",
+                                      "ampere_64x2",
+                                      "ampere_128x2",
+                                      "mid_32x2",
+                                      "wide_256",
+                                      "words_64",
+                                      "experts_32",
+                                      "hopper_16x2",
+                                      "ampere_units_64x128",
+                                      "experts_128",
+                                      "mid_64x3",
+                                      "words_tall"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -222,6 +247,31 @@ static void tall_codes(int32_t f, dtype type) {
                                    .kernel = "codes_tall",
                                    .bias = i % 2},
                     "tall codes");
+        linear_probe_close(p);
+    }
+}
+
+/* Tiles of 16 bits whole, of teams, and whole but for the last wave; two that share W, or x. */
+static void tall_words(int32_t f, dtype type) {
+    static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL, LINEAR_RESIDUAL},
+                                 pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI, LINEAR_STORE};
+    static const int32_t shapes[][3] = {
+        {1056, 6160, 500}, {3104, 4112, 700}, {8224, 400, 700}, {8224, 2064, 1200}};
+    if (formats[f].format != WF_16) return;
+    for (int32_t s = 0; s < 8; s++) {
+        linear_weight w = weight_of(f, type, shapes[s / 2][0], shapes[s / 2][1], 1);
+        w.gated = s % 2;
+        linear_probe *p = opened(&w, 41);
+        if (!p) return;
+        for (int32_t m = 70; m <= shapes[s / 2][2]; m += 3 * m / 2 - m % 2) /* 70 175 436 1090 */
+            for (int32_t i = 0; i < 3; i++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = i == 2 ? DT_F32 : type,
+                                   .epilogue = (w.gated ? pairs : plain)[i],
+                                   .kernel = "words_tall",
+                                   .bias = i % 2},
+                    "tall words");
         linear_probe_close(p);
     }
 }
@@ -365,6 +415,7 @@ static int check(bool quick, const char *only) {
             gated_and_grouped(f, b ? DT_BF16 : DT_F16);
             many_rows(f, b ? DT_BF16 : DT_F16);
             tall_codes(f, b ? DT_BF16 : DT_F16);
+            tall_words(f, b ? DT_BF16 : DT_F16);
             lines(f, b ? DT_BF16 : DT_F16);
             whole_tiles(f, b ? DT_BF16 : DT_F16);
             rounds(f, b ? DT_BF16 : DT_F16);

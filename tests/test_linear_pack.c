@@ -196,6 +196,18 @@ static void order_is_a_permutation(void **state) {
             assert_false(seen[r][c]);
             seen[r][c] = true;
         }
+    const linear_weight w = {.format = WF_16, .family = 90, .n = 64, .k = 64, .count = 1};
+    const linear_layout l = linear_layout_of(&w);
+    bool there[64][64] = {{false}};
+    for (int32_t n = 0; n < 64 * 64; n++) { /* words of 16 bits with the swizzle */
+        const int32_t i = n % 8, lane = n / 8 % 32, j = n / 256 % 4, strip = n / 1024;
+        const int32_t r = strip * 16 + linear_word_row(&l, j, lane, i);
+        const int32_t c = linear_word_col(&l, j, lane, i);
+        assert_false(there[r][c]);
+        there[r][c] = true;
+        assert_int_equal(linear_word_at(&l, 0, 0, strip, j, lane), linear_chunk_at(r, c / 8));
+        assert_int_equal(i, c % 8);
+    }
     uint64_t places = 0;
     for (int32_t i = 0; i < 64; i++) places |= (uint64_t)1 << linear_scale_place(i);
     assert_true(places == UINT64_MAX);
