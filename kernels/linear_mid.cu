@@ -949,6 +949,8 @@ template <int F, int NT, int B, int P> int64_t cost(const division &d, int units
     const bool alike = !d.more && d.steps % d.each == 0 && d.steps / d.each <= 4;
     const int64_t n = (int64_t)(d.each + (d.more > 0)) * units;
     int64_t ns = n * t.unit + t.launch + (whole || alike ? 0 : t.cut);
+    // Two parts bring twice as much of x, which tells where there are many units (measured).
+    if (P == 2 && NT == 64 && n > 160) ns += (n - 160) * 13;
     if (!d.doubled || linear_code_bits(F) == 8) return ns;
     return ns - ns / 32;
 }
