@@ -27,6 +27,10 @@
 // workspace that are zero but between a sum's sending and its reading: a sum of zero is sent as -0,
 // so each says by itself that it is there. They are added in order of K, so the bits are the same
 // on every run. All CTAs of a launch must fit the GPU at once.
+//
+// x is as many bytes to an SM as W, or twice as many. So where a CTA takes an SM, two are a
+// cluster: they go through the same steps of K of two tiles, and each has half of what they need of
+// x brought to both. The line is then one of pairs of tiles, cut among pairs of CTAs.
 #include "linear_ahead.cuh"
 #include "linear_launch.h"
 #include "ptx_sm90.cuh"
@@ -58,6 +62,11 @@
     MID_TYPES(X, INT8, 0)                                                                          \
     MID_TYPES(X, FP8, 0)                                                                           \
     MID_TYPES(X, FP8B, 128)
+#endif
+
+// For racecheck, which lets nobody past a cluster's barrier before all of its threads wait there.
+#ifndef MID_RACECHECK
+#define MID_RACECHECK false
 #endif
 
 namespace {
@@ -97,6 +106,7 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
 // lies at 0).
 struct division {
+    int32_t doubled;                     // 1: CTAs are clusters of two; 0: they are not
     int32_t ctas, each, more;            // with steps; of each, one more of the first so many
     int32_t steps;                       // of a tile
     int32_t per, all;                    // blocks, or pairs: of a tile; all
@@ -111,6 +121,22 @@ struct division {
 
 // --- What a CTA has to do -----------------------------------------------------------------------
 
+// Whether CTAs may be clusters of two. What is said of CTAs and tiles of the line is of two of each
+// then. W: warps that multiply.
+template <int W> constexpr bool kClusters = W > 8;
+
+// This CTA, or its cluster.
+template <int W> __device__ __forceinline__ int cta_of(const division &d) {
+    if constexpr (!kClusters<W>) return (int)blockIdx.x;
+    int cta; // read anew: ptxas makes a slower main loop of one that is kept
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
+    return cta >> d.doubled;
+}
+// Of the CTAs of cluster i, or of two tiles i, the one that is with this CTA.
+template <int W> __device__ __forceinline__ int own_of(const division &d, int i) {
+    return kClusters<W> && d.doubled ? i * 2 + (int)blockIdx.x % 2 : i;
+}
+
 // The first of a CTA's steps.
 __device__ __forceinline__ int first_step(const division &d, int cta) {
     return cta * d.each + min(cta, d.more);
@@ -122,10 +148,11 @@ template <int F, int B> constexpr bool kRounds = B == 4 && F != WF_FP8B;
 
 // Where a CTA is, or, with rounds, those of its warps that have whole tiles: the steps left, the
 // tile and the step of it.
-struct place {
+template <int W> struct place {
     int left, tile, step;
     __device__ __forceinline__ explicit place(const division &d, bool whole = false) {
-        const int cta = blockIdx.x, begin = whole ? cta * d.rounds * d.steps : first_step(d, cta);
+        const int cta = whole ? (int)blockIdx.x : cta_of<W>(d);
+        const int begin = whole ? cta * d.rounds * d.steps : first_step(d, cta);
         left = whole ? d.rounds * d.steps : cta < d.ctas ? first_step(d, cta + 1) - begin : 0;
         tile = begin / d.steps;
         step = begin - tile * d.steps;
@@ -143,8 +170,8 @@ struct place {
 // their last step in it. `finish` of these finish it: 1, 2 or 4.
 struct sharers {
     int first, n, ends, finish;
-    __device__ __forceinline__ sharers(const division &d, int most) {
-        const int cta = blockIdx.x, begin = (first_step(d, cta + 1) - 1) / d.steps * d.steps;
+    __device__ __forceinline__ sharers(const division &d, int cta, int most) {
+        const int begin = (first_step(d, cta + 1) - 1) / d.steps * d.steps;
         const int end = begin + d.steps;
         int last = cta;
         for (first = cta; first_step(d, first) > begin;) first--;
@@ -160,13 +187,18 @@ __device__ __forceinline__ bool has_whole(const linear_args &p, const division &
     return (p.paired ? wg / 2 : wg) < d.per;
 }
 
+// With rounds: the first block of the line, or pair of blocks.
+__device__ __forceinline__ int line_of(const division &d) {
+    return (d.ctas << d.doubled) * d.rounds * d.per;
+}
+
 // Block of warpgroup wg, or one past the last. With rounds those of the line come after the others.
-template <bool kMay>
+template <int W, bool kMay>
 __device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, int tile,
                                             int wg) {
-    const int32_t v = kMay && d.rounds && !has_whole(p, d, wg)
-                          ? d.ctas * d.rounds * d.per + tile
-                          : tile * d.per + (p.paired ? wg / 2 : wg);
+    const int32_t v = !kMay || !d.rounds    ? own_of<W>(d, tile) * d.per + (p.paired ? wg / 2 : wg)
+                      : has_whole(p, d, wg) ? tile * d.per + (p.paired ? wg / 2 : wg)
+                                            : line_of(d) + own_of<W>(d, tile);
     if (v >= d.all) return p.blocks;
     return p.paired ? v + wg % 2 * p.half_blocks : v;
 }
@@ -187,6 +219,8 @@ struct ring {
     __device__ __forceinline__ void wait_others() const {
         barrier_wait(others() + stage * 8, parity ^ 1);
     }
+    // With clusters: whether a stage of the other CTA is free.
+    __device__ __forceinline__ uint32_t free() const { return empty + stages * 16; }
 };
 
 // With more than two blocks a stage of W and one of x are a step each, and one ring: fewer
@@ -224,11 +258,21 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                      : "memory");
 }
 
+// A box of x to the same place of both CTAs of a cluster; each has its barrier told.
+__device__ __forceinline__ void copy_box_twice(uint32_t to, const CUtensorMap *map, int x, int y,
+                                               int z, uint32_t bar, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar), "h"((uint16_t)3), "l"(policy)
+        : "memory");
+}
+
 // With rounds: of all blocks a CTA goes through K from where its part of the line begins, so that
 // the part is multiplied first.
-struct walk {
-    place whole, part; // part.step: that of both
-    int more;          // steps of the part whose stages are not known to be free again
+template <int W> struct walk {
+    place<W> whole, part; // part.step: that of both
+    int more;             // steps of the part whose stages are not known to be free again
     __device__ __forceinline__ explicit walk(const division &d, const ring &to)
         : whole(d, true), part(d), more(part.left + to.stages) {}
     __device__ __forceinline__ void wait(const ring &to) {
@@ -252,14 +296,15 @@ __host__ __device__ constexpr int asked_at_once(int f, int blocks) {
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_rounds(const linear_args &p, const division &d, const maps &m,
                                             ring to, uint32_t base) {
-    constexpr int U = step_units(F, B, P), unit = 512 * linear_code_bits(F);
+    constexpr int W = 4 * B * P, U = step_units(F, B, P), unit = 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     const int scales = kGranules * p.granule_bytes, halves = p.paired ? 2 : 1;
     const uint64_t policy = policy_evict_first();
-    const int line = d.ctas * d.rounds * d.per;
+    const int line = line_of(d);
     constexpr int kAsked = asked_at_once(F, B);
     int asked = 0;
-    for (walk i(d, to); i.whole.left > 0; i.next(d), to.next()) {
+#pragma unroll 1
+    for (walk<W> i(d, to); i.whole.left > 0; i.next(d), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
         const bool part = i.part.left > 0;
         i.wait(to);
@@ -273,11 +318,11 @@ __device__ __forceinline__ void load_rounds(const linear_args &p, const division
                         full, policy);
         if (!part) continue;
         const int behind = d.per * halves;
-        copy_box<4>(stage + behind * U * unit, &m.code_one, 0, at * kRows, line + i.part.tile, 0,
-                    full, policy);
+        copy_box<4>(stage + behind * U * unit, &m.code_one, 0, at * kRows,
+                    line + own_of<W>(d, i.part.tile), 0, full, policy);
         if (G)
             copy_box<4>(stage + B * U * unit + behind * scales, &m.scale_one, 0, at * kGranules,
-                        line + i.part.tile, 0, full, policy);
+                        line + own_of<W>(d, i.part.tile), 0, full, policy);
     }
 }
 
@@ -285,15 +330,17 @@ __device__ __forceinline__ void load_rounds(const linear_args &p, const division
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring to, uint32_t base) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+    constexpr int W = 4 * B * P, U = step_units(F, B, P);
+    constexpr int code = B * U * 512 * linear_code_bits(F);
     constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
     constexpr int kAsked = asked_at_once(F, B);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     int asked = 0;
-    for (place i(d); i.left > 0; i.next(d, 1), to.next()) {
+#pragma unroll kClusters < W> ? 1 : 4
+    for (place<W> i(d); i.left > 0; i.next(d, 1), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
-        const int v = i.tile * d.per;
+        const int v = own_of<W>(d, i.tile) * d.per;
         to.wait_empty();
         if (asked >= kAsked && asked < to.stages) barrier_wait(full - kAsked * 8, 0);
         asked++;
@@ -307,17 +354,31 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
 template <int F, int NT, int B, int P>
 __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring to,
                                             uint32_t base) {
-    constexpr int U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
+    constexpr int W = 4 * B * P, U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
+    const bool doubled = kClusters<W> && d.doubled;
     const uint64_t policy = policy_evict_normal();
-    place i(d);
+    place<W> i(d);
+    // Of a cluster each has half of a stage brought to both, when it is free in both.
+    const uint32_t own = doubled ? blockIdx.x % 2 : 0;
+    const uint32_t others_free = doubled ? remote_address(to.free(), own ^ 1) : 0;
+    const auto bring = [&](int at, uint32_t stage, uint32_t full) {
+        if (!doubled) {
+            copy_box<3>(stage, &m.x, 0, 0, at, 0, full, policy);
+            return;
+        }
+        remote_arrive(others_free + to.stage * 8);
+        barrier_wait(to.free() + to.stage * 8, to.parity);
+        copy_box_twice(stage + own * (U / 2 * d.x_rows * 128), &m.x, 0, 0, at + own * (U / 2), full,
+                       policy);
+    };
     wait_for_previous();
     if (kRounds<F, B> && d.rounds) {
-        for (walk j(d, to); j.whole.left > 0; j.next(d), to.next()) {
+#pragma unroll 1
+        for (walk<W> j(d, to); j.whole.left > 0; j.next(d), to.next()) {
             const uint32_t full = to.full + to.stage * 8;
             j.wait(to);
             barrier_arrive_expect(full, U * d.x_rows * 128);
-            copy_box<3>(base + to.stage * (U * NT * 128), &m.x, 0, 0, j.part.step * U, 0, full,
-                        policy);
+            bring(j.part.step * U, base + to.stage * (U * NT * 128), full);
         }
         return;
     }
@@ -327,7 +388,7 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
             to.wait_empty();
             barrier_arrive_expect(full, U * d.x_rows * 128);
             if (d.x_whole)
-                copy_box<3>(stage, &m.x, 0, 0, box * U, 0, full, policy);
+                bring(box * U, stage, full);
             else
                 for (int u = 0; u < U; u++)
                     copy_tile(stage + u * d.x_rows * 128, &m.x, (box * U + u) * 64, 0, full);
@@ -338,6 +399,8 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
 template <int F, int NT, int B, int P, int G>
 __device__ __forceinline__ void load(const linear_args &p, const division &d, const maps &m,
                                      const barriers &bar, uint32_t base, int thread) {
+    if (kClusters<4 * B * P> && !MID_RACECHECK && d.doubled && thread / 32 == 1)
+        cluster_wait(); // the other's barriers are there
     if (kRounds<F, B> && d.rounds && thread == 0)
         load_rounds<F, B, P, G>(p, d, m, bar.w, base);
     else if (thread == 0)
@@ -498,7 +561,7 @@ __device__ __forceinline__ target target_of(const linear_args &p, const division
     // Read anew where registers are short; elsewhere ptxas makes a slower main loop of that.
     const int thread = P > 1 ? linear_thread_anew() : threadIdx.x;
     const int wg = thread / 128 % B, strip = thread / 32 % 4;
-    const int32_t block = block_of<kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
+    const int32_t block = block_of<4 * B * P, kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
     const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
     return target{block, half * p.half_rows + in_half, P > 1 ? thread / (128 * B) * (R / 8) : 0,
@@ -539,9 +602,10 @@ __device__ __forceinline__ void add_parts(float (&sum)[NT / 4], const float (&ac
 
 // Where sums meet: [CTA][its first piece, its last][warp][group][lane][4].
 template <int R, int W>
-__device__ __forceinline__ float4 *meeting(const linear_args &p, int cta, int last, int warp) {
-    return reinterpret_cast<float4 *>(p.sums) + ((cta * 2 + last) * W + warp) * (R / 8 * 32) +
-           threadIdx.x % 32;
+__device__ __forceinline__ float4 *meeting(const linear_args &p, const division &d, int cta,
+                                           int last, int warp) {
+    return reinterpret_cast<float4 *>(p.sums) +
+           ((own_of<W>(d, cta) * 2 + last) * W + warp) * (R / 8 * 32) + threadIdx.x % 32;
 }
 __device__ __forceinline__ void put_meeting(float4 *at, const float *v) {
     asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v[0]),
@@ -561,10 +625,10 @@ __device__ __forceinline__ bool is_there(const float *v) {
 
 // The sums of a piece that are for others to finish: all where the CTA goes on to another tile.
 template <int R, int W>
-__device__ __forceinline__ void send(const float (&acc)[R / 2], const linear_args &p, int groups,
-                                     bool last, const sharers &by) {
-    const int own = (int)blockIdx.x - by.first, warp = threadIdx.x / 32;
-    float4 *to = meeting<R, W>(p, blockIdx.x, last, warp);
+__device__ __forceinline__ void send(const float (&acc)[R / 2], const linear_args &p,
+                                     const division &d, int groups, bool last, const sharers &by) {
+    const int own = cta_of<W>(d) - by.first, warp = threadIdx.x / 32;
+    float4 *to = meeting<R, W>(p, d, cta_of<W>(d), last, warp);
 #pragma unroll
     for (int j = 0; j < R / 8; j++) {
         float v[4];
@@ -675,12 +739,12 @@ __device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_arg
 // beside the next launch's CTA, which asks for its weights, to ask for all again and again takes
 // longer than to ask once more.
 template <int R, int W>
-__device__ __forceinline__ void await(const linear_args &p, int groups, const sharers &by, int own,
-                                      int warp) {
+__device__ __forceinline__ void await(const linear_args &p, const division &d, int groups,
+                                      const sharers &by, int own, int warp) {
     const int s = threadIdx.x % 32, last = ((groups - 1 - own) & -by.finish) + own;
     const bool wanted = s < by.n && s != own && groups > own;
     const float4 *at =
-        meeting<R, W>(p, by.first + s, s < by.ends, warp) - threadIdx.x % 32 + last * 32 + 31;
+        meeting<R, W>(p, d, by.first + s, s < by.ends, warp) - threadIdx.x % 32 + last * 32 + 31;
     float v = -0.f;
     do {
         if (wanted)
@@ -698,14 +762,14 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
     constexpr int kOnce = R / 8 < 4 ? R / 8 : 4; // groups of a sender asked for at once
     const int warp = threadIdx.x / 32, among = by.finish - 1;
     const int groups = d.groups - to.group; // at most: all of this warp's
-    int own = (int)blockIdx.x - by.first;
+    int own = cta_of<W>(d) - by.first;
     if (own > among) return;
     const auto place_of = [&](int j, int s) {
         asm volatile("" : "+r"(own)); // lest all addresses be kept
-        return meeting<R, W>(p, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
+        return meeting<R, W>(p, d, by.first + s, s < by.ends, warp) + ((j & ~among) + own) * 32;
     };
     const auto wanted = [&](int j) { return (j & among) != own && (j & ~among) + own < groups; };
-    await<R, W>(p, min(groups, R / 8), by, own, warp);
+    await<R, W>(p, d, min(groups, R / 8), by, own, warp);
     bool all;
     do {
         all = true;
@@ -745,7 +809,7 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
     // Zeros first: they are on their way while results are computed.
     for (int s = 0; s < by.n; s++)
         for (int j = own; j < R / 8 && j < groups && s != own; j += by.finish)
-            meeting<R, W>(p, by.first + s, s < by.ends, warp)[j * 32] =
+            meeting<R, W>(p, d, by.first + s, s < by.ends, warp)[j * 32] =
                 make_float4(0.f, 0.f, 0.f, 0.f);
     if (by.finish == 1) emit<T, R, 1>(acc, p, to, own, turn, give);
     if (by.finish == 2) emit<T, R, 2>(acc, p, to, own, turn, give);
@@ -765,7 +829,29 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d, int
         barrier_init(bar.x.full + i * 8, 1);
         barrier_init(bar.x.empty + i * 8, W);
     }
+    for (int i = 0; kClusters<W> && d.doubled && i < d.x_stages; i++)
+        barrier_init(bar.x.free() + i * 8, 1);
     barrier_init_fence();
+}
+
+// Barriers, and who shares a tile with this CTA. R: rows of x that a warp finishes.
+template <int W, int R, int B, int G>
+__device__ __forceinline__ void prepare(const linear_args &p, const division &d, const maps &m,
+                                        const barriers &bar, sharers *sharing, bool rounds) {
+    if (threadIdx.x == 32 * W) {
+        prefetch_map(&m.code);
+        if (G) prefetch_map(&m.scale);
+        init<B, W>(bar, d, rounds ? d.per * (p.paired ? 8 : 4) : W);
+    } else if (threadIdx.x == 32 * W + 32) {
+        prefetch_map(&m.x);
+    } else if (threadIdx.x == 0 && cta_of<W>(d) < d.ctas) {
+        *sharing = sharers(d, cta_of<W>(d), p.paired ? R / 16 : R / 8);
+    }
+    if (kClusters<W> && d.doubled) {
+        cluster_arrive();
+        if (MID_RACECHECK) cluster_wait();
+    }
+    __syncthreads();
 }
 
 template <typename T, int F, int NT, int B, int P, int G>
@@ -782,22 +868,14 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     sharers *sharing = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     const bool rounds = kRounds<F, B> && d.rounds;
     launch_dependents();
-    if (threadIdx.x == 32 * W) {
-        prefetch_map(&m.code);
-        if (G) prefetch_map(&m.scale);
-        init<B, W>(bar, d, rounds ? d.per * (p.paired ? 8 : 4) : W);
-    } else if (threadIdx.x == 32 * W + 32) {
-        prefetch_map(&m.x);
-    } else if (threadIdx.x == 0 && (int)blockIdx.x < d.ctas) {
-        *sharing = sharers(d, p.paired ? R / 16 : R / 8);
-    }
-    __syncthreads();
+    prepare<W, R, B, G>(p, d, m, bar, sharing, rounds);
     constexpr bool kGiven = registers_given(F, NT, B, G);
     if (warp >= W) {
         if (kGiven) registers_down<32>();
         load<F, NT, B, P, G>(p, d, m, bar, base, threadIdx.x - 32 * W);
         __syncwarp();
-        if (warp == W && (int)blockIdx.x < d.ctas) linear_ask_ahead(p.ahead, blockIdx.x, d.ctas);
+        if (warp == W && cta_of<W>(d) < d.ctas)
+            linear_ask_ahead(p.ahead, blockIdx.x, d.ctas << d.doubled);
         return;
     }
     if (kGiven) registers_up<112>();
@@ -805,7 +883,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     work.begin(base);
     const bool whole = rounds && has_whole(p, d, warp / 4);
     if (rounds && !whole) bar.w.empty = bar.w.others();
-    place i(d, whole);
+    place<W> i(d, whole);
     wait_for_previous();
     while (i.left > 0) {
         const int steps = i.piece(d), tile = i.tile;
@@ -833,7 +911,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
             continue;
         }
         const sharers by = *sharing; // once: asm statements may write to memory
-        send<R, W>(sum, p, d.groups - to.group, i.left == 0, by);
+        send<R, W>(sum, p, d, d.groups - to.group, i.left == 0, by);
         if (i.left > 0) continue;
         finish<T, R, W>(sum, p, d, to, by, turn, place_of_pair);
         return;
@@ -847,15 +925,16 @@ __host__ __device__ constexpr int room(int groups) { return (groups == 2 ? 113 :
 
 // ns of a unit of 64 rows of W, of a launch besides, and of sums where tiles are cut anyhow: not
 // all alike, into up to four parts. Measured on an H200 with W4. With 8 bits no unit takes less
-// than its bytes do, at 30 a ns and SM.
+// than its bytes do, at 30 a ns and SM. Clusters save 3 %, with 8 bits and 64 rows 6 to 9 %.
 struct times {
     int32_t unit, launch, cut;
 };
-template <int F, int NT, int B, int P> constexpr times times_of() {
+template <int F, int NT, int B, int P> times times_of(bool doubled) {
     constexpr bool few = NT == 32;
     if (linear_code_bits(F) == 8)
-        return B == 4 ? times{136, few ? 7800 : 7500, 0}
-                      : times{few ? 136 : 152, few ? 3800 : 5000, 0};
+        return B != 4    ? times{few ? 140 : 152, few ? 4400 : 5000, 0}
+               : doubled ? times{few ? 118 : 130, few ? 8000 : 8500, 0}
+                         : times{few ? 136 : 146, few ? 7800 : 7300, 0};
     if (few) return B == 4 ? times{74, 7900, 0} : P == 2 ? times{88, 4900, 0} : times{101, 3600, 0};
     return B == 4   ? times{106, 6500, 2700}
            : B == 3 ? times{110, 5800, 1700}
@@ -865,11 +944,15 @@ template <int F, int NT, int B, int P> constexpr times times_of() {
 
 // About how many ns a problem takes whose steps have so many units of K and of W's blocks.
 template <int F, int NT, int B, int P> int64_t cost(const division &d, int units) {
-    const times t = times_of<F, NT, B, P>();
+    const times t = times_of<F, NT, B, P>(d.doubled);
     const bool whole = !d.more && d.each % d.steps == 0;
     const bool alike = !d.more && d.steps % d.each == 0 && d.steps / d.each <= 4;
-    return (int64_t)(d.each + (d.more > 0)) * units * t.unit + t.launch +
-           (whole || alike ? 0 : t.cut);
+    const int64_t n = (int64_t)(d.each + (d.more > 0)) * units;
+    int64_t ns = n * t.unit + t.launch + (whole || alike ? 0 : t.cut);
+    // Two parts bring twice as much of x, which tells where there are many units (measured).
+    if (P == 2 && NT == 64 && n > 160) ns += (n - 160) * 13;
+    if (!d.doubled || linear_code_bits(F) == 8) return ns;
+    return ns - ns / 32;
 }
 
 // The same of d's rounds and as many more steps of the line.
@@ -877,30 +960,35 @@ template <int F, int NT>
 int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     const int64_t whole = (int64_t)d.per * d.rounds * d.steps, part = (steps + d.ctas - 1) / d.ctas;
     const int64_t n = (whole + part) * units * (paired ? 2 : 1);
-    if (linear_code_bits(F) == 8) return n * 142 + (paired ? 5000 : 4000) - (NT == 32 ? 2000 : 0);
-    return NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
-                    : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
+    const int64_t ns = linear_code_bits(F) == 8
+                           ? n * 142 + (paired ? 5000 : 4000) - (NT == 32 ? 2000 : 0)
+                       : NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
+                                  : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
+    return d.doubled ? ns - ns / (linear_code_bits(F) == 8 && NT == 64 ? 16 : 32) : ns;
 }
 
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
 template <int F, int NT, int B, int P, int G>
-division divide(const linear_args *a, int n_sms, bool in_rounds) {
+division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
     constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
     constexpr bool half = B * P == 2;
     division d = {};
     d.per = a->paired ? B / 2 : B;
     d.all = a->paired ? a->half_blocks : a->blocks;
     d.steps = (a->units + U - 1) / U;
-    int total = (d.all + d.per - 1) / d.per * d.steps, most = (total + n_sms - 1) / n_sms;
+    d.doubled = doubled;
+    const int n = n_sms >> doubled, tile = d.per << doubled; // of a CTA, or of two
+    int total = (d.all + tile - 1) / tile * d.steps, most = (total + n - 1) / n;
     d.ctas = (total + most - 1) / most;
     if (a->paired && B % 2) return d;
     if (in_rounds) { // of the line is what is left when all but one of each tile are whole
-        d.ctas = n_sms;
-        d.rounds = (d.all + d.per * n_sms - 1) / (d.per * n_sms);
+        d.ctas = n;
+        d.rounds = (d.all + tile * n - 1) / (tile * n);
         d.per--;
-        total = (d.all - n_sms * d.rounds * d.per) * d.steps;
+        const int left = d.all - (n << doubled) * d.rounds * d.per;
+        total = (left + doubled) / (1 + doubled) * d.steps;
         most = d.rounds * d.steps;
-        if (total < n_sms || a->k % 64) return division{};
+        if (total < n || a->k % 64) return division{};
     }
     d.each = total / d.ctas;
     d.more = total % d.ctas;
@@ -989,41 +1077,68 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
                 3,
                 {64, rows, k / 64},
                 {row, 128},
-                {64, (cuuint32_t)d.x_rows, x_units(F, NT, B, P)}};
+                {64, (cuuint32_t)d.x_rows, (cuuint32_t)x_units(F, NT, B, P) >> d.doubled}};
     if (k % 64) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
 
-// The way that should be the faster.
-template <int F, int NT, int B, int P, int G>
-division divide_best(const linear_args *a, int n_sms) {
-    const division line = divide<F, NT, B, P, G>(a, n_sms, false);
-    if (!kRounds<F, B>) return line;
-    const division rounds = divide<F, NT, B, P, G>(a, n_sms, true);
-    return rounds.w_stages && rounds.cost < line.cost ? rounds : line;
-}
-
 // Tiles of B blocks and P parts: their launch.
 template <typename T, int F, int NT, int B, int P, int G> struct tiles {
+    // Whether clusters of two can have all of n_sms SMs, or all but one, at once.
+    static bool clusters_fit(int32_t n_sms) {
+        if (B * P == 2 || n_sms < 2) return false; // of two blocks both would share an SM
+        static int fit;                            // 0: not asked yet
+        cudaLaunchAttribute two;
+        two.id = cudaLaunchAttributeClusterDimension;
+        two.val.clusterDim = {2, 1, 1};
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((unsigned)n_sms & ~1u);
+        config.blockDim = dim3(threads(F, NT, B, P, G));
+        config.dynamicSmemBytes = (size_t)room(B * P);
+        config.attrs = &two;
+        config.numAttrs = 1;
+        const auto kernel = linear_mid<T, F, NT, B, P, G>;
+        if (fit == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              room(B * P)) != cudaSuccess ||
+                         cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess))
+            return false;
+        return fit >= n_sms / 2;
+    }
+    // The way that should be the fastest.
+    static division best(const linear_args *a, int32_t n_sms) {
+        division d = divide<F, NT, B, P, G>(a, n_sms, false, 0);
+        const auto offer = [&](bool in_rounds, int doubled) {
+            const division other = divide<F, NT, B, P, G>(a, n_sms, in_rounds, doubled);
+            if (other.w_stages && (!d.w_stages || other.cost < d.cost)) d = other;
+        };
+        const bool doubled = a->k % 64 == 0 && clusters_fit(n_sms);
+        if (doubled) offer(false, 1);
+        if (!kRounds<F, B>) return d;
+        offer(true, 0);
+        if (doubled) offer(true, 1);
+        return d;
+    }
     static status run(const division &d, const linear_args *args, int32_t n_sms,
                       kernel_stream stream) {
         const auto kernel = linear_mid<T, F, NT, B, P, G>;
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
         TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
-        cudaLaunchAttribute with;
-        with.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        with.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchAttribute with[2];
+        with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        with[0].val.programmaticStreamSerializationAllowed = 1;
+        with[1].id = cudaLaunchAttributeClusterDimension;
+        with[1].val.clusterDim = {2, 1, 1};
         cudaLaunchConfig_t config = {};
         // With half an SM each there is one for every SM, so that the next launch's finds the other
         // half free everywhere.
-        config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas));
+        config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas << d.doubled));
         config.blockDim = dim3(threads(F, NT, B, P, G));
         config.dynamicSmemBytes =
             (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
         config.stream = (cudaStream_t)stream;
-        config.attrs = &with;
-        config.numAttrs = 1;
+        config.attrs = with;
+        config.numAttrs = d.doubled ? 2 : 1;
         cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              room(B * P) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES
                                                                               : room(B * P));
@@ -1031,7 +1146,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-        return run(divide_best<F, NT, B, P, G>(args, n_sms), args, n_sms, stream);
+        return run(best(args, n_sms), args, n_sms, stream);
     }
 };
 
@@ -1040,17 +1155,17 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     struct choice {
         division d;
         status (*run)(const division &, const linear_args *, int32_t, kernel_stream);
-    } best = {divide_best<F, NT, 2, 1, G>(args, n_sms), tiles<T, F, NT, 2, 1, G>::run};
+    } best = {tiles<T, F, NT, 2, 1, G>::best(args, n_sms), tiles<T, F, NT, 2, 1, G>::run};
     const auto offer = [&best](const choice &c) { // no stages: it has no room
         if (c.d.w_stages && (!best.d.w_stages || c.d.cost <= best.d.cost)) best = c;
     };
     // Behind another kernel the sums of halves take longer than in a chain of one (measured).
     if (has_parts(F) && NT == 64 && args->apart) best.d.cost += 1500;
     if constexpr (has_parts(F))
-        offer({divide_best<F, NT, 2, 2, G>(args, n_sms), tiles<T, F, NT, 2, 2, G>::run});
+        offer({tiles<T, F, NT, 2, 2, G>::best(args, n_sms), tiles<T, F, NT, 2, 2, G>::run});
     if constexpr (has_three(F, NT, G))
-        offer({divide_best<F, NT, 3, 1, G>(args, n_sms), tiles<T, F, NT, 3, 1, G>::run});
-    offer({divide_best<F, NT, 4, 1, G>(args, n_sms), tiles<T, F, NT, 4, 1, G>::run});
+        offer({tiles<T, F, NT, 3, 1, G>::best(args, n_sms), tiles<T, F, NT, 3, 1, G>::run});
+    offer({tiles<T, F, NT, 4, 1, G>::best(args, n_sms), tiles<T, F, NT, 4, 1, G>::run});
     return best.run(best.d, args, n_sms, stream);
 }
 
