@@ -475,11 +475,9 @@ static status upload(const cudev *c, void *to, const void *from, int64_t bytes) 
     return ST_OK;
 }
 
-/* Do linears of this step ask for what attention will read? With more query heads a KV head its
- * arithmetic binds, and nothing was won (8) or 2 % lost (7). Mixtures have not been timed. */
+/* Do linears of this step ask for what attention will read? Mixtures have not been timed. */
 static bool asks_ahead(const cudev *c) {
-    return c->graph && c->rows > 8 && c->rows <= 64 && c->sm == 90 && c->config.n_experts == 0 &&
-           c->n_heads <= 4 * c->n_kv_heads;
+    return c->graph && c->rows > 8 && c->rows <= 64 && c->sm == 90 && c->config.n_experts == 0;
 }
 
 /* The step that last read what this one writes is over, for begin has seen to it that at most one

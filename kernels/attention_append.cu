@@ -145,9 +145,9 @@ __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, 
     return p;
 }
 
-// Scale and minimum of a row in format f, of which this lane has n values; whether all are finite.
-__device__ __forceinline__ bool row_params(__half &scale, __half &minimum, kv_format f,
-                                           const float *x, int n) {
+// Scale and minimum of a row in format F, of which this lane has n values; whether all are finite.
+template <kv_format F>
+__device__ __forceinline__ bool row_params(__half &scale, __half &minimum, const float *x, int n) {
     int32_t least = in_order(x[0]), most = least;
 #pragma unroll
     for (int e = 1; e < n; e++) {
@@ -159,25 +159,22 @@ __device__ __forceinline__ bool row_params(__half &scale, __half &minimum, kv_fo
     const float lo = out_of_order(least), hi = out_of_order(most);
     const bool finite = most < in_order(INFINITY) && least > in_order(-INFINITY); // NaN lies beyond
     // What is more than f16 holds is the most that it does.
-    const float range = fminf(f == KF_FP8 ? fmaxf(fabsf(lo), fabsf(hi)) : __fsub_rn(hi, lo), 1e38f);
-    const divisor steps = f == KF_8   ? divisor{KV8_STEPS, 1.f / KV8_STEPS}
-                          : f == KF_4 ? divisor{15.f, 1.f / 15}
-                                      : divisor{448.f, 1.f / 448};
-    scale = scale_up(quotient(range, steps), f == KF_8   ? KV8_SCALE_BITS
-                                             : f == KF_4 ? KV4_SCALE_BITS
-                                                         : KVFP8_SCALE_BITS);
-    minimum = minimum_of(lo, __half2float(scale), f);
+    const float range = fminf(F == KF_FP8 ? fmaxf(fabsf(lo), fabsf(hi)) : __fsub_rn(hi, lo), 1e38f);
+    constexpr float steps = F == KF_8 ? KV8_STEPS : F == KF_4 ? 15 : 448;
+    constexpr int bits = F == KF_8 ? KV8_SCALE_BITS : F == KF_4 ? KV4_SCALE_BITS : KVFP8_SCALE_BITS;
+    scale = scale_up(quotient(range, divisor{steps, 1.f / steps}), bits);
+    minimum = minimum_of(lo, __half2float(scale), F);
     if (!finite) scale = minimum = __ushort_as_half(0x7e00);
     return finite;
 }
 
 // Write one token's row, or only find what it is: x[0..E) are dims at.., x[E..2E) dims at + D/2..,
-// in format f.
-template <typename T, int D>
-__device__ __forceinline__ void store_row(const row_place &p, kv_format f, int lane, const float *x,
+// in format F.
+template <kv_format F, typename T, int D>
+__device__ __forceinline__ void store_row(const row_place &p, int lane, const float *x,
                                           bool write) {
     constexpr int E = each<D>;
-    if (f == KF_16) {
+    if constexpr (F == KF_16) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             few<T, E> part;
@@ -188,28 +185,28 @@ __device__ __forceinline__ void store_row(const row_place &p, kv_format f, int l
         return;
     }
     __half scale, minimum;
-    const bool finite = row_params(scale, minimum, f, x, 2 * E);
+    const bool finite = row_params<F>(scale, minimum, x, 2 * E);
     const float s = __half2float(scale), m = __half2float(minimum);
-    const float top = f == KF_8 ? 255.f : 15.f;
     const bool live = finite && s > 0.f;
 
-    const uint32_t mask = live ? ~0u : 0u;
     uint32_t code[2 * E];
-    const divisor by_scale = divisor_of(s);
-    if (f == KF_FP8) {
+    if constexpr (F == KF_FP8) {
 #pragma unroll
         for (int e = 0; e < 2 * E; e++) code[e] = live ? e4m3_code(__fdiv_rn(x[e], s)) : 0u;
     } else {
+        constexpr float top = F == KF_8 ? 255 : 15;
+        const uint32_t mask = live ? ~0u : 0u;
+        const divisor by_scale = divisor_of(s);
 #pragma unroll
         for (int e = 0; e < 2 * E; e++) code[e] = code_of(x[e], m, by_scale, top) & mask;
     }
     if (!write) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        if (f == KF_4 && E == 1) { // an even dim's lane takes its neighbour's nibble
+        if constexpr (F == KF_4 && E == 1) { // an even dim's lane takes its neighbour's nibble
             const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
             if (lane % 2 == 0) *p.code[half] = (uint8_t)(code[half] | other << 4);
-        } else if (f == KF_4) {
+        } else if constexpr (F == KF_4) {
             few<uint8_t, (E + 1) / 2> part;
 #pragma unroll
             for (int e = 0; e + 1 < E; e += 2)
@@ -223,7 +220,7 @@ __device__ __forceinline__ void store_row(const row_place &p, kv_format f, int l
         }
     }
     if (lane == 0) {
-        if (f == KF_FP8)
+        if constexpr (F == KF_FP8)
             *p.param = scale;
         else
             *(__half2 *)p.param = __halves2half2(scale, minimum);
@@ -253,7 +250,8 @@ __device__ __forceinline__ void norm_and_turn(float *x, bool normed, const few<T
     }
 }
 
-template <typename T, int D>
+// F: the format of K and of V, so that code of no other stands between; KF_COUNT: each has its own.
+template <typename T, int D, kv_format F>
 __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a) {
     constexpr int E = each<D>;
     using part = few<T, E>;
@@ -274,35 +272,45 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
         turn = *(const few<float2, E> *)((const float2 *)a.rope + (int64_t)position * (D / 2) +
                                          lane * E);
     // The page itself is asked for with the row: where blocks find no SM before the kernel before
-    // this one ends, each read here delays that.
+    // this one ends, each read here delays that. The rest of the addresses is worked out now, as if
+    // in page 0.
     const bool stored = !is_q && seq >= 0;
     const int32_t first_page = stored ? a.page_start[seq] : 0;
+    T *row = a.qkv + ((int64_t)t * heads + h) * D + lane * E;
+    asm volatile("" : "+l"(row)); // lest it be worked out after the wait
+    const kv_format f = F != KF_COUNT ? F : is_v ? a.v : a.k;
+    const int g = is_v ? h - a.n_heads - a.n_kv_heads : h - a.n_heads;
+    uint8_t *codes = a.base + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
+    uint8_t *params = a.base + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
+                      (is_v ? a.layout.v_param : 0);
+    const row_place first = place_row<D>(codes, params, f, position % kPage, lane);
 #pragma unroll 1
     for (int pass = a.n_tokens <= kEarlyTokens ? 0 : 1; pass < 2; pass++) {
         if (pass) {
             wait_for_previous();
             if (seq < 0) return;
         }
-        T *row = a.qkv + ((int64_t)t * heads + h) * D + lane * E;
+        part in[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            in[half] = from_l2((const part *)(row + half * (D / 2)));
+        const int64_t page =
+            stored ? a.page[first_page + position / kPage] * a.page_bytes : 0; // bytes from page 0
         float x[2 * E];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const part in = from_l2((const part *)(row + half * (D / 2)));
-#pragma unroll
-            for (int e = 0; e < E; e++) x[half * E + e] = to_f32(in.v[e]);
-        }
-        row_place place = {};
-        if (stored) {
-            const int g = is_v ? h - a.n_heads - a.n_kv_heads : h - a.n_heads;
-            uint8_t *page = a.base + a.page[first_page + position / kPage] * a.page_bytes;
-            uint8_t *codes = page + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
-            uint8_t *params = page + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
-                              (is_v ? a.layout.v_param : 0);
-            place = place_row<D>(codes, params, is_v ? a.v : a.k, position % kPage, lane);
-        }
+        for (int i = 0; i < 2 * E; i++) x[i] = to_f32(in[i / E].v[i % E]);
         if (!is_v) norm_and_turn<T, D>(x, norm != nullptr, gain, a.eps, turn);
         if (!is_q) {
-            store_row<T, D>(place, is_v ? a.v : a.k, lane, x, pass);
+            const row_place place = {{first.code[0] + page, first.code[1] + page},
+                                     (__half *)((uint8_t *)first.param + page)};
+            switch (f) {
+#define KV(name, ...)                                                                              \
+    case KF_##name:                                                                                \
+        store_row<KF_##name, T, D>(place, lane, x, pass);                                          \
+        break;
+#include "precision.def"
+            default: break;
+            }
             continue;
         }
 #pragma unroll
@@ -338,10 +346,19 @@ status launch(void *qkv, const attention_layer_params *l, const attention_cache 
         b->page_start,
         b->page,
     };
+    auto *kernel = rope_append<T, D, KF_COUNT>;
+    if (c->k == c->v) switch (c->k) {
+#define KV(name, ...)                                                                              \
+    case KF_##name:                                                                                \
+        kernel = rope_append<T, D, KF_##name>;                                                     \
+        break;
+#include "precision.def"
+        default: break;
+        }
     const unsigned groups = (unsigned)div_up(l->n_heads + 2 * l->n_kv_heads, kWarps);
     const unsigned tokens = (unsigned)b->n_tokens, most = 32768;
     const dim3 grid(groups, tokens < most ? tokens : most, (tokens + most - 1) / most);
-    return launch_early("rope_append", rope_append<T, D>, grid, dim3(32, kWarps), stream, a);
+    return launch_early("rope_append", kernel, grid, dim3(32, kWarps), stream, a);
 }
 
 } // namespace

@@ -664,6 +664,6 @@ extern "C" status kernel_draw(draw_result *out, float *logits, const draw_row *r
         return FAIL(ST_SHAPE, "draw: %d rows of %d logits", n, vocab);
     if (n == 0) return ST_OK;
     const int size = blocks_of_row(n);
-    return launch_clusters("draw", draw, (unsigned)(n * size), kThreads, (unsigned)size, stream,
+    return launch_clusters("draw", draw, (unsigned)(n * size), kThreads, (unsigned)size, 0, stream,
                            out, logits, row, vocab);
 }

@@ -223,6 +223,22 @@ shape shape_of(int32_t cols) {
     return {each, (packs + each * 32 - 1) / (each * 32) * 32};
 }
 
+// Of more rows a block has an SM for itself: where up to four come to one that is free before the
+// others, their bytes go through it one after another. Fewer rows find SMs enough, and such blocks
+// would keep the launch behind this one out of them.
+constexpr int kRowsTogether = 16, kRowsApart = 64;
+
+// Bytes of which with what the driver takes of each block an SM has room for one.
+unsigned more_than_half() {
+    static int bytes = 0;
+    int device = 0;
+    if (bytes == 0 && (cudaGetDevice(&device) != cudaSuccess ||
+                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                              device) != cudaSuccess))
+        return 0;
+    return (unsigned)bytes / 2;
+}
+
 template <dtype dt, bool RANKS>
 status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
               float eps, const norm_ranks &ranks, cudaStream_t s) {
@@ -231,9 +247,11 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
     auto *const kernel = of.each == 1            ? norm_add<T, 1, RANKS>
                          : RANKS || of.each == 2 ? norm_add<T, 2, RANKS>
                                                  : norm_add<T, 4, false>;
-    return launch_early("norm_add", kernel, (unsigned)rows, of.threads, s, static_cast<T *>(y),
-                        static_cast<T *>(residual), static_cast<const T *>(add),
-                        static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks);
+    const bool apart = !RANKS && rows > kRowsTogether && rows <= kRowsApart;
+    return launch_clusters("norm_add", kernel, (unsigned)rows, of.threads, 1,
+                           apart ? more_than_half() : 0, s, static_cast<T *>(y),
+                           static_cast<T *>(residual), static_cast<const T *>(add),
+                           static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks);
 }
 
 template <dtype dt>

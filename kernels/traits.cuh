@@ -132,10 +132,11 @@ static inline bool early_launches() {
     return major >= 9;
 }
 
-// Clusters of `cluster` blocks; more than one only where there are early launches.
+// Clusters of `cluster` blocks; more than one only where there are early launches. room: bytes of
+// shared memory that a block takes beside its own, used or not; those only there, too.
 template <typename... P, typename... A>
 status launch_clusters(const char *what, void (*kernel)(P...), dim3 grid, dim3 block,
-                       unsigned cluster, cudaStream_t s, A... argument) {
+                       unsigned cluster, unsigned room, cudaStream_t s, A... argument) {
     cudaLaunchAttribute attrs[2];
     attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attrs[0].val.programmaticStreamSerializationAllowed = 1;
@@ -147,6 +148,10 @@ status launch_clusters(const char *what, void (*kernel)(P...), dim3 grid, dim3 b
     config.stream = s;
     config.attrs = attrs;
     config.numAttrs = !early_launches() ? 0 : cluster == 1 ? 1 : 2;
+    if (early_launches() && room) {
+        config.dynamicSmemBytes = room;
+        (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room);
+    }
     (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(argument)...);
     return launched(what);
 }
@@ -159,6 +164,6 @@ static inline void launch_nothing(cudaStream_t s) { nothing<><<<1, 1, 0, s>>>();
 template <typename... P, typename... A>
 status launch_early(const char *what, void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t s,
                     A... argument) {
-    return launch_clusters(what, kernel, grid, block, 1, s, argument...);
+    return launch_clusters(what, kernel, grid, block, 1, 0, s, argument...);
 }
 #endif

@@ -171,7 +171,7 @@ static void test_norm(void **state) {
     static const int32_t cols[] = {8, 64, 72, 2880, 4096, 8192, 8200, 16384, 32768};
     for (int c = 0; c < COUNT_OF(cols); c++)
         for (int t = 0; t < 2; t++)
-            for (int64_t rows = 1; rows <= 65; rows = rows == 1 ? 7 : rows == 7 ? 65 : 66)
+            for (int64_t rows = 1; rows <= 65; rows = rows == 1 ? 7 : rows + 29)
                 norm_case(rows, cols[c], types[t]);
     assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL), ST_SHAPE);
     assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL), ST_UNSUPPORTED);
