@@ -169,6 +169,8 @@ bool gated(const linear_problem *p) {
 bool accepts(const linear_variant *v, const linear_problem *p, const linear_layout *l) {
     if (v->format != p->w->format || v->type != p->w->type) return false;
     if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
+    // Of 16 bits the families have orders of their own: what runs below sm_90 too reads fragments.
+    if (v->format == WF_16 && l->tiled != (v->sm_min >= 90)) return false;
     if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) &&
         l->granule)
         return false;

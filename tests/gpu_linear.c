@@ -91,6 +91,8 @@ static const struct {
 };
 enum { N_FORMATS = sizeof formats / sizeof formats[0] };
 
+static int32_t packed_for; /* family of the weights; 0: the GPU's */
+
 static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int32_t count) {
     return (linear_weight){.format = formats[f].format,
                            .group = formats[f].group,
@@ -99,7 +101,8 @@ static linear_weight weight_of(int32_t f, dtype type, int32_t n, int32_t k, int3
                            .type = type,
                            .n = n,
                            .k = k,
-                           .count = count};
+                           .count = count,
+                           .family = packed_for};
 }
 
 /* A packed weight of noise, or NULL, counted as a failure. */
@@ -358,7 +361,7 @@ static void *zeros(int64_t bytes) {
 static bool zero_weight(linear_weight *w, int32_t f, int32_t n, int32_t k, int32_t count) {
     int64_t code_bytes, scale_bytes;
     *w = weight_of(f, DT_BF16, n, k, count);
-    w->family = linear_family(linear_probe_sm(), 0);
+    w->family = linear_family(linear_probe_sm(), packed_for);
     if (linear_pack_bytes(w, &code_bytes, &scale_bytes) != ST_OK) return false;
     w->code = zeros(code_bytes);
     w->scale = zeros(scale_bytes);
@@ -405,21 +408,29 @@ static void not_a_number(int32_t f) {
     cudaFree(p.y), cudaFree(p.workspace);
 }
 
+static void check_format(int32_t f, dtype type, bool quick) {
+    variants(f, type, quick);
+    gated_and_grouped(f, type);
+    many_rows(f, type);
+    tall_codes(f, type);
+    tall_words(f, type);
+    lines(f, type);
+    whole_tiles(f, type);
+    rounds(f, type);
+    if (type == DT_BF16 && formats[f].act == AF_16) not_a_number(f);
+}
+
+/* Weights of 16 bits in the order of either family, of others one order serves both. */
 static int check(bool quick, const char *only) {
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t b = 0; b < 2; b++) {
             if (only && !strstr(formats[f].name, only)) continue;
             const int32_t before = failures;
             shown = 0;
-            variants(f, b ? DT_BF16 : DT_F16, quick);
-            gated_and_grouped(f, b ? DT_BF16 : DT_F16);
-            many_rows(f, b ? DT_BF16 : DT_F16);
-            tall_codes(f, b ? DT_BF16 : DT_F16);
-            tall_words(f, b ? DT_BF16 : DT_F16);
-            lines(f, b ? DT_BF16 : DT_F16);
-            whole_tiles(f, b ? DT_BF16 : DT_F16);
-            rounds(f, b ? DT_BF16 : DT_F16);
-            if (b && formats[f].act == AF_16) not_a_number(f);
+            check_format(f, b ? DT_BF16 : DT_F16, quick);
+            packed_for = formats[f].format == WF_16 ? 80 : 0;
+            if (packed_for) check_format(f, b ? DT_BF16 : DT_F16, quick);
+            packed_for = 0;
             printf("W%s %s: %d failures\n", formats[f].name, b ? "bf16" : "f16", failures - before);
             fflush(stdout);
         }
