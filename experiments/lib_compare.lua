@@ -20,7 +20,8 @@ BASE and HEAD are versions as results/ names its files (the beginning of a commi
 .jsonl files.
 
   --json          one object per metric and point, then one "summary" object
-  --all           print unchanged metrics too, and every point that cannot be told
+  --all           print unchanged metrics too, all that changed (else, of a class and experiment,
+                  the 20 that moved most) and every point that cannot be told
   --only NAME     only experiments whose name begins so, e.g. e05
   --results DIR   where rows are kept (default: results)
   --effect SHARE  smallest change that counts for measured metrics (default 0.02)
@@ -331,6 +332,46 @@ local function print_folded(verdicts)
   end
 end
 
+local LISTED = 20
+
+--- How far a metric moved, in either direction. What has no ratio comes first.
+---@param v Verdict
+---@return number
+local function distance(v)
+  return v.ratio and v.ratio > 0 and math.abs(math.log(v.ratio)) or math.huge
+end
+
+--- What changed: of a class and experiment with many, those that moved most and a line for the
+--- rest.
+---@param verdicts Verdict[]
+local function print_changed(verdicts)
+  local groups, order = {}, {}
+  for i, v in ipairs(verdicts) do
+    local id = v.class .. "\t" .. v.experiment
+    if not groups[id] then
+      groups[id] = {}
+      order[#order + 1] = id
+    end
+    table.insert(groups[id], { v = v, nth = i })
+  end
+  for _, id in ipairs(order) do
+    local group = groups[id]
+    if #group > LISTED then
+      table.sort(group, function(x, y)
+        local dx, dy = distance(x.v), distance(y.v)
+        if dx == dy then return x.nth < y.nth end
+        return dx > dy
+      end)
+    end
+    for i = 1, math.min(#group, LISTED) do print_verdict(group[i].v) end
+    if #group > LISTED then
+      local v = group[LISTED + 1].v
+      print(("%-14s  %s: %d more%s (--all lists them)"):format(v.class, v.experiment,
+        #group - LISTED, v.ratio and (", the largest x%.4f"):format(v.ratio) or ""))
+    end
+  end
+end
+
 --- What is folded to a line for each reason: nothing is known of it.
 local UNTOLD = { unstable = true, ["too few"] = true, ["not comparable"] = true }
 local CLASSES =
@@ -370,7 +411,7 @@ local function run(o)
   local dir = o.results or amalgam.identity().root .. "/results"
   local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir),
     o.effect or 0.02)
-  local bad, counts, untold = 0, {}, {}
+  local bad, counts, changed, untold = 0, {}, {}, {}
   for _, v in ipairs(verdicts) do
     if v.class == "slower" or v.class == "worse" or v.broken then bad = bad + 1 end
     counts[v.class] = (counts[v.class] or 0) + 1
@@ -381,12 +422,13 @@ local function run(o)
     elseif not v.broken and UNTOLD[v.class] then
       if not v.quiet then untold[#untold + 1] = v end
     elseif v.class ~= "same" then
-      print_verdict(v)
+      changed[#changed + 1] = v
     end
   end
   if o.json then
     print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
   else
+    print_changed(changed)
     print_folded(untold)
     print_summary(verdicts)
   end

@@ -486,6 +486,29 @@ test.case("compare takes predictions exactly", function()
   test.contains(said, "1 slower, 1 worse")
 end)
 
+test.case("compare lists the largest of many changes, and counts the others", function()
+  local function predicted(path, factor)
+    local lines = {}
+    for i = 1, 40 do
+      lines[i] = amalgam.json_encode({ experiment = "e96", definition = "d", machine = "m",
+        origin = "predicted", status = "ok", key = { p = i }, metrics = { x_ms = factor(i) } })
+    end
+    amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+    return path
+  end
+  local base = predicted(dir .. "/many1.jsonl", function() return 100 end)
+  local head = predicted(dir .. "/many2.jsonl", function(i) return 100 + i end)
+  local status, said = compared(base, head)
+  test.equal(status, 1)
+  local lines = select(2, said:gsub("x_ms 100 %->", ""))
+  test.equal(lines, 20)
+  test.contains(said, "x_ms 100 -> 140") -- the largest
+  test.equal(said:find("x_ms 100 -> 120 ", 1, true), nil)
+  test.contains(said, "slower          e96: 20 more, the largest x1.2000 (--all lists them)")
+  said = select(2, compared(base, head, "--all"))
+  test.contains(said, "x_ms 100 -> 101 ")
+end)
+
 test.case("compare tells too few repetitions apart from no change", function()
   local function two(path, x)
     local lines = {}
