@@ -449,22 +449,11 @@ const instance instances[] = {CODES_INSTANCES(ROWS)};
 // W and x of 16 bits.
 template <int NT, typename T>
 status launch_words(const linear_args *p, int32_t, int32_t, kernel_stream stream) {
-    codes_args a = {};
-    a.bias = p->bias;
-    a.y = p->y;
-    a.ldy = p->ldy;
-    a.m = a.m_pad = p->m;
-    a.n = p->n;
-    a.k = p->k * 2;
-    a.gated = p->paired;
-    a.half = p->half_rows;
+    codes_args a = {linear_output_of<T>(p)};
+    a.m_pad = p->m;
     a.tiled = p->code;
     a.blocks = p->blocks;
     a.half_blocks = p->half_blocks;
-    a.epilogue = (linear_epilogue)p->epilogue;
-    a.limit = p->limit;
-    a.bf16 = half_pair<T>::bf16;
-    a.y_f32 = p->y_f32;
     return launch<WF_16, NT, T>(a, nullptr, p->x, p->ldx * 2, (cudaStream_t)stream);
 }
 

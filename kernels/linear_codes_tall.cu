@@ -672,25 +672,13 @@ template <typename T, int NT> int clusters_at_once(int32_t n_sms) {
 
 template <typename T>
 status launch_words(const linear_args *p, int32_t n_sms, int32_t, kernel_stream stream) {
-    tall_args a = {};
-    a.bias = p->bias;
-    a.y = p->y;
-    a.ldy = p->ldy;
-    a.m = p->m;
-    a.n = p->n;
-    a.k = p->k * 2;
-    a.gated = p->paired;
+    tall_args a = {linear_output_of<T>(p)};
     a.tiled = p->code;
     a.blocks = p->blocks;
     a.half_blocks = p->half_blocks;
     a.second = p->half_blocks * LINEAR_BLOCK;
     a.gap = a.second - p->half_rows;
-    a.half = p->half_rows;
     if (!a.gated && a.gap == 0) a.half = a.n;
-    a.epilogue = (linear_epilogue)p->epilogue;
-    a.limit = p->limit;
-    a.bf16 = half_pair<T>::bf16;
-    a.y_f32 = p->y_f32;
     a.simple = simple_output(a) && (a.gated || a.half == a.n);
     a.partial = reinterpret_cast<float4 *>(p->partial);
     a.counters = p->counters;

@@ -56,6 +56,24 @@ struct linear_args {
     linear_ahead ahead;      // as in linear_problem
 };
 
+// Where the sums of a problem of 16-bit operands go, k being bytes of a row of those.
+template <typename T> linear_output linear_output_of(const linear_args *p) {
+    linear_output a = {};
+    a.bias = p->bias;
+    a.y = p->y;
+    a.ldy = p->ldy;
+    a.m = p->m;
+    a.n = p->n;
+    a.k = p->k * 2;
+    a.half = p->half_rows;
+    a.epilogue = (linear_epilogue)p->epilogue;
+    a.limit = p->limit;
+    a.gated = p->paired;
+    a.bf16 = half_pair<T>::bf16;
+    a.y_f32 = p->y_f32;
+    return a;
+}
+
 // --- Walk ----------------------------------------------------------------------------------------
 
 struct linear_segment {
