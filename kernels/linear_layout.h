@@ -2,7 +2,8 @@
  *
  * Every kernel puts weights on the M side of the tensor-core product, y^T = W x^T: mma.sync
  * m16n8k16 and wgmma m64nNk16 then want the same fragments in registers, and one order serves all
- * of them.
+ * of them. Only 16 bits, which nothing converts, lie on Hopper as wgmma takes them from shared
+ * memory.
  *
  *   block    64 output rows; all its bytes are contiguous along K, so a tile is a few linear
  *            streams
