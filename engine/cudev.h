@@ -179,7 +179,8 @@ typedef struct {
     int64_t n_begun, n_ended; /* steps; step i has slot i & 1 */
     int32_t *count;           /* [sampler_counts] on the host, see sampler_edits */
     draw_result *drawn;       /* [2, max_samples] device, by step: the next may feed its tokens */
-    int32_t *expert, *expert_start, *slot_row, *row_token;
+    int32_t *expert, *expert_start, *slot_row, *row_token, *told;
+    bool is_told; /* told: by the last moe_enter */
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];
     int32_t n_buffers;

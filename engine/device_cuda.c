@@ -317,6 +317,9 @@ static status setup_tables(cudev *c, int64_t rows) {
     TRY(take(c, 4 * rows, "routing", &c->expert_weight));
     TRY(take(c, 4 * rows, "routing", &c->slot_row));
     TRY(take(c, 4 * rows, "routing", &c->row_token));
+    const int64_t told = 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)m->top_k;
+    TRY(take(c, told, "routing", &c->told));
+    CUDA_TRY(cudaMemset(c->told, 0, (size_t)told), "routing");
     return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
 }
 
@@ -798,6 +801,7 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
     CHECK(logits.rows == c->b->n_tokens);
     CHECK(logits.cols == c->config.n_experts);
     CHECK(top_k == c->config.top_k);
+    c->is_told = false;
     if (cudev_replayed(c)) return ST_OK;
     const int64_t t = rows_of(c, logits);
     return kernel_moe_sort(c->expert_start, c->slot_row, c->row_token, c->expert, c->expert_weight,
@@ -818,6 +822,7 @@ static status launch_experts(cudev *c, linear_problem p, tensor out, tensor x, i
     p.x_row = gather ? c->row_token : NULL;
     p.x_rows = (int32_t)rows_of(c, x);
     p.routed = !gather; /* down: gate and up come before */
+    p.told = c->is_told ? c->told : NULL;
     return launch_linear(c, p);
 }
 
@@ -859,6 +864,7 @@ static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add,
     CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows && add.rows == out.rows);
     CHECK(out.cols == residual.cols && w->k == out.cols && router->k == out.cols);
     CHECK(logits.rows == out.rows && logits.cols == c->config.n_experts);
+    const bool told = rows_of(c, out) <= MOE_TOLD_TOKENS && out.cols <= MOE_LEAVE_DIM_MAX;
     const moe_enter p = {.x = out.data,
                          .residual = residual.data,
                          .add = add.data,
@@ -878,9 +884,11 @@ static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add,
                          .over_chosen = kind == ROUTE_TOPK_SOFTMAX,
                          .normalise = normalise,
                          .eps = eps,
-                         .type = c->type};
-    if (kernel_moe_enter_accepts(&p, c->sm))
-        return cudev_replayed(c) ? ST_OK : kernel_moe_enter(&p, c->stream);
+                         .type = c->type,
+                         .told = told ? c->told : NULL};
+    const bool accepted = kernel_moe_enter_accepts(&p, c->sm);
+    c->is_told = accepted && told;
+    if (accepted) return cudev_replayed(c) ? ST_OK : kernel_moe_enter(&p, c->stream);
     TRY(cuda_norm(d, out, residual, add, w, eps));
     TRY(cuda_linear(d, logits, out, router));
     return cuda_moe_route(d, logits, top_k, kind, normalise);
@@ -897,7 +905,8 @@ static status cuda_moe_leave(device *d, tensor out, tensor residual, tensor y, c
     CHECK(out.cols == residual.cols && y.cols == out.cols && w->k == out.cols);
     if (cudev_replayed(c)) return ST_OK;
     return kernel_moe_leave(out.data, residual.data, y.data, weight_of(w)->plain, c->expert_weight,
-                            c->slot_row, rows_of(c, out), top_k, out.cols, eps, c->type, c->stream);
+                            c->slot_row, c->is_told ? c->told : NULL, rows_of(c, out), top_k,
+                            out.cols, eps, c->type, c->stream);
 }
 
 static status cuda_all_reduce(device *d, tensor inout) {
@@ -983,6 +992,7 @@ static void cuda_explain(device *d, const char *what, const weight *w, int64_t n
     linear_problem p = problem_of(c, w, n_rows);
     static const int32_t some; /* a grouped problem is one with expert_start; not read */
     if (w->count > 1) p.expert_start = &some;
+    if (w->count > 1 && d->options.tp <= 1) p.told = &some; /* as moe_enter does for few tokens */
     const linear_weight wide = expanded_of(c, p.w);
     const bool first = expanded_first(c, p.w);
     if (first) p.w = &wide;

@@ -102,7 +102,13 @@ typedef struct {
     /* Brought to L2 by CTAs that have asked for all of their weights, in launches of 9 to 64 rows,
      * which leave memory idle; else nobody does. */
     linear_ahead ahead;
+    /* Grouped problems; NULL, or words LINEAR_TOLD apart, zeros until a launch before this one has
+     * written them, which may be the one before and still run (routed: it has ended). Row r's: 1 +
+     * expert, and where it is that expert's first row from bit 16 on a bit for each row of x that
+     * the expert has, which are its rows in order (where x_row names them). */
+    const int32_t *told;
 } linear_problem;
+enum { LINEAR_TOLD = 32 }; /* a line of L2, so that not all CTAs ask for the same */
 
 /* For problems whose x has up to max_x rows. */
 int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms);

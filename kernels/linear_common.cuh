@@ -54,6 +54,7 @@ struct linear_args {
     int32_t apart, routed;   // as in linear_problem
     float *sums;             // zeros when no launch is under way
     linear_ahead ahead;      // as in linear_problem
+    const int32_t *told;     // as in linear_problem
 };
 
 // Where the sums of a problem of 16-bit operands go, k being bytes of a row of those.

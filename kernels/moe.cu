@@ -52,13 +52,14 @@ __device__ __forceinline__ void route_token(int &expert, float &weight, float (&
     float chosen = -INFINITY, largest = 0.f; // lane j keeps the j-th best
     int chosen_expert = 0;
     for (int j = 0; j < top_k; j++) {
-        uint32_t own = key[0]; // this lane's best, the lowest of them
-        int at = 0;
+        uint32_t own = key[0];
 #pragma unroll
-        for (int i = 1; i < kPer; i++)
-            if (key[i] > own) own = key[i], at = i;
+        for (int i = 0; i < kPer; i += 2) own = max(own, max(key[i], key[i + 1]));
         const uint32_t best = __reduce_max_sync(~0u, own);
         const int winner = __ffs(__ballot_sync(~0u, own == best)) - 1;
+        int at = 0; // the lowest of this lane's best
+#pragma unroll
+        for (int i = kPer - 1; i >= 0; i--) at = key[i] == best ? i : at;
 #pragma unroll
         for (int i = 0; i < kPer; i++)
             if (lane == winner && at == i) key[i] = 0;
@@ -152,16 +153,26 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // What permute does, by a block that has a thread for each expert and for each slot. key: in shared
-// memory, behind a barrier, expert * kKey + slot of each slot.
+// memory, behind a barrier, of each slot expert * kKey + token * MOE_TOP_K_MAX + which.
 __device__ __forceinline__ void sort_few(const int *key, int32_t *expert_start, int32_t *slot_row,
-                                         int32_t *row_token, int n_slots, int n_experts,
-                                         int top_k) {
+                                         int32_t *row_token, int32_t *told, int n_slots,
+                                         int n_experts, int top_k) {
     const int s = (int)threadIdx.x, mine = s < n_slots ? key[s] : 0;
-    int start = 0, row = 0;
+    int start = 0, row = 0, before = 0;
+    unsigned tokens = 0; // of the slot's expert
 #pragma unroll 8
     for (int i = 0; i < n_slots; i++) {
         start += key[i] < s * kKey;
         row += key[i] < mine;
+        const unsigned other = (unsigned)key[i];
+        const bool same = other / kKey == (unsigned)mine / kKey;
+        before += same && key[i] < mine;
+        tokens |= same ? 1u << other / MOE_TOP_K_MAX % kFewTokens : 0;
+    }
+    if (told && s < n_slots) {
+        const int v = mine / kKey + 1 + (before == 0 ? (int)tokens << 16 : 0);
+        asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(told + row * LINEAR_TOLD), "r"(v)
+                     : "memory");
     }
     if (s < n_experts) expert_start[s] = start;
     if (s == 0) expert_start[n_experts] = n_slots;
@@ -186,15 +197,16 @@ __global__ void __launch_bounds__(kThreads)
         route_token(e, w, x, n_experts, top_k, over_chosen, normalise);
         if (lane < top_k) {
             const int slot = warp * top_k + lane;
-            key[slot] = e * kKey + slot;
+            key[slot] = e * kKey + warp * MOE_TOP_K_MAX + lane;
             expert[slot] = e;
             weight[slot] = w;
         }
     }
     __syncthreads();
-    sort_few(key, expert_start, slot_row, row_token, t * top_k, n_experts, top_k);
+    sort_few(key, expert_start, slot_row, row_token, nullptr, t * top_k, n_experts, top_k);
 }
 static_assert(kFewTokens <= kThreads / 32, "a warp a token");
+static_assert(kFewTokens == MOE_TOLD_TOKENS && kKey == kFewTokens * MOE_TOP_K_MAX, "sort_few");
 static_assert(kThreads == MOE_EXPERTS_MAX, "a thread an expert");
 static_assert(kFewTokens * MOE_TOP_K_MAX <= kThreads, "a thread a slot");
 
@@ -295,6 +307,17 @@ __device__ __forceinline__ pack<T> enter_row(const moe_enter &p, const enter_pla
     return r;
 }
 
+// The lane's columns of the residual and of its norm.
+template <typename T>
+__device__ __forceinline__ void enter_write(const moe_enter &p, const enter_place &e, pack<T> r,
+                                            const pack<T> &gain, float scale) {
+    store_pack(static_cast<T *>(p.residual) + e.at, r);
+#pragma unroll
+    for (int i = 0; i < pack<T>::n; i++)
+        r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
+    store_pack(static_cast<T *>(p.x) + e.at, r);
+}
+
 // The warp's 16 experts by all tokens, of this CTA's columns, to `part` of the first CTA. w: of
 // every 32 inputs those of rows g and g + 8 that lane 4 g + t holds, 8 t and on, which are inputs
 // 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two products; of x the same, so their order does not matter.
@@ -327,12 +350,13 @@ __device__ __forceinline__ void enter_products(const enter_place &e, enter_share
 
 // In the first CTA: the token's logits, in order of K, and its experts.
 __device__ __forceinline__ void enter_route(const moe_enter &p, const enter_place &e, int *key,
-                                            const float (&bias)[kEnterPer], float scale, int tokens,
-                                            const float *part) {
+                                            const float (&bias)[kEnterPer], float scale, int token,
+                                            int tokens, const float *part) {
     float4 sums = {};
+    const float *from = part + token * kEnterExperts + e.lane * kEnterPer;
+#pragma unroll 8
     for (int c = 0; c < e.ctas; c++) {
-        const float *from = part + (c * tokens + e.warp) * kEnterExperts + e.lane * kEnterPer;
-        const float4 v = *reinterpret_cast<const float4 *>(from);
+        const float4 v = *reinterpret_cast<const float4 *>(from + c * tokens * kEnterExperts);
         sums.x += v.x, sums.y += v.y, sums.z += v.z, sums.w += v.w;
     }
     float x[kEnterPer] = {bias[0] + sums.x * scale, bias[1] + sums.y * scale,
@@ -340,13 +364,13 @@ __device__ __forceinline__ void enter_route(const moe_enter &p, const enter_plac
 #pragma unroll
     for (int i = 0; i < kEnterPer; i++)
         if (e.lane * kEnterPer + i < p.n_experts)
-            p.logits[int64_t{e.first + e.warp} * p.stride + e.lane * kEnterPer + i] = x[i];
+            p.logits[int64_t{e.first + token} * p.stride + e.lane * kEnterPer + i] = x[i];
     int expert;
     float weight;
     route_token(expert, weight, x, p.n_experts, p.top_k, p.over_chosen, p.normalise);
     if (e.lane >= p.top_k) return;
-    const int slot = e.warp * p.top_k + e.lane;
-    key[slot] = expert * kKey + slot;
+    const int slot = token * p.top_k + e.lane;
+    key[slot] = expert * kKey + token * MOE_TOP_K_MAX + e.lane;
     p.expert[e.first * p.top_k + slot] = expert;
     p.weight[e.first * p.top_k + slot] = weight;
 }
@@ -400,25 +424,26 @@ __global__ void __launch_bounds__(kEnterThreads, 2) enter(const __grid_constant_
     wait_for_previous();
     launch_dependents();
 
-    pack<T> r = enter_row(p, e, shared, gain);
+    const pack<T> r = enter_row(p, e, shared, gain);
     __syncthreads();
     if (strip_here) enter_products(e, shared, w, a.tokens, part);
     barrier_wait(e.bar, 0);
-    if (e.token) {
+    // In the first CTA other warps route than those that write x, where there are as many.
+    const int by = a.tokens <= kEnterWarps / 2 ? kEnterWarps / 2 : 0;
+    const bool routes = e.rank == 0 && e.warp >= by && e.warp - by < e.m;
+    if (e.token || routes) {
+        const int token = e.token ? e.warp : e.warp - by;
         float all = 0.f;
-        for (int c = 0; c < e.ctas; c++) all += shared.squares[c][e.warp];
+#pragma unroll 8
+        for (int c = 0; c < e.ctas; c++) all += shared.squares[c][token];
         const float scale = rsqrtf(all / (float)p.dim + p.eps);
-        if (e.here) store_pack(static_cast<T *>(p.residual) + e.at, r);
-#pragma unroll
-        for (int i = 0; i < pack<T>::n; i++)
-            r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
-        if (e.here) store_pack(static_cast<T *>(p.x) + e.at, r);
-        if (e.rank == 0) enter_route(p, e, shared.key, bias, scale, a.tokens, part);
+        if (e.token && e.here) enter_write(p, e, r, gain, scale);
+        if (routes) enter_route(p, e, shared.key, bias, scale, token, a.tokens, part);
     }
     if (e.rank != 0 || p.t > a.tokens) return;
     __syncthreads();
-    sort_few(shared.key, p.expert_start, p.slot_row, p.row_token, (int)p.t * p.top_k, p.n_experts,
-             p.top_k);
+    sort_few(shared.key, p.expert_start, p.slot_row, p.row_token, p.told, (int)p.t * p.top_k,
+             p.n_experts, p.top_k);
 #endif
 }
 static_assert(kEnterTokens * MOE_TOP_K_MAX <= kEnterThreads, "a thread a slot");
@@ -441,7 +466,7 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
 template <typename T, int K>
 __global__ void __launch_bounds__(kLeaveThreads)
     leave(T *x, T *residual, const T *y, const T *gain, const float *weight,
-          const int32_t *slot_row, int top_k, int dim, float eps) {
+          const int32_t *slot_row, int32_t *told, int top_k, int dim, float eps) {
     __shared__ float shared[32];
     const int lane = (int)threadIdx.x % 32, col = (int)threadIdx.x * pack<T>::n;
     const bool here = col < dim;
@@ -451,6 +476,7 @@ __global__ void __launch_bounds__(kLeaveThreads)
     const float share = lane < top_k ? weight[token * top_k + lane] : 0.f;
     const float inverse = 1.f / (float)dim;
     follow_previous();
+    if (told && (int)threadIdx.x < top_k) told[row * LINEAR_TOLD] = 0;
     pack<T> r = load_pack(residual + at); // [8]
     float sum[pack<T>::n] = {};
     for (int j0 = 0; j0 < top_k; j0 += K) {
@@ -594,6 +620,9 @@ template <typename T> static status launch_enter(const moe_enter *p, cudaStream_
     const int bytes = ctas * tokens * kEnterExperts * (int)sizeof(float);
     (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // For linears of the experts to find room on its SMs.
+    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
     cudaLaunchAttribute attrs[2];
     attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attrs[0].val.programmaticStreamSerializationAllowed = 1;
@@ -624,8 +653,8 @@ extern "C" status kernel_moe_enter(const moe_enter *p, kernel_stream stream) {
 }
 
 extern "C" status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
-                                   const float *weight, const int32_t *slot_row, int64_t t,
-                                   int32_t top_k, int32_t dim, float eps, dtype type,
+                                   const float *weight, const int32_t *slot_row, int32_t *told,
+                                   int64_t t, int32_t top_k, int32_t dim, float eps, dtype type,
                                    kernel_stream stream) {
     if (t < 0 || t > INT32_MAX || top_k < 1 || top_k > MOE_TOP_K_MAX || dim <= 0 || dim % 8 ||
         dim > MOE_LEAVE_DIM_MAX)
@@ -640,7 +669,7 @@ extern "C" status kernel_moe_leave(void *x, void *residual, const void *y, const
         return launch_early("moe_leave", kernel, (unsigned)t, threads, stream,                     \
                             static_cast<T *>(x), static_cast<T *>(residual),                       \
                             static_cast<const T *>(y), static_cast<const T *>(gain), weight,       \
-                            slot_row, top_k, dim, eps);                                            \
+                            slot_row, told, top_k, dim, eps);                                      \
     }
         COMBINE_INSTANCES(X)
 #undef X

@@ -58,8 +58,11 @@ status kernel_moe_combine(void *out, const void *y, const float *weight, const i
  *   logits             [t, n_experts] f32, rows `stride` apart
  *
  * Products are of residual times gain rounded to `type` (fp16: times a power of two), in f32, and
- * multiplied by 1 / root after that. SHAPE where kernel_moe_enter_accepts says no. */
-enum { MOE_ENTER_TOKENS_MAX = 64 };
+ * multiplied by 1 / root after that. SHAPE where kernel_moe_enter_accepts says no.
+ *
+ * told: NULL, or where up to MOE_TOLD_TOKENS tokens' rows are told as soon as they are known
+ * (linear_problem.told); zeros before, and kernel_moe_leave leaves zeros. */
+enum { MOE_ENTER_TOKENS_MAX = 64, MOE_TOLD_TOKENS = 8 };
 typedef struct {
     void *x, *residual;
     const void *add, *gain;
@@ -71,6 +74,7 @@ typedef struct {
     bool over_chosen, normalise;
     float eps;
     dtype type;
+    int32_t *told;
 } moe_enter;
 
 bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm);
@@ -82,11 +86,13 @@ status kernel_moe_enter(const moe_enter *p, kernel_stream stream);
  *
  *   x, residual   [t, dim]      y   [t * top_k, dim]      gain   [dim], all of `type`, F16 or BF16
  *
+ *   told   [t * top_k] words LINEAR_TOLD apart, zeros after; or NULL
+ *
  * SHAPE unless dim is a multiple of 8 and at most MOE_LEAVE_DIM_MAX. */
 enum { MOE_LEAVE_DIM_MAX = 4096 };
 status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
-                        const float *weight, const int32_t *slot_row, int64_t t, int32_t top_k,
-                        int32_t dim, float eps, dtype type, kernel_stream stream);
+                        const float *weight, const int32_t *slot_row, int32_t *told, int64_t t,
+                        int32_t top_k, int32_t dim, float eps, dtype type, kernel_stream stream);
 
 #ifdef __cplusplus
 }

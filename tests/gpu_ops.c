@@ -492,7 +492,20 @@ static void check_entered(const moe_enter *p, const float *own) {
     fetch(got_share, p->weight, (size_t)slots * 4);
     for (int64_t i = 0; i < slots; i++)
         assert_close(got_share[i], share[i], 2e-6 * (double)share[i] + 1e-12);
+    int32_t *told = host((size_t)slots * LINEAR_TOLD, 4), wrong = 0, twin = 0;
+    fetch(told, p->told, (size_t)slots * LINEAR_TOLD * 4);
+    for (int32_t i = 0; i < x; i++)
+        for (int32_t r = start[i]; r < start[i + 1]; r++) {
+            int32_t want = t <= MOE_TOLD_TOKENS ? 1 + i : 0;
+            for (int32_t of = r; r == start[i] && of < start[i + 1] && want; of++)
+                want |= 1 << (16 + token[of]);
+            wrong += told[(int64_t)r * LINEAR_TOLD] != want;
+            twin += told[(int64_t)r * LINEAR_TOLD] != want + 1;
+        }
+    assert_int_equal(wrong, 0);
+    assert_int_equal(twin, slots);
     free(e), free(start), free(row), free(token), free(back), free(share), free(got_share);
+    free(told);
 }
 
 /* Logits of y [t, dim], rounded once, by w [x, dim]; those of the kernel to own. */
@@ -548,7 +561,9 @@ static void enter_case(int64_t t, int32_t dim, int32_t x, int32_t k, dtype type,
                    .over_chosen = t % 2,
                    .normalise = true,
                    .eps = 1e-5f,
-                   .type = type};
+                   .type = type,
+                   .told = dev((size_t)slots * LINEAR_TOLD * 4)};
+    CUDA(cudaMemset(p.told, 0, (size_t)slots * LINEAR_TOLD * 4));
     assert_true(kernel_moe_enter_accepts(&p, 90));
     assert_ok(kernel_moe_enter(&p, NULL));
     fetch_f32(got, dr, n, type);
@@ -565,7 +580,7 @@ static void enter_case(int64_t t, int32_t dim, int32_t x, int32_t k, dtype type,
                    dy,          rounded,     router.code,
                    router.bias, p.logits,    p.expert_start,
                    p.slot_row,  p.row_token, p.expert,
-                   p.weight};
+                   p.weight,    p.told};
     for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
     free(residual), free(add), free(gain), free(w), free(bias), free(y), free(got), free(own);
 }
@@ -579,7 +594,15 @@ static void leave_case(int64_t t, int32_t dim, int32_t k, dtype type) {
     void *dr = dev_rounded(residual, n, type), *dy = dev_rounded(y, slots * dim, type);
     void *dg = dev_rounded(gain, dim, type), *dx = dev((size_t)n * 2);
     void *ds = dev_copy(share, (size_t)slots * 4), *dw = dev_copy(row, (size_t)slots * 4);
-    assert_ok(kernel_moe_leave(dx, dr, dy, dg, ds, dw, t, k, dim, 1e-5f, type, NULL));
+    int32_t *told = dev((size_t)slots * LINEAR_TOLD * 4),
+            *left = host((size_t)slots * LINEAR_TOLD, 4);
+    CUDA(cudaMemset(told, 1, (size_t)slots * LINEAR_TOLD * 4));
+    assert_ok(kernel_moe_leave(dx, dr, dy, dg, ds, dw, told, t, k, dim, 1e-5f, type, NULL));
+    fetch(left, told, (size_t)slots * LINEAR_TOLD * 4);
+    for (int64_t i = 0; i < slots; i++) {
+        assert_int_equal(left[i * LINEAR_TOLD], 0);
+        assert_int_equal(left[i * LINEAR_TOLD + 1], 0x01010101); /* twin: what is no row's */
+    }
     ref_moe_combine(sum, y, share, row, t, k, dim);
     fetch_f32(got, dr, n, type);
     for (int64_t i = 0; i < n; i++) { /* k additions of terms up to 8 in f32, then a rounding */
@@ -594,9 +617,9 @@ static void leave_case(int64_t t, int32_t dim, int32_t k, dtype type) {
     got[n / 2] += 4 * (float)unit_of(type) * (fabsf(got[n / 2]) + 1); /* twin */
     assert_more(fabs((double)got[n / 2] - (double)sum[n / 2]),
                 fabs((double)sum[n / 2]) * unit_of(type) * 1.01);
-    void *all[] = {dr, dy, dg, dx, ds, dw};
+    void *all[] = {dr, dy, dg, dx, ds, dw, told};
     for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
-    free(residual), free(y), free(gain), free(share), free(sum), free(got), free(row);
+    free(residual), free(y), free(gain), free(share), free(sum), free(got), free(row), free(left);
 }
 
 static void test_moe_norms(void **state) {
@@ -622,8 +645,9 @@ static void test_moe_norms(void **state) {
     p.router = &w;
     p.type = w.type;
     assert_status(kernel_moe_enter(&p, NULL), ST_SHAPE);
-    assert_status(kernel_moe_leave(NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, 12, 1, DT_F16, NULL),
-                  ST_SHAPE);
+    assert_status(
+        kernel_moe_leave(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, 12, 1, DT_F16, NULL),
+        ST_SHAPE);
 }
 
 /* --- Drawing ---------------------------------------------------------------------------------- */
