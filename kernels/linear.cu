@@ -167,6 +167,7 @@ bool gated(const linear_problem *p) {
 }
 
 bool accepts(const linear_variant *v, const linear_problem *p, const linear_layout *l) {
+    if (strcmp(v->name, "experts_strips") == 0 && !linear_strips_accepts(l)) return false;
     if (v->format != p->w->format || v->type != p->w->type) return false;
     if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
     // Of 16 bits the families have orders of their own: what runs below sm_90 too reads fragments.
@@ -181,10 +182,11 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {
-        linear_short_table(),   linear_mid_table(),    linear_words_table(),
-        linear_experts_table(), linear_tall_table(),   linear_wide_table(),
-        linear_hopper_table(),  linear_ampere_table(), linear_words_tall_table()};
+    const linear_table tables[] = {linear_short_table(),      linear_mid_table(),
+                                   linear_words_table(),      linear_experts_table(),
+                                   linear_tall_table(),       linear_wide_table(),
+                                   linear_hopper_table(),     linear_ampere_table(),
+                                   linear_words_tall_table(), linear_strips_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -202,6 +204,9 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
     const int64_t size = (int64_t)p->w->n * p->w->k;
+    // Of one token's experts, of small matrices of two tokens', where they are told of early.
+    if (p->told && p->w->family >= 90 && p->m <= (size >> 22 ? 8 : 16))
+        if (const linear_variant *v = named("experts_strips", p, l)) return v;
     for (const preference_of_experts &c : of_experts) {
         if (!p->expert_start || p->w->family < 90 || c.rows < rows || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
@@ -296,11 +301,11 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {linear_short_table(),  linear_mid_table(),
-                                   linear_words_table(),  linear_experts_table(),
-                                   linear_hopper_table(), linear_tall_table(),
-                                   linear_wide_table(),   linear_words_tall_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}};
+    const linear_table hopper[] = {
+        linear_short_table(),   linear_mid_table(),        linear_words_table(),
+        linear_experts_table(), linear_hopper_table(),     linear_tall_table(),
+        linear_wide_table(),    linear_words_tall_table(), linear_strips_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {
@@ -372,6 +377,7 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.routed = p->routed;
     a.limit = p->limit;
     a.ahead = p->ahead;
+    a.told = p->told;
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;

@@ -1,0 +1,399 @@
+// linear_strips.cu - y^T = W x^T of experts with few rows of x each, on sm_90.
+//
+// A CTA has a tile: a strip of 16 rows of gate and that of up, or two strips side by side, of one
+// expert that has rows. Its warps share K, kUnits units of 64 inputs each at most. All of W that a
+// warp multiplies is asked for at once, each lane copying to shared memory the words that it turns
+// into A fragments itself: nothing is waited for but bytes, and of a launch whose routing was known
+// before (linear_problem.routed) they are asked for while the launch before still runs. A CTA takes
+// so little of an SM that CTAs of the next launch lie beside it. Sums of the warps are added in
+// order of K. Rows of an expert beyond `rows` are further passes over the same W.
+#include "linear_experts.cuh"
+#include "linear_launch.h"
+#include "mma_sync.cuh"
+#include "ptx_sm90.cuh"
+
+// Format, type, scale granule.
+#ifndef STRIPS_INSTANCES
+#define STRIPS_INSTANCES(X)                                                                        \
+    X(INT4, F16, 128)                                                                              \
+    X(INT4, BF16, 128)                                                                             \
+    X(INT4, F16, 64)                                                                               \
+    X(INT4, BF16, 64)                                                                              \
+    X(INT4, F16, 32)                                                                               \
+    X(INT4, BF16, 32)                                                                              \
+    X(MXFP4, F16, 32)                                                                              \
+    X(MXFP4, BF16, 32)
+#endif
+
+namespace {
+
+enum { kUnits = 8, kPairs = kUnits / 2, kWarpsMost = 8, kStrips = 2, kStripBytes = 512 };
+enum { kRows = 2 }; // of x at once: few experts of a batch that comes here have more
+enum { kSharedBytes = 228 * 1024, kRoom = 227 * 1024 }; // of an SM; of a CTA
+
+// How a problem is cut, and where things lie in a warp's shared memory (bytes).
+struct division {
+    int32_t warps, part; // of a CTA; units of a warp
+    int32_t tiles;       // of an expert
+    int32_t x_stride;    // bytes of a row
+    int32_t at_scale, at_x, at_bar, bytes;
+};
+
+// Row r's expert, if it is its first row, by what the launch before tells of it, and the expert's
+// tokens. That it waits no longer than that runs needs no trust in its coming.
+__device__ __forceinline__ target told_of(const linear_args &p, int r, unsigned &tokens) {
+    const int32_t *at = p.told + r * LINEAR_TOLD;
+    int32_t v;
+    for (int i = 0;; i++) {
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+        if (v != 0 || i > 1000) break;
+        if (i == 1000) wait_for_previous();
+    }
+    v = __shfl_sync(~0u, v, 0);
+    tokens = (unsigned)v >> 16;
+    return {(v & 0xffff) - 1, 0, r, r + __popc(tokens)};
+}
+__device__ __forceinline__ int bit_of(unsigned set, int i) { // the i-th that is set
+    for (; i > 0; i--) set &= set - 1;
+    return __ffs(set) - 1;
+}
+
+// The number h of the experts that have rows, by a warp; no rows: there are not so many.
+__device__ __forceinline__ target expert_of(const linear_args &p, int h) {
+    const int lane = threadIdx.x % 32;
+    target found = {};
+    int before = 0;
+#pragma unroll 1
+    for (int e0 = 0; e0 < p.count; e0 += 128) {
+        int32_t from[4], to[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int e = e0 + i * 32 + lane;
+            from[i] = e < p.count ? __ldcg(p.expert_start + e) : 0;
+            to[i] = e < p.count ? __ldcg(p.expert_start + e + 1) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const unsigned some = __ballot_sync(~0u, to[i] > from[i]);
+            const int at = before + __popc(some & ((1u << lane) - 1));
+            const unsigned here = __ballot_sync(~0u, to[i] > from[i] && at == h);
+            before += __popc(some);
+            if (!here) continue;
+            const int source = __ffs(here) - 1;
+            found.expert = e0 + i * 32 + source;
+            found.m0 = __shfl_sync(~0u, from[i], source);
+            found.m_end = __shfl_sync(~0u, to[i], source);
+        }
+    }
+    return found;
+}
+
+__device__ __forceinline__ void copy_weights(uint32_t to, const void *from, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
+                 "l"(from), "l"(policy)
+                 : "memory");
+}
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// For group i of four.
+__device__ __forceinline__ void copies_wait(int i) {
+    asm volatile("{\n.reg .pred p, q, r, s;\n"
+                 "setp.eq.s32 p, %0, 0;\nsetp.eq.s32 q, %0, 1;\n"
+                 "setp.eq.s32 r, %0, 2;\nsetp.gt.s32 s, %0, 2;\n"
+                 "@p cp.async.wait_group 3;\n@q cp.async.wait_group 2;\n"
+                 "@r cp.async.wait_group 1;\n@s cp.async.wait_group 0;\n}" ::"r"(i)
+                 : "memory");
+}
+
+// A warp's part of a tile.
+template <typename T, int F, int G> struct worker {
+    static constexpr int per = G > 64 ? G / 64 : 1, each = G < 64 ? 64 / G : 1; // a granule, a unit
+    static constexpr bool kSums = F == WF_INT4 && G == 128;
+    static constexpr bool kFolded = dequant_unfold<T, F>() != 1.f;
+    const linear_args &p;
+    const division &d;
+    uint32_t w, scale, x, x_at; // in shared memory; x_at: of this lane's row and chunk
+    int place[kStrips];         // of the scales of this lane's rows
+    int begin, units, lane;     // of K
+    int32_t block[kStrips];     // of the strips
+    int strip[kStrips];
+
+    // Part `warp` of a tile; own: the warp's shared memory.
+    __device__ __forceinline__ void begin_tile(int tile, int warp, uint32_t own) {
+        lane = threadIdx.x % 32;
+        begin = warp * d.part;
+        units = min(d.part, p.units - begin);
+#pragma unroll
+        for (int s = 0; s < kStrips; s++) {
+            block[s] = p.paired ? tile / 4 + s * p.half_blocks : tile / 2;
+            strip[s] = p.paired ? tile % 4 : tile % 2 * 2 + s;
+            place[s] = strip[s] * 16 + lane / 4 * 2;
+            asm volatile("" : "+r"(place[s]));
+        }
+        w = own + lane * 16;
+        asm volatile("" : "+r"(w));
+        scale = own + d.at_scale;
+        x = own + d.at_x;
+    }
+    // Scales of the warp's granules: 64 rows have a place of which only the strips' rows come.
+    __device__ __forceinline__ void ask_scales(const uint8_t *from) const {
+        constexpr int chunks = F == WF_INT4 ? 4 : 1; // of 16 bytes of a strip: scales, zeros, none
+        const int first = begin * each / per, n = (units * each + per - 1) / per;
+        const int c = lane % chunks, s = lane / chunks % kStrips;
+        const int at = s ? strip[1] : strip[0], in = F != WF_INT4 ? at * 16
+                                                     : c < 2      ? at * 32 + c * 16
+                                                                  : 128 + at * 16;
+        if (F == WF_INT4 && c >= (p.sym ? 2 : 3)) return;
+#pragma unroll 1
+        for (int g = lane / (chunks * kStrips); g < n; g += 32 / (chunks * kStrips))
+            copy_some(scale + (g * kStrips + s) * p.granule_bytes + in,
+                      from +
+                          ((int64_t)(s ? block[1] : block[0]) * p.granules +
+                           min(first + g, p.granules - 1)) *
+                              p.granule_bytes +
+                          in,
+                      16);
+    }
+    __device__ __forceinline__ void ask_weights(const uint8_t *from, uint64_t policy) const {
+        constexpr int unit = kStripBytes * 4;
+        const uint8_t *at[kStrips];
+#pragma unroll
+        for (int s = 0; s < kStrips; s++)
+            at[s] = from + ((int64_t)block[s] * p.units + begin) * unit + strip[s] * kStripBytes +
+                    lane * 16;
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) {
+            if (u < units)
+#pragma unroll
+                for (int s = 0; s < kStrips; s++)
+                    copy_weights(w + (u * kStrips + s) * kStripBytes, at[s] + u * unit, policy);
+            if (u % 2) copies_commit();
+        }
+    }
+    // Rows m0 .. m0 + rows of the problem; what lies past K is zero.
+    // tokens: of the expert, of which the first `before` rows were had, where it was told.
+    __device__ __forceinline__ void ask_x(int m0, int rows, unsigned tokens, int before,
+                                          uint32_t bar) const {
+        const int inputs = min(units * 64, p.k - begin * 64);
+        if (lane == 0) barrier_arrive_expect(bar, rows * inputs * 2);
+        if (lane >= rows) return;
+        const int32_t of = !p.x_row ? m0 + lane
+                           : p.told ? bit_of(tokens, before + lane)
+                                    : __ldcg(p.x_row + m0 + lane);
+        copy_bulk(x + lane * d.x_stride,
+                  static_cast<const T *>(p.x) + (int64_t)of * p.ldx + begin * 64, inputs * 2, bar,
+                  policy_evict_normal());
+#pragma unroll 1
+        for (int k = inputs; k < units * 64; k += 8)
+            asm volatile(
+                "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(x + lane * d.x_stride + k * 2),
+                "r"(0)
+                : "memory");
+    }
+
+    // Two units, whose W is there, onto the sums. Strips in turn, so that few products wait.
+    __device__ __forceinline__ void multiply_pair(float (&acc)[kStrips][4], int u0) const {
+        float sums[kStrips][2][4] = {};
+        dequant_packed packed[kStrips];
+        dequant_scales scales[kStrips];
+        const uint32_t w_at = w + u0 * kStrips * kStripBytes;
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            if (u0 + u >= units) break;
+            uint4 chunk[kStrips];
+            uint32_t b[8];
+#pragma unroll
+            for (int s = 0; s < kStrips; s++)
+                chunk[s] = shared_u128(w_at + (u * kStrips + s) * kStripBytes);
+            load_matrices(b, x_at + (u0 + u) * 128);
+            load_matrices(b + 4, x_at + (u0 + u) * 128 + 64);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t a[kStrips][4];
+#pragma unroll
+                for (int s = 0; s < kStrips; s++) {
+                    if (j * each % 4 == 0 && (per == 1 || u == 0)) {
+                        const int g = ((u0 + u) * each + j * each / 4) / per;
+                        dequant_load_packed<F>(packed[s],
+                                               scale + (g * kStrips + s) * p.granule_bytes,
+                                               place[s], p.sym);
+                        if (kSums)
+                            scales[s] = dequant_scales_of(dequant_rows_of<T, F, false>(packed[s]));
+                        else
+                            dequant_scales_of<T, F, kFolded>(scales[s], packed[s]);
+                    }
+                    dequant_word<T, F, !kSums, kFolded>(
+                        a[s], reinterpret_cast<const uint32_t *>(&chunk[s]) + j, scales[s]);
+                }
+#pragma unroll
+                for (int s = 0; s < kStrips; s++)
+                    multiply(sums[s][u], a[s], b[2 * j], b[2 * j + 1], T{});
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < kStrips; s++) {
+            float by[2] = {1.f, 1.f};
+            if (kSums) dequant_unpack<F>(by, packed[s]);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                acc[s][e] = fmaf(by[e / 2], sums[s][0][e] + sums[s][1][e], acc[s][e]);
+        }
+    }
+};
+
+// Of a tile's rows from m0 on the sums of all warps, a thread an output; part: [warp][strip][lane]
+// [4], warps `stride` floats apart.
+template <typename T, int F, int G>
+__device__ __forceinline__ void finish(const linear_args &p, const division &d, const float *part,
+                                       int stride, const target &tile, int m0, int rows) {
+    const float mend = F == WF_INT4 && G == 128 ? dequant_factor<T, F>() : dequant_unfold<T, F>();
+    const int each = p.paired ? 4 : 5; // outputs of a row, as a logarithm
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows << each; i += 32 * d.warps) {
+        const int o = i % 16, n = i >> each, s0 = p.paired ? 0 : i / 16 % 2;
+        const float *at = part + s0 * 128 + (o % 8 * 4 + n / 2) * 4 + o / 8 * 2 + n % 2;
+        const int upper = !p.paired && tile.block / 2 >= p.half_blocks ? 1 : 0; // of two halves
+        const int32_t in_half = ((tile.block - upper * 2 * p.half_blocks) << each) + s0 * 16 + o;
+        const int32_t col = upper * p.half_rows + in_half;
+        if (in_half >= p.half_rows) continue;
+        float v = 0.f, up = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarpsMost; w++)
+            if (w < d.warps) {
+                v += at[w * stride];
+                if (p.paired) up += at[w * stride + 128];
+            }
+        v *= mend, up *= mend;
+        if (p.bias) {
+            const T *bias = static_cast<const T *>(p.bias) + (int64_t)tile.expert * p.n + col;
+            v += to_f32(bias[0]);
+            if (p.paired) up += to_f32(bias[p.half_rows]);
+        }
+        if (p.paired) v = linear_gate(v, up, p.epilogue, p.limit);
+        static_cast<T *>(p.y)[(m0 + n) * p.ldy + col] = from_f32<T>(v);
+    }
+}
+
+// (With the 72 registers of three CTAs of eight warps an SM steps are 1.5 % slower.)
+template <typename T, int F, int G>
+__global__ void __maxnreg__(80)
+    linear_strips(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    // Not from `warp`: ptxas 13.0 adds what is uniform to the copies' addresses in a way that is no
+    // instruction beside their policy.
+    uint8_t *const mine = shared + threadIdx.x / 32 * d.bytes;
+    const uint32_t own = shared_address(mine), bar = own + d.at_bar;
+    if (lane == 0) {
+        barrier_init(bar, 1);
+        barrier_init_fence();
+    }
+    const bool early = p.routed || p.told;
+    worker<T, F, G> work = {p, d};
+    work.begin_tile((int)blockIdx.x, warp, own);
+    if (!early) {
+        wait_for_previous();
+        launch_dependents();
+    }
+    unsigned tokens = 0;
+    target tile = p.told ? told_of(p, (int)blockIdx.y, tokens) : expert_of(p, (int)blockIdx.y);
+    tile.block = (int)blockIdx.x;
+    if (tile.m_end > tile.m0) {
+        work.ask_scales(p.scale + tile.expert * p.scale_bytes);
+        work.ask_weights(p.code + tile.expert * p.code_bytes, policy_evict_first());
+    }
+    if (early) {
+        wait_for_previous();
+        launch_dependents();
+    }
+    int parity = 0;
+#pragma unroll 1
+    for (int m0 = tile.m0; m0 < tile.m_end; m0 += kRows, parity ^= 1) {
+        const int rows = min(kRows, tile.m_end - m0);
+        if (m0 > tile.m0) { // sums have been read, which lay where x comes to
+            __syncthreads();
+            proxy_fence();
+        }
+        work.ask_x(m0, rows, tokens, m0 - tile.m0, bar);
+        work.x_at = work.x + min(lane % 8, rows - 1) * d.x_stride + lane / 8 * 16;
+        asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
+        float acc[kStrips][4] = {};
+#pragma unroll 1
+        for (int i = 0; 2 * i < work.units; i++) {
+            copies_wait(i);
+            __syncwarp();
+            if (i == 0) barrier_wait(bar, parity);
+            work.multiply_pair(acc, 2 * i);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int s = 0; s < kStrips; s++)
+            *reinterpret_cast<float4 *>(mine + d.at_x + s * 512 + lane * 16) =
+                make_float4(acc[s][0], acc[s][1], acc[s][2], acc[s][3]);
+        __syncthreads();
+        finish<T, F, G>(p, d, reinterpret_cast<const float *>(shared + d.at_x), d.bytes / 4, tile,
+                        m0, rows);
+    }
+#endif
+}
+
+// So much shared memory of a CTA that no SM has more of them than its share, where all find room at
+// once; of a launch that is asked for beside the one before, not twice as many.
+int least_bytes(const linear_args *a, int32_t ctas, int32_t n_sms) {
+    const int share = (ctas + n_sms - 1) / n_sms, most = a->routed ? 2 * share - 1 : share;
+    return most > 8 ? 0 : kSharedBytes / (most + 1) / 128 * 128;
+}
+
+template <typename T, int F, int G>
+status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
+    const auto kernel = linear_strips<T, F, G>;
+    constexpr int per = G > 64 ? G / 64 : 1, each = G < 64 ? 64 / G : 1;
+    static_assert(kPairs == 4, "copies_wait");
+    division d = {};
+    d.part = max(kUnits / 2, (a->units + kWarpsMost - 1) / kWarpsMost);
+    d.part = (d.part + per - 1) / per * per;
+    d.warps = (a->units + d.part - 1) / d.part;
+    d.tiles = a->paired ? (a->half_rows + 15) / 16 : a->blocks * 2;
+    d.x_stride = d.part * 128 + 16;
+    d.at_scale = d.part * kStrips * kStripBytes;
+    d.at_x = d.at_scale + d.part * each / per * kStrips * a->granule_bytes;
+    d.at_bar = d.at_x + max(kRows * d.x_stride, kStrips * 512);
+    d.bytes = (d.at_bar + 8 + 127) / 128 * 128;
+    const int32_t experts = a->told ? a->m : min(a->m, a->count);
+    const int bytes = max(d.warps * d.bytes, least_bytes(a, d.tiles * experts, n_sms));
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+    cudaLaunchAttribute with[1];
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)d.tiles, (unsigned)experts);
+    config.blockDim = dim3((unsigned)(32 * d.warps));
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = with;
+    config.numAttrs = 1;
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *a, d);
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_strips: %s", cudaGetErrorString(e));
+}
+
+#define T_F16  __half
+#define T_BF16 __nv_bfloat16
+#define ROW(F, T, G)                                                                               \
+    {"experts_strips",         90, 90,    WF_##F, DT_##T, 8, 4, 1, G, G, 1,                        \
+     launch<T_##T, WF_##F, G>, 0,  false, true},
+const linear_variant rows[] = {STRIPS_INSTANCES(ROW)};
+
+} // namespace
+
+extern "C" bool linear_strips_accepts(const linear_layout *l) {
+    return l->units <= kUnits * kWarpsMost;
+}
+extern "C" linear_table linear_strips_table(void) {
+    return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
+}
