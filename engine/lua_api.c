@@ -21,9 +21,11 @@
 #include <lauxlib.h>
 #include <lualib.h>
 #include <math.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -842,6 +844,7 @@ static int run_self(char **argv, text *out) {
     fflush(NULL);
     const pid_t pid = fork();
     if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* outlives exec: no benchmark without who reads it */
         dup2(ends[1], STDOUT_FILENO);
         dup2(ends[1], STDERR_FILENO);
         close(ends[0]);
@@ -1215,7 +1218,10 @@ static int l_isolate(lua_State *L) {
             next++;
         }
         isolate_result r;
-        if (isolate_wait(&pool, &r) != ST_OK) return luaL_error(L, "%s", fail_message());
+        if (isolate_wait(&pool, &r) != ST_OK) {
+            isolate_close(&pool);
+            return luaL_error(L, "%s", fail_message());
+        }
         lua_pushvalue(L, 5);
         lua_pushinteger(L, r.index);
         json_t *value = NULL;
@@ -1240,6 +1246,7 @@ static int l_isolate(lua_State *L) {
             return lua_error(L);
         }
     }
+    isolate_close(&pool);
     return 0;
 }
 

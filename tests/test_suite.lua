@@ -374,17 +374,27 @@ test.case("a crashing point is a failed row and the sweep goes on", function()
   test.contains(said, "1 of 5 points finished")
 end)
 
-test.case("a point past its time is killed", function()
-  local path = write((HEAD:gsub("timeout_s = 20", "timeout_s = 1")) .. BODY .. [[
+-- The program that a point has started is a benchmark, or the shell of os.execute: it goes with the
+-- point, and does not keep the run waiting for it.
+test.case("a point past its time is killed, and what it has started", function()
+  local path = write((HEAD:gsub("timeout_s = 20", "timeout_s = 1")) .. BODY .. ([[
   run = function(_, point)
     while point.a == 1 and point.b == "x" do end
+    if point.a == 2 and point.b == "x" then os.execute("sleep 4; echo >'%s/after'") end
     return { status = "ok", metrics = {} }
-  end }]])
-  local status = run(path, "late")
+  end }]]):format(dir))
+  local started = os.time()
+  local status, n = run(path, "late"), 0
   test.equal(status, 1)
   for _, row in ipairs(amalgam.rows(file_of("late"))) do
-    if row.status == "failed" then test.contains(row.reason, "timed out after 1 s") end
+    if row.status == "failed" then
+      test.contains(row.reason, "timed out after 1 s")
+      n = n + 1
+    end
   end
+  test.equal(n, 2)
+  os.execute(("sleep %d"):format(math.max(0, started + 6 - os.time())))
+  test.equal(io.open(dir .. "/after"), nil, "what the shell writes")
 end)
 
 test.case("one Lua error at every point is an error of the experiment", function()
