@@ -99,6 +99,24 @@ test.case("serve's key is that of the environment, too", function()
   end
 end)
 
+test.case("formats knows a GPU by its data sheet, and says what its architecture lacks", function()
+  local dir = test.folder()
+  assert(os.execute((([[mkdir -p %s/experiments %s/workloads/gpus
+    cp experiments/amalgam.meta.lua %s/experiments; cd workloads/gpus
+    cp h200.json %s/workloads/gpus/gh200.json
+    sed 's/"value": 90,/"value": 100,/' h200.json >%s/workloads/gpus/next.json]]):gsub("%%s",
+    function() return dir end))))
+  local code, said = command("%s --root " .. dir .. " formats --gpu gh200")
+  test.equal(code, 0, said)
+  test.contains(said, "sm_90 (H100-SXM, H200), devices cuda and sim")
+  code, said = command("%s --root " .. dir .. " formats --gpu next")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'sm_100' is none of")
+  code, said = command("%s --root " .. dir .. " formats --gpu h201")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'h201' is none of")
+end)
+
 test.case("benchmarks of kernels refuse what they do not know", function()
   if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
   for words, reason in pairs({
