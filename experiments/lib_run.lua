@@ -18,7 +18,7 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
   --quick             few points, each small; rows go to build/quick/results
   --only KEY=VALUE    only points with this value (or one of VALUE,VALUE...); may be repeated
   --device NAME       cuda, cpu or sim: as --only device=NAME, also where the experiment fixes one
-  --gpu NAME          the same for gpu
+  --gpu NAME          the same for gpu: any that has a data sheet
   --jobs N            points at a time, for experiments that allow it (default: all cores)
   --seconds N         start no point later than that; the same command goes on from there
   --results DIR       where rows are kept (default: results)
@@ -282,7 +282,17 @@ local function sheet_of(gpu)
   return nil
 end
 
---- `--device cuda` without `--gpu`: an experiment that names GPUs runs on the one at hand.
+---@param name string
+---@return boolean
+local function is_sheet(name)
+  for _, sheet in ipairs(amalgam.gpus()) do
+    if sheet == name then return true end
+  end
+  return false
+end
+
+--- `--gpu` takes every GPU that has a data sheet, also one that the experiment does not name.
+--- `--device cuda` without it: an experiment that names GPUs runs on the one at hand.
 ---@param spec Experiment
 ---@param o RunOptions
 ---@param identity table
@@ -290,7 +300,7 @@ end
 local function settings(spec, o, identity)
   local set, device, gpu = {}, o.device, o.gpu
   if device then table.insert(set, { key = "device", value = device }) end
-  if gpu then table.insert(set, { key = "gpu", value = gpu }) end
+  if gpu then set[#set + 1] = { key = "gpu", value = gpu, replace = is_sheet(gpu) } end
   if device and not is_built(device) then -- else every point would leave a row that says so
     experiment.refuse("run: --device %s: this build has %s%s", device,
       table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or "")

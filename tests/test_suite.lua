@@ -109,6 +109,19 @@ test.case("options are read alike by all commands", function()
   test.equal((test.captured(function() return compare.main({ "--help" }) end)), 0)
 end)
 
+test.case("--gpu takes a data sheet that the experiment does not name", function()
+  local axis = [[
+  axes = { { name = "gpu", values = { "h200" } } }, fixed = { device = "sim" },
+]]
+  local path = write((HEAD .. axis .. RUN:gsub("point%.a %* 10", "1")):gsub("e90_toy", "e90_sheet"))
+  local code, text = run(path, "sheet", "--gpu", "l40s")
+  test.equal(code, 0, text)
+  test.equal(amalgam.rows(file_of("sheet", "e90_sheet"))[1].key.gpu, "l40s")
+  code, text = run(path, "sheet", "--gpu", "l40")
+  test.equal(code, 2)
+  test.contains(text, "'l40' is no value of gpu (values: h200)")
+end)
+
 test.case("an experiment that needs a GPU makes no rows without one", function()
   local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
   local code, text = run(path, "needs")
