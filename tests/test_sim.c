@@ -398,7 +398,7 @@ static void memory_is_exact_on_every_model(void **state) {
     const char **name;
     int32_t n;
     assert_ok(model_names(&memory, &name, &n));
-    assert_int_equal(n, 16);
+    assert_true(n >= 16);
     const size_t mark = memory.used;
     int32_t ran = 0;
     for (int32_t m = 0; m < n; m++) {
