@@ -1007,7 +1007,7 @@ static void a_slow_reader_delays_nobody(void **state) {
              body.length, body.data);
     const int s = connect_raw(f, 4096);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    wait_metric(f->url, "amalgam:jobs", 1, 30);
     timeline t;
     timeline_start_real(&t);
     for (int32_t i = 0; i < 5; i++)
@@ -1157,7 +1157,7 @@ static void waiting_for_a_step_is_counted(void **state) {
              body.data);
     const int s = connect_raw(f, 0);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL); /* its one step runs */
+    wait_metric(f->url, "amalgam:jobs", 1, 30); /* its one step runs, or comes first */
     timeline t;
     timeline_start_real(&t);
     json_decref(call_json(f->url, "/v1/completions", "{\"prompt\":\"b\",\"max_tokens\":1}", 200));
@@ -1535,6 +1535,20 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
+/* Until nobody listens there any more: the server drains. */
+static void wait_unheard(const char *url) {
+    text t = {0};
+    CURLcode code = CURLE_OK;
+    for (int32_t i = 0; i < 1000 && code != CURLE_COULDNT_CONNECT; i++) {
+        CURL *c = request_of(url, "/health", NULL, &t);
+        code = curl_easy_perform(c);
+        curl_easy_cleanup(c);
+        nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
+    }
+    text_free(&t);
+    assert_int_equal(code, CURLE_COULDNT_CONNECT);
+}
+
 /* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
  * server of nohup goes on. */
 static void the_command_ends_by_other_signals(void **state) {
@@ -1556,7 +1570,7 @@ static void the_command_ends_by_other_signals(void **state) {
         run_crowd(c, 400);
         for (int32_t i = 0; i < 2; i++) {
             assert_int_equal(kill(pid, hangup ? SIGHUP : SIGTERM), 0);
-            nanosleep(&(struct timespec){.tv_nsec = 50000000L}, NULL);
+            wait_unheard(url);
         }
         run_crowd(c, 0);
         assert_int_equal(waitpid(pid, &status_, 0), pid);
