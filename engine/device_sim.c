@@ -50,7 +50,7 @@
 #define OVERLAP_LOSS 0.1
 
 /* Attention against plain matrix work: cuDNN's causal prefill on H200 reaches 613 TFLOP/s where its
- * large products reach 770 (facts: peers, 8192 tokens). */
+ * large products reach 770 (plots/peers.lua; 8192 tokens). */
 #define ATTENTION_MATRIX 0.8
 
 /* Two dependent trips to DRAM (K, then V) before the first result: 0.7 us each, from memory, of

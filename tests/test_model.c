@@ -9,7 +9,7 @@
 #include <dirent.h>
 #include <string.h>
 
-/* Published totals in units of 1e9 and the sizes of facts/models_gpus.md 2.2. */
+/* Published totals in units of 1e9; sizes in GiB and KiB as they follow from them, by hand. */
 typedef struct {
     const char *name;
     double total, active, w16_gib, w4_gib, kv16_kib;
