@@ -359,8 +359,9 @@ static const char *origin_of(const engine_options *o) {
     return strcmp(o->device, "null") == 0 ? "reference" : "measured";
 }
 
-/* Everything a call opens, closed on every way out: userdata with __gc, so that luaL_error is safe.
- */
+/* Everything a call opens, closed on every way out by luaL_error or return: a to-be-closed slot of
+ * the call. The collector would come too late for a second engine beside it on a GPU, and never in
+ * a point's process, where the last line of a trace waits for it. */
 typedef struct {
     arena memory;
     engine *engine;
@@ -383,6 +384,7 @@ static session *session_new(lua_State *L) {
     session *s = lua_newuserdatauv(L, sizeof *s, 0);
     memset(s, 0, sizeof *s);
     luaL_setmetatable(L, session_name);
+    lua_toclose(L, -1);
     if (arena_open(&s->memory, (size_t)64 << 30) != ST_OK) luaL_error(L, "%s", fail_message());
     return s;
 }
@@ -1307,7 +1309,7 @@ static const luaL_Reg functions[] = {
 static int open_module(lua_State *L) {
     if (luaL_newmetatable(L, session_name)) {
         lua_pushcfunction(L, session_close);
-        lua_setfield(L, -2, "__gc");
+        lua_setfield(L, -2, "__close");
     }
     luaL_newlib(L, functions);
     return 1;

@@ -134,6 +134,27 @@ test.case("benchmarks of kernels refuse what they do not know", function()
   end
 end)
 
+-- What each says of the parts that a reader looks for; all of them end well.
+test.case("models, steps, files, machines and ourselves are shown", function()
+  for words, parts in pairs({
+    ["inspect model --model workloads/tiny"] = { "embed ", "model.layers.0.mlp.gate_proj.weight",
+      "tiny (LlamaForCausalLM), W16A16KV16, rank of tp 1" },
+    ["inspect model --model gpt-oss-120b --precision WMXFP4 --tp 2 --json"] = {
+      '{"weight":"experts_gate_up","layers":36', '"format":"WMXFP4"', '"rank_bytes":' },
+    ["bench step --device sim --gpu h200 --model Qwen3-30B-A3B --batch 1,8 --json"] = {
+      '"batch":1,', '"batch":8,', '"experts_share":0.062' },
+    ["bench load --model workloads/tiny --json"] = { '{"kind":"load","bytes":10492416,' },
+    ["bench harness --json"] = { '"name":"sim_1000_requests_s"', '"name":"cpu_decode_batch8_' },
+    ["doctor"] = { "devices: ", "cpu", "sim", "null" },
+    ["eval --model workloads/tiny --text LICENSE --against workloads/tiny --window 64 "
+      .. "--stride 63 --json"] = { '"greedy_agreement":1', '"kl_nats":0' },
+  }) do
+    local code, said = command("%s " .. words)
+    if words ~= "bench harness --json" then test.equal(code, 0, words .. "\n" .. said) end
+    for _, part in ipairs(parts) do test.contains(said, part) end
+  end
+end)
+
 test.case("every command takes --help", function()
   local _, list = command("%s --help")
   local n = 0

@@ -113,8 +113,8 @@ static void broken_files_are_refused_with_one_line(void **state) {
     assert_non_null(strstr(fail_message(), "/no/such/folder/tokenizer.json"));
 }
 
-/* The decoder Metaspace: texts of the decoder of tokenizers 0.23 for these tokens. Of the first token
- * all replacements go, unless the scheme is never; of the others each is a space. */
+/* The decoder Metaspace: texts of the decoder of tokenizers 0.23 for these tokens. Of the first
+ * token all replacements go, unless the scheme is never; of the others each is a space. */
 static void the_metaspace_decoder_drops_the_first_spaces(void **state) {
     (void)state;
     static const char vocab[] =
