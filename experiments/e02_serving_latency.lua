@@ -13,7 +13,8 @@ local fp16 = require("fp16")
 
 local REFERENCES = { fp16.options.precision, "W4A16KV16" }
 
---- Degree and sustained rate of the first reference form that fits.
+--- Degree and sustained rate of the first reference form that fits: once for all formats and loads,
+--- so that those of a measurement come at the same rates, too.
 local function reference(amalgam, point)
   local why
   for _, precision in ipairs(REFERENCES) do
@@ -52,8 +53,8 @@ return {
   },
   jobs = "parallel",
   timeout_s = 120,
-  run = function(amalgam, point)
-    local base = reference(amalgam, point)
+  shared = { by = { "gpu", "model" }, run = reference },
+  run = function(amalgam, point, base)
     if base.status ~= "ok" then return base end
     local rate = point.load * base.rate
     local function serve(tp)

@@ -242,6 +242,31 @@ test.case("a module that is required belongs to the definition", function()
   test.equal(plain.definition == with.definition, false)
 end)
 
+test.case("what points share is run once for each of its values", function()
+  local path = write(HEAD .. BODY .. ([[
+  shared = { by = { "a" }, run = function(_, point)
+    local f = io.open("%s/times", "a")
+    f:write("once\n")
+    f:close()
+    if point.a == 2 then error("no luck") end
+    return { status = "ok", x = point.a / 7, n = point.n }
+  end },
+  run = function(_, point, base)
+    return { status = "ok", metrics = { same = base.x == point.a / 7 and 1 or 0, n = base.n } }
+  end }]]):format(dir))
+  local code, text = run(path, "shared")
+  test.equal(code, 1)
+  test.contains(text, "3 ok, 0 oom, 0 skipped, 2 failed")
+  test.equal(amalgam.read_file(dir .. "/times"), ("once\n"):rep(3))
+  for _, row in ipairs(amalgam.rows(file_of("shared"))) do
+    test.equal(row.status, row.key.a == 2 and "failed" or "ok")
+    if row.key.a == 2 then test.contains(row.reason, "no luck") end
+    if row.key.a ~= 2 then test.equal(row.metrics.same + row.metrics.n, 11.0) end
+  end
+  run(path, "shared", "--only", "a=1") -- all is there: nothing is shared either
+  test.equal(amalgam.read_file(dir .. "/times"), ("once\n"):rep(3))
+end)
+
 -- Each: what is wrong, text, part of the message.
 local MISTAKES = {
   { "unknown key", HEAD .. "  tittle = 'x',\n" .. BODY .. RUN,
@@ -256,6 +281,13 @@ local MISTAKES = {
     ":7: the point has no axis 'aa'" },
   { "misspelt axis in run", HEAD .. BODY .. RUN:gsub("point%.a %*", "point.aa *"),
     ":9: the point has no axis 'aa'" },
+  { "shared by no axis", HEAD .. BODY .. "shared = { by = { 'n' }, run = print },\n" .. RUN,
+    ":8: shared: 'n' is no axis" },
+  { "unknown key of shared", HEAD .. BODY .. "shared = { bye = {}, run = print },\n" .. RUN,
+    "shared: unknown key 'bye': the nearest is 'by'" },
+  { "another axis in shared", HEAD .. BODY .. [[
+  shared = { by = { "a" }, run = function(_, point) return { x = point.b } end },
+]] .. RUN, "the point has no axis 'b'" },
   { "value twice", HEAD .. BODY:gsub("1, 2, 3", "1, 2, 2") .. RUN, "value '2' twice" },
   { "no values", HEAD .. BODY:gsub("{ 1, 2, 3 }", "{}") .. RUN, "a has no values" },
   { "syntax", HEAD .. BODY .. "run = = 3 }", ":8: unexpected symbol" },
