@@ -155,6 +155,58 @@ static void the_metaspace_decoder_drops_the_first_spaces(void **state) {
     }
 }
 
+static void encodes_as_wanted(tokenizer *t, const json_t *c, bool planted) {
+    const json_t *texts = json_object_get(c, "texts"), *all = json_object_get(c, "ids");
+    assert_true(json_array_size(texts) > 0);
+    bool same = true;
+    for (size_t i = 0; i < json_array_size(texts); i++) {
+        const json_t *s = json_array_get(texts, i), *want = json_array_get(all, i);
+        ids got = {0};
+        assert_ok(tokenizer_encode(t, json_string_value(s), json_string_length(s), 0, &got));
+        same &= got.length == (int64_t)json_array_size(want);
+        for (int64_t k = 0; same && k < got.length; k++)
+            same &= got.data[k] == json_integer_value(json_array_get(want, (size_t)k));
+        ids_free(&got);
+    }
+    if (same == planted) {
+        char *spec = json_dumps(json_object_get(c, "pre_tokenizer"), JSON_COMPACT);
+        fail_msg("%s: %s", spec, planted ? "a planted id was not seen" : "other ids");
+    }
+}
+
+/* Every behaviour of Split, Digits and Metaspace: ids of the library. The twin: one id more. */
+static void pre_tokenizers_split_as_the_library(void **state) {
+    (void)state;
+    char *lines;
+    size_t size;
+    json_t *model = NULL;
+    size_t n = 0;
+    assert_ok(file_read(&lines, &size, VECTORS "/splits.jsonl"));
+    for (char *line = lines, *end; *line; line = end + 1) {
+        json_t *c;
+        tokenizer *t;
+        end = strchr(line, '\n');
+        assert_ok(json_parse(&c, line, (size_t)(end - line), "splits.jsonl"));
+        if (!model) {
+            model = c;
+            continue;
+        }
+        assert_int_equal(json_object_update_missing(c, model), 0);
+        char *file = json_dumps(c, JSON_COMPACT);
+        assert_ok(open_text(&t, file));
+        free(file);
+        encodes_as_wanted(t, c, false);
+        json_array_append_new(json_array_get(json_object_get(c, "ids"), n % 6), json_integer(0));
+        encodes_as_wanted(t, c, true);
+        tokenizer_close(t);
+        json_decref(c);
+        n++;
+    }
+    assert_int_equal(n, 79);
+    json_decref(model);
+    mem_free(lines);
+}
+
 #define TENFOLD "{\"type\":\"Replace\",\"pattern\":{\"String\":\"a\"},\"content\":\"aaaaaaaaaa\"}"
 
 /* Three steps make a thousand of one, eight would fill the memory. */
@@ -363,6 +415,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(broken_files_are_refused_with_one_line),
         cmocka_unit_test(the_metaspace_decoder_drops_the_first_spaces),
+        cmocka_unit_test(pre_tokenizers_split_as_the_library),
         cmocka_unit_test(a_normalizer_may_not_multiply_without_end),
         cmocka_unit_test(names_and_templates_come_from_the_files_beside),
         cmocka_unit_test(damaged_files_never_crash),
