@@ -16,6 +16,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -991,6 +992,58 @@ static void hear_out(int s, text *got) {
     text_clear(got);
     for (ssize_t n; (n = read(s, buf, sizeof buf)) > 0;) text_bytes(got, buf, (size_t)n);
     close(s);
+}
+
+static atomic_bool planned_failure;
+static const device_ops *sound_ops;
+
+static status failing_embed(device *d, tensor out, tensor residual, const weight *table,
+                            const weight *w, float eps) {
+    if (atomic_load(&planned_failure)) return FAIL(ST_DEVICE, "planned");
+    return sound_ops->embed(d, out, residual, table, w, eps);
+}
+
+/* A device that is lost ends what runs, streams with an error and no finish reason; what comes later
+ * is refused at once, and /health says so. */
+static void a_lost_device_ends_all_requests(void **state) {
+    (void)state;
+    fixture f;
+    char body[160];
+    open_fixture(&f, 4, 4, NULL);
+    device *d = engine_device(f.engine);
+    device_ops ops = *d->ops;
+    sound_ops = d->ops;
+    ops.embed = failing_embed;
+    atomic_store(&planned_failure, false);
+    d->ops = &ops; /* before the first request */
+    json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":3}", 200));
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < 2; i++) {
+        snprintf(body, sizeof body, long_stream, i, 8000);
+        join_crowd(c, f.url, "/v1/completions", body);
+    }
+    run_crowd(c, 400);
+    atomic_store(&planned_failure, true);
+    run_crowd(c, 0);
+    for (int32_t i = 0; i < 2; i++) {
+        heard h;
+        hear(&h, &c->out[i]);
+        assert_true(h.n_events > 0 && h.n_events < 8000);
+        assert_true(h.error);
+        assert_int_equal(h.finish[0], 0);
+        hear_free(&h);
+    }
+    close_crowd(c);
+    for (int32_t i = 0; i < 3; i++) {
+        json_t *v = call_json(f.url, "/v1/completions", "{\"prompt\":\"a\"}", 500);
+        assert_string_equal(words(at(at(v, "error"), "message")), "the engine has failed");
+        json_decref(v);
+    }
+    json_decref(call_json(f.url, "/health", NULL, 503));
+    json_decref(call_json(f.url, "/v1/models", NULL, 200));
+    wait_metric(f.url, "amalgam:jobs", 0, 10);
+    d->ops = sound_ops;
+    close_fixture(&f, 1);
 }
 
 /* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
@@ -2035,6 +2088,7 @@ static void urls_are_read_as_meant(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
+        cmocka_unit_test(a_lost_device_ends_all_requests),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
