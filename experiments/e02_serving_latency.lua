@@ -38,7 +38,7 @@ return {
   id = "e02_serving_latency",
   title = "Serving latency by precision, 16 models on 5 GPUs",
   question = "How do TTFT, TPOT and end-to-end latency under load depend on the precision?",
-  cost = "about 3 minutes on 2 cores; --quick 5 s",
+  cost = "about 2 minutes on 2 cores; --quick 5 s",
   axes = {
     { name = "gpu", values = serving.GPUS },
     { name = "model", values = serving.MODELS },

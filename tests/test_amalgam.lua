@@ -55,6 +55,36 @@ test.case("a mixture reads more experts for more users", function()
     { n_requests = 8 }).n_completed, 8)
 end)
 
+test.case("prompts of the corpus share their prefixes, others are random", function()
+  local workload = { n_requests = 12, prompt = { lo = 72, hi = 90 }, prefix = 64, n_prefixes = 2,
+    contents = "corpus", output = { mu = 1.5, sigma = 0.5, min = 2, max = 8 } }
+  local options = { ctx_max = 128, scheduler = { max_seqs = 2, token_budget = 128 } }
+  local m = served(options, workload)
+  test.equal(m.cached_tokens, 10 * 64, "all but the first two find a page")
+  test.equal(m.output_tokens >= 24 and m.output_tokens <= 96, true)
+  options.scheduler.prefix_cache = false
+  test.equal(served(options, workload).cached_tokens, 0)
+  workload.contents = "poetry"
+  local ok, why = pcall(served, options, workload)
+  test.equal(ok, false)
+  test.contains(why, "contents = 'poetry' is neither 'random' nor 'corpus'")
+end)
+
+test.case("what does not fit or cannot run is an outcome, not an error", function()
+  local function outcome(model, precision, gpu)
+    local result = amalgam.serve({ model = model, weights = "synthetic", precision = precision,
+      device = "sim", gpu = gpu, workload = { preset = "fixed", n_requests = 1 } })
+    test.equal(result.metrics, nil)
+    return result.status, result.reason
+  end
+  local status, why = outcome("Llama-3.1-70B", "W16A16KV16", "rtx4090")
+  test.equal(status, "oom")
+  test.contains(why, "Llama-3.1-70B W16A16KV16 tp 1: weights 131.4 GiB")
+  status, why = outcome("Llama-3.1-8B", "WFP8AFP8KVFP8", "a100-80gb")
+  test.equal(status, "skipped")
+  test.contains(why, "FP8")
+end)
+
 test.case("a trace is replayed to the same batches, and one digit is seen", function()
   local path = dir .. "/trace.jsonl"
   assert(os.execute("mkdir -p " .. dir))
@@ -77,7 +107,7 @@ test.case("a trace is replayed to the same batches, and one digit is seen", func
 end)
 
 local function evaluated(options)
-  local o = { model = tiny, device = "cpu", threads = 1, window = 128, stride = 64 }
+  local o = { model = tiny, device = "cpu", threads = 1, window = 64, stride = 32 }
   for key, value in pairs(options) do o[key] = value end
   local result = amalgam.evaluate(o)
   test.equal(result.status, "ok", result.reason)
@@ -85,15 +115,15 @@ local function evaluated(options)
 end
 
 test.case("a checkpoint beside itself agrees in all, one of 4 bits does not", function()
-  local same = evaluated({ text = { bytes = 1500 }, against = tiny })
+  local same = evaluated({ text = { bytes = 500 }, against = tiny })
   test.equal(same.greedy_agreement, 1.0)
   test.equal(same.kl_nats, 0.0)
   test.equal(same.kl_nats_max, 0.0)
   test.equal(same.perplexity, same.reference_perplexity)
-  local alone = evaluated({ text = { bytes = 1500 } })
+  local alone = evaluated({ text = { bytes = 500 } })
   test.near(alone.perplexity, same.perplexity, 1e-9)
   test.equal(alone.scored_tokens, same.scored_tokens)
-  local four = evaluated({ text = { bytes = 1500 }, against = tiny, precision = "W4A16KV4" })
+  local four = evaluated({ text = { bytes = 500 }, against = tiny, precision = "W4A16KV4" })
   test.equal(four.reference_perplexity, same.reference_perplexity)
   test.equal(four.perplexity ~= same.perplexity, true)
   test.equal(four.greedy_agreement < 1 and four.kl_nats > 0, true)
@@ -101,10 +131,10 @@ test.case("a checkpoint beside itself agrees in all, one of 4 bits does not", fu
 end)
 
 test.case("the trained checkpoint answers what random weights do not", function()
-  local tasks = { { kind = "arithmetic", n = 20 }, { kind = "recall", n = 2 } }
+  local tasks = { { kind = "arithmetic", n = 10 }, { kind = "recall", n = 1 } }
   local m = evaluated({ tasks = tasks })
-  test.equal(m.arithmetic_n, 20)
-  test.equal(m.recall_n, 2)
+  test.equal(m.arithmetic_n, 10)
+  test.equal(m.recall_n, 1)
   test.equal(m.arithmetic_accuracy >= 0.8, true, "PAPER.md: 0.98 of 500")
   test.equal(m.recall_accuracy, 1.0)
   local random = evaluated({ tasks = tasks, weights = "synthetic" })
