@@ -1003,8 +1003,8 @@ static status failing_embed(device *d, tensor out, tensor residual, const weight
     return sound_ops->embed(d, out, residual, table, w, eps);
 }
 
-/* A device that is lost ends what runs, streams with an error and no finish reason; what comes later
- * is refused at once, and /health says so. */
+/* A device that is lost ends what runs, streams with an error and no finish reason; what comes
+ * later is refused at once, and /health says so. */
 static void a_lost_device_ends_all_requests(void **state) {
     (void)state;
     fixture f;
