@@ -525,6 +525,13 @@ test.case("compare takes git's names for versions, and names those that there ar
   test.contains(said, "no rows of 'nothing'")
   test.contains(said, "0123abcd0123")
   test.equal((compared("0123", "'; echo", "--results", dir .. "/versions")), 2)
+  for i = 1, 9 do
+    amalgam.write_file(("%s/versions/e95/m/ffff%08d.jsonl"):format(dir, i), row)
+  end
+  status, said = compared("0123", "ffff", "--results", dir .. "/versions")
+  test.equal(status, 2)
+  test.contains(said, "'ffff' is more than one version: ffff00000001, ")
+  test.contains(said, "ffff00000006 and 3 more")
 end)
 
 test.case("compare takes predictions exactly", function()
