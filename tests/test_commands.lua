@@ -146,7 +146,7 @@ test.case("models, steps, files, machines and ourselves are shown", function()
     ["bench load --model workloads/tiny --json"] = { '{"kind":"load","bytes":10492416,' },
     ["bench harness --json"] = { '"name":"sim_1000_requests_s"', '"name":"cpu_decode_batch8_' },
     ["doctor"] = { "devices: ", "cpu", "sim", "null" },
-    ["eval --model workloads/tiny --text LICENSE --against workloads/tiny --window 64 "
+    ["eval --model workloads/tiny --text baselines/fp16.lua --against workloads/tiny --window 64 "
       .. "--stride 63 --json"] = { '"greedy_agreement":1', '"kl_nats":0' },
   }) do
     local code, said = command("%s " .. words)
