@@ -191,6 +191,7 @@ void text_add(text *t, const char *format, ...) {
     va_copy(again, args);
     const int n = vsnprintf(NULL, 0, format, args);
     va_end(args);
+    if (n < 0) t->failed = true; /* more than INT_MAX bytes */
     if (n >= 0 && text_room(t, (size_t)n)) {
         vsnprintf(t->data + t->length, (size_t)n + 1, format, again);
         t->length += (size_t)n;

@@ -108,7 +108,7 @@ static status open_text(parts *p, const char *dir) {
 }
 
 /* KV pages when nobody said how many: what fits, but on the cpu device, which has no limit of its
- * own and commits all of them, a GiB, and at least one request of full length. */
+ * own, a GiB, and at least one request of full length. */
 static status choose_pages(const arguments *a, const char *dir, int32_t *pages) {
     static model_config c; /* large */
     *pages = (int32_t)a->pages;

@@ -331,7 +331,7 @@ status engine_settle(engine *e) {
 
 /* --- Whole workloads -------------------------------------------------------------------------- */
 
-/* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `next_of_user`
+/* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `user_next`
  * holds each user's next request, due at once. */
 typedef struct {
     engine *e;

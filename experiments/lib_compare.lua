@@ -107,8 +107,9 @@ local function side(name, o, dir)
   local commit = #rows == 0 and commit_of(name)
   if commit then rows, versions = of_version(commit, o, dir) end
   if #versions > 1 then
-    experiment.refuse("compare: '%s' is more than one version: %s", name,
-      table.concat(versions, ", "))
+    experiment.refuse("compare: '%s' is more than one version: %s%s", name,
+      table.concat(versions, ", ", 1, math.min(#versions, 6)),
+      #versions > 6 and (" and %d more"):format(#versions - 6) or "")
   end
   if #rows == 0 then
     experiment.refuse("compare: no rows of '%s' in %s; %s", name, dir, newest(o, dir))

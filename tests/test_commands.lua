@@ -99,6 +99,24 @@ test.case("serve's key is that of the environment, too", function()
   end
 end)
 
+test.case("formats knows a GPU by its data sheet, and says what its architecture lacks", function()
+  local dir = test.folder()
+  assert(os.execute((([[mkdir -p %s/experiments %s/workloads/gpus
+    cp experiments/amalgam.meta.lua %s/experiments; cd workloads/gpus
+    cp h200.json %s/workloads/gpus/gh200.json
+    sed 's/"value": 90,/"value": 100,/' h200.json >%s/workloads/gpus/next.json]]):gsub("%%s",
+    function() return dir end))))
+  local code, said = command("%s --root " .. dir .. " formats --gpu gh200")
+  test.equal(code, 0, said)
+  test.contains(said, "sm_90 (H100-SXM, H200), devices cuda and sim")
+  code, said = command("%s --root " .. dir .. " formats --gpu next")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'sm_100' is none of")
+  code, said = command("%s --root " .. dir .. " formats --gpu h201")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'h201' is none of")
+end)
+
 test.case("benchmarks of kernels refuse what they do not know", function()
   if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
   for words, reason in pairs({
@@ -113,6 +131,27 @@ test.case("benchmarks of kernels refuse what they do not know", function()
     ["tune --replays 0"] = "--replays 0 is outside 1 to 1000",
   }) do
     refused("bench " .. words, reason)
+  end
+end)
+
+-- What each says of the parts that a reader looks for; all of them end well.
+test.case("models, steps, files, machines and ourselves are shown", function()
+  for words, parts in pairs({
+    ["inspect model --model workloads/tiny"] = { "embed ", "model.layers.0.mlp.gate_proj.weight",
+      "tiny (LlamaForCausalLM), W16A16KV16, rank of tp 1" },
+    ["inspect model --model gpt-oss-120b --precision WMXFP4 --tp 2 --json"] = {
+      '{"weight":"experts_gate_up","layers":36', '"format":"WMXFP4"', '"rank_bytes":' },
+    ["bench step --device sim --gpu h200 --model Qwen3-30B-A3B --batch 1,8 --json"] = {
+      '"batch":1,', '"batch":8,', '"experts_share":0.062' },
+    ["bench load --model workloads/tiny --json"] = { '{"kind":"load","bytes":10492416,' },
+    ["bench harness --json"] = { '"name":"sim_1000_requests_s"', '"name":"cpu_decode_batch8_' },
+    ["doctor"] = { "devices: ", "cpu", "sim", "null" },
+    ["eval --model workloads/tiny --text baselines/fp16.lua --against workloads/tiny --window 64 "
+      .. "--stride 63 --json"] = { '"greedy_agreement":1', '"kl_nats":0' },
+  }) do
+    local code, said = command("%s " .. words)
+    if words ~= "bench harness --json" then test.equal(code, 0, words .. "\n" .. said) end
+    for _, part in ipairs(parts) do test.contains(said, part) end
   end
 end)
 

@@ -16,6 +16,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -993,6 +994,58 @@ static void hear_out(int s, text *got) {
     close(s);
 }
 
+static atomic_bool planned_failure;
+static const device_ops *sound_ops;
+
+static status failing_embed(device *d, tensor out, tensor residual, const weight *table,
+                            const weight *w, float eps) {
+    if (atomic_load(&planned_failure)) return FAIL(ST_DEVICE, "planned");
+    return sound_ops->embed(d, out, residual, table, w, eps);
+}
+
+/* A device that is lost ends what runs, streams with an error and no finish reason; what comes
+ * later is refused at once, and /health says so. */
+static void a_lost_device_ends_all_requests(void **state) {
+    (void)state;
+    fixture f;
+    char body[160];
+    open_fixture(&f, 4, 4, NULL);
+    device *d = engine_device(f.engine);
+    device_ops ops = *d->ops;
+    sound_ops = d->ops;
+    ops.embed = failing_embed;
+    atomic_store(&planned_failure, false);
+    d->ops = &ops; /* before the first request */
+    json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":3}", 200));
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < 2; i++) {
+        snprintf(body, sizeof body, long_stream, i, 8000);
+        join_crowd(c, f.url, "/v1/completions", body);
+    }
+    run_crowd(c, 400);
+    atomic_store(&planned_failure, true);
+    run_crowd(c, 0);
+    for (int32_t i = 0; i < 2; i++) {
+        heard h;
+        hear(&h, &c->out[i]);
+        assert_true(h.n_events > 0 && h.n_events < 8000);
+        assert_true(h.error);
+        assert_int_equal(h.finish[0], 0);
+        hear_free(&h);
+    }
+    close_crowd(c);
+    for (int32_t i = 0; i < 3; i++) {
+        json_t *v = call_json(f.url, "/v1/completions", "{\"prompt\":\"a\"}", 500);
+        assert_string_equal(words(at(at(v, "error"), "message")), "the engine has failed");
+        json_decref(v);
+    }
+    json_decref(call_json(f.url, "/health", NULL, 503));
+    json_decref(call_json(f.url, "/v1/models", NULL, 200));
+    wait_metric(f.url, "amalgam:jobs", 0, 10);
+    d->ops = sound_ops;
+    close_fixture(&f, 1);
+}
+
 /* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
  * reads on and nothing is missing. */
 static void a_slow_reader_delays_nobody(void **state) {
@@ -1007,7 +1060,7 @@ static void a_slow_reader_delays_nobody(void **state) {
              body.length, body.data);
     const int s = connect_raw(f, 4096);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    wait_metric(f->url, "amalgam:jobs", 1, 30);
     timeline t;
     timeline_start_real(&t);
     for (int32_t i = 0; i < 5; i++)
@@ -1157,7 +1210,7 @@ static void waiting_for_a_step_is_counted(void **state) {
              body.data);
     const int s = connect_raw(f, 0);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL); /* its one step runs */
+    wait_metric(f->url, "amalgam:jobs", 1, 30); /* its one step runs, or comes first */
     timeline t;
     timeline_start_real(&t);
     json_decref(call_json(f->url, "/v1/completions", "{\"prompt\":\"b\",\"max_tokens\":1}", 200));
@@ -1535,6 +1588,20 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
+/* Until nobody listens there any more: the server drains. */
+static void wait_unheard(const char *url) {
+    text t = {0};
+    CURLcode code = CURLE_OK;
+    for (int32_t i = 0; i < 1000 && code != CURLE_COULDNT_CONNECT; i++) {
+        CURL *c = request_of(url, "/health", NULL, &t);
+        code = curl_easy_perform(c);
+        curl_easy_cleanup(c);
+        nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
+    }
+    text_free(&t);
+    assert_int_equal(code, CURLE_COULDNT_CONNECT);
+}
+
 /* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
  * server of nohup goes on. */
 static void the_command_ends_by_other_signals(void **state) {
@@ -1556,7 +1623,7 @@ static void the_command_ends_by_other_signals(void **state) {
         run_crowd(c, 400);
         for (int32_t i = 0; i < 2; i++) {
             assert_int_equal(kill(pid, hangup ? SIGHUP : SIGTERM), 0);
-            nanosleep(&(struct timespec){.tv_nsec = 50000000L}, NULL);
+            wait_unheard(url);
         }
         run_crowd(c, 0);
         assert_int_equal(waitpid(pid, &status_, 0), pid);
@@ -2021,6 +2088,7 @@ static void urls_are_read_as_meant(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
+        cmocka_unit_test(a_lost_device_ends_all_requests),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
