@@ -112,11 +112,12 @@ static void set_logprobs(job_choice *c, int32_t at, const sampled *t) {
     }
 }
 
-static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, bool *stopped) {
+static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, bool ends,
+                         bool *stopped) {
     TRY(grow(c));
     if (tok) {
         size_t n;
-        TRY(output_push(&c->out, t->token, stopped));
+        TRY(output_push(&c->out, t->token, ends, stopped));
         const char *shown = output_take(&c->out, &n);
         c->text_end += n;
         for (size_t i = 0; i < n; i++) c->chars_end += (shown[i] & 0xC0) != 0x80;
@@ -140,9 +141,9 @@ static status echo_prompt(job_choice *c, const tokenizer *tok) {
     const api_request *r = &c->job->request;
     const int32_t *prompt = r->prompt[c->index / r->n].data;
     bool stopped;
-    c->out.min_tokens += c->n_prompt;
+    c->out.options.min_tokens += c->n_prompt;
     for (; c->n_echoed < c->n_prompt; c->n_echoed++)
-        TRY(push_token(tok, c, &(sampled){.token = prompt[c->n_echoed]}, &stopped));
+        TRY(push_token(tok, c, &(sampled){.token = prompt[c->n_echoed]}, false, &stopped));
     return ST_OK;
 }
 
@@ -167,9 +168,12 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
         choice[i] = (job_choice){.job = j, .index = i, .id = -1};
         choice[i].n_prompt = (int32_t)j->request.prompt[i / j->request.n].length;
         if (tok)
-            output_open(&choice[i].out, tok, (const char *const *)j->request.stop,
-                        j->request.n_stops, !j->request.chat && !j->request.echo);
-        choice[i].out.min_tokens = j->request.sampling.min_tokens;
+            output_open(&choice[i].out, tok,
+                        &(output_options){.stop = (const char *const *)j->request.stop,
+                                          .n_stops = j->request.n_stops,
+                                          .min_tokens = j->request.sampling.min_tokens,
+                                          .keep_stop = j->request.keep_stop,
+                                          .continues = !j->request.chat && !j->request.echo});
         if (st == ST_OK && j->request.echo) st = echo_prompt(&choice[i], tok);
     }
     if (st != ST_OK) {
@@ -227,7 +231,7 @@ static void touch(service *s, job_choice *c) {
     s->touched = c;
 }
 
-static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *t, bool ends, int64_t now_ns) {
     (void)now_ns;
     service *s = user;
     job_choice *c = s->slot[id % s->max_requests];
@@ -237,7 +241,8 @@ static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
     if (c->job->request.no_output) return false;
     s->generation_tokens++;
     pthread_mutex_lock(&c->job->lock);
-    if (push_token(s->tok, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
+    if (push_token(s->tok, c, t, ends, &stopped) != ST_OK)
+        stopped = true; /* out of memory: ends short */
     pthread_mutex_unlock(&c->job->lock);
     return stopped;
 }

@@ -529,6 +529,42 @@ static void stop_strings_cut_and_never_leak(void **state) {
     json_decref(v);
 }
 
+/* The same text with what stops it, whole and streamed, and without; so, too, with a stop token. */
+static void what_stops_can_be_kept(void **state) {
+    const fixture *f = *state;
+    static const char *const keeps[] = {"", ",\"include_stop_str_in_output\":true"};
+    static const struct {
+        const char *asked, *text[2];
+    } cases[] = {/* "A" is token 32, and all that comes */
+                 {"\"logit_bias\":{\"32\":100},\"stop\":\"AAA\"", {"", "AAA"}},
+                 {"\"logit_bias\":{\"32\":100},\"stop\":[\"AA\",\"AAA\"]", {"", "AA"}},
+                 {"\"logit_bias\":{\"32\":100},\"stop\":\"AA\",\"min_tokens\":3", {"AA", "AAAA"}},
+                 {"\"logit_bias\":{\"32\":100},\"stop_token_ids\":[32]", {"", "A"}},
+                 {"\"logit_bias\":{\"1001\":100}", {"", ""}}}; /* a special one */
+    for (int32_t i = 0; i < COUNT_OF(cases); i++)
+        for (int32_t keep = 0; keep < 2; keep++)
+            for (int32_t streamed = 0; streamed < 2; streamed++) {
+                text body = {0}, stream = {0};
+                text_add(&body, "{\"prompt\":\"a\",\"max_tokens\":9,\"temperature\":0,%s%s%s}",
+                         cases[i].asked, keeps[keep], streamed ? ",\"stream\":true" : "");
+                assert_int_equal(call(f->url, "/v1/completions", body.data, &stream), 200);
+                if (streamed) {
+                    heard h;
+                    hear(&h, &stream);
+                    assert_string_equal(h.words.data ? h.words.data : "", cases[i].text[keep]);
+                    assert_string_equal(h.finish, "stop");
+                    hear_free(&h);
+                } else {
+                    json_t *v = parsed(&stream);
+                    assert_string_equal(words(at(choice(v, 0), "text")), cases[i].text[keep]);
+                    assert_string_equal(words(at(choice(v, 0), "finish_reason")), "stop");
+                    json_decref(v);
+                }
+                text_free(&body);
+                text_free(&stream);
+            }
+}
+
 /* The n tokens of a greedy answer, which lie in *v. `asked`: what the body has besides. */
 static const json_t *tokens_of(const fixture *f, json_t **v, int32_t n, const char *asked) {
     text body = {0};
@@ -2027,6 +2063,7 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
+        cmocka_unit_test(what_stops_can_be_kept),
         cmocka_unit_test(logits_are_biased_and_penalised),
         cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(a_prompt_is_echoed),
