@@ -375,7 +375,6 @@ static const struct {
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
-    {"skip_special_tokens", "true"},
     {"continue_final_message", "false"},
     {"truncate_prompt_tokens", ""},
     {"prompt_logprobs", ""},
@@ -431,6 +430,9 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_bool(body, "ignore_eos", WHERE, &r->ignore_eos));
     TRY(json_opt_bool(body, "return_token_ids", WHERE, &r->return_ids));
     TRY(json_opt_bool(body, "include_stop_str_in_output", WHERE, &r->keep_stop));
+    bool skip = true;
+    TRY(json_opt_bool(body, "skip_special_tokens", WHERE, &skip));
+    r->keep_special = !skip;
     TRY(json_opt_bool(body, "echo", WHERE, &r->echo));
     if (r->echo && r->chat) return FAIL(ST_UNSUPPORTED, "'echo' is of completions, not of chat");
     const json_t *so = json_find(body, "stream_options");

@@ -26,7 +26,7 @@ typedef struct {
     const char *model, *precision, *device, *family, *prompt, *file;
     cmd_sampling draws;
     int64_t max_new, min_new, threads, tp;
-    bool stream, json, ignore_eos, keep_stop;
+    bool stream, json, ignore_eos, keep_stop, keep_special;
     cli_texts stop;
 } arguments;
 
@@ -102,6 +102,7 @@ static status generation_open(generation *g, const arguments *a) {
                                   .n_stops = a->stop.n,
                                   .min_tokens = (int32_t)a->min_new,
                                   .keep_stop = a->keep_stop,
+                                  .keep_special = a->keep_special,
                                   .continues = true});
     return ST_OK;
 }
@@ -156,6 +157,7 @@ int cmd_generate(int argc, char **argv) {
 #include "cmd_sampling.def"
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
         {"--include-stop", CLI_FLAG, &a.keep_stop, NULL, "and after it; an end token's text, too"},
+        {"--show-special", CLI_FLAG, &a.keep_special, NULL, "special tokens in the text"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},

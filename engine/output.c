@@ -6,7 +6,7 @@
 void output_open(output *o, const tokenizer *t, const output_options *options) {
     *o = (output){.options = *options};
     for (int32_t i = 0; i < options->n_stops; i++) CHECK(options->stop[i][0]);
-    tokenizer_stream_open(&o->stream, t, true);
+    tokenizer_stream_open(&o->stream, t, !options->keep_special);
     if (options->continues) tokenizer_stream_continue(&o->stream);
 }
 

@@ -9,7 +9,8 @@ typedef struct {
     int32_t n_stops;
     int32_t min_tokens; /* no stop string ends in the first so many */
     bool keep_stop;     /* the text ends after what stops it, not before */
-    bool continues;     /* it goes on after a prompt, so that the space at its beginning belongs to
+    bool keep_special; /* special tokens have the text that their vocabulary gives them, not none */
+    bool continues;    /* it goes on after a prompt, so that the space at its beginning belongs to
                            it; an answer is a text of its own */
 } output_options;
 

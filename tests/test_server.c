@@ -529,35 +529,45 @@ static void stop_strings_cut_and_never_leak(void **state) {
     json_decref(v);
 }
 
-/* The same text with what stops it, whole and streamed, and without; so, too, with a stop token. */
+/* The same text with what stops it, a string or a token, and without, whole and streamed; and with
+ * special tokens in it. */
 static void what_stops_can_be_kept(void **state) {
+#define HEADERS "<|start_header_id|><|start_header_id|>"
     const fixture *f = *state;
-    static const char *const keeps[] = {"", ",\"include_stop_str_in_output\":true"};
+    static const char *const keeps[] = {"", ",\"include_stop_str_in_output\":true",
+                                        ",\"include_stop_str_in_output\":true,"
+                                        "\"skip_special_tokens\":false",
+                                        ",\"skip_special_tokens\":false"};
     static const struct {
-        const char *asked, *text[2];
-    } cases[] = {/* "A" is token 32, and all that comes */
-                 {"\"logit_bias\":{\"32\":100},\"stop\":\"AAA\"", {"", "AAA"}},
-                 {"\"logit_bias\":{\"32\":100},\"stop\":[\"AA\",\"AAA\"]", {"", "AA"}},
-                 {"\"logit_bias\":{\"32\":100},\"stop\":\"AA\",\"min_tokens\":3", {"AA", "AAAA"}},
-                 {"\"logit_bias\":{\"32\":100},\"stop_token_ids\":[32]", {"", "A"}},
-                 {"\"logit_bias\":{\"1001\":100}", {"", ""}}}; /* a special one */
+        const char *asked, *text[4];
+    } cases[] = {
+        /* "A" is token 32, and all that comes */
+        {"\"logit_bias\":{\"32\":100},\"stop\":\"AAA\"", {"", "AAA", "AAA", ""}},
+        {"\"logit_bias\":{\"32\":100},\"stop\":[\"AA\",\"AAA\"]", {"", "AA", "AA", ""}},
+        {"\"logit_bias\":{\"32\":100},\"stop\":\"AA\",\"min_tokens\":3",
+         {"AA", "AAAA", "AAAA", "AA"}},
+        {"\"logit_bias\":{\"32\":100},\"stop_token_ids\":[32]", {"", "A", "A", ""}},
+        {"\"logit_bias\":{\"1001\":100}", {"", "", "<|end_of_text|>", ""}}, /* a special one */
+        {"\"logit_bias\":{\"1002\":100},\"max_tokens\":2", {"", "", HEADERS, HEADERS}}};
+#undef HEADERS
     for (int32_t i = 0; i < COUNT_OF(cases); i++)
-        for (int32_t keep = 0; keep < 2; keep++)
+        for (int32_t keep = 0; keep < COUNT_OF(keeps); keep++)
             for (int32_t streamed = 0; streamed < 2; streamed++) {
                 text body = {0}, stream = {0};
-                text_add(&body, "{\"prompt\":\"a\",\"max_tokens\":9,\"temperature\":0,%s%s%s}",
-                         cases[i].asked, keeps[keep], streamed ? ",\"stream\":true" : "");
+                const char *finish = strstr(cases[i].asked, "max_tokens") ? "length" : "stop";
+                text_add(&body, "{\"prompt\":\"a\",\"temperature\":0,%s%s%s}", cases[i].asked,
+                         keeps[keep], streamed ? ",\"stream\":true" : "");
                 assert_int_equal(call(f->url, "/v1/completions", body.data, &stream), 200);
                 if (streamed) {
                     heard h;
                     hear(&h, &stream);
                     assert_string_equal(h.words.data ? h.words.data : "", cases[i].text[keep]);
-                    assert_string_equal(h.finish, "stop");
+                    assert_string_equal(h.finish, finish);
                     hear_free(&h);
                 } else {
                     json_t *v = parsed(&stream);
                     assert_string_equal(words(at(choice(v, 0), "text")), cases[i].text[keep]);
-                    assert_string_equal(words(at(choice(v, 0), "finish_reason")), "stop");
+                    assert_string_equal(words(at(choice(v, 0), "finish_reason")), finish);
                     json_decref(v);
                 }
                 text_free(&body);
@@ -873,7 +883,7 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
         {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
-        {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
+        {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
         {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
