@@ -53,7 +53,14 @@ void api_put_error(text *t, int32_t http_status, const char *message) {
 
 /* --- Prompts ---------------------------------------------------------------------------------- */
 
-static status check_length(const api_model *m, int64_t n) {
+/* The prompt is there: what of it was asked for has to fit. */
+static status end_prompt(const api_request *r, const api_model *m, ids *prompt) {
+    const int64_t surplus = r->n_last ? prompt->length - r->n_last : 0;
+    if (surplus > 0) {
+        prompt->length = r->n_last;
+        memmove(prompt->data, prompt->data + surplus, sizeof *prompt->data * (size_t)r->n_last);
+    }
+    const int64_t n = prompt->length;
     if (n < 1) return FAIL(ST_RANGE, "the prompt is empty");
     if (n >= m->ctx_max)
         return FAIL(ST_RANGE, "the prompt has %lld tokens, this model's context takes %d",
@@ -94,7 +101,7 @@ static status take_prompt(api_request *r, const api_model *m, const json_t *v) {
         TRY(take_ids(m, v, "prompt", to));
     else
         return FAIL(ST_FORMAT, "prompt: neither a string, nor token ids, nor a list of these");
-    return check_length(m, to->length);
+    return end_prompt(r, m, to);
 }
 
 static status take_prompts(api_request *r, const api_model *m, const json_t *body) {
@@ -205,7 +212,7 @@ static status take_messages(api_request *r, const api_model *m, json_t *body) {
     if (!r->prompt) return FAIL(ST_NOMEM, "prompts");
     r->n_prompts = 1;
     TRY(render_messages(m, body, &r->prompt[0]));
-    return check_length(m, r->prompt[0].length);
+    return end_prompt(r, m, &r->prompt[0]);
 }
 
 /* --- Parameters ------------------------------------------------------------------------------- */
@@ -376,7 +383,6 @@ static const struct {
     {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
     {"continue_final_message", "false"},
-    {"truncate_prompt_tokens", ""},
     {"prompt_logprobs", ""},
     {"bad_words", ""},
     {"allowed_token_ids", ""},
@@ -443,6 +449,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     const char *salt = NULL;
     TRY(json_opt_string(body, "cache_salt", WHERE, &salt));
     if (salt) r->salt = hash_bytes(salt, strlen(salt), 1);
+    TRY(json_opt_i32(body, "truncate_prompt_tokens", WHERE, 1, 1 << 24, &r->n_last));
     TRY(take_sampling(r, body, seed));
     TRY(take_bias(r, m, body));
     TRY(take_logprobs(r, body));

@@ -31,6 +31,7 @@ typedef struct {
     bool no_output;      /* max_tokens 0: of the prompt alone, to see its log-probabilities */
     int32_t n;           /* choices of each prompt */
     int32_t n_prompts;   /* choice c answers prompt c / n */
+    int32_t n_last;      /* truncate_prompt_tokens: so many tokens of a prompt, 0 = all */
     ids *prompt;         /* [n_prompts] */
     int32_t *max_new;    /* [n_prompts]; 1 with no_output: what is drawn is for nobody */
     sampling sampling;   /* seed of choice c: sampling.seed + c; its bias is of this request */

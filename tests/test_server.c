@@ -373,6 +373,44 @@ static void prompts_come_in_four_forms(void **state) {
     json_decref(known);
 }
 
+/* The last tokens of a prompt are a prompt of these. */
+static void a_prompt_is_cut_to_its_end(void **state) {
+    const fixture *f = *state;
+    static const char tail[] = ",\"max_tokens\":12,\"temperature\":0,\"ignore_eos\":true}";
+    static const struct {
+        const char *prompt, *shorter;
+        json_int_t n;
+    } cases[] = {{"[7,8,9,10,11]", "[9,10,11]", 3}, {"[[7,8,9],[5]]", "[[7,8,9],[5]]", 4}};
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        json_t *v[3];
+        for (int32_t k = 0; k < 3; k++) {
+            text body = {0};
+            text_add(&body, "{\"prompt\":%s%s%s", k == 1 ? cases[i].shorter : cases[i].prompt,
+                     k == 0 ? ",\"truncate_prompt_tokens\":3" : "", tail);
+            v[k] = call_json(f->url, "/v1/completions", body.data, 200);
+            text_free(&body);
+        }
+        assert_int_equal(json_integer_value(at(at(v[0], "usage"), "prompt_tokens")), cases[i].n);
+        assert_string_equal(words(at(choice(v[0], 0), "text")), words(at(choice(v[1], 0), "text")));
+        if (i == 0) /* twin: those before them say something */
+            assert_string_not_equal(words(at(choice(v[0], 0), "text")),
+                                    words(at(choice(v[2], 0), "text")));
+        for (int32_t k = 0; k < 3; k++) json_decref(v[k]);
+    }
+    text body = {0}; /* cut before it is too long; chat, too */
+    text_add(&body, "{\"truncate_prompt_tokens\":16000,\"max_tokens\":1,\"prompt\":[5");
+    for (int32_t i = 1; i < 20000; i++) text_add(&body, ",%d", i % 1000);
+    text_add(&body, "]}");
+    json_decref(call_json(f->url, "/v1/completions", body.data, 200));
+    text_free(&body);
+    json_t *v = call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":\"hello there\"}],"
+                          "\"max_tokens\":1,\"truncate_prompt_tokens\":4}",
+                          200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "prompt_tokens")), 4);
+    json_decref(v);
+}
+
 static void draws_follow_the_seed(void **state) {
     const fixture *f = *state;
     static const char ask[] = "{\"prompt\":\"x\",\"max_tokens\":24,\"n\":3,\"seed\":%d,"
@@ -881,6 +919,7 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
         {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
         {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+        {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
         {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
@@ -2068,6 +2107,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(prompts_come_in_four_forms),
+        cmocka_unit_test(a_prompt_is_cut_to_its_end),
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
