@@ -180,15 +180,55 @@ static status take_variables(const json_t *body, json_t **out) {
     return ST_OK;
 }
 
-static status render_messages(const api_model *m, json_t *body, ids *out) {
+/* continue_final_message: a mark behind the text of the last message says where it ends in what the
+ * template makes of it. U+E000 is nobody's character; the space shows whether the template strips
+ * what a message ends with. */
+static const char mark[] = "\xEE\x80\x80 ";
+
+static status mark_final(json_t *messages) {
+    json_t *last = json_array_get(messages, json_array_size(messages) - 1);
+    const json_t *content = json_object_get(last, "content");
+    if (!json_is_string(content) || json_string_length(content) == 0)
+        return FAIL(ST_FORMAT, "'continue_final_message': the last message has no text");
+    text t = {0};
+    text_bytes(&t, json_string_value(content), json_string_length(content));
+    text_bytes(&t, mark, strlen(mark));
+    json_t *marked = t.failed ? NULL : json_stringn(t.data, t.length);
+    text_free(&t);
+    return marked && json_object_set_new(last, "content", marked) == 0 ? ST_OK
+                                                                       : FAIL(ST_NOMEM, "messages");
+}
+
+/* End where the last mark is. */
+static status cut_at_mark(text *rendered) {
+    const size_t n = strlen(mark) - 1; /* but the space */
+    size_t at = rendered->length;
+    while (at > 0 && !(at + n <= rendered->length && memcmp(rendered->data + at, mark, n) == 0))
+        at--;
+    if (at == 0)
+        return FAIL(ST_UNSUPPORTED,
+                    "'continue_final_message': this template does not show the last message");
+    const bool stripped = at + n == rendered->length || rendered->data[at + n] != ' ';
+    while (stripped && at > 0 && strchr(" \t\r\n", rendered->data[at - 1])) at--;
+    rendered->length = at;
+    return ST_OK;
+}
+
+/* `continues`: the answer goes on from the last message, whose turn stays open. */
+static status render_messages(const api_model *m, json_t *body, bool *continues, ids *out) {
     if (!m->tpl) return FAIL(ST_UNSUPPORTED, "this model has no chat template");
     json_t *messages = json_object_get(body, "messages"), *variables = NULL;
     if (!messages) return FAIL(ST_USAGE, "'messages' is missing");
     TRY(check_messages(messages));
     const json_t *tools = json_find(body, "tools");
     if (tools && !json_is_array(tools)) return FAIL(ST_FORMAT, "'tools' is no list");
-    bool prompt = true;
+    *continues = false;
+    TRY(json_opt_bool(body, "continue_final_message", WHERE, continues));
+    bool prompt = !*continues;
     TRY(json_opt_bool(body, "add_generation_prompt", WHERE, &prompt));
+    if (prompt && *continues)
+        return FAIL(ST_USAGE, "'continue_final_message' and 'add_generation_prompt' are both true");
+    if (*continues) TRY(mark_final(messages));
     TRY(take_variables(body, &variables));
     text rendered = {0};
     const chat_template_input in = {.messages = messages,
@@ -199,6 +239,7 @@ static status render_messages(const api_model *m, json_t *body, ids *out) {
                                     .eos = m->eos,
                                     .now_s = (int64_t)time(NULL)};
     status st = chat_template_render(m->tpl, &in, &rendered);
+    if (st == ST_OK && *continues) st = cut_at_mark(&rendered);
     if (st == ST_OK)
         st = encode(m, rendered.data ? rendered.data : "", rendered.length, TOKENIZER_PARSE_SPECIAL,
                     out);
@@ -211,7 +252,7 @@ static status take_messages(api_request *r, const api_model *m, json_t *body) {
     r->prompt = mem_alloc(1, sizeof *r->prompt);
     if (!r->prompt) return FAIL(ST_NOMEM, "prompts");
     r->n_prompts = 1;
-    TRY(render_messages(m, body, &r->prompt[0]));
+    TRY(render_messages(m, body, &r->continues, &r->prompt[0]));
     return end_prompt(r, m, &r->prompt[0]);
 }
 
@@ -382,7 +423,6 @@ static const struct {
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
-    {"continue_final_message", "false"},
     {"prompt_logprobs", ""},
     {"bad_words", ""},
     {"allowed_token_ids", ""},
@@ -495,10 +535,10 @@ status api_tokenize(ids *out, const api_model *m, const char *body, size_t n) {
     json_t *object;
     TRY(open_body(&object, body, n));
     const json_t *prompt = json_find(object, "prompt");
-    bool special = true;
+    bool special = true, continues;
     status st = json_opt_bool(object, "add_special_tokens", WHERE, &special);
     if (st == ST_OK && json_find(object, "messages"))
-        st = render_messages(m, object, out);
+        st = render_messages(m, object, &continues, out);
     else if (st == ST_OK && json_is_string(prompt))
         st = encode(m, json_string_value(prompt), json_string_length(prompt),
                     (special ? TOKENIZER_ADD_SPECIAL : 0) | TOKENIZER_PARSE_SPECIAL, out);

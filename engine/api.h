@@ -28,6 +28,7 @@ typedef struct {
     bool chat, stream, include_usage, ignore_eos, return_ids, echo;
     bool keep_stop;      /* include_stop_str_in_output: the text ends after what stops it */
     bool keep_special;   /* skip_special_tokens false: these are shown */
+    bool continues;      /* continue_final_message: the answer is the rest of a message */
     bool no_output;      /* max_tokens 0: of the prompt alone, to see its log-probabilities */
     int32_t n;           /* choices of each prompt */
     int32_t n_prompts;   /* choice c answers prompt c / n */

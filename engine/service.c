@@ -174,7 +174,8 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
                                           .min_tokens = j->request.sampling.min_tokens,
                                           .keep_stop = j->request.keep_stop,
                                           .keep_special = j->request.keep_special,
-                                          .continues = !j->request.chat && !j->request.echo});
+                                          .continues = j->request.chat ? j->request.continues
+                                                                       : !j->request.echo});
         if (st == ST_OK && j->request.echo) st = echo_prompt(&choice[i], tok);
     }
     if (st != ST_OK) {

@@ -870,6 +870,67 @@ static void chat_streams_what_it_says_whole(void **state) {
     json_decref(v);
 }
 
+/* Ids of a conversation that ends with an answer to go on with: those of the text up to there, in a
+ * template that keeps what a message ends with and in one that strips it. */
+static void an_answer_can_be_gone_on_with(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"messages\":[{\"role\":\"user\",\"content\":\"im\"},"
+                              "{\"role\":\"assistant\",\"content\":\"%s\"}],\"max_tokens\":8,"
+                              "\"temperature\":0,\"ignore_eos\":true%s}";
+    static const char stripping[] = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>"
+                                    "{% endfor %}",
+                      silent[] = "{{ messages[0].content }}";
+    static const struct {
+        const char *source, *content, *text; /* NULL: the fixture's template */
+    } cases[] = {{NULL, "im ", "<|im_start|>user\nim<|im_end|>\n<|im_start|>assistant\nim "},
+                 {stripping, " im ", "<user>im</><assistant>im"},
+                 {silent, "im", NULL}};
+    char body[512];
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        chat_template *own = NULL;
+        if (cases[i].source)
+            assert_ok(chat_template_open(&own, cases[i].source, strlen(cases[i].source), "test"));
+        const api_model m = {.tok = f->tok,
+                             .tpl = own ? own : f->tpl,
+                             .bos = "",
+                             .eos = "",
+                             .ctx_max = 4096,
+                             .vocab = 1005,
+                             .n_max = 1};
+        ids got = {0}, want = {0};
+        snprintf(body, sizeof body, ask, cases[i].content, ",\"continue_final_message\":true");
+        const status st = api_tokenize(&got, &m, body, strlen(body));
+        if (cases[i].text) {
+            assert_ok(st);
+            assert_ok(tokenizer_encode(f->tok, cases[i].text, strlen(cases[i].text),
+                                       TOKENIZER_PARSE_SPECIAL, &want));
+            assert_int_equal(got.length, want.length);
+            assert_memory_equal(got.data, want.data, sizeof *got.data * (size_t)want.length);
+        } else {
+            assert_int_equal(st, ST_UNSUPPORTED);
+        }
+        ids_clear(&got); /* twin: without, the turn is closed */
+        snprintf(body, sizeof body, ask, cases[i].content, "");
+        assert_ok(api_tokenize(&got, &m, body, strlen(body)));
+        assert_int_not_equal(got.length, want.length);
+        ids_free(&got);
+        ids_free(&want);
+        chat_template_close(own);
+    }
+    static const char *const wrong[] = {
+        ",\"continue_final_message\":true,\"add_generation_prompt\":true",
+        ",\"continue_final_message\":1", ",\"continue_final_message\":true"};
+    for (int32_t i = 0; i < COUNT_OF(wrong); i++) {
+        snprintf(body, sizeof body, ask, i < 2 ? "im" : "", wrong[i]);
+        json_decref(call_json(f->url, "/v1/chat/completions", body, 400));
+    }
+    snprintf(body, sizeof body, ask, "im",
+             ",\"continue_final_message\":true,\"add_generation_prompt\":false");
+    json_t *v = call_json(f->url, "/v1/chat/completions", body, 200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "completion_tokens")), 8);
+    json_decref(v);
+}
+
 /* Nobody asked for 16 tokens: a prompt that leaves room for 4 is answered with 4. */
 static void the_default_length_fits_the_context(void **state) {
     const fixture *f = *state;
@@ -2120,6 +2181,7 @@ int main(void) {
         cmocka_unit_test(a_prompt_is_scored),
         cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
+        cmocka_unit_test(an_answer_can_be_gone_on_with),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
         cmocka_unit_test(what_is_too_long_is_said),
