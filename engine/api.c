@@ -326,8 +326,23 @@ static status take_logprobs(api_request *r, const json_t *body) {
         r->logprobs = n >= 0;
         r->n_top = n >= 0 ? n : 0;
     }
-    if (r->logprobs) r->sampling.n_logprobs = r->n_top;
+    r->n_prompt_top = -1;
+    TRY(json_opt_i32(body, "prompt_logprobs", WHERE, 0, LOGPROBS_MAX, &r->n_prompt_top));
+    if (r->n_prompt_top >= 0 && r->stream)
+        return FAIL(ST_UNSUPPORTED,
+                    "'prompt_logprobs' come with a whole answer, not with a stream");
+    if (r->logprobs || r->n_prompt_top >= 0) r->sampling.n_logprobs = api_tops(r);
     return ST_OK;
+}
+
+int32_t api_tops(const api_request *r) {
+    return r->n_top > r->n_prompt_top ? r->n_top : r->n_prompt_top;
+}
+
+bool api_holds_prompt(const api_request *r) { return r->echo || r->n_prompt_top >= 0; }
+
+bool api_scores_prompt(const api_request *r) {
+    return (r->echo && r->logprobs) || r->n_prompt_top >= 0;
 }
 
 static status add_stop(api_request *r, const json_t *v) {
@@ -371,14 +386,14 @@ static void add_end_tokens(api_request *r, const api_model *m) {
     for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
-/* What is echoed is held from the beginning, so a small body could ask for much memory. */
-static status check_echo(const api_request *r) {
+/* Tokens of the prompt are held from the beginning: a small body could ask for much memory. */
+static status check_held(const api_request *r) {
     int64_t n = 0;
-    for (int32_t i = 0; i < r->n_prompts && r->echo; i++)
-        n += (int64_t)r->prompt[i].length * r->n * (1 + r->n_top);
+    for (int32_t i = 0; i < r->n_prompts && api_holds_prompt(r); i++)
+        n += (int64_t)r->prompt[i].length * r->n * (1 + api_tops(r));
     if (n > API_ECHO_MAX)
-        return FAIL(ST_RANGE, "'echo' of %lld log-probabilities, at most %d in a request",
-                    (long long)n, API_ECHO_MAX);
+        return FAIL(ST_RANGE, "'%s' of %lld log-probabilities, at most %d in a request",
+                    r->echo ? "echo" : "prompt_logprobs", (long long)n, API_ECHO_MAX);
     return ST_OK;
 }
 
@@ -423,7 +438,6 @@ static const struct {
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
-    {"prompt_logprobs", ""},
     {"bad_words", ""},
     {"allowed_token_ids", ""},
     {"structured_outputs", ""},
@@ -497,7 +511,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     add_end_tokens(r, m);
     TRY(sampling_check(&r->sampling));
     TRY(r->chat ? take_messages(r, m, body) : take_prompts(r, m, body));
-    TRY(check_echo(r));
+    TRY(check_held(r));
     return take_max_new(r, m, body);
 }
 

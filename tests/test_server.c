@@ -793,6 +793,64 @@ static void a_prompt_is_scored(void **state) {
     json_decref(v);
 }
 
+/* prompt_logprobs say what echo says, of n best that are not those of the output; chat has them
+ * too. */
+static void a_prompt_has_its_own_scores(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"prompt\":[9,8,7,6,5],\"max_tokens\":4,\"temperature\":0,"
+                              "\"ignore_eos\":true,\"n\":2,\"logprobs\":%d%s}";
+    char body[256];
+    json_t *v[2];
+    snprintf(body, sizeof body, ask, 3, ",\"echo\":true");
+    v[0] = call_json(f->url, "/v1/completions", body, 200);
+    snprintf(body, sizeof body, ask, 1, ",\"prompt_logprobs\":3");
+    v[1] = call_json(f->url, "/v1/completions", body, 200);
+    for (size_t k = 0; k < 2; k++) {
+        const json_t *echoed = at(choice(v[0], k), "logprobs"),
+                     *l = at(choice(v[1], k), "logprobs");
+        const json_t *scores = at(choice(v[1], k), "prompt_logprobs");
+        assert_int_equal(json_array_size(scores), 5);
+        assert_true(json_is_null(json_array_get(scores, 0)));
+        for (int32_t i = 1; i < 5; i++) {
+            char id[8];
+            snprintf(id, sizeof id, "%d", 9 - i);
+            const json_t *of = json_array_get(scores, (size_t)i), *own = at(of, id);
+            const json_t *best = json_array_get(at(echoed, "top_logprobs"), (size_t)i);
+            assert_true(json_equal(at(own, "logprob"),
+                                   json_array_get(at(echoed, "token_logprobs"), (size_t)i)));
+            assert_true(json_object_size(of) == 3 + (size_t)json_is_null(at(own, "rank")));
+            const char *key;
+            json_t *entry;
+            json_object_foreach((json_t *)(uintptr_t)of, key,
+                                entry) if (!json_is_null(at(entry, "rank")))
+                assert_true(
+                    json_equal(at(best, words(at(entry, "decoded_token"))), at(entry, "logprob")));
+        }
+        /* The output is what it is without them, and has the one best token that it asked for. */
+        assert_int_equal(json_array_size(at(l, "tokens")), 4);
+        for (size_t i = 0; i < 4; i++) {
+            assert_true(json_equal(json_array_get(at(l, "token_logprobs"), i),
+                                   json_array_get(at(echoed, "token_logprobs"), 5 + i)));
+            assert_false(json_equal(json_array_get(at(l, "token_logprobs"), i), /* twin */
+                                    json_array_get(at(echoed, "token_logprobs"), 4 + i)));
+            assert_int_equal(json_object_size(json_array_get(at(l, "top_logprobs"), i)), 1);
+        }
+        assert_int_equal(json_integer_value(json_array_get(at(l, "text_offset"), 0)), 0);
+    }
+    assert_int_equal(json_integer_value(at(at(v[1], "usage"), "completion_tokens")), 8);
+    json_decref(v[0]);
+    json_decref(v[1]);
+    json_t *chat = call_json(f->url, "/v1/chat/completions",
+                             "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],"
+                             "\"max_tokens\":2,\"prompt_logprobs\":0}",
+                             200);
+    const size_t n = json_array_size(at(chat, "prompt_logprobs"));
+    assert_int_equal(n, json_integer_value(at(at(chat, "usage"), "prompt_tokens")));
+    assert_int_equal(json_object_size(json_array_get(at(chat, "prompt_logprobs"), n - 1)), 1);
+    assert_true(json_is_null(at(choice(chat, 0), "logprobs")));
+    json_decref(chat);
+}
+
 /* A prompt alone has the log-probabilities that it has before an output, streamed or not, and
  * nothing else: with an end token forced, too. */
 static void a_prompt_alone_is_scored(void **state) {
@@ -969,6 +1027,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
         {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
+        {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
+        {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
         {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
@@ -2179,6 +2239,7 @@ int main(void) {
         cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(a_prompt_is_echoed),
         cmocka_unit_test(a_prompt_is_scored),
+        cmocka_unit_test(a_prompt_has_its_own_scores),
         cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(an_answer_can_be_gone_on_with),
