@@ -1,6 +1,7 @@
 /* test_server.c - the HTTP server over loopback with libcurl: every endpoint, streams, refusals,
  * clients that leave, read slowly or come in crowds, shutdown. AMALGAM_STREAMS=1000 makes the
  * crowd larger. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "test.h"
 
 #include "json.h"
@@ -18,7 +19,9 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -1619,6 +1622,51 @@ static void a_port_has_one_server(void **state) {
 }
 
 /* With grace streams end as they should; without, each is told. */
+/* libmicrohttpd's, and here slow to take a socket out of a set, the daemon's thread slower than the
+ * one that closes it. */
+static atomic_bool slow_to_remove;
+int epoll_ctl(int set, int op, int fd, struct epoll_event *event) {
+    const bool daemons = syscall(SYS_gettid) != getpid();
+    if (op == EPOLL_CTL_DEL && atomic_load(&slow_to_remove))
+        nanosleep(&(struct timespec){.tv_nsec = daemons ? 6000000 : 2000000}, NULL);
+    return (int)syscall(SYS_epoll_ctl, set, op, fd, event);
+}
+
+static void *knock(void *user) {
+    const int32_t port = *(const int32_t *)user;
+    while (atomic_load(&slow_to_remove)) {
+        const int s = socket(AF_INET, SOCK_STREAM, 0);
+        const struct sockaddr_in to = {.sin_family = AF_INET,
+                                       .sin_port = htons((uint16_t)port),
+                                       .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        (void)connect(s, (const struct sockaddr *)&to, sizeof to);
+        close(s);
+    }
+    return NULL;
+}
+
+/* The daemon takes the socket that listens out of its set when it is closed already: that would
+ * abort (the twin is the close before MHD_stop_daemon). */
+static void clients_that_come_at_the_end_harm_nobody(void **state) {
+    (void)state;
+    fixture f;
+    pthread_t thread;
+    open_fixture(&f, 1, 1, NULL);
+    const api_model m = {.model = "tiny", .ctx_max = 16384, .vocab = 1005, .n_max = 8};
+    for (int32_t i = 0; i < 20; i++) {
+        server_options so = SERVER_OPTIONS_DEFAULT;
+        so.port = server_port(f.server);
+        atomic_store(&slow_to_remove, true);
+        assert_int_equal(pthread_create(&thread, NULL, knock, &so.port), 0);
+        nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+        server_close(f.server, 0);
+        atomic_store(&slow_to_remove, false);
+        pthread_join(thread, NULL);
+        assert_ok(server_open(&f.server, &so, f.service, &m));
+    }
+    close_fixture(&f, 0);
+}
+
 static void shutdown_finishes_or_reports(void **state) {
     (void)state;
     for (int32_t graceful = 0; graceful < 2; graceful++) {
@@ -2264,6 +2312,7 @@ int main(void) {
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
+        cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
         cmocka_unit_test(a_line_is_one_message),
