@@ -92,11 +92,17 @@ static status take_ids(const api_model *m, const json_t *list, const char *what,
     return ids_status(out);
 }
 
-static status take_prompt(api_request *r, const api_model *m, const json_t *v) {
+/* Bits for the tokenizer: what it puts around a text, unless add_special_tokens says otherwise. */
+static status take_special(const json_t *body, bool add, uint32_t *flags) {
+    TRY(json_opt_bool(body, "add_special_tokens", WHERE, &add));
+    *flags = (add ? TOKENIZER_ADD_SPECIAL : 0) | TOKENIZER_PARSE_SPECIAL;
+    return ST_OK;
+}
+
+static status take_prompt(api_request *r, const api_model *m, const json_t *v, uint32_t flags) {
     ids *to = &r->prompt[r->n_prompts++];
     if (json_is_string(v))
-        TRY(encode(m, json_string_value(v), json_string_length(v),
-                   TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL, to));
+        TRY(encode(m, json_string_value(v), json_string_length(v), flags, to));
     else if (json_is_array(v))
         TRY(take_ids(m, v, "prompt", to));
     else
@@ -106,14 +112,17 @@ static status take_prompt(api_request *r, const api_model *m, const json_t *v) {
 
 static status take_prompts(api_request *r, const api_model *m, const json_t *body) {
     const json_t *v = json_find(body, "prompt");
+    uint32_t flags;
     if (!v) return FAIL(ST_USAGE, "'prompt' is missing");
+    TRY(take_special(body, true, &flags));
     const bool several = json_is_array(v) && !json_is_integer(json_array_get(v, 0));
     const size_t n = several ? json_array_size(v) : 1;
     if (n < 1 || n > API_PROMPTS_MAX)
         return FAIL(ST_RANGE, "%zu prompts; 1 to %d are taken", n, API_PROMPTS_MAX);
     r->prompt = mem_alloc(n, sizeof *r->prompt);
     if (!r->prompt) return FAIL(ST_NOMEM, "prompts");
-    for (size_t i = 0; i < n; i++) TRY(take_prompt(r, m, several ? json_array_get(v, i) : v));
+    for (size_t i = 0; i < n; i++)
+        TRY(take_prompt(r, m, several ? json_array_get(v, i) : v, flags));
     return ST_OK;
 }
 
@@ -222,6 +231,8 @@ static status render_messages(const api_model *m, json_t *body, bool *continues,
     TRY(check_messages(messages));
     const json_t *tools = json_find(body, "tools");
     if (tools && !json_is_array(tools)) return FAIL(ST_FORMAT, "'tools' is no list");
+    uint32_t flags; /* a template has those tokens in it */
+    TRY(take_special(body, false, &flags));
     *continues = false;
     TRY(json_opt_bool(body, "continue_final_message", WHERE, continues));
     bool prompt = !*continues;
@@ -241,8 +252,7 @@ static status render_messages(const api_model *m, json_t *body, bool *continues,
     status st = chat_template_render(m->tpl, &in, &rendered);
     if (st == ST_OK && *continues) st = cut_at_mark(&rendered);
     if (st == ST_OK)
-        st = encode(m, rendered.data ? rendered.data : "", rendered.length, TOKENIZER_PARSE_SPECIAL,
-                    out);
+        st = encode(m, rendered.data ? rendered.data : "", rendered.length, flags, out);
     text_free(&rendered);
     json_decref(variables);
     return st;
@@ -549,13 +559,13 @@ status api_tokenize(ids *out, const api_model *m, const char *body, size_t n) {
     json_t *object;
     TRY(open_body(&object, body, n));
     const json_t *prompt = json_find(object, "prompt");
-    bool special = true, continues;
-    status st = json_opt_bool(object, "add_special_tokens", WHERE, &special);
+    uint32_t flags;
+    bool continues;
+    status st = take_special(object, true, &flags);
     if (st == ST_OK && json_find(object, "messages"))
         st = render_messages(m, object, &continues, out);
     else if (st == ST_OK && json_is_string(prompt))
-        st = encode(m, json_string_value(prompt), json_string_length(prompt),
-                    (special ? TOKENIZER_ADD_SPECIAL : 0) | TOKENIZER_PARSE_SPECIAL, out);
+        st = encode(m, json_string_value(prompt), json_string_length(prompt), flags, out);
     else if (st == ST_OK)
         st = FAIL(ST_FORMAT, "'prompt' is no string");
     json_decref(object);

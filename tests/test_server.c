@@ -376,6 +376,29 @@ static void prompts_come_in_four_forms(void **state) {
     json_decref(known);
 }
 
+/* A prompt begins with what the tokenizer puts there, a chat does not; or as add_special_tokens
+ * has it. */
+static void special_tokens_are_added_as_asked(void **state) {
+    const fixture *f = *state;
+    static const char *const asks[] = {"", ",\"add_special_tokens\":true",
+                                       ",\"add_special_tokens\":false"};
+    static const char *const paths[] = {"/v1/completions", "/v1/chat/completions"};
+    for (int32_t chat = 0; chat < 2; chat++) {
+        json_int_t n[3];
+        for (int32_t i = 0; i < 3; i++) {
+            char body[200];
+            snprintf(body, sizeof body, "{\"max_tokens\":1%s,%s}", asks[i],
+                     chat ? "\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]"
+                          : "\"prompt\":\"one two\"");
+            json_t *v = call_json(f->url, paths[chat], body, 200);
+            n[i] = json_integer_value(at(at(v, "usage"), "prompt_tokens"));
+            json_decref(v);
+        }
+        assert_int_equal(n[1], n[2] + 1); /* <|begin_of_text|> */
+        assert_int_equal(n[0], chat ? n[2] : n[1]);
+    }
+}
+
 /* The last tokens of a prompt are a prompt of these. */
 static void a_prompt_is_cut_to_its_end(void **state) {
     const fixture *f = *state;
@@ -2276,6 +2299,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(prompts_come_in_four_forms),
+        cmocka_unit_test(special_tokens_are_added_as_asked),
         cmocka_unit_test(a_prompt_is_cut_to_its_end),
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
