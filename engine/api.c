@@ -455,6 +455,13 @@ static const struct {
     {"guided_regex", ""},
     {"guided_choice", ""},
     {"guided_grammar", ""},
+    {"chat_template", ""},
+    {"documents", ""},
+    {"thinking_token_budget", ""},
+    {"regex", ""}, /* from here on: SGLang's and llama.cpp's */
+    {"ebnf", ""},
+    {"grammar", ""},
+    {"json_schema", ""},
 };
 
 static bool is_empty(const json_t *v) {

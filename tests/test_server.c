@@ -1070,6 +1070,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
         {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
+        {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
+        {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
         {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
