@@ -21,6 +21,21 @@ local function refused(words, reason)
   test.contains(said, reason)
 end
 
+test.case("a closed standard output is no file of ours", function()
+  local path = os.tmpname()
+  local script = path .. ".lua"
+  local f = assert(io.open(script, "w"))
+  f:write(("local f = io.open(%q, 'w') io.stdout:write('out') io.stdout:flush() "):format(path),
+    "io.stderr:write('error') f:write('file') f:close()")
+  f:close()
+  for _, closed in ipairs({ "", "0<&-", ">&-", "2>&-", "0<&- >&-", "0<&- >&- 2>&-" }) do
+    command(("%%s lua %s %s"):format(script, closed))
+    test.equal(assert(io.open(path)):read("a"), "file", closed)
+  end
+  os.remove(script)
+  os.remove(path)
+end)
+
 test.case("a number that 32 bits do not hold is refused, not cut", function()
   local over = 2 ^ 32 + 1
   for words, range in pairs({
