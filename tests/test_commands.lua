@@ -36,6 +36,12 @@ test.case("a closed standard output is no file of ours", function()
   os.remove(path)
 end)
 
+test.case("too little address space is called that", function()
+  local code, said = command("ulimit -v 800000; %s generate --model workloads/tiny --prompt a")
+  test.equal(code, 1)
+  test.contains(said, "GB of address space: Cannot allocate memory (ulimit -v")
+end)
+
 test.case("a number that 32 bits do not hold is refused, not cut", function()
   local over = 2 ^ 32 + 1
   for words, range in pairs({
