@@ -324,7 +324,7 @@ static status take_sampling(api_request *r, const json_t *body, uint64_t seed) {
     return ST_OK;
 }
 
-static status take_logprobs(api_request *r, const json_t *body) {
+static status take_logprobs(api_request *r, const api_model *m, const json_t *body) {
     if (r->chat) {
         TRY(json_opt_bool(body, "logprobs", WHERE, &r->logprobs));
         TRY(json_opt_i32(body, "top_logprobs", WHERE, 0, LOGPROBS_MAX, &r->n_top));
@@ -341,7 +341,11 @@ static status take_logprobs(api_request *r, const json_t *body) {
     if (r->n_prompt_top >= 0 && r->stream)
         return FAIL(ST_UNSUPPORTED,
                     "'prompt_logprobs' come with a whole answer, not with a stream");
-    if (r->logprobs || r->n_prompt_top >= 0) r->sampling.n_logprobs = api_tops(r);
+    const bool any = r->logprobs || r->n_prompt_top >= 0;
+    if (any && m->made_up)
+        return FAIL(ST_UNSUPPORTED,
+                    "this device makes up its tokens: they have no log-probability");
+    if (any) r->sampling.n_logprobs = api_tops(r);
     return ST_OK;
 }
 
@@ -523,7 +527,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_i32(body, "truncate_prompt_tokens", WHERE, 1, 1 << 24, &r->n_last));
     TRY(take_sampling(r, body, seed));
     TRY(take_bias(r, m, body));
-    TRY(take_logprobs(r, body));
+    TRY(take_logprobs(r, m, body));
     TRY(take_stops(r, m, body));
     add_end_tokens(r, m);
     TRY(sampling_check(&r->sampling));

@@ -21,6 +21,7 @@ typedef struct {
     const char *bos, *eos;    /* as text, for the template */
     int32_t ctx_max, vocab;
     int32_t n_max; /* choices of a prompt */
+    bool made_up;  /* tokens come of a device without logits */
 } api_model;
 
 /* Owned by itself: api_request_free. Pointers lie in it. */

@@ -172,7 +172,8 @@ static status start(const arguments *a, parts *p) {
                          .eos = tokenizer_eos_text(p->tok),
                          .ctx_max = engine_ctx_max(p->engine),
                          .vocab = c->vocab,
-                         .n_max = (int32_t)a->max_n};
+                         .n_max = (int32_t)a->max_n,
+                         .made_up = !engine_device(p->engine)->ops->has_logits};
     end_on_signals(); /* while the model was loading they did what signals do */
     TRY(server_open(&p->server, &so, p->service, &m));
     const bool bare6 = strchr(a->host, ':') != NULL;

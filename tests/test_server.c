@@ -550,6 +550,26 @@ static void stop_strings_want_a_tokenizer(void **state) {
     api_request_free(&r);
 }
 
+/* Where nothing computes them there are none, and no zeros in their place. */
+static void made_up_tokens_have_no_logprobs(void **state) {
+    (void)state;
+    static const struct {
+        const char *body;
+        bool refused;
+    } cases[] = {{"{\"prompt\":[1]}", false},
+                 {"{\"prompt\":[1],\"logprobs\":0}", true},
+                 {"{\"prompt\":[1],\"prompt_logprobs\":0}", true}};
+    for (int32_t made_up = 0; made_up < 2; made_up++)
+        for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+            const api_model m = {
+                .model = "ids", .ctx_max = 100, .vocab = 10, .n_max = 1, .made_up = made_up};
+            api_request r;
+            const status st = api_parse(&r, &m, false, cases[i].body, strlen(cases[i].body), 1);
+            assert_int_equal(st, made_up && cases[i].refused ? ST_UNSUPPORTED : ST_OK);
+            if (st == ST_OK) api_request_free(&r);
+        }
+}
+
 /* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
 static void stop_strings_cut_and_never_leak(void **state) {
     const fixture *f = *state;
@@ -2307,6 +2327,7 @@ int main(void) {
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
+        cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(what_stops_can_be_kept),
         cmocka_unit_test(logits_are_biased_and_penalised),
