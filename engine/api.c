@@ -519,6 +519,7 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     const json_t *so = json_find(body, "stream_options");
     if (so && !json_is_object(so)) return FAIL(ST_FORMAT, "'stream_options' is no object");
     if (so) TRY(json_opt_bool(so, "include_usage", WHERE, &r->include_usage));
+    if (so) TRY(json_opt_bool(so, "continuous_usage_stats", WHERE, &r->running_usage));
     r->n = 1;
     TRY(json_opt_i32(body, "n", WHERE, 1, m->n_max, &r->n));
     const char *salt = NULL;

@@ -27,6 +27,7 @@ typedef struct {
 /* Owned by itself: api_request_free. Pointers lie in it. */
 typedef struct {
     bool chat, stream, include_usage, ignore_eos, return_ids, echo;
+    bool running_usage;   /* continuous_usage_stats: every event has that of its choice so far */
     bool keep_stop;       /* include_stop_str_in_output: the text ends after what stops it */
     bool keep_special;    /* skip_special_tokens false: these are shown */
     bool continues;       /* continue_final_message: the answer is the rest of a message */

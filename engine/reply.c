@@ -22,6 +22,13 @@ static void put_head(text *t, const reply_head *h, const job *j, bool chunk) {
     text_add(t, ",\"choices\":[");
 }
 
+static void put_counts(text *t, int64_t prompt, int64_t made, int64_t cached) {
+    text_add(t,
+             "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
+             "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
+             (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
+}
+
 static void put_usage(text *t, const job *j) {
     int64_t prompt = 0, made = 0, cached = 0;
     for (int32_t i = 0; i < j->n_choices; i++) {
@@ -29,10 +36,7 @@ static void put_usage(text *t, const job *j) {
         if (i % j->request.n == 0) cached += j->choice[i].n_cached;
         made += j->choice[i].n_ready - j->choice[i].n_given;
     }
-    text_add(t,
-             "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
-             "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
-             (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
+    put_counts(t, prompt, made, cached);
 }
 
 /* A token as text; what is no complete text on its own, as the vocabulary writes it. `bytes`: those
@@ -243,9 +247,14 @@ static bool put_event(text *out, const reply_head *h, const job_choice *c, reply
     put_logprobs(out, h, c, at, next);
     put_ids(out, c, at, next);
     if (last)
-        text_add(out, ",\"finish_reason\":\"%s\"}]}\n\n", reason_text(c->finish));
+        text_add(out, ",\"finish_reason\":\"%s\"}]", reason_text(c->finish));
     else
-        text_add(out, ",\"finish_reason\":null}]}\n\n");
+        text_add(out, ",\"finish_reason\":null}]");
+    if (c->job->request.running_usage) {
+        text_add(out, ",");
+        put_counts(out, c->n_prompt, next > c->n_given ? next - c->n_given : 0, c->n_cached);
+    }
+    text_add(out, "}\n\n");
     s->sent[c->index] = next;
     s->shown[c->index] = to;
     s->ended[c->index] = last;

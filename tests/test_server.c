@@ -1035,6 +1035,25 @@ static void an_answer_can_be_gone_on_with(void **state) {
     json_decref(v);
 }
 
+static void the_usage_so_far_is_in_every_event(void **state) {
+    const fixture *f = *state;
+    for (int32_t running = 0; running < 2; running++) {
+        char body[256];
+        text stream = {0};
+        snprintf(body, sizeof body,
+                 "{\"prompt\":[5,6,7],\"max_tokens\":6,\"ignore_eos\":true,\"stream\":true,"
+                 "\"stream_options\":{\"continuous_usage_stats\":%s}}",
+                 running ? "true" : "false");
+        assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+        char want[80];
+        for (int32_t n = 1; n <= 7; n++) {
+            snprintf(want, sizeof want, "\"prompt_tokens\":3,\"completion_tokens\":%d,", n);
+            assert_int_equal(strstr(stream.data, want) != NULL, running && n <= 6);
+        }
+        text_free(&stream);
+    }
+}
+
 /* Nobody asked for 16 tokens: a prompt that leaves room for 4 is answered with 4. */
 static void the_default_length_fits_the_context(void **state) {
     const fixture *f = *state;
@@ -2338,6 +2357,7 @@ int main(void) {
         cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
         cmocka_unit_test(an_answer_can_be_gone_on_with),
+        cmocka_unit_test(the_usage_so_far_is_in_every_event),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
         cmocka_unit_test(what_is_too_long_is_said),
