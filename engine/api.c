@@ -223,6 +223,13 @@ static status cut_at_mark(text *rendered) {
     return ST_OK;
 }
 
+/* Clients leave the content of a message out that calls tools. */
+static bool any_without_text(const json_t *messages) {
+    for (size_t i = 0; i < json_array_size(messages); i++)
+        if (!json_is_string(json_object_get(json_array_get(messages, i), "content"))) return true;
+    return false;
+}
+
 /* `continues`: the answer goes on from the last message, whose turn stays open. */
 static status render_messages(const api_model *m, json_t *body, bool *continues, ids *out) {
     if (!m->tpl) return FAIL(ST_UNSUPPORTED, "this model has no chat template");
@@ -250,6 +257,8 @@ static status render_messages(const api_model *m, json_t *body, bool *continues,
                                     .eos = m->eos,
                                     .now_s = (int64_t)time(NULL)};
     status st = chat_template_render(m->tpl, &in, &rendered);
+    if (st == ST_FORMAT && any_without_text(messages))
+        st = fail_prefix(st, "a message has no content, which this template may not take");
     if (st == ST_OK && *continues) st = cut_at_mark(&rendered);
     if (st == ST_OK)
         st = encode(m, rendered.data ? rendered.data : "", rendered.length, flags, out);

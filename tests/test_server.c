@@ -1129,6 +1129,11 @@ static void what_is_wrong_is_said(void **state) {
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
                           400));
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_t *v = call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"assistant\",\"content\":null}]}", 400);
+    assert_non_null(
+        strstr(words(at(at(v, "error"), "message")), "a message has no content, which"));
+    json_decref(v);
     json_decref(call_json(
         f->url, "/v1/chat/completions",
         "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
