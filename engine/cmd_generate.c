@@ -156,7 +156,8 @@ int cmd_generate(int argc, char **argv) {
         {"--min-tokens", CLI_INT, &a.min_new, "N", "and at least, before an end or a --stop (0)"},
 #include "cmd_sampling.def"
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
-        {"--include-stop", CLI_FLAG, &a.keep_stop, NULL, "and after it; an end token's text, too"},
+        {"--include-stop", CLI_FLAG, &a.keep_stop, NULL,
+         "end after it; an end token has its text, too"},
         {"--show-special", CLI_FLAG, &a.keep_special, NULL, "special tokens in the text"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},

@@ -36,6 +36,25 @@ test.case("a closed standard output is no file of ours", function()
   os.remove(path)
 end)
 
+test.case("generate shows what stops it, and special tokens, when asked", function()
+  local function text(words)
+    local code, said = command("%s generate --model workloads/tiny --prompt 'Once upon a time'"
+      .. " --max-tokens 40 " .. words)
+    test.equal(code, 0, words)
+    return (said:gsub("\n$", ""))
+  end
+  local whole, cut = text(""), text("--stop ' the'")
+  test.equal(text("--stop ' the' --include-stop"), cut .. " the")
+  test.equal(whole:sub(1, #cut + 4), cut .. " the")
+  local ends = "--logit-bias 0=100" -- <|endoftext|>, which is also what ends an answer
+  test.equal(text(ends), "")
+  test.equal(text(ends .. " --include-stop"), "")
+  test.equal(text(ends .. " --show-special"), "")
+  local shown = text(ends .. " --show-special --include-stop")
+  test.contains(shown, "<|")
+  test.equal(text(ends .. " --show-special --ignore-eos --max-tokens 2"), shown .. shown)
+end)
+
 test.case("too little address space is called that", function()
   local code, said = command("ulimit -v 800000; %s generate --model workloads/tiny --prompt a")
   test.equal(code, 1)
