@@ -55,6 +55,23 @@ test.case("generate shows what stops it, and special tokens, when asked", functi
   test.equal(text(ends .. " --show-special --ignore-eos --max-tokens 2"), shown .. shown)
 end)
 
+test.case("serve takes no more of a GPU than it may", function()
+  refused("serve --model workloads/tiny --memory-fraction 0", "outside 0.01 to 1")
+  local function start(fraction) -- and end it when it serves
+    return command("f=$(mktemp); %s serve --model Llama-3.1-8B --device sim --gpu h200 --port 0"
+      .. " --memory-fraction " .. fraction .. [[ >$f 2>&1 & p=$!
+      until grep -q "KV cache of" $f || ! kill -0 $p 2>/dev/null; do sleep 0.1; done
+      kill $p 2>/dev/null; wait $p; code=$?; cat $f; rm $f; exit $code]])
+  end
+  local code, said = start("0.05")
+  test.equal(code, 3)
+  test.contains(said, "(5 % of 139.4 GiB)")
+  local function tokens(fraction)
+    return tonumber((select(2, start(fraction)):match("a KV cache of (%d+)")))
+  end
+  test.equal(tokens("0.2") * 4 < tokens("0.9"), true)
+end)
+
 test.case("too little address space is called that", function()
   local code, said = command("ulimit -v 800000; %s generate --model workloads/tiny --prompt a")
   test.equal(code, 1)
