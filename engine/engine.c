@@ -307,7 +307,8 @@ static status finish_step(engine *e) {
             continue;
         }
         e->stop[i] = r && meant && ends_request(e, r, e->drawn[i]);
-        if (r && e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
+        if (r && e->hooks.token &&
+            e->hooks.token(e->hooks.user, r->id, &e->sampled[i], e->stop[i], now))
             e->stop[i] = true;
     }
     count_step(e, &s, now);

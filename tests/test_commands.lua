@@ -21,6 +21,63 @@ local function refused(words, reason)
   test.contains(said, reason)
 end
 
+test.case("a closed standard output is no file of ours", function()
+  local path = os.tmpname()
+  local script = path .. ".lua"
+  local f = assert(io.open(script, "w"))
+  f:write(("local f = io.open(%q, 'w') io.stdout:write('out') io.stdout:flush() "):format(path),
+    "io.stderr:write('error') f:write('file') f:close()")
+  f:close()
+  for _, closed in ipairs({ "", "0<&-", ">&-", "2>&-", "0<&- >&-", "0<&- >&- 2>&-" }) do
+    command(("%%s lua %s %s"):format(script, closed))
+    test.equal(assert(io.open(path)):read("a"), "file", closed)
+  end
+  os.remove(script)
+  os.remove(path)
+end)
+
+test.case("generate shows what stops it, and special tokens, when asked", function()
+  local function text(words)
+    local code, said = command("%s generate --model workloads/tiny --prompt 'Once upon a time'"
+      .. " --max-tokens 40 " .. words)
+    test.equal(code, 0, words)
+    return (said:gsub("\n$", ""))
+  end
+  local whole, cut = text(""), text("--stop ' the'")
+  test.equal(text("--stop ' the' --include-stop"), cut .. " the")
+  test.equal(whole:sub(1, #cut + 4), cut .. " the")
+  local ends = "--logit-bias 0=100" -- <|endoftext|>, which is also what ends an answer
+  test.equal(text(ends), "")
+  test.equal(text(ends .. " --include-stop"), "")
+  test.equal(text(ends .. " --show-special"), "")
+  local shown = text(ends .. " --show-special --include-stop")
+  test.contains(shown, "<|")
+  test.equal(text(ends .. " --show-special --ignore-eos --max-tokens 2"), shown .. shown)
+end)
+
+test.case("serve takes no more of a GPU than it may", function()
+  refused("serve --model workloads/tiny --memory-fraction 0", "outside 0.01 to 1")
+  local function start(fraction) -- and end it when it serves
+    return command("f=$(mktemp); %s serve --model Llama-3.1-8B --device sim --gpu h200 --port 0"
+      .. " --memory-fraction " .. fraction .. [[ >$f 2>&1 & p=$!
+      until grep -q "KV cache of" $f || ! kill -0 $p 2>/dev/null; do sleep 0.1; done
+      kill $p 2>/dev/null; wait $p; code=$?; cat $f; rm $f; exit $code]])
+  end
+  local code, said = start("0.05")
+  test.equal(code, 3)
+  test.contains(said, "(5 % of 139.4 GiB)")
+  local function tokens(fraction)
+    return tonumber((select(2, start(fraction)):match("a KV cache of (%d+)")))
+  end
+  test.equal(tokens("0.2") * 4 < tokens("0.9"), true)
+end)
+
+test.case("too little address space is called that", function()
+  local code, said = command("ulimit -v 800000; %s generate --model workloads/tiny --prompt a")
+  test.equal(code, 1)
+  test.contains(said, "GB of address space: Cannot allocate memory (ulimit -v")
+end)
+
 test.case("a number that 32 bits do not hold is refused, not cut", function()
   local over = 2 ^ 32 + 1
   for words, range in pairs({

@@ -503,8 +503,30 @@ test.case("compare refuses another definition and names what is missing", functi
   test.equal(status, 0)
   test.contains(said, "2 not comparable")
   test.contains(said, "the definition changed")
-  test.equal((compared(base, dir .. "/nothing.jsonl")), 2)
+  status, said = compared(base, dir .. "/nothing.jsonl")
+  test.equal(status, 2)
+  test.contains(said, "No such file")
   test.equal((compared(base)), 2)
+end)
+
+test.case("compare names a metric that one side alone has, and lines that are no rows", function()
+  local function one(path, metrics, more)
+    amalgam.write_file(path, (more or "") .. amalgam.json_encode({ experiment = "e91",
+      definition = "d", machine = "m", origin = "predicted", status = "ok", time = "t",
+      commit = "c", key = { point = 1 }, metrics = metrics }) .. "\n")
+    return path
+  end
+  local base = one(dir .. "/n1.jsonl", { output_per_s = 5, ttft_ms = 4, steps = 3 })
+  local head = one(dir .. "/n2.jsonl", { output_tokens_per_s = 5, ttft_ms = "none", other = 3 },
+    '{"experiment":"e9\n')
+  local status, said = compared(base, head)
+  test.equal(status, 0)
+  test.contains(said, "output_per_s is in BASE alone")
+  test.contains(said, "output_tokens_per_s is in HEAD alone")
+  test.contains(said, "ttft_ms is in BASE alone") -- it has no value
+  test.contains(said, "3 not comparable")
+  test.contains(said, "left out, cannot be read: " .. head .. ": 1 line")
+  test.contains(select(2, compared(base, base)), "2 same")
 end)
 
 test.case("compare takes git's names for versions, and names those that there are", function()
