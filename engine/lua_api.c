@@ -950,7 +950,7 @@ static int l_devices(lua_State *L) {
 static int l_model(lua_State *L) {
     const engine_options o = {.model = luaL_checkstring(L, 1)};
     const model_config *c = load_config(L, &o);
-    lua_createtable(L, 0, 12);
+    lua_createtable(L, 0, 14);
     set_str(L, "name", c->name);
     set_str(L, "arch", c->arch);
     set_int(L, "dim", c->dim);
@@ -961,6 +961,8 @@ static int l_model(lua_State *L) {
     set_int(L, "vocab", c->vocab);
     set_int(L, "ctx_max", c->ctx_max);
     set_int(L, "experts", c->n_experts);
+    set_int(L, "top_k", c->top_k);
+    set_int(L, "expert_ffn", c->expert_dim);
     set_int(L, "parameters", model_parameters(c));
     set_int(L, "active_parameters", model_active_parameters(c));
     return 1;
