@@ -586,7 +586,8 @@ extern "C" bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm) {
 template <typename T> static status launch_enter(const moe_enter *p, cudaStream_t stream) {
     const linear_layout l = linear_layout_of(p->router);
     const int each = p->t <= kWideTokens && l.units <= 2 * kClusterMax ? 2 : kEnterUnits;
-    const int ctas = (int)div_up(l.units, each);
+    // Two at least: compute-sanitizer lets no CTA that is alone store as clusters do.
+    const int ctas = (int)i64_max(2, div_up(l.units, each));
     const int tokens = p->t < kEnterTokens ? (int)p->t : kEnterTokens;
     const enter_args a = {*p,      static_cast<const uint4 *>(p->router->code), p->router->bias,
                           l.units, (int)div_up(p->n_experts, LINEAR_STRIP),     tokens};

@@ -441,16 +441,21 @@ static int check(bool quick, const char *only) {
 /* Every kernel that the table chooses, each way that it shares tiles, a few launches: what memory
  * checkers can run through in seconds. */
 static int least(const char *only, const char *kernel) {
+    static const struct {
+        int32_t n, k, experts; /* experts: gated */
+        int32_t n_ms;
+    } shapes[] = {{544, 2560, 1, 5}, {544, 640, 3, 5}, {33280, 256, 1, 2}}; /* many tiles: alone */
     static const int32_t ms[] = {5, 14, 40, 70, 300};
     for (int32_t f = 0; f < N_FORMATS; f++)
-        for (int32_t grouped = 0; grouped < 2; grouped++) {
+        for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
             if (only && strcmp(formats[f].name, only) != 0) continue;
-            const dtype type = (f + grouped) % 2 ? DT_BF16 : DT_F16;
-            linear_weight w = weight_of(f, type, 544, grouped ? 640 : 2560, grouped ? 3 : 1);
+            const dtype type = (f + s) % 2 ? DT_BF16 : DT_F16;
+            const bool grouped = shapes[s].experts > 1;
+            linear_weight w = weight_of(f, type, shapes[s].n, shapes[s].k, shapes[s].experts);
             w.gated = grouped;
             linear_probe *p;
             if (linear_probe_open(&p, &w, false, 5) != ST_OK) return 1;
-            for (int32_t i = 0; i < (int32_t)COUNT_OF(ms); i++) {
+            for (int32_t i = 0; i < shapes[s].n_ms; i++) {
                 const linear_trial t = {.m = ms[i],
                                         .y_type = type,
                                         .epilogue = grouped ? LINEAR_GATED : LINEAR_STORE,
