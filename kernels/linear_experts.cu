@@ -15,6 +15,7 @@
 // Weights and x of a step of 128 inputs are a stage of one ring.
 #include "linear_experts_many.cuh"
 #include "linear_launch.h"
+#include "linear_lines.cuh"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -311,32 +312,19 @@ template <typename T> struct block_end {
     }
 };
 
-// A row of 128 bytes has its pieces of 16 where the copy engine's swizzle would put them.
 template <typename T, int R>
 __device__ __forceinline__ void finish_plain(const float (&acc)[R], float mend,
                                              const block_end<T> &end, uint32_t places,
                                              int &rounds) {
-    const int thread = threadIdx.x % 128, lane = thread % 32, piece = thread % 8, row = thread / 8;
-    const int to = lane / 16 * 8 + lane % 8, of = end.strip * 2 + lane / 8 % 2;
-    const uint32_t own = places + end.wg * (kPlace / kBlocks);
-    const uint32_t put = own + to * 128 + ((of ^ to % 8) << 4);
-    const uint32_t get = own + row * 128 + ((piece ^ row % 8) << 4);
-    const int64_t ldy = end.p.ldy;
-    T *y = end.y + row * ldy + piece * 8;
-    const bool inside = end.in_half + piece * 8 < end.p.half_rows;
-    const bool wide = ((uint32_t)ldy % 8 | (uint32_t) reinterpret_cast<uintptr_t>(end.y) % 16) == 0;
-    const auto pair = [&](int j, int e) {
-        return pack2<T>(end.value(acc[4 * j + e], mend, e), end.value(acc[4 * j + e + 1], mend, e));
-    };
+    linear_lines<T> to(end.p, end.y, end.p.half_rows - end.in_half, end.rows,
+                       places + end.wg * (kPlace / kBlocks), kPlace, 9 + end.wg);
 #pragma unroll
-    for (int j = 0; j < R / 4; j += 2, y += 16 * ldy) {
-        if (8 * j >= end.rows) break;
-        const uint32_t place = rounds++ % 2 * kPlace;
-        linear_place_16(put + place, {pair(j, 0), pair(j, 2), pair(j + 1, 0), pair(j + 1, 2)});
-        meet(9 + end.wg, 128);
-        const uint4 v = shared_u128(get + place);
-        if (!inside || 8 * j + row >= end.rows) continue;
-        linear_store_16(y, v, wide);
+    for (int j = 0; j < R / 8; j++) {
+        if (16 * j >= end.rows) break;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = end.value(acc[8 * j + i], mend, i % 4);
+        to.put(v, rounds);
     }
 }
 
@@ -389,7 +377,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
         asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mine + place), "f"(v[0]),
                      "f"(v[1]), "f"(v[2]), "f"(v[3])
                      : "memory");
-        meet(1 + end.warp % (2 * kBlocks), 64);
+        linear_meet(1 + end.warp % (2 * kBlocks), 64);
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                      : "r"(theirs + place + lane * 16)
@@ -405,7 +393,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(put + place),
             "r"(pack2<T>(gate[0], gate[1])), "r"(pack2<T>(gate[2], gate[3]))
             : "memory");
-        meet(9 + end.wg, 128);
+        linear_meet(9 + end.wg, 128);
         uint2 line;
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                      : "=r"(line.x), "=r"(line.y)

@@ -86,8 +86,4 @@ __device__ __forceinline__ target locate(const linear_args &p, const expert_cut 
     const int32_t m0 = row + (t - n * parts) * each_part;
     return {e, n * (p.paired ? kBlocks / 2 : kBlocks), m0, min(row + rows, m0 + each_part)};
 }
-
-__device__ __forceinline__ void meet(int number, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 #endif
