@@ -113,14 +113,6 @@ template <typename T, int NT> struct walk {
 
 // --- Loading ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
-                                                  uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
-
 template <typename T, int NT> struct producer {
     const tall_args &a;
     const CUtensorMap *w_map, *x_map;

@@ -1,5 +1,5 @@
 // linear_experts_many.cuh - what the kernels for experts with many rows have in common
-// (linear_experts.cu): how experts' rows are cut into tiles, and the order
+// (linear_experts.cu, linear_experts_words.cu): how experts' rows are cut into tiles, and the order
 // of those.
 #ifndef LINEAR_EXPERTS_MANY_CUH
 #define LINEAR_EXPERTS_MANY_CUH
