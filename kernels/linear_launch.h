@@ -60,6 +60,7 @@ extern "C" {
 linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* these run on sm_90, where compiled for 90a */
 linear_table linear_experts_table(void);
+linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);

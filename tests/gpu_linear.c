@@ -146,7 +146,8 @@ static const char *const kernels[] = {NULL,
                                       "ampere_units_64x128",
                                       "experts_128",
                                       "mid_64x3",
-                                      "words_tall"};
+                                      "words_tall",
+                                      "experts_words"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -206,22 +207,25 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-/* Experts with so many rows that linear_experts has tiles of each number of eights, and two or
- * three tiles of the rows of one. */
+/* Experts with so many rows that linear_experts and linear_experts_words have tiles of each number
+ * of eights, and two or three tiles of the rows of one. */
 static void many_rows(int32_t f, dtype type) {
+    const bool words = formats[f].format == WF_16;
     for (int32_t gated = 0; gated < 2; gated++) {
-        linear_weight w =
-            weight_of(f, type, gated ? 544 : 592, formats[f].group == 32 ? 672 : 640, 6);
+        /* the last unit is not whole but where groups are of 128 */
+        const int32_t k = words ? 656 : formats[f].group == 32 ? 672 : 640;
+        linear_weight w = weight_of(f, type, gated ? 544 : 592, k, 6);
         w.gated = gated;
         linear_probe *p = opened(&w, 79);
         if (!p) return;
-        for (int32_t m = 150; m <= 1200; m += m / 2) /* 150, 225, 337, 505, 757, 1135 */
+        /* 150, 225, 337, 505, 757, 1135, and up to 1000 rows an expert of the latter */
+        for (int32_t m = 150; m <= (words ? 4000 : 1200); m += m / 2)
             for (int32_t few = 0; few < 2; few++)
                 one(p, &w,
                     (linear_trial){.m = m,
                                    .y_type = type,
                                    .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                                   .kernel = "experts_128",
+                                   .kernel = words ? "experts_words" : "experts_128",
                                    .bias = true,
                                    .gather = few == gated,
                                    .experts_used = few ? 3 : 0},
@@ -492,7 +496,8 @@ static int mixture(const char *kernel) {
     enum { BATCHES = 400, LAYERS = 16 };
     static float logits[T * X];
     linear_weight w, down;
-    if (!zero_weight(&w, 2, N, K, X) || !zero_weight(&down, 2, DOWN_N, DOWN_K, X)) return 1;
+    const int32_t f = kernel && strstr(kernel, "words") ? 0 : 2; /* 16 bits, or W4 */
+    if (!zero_weight(&w, f, N, K, X) || !zero_weight(&down, f, DOWN_N, DOWN_K, X)) return 1;
     int sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     float *from = zeros(sizeof logits), *share = zeros(T * TOP * 4);
