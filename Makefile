@@ -36,7 +36,7 @@ CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89
 NVFLAGS   := -std=c++17 -O1 $(if $(LINEINFO),-lineinfo) -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops tune))
-CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) engine/bench_cuda.c $(KERNEL_BENCHES)
+CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) engine/ceilings.c engine/bench_cuda.c $(KERNEL_BENCHES)
 CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))

@@ -53,7 +53,14 @@ void api_put_error(text *t, int32_t http_status, const char *message) {
 
 /* --- Prompts ---------------------------------------------------------------------------------- */
 
-static status check_length(const api_model *m, int64_t n) {
+/* The prompt is there: what of it was asked for has to fit. */
+static status end_prompt(const api_request *r, const api_model *m, ids *prompt) {
+    const int64_t surplus = r->n_last ? prompt->length - r->n_last : 0;
+    if (surplus > 0) {
+        prompt->length = r->n_last;
+        memmove(prompt->data, prompt->data + surplus, sizeof *prompt->data * (size_t)r->n_last);
+    }
+    const int64_t n = prompt->length;
     if (n < 1) return FAIL(ST_RANGE, "the prompt is empty");
     if (n >= m->ctx_max)
         return FAIL(ST_RANGE, "the prompt has %lld tokens, this model's context takes %d",
@@ -85,28 +92,37 @@ static status take_ids(const api_model *m, const json_t *list, const char *what,
     return ids_status(out);
 }
 
-static status take_prompt(api_request *r, const api_model *m, const json_t *v) {
+/* Bits for the tokenizer: what it puts around a text, unless add_special_tokens says otherwise. */
+static status take_special(const json_t *body, bool add, uint32_t *flags) {
+    TRY(json_opt_bool(body, "add_special_tokens", WHERE, &add));
+    *flags = (add ? TOKENIZER_ADD_SPECIAL : 0) | TOKENIZER_PARSE_SPECIAL;
+    return ST_OK;
+}
+
+static status take_prompt(api_request *r, const api_model *m, const json_t *v, uint32_t flags) {
     ids *to = &r->prompt[r->n_prompts++];
     if (json_is_string(v))
-        TRY(encode(m, json_string_value(v), json_string_length(v),
-                   TOKENIZER_ADD_SPECIAL | TOKENIZER_PARSE_SPECIAL, to));
+        TRY(encode(m, json_string_value(v), json_string_length(v), flags, to));
     else if (json_is_array(v))
         TRY(take_ids(m, v, "prompt", to));
     else
         return FAIL(ST_FORMAT, "prompt: neither a string, nor token ids, nor a list of these");
-    return check_length(m, to->length);
+    return end_prompt(r, m, to);
 }
 
 static status take_prompts(api_request *r, const api_model *m, const json_t *body) {
     const json_t *v = json_find(body, "prompt");
+    uint32_t flags;
     if (!v) return FAIL(ST_USAGE, "'prompt' is missing");
+    TRY(take_special(body, true, &flags));
     const bool several = json_is_array(v) && !json_is_integer(json_array_get(v, 0));
     const size_t n = several ? json_array_size(v) : 1;
     if (n < 1 || n > API_PROMPTS_MAX)
         return FAIL(ST_RANGE, "%zu prompts; 1 to %d are taken", n, API_PROMPTS_MAX);
     r->prompt = mem_alloc(n, sizeof *r->prompt);
     if (!r->prompt) return FAIL(ST_NOMEM, "prompts");
-    for (size_t i = 0; i < n; i++) TRY(take_prompt(r, m, several ? json_array_get(v, i) : v));
+    for (size_t i = 0; i < n; i++)
+        TRY(take_prompt(r, m, several ? json_array_get(v, i) : v, flags));
     return ST_OK;
 }
 
@@ -173,15 +189,64 @@ static status take_variables(const json_t *body, json_t **out) {
     return ST_OK;
 }
 
-static status render_messages(const api_model *m, json_t *body, ids *out) {
+/* continue_final_message: a mark behind the text of the last message says where it ends in what the
+ * template makes of it. U+E000 is nobody's character; the space shows whether the template strips
+ * what a message ends with. */
+static const char mark[] = "\xEE\x80\x80 ";
+
+static status mark_final(json_t *messages) {
+    json_t *last = json_array_get(messages, json_array_size(messages) - 1);
+    const json_t *content = json_object_get(last, "content");
+    if (!json_is_string(content) || json_string_length(content) == 0)
+        return FAIL(ST_FORMAT, "'continue_final_message': the last message has no text");
+    text t = {0};
+    text_bytes(&t, json_string_value(content), json_string_length(content));
+    text_bytes(&t, mark, strlen(mark));
+    json_t *marked = t.failed ? NULL : json_stringn(t.data, t.length);
+    text_free(&t);
+    return marked && json_object_set_new(last, "content", marked) == 0 ? ST_OK
+                                                                       : FAIL(ST_NOMEM, "messages");
+}
+
+/* End where the last mark is. */
+static status cut_at_mark(text *rendered) {
+    const size_t n = strlen(mark) - 1; /* but the space */
+    size_t at = rendered->length;
+    while (at > 0 && !(at + n <= rendered->length && memcmp(rendered->data + at, mark, n) == 0))
+        at--;
+    if (at == 0)
+        return FAIL(ST_UNSUPPORTED,
+                    "'continue_final_message': this template does not show the last message");
+    const bool stripped = at + n == rendered->length || rendered->data[at + n] != ' ';
+    while (stripped && at > 0 && strchr(" \t\r\n", rendered->data[at - 1])) at--;
+    rendered->length = at;
+    return ST_OK;
+}
+
+/* Clients leave the content of a message out that calls tools. */
+static bool any_without_text(const json_t *messages) {
+    for (size_t i = 0; i < json_array_size(messages); i++)
+        if (!json_is_string(json_object_get(json_array_get(messages, i), "content"))) return true;
+    return false;
+}
+
+/* `continues`: the answer goes on from the last message, whose turn stays open. */
+static status render_messages(const api_model *m, json_t *body, bool *continues, ids *out) {
     if (!m->tpl) return FAIL(ST_UNSUPPORTED, "this model has no chat template");
     json_t *messages = json_object_get(body, "messages"), *variables = NULL;
     if (!messages) return FAIL(ST_USAGE, "'messages' is missing");
     TRY(check_messages(messages));
     const json_t *tools = json_find(body, "tools");
     if (tools && !json_is_array(tools)) return FAIL(ST_FORMAT, "'tools' is no list");
-    bool prompt = true;
+    uint32_t flags; /* a template has those tokens in it */
+    TRY(take_special(body, false, &flags));
+    *continues = false;
+    TRY(json_opt_bool(body, "continue_final_message", WHERE, continues));
+    bool prompt = !*continues;
     TRY(json_opt_bool(body, "add_generation_prompt", WHERE, &prompt));
+    if (prompt && *continues)
+        return FAIL(ST_USAGE, "'continue_final_message' and 'add_generation_prompt' are both true");
+    if (*continues) TRY(mark_final(messages));
     TRY(take_variables(body, &variables));
     text rendered = {0};
     const chat_template_input in = {.messages = messages,
@@ -192,9 +257,11 @@ static status render_messages(const api_model *m, json_t *body, ids *out) {
                                     .eos = m->eos,
                                     .now_s = (int64_t)time(NULL)};
     status st = chat_template_render(m->tpl, &in, &rendered);
+    if (st == ST_FORMAT && any_without_text(messages))
+        st = fail_prefix(st, "a message has no content, which this template may not take");
+    if (st == ST_OK && *continues) st = cut_at_mark(&rendered);
     if (st == ST_OK)
-        st = encode(m, rendered.data ? rendered.data : "", rendered.length, TOKENIZER_PARSE_SPECIAL,
-                    out);
+        st = encode(m, rendered.data ? rendered.data : "", rendered.length, flags, out);
     text_free(&rendered);
     json_decref(variables);
     return st;
@@ -204,8 +271,8 @@ static status take_messages(api_request *r, const api_model *m, json_t *body) {
     r->prompt = mem_alloc(1, sizeof *r->prompt);
     if (!r->prompt) return FAIL(ST_NOMEM, "prompts");
     r->n_prompts = 1;
-    TRY(render_messages(m, body, &r->prompt[0]));
-    return check_length(m, r->prompt[0].length);
+    TRY(render_messages(m, body, &r->continues, &r->prompt[0]));
+    return end_prompt(r, m, &r->prompt[0]);
 }
 
 /* --- Parameters ------------------------------------------------------------------------------- */
@@ -266,7 +333,7 @@ static status take_sampling(api_request *r, const json_t *body, uint64_t seed) {
     return ST_OK;
 }
 
-static status take_logprobs(api_request *r, const json_t *body) {
+static status take_logprobs(api_request *r, const api_model *m, const json_t *body) {
     if (r->chat) {
         TRY(json_opt_bool(body, "logprobs", WHERE, &r->logprobs));
         TRY(json_opt_i32(body, "top_logprobs", WHERE, 0, LOGPROBS_MAX, &r->n_top));
@@ -278,8 +345,27 @@ static status take_logprobs(api_request *r, const json_t *body) {
         r->logprobs = n >= 0;
         r->n_top = n >= 0 ? n : 0;
     }
-    if (r->logprobs) r->sampling.n_logprobs = r->n_top;
+    r->n_prompt_top = -1;
+    TRY(json_opt_i32(body, "prompt_logprobs", WHERE, 0, LOGPROBS_MAX, &r->n_prompt_top));
+    if (r->n_prompt_top >= 0 && r->stream)
+        return FAIL(ST_UNSUPPORTED,
+                    "'prompt_logprobs' come with a whole answer, not with a stream");
+    const bool any = r->logprobs || r->n_prompt_top >= 0;
+    if (any && m->made_up)
+        return FAIL(ST_UNSUPPORTED,
+                    "this device makes up its tokens: they have no log-probability");
+    if (any) r->sampling.n_logprobs = api_tops(r);
     return ST_OK;
+}
+
+int32_t api_tops(const api_request *r) {
+    return r->n_top > r->n_prompt_top ? r->n_top : r->n_prompt_top;
+}
+
+bool api_holds_prompt(const api_request *r) { return r->echo || r->n_prompt_top >= 0; }
+
+bool api_scores_prompt(const api_request *r) {
+    return (r->echo && r->logprobs) || r->n_prompt_top >= 0;
 }
 
 static status add_stop(api_request *r, const json_t *v) {
@@ -323,14 +409,14 @@ static void add_end_tokens(api_request *r, const api_model *m) {
     for (int32_t i = 0; i < n; i++) r->stop_token[r->n_stop_tokens++] = eos[i];
 }
 
-/* What is echoed is held from the beginning, so a small body could ask for much memory. */
-static status check_echo(const api_request *r) {
+/* Tokens of the prompt are held from the beginning: a small body could ask for much memory. */
+static status check_held(const api_request *r) {
     int64_t n = 0;
-    for (int32_t i = 0; i < r->n_prompts && r->echo; i++)
-        n += (int64_t)r->prompt[i].length * r->n * (1 + r->n_top);
+    for (int32_t i = 0; i < r->n_prompts && api_holds_prompt(r); i++)
+        n += (int64_t)r->prompt[i].length * r->n * (1 + api_tops(r));
     if (n > API_ECHO_MAX)
-        return FAIL(ST_RANGE, "'echo' of %lld log-probabilities, at most %d in a request",
-                    (long long)n, API_ECHO_MAX);
+        return FAIL(ST_RANGE, "'%s' of %lld log-probabilities, at most %d in a request",
+                    r->echo ? "echo" : "prompt_logprobs", (long long)n, API_ECHO_MAX);
     return ST_OK;
 }
 
@@ -375,11 +461,6 @@ static const struct {
     {"function_call", "\"none\""},
     {"length_penalty", "1"}, /* from here on: vLLM's */
     {"use_beam_search", "false"},
-    {"include_stop_str_in_output", "false"},
-    {"skip_special_tokens", "true"},
-    {"continue_final_message", "false"},
-    {"truncate_prompt_tokens", ""},
-    {"prompt_logprobs", ""},
     {"bad_words", ""},
     {"allowed_token_ids", ""},
     {"structured_outputs", ""},
@@ -387,6 +468,13 @@ static const struct {
     {"guided_regex", ""},
     {"guided_choice", ""},
     {"guided_grammar", ""},
+    {"chat_template", ""},
+    {"documents", ""},
+    {"thinking_token_budget", ""},
+    {"regex", ""}, /* from here on: SGLang's and llama.cpp's */
+    {"ebnf", ""},
+    {"grammar", ""},
+    {"json_schema", ""},
 };
 
 static bool is_empty(const json_t *v) {
@@ -431,24 +519,30 @@ static status take_body(api_request *r, const api_model *m, json_t *body, uint64
     TRY(json_opt_bool(body, "stream", WHERE, &r->stream));
     TRY(json_opt_bool(body, "ignore_eos", WHERE, &r->ignore_eos));
     TRY(json_opt_bool(body, "return_token_ids", WHERE, &r->return_ids));
+    TRY(json_opt_bool(body, "include_stop_str_in_output", WHERE, &r->keep_stop));
+    bool skip = true;
+    TRY(json_opt_bool(body, "skip_special_tokens", WHERE, &skip));
+    r->keep_special = !skip;
     TRY(json_opt_bool(body, "echo", WHERE, &r->echo));
     if (r->echo && r->chat) return FAIL(ST_UNSUPPORTED, "'echo' is of completions, not of chat");
     const json_t *so = json_find(body, "stream_options");
     if (so && !json_is_object(so)) return FAIL(ST_FORMAT, "'stream_options' is no object");
     if (so) TRY(json_opt_bool(so, "include_usage", WHERE, &r->include_usage));
+    if (so) TRY(json_opt_bool(so, "continuous_usage_stats", WHERE, &r->running_usage));
     r->n = 1;
     TRY(json_opt_i32(body, "n", WHERE, 1, m->n_max, &r->n));
     const char *salt = NULL;
     TRY(json_opt_string(body, "cache_salt", WHERE, &salt));
     if (salt) r->salt = hash_bytes(salt, strlen(salt), 1);
+    TRY(json_opt_i32(body, "truncate_prompt_tokens", WHERE, 1, 1 << 24, &r->n_last));
     TRY(take_sampling(r, body, seed));
     TRY(take_bias(r, m, body));
-    TRY(take_logprobs(r, body));
+    TRY(take_logprobs(r, m, body));
     TRY(take_stops(r, m, body));
     add_end_tokens(r, m);
     TRY(sampling_check(&r->sampling));
     TRY(r->chat ? take_messages(r, m, body) : take_prompts(r, m, body));
-    TRY(check_echo(r));
+    TRY(check_held(r));
     return take_max_new(r, m, body);
 }
 
@@ -486,13 +580,13 @@ status api_tokenize(ids *out, const api_model *m, const char *body, size_t n) {
     json_t *object;
     TRY(open_body(&object, body, n));
     const json_t *prompt = json_find(object, "prompt");
-    bool special = true;
-    status st = json_opt_bool(object, "add_special_tokens", WHERE, &special);
+    uint32_t flags;
+    bool continues;
+    status st = take_special(object, true, &flags);
     if (st == ST_OK && json_find(object, "messages"))
-        st = render_messages(m, object, out);
+        st = render_messages(m, object, &continues, out);
     else if (st == ST_OK && json_is_string(prompt))
-        st = encode(m, json_string_value(prompt), json_string_length(prompt),
-                    (special ? TOKENIZER_ADD_SPECIAL : 0) | TOKENIZER_PARSE_SPECIAL, out);
+        st = encode(m, json_string_value(prompt), json_string_length(prompt), flags, out);
     else if (st == ST_OK)
         st = FAIL(ST_FORMAT, "'prompt' is no string");
     json_decref(object);

@@ -21,26 +21,39 @@ typedef struct {
     const char *bos, *eos;    /* as text, for the template */
     int32_t ctx_max, vocab;
     int32_t n_max; /* choices of a prompt */
+    bool made_up;  /* tokens come of a device without logits */
 } api_model;
 
 /* Owned by itself: api_request_free. Pointers lie in it. */
 typedef struct {
     bool chat, stream, include_usage, ignore_eos, return_ids, echo;
-    bool no_output;      /* max_tokens 0: of the prompt alone, to see its log-probabilities */
-    int32_t n;           /* choices of each prompt */
-    int32_t n_prompts;   /* choice c answers prompt c / n */
-    ids *prompt;         /* [n_prompts] */
-    int32_t *max_new;    /* [n_prompts]; 1 with no_output: what is drawn is for nobody */
-    sampling sampling;   /* seed of choice c: sampling.seed + c; its bias is of this request */
-    bool logprobs;       /* were asked for */
-    int32_t n_top;       /* and so many best ones */
-    uint64_t salt;       /* cache_salt */
-    int32_t *stop_token; /* [n_stop_tokens] */
+    bool running_usage;   /* continuous_usage_stats: every event has that of its choice so far */
+    bool keep_stop;       /* include_stop_str_in_output: the text ends after what stops it */
+    bool keep_special;    /* skip_special_tokens false: these are shown */
+    bool continues;       /* continue_final_message: the answer is the rest of a message */
+    bool no_output;       /* max_tokens 0: of the prompt alone, to see its log-probabilities */
+    int32_t n;            /* choices of each prompt */
+    int32_t n_prompts;    /* choice c answers prompt c / n */
+    int32_t n_last;       /* truncate_prompt_tokens: so many tokens of a prompt, 0 = all */
+    ids *prompt;          /* [n_prompts] */
+    int32_t *max_new;     /* [n_prompts]; 1 with no_output: what is drawn is for nobody */
+    sampling sampling;    /* seed of choice c: sampling.seed + c; its bias is of this request */
+    bool logprobs;        /* were asked for */
+    int32_t n_top;        /* and so many best ones */
+    int32_t n_prompt_top; /* prompt_logprobs: those of the prompt with so many best; -1 = not */
+    uint64_t salt;        /* cache_salt */
+    int32_t *stop_token;  /* [n_stop_tokens] */
     int32_t n_stop_tokens;
     logit_bias *bias; /* [sampling.n_bias] */
     char **stop;      /* [n_stops] */
     int32_t n_stops;
 } api_request;
+
+/* Best tokens that are kept of each one: as many as anybody asked for. */
+int32_t api_tops(const api_request *r);
+/* Whether the answer's tokens begin with those of the prompt, and these are scored. */
+bool api_holds_prompt(const api_request *r);
+bool api_scores_prompt(const api_request *r);
 
 /* Read a body of n bytes. Fields that clients send and that change nothing here are ignored;
  * those that would change the result and are not supported are refused. seed: when the client

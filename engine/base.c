@@ -96,7 +96,9 @@ status arena_open(arena *a, size_t bytes) {
     if (mem_refused()) return FAIL(ST_NOMEM, "arena of %zu bytes", bytes);
     void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) return FAIL(ST_NOMEM, "arena of %zu bytes: %s", bytes, strerror(errno));
+    if (p == MAP_FAILED)
+        return FAIL(ST_NOMEM, "%.3g GB of address space: %s (ulimit -v, vm.overcommit_memory)",
+                    (double)bytes * 1e-9, strerror(errno));
     a->base = p;
     a->size = bytes;
     return ST_OK;
@@ -191,6 +193,7 @@ void text_add(text *t, const char *format, ...) {
     va_copy(again, args);
     const int n = vsnprintf(NULL, 0, format, args);
     va_end(args);
+    if (n < 0) t->failed = true; /* more than INT_MAX bytes */
     if (n >= 0 && text_room(t, (size_t)n)) {
         vsnprintf(t->data + t->length, (size_t)n + 1, format, again);
         t->length += (size_t)n;

@@ -1,8 +1,11 @@
 /* cmd_bench_linear.c - `amalgam bench linear`: time and error of the linear kernels, one line a
  * problem. Compiled where kernels are; the method of timing is linear_probe's. */
+#include "bench_cuda.h"
+#include "ceilings.h"
 #include "cli.h"
 #include "linear_probe.h"
 
+#include <cuda_runtime_api.h>
 #include <math.h>
 #include <string.h>
 
@@ -10,7 +13,7 @@ typedef struct {
     const char *weights, *act, *dtype_name, *shapes, *rows, *kernel, *family;
     bool json, gather, gated, routed;
     int64_t replays, experts, top_k;
-    double tbs, tflops; /* ceilings of the bound */
+    double read_gbs, matrix_tflops; /* ceilings of the bound; 0: the GPU's */
 } bench_options;
 
 /* "w4g128", "a16" -> W4g128A16: names of precisions with a small first letter, as they are typed.
@@ -44,7 +47,7 @@ static void print(const bench_options *o, const linear_weight *w, int32_t m,
     const double flops = 2.0 * w->n * w->k * (double)rows, bytes = (double)r->bytes;
     const double gbs = bytes / r->us * 1e-3, tflops = flops / r->us * 1e-6;
     const double bound =
-        fmax((bytes + (double)r->bytes_io) / o->tbs * 1e-6, flops / o->tflops * 1e-6);
+        fmax((bytes + (double)r->bytes_io) / o->read_gbs * 1e-3, flops / o->matrix_tflops * 1e-6);
     const char *type = w->type == DT_BF16 ? "bf16" : "fp16";
     if (o->json) {
         printf("{\"kind\":\"linear\",\"weights\":\"%s\",\"act\":\"%s\",\"dtype\":\"%s\",\"n\":%d,"
@@ -55,9 +58,11 @@ static void print(const bench_options *o, const linear_weight *w, int32_t m,
                    (int)o->top_k, o->gather ? "true" : "false", o->gated ? "true" : "false");
         else
             printf("\"cublas_fp16_us\":%.3f,\"speedup\":%.4f,", r->cublas_us, r->cublas_us / r->us);
-        printf("\"gbs\":%.1f,\"tflops\":%.2f,\"roofline_us\":%.3f,\"ratio\":%.3f,"
-               "\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
-               gbs, tflops, bound, r->us / bound, r->kernel, r->rel_err);
+        printf(
+            "\"gbs\":%.1f,\"tflops\":%.2f,\"roofline_us\":%.3f,\"ratio\":%.3f,"
+            "\"read_gb_per_s\":%.0f,\"matrix_tflops\":%.0f,\"kernel\":\"%s\",\"rel_err\":%.3g}\n",
+            gbs, tflops, bound, r->us / bound, o->read_gbs, o->matrix_tflops, r->kernel,
+            r->rel_err);
     } else {
         printf("%-8s %-4s %5d x %-5d M %-5d %9.2f us  ", o->weights, type, w->n, w->k, m, r->us);
         if (o->experts <= 1) printf("%5.2f x cuBLAS  ", r->cublas_us / r->us);
@@ -93,6 +98,19 @@ static status bench_shape(const bench_options *o, linear_weight w) {
     return st;
 }
 
+/* What is not given of the bound's ceilings. */
+static status find_ceilings(bench_options *o, dtype type) {
+    double read, matrix;
+    int gpu, n_sms;
+    if (o->read_gbs > 0 && o->matrix_tflops > 0) return ST_OK;
+    CUDA(cudaGetDevice(&gpu));
+    CUDA(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, gpu));
+    TRY(ceilings_measure(&read, &matrix, type, n_sms, NULL));
+    if (!(o->read_gbs > 0)) o->read_gbs = read * 1e-9;
+    if (!(o->matrix_tflops > 0)) o->matrix_tflops = matrix * 1e-12;
+    return ST_OK;
+}
+
 int bench_linear(int argc, char **argv) {
     bench_options o = {.weights = "w4g128",
                        .act = "a16",
@@ -101,9 +119,7 @@ int bench_linear(int argc, char **argv) {
                        .rows = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096",
                        .replays = 7,
                        .experts = 1,
-                       .top_k = 8,
-                       .tbs = 4.66,
-                       .tflops = 770};
+                       .top_k = 8};
     const cli_option options[] = {
         {"--weights", CLI_TEXT, &o.weights, "FORMAT", "w16, w8, w4g128, wFP8, wMXFP4, ..."},
         {"--act", CLI_TEXT, &o.act, "FORMAT", "a16, a8, aFP8; the time has the quantisation of x"},
@@ -115,9 +131,8 @@ int bench_linear(int argc, char **argv) {
         {"--gather", CLI_FLAG, &o.gather, NULL, "grouped: rows of x through an index"},
         {"--routed", CLI_FLAG, &o.routed, NULL, "grouped: after a linear with the same routing"},
         {"--gated", CLI_FLAG, &o.gated, NULL, "gate and up with the gated activation"},
-        {"--tbs", CLI_NUMBER, &o.tbs, "TB/S",
-         "ceilings of the bound, as measured on an H200 (4.66"},
-        {"--tflops", CLI_NUMBER, &o.tflops, "N", "TB/s, 770 TFLOP/s)"},
+        {"--read-gbs", CLI_NUMBER, &o.read_gbs, "X", "read ceiling, GB/s (the GPU's)"},
+        {"--matrix-tflops", CLI_NUMBER, &o.matrix_tflops, "X", "16-bit matrix rate (the GPU's)"},
         {"--kernel", CLI_TEXT, &o.kernel, "NAME",
          "this variant instead of the table's, or a step of kernels/ladder"},
         {"--kernel-family", CLI_TEXT, &o.family, "NAME", "ampere: what runs below sm_90"},
@@ -134,6 +149,7 @@ int bench_linear(int argc, char **argv) {
                                 {"--replays", o.replays, 1, 1 << 16}};
     if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     w.count = (int32_t)o.experts;
+    if (st == ST_OK) st = find_ceilings(&o, w.type);
     for (const char *s = o.shapes; s && st == ST_OK;
          s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {
         if (sscanf(s, "%dx%d", &w.n, &w.k) != 2) st = FAIL(ST_USAGE, "--shape %s", o.shapes);

@@ -37,12 +37,12 @@ static void stop_answer(int number) {
     stopped_by_user = 1;
 }
 
-static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
     (void)id;
     (void)now_ns;
     talk *t = user;
     bool stopped = false;
-    if (t->st == ST_OK) t->st = output_push(&t->out, s->token, &stopped);
+    if (t->st == ST_OK) t->st = output_push(&t->out, s->token, ends, &stopped);
     output_print(&t->out);
     return stopped || stopped_by_user || t->st != ST_OK || ferror(stdout);
 }
@@ -136,7 +136,7 @@ static status turn(talk *t, const char *line, size_t n_line) {
     ids prompt = {0};
     request_log log = {0};
     t->st = ST_OK;
-    output_open(&t->out, t->tok, NULL, 0, false);
+    output_open(&t->out, t->tok, &(output_options){0});
     status st = add_message(t, "user", line, n_line);
     if (st == ST_OK) st = encode(t, &prompt);
     if (st == ST_OK) st = generate(t, &prompt, &log);

@@ -5,6 +5,7 @@
  * the refused ones included, then the KV formats. */
 #include "cli.h"
 #include "formats.h"
+#include "gpu.h"
 #include "json.h"
 
 #include <string.h>
@@ -123,6 +124,15 @@ static status print_json(int32_t first, int32_t last) {
     return ST_OK;
 }
 
+/* By the table of formats.h, else by the data sheet of that name. */
+static status find_arch(int32_t *arch, const char *name) {
+    gpu_sheet sheet;
+    char sm[16];
+    if (arch_parse(arch, name) == ST_OK) return ST_OK;
+    if (gpu_load(&sheet, name) == ST_OK) name = arch_text(sheet.sm, sm);
+    return arch_parse(arch, name);
+}
+
 /* --- The command ------------------------------------------------------------------------------ */
 
 /* argv[0] is "formats". */
@@ -137,10 +147,10 @@ int cmd_formats(int argc, char **argv) {
     };
     int32_t n = 0, first = 0, last = arch_count() - 1, arch;
     status st = cli_parse(argc - 1, argv + 1, "formats [options]", options, NULL, &n);
-    if (st == ST_OK && gpu) st = arch_parse(&arch, gpu);
+    if (st == ST_OK && gpu) st = find_arch(&arch, gpu);
     if (st != ST_OK) return cli_exit(st);
     if (gpu) {
-        while (arch_at(first) != arch) first++; /* arch_parse gives no other */
+        while (arch_at(first) != arch) first++; /* find_arch gives no other */
         last = first;
     }
     if (json) return cli_exit(print_json(first, last));

@@ -12,12 +12,12 @@ typedef struct {
     status st;
 } printer;
 
-static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
     (void)id;
     (void)now_ns;
     printer *p = user;
     bool stopped = false;
-    if (p->st == ST_OK) p->st = output_push(p->out, s->token, &stopped);
+    if (p->st == ST_OK) p->st = output_push(p->out, s->token, ends, &stopped);
     if (p->stream && p->st == ST_OK) output_print(p->out);
     return stopped || p->st != ST_OK || ferror(stdout);
 }
@@ -26,7 +26,7 @@ typedef struct {
     const char *model, *precision, *device, *family, *prompt, *file;
     cmd_sampling draws;
     int64_t max_new, min_new, threads, tp;
-    bool stream, json, ignore_eos;
+    bool stream, json, ignore_eos, keep_stop, keep_special;
     cli_texts stop;
 } arguments;
 
@@ -97,8 +97,13 @@ static status generation_open(generation *g, const arguments *a) {
     if (g->prompt.length >= ctx_max)
         return FAIL(ST_RANGE, "the prompt has %lld tokens, the model takes %d",
                     (long long)g->prompt.length, ctx_max);
-    output_open(&g->out, g->tokenizer, a->stop.item, a->stop.n, true);
-    g->out.min_tokens = (int32_t)a->min_new;
+    output_open(&g->out, g->tokenizer,
+                &(output_options){.stop = a->stop.item,
+                                  .n_stops = a->stop.n,
+                                  .min_tokens = (int32_t)a->min_new,
+                                  .keep_stop = a->keep_stop,
+                                  .keep_special = a->keep_special,
+                                  .continues = true});
     return ST_OK;
 }
 
@@ -151,6 +156,9 @@ int cmd_generate(int argc, char **argv) {
         {"--min-tokens", CLI_INT, &a.min_new, "N", "and at least, before an end or a --stop (0)"},
 #include "cmd_sampling.def"
         {"--stop", CLI_TEXTS, &a.stop, "TEXT", "end before this text; may be repeated"},
+        {"--include-stop", CLI_FLAG, &a.keep_stop, NULL,
+         "end after it; an end token has its text, too"},
+        {"--show-special", CLI_FLAG, &a.keep_special, NULL, "special tokens in the text"},
         {"--ignore-eos", CLI_FLAG, &a.ignore_eos, NULL, "go on after an end token"},
         {"--threads", CLI_INT, &a.threads, "N", "0 = all cores"},
         {"--tp", CLI_INT, &a.tp, "N", "GPUs to run on together (1)"},

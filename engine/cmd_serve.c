@@ -13,7 +13,7 @@ typedef struct {
     const char *model, *precision, *device, *gpu, *name, *host, *api_key;
     int64_t port, tp, threads, ctx, pages, max_seqs, token_budget, max_queue, max_n, max_body_mib,
         max_connections, http_threads;
-    double request_timeout_s, grace_s;
+    double request_timeout_s, grace_s, memory_fraction;
     bool synthetic, no_prefix_cache;
 } arguments;
 
@@ -76,6 +76,8 @@ static status check(const arguments *a) {
     if (!(a->request_timeout_s > 0 && a->request_timeout_s <= SECONDS_MAX) ||
         !(a->grace_s >= 0 && a->grace_s <= SECONDS_MAX))
         return FAIL(ST_USAGE, "--request-timeout and --grace are seconds, %d at most", SECONDS_MAX);
+    if (!(a->memory_fraction >= 0.01 && a->memory_fraction <= 1))
+        return FAIL(ST_USAGE, "--memory-fraction is outside 0.01 to 1");
     if (a->name && !a->name[0]) return FAIL(ST_USAGE, "--served-model-name is empty");
     return ST_OK;
 }
@@ -108,7 +110,7 @@ static status open_text(parts *p, const char *dir) {
 }
 
 /* KV pages when nobody said how many: what fits, but on the cpu device, which has no limit of its
- * own and commits all of them, a GiB, and at least one request of full length. */
+ * own, a GiB, and at least one request of full length. */
 static status choose_pages(const arguments *a, const char *dir, int32_t *pages) {
     static model_config c; /* large */
     *pages = (int32_t)a->pages;
@@ -153,6 +155,7 @@ static status start(const arguments *a, parts *p) {
     o.device_options.gpu = a->gpu;
     o.device_options.tp = (int32_t)a->tp;
     o.device_options.threads = (int32_t)a->threads;
+    o.memory_fraction = a->memory_fraction;
     o.ctx_max = (int32_t)a->ctx;
     TRY(choose_pages(a, dir, &o.pages));
     o.policy.max_seqs = (int32_t)a->max_seqs;
@@ -172,7 +175,8 @@ static status start(const arguments *a, parts *p) {
                          .eos = tokenizer_eos_text(p->tok),
                          .ctx_max = engine_ctx_max(p->engine),
                          .vocab = c->vocab,
-                         .n_max = (int32_t)a->max_n};
+                         .n_max = (int32_t)a->max_n,
+                         .made_up = !engine_device(p->engine)->ops->has_logits};
     end_on_signals(); /* while the model was loading they did what signals do */
     TRY(server_open(&p->server, &so, p->service, &m));
     const bool bare6 = strchr(a->host, ':') != NULL;
@@ -226,7 +230,8 @@ int cmd_serve(int argc, char **argv) {
                    .max_connections = 4096,
                    .http_threads = 1,
                    .request_timeout_s = 30,
-                   .grace_s = 30};
+                   .grace_s = 30,
+                   .memory_fraction = ENGINE_OPTIONS_DEFAULT.memory_fraction};
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR",
          "checkpoint folder, or a name under workloads/models"},
@@ -245,6 +250,8 @@ int cmd_serve(int argc, char **argv) {
         {"--served-model-name", CLI_TEXT, &a.name, "NAME", "the folder's name"},
         {"--ctx", CLI_INT, &a.ctx, "N", "prompt and output of a request at most; 0 = the model's"},
         {"--pages", CLI_INT, &a.pages, "N", "KV pages; 0 = what fits, on cpu 1 GiB"},
+        {"--memory-fraction", CLI_NUMBER, &a.memory_fraction, "F",
+         "of the GPU's memory for weights, steps and KV pages together (0.9)"},
         {"--max-seqs", CLI_INT, &a.max_seqs, "N", "running sequences (256)"},
         {"--token-budget", CLI_INT, &a.token_budget, "N", "tokens of a step (8192)"},
         {"--no-prefix-cache", CLI_FLAG, &a.no_prefix_cache, NULL, "share nothing between requests"},

@@ -1,7 +1,6 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
  * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
- * decode steps), cudev_ranks.c (several GPUs), cudev_ceiling.c (what the GPU reaches at most). Not
- * for other files; compiled only where CUDA is. */
+ * decode steps), cudev_ranks.c (several GPUs). Not for other files; compiled only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
@@ -235,7 +234,4 @@ status cudev_ranks_open(device **out, const device_options *o);
 status cudev_weight_load(device *d, const weight_source *s, const precision *p, weight *out);
 status cudev_load_times(device *d, load_times *out);
 void cudev_load_done(cudev *c); /* free what only loading needs */
-
-/* cudev_ceiling.c */
-status cudev_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops);
 #endif

@@ -10,7 +10,7 @@
  * whole row (WFP8, W8, the global one of NVFP4) is that of the rank's part of it; codes that a
  * checkpoint has already keep their scales.
  *
- * f32 rows are made in chunks of at most values_most; the canonical matrix is whole, because
+ * f32 rows are made in chunks of at most VALUES_MOST; the canonical matrix is whole, because
  * packing wants it so. Work is ordered on one stream, so scratch is used again without waiting. */
 #include "cudev.h"
 

@@ -477,7 +477,7 @@ static int32_t ranks_padded_rows(device *d, int32_t rows) {
 static status ranks_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops) {
     ranks *g = self(d);
     TRY(use(g, 0));
-    return cudev_ceilings(g->rank[0], read_bytes_per_s, matrix_flops);
+    return device_cuda.ceilings(g->rank[0], read_bytes_per_s, matrix_flops);
 }
 
 static const device_ops device_ranks = {

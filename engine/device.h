@@ -134,7 +134,7 @@ typedef struct device_ops {
     status (*gated)(device *d, tensor out, tensor gate_up, activation_kind kind, float limit);
 
     /* Mixture of experts. route: logits [T, X] -> top_k experts and weights of each token, kept by
-     * the device until combine. expert_linear: rows of the permuted problem, `gather` takes x by
+     * the device until combine. moe_linear: rows of the permuted problem, `gather` takes x by
      * token ([T, K] -> [T k, N]), else x is permuted already. combine: out [T, E] = weighted sums.
       */
     status (*moe_route)(device *d, tensor logits, int32_t top_k, route_kind kind, bool normalise);

@@ -8,8 +8,9 @@
  *
  * Two promises beyond being right. A row's result depends on nothing but its own sequence, bit by
  * bit: not on the batch, on how a prompt is cut into chunks, on page numbers or on the number of
- * threads (ref_linear.h says how). And KV that was never written is NaN: setup fills the pages with
- * it, so that whoever reads past the end of a sequence sees it.
+ * threads (ref_linear.h says how). And KV that was never written is NaN: a page is filled with it
+ * by the first step that names it, so that whoever reads past the end of a sequence sees it, and a
+ * pool costs no memory that no sequence has used.
  *
  * One rank only: nothing here is worth splitting over machines. */
 #include "device.h"
@@ -55,6 +56,7 @@ typedef struct {
     precision precision;
     int32_t max_tokens, max_seqs, max_samples, n_pages;
     ref_kv *kv;           /* [L] */
+    bool *page_filled;    /* [n_pages] a step has named it */
     double *inv_freq;     /* [D / 2] */
     double rope_factor;   /* on cos and sin */
     float *cosine, *sine; /* [max_tokens, D / 2] of this step */
@@ -205,7 +207,7 @@ static void *take(cpu *c, int64_t count, size_t size) {
     return arena_push(&c->run, (size_t)count, size, ALIGN);
 }
 
-/* Pages of one layer, filled with NaN: all ones is NaN in f32, f16 and e4m3. */
+/* Pages of one layer. */
 static status setup_kv(cpu *c, int32_t layer) {
     const model_config *m = &c->config;
     const kv_pair f = precision_kv(&c->precision, layer);
@@ -215,20 +217,30 @@ static status setup_kv(cpu *c, int32_t layer) {
     kv->n_kv_heads = m->n_kv_heads;
     kv->head_dim = m->head_dim;
     const int64_t tokens = (int64_t)c->n_pages * m->n_kv_heads * KV_PAGE_TOKENS;
-    const size_t k_bytes = (size_t)(tokens * ref_kv_code_bytes(f.k, m->head_dim));
-    const size_t v_bytes = (size_t)(tokens * ref_kv_code_bytes(f.v, m->head_dim));
-    const size_t param_bytes = (size_t)tokens * 2 * sizeof(uint16_t);
-    kv->k = take(c, (int64_t)k_bytes, 1);
-    kv->v = take(c, (int64_t)v_bytes, 1);
+    kv->k = take(c, tokens * ref_kv_code_bytes(f.k, m->head_dim), 1);
+    kv->v = take(c, tokens * ref_kv_code_bytes(f.v, m->head_dim), 1);
     kv->k_params = take(c, tokens * 2, sizeof(uint16_t));
     kv->v_params = take(c, tokens * 2, sizeof(uint16_t));
     if (!kv->k || !kv->v || !kv->k_params || !kv->v_params)
         return FAIL(ST_NOMEM, "KV pages of layer %d: %d pages", layer, c->n_pages);
-    memset(kv->k, 0xff, k_bytes);
-    memset(kv->v, 0xff, v_bytes);
-    memset(kv->k_params, 0xff, param_bytes);
-    memset(kv->v_params, 0xff, param_bytes);
     return ST_OK;
+}
+
+/* One page of all layers: all ones is NaN in f32, f16 and e4m3. */
+static void fill_page(const cpu *c, int32_t page) {
+    const model_config *m = &c->config;
+    const size_t tokens = (size_t)m->n_kv_heads * KV_PAGE_TOKENS;
+    const size_t params = tokens * 2 * sizeof(uint16_t), at = (size_t)page;
+    for (int32_t i = 0; i < m->n_layers; i++) {
+        const ref_kv *kv = &c->kv[i];
+        const size_t k = tokens * (size_t)ref_kv_code_bytes(kv->k_format, m->head_dim);
+        const size_t v = tokens * (size_t)ref_kv_code_bytes(kv->v_format, m->head_dim);
+        memset(kv->k + at * k, 0xff, k);
+        memset(kv->v + at * v, 0xff, v);
+        memset(kv->k_params + at * tokens * 2, 0xff, params);
+        memset(kv->v_params + at * tokens * 2, 0xff, params);
+    }
+    c->page_filled[page] = true;
 }
 
 /* Query tokens of one attention task. */
@@ -255,6 +267,7 @@ static status cpu_setup(device *d, const device_setup *s) {
 
     bool ok = true;
     ok &= (c->kv = take(c, m->n_layers, sizeof *c->kv)) != NULL;
+    ok &= (c->page_filled = take(c, s->n_pages, sizeof(bool))) != NULL;
     ok &= (c->inv_freq = take(c, half, sizeof(double))) != NULL;
     ok &= (c->cosine = take(c, (int64_t)s->max_tokens * half, sizeof(float))) != NULL;
     ok &= (c->sine = take(c, (int64_t)s->max_tokens * half, sizeof(float))) != NULL;
@@ -309,6 +322,8 @@ static status cpu_begin(device *d, const batch *b) {
     batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     for (int32_t t = 0; t < b->n_tokens; t++)
         CHECK((uint32_t)b->token[t] < (uint32_t)c->config.vocab);
+    for (int32_t i = 0; i < b->page_start[b->n_seqs]; i++)
+        if (!c->page_filled[b->page[i]]) fill_page(c, b->page[i]);
     c->b = b;
     plan_step(c);
     return ST_OK;

@@ -27,6 +27,7 @@
 
 #include "activation.h"
 #include "capacity.h"
+#include "ceilings.h"
 #include "fill.h"
 #include "moe.h"
 #include "norm.h"
@@ -786,6 +787,11 @@ static status cuda_attention(device *d, tensor out, tensor qkv, const attention_
                             c->sm, c->n_sms, c->stream);
 }
 
+static status cuda_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops) {
+    cudev *c = self(d);
+    return ceilings_measure(read_bytes_per_s, matrix_flops, c->type, c->n_sms, c->stream);
+}
+
 static status cuda_gated(device *d, tensor out, tensor gate_up, activation_kind kind, float limit) {
     cudev *c = self(d);
     CHECK(out.rows == gate_up.rows);
@@ -1030,7 +1036,7 @@ const device_ops device_cuda = {
     .end = cuda_end,
     .read = cuda_read,
     .explain = cuda_explain,
-    .ceilings = cudev_ceilings,
+    .ceilings = cuda_ceilings,
     .calibrate = &cuda_calibrate,
     .observe = cuda_observe,
     .linear_gated = cuda_linear_gated,

@@ -50,7 +50,7 @@
 #define OVERLAP_LOSS 0.1
 
 /* Attention against plain matrix work: cuDNN's causal prefill on H200 reaches 613 TFLOP/s where its
- * large products reach 770 (facts: peers, 8192 tokens). */
+ * large products reach 770 (plots/peers.lua; 8192 tokens). */
 #define ATTENTION_MATRIX 0.8
 
 /* Two dependent trips to DRAM (K, then V) before the first result: 0.7 us each, from memory, of
@@ -71,6 +71,8 @@ static const double convert_weight[WF_COUNT][AF_COUNT] = {
 static const double convert_kv[KF_COUNT] = {
     [KF_16] = 0, [KF_FP8] = 1.0, [KF_8] = 0.5, [KF_4] = 0.75};
 
+enum { WEIGHTS_MAX = MODEL_LAYERS_MAX * WEIGHT_COUNT + 3 };
+
 /* Nanoseconds. */
 typedef struct {
     double memory, compute, convert, fixed;
@@ -84,8 +86,13 @@ typedef struct {
         prefill_kv; /* queries; visible (query, key) pairs; keys */
 } attention_sums;
 
-/* Constants of a weight, made when it is loaded; behind weight.data. */
+/* Constants of a weight, made when it is loaded; behind weight.data. Those of all layers whose
+ * matrices are alike are one: what a product costs is worked out for the first layer of a step. */
 typedef struct {
+    int32_t n, k, count;
+    weight_format format;
+    act_format act;
+    int64_t all_bytes; /* of all matrices: of these six the rest is made */
     double bytes;      /* of one matrix, bias and scales included */
     double read_ns;    /* all of one matrix */
     double tile_ns;    /* one row of a tile of 128 features over all of K, on one SM */
@@ -94,12 +101,15 @@ typedef struct {
     int32_t n_tiles;   /* along N */
     double x_bytes;    /* of one element of x as the kernel reads it */
     bool quantise_x;
+    double asked[3], ns; /* the last product: experts (0: of a linear), rows, columns; its cost */
 } sim_weight;
 
 typedef struct {
     device base;
     gpu_sheet gpu;
-    arena memory; /* sim_weight */
+    arena memory;
+    sim_weight *weight; /* [n_weights] */
+    int32_t n_weights;
     model_config config;
     int64_t weight_bytes, n_pages;
     kv_pair kv[MODEL_LAYERS_MAX];
@@ -184,14 +194,14 @@ static status sim_open(device **out, const device_options *o) {
     d->gpu = sheet;
     d->base.options.sheet = NULL;
     set_rates(d);
-    const size_t n_weights = (size_t)MODEL_LAYERS_MAX * WEIGHT_COUNT + 3;
-    const status st = arena_open(&d->memory, n_weights * sizeof(sim_weight) + 4096);
-    if (st != ST_OK) {
-        mem_free(d);
-        return st;
-    }
-    *out = &d->base;
-    return ST_OK;
+    status st = arena_open(&d->memory, WEIGHTS_MAX * sizeof(sim_weight) + 64);
+    if (st == ST_OK && !(d->weight = arena_array(&d->memory, sim_weight, WEIGHTS_MAX)))
+        st = FAIL(ST_NOMEM, "costs of weights");
+    if (st != ST_OK)
+        sim_close(&d->base);
+    else
+        *out = &d->base;
+    return st;
 }
 
 static status sim_memory(device *d, int64_t *usable) {
@@ -214,12 +224,19 @@ static sim_weight weight_constants(const sim_device *d, const weight *w, const p
     const double elements = (double)w->n * w->k;
     const act_format act = w->format == WF_16 ? AF_16 : p->act;
     const double ops = convert_weight[w->format][act];
-    sim_weight s = {.bytes = (double)w->bytes / (w->count > 0 ? w->count : 1),
+    sim_weight s = {.n = w->n,
+                    .k = w->k,
+                    .count = w->count,
+                    .format = w->format,
+                    .act = p->act,
+                    .all_bytes = w->bytes,
+                    .bytes = (double)w->bytes / (w->count > 0 ? w->count : 1),
                     .n_tiles = (int32_t)div_up(w->n, TILE_FEATURES),
                     .tile_ns = 2.0 * TILE_FEATURES * w->k * d->matrix_ns[act] * d->sms,
                     .convert_ns = elements * ops * d->integer_ns,
                     .x_bytes = act == AF_16 ? 2 : 1,
-                    .quantise_x = act != AF_16};
+                    .quantise_x = act != AF_16,
+                    .asked = {-1, -1, -1}};
     if (d->base.options.dequant_first && w->format != WF_16 && act == AF_16) {
         const terms front = {.memory = (s.bytes + 2 * elements) * d->byte_ns,
                              .convert = s.convert_ns};
@@ -231,14 +248,23 @@ static sim_weight weight_constants(const sim_device *d, const weight *w, const p
     return s;
 }
 
+static bool is_alike(const sim_weight *s, const weight *w, act_format act) {
+    return s->n == w->n && s->k == w->k && s->count == w->count && s->format == w->format &&
+           s->act == act && s->all_bytes == w->bytes;
+}
+
 static status sim_weight_load(device *base, const weight_source *source, const precision *p,
                               weight *out) {
     sim_device *d = sim_of(base);
     TRY(check_precision(d, p));
     *out = weight_source_handle(source, p, base->options.tp);
-    sim_weight *s = arena_array(&d->memory, sim_weight, 1);
-    if (!s) return FAIL(ST_NOMEM, "cost of %s", source->name);
-    *s = weight_constants(d, out, p);
+    sim_weight *s = d->weight;
+    while (s < d->weight + d->n_weights && !is_alike(s, out, p->act)) s++;
+    if (s == d->weight + d->n_weights) {
+        CHECK(d->n_weights < WEIGHTS_MAX);
+        *s = weight_constants(d, out, p);
+        d->n_weights++;
+    }
     out->data = s;
     d->weight_bytes += out->bytes;
     return ST_OK;
@@ -339,24 +365,41 @@ static double experts_touched(const model_config *c, double tokens) {
     return fmax(c->n_experts * (1 - missed), 1);
 }
 
+/* True when s->ns is the cost of this product already; else it is to be set. */
+static inline bool is_asked_again(sim_weight *s, double experts, double rows, double cols) {
+    const bool again = s->asked[0] == experts && s->asked[1] == rows && s->asked[2] == cols;
+    s->asked[0] = experts, s->asked[1] = rows, s->asked[2] = cols;
+    return again;
+}
+
+static inline status spend_linear(sim_device *d, const weight *w, double rows, double out_cols) {
+    sim_weight *s = w->data;
+    if (!is_asked_again(s, 0, rows, out_cols))
+        s->ns = terms_ns(linear_terms(d, w, rows, out_cols, 2));
+    d->cost_ns += s->ns;
+    return ST_OK;
+}
+
 static status sim_linear(device *base, tensor out, tensor x, const weight *w) {
-    sim_device *d = sim_of(base);
     (void)out;
-    return spend(d, linear_terms(d, w, (double)x.rows, w->n, 2));
+    return spend_linear(sim_of(base), w, (double)x.rows, w->n);
 }
 
 static status sim_linear_gated(device *base, tensor out, tensor x, const weight *w,
                                activation_kind kind, float limit) {
-    sim_device *d = sim_of(base);
     (void)out, (void)kind, (void)limit;
-    return spend(d, linear_terms(d, w, (double)x.rows, w->n / 2.0, 2));
+    return spend_linear(sim_of(base), w, (double)x.rows, w->n / 2.0);
 }
 
 static status sim_moe_linear(device *base, tensor out, tensor x, const weight *w, int32_t top_k,
                              bool gather) {
     sim_device *d = sim_of(base);
     (void)x, (void)top_k, (void)gather;
-    return spend(d, moe_terms(d, w, d->experts, (double)out.rows));
+    sim_weight *s = w->data;
+    if (!is_asked_again(s, d->experts, (double)out.rows, w->n))
+        s->ns = terms_ns(moe_terms(d, w, d->experts, (double)out.rows));
+    d->cost_ns += s->ns;
+    return ST_OK;
 }
 
 static double gather_ns(const sim_device *d, double bytes, double trips) {

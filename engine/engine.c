@@ -307,7 +307,8 @@ static status finish_step(engine *e) {
             continue;
         }
         e->stop[i] = r && meant && ends_request(e, r, e->drawn[i]);
-        if (r && e->hooks.token && e->hooks.token(e->hooks.user, r->id, &e->sampled[i], now))
+        if (r && e->hooks.token &&
+            e->hooks.token(e->hooks.user, r->id, &e->sampled[i], e->stop[i], now))
             e->stop[i] = true;
     }
     count_step(e, &s, now);
@@ -331,7 +332,7 @@ status engine_settle(engine *e) {
 
 /* --- Whole workloads -------------------------------------------------------------------------- */
 
-/* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `next_of_user`
+/* Hand over what is due. Open loop: everything whose arrival has come. Closed loop: `user_next`
  * holds each user's next request, due at once. */
 typedef struct {
     engine *e;

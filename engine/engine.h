@@ -46,13 +46,13 @@ status engine_open(engine **out, const engine_options *o,
                    void (*progress)(void *user, int64_t done, int64_t total), void *user);
 void engine_close(engine *e); /* NULL is fine */
 
-/* Called by the loop. token: a token of `id` was drawn; return true to end the request here (an end
- * token, a stop string). scored: log-probabilities of prompt[at], where the request has
- * score_prompt: once for each `at` from 1 on, ascending, before the first token. finished:
- * instants, and all tokens (prompt, then output). */
+/* Called by the loop. token: a token of `id` was drawn, one that ends the request or not; return
+ * true to end it here all the same (a stop string). scored: log-probabilities of prompt[at], where
+ * the request has score_prompt: once for each `at` from 1 on, ascending, before the first token.
+ * finished: instants, and all tokens (prompt, then output). */
 typedef struct {
     void *user;
-    bool (*token)(void *user, int64_t id, const sampled *s, int64_t now_ns);
+    bool (*token)(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns);
     void (*scored)(void *user, int64_t id, int32_t at, const sampled *s);
     void (*finished)(void *user, const request_log *log, const int32_t *token);
 } engine_hooks;

@@ -246,12 +246,12 @@ typedef struct {
     status st;
 } answers;
 
-static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
     (void)now_ns;
     answers *a = user;
     question *q = &a->q[id];
     bool stopped = false;
-    if (a->st == ST_OK) a->st = output_push(&q->out, s->token, &stopped);
+    if (a->st == ST_OK) a->st = output_push(&q->out, s->token, ends, &stopped);
     /* Long enough to judge: the answer's terminator is its last character. */
     return a->st != ST_OK || q->out.text.length >= q->task.answer_bytes;
 }
@@ -262,7 +262,7 @@ static status ask(engine *e, const tokenizer *t, arena *a, question *q, int32_t 
         TRY(corpus_task_make(a, kind, corpus_task_defaults(), seed, i, &q[i].task));
         TRY(tokenizer_encode(t, q[i].task.prompt, q[i].task.prompt_bytes, TOKENIZER_PARSE_SPECIAL,
                              &q[i].prompt));
-        output_open(&q[i].out, t, NULL, 0, true);
+        output_open(&q[i].out, t, &(output_options){.continues = true});
         const request r = {.id = i,
                            .prompt = q[i].prompt.data,
                            .n_prompt = (int32_t)q[i].prompt.length,

@@ -24,8 +24,8 @@ void isolate_open(isolate_pool *p, int32_t n_slots, double timeout_s) {
     CHECK(n_slots >= 1 && n_slots <= ISOLATE_JOBS_MAX);
     *p = (isolate_pool){.n_slots = n_slots, .timeout_s = timeout_s};
     struct sigaction action = {.sa_handler = on_signal};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, &p->before[0]);
+    sigaction(SIGTERM, &action, &p->before[1]);
 }
 
 status isolate_start(isolate_pool *p, int64_t index, int (*job)(void *user, int64_t index, int fd),
@@ -49,11 +49,14 @@ status isolate_start(isolate_pool *p, int64_t index, int (*job)(void *user, int6
         if (getppid() != parent) _exit(1);
         signal(SIGINT, SIG_DFL);
         signal(SIGTERM, SIG_DFL);
+        setpgid(0, 0);
         close(ends[0]);
+        fcntl(ends[1], F_SETFD, FD_CLOEXEC); /* whoever outlives the job must not hold it open */
         const int code = job(user, index, ends[1]);
         fflush(NULL);
         _exit(code);
     }
+    setpgid(pid, pid); /* here as well: whoever comes first */
     close(ends[1]);
     fcntl(ends[0], F_SETFL, O_NONBLOCK);
     fcntl(ends[0], F_SETFD, FD_CLOEXEC);
@@ -78,6 +81,12 @@ static bool drain(isolate_slot *s) {
         else
             return errno != EAGAIN;
     }
+}
+
+/* Its group, and itself should it not have come to lead one. */
+static void kill_job(const isolate_slot *s) {
+    kill(-(pid_t)s->pid, SIGKILL);
+    kill((pid_t)s->pid, SIGKILL);
 }
 
 static void reap(isolate_pool *p, isolate_slot *s, isolate_result *out) {
@@ -118,18 +127,15 @@ status isolate_wait(isolate_pool *p, isolate_result *out) {
         if (nearest != INT64_MAX)
             timeout_ms =
                 (int)i64_max(0, i64_min((nearest - timeline_monotonic_ns()) / 1000000 + 1, 60000));
-        const int ready = poll(wait, n, timeout_ms);
-        if (interrupted) {
-            isolate_close(p);
-            return FAIL(ST_INTERRUPTED, "interrupted");
-        }
+        const int ready = interrupted ? 0 : poll(wait, n, timeout_ms);
+        if (interrupted) return FAIL(ST_INTERRUPTED, "interrupted");
         if (ready < 0 && errno != EINTR) return FAIL(ST_IO, "poll: %s", strerror(errno));
         const int64_t now = timeline_monotonic_ns();
         for (nfds_t i = 0; i < n; i++) {
             if (now >= of[i]->deadline_ns && !of[i]->timed_out) {
                 of[i]->timed_out = true;
                 of[i]->deadline_ns = INT64_MAX;
-                kill((pid_t)of[i]->pid, SIGKILL);
+                kill_job(of[i]);
             }
             if (ready > 0 && wait[i].revents && drain(of[i])) {
                 reap(p, of[i], out);
@@ -143,9 +149,11 @@ void isolate_close(isolate_pool *p) {
     for (int32_t i = 0; i < p->n_slots; i++) {
         isolate_slot *s = &p->slot[i];
         if (!s->pid) continue;
-        kill((pid_t)s->pid, SIGKILL);
+        kill_job(s);
         isolate_result unwanted;
         reap(p, s, &unwanted);
         text_free(&unwanted.output);
     }
+    sigaction(SIGINT, &p->before[0], NULL);
+    sigaction(SIGTERM, &p->before[1], NULL);
 }

@@ -123,7 +123,10 @@ status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *
     TRY(join_url(url, sizeof url, o->url, "/v1/models"));
     struct curl_slist *headers = make_headers(o);
     CURL *c = curl_easy_init();
-    if (!c) return FAIL(ST_NOMEM, "curl");
+    if (!c) {
+        curl_slist_free_all(headers);
+        return FAIL(ST_NOMEM, "curl");
+    }
     set_common(c, headers);
     curl_easy_setopt(c, CURLOPT_URL, url);
     curl_easy_setopt(c, CURLOPT_TIMEOUT, 30L);

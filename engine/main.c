@@ -5,6 +5,7 @@
 #include "version.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <lauxlib.h>
 #include <lualib.h>
 #include <poll.h>
@@ -113,6 +114,14 @@ static void idle_threads_sleep(char **argv) {
     execv(path, argv); /* on failure: go on as we are */
 }
 
+/* Where one of the standard descriptors is closed, the next file or socket would be it, and what we
+ * say would go there. This one takes nothing and gives nothing: as when it is closed. */
+static void hold_descriptors(void) {
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0)
+            (void)open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+}
+
 /* What could not be written is a failure, a full disk under a file above all. Who closed the pipe
  * (`| head`) has what they wanted: no word about that. */
 static int written(int code) {
@@ -127,6 +136,7 @@ static int written(int code) {
 }
 
 int main(int argc, char **argv) {
+    hold_descriptors();
     idle_threads_sleep(argv);
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
     int at = 1;

@@ -578,9 +578,9 @@ status model_names(arena *a, const char ***names, int32_t *n) {
     TRY(file_map_open(&m, path));
     status st = FAIL(ST_NOMEM, "%s", path);
     char *copy = arena_string(a, (const char *)m.data, m.size);
-    size_t lines = 1;
-    for (size_t i = 0; i < m.size; i++) lines += m.data[i] == '\n';
-    const char **list = arena_array(a, const char *, lines);
+    size_t names_most = 1;
+    for (size_t i = 0; i < m.size; i++) names_most += m.data[i] <= ' ';
+    const char **list = arena_array(a, const char *, names_most);
     file_map_close(&m);
     if (!copy || !list) return st;
     char *rest = NULL;

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 static const char *const method_texts[QUANTISE_COUNT] = {"rtn", "gptq", "awq"};
 
@@ -532,6 +533,20 @@ static status check_options(const quantise_options *o, const char *dir) {
     return ST_OK;
 }
 
+/* A folder that takes what will be written, or it turns out after hours that it does not. The size
+ * is an estimate, of which a tenth is not asked for. */
+static status make_room(const job *j) {
+    struct statvfs disk;
+    TRY(file_make_dirs(j->o->out));
+    const int64_t bytes = checkpoint_weight_bytes(j->k, &j->o->precision, 1);
+    if (statvfs(j->o->out, &disk) != 0) return ST_OK;
+    const double left = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (left < 0.9 * (double)bytes)
+        return FAIL(ST_OOM, "%s: about %.3g GB will be written, %.3g GB are free", j->o->out,
+                    (double)bytes * 1e-9, left * 1e-9);
+    return ST_OK;
+}
+
 status quantise_checkpoint(const quantise_options *o) {
     char dir[1024];
     model_config *c = mem_alloc(1, sizeof *c);
@@ -547,7 +562,7 @@ status quantise_checkpoint(const quantise_options *o) {
         st = check_source(j);
     }
     if (st == ST_OK) st = save_open(&j->out, dir, o->layout, &o->precision);
-    if (st == ST_OK) st = file_make_dirs(o->out); /* or find out after hours that it cannot be */
+    if (st == ST_OK) st = make_room(j);
     if (st == ST_OK) st = arena_open(&j->layer_memory, layer_bytes(c));
     if (st == ST_OK) st = all_layers(j);
     if (st == ST_OK) st = save_write(j->out, o->out);

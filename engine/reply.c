@@ -22,17 +22,21 @@ static void put_head(text *t, const reply_head *h, const job *j, bool chunk) {
     text_add(t, ",\"choices\":[");
 }
 
+static void put_counts(text *t, int64_t prompt, int64_t made, int64_t cached) {
+    text_add(t,
+             "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
+             "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
+             (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
+}
+
 static void put_usage(text *t, const job *j) {
     int64_t prompt = 0, made = 0, cached = 0;
     for (int32_t i = 0; i < j->n_choices; i++) {
         if (i % j->request.n == 0) prompt += j->choice[i].n_prompt;
         if (i % j->request.n == 0) cached += j->choice[i].n_cached;
-        made += j->choice[i].n_ready - j->choice[i].n_echoed;
+        made += j->choice[i].n_ready - j->choice[i].n_given;
     }
-    text_add(t,
-             "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
-             "\"prompt_tokens_details\":{\"cached_tokens\":%lld}}",
-             (long long)prompt, (long long)made, (long long)(prompt + made), (long long)cached);
+    put_counts(t, prompt, made, cached);
 }
 
 /* A token as text; what is no complete text on its own, as the vocabulary writes it. `bytes`: those
@@ -65,15 +69,15 @@ static void put_chat_logprob(text *t, const reply_head *h, int32_t id, float log
 /* Of tokens [from, to), as chat completions have it. */
 static void put_chat_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
                               int32_t to, text *bytes) {
-    const int32_t n_top = c->job->request.n_top;
+    const int32_t n_top = c->job->request.n_top, tops = api_tops(&c->job->request);
     text_add(t, "\"logprobs\":{\"content\":[");
     for (int32_t i = from; i < to; i++) {
         if (i > from) text_add(t, ",");
         put_chat_logprob(t, h, c->token[i].id, c->token[i].logprob, bytes);
         text_add(t, ",\"top_logprobs\":[");
-        for (int32_t k = 0; k < n_top && c->top_id[i * n_top + k] >= 0; k++) {
+        for (int32_t k = 0; k < n_top && c->top_id[i * tops + k] >= 0; k++) {
             if (k) text_add(t, ",");
-            put_chat_logprob(t, h, c->top_id[i * n_top + k], c->top_logprob[i * n_top + k], bytes);
+            put_chat_logprob(t, h, c->top_id[i * tops + k], c->top_logprob[i * tops + k], bytes);
             text_add(t, "}");
         }
         text_add(t, "]}");
@@ -84,14 +88,14 @@ static void put_chat_logprobs(text *t, const reply_head *h, const job_choice *c,
 /* And as completions do. */
 static void put_text_logprobs(text *t, const reply_head *h, const job_choice *c, int32_t from,
                               int32_t to, text *bytes) {
-    const int32_t n_top = c->job->request.n_top;
+    const int32_t n_top = c->job->request.n_top, tops = api_tops(&c->job->request);
     text_add(t, "\"logprobs\":{\"tokens\":[");
     for (int32_t i = from; i < to; i++) {
         if (i > from) text_add(t, ",");
         put_token(t, h, c->token[i].id, bytes);
     }
     text_add(t, "],\"token_logprobs\":[");
-    const bool none = c->n_echoed && from == 0; /* of the first token of all */
+    const bool none = c->n_given && from == 0; /* of the first token of all */
     for (int32_t i = from; i < to; i++)
         if (i == 0 && none)
             text_add(t, "null");
@@ -101,10 +105,10 @@ static void put_text_logprobs(text *t, const reply_head *h, const job_choice *c,
     if (none && to > 0) text_add(t, "null");
     for (int32_t i = from + none; i < to; i++) {
         text_add(t, "%s{", i > from ? "," : "");
-        for (int32_t k = 0; k < n_top && c->top_id[i * n_top + k] >= 0; k++) {
+        for (int32_t k = 0; k < n_top && c->top_id[i * tops + k] >= 0; k++) {
             if (k) text_add(t, ",");
-            put_token(t, h, c->top_id[i * n_top + k], bytes);
-            text_add(t, ":%.9g", shown_logprob(c->top_logprob[i * n_top + k]));
+            put_token(t, h, c->top_id[i * tops + k], bytes);
+            text_add(t, ":%.9g", shown_logprob(c->top_logprob[i * tops + k]));
         }
         text_add(t, "}");
     }
@@ -129,10 +133,45 @@ static void put_logprobs(text *t, const reply_head *h, const job_choice *c, int3
 
 static void put_ids(text *t, const job_choice *c, int32_t from, int32_t to) {
     if (!c->job->request.return_ids) return;
-    if (from < c->n_echoed) from = c->n_echoed < to ? c->n_echoed : to;
+    if (from < c->n_given) from = c->n_given < to ? c->n_given : to;
     text_add(t, ",\"token_ids\":[");
     for (int32_t i = from; i < to; i++) text_add(t, "%s%d", i > from ? "," : "", c->token[i].id);
     text_add(t, "]");
+}
+
+static void put_rank(text *t, const reply_head *h, int32_t id, float logprob, int32_t rank,
+                     text *bytes) {
+    text_add(t, "\"%d\":{\"logprob\":%.9g,\"rank\":", id, shown_logprob(logprob));
+    text_add(t, rank ? "%d" : "null", rank);
+    text_add(t, ",\"decoded_token\":");
+    put_token(t, h, id, bytes);
+    text_add(t, "}");
+}
+
+/* As vLLM has them: of each token of the prompt but the first the best ones by id, and itself,
+ * whose rank is known where it is among them. */
+static void put_prompt_logprobs(text *t, const reply_head *h, const job_choice *c) {
+    const int32_t n_top = c->job->request.n_prompt_top, tops = api_tops(&c->job->request);
+    text bytes = {0};
+    if (n_top < 0) return;
+    text_add(t, ",\"prompt_logprobs\":[null");
+    for (int32_t i = 1; i < c->n_given; i++) {
+        const int32_t *top = tops ? &c->top_id[i * tops] : NULL;
+        bool itself = false;
+        text_add(t, ",{");
+        for (int32_t k = 0; k < n_top && top[k] >= 0; k++) {
+            if (k) text_add(t, ",");
+            put_rank(t, h, top[k], c->top_logprob[i * tops + k], k + 1, &bytes);
+            itself |= top[k] == c->token[i].id;
+        }
+        if (!itself) {
+            if (n_top && top[0] >= 0) text_add(t, ",");
+            put_rank(t, h, c->token[i].id, c->token[i].logprob, 0, &bytes);
+        }
+        text_add(t, "}");
+    }
+    text_add(t, "]");
+    text_free(&bytes);
 }
 
 /* --- The whole object ------------------------------------------------------------------------- */
@@ -152,12 +191,15 @@ void reply_whole(text *out, const reply_head *h, const job *j) {
             api_put_string(out, s, c->text_end);
             text_add(out, ",");
         }
-        put_logprobs(out, h, c, 0, c->n_ready);
+        put_logprobs(out, h, c, j->request.echo ? 0 : c->n_given, c->n_ready);
         put_ids(out, c, 0, c->n_ready);
-        text_add(out, ",\"finish_reason\":\"%s\"}", reason_text(c->finish));
+        text_add(out, ",\"finish_reason\":\"%s\"", reason_text(c->finish));
+        if (!j->request.chat) put_prompt_logprobs(out, h, c);
+        text_add(out, "}");
     }
     text_add(out, "],");
     put_usage(out, j);
+    if (j->request.chat) put_prompt_logprobs(out, h, &j->choice[0]);
     text_add(out, "}");
 }
 
@@ -184,7 +226,7 @@ void reply_stream_close(reply_stream *s) {
 static bool put_event(text *out, const reply_head *h, const job_choice *c, reply_stream *s) {
     const int32_t at = s->sent[c->index];
     const bool token = at < c->n_ready;
-    int32_t next = at < c->n_echoed ? c->n_echoed + 1 : at + 1;
+    int32_t next = at < c->n_given ? c->n_given + 1 : at + 1;
     if (next > c->n_ready) next = c->n_ready;
     const bool last = c->finish != FINISH_NONE && next >= c->n_ready;
     if (s->ended[c->index] || (!token && !last)) return false;
@@ -205,9 +247,14 @@ static bool put_event(text *out, const reply_head *h, const job_choice *c, reply
     put_logprobs(out, h, c, at, next);
     put_ids(out, c, at, next);
     if (last)
-        text_add(out, ",\"finish_reason\":\"%s\"}]}\n\n", reason_text(c->finish));
+        text_add(out, ",\"finish_reason\":\"%s\"}]", reason_text(c->finish));
     else
-        text_add(out, ",\"finish_reason\":null}]}\n\n");
+        text_add(out, ",\"finish_reason\":null}]");
+    if (c->job->request.running_usage) {
+        text_add(out, ",");
+        put_counts(out, c->n_prompt, next > c->n_given ? next - c->n_given : 0, c->n_cached);
+    }
+    text_add(out, "}\n\n");
     s->sent[c->index] = next;
     s->shown[c->index] = to;
     s->ended[c->index] = last;

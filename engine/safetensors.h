@@ -36,7 +36,9 @@ void safetensors_close(safetensors *s); /* NULL is fine */
 const tensor_view *safetensors_find(const safetensors *s, const char *name);
 int32_t safetensors_count(const safetensors *s);
 const tensor_view *safetensors_at(const safetensors *s, int32_t i); /* sorted by name */
-/* Hash of all headers and file sizes, in the order of file names. */
+/* Hash of all headers and file sizes, in the order of file names, and of 64 bytes in the middle of
+ * each tensor: other weights under the same names are another checkpoint, though not every changed
+ * value is seen. */
 uint64_t safetensors_digest(const safetensors *s);
 
 /* Write tensors to one file, in the given order (tests, quantiser); `bytes` must be that of shape

@@ -179,9 +179,18 @@ static status put_scales_by_group(const writing *w) {
     return ST_OK;
 }
 
+/* Codes of 4 and 8 bit lie in words of 32 here, along outputs or inputs: none is filled in part. */
+static status fills_words(const writing *w, int32_t size, const char *what) {
+    const int32_t per = 32 / w->bits;
+    if (size % per == 0) return ST_OK;
+    return FAIL(ST_SHAPE, "%s: %d %s are no multiple of %d, which %s needs", w->module, size, what,
+                per, save_layout_text(w->s->layout));
+}
+
 static status put_awq(const writing *w) {
     static const int32_t slot[8] = {0, 4, 1, 5, 2, 6, 3, 7};
     const int64_t row = w->n / 8;
+    TRY(fills_words(w, w->n, "outputs"));
     uint32_t *code = add_2(w->s, w->module, ".qweight", DT_I32, w->k, row);
     uint32_t *zero = add_2(w->s, w->module, ".qzeros", DT_I32, w->groups, row);
     if (!code || !zero) return FAIL(ST_NOMEM, "%s", w->module);
@@ -205,6 +214,8 @@ static status put_g_idx(const writing *w, const char *ending) {
 static status put_gptq(const writing *w) {
     const int32_t per = 32 / w->bits;
     const uint32_t less = w->s->layout == SAVE_GPTQ, mask = (1u << w->bits) - 1;
+    TRY(fills_words(w, w->n, "outputs"));
+    TRY(fills_words(w, w->k, "inputs"));
     uint32_t *code = add_2(w->s, w->module, ".qweight", DT_I32, w->k / per, w->n);
     uint32_t *zero = add_2(w->s, w->module, ".qzeros", DT_I32, w->groups, w->n / per);
     if (!code || !zero) return FAIL(ST_NOMEM, "%s", w->module);

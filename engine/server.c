@@ -757,8 +757,10 @@ static bool any_busy(server *s) {
 void server_close(server *s, double grace_s) {
     enum { FLUSH_MS = 2000 }; /* for the last bytes of answers that are complete */
     if (!s) return;
+    /* Whoever comes now is refused, and another server may have the port. Closed it is only when no
+     * thread of the daemon is left that may still take it out of its set of sockets. */
     const MHD_socket listening = MHD_quiesce_daemon(s->daemon);
-    if (listening != MHD_INVALID_SOCKET) close(listening);
+    if (listening != MHD_INVALID_SOCKET) (void)shutdown(listening, SHUT_RDWR);
     end_reading(s);
     service_drain(s->service, grace_s);
     for (int32_t ms = 0; ms < FLUSH_MS && any_busy(s); ms += 10)
@@ -766,6 +768,7 @@ void server_close(server *s, double grace_s) {
     atomic_store(&s->closing, true);
     pthread_join(s->watch, NULL);
     MHD_stop_daemon(s->daemon);
+    if (listening != MHD_INVALID_SOCKET) close(listening);
     pthread_cond_destroy(&s->arrived);
     pthread_mutex_destroy(&s->lock);
     mem_free(s);

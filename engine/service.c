@@ -85,7 +85,7 @@ struct service {
 /* --- Tokens ----------------------------------------------------------------------------------- */
 
 static status grow(job_choice *c) {
-    const int32_t n_top = c->job->request.n_top;
+    const int32_t n_top = api_tops(&c->job->request);
     if (c->n_tokens < c->size) return ST_OK;
     const size_t size = c->size ? (size_t)c->size * 2 : 32;
     job_token *token = mem_resize(c->token, size, sizeof *token);
@@ -103,7 +103,7 @@ static status grow(job_choice *c) {
 }
 
 static void set_logprobs(job_choice *c, int32_t at, const sampled *t) {
-    const int32_t n_top = c->job->request.n_top;
+    const int32_t n_top = api_tops(&c->job->request);
     c->token[at].logprob = t->logprob;
     for (int32_t i = 0; i < n_top; i++) {
         const size_t k = (size_t)at * (size_t)n_top + (size_t)i;
@@ -112,11 +112,21 @@ static void set_logprobs(job_choice *c, int32_t at, const sampled *t) {
     }
 }
 
-static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, bool *stopped) {
+/* With the text as it is. */
+static status add_token(job_choice *c, const sampled *t) {
     TRY(grow(c));
+    c->token[c->n_tokens] =
+        (job_token){.id = t->token, .chars_end = c->chars_end, .text_end = c->text_end};
+    set_logprobs(c, c->n_tokens, t);
+    c->n_tokens++;
+    return ST_OK;
+}
+
+static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, bool ends,
+                         bool *stopped) {
     if (tok) {
         size_t n;
-        TRY(output_push(&c->out, t->token, stopped));
+        TRY(output_push(&c->out, t->token, ends, stopped));
         const char *shown = output_take(&c->out, &n);
         c->text_end += n;
         for (size_t i = 0; i < n; i++) c->chars_end += (shown[i] & 0xC0) != 0x80;
@@ -126,23 +136,22 @@ static status push_token(const tokenizer *tok, job_choice *c, const sampled *t, 
         c->text_end = c->out.text.length;
         c->chars_end = (int32_t)c->text_end;
     }
-    c->token[c->n_tokens] =
-        (job_token){.id = t->token, .chars_end = c->chars_end, .text_end = c->text_end};
-    set_logprobs(c, c->n_tokens, t);
-    c->n_tokens++;
-    return ST_OK;
+    return add_token(c, t);
 }
 
 /* --- Jobs ------------------------------------------------------------------------------------- */
 
-/* The prompt's tokens as the first ones of the answer; stop strings are not looked for in them. */
-static status echo_prompt(job_choice *c, const tokenizer *tok) {
+/* The prompt's tokens as the first ones of the answer, in its text when they are echoed; stop
+ * strings are not looked for in them. */
+static status give_prompt(job_choice *c, const tokenizer *tok) {
     const api_request *r = &c->job->request;
     const int32_t *prompt = r->prompt[c->index / r->n].data;
     bool stopped;
-    c->out.min_tokens += c->n_prompt;
-    for (; c->n_echoed < c->n_prompt; c->n_echoed++)
-        TRY(push_token(tok, c, &(sampled){.token = prompt[c->n_echoed]}, &stopped));
+    if (r->echo) c->out.options.min_tokens += c->n_prompt;
+    for (; c->n_given < c->n_prompt; c->n_given++) {
+        const sampled t = {.token = prompt[c->n_given]};
+        TRY(r->echo ? push_token(tok, c, &t, false, &stopped) : add_token(c, &t));
+    }
     return ST_OK;
 }
 
@@ -167,10 +176,15 @@ status job_new(job **out, api_request *asked, const tokenizer *tok, void (*wake)
         choice[i] = (job_choice){.job = j, .index = i, .id = -1};
         choice[i].n_prompt = (int32_t)j->request.prompt[i / j->request.n].length;
         if (tok)
-            output_open(&choice[i].out, tok, (const char *const *)j->request.stop,
-                        j->request.n_stops, !j->request.chat && !j->request.echo);
-        choice[i].out.min_tokens = j->request.sampling.min_tokens;
-        if (st == ST_OK && j->request.echo) st = echo_prompt(&choice[i], tok);
+            output_open(&choice[i].out, tok,
+                        &(output_options){.stop = (const char *const *)j->request.stop,
+                                          .n_stops = j->request.n_stops,
+                                          .min_tokens = j->request.sampling.min_tokens,
+                                          .keep_stop = j->request.keep_stop,
+                                          .keep_special = j->request.keep_special,
+                                          .continues = j->request.chat ? j->request.continues
+                                                                       : !j->request.echo});
+        if (st == ST_OK && api_holds_prompt(&j->request)) st = give_prompt(&choice[i], tok);
     }
     if (st != ST_OK) {
         job_release(j);
@@ -227,17 +241,18 @@ static void touch(service *s, job_choice *c) {
     s->touched = c;
 }
 
-static bool on_token(void *user, int64_t id, const sampled *t, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *t, bool ends, int64_t now_ns) {
     (void)now_ns;
     service *s = user;
     job_choice *c = s->slot[id % s->max_requests];
     bool stopped = false;
-    if (c->n_tokens == c->n_echoed) s->prompt_tokens += c->n_prompt;
+    if (c->n_tokens == c->n_given) s->prompt_tokens += c->n_prompt;
     touch(s, c);
     if (c->job->request.no_output) return false;
     s->generation_tokens++;
     pthread_mutex_lock(&c->job->lock);
-    if (push_token(s->tok, c, t, &stopped) != ST_OK) stopped = true; /* out of memory: ends short */
+    if (push_token(s->tok, c, t, ends, &stopped) != ST_OK)
+        stopped = true; /* out of memory: ends short */
     pthread_mutex_unlock(&c->job->lock);
     return stopped;
 }
@@ -393,7 +408,7 @@ static status submit_choice(service *s, job_choice *c) {
                  .n_prompt = c->n_prompt,
                  .max_new = r->max_new[prompt],
                  .ignore_eos = r->ignore_eos || r->no_output,
-                 .score_prompt = r->echo && r->logprobs,
+                 .score_prompt = api_scores_prompt(r),
                  .sampling = r->sampling,
                  .stop_token = r->stop_token,
                  .n_stop_tokens = r->no_output ? 0 : r->n_stop_tokens,

@@ -24,15 +24,15 @@ typedef struct {
 } job_token;
 
 /* One of the answers of a job. What the engine thread has published: n_ready tokens, and finish.
- * With echo the prompt's tokens come first, and are there from the beginning. */
+ * Where they are asked for, the prompt's tokens come first, and are there from the beginning. */
 typedef struct job_choice {
     struct job *job;
     int32_t index;
     output out; /* out.text: the text so far */
     job_token *token;
-    int32_t *top_id;    /* [n_ready * n_top], -1 where there were fewer */
+    int32_t *top_id;    /* [n_ready * api_tops], -1 where there were fewer */
     float *top_logprob; /* the same */
-    int32_t n_echoed;   /* of the prompt: all or 0; the first has no log-probability */
+    int32_t n_given;    /* of the prompt: all or 0; the first has no log-probability */
     int32_t n_tokens, n_ready, size;
     size_t text_end;      /* of all that can be shown */
     int32_t chars_end;    /* the same in characters */

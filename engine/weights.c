@@ -643,6 +643,25 @@ static status find_source(checkpoint *k, weight_field f, int32_t layer) {
     return ST_OK;
 }
 
+/* A head in the files of a model whose config.json says that the embedding is its head: the same
+ * bytes, or nobody knows which of the two was meant (a head that was trained on its own). */
+static status check_tied(const checkpoint *k) {
+    static const char *const names[][2] = {{"lm_head.weight", "model.embed_tokens.weight"},
+                                           {"output.weight", "model.tok_embeddings.weight"}};
+    for (int32_t i = 0; i < COUNT_OF(names) && k->config.tied; i++) {
+        const tensor_view *head = safetensors_find(k->files, names[i][0]);
+        const tensor_view *embed = safetensors_find(k->files, names[i][1]);
+        if (!head || !embed) continue;
+        if (head->type != embed->type || head->bytes != embed->bytes ||
+            memcmp(head->data, embed->data, (size_t)head->bytes) != 0)
+            return FAIL(ST_UNSUPPORTED,
+                        "'%s' is another matrix than the embedding, which config.json ties to it: "
+                        "with tie_word_embeddings false it is the head",
+                        names[i][0]);
+    }
+    return ST_OK;
+}
+
 static status check_leftovers(const checkpoint *k) {
     for (int32_t i = 0; i < safetensors_count(k->files); i++) {
         const char *name = safetensors_at(k->files, i)->name;
@@ -709,6 +728,7 @@ static status open_files(checkpoint *k, const char *dir) {
         st = FAIL(ST_FORMAT, "quantization_config says '%s', but no linear is quantised",
                   k->packing.method);
     if (st == ST_OK) st = check_leftovers(k);
+    if (st == ST_OK) st = check_tied(k);
     if (st != ST_OK) return fail_prefix(st, "%s", dir);
     arena_seal(&k->memory);
     return digest_config(k, dir);

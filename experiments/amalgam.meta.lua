@@ -161,6 +161,8 @@ function amalgam.devices() end
 ---@field vocab integer
 ---@field ctx_max integer
 ---@field experts integer
+---@field top_k integer experts of a token
+---@field expert_ffn integer rows of an expert's gate, and of its up
 ---@field parameters integer
 ---@field active_parameters integer
 

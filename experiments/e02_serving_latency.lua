@@ -13,7 +13,8 @@ local fp16 = require("fp16")
 
 local REFERENCES = { fp16.options.precision, "W4A16KV16" }
 
---- Degree and sustained rate of the first reference form that fits.
+--- Degree and sustained rate of the first reference form that fits: once for all formats and loads,
+--- so that those of a measurement come at the same rates, too.
 local function reference(amalgam, point)
   local why
   for _, precision in ipairs(REFERENCES) do
@@ -37,7 +38,7 @@ return {
   id = "e02_serving_latency",
   title = "Serving latency by precision, 16 models on 5 GPUs",
   question = "How do TTFT, TPOT and end-to-end latency under load depend on the precision?",
-  cost = "about 3 minutes on 2 cores; --quick 5 s",
+  cost = "about 2 minutes on 2 cores; --quick 5 s",
   axes = {
     { name = "gpu", values = serving.GPUS },
     { name = "model", values = serving.MODELS },
@@ -52,8 +53,8 @@ return {
   },
   jobs = "parallel",
   timeout_s = 120,
-  run = function(amalgam, point)
-    local base = reference(amalgam, point)
+  shared = { by = { "gpu", "model" }, run = reference },
+  run = function(amalgam, point, base)
     if base.status ~= "ok" then return base end
     local rate = point.load * base.rate
     local function serve(tp)

@@ -77,9 +77,10 @@ end
 ---@param dir string
 ---@return Row[]
 ---@return string[]
+---@return string[] broken
 local function of_version(name, o, dir)
   local seen = {}
-  local rows = library.read(dir, function(e, _, version)
+  local rows, broken = library.read(dir, function(e, _, version)
     if o.only and e:sub(1, #o.only) ~= o.only then return false end
     local whole = version == name
     local prefix = version:sub(1, #name) == name
@@ -87,7 +88,15 @@ local function of_version(name, o, dir)
     if whole or prefix then seen[version] = true end
     return whole or prefix
   end)
-  return rows, experiment.sorted_keys(seen)
+  return rows, experiment.sorted_keys(seen), broken
+end
+
+--- On standard error: --json has nothing but objects.
+---@param broken string[]
+local function tell_broken(broken)
+  for _, file in ipairs(broken) do
+    io.stderr:write(("amalgam: compare: left out, cannot be read: %s\n"):format(file))
+  end
 end
 
 --- Rows of one side, newest last. A name is a .jsonl file, the beginning of a version or git's.
@@ -96,19 +105,26 @@ end
 ---@param dir string
 ---@return Row[]
 local function side(name, o, dir)
-  local rows = {}
+  local rows, broken = {}, {}
   if name:find("%.jsonl$") then
-    library.read_file(name, rows, name)
-    if #rows == 0 then experiment.refuse("compare: no rows in %s", name) end
+    library.read_file(name, rows, name, broken)
+    tell_broken(broken)
+    if #rows == 0 then
+      local file, why = io.open(name)
+      if file then file:close() end
+      experiment.refuse("compare: %s", why or "no rows in " .. name)
+    end
     return rows
   end
   local versions
-  rows, versions = of_version(name, o, dir)
+  rows, versions, broken = of_version(name, o, dir)
   local commit = #rows == 0 and commit_of(name)
-  if commit then rows, versions = of_version(commit, o, dir) end
+  if commit then rows, versions, broken = of_version(commit, o, dir) end
+  tell_broken(broken)
   if #versions > 1 then
-    experiment.refuse("compare: '%s' is more than one version: %s", name,
-      table.concat(versions, ", "))
+    experiment.refuse("compare: '%s' is more than one version: %s%s", name,
+      table.concat(versions, ", ", 1, math.min(#versions, 6)),
+      #versions > 6 and (" and %d more"):format(#versions - 6) or "")
   end
   if #rows == 0 then
     experiment.refuse("compare: no rows of '%s' in %s; %s", name, dir, newest(o, dir))
@@ -149,9 +165,24 @@ end
 local function sample(rows, metric)
   local out = {}
   for _, row in ipairs(rows) do
-    if row.status == "ok" and row.metrics[metric] then out[#out + 1] = row.metrics[metric] end
+    local value = row.status == "ok" and row.metrics[metric]
+    if type(value) == "number" then out[#out + 1] = value end
   end
   return out
+end
+
+--- Metrics that are better or worse, of the newest row of either side.
+---@param b table group of base
+---@param h table group of head
+---@return string[]
+local function directed(b, h)
+  local names = {}
+  for _, group in ipairs({ b, h }) do
+    for metric in pairs(group.rows[#group.rows].metrics) do
+      if library.direction(metric) ~= 0 then names[metric] = true end
+    end
+  end
+  return experiment.sorted_keys(names)
 end
 
 ---@class Verdict
@@ -265,9 +296,13 @@ function M.compare(base_rows, head_rows, effect)
       verdicts[#verdicts + 1] = why
     else
       local exact = b.origin ~= "measured"
-      for _, metric in ipairs(experiment.sorted_keys(h.rows[#h.rows].metrics)) do
+      for _, metric in ipairs(directed(b, h)) do
         local x, y = sample(b.rows, metric), sample(h.rows, metric)
-        if library.direction(metric) ~= 0 and #x > 0 and #y > 0 then
+        if (#x > 0) ~= (#y > 0) then
+          verdicts[#verdicts + 1] = { experiment = b.experiment, point = b.point,
+            class = "not comparable", why = metric .. " is in "
+            .. (#x > 0 and "BASE" or "HEAD") .. " alone" }
+        elseif #x > 0 then
           local v = { experiment = b.experiment, point = b.point, metric = metric,
             n_base = #x, n_head = #y, origin = b.origin }
           if exact then judge_exact(v, x, y) else measure(v, x, y) end

@@ -26,7 +26,12 @@ local M = {}
 ---@field jobs "parallel"|"alone" alone: measured, one at a time under the device lock
 ---@field timeout_s? number of a point (600)
 ---@field needs? "gpu" where there is none, or no CUDA in the build, nothing runs and no row is made
----@field run fun(amalgam: table, point: Point): Result
+---@field shared? Shared what several points need, and what must be the same for all of them
+---@field run fun(amalgam: table, point: Point, shared?: table): Result
+
+---@class Shared
+---@field by string[] axes: run once for each combination of their values, before its points
+---@field run fun(amalgam: table, point: Point): table the point has these axes and the fixed facts
 
 ---@class Loaded
 ---@field spec Experiment
@@ -38,8 +43,9 @@ local M = {}
 local FIELDS = {
   id = "string", title = "string", question = "string", cost = "string", origin = "string",
   axes = "table", fixed = "table", where = "function", quick = "table", jobs = "string",
-  timeout_s = "number", needs = "string", run = "function",
+  timeout_s = "number", needs = "string", shared = "table", run = "function",
 }
+local SHARED_FIELDS = { by = "table", run = "function" }
 local AXIS_FIELDS = { name = "string", values = "table" }
 local REQUIRED = { "id", "title", "question", "cost", "axes", "jobs", "run" }
 local ORIGINS = { measured = true, predicted = true, reference = true }
@@ -297,6 +303,43 @@ local function check_axes(loaded)
   end
 end
 
+---@param loaded Loaded
+local function check_shared(loaded)
+  local spec, is_axis = loaded.spec, {}
+  if not spec.shared then return end
+  for _, axis in ipairs(spec.axes) do is_axis[axis.name] = true end
+  for _, key in ipairs(M.sorted_keys(spec.shared)) do
+    local problem = M.key_problem(key, SHARED_FIELDS)
+    if problem then M.refuse("%s: shared: %s", place(loaded, key), problem) end
+  end
+  for key, kind in pairs(SHARED_FIELDS) do
+    if type(spec.shared[key]) ~= kind then
+      M.refuse("%s: shared: '%s' is a %s, not a %s", place(loaded, "shared"), key,
+        type(spec.shared[key]), kind)
+    end
+  end
+  for _, name in ipairs(spec.shared.by) do
+    if not is_axis[name] then
+      M.refuse("%s: shared: '%s' is no axis", place(loaded, "by"), tostring(name))
+    end
+  end
+end
+
+--- Of a point, what its `shared` may depend on: the axes that it names and the fixed facts.
+---@param spec Experiment
+---@param key Point
+---@return Point
+---@return string name the same for all points that share it
+function M.shared_key(spec, key)
+  local part, apart = {}, {}
+  for _, axis in ipairs(spec.axes) do apart[axis.name] = true end
+  for _, name in ipairs(spec.shared.by) do apart[name] = nil end
+  for name, value in pairs(key) do
+    if not apart[name] then part[name] = value end
+  end
+  return part, amalgam.json_encode(part)
+end
+
 --- Load and check an experiment. Raises {exit = 2, message = "file:line: ..."}.
 ---@param name string "e03", "e03_throughput" or a path ending in ".lua"
 ---@return Loaded
@@ -323,6 +366,7 @@ function M.load(name)
   }
   check_fields(loaded)
   check_axes(loaded)
+  check_shared(loaded)
   return loaded
 end
 

@@ -34,10 +34,7 @@ function M.read(dir, keep)
         local version = file:match("^(.*)%.jsonl$")
         if version and (not keep or keep(e, m, version)) then
           local path = ("%s/%s/%s/%s"):format(dir, e, m, file)
-          local n = M.read_file(path, rows, version)
-          if n > 0 then
-            broken[#broken + 1] = ("%s: %d %s"):format(path, n, n == 1 and "line" or "lines")
-          end
+          M.read_file(path, rows, version, broken)
         end
       end
     end
@@ -49,9 +46,12 @@ end
 ---@param path string
 ---@param rows Row[]
 ---@param version string
----@return integer n_broken
-function M.read_file(path, rows, version)
-  local found, broken = amalgam.rows(path)
+---@param broken string[] gets "FILE: 2 lines" when it has lines that cannot be read
+function M.read_file(path, rows, version, broken)
+  local found, n = amalgam.rows(path)
+  if n > 0 then
+    broken[#broken + 1] = ("%s: %d %s"):format(path, n, n == 1 and "line" or "lines")
+  end
   for _, row in ipairs(found) do
     row.version = version
     row.metrics = row.metrics or {}
@@ -59,7 +59,6 @@ function M.read_file(path, rows, version)
     -- Lines of `amalgam bench` (e07, e08) are no rows: they have no experiment and no key.
     if row.experiment then rows[#rows + 1] = row end
   end
-  return broken
 end
 
 --- The natural key as text; equal points have equal texts.

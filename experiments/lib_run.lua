@@ -18,7 +18,7 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
   --quick             few points, each small; rows go to build/quick/results
   --only KEY=VALUE    only points with this value (or one of VALUE,VALUE...); may be repeated
   --device NAME       cuda, cpu or sim: as --only device=NAME, also where the experiment fixes one
-  --gpu NAME          the same for gpu
+  --gpu NAME          the same for gpu: any that has a data sheet
   --jobs N            points at a time, for experiments that allow it (default: all cores)
   --seconds N         start no point later than that; the same command goes on from there
   --results DIR       where rows are kept (default: results)
@@ -145,18 +145,30 @@ end
 --- What numbers are whose origin neither the experiment nor the point says.
 local ORIGIN_OF = { cuda = "measured", sim = "predicted", null = "reference" }
 
+---@param why any
+---@return table # a result
+local function failure(why)
+  why = tostring(why):gsub("%c", " ")
+  return { status = is_mistake(why) and "mistake" or "failed", reason = why }
+end
+
 ---@param loaded Loaded
 ---@param entry PointEntry
+---@param shared table<string, { value?: table, status?: string, reason?: string }>
 ---@return table # crosses the process border as JSON
-local function run_point(loaded, entry)
+local function run_point(loaded, entry, shared)
   local spec = loaded.spec
   local ok, result = pcall(function()
-    local origin = spec.origin or ORIGIN_OF[entry.key.device]
-    return check_result(spec.run(amalgam, experiment.guard(entry.key)), origin)
+    local origin, value = spec.origin or ORIGIN_OF[entry.key.device], nil
+    if spec.shared then
+      local _, name = experiment.shared_key(spec, entry.key)
+      local made = shared[name]
+      if made.status then return check_result(made, origin) end
+      value = made.value
+    end
+    return check_result(spec.run(amalgam, experiment.guard(entry.key), value), origin)
   end)
-  if ok then return result end
-  local why = tostring(result):gsub("%c", " ")
-  return { status = is_mistake(why) and "mistake" or "failed", reason = why }
+  return ok and result or failure(result)
 end
 
 --- Numbers that were computed and not clocked do not depend on load or clocks.
@@ -282,7 +294,17 @@ local function sheet_of(gpu)
   return nil
 end
 
---- `--device cuda` without `--gpu`: an experiment that names GPUs runs on the one at hand.
+---@param name string
+---@return boolean
+local function is_sheet(name)
+  for _, sheet in ipairs(amalgam.gpus()) do
+    if sheet == name then return true end
+  end
+  return false
+end
+
+--- `--gpu` takes every GPU that has a data sheet, also one that the experiment does not name.
+--- `--device cuda` without it: an experiment that names GPUs runs on the one at hand.
 ---@param spec Experiment
 ---@param o RunOptions
 ---@param identity table
@@ -290,7 +312,7 @@ end
 local function settings(spec, o, identity)
   local set, device, gpu = {}, o.device, o.gpu
   if device then table.insert(set, { key = "device", value = device }) end
-  if gpu then table.insert(set, { key = "gpu", value = gpu }) end
+  if gpu then set[#set + 1] = { key = "gpu", value = gpu, replace = is_sheet(gpu) } end
   if device and not is_built(device) then -- else every point would leave a row that says so
     experiment.refuse("run: --device %s: this build has %s%s", device,
       table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or "")
@@ -315,6 +337,59 @@ local function new_tally()
   }
 end
 
+--- `amalgam.isolate` with the errors that end a run.
+---@param spec Experiment
+---@param tally table
+local function isolated(spec, tally, n, jobs, run, done)
+  local ok, why = pcall(amalgam.isolate, n, jobs, spec.timeout_s or 600, run, done)
+  amalgam.progress_end()
+  if ok then return end
+  if type(why) == "table" then error(why, 0) end
+  local reason = tostring(why):gsub("^%S+%.lua:%d+: ", "")
+  error({
+    exit = reason == "interrupted" and 130 or 1,
+    message = ("%s: %s; %s of this run kept, the same command goes on from there"):format(spec.id,
+      reason, count(tally.rows, "row")),
+  }, 0)
+end
+
+--- What points share, by the name of what it depends on: a value, or the result that each gets.
+---@param loaded Loaded
+---@param todo PointEntry[]
+---@param jobs integer
+---@param tally table
+---@return table<string, { value?: table, status?: string, reason?: string }>
+local function run_shared(loaded, todo, jobs, tally)
+  local spec, made, list, n_done = loaded.spec, {}, {}, 0
+  if not spec.shared then return made end
+  for _, entry in ipairs(todo) do
+    local part, name = experiment.shared_key(spec, entry.key)
+    if not made[name] then
+      made[name] = {}
+      list[#list + 1] = { part = part, name = name }
+    end
+  end
+  local function run(index)
+    local ok, value = pcall(spec.shared.run, amalgam, experiment.guard(list[index].part))
+    if ok and type(value) ~= "table" then
+      ok, value = false, ("shared.run returned a %s, no table"):format(type(value))
+    end
+    return ok and { value = value } or failure(value)
+  end
+  local function done(index, result, reason)
+    result = result or { status = "failed", reason = reason }
+    if result.status == "mistake" then
+      error({ exit = 2, message = result.reason, rows = tally.rows }, 0)
+    end
+    made[list[index].name] = result
+    n_done = n_done + 1
+    amalgam.progress_show(n_done, "what points share")
+  end
+  amalgam.progress_start(spec.id, #list)
+  isolated(spec, tally, #list, jobs, run, done)
+  return made
+end
+
 --- Run what is left of one experiment.
 ---@param loaded Loaded
 ---@param todo PointEntry[]
@@ -326,10 +401,11 @@ local function run_all(loaded, todo, context, jobs, seconds)
   local spec = loaded.spec
   local tally = new_tally()
   local n_reasons, started = 0, os.time()
+  local shared = run_shared(loaded, todo, jobs, tally)
 
   local function run(index)
     if seconds and os.time() - started >= seconds then return { status = "later" } end
-    return run_point(loaded, todo[index])
+    return run_point(loaded, todo[index], shared)
   end
 
   local function done(index, result, reason, wall_s)
@@ -362,18 +438,7 @@ local function run_all(loaded, todo, context, jobs, seconds)
   end
 
   amalgam.progress_start(spec.id, #todo)
-  local ok, why = pcall(amalgam.isolate, #todo, jobs, spec.timeout_s or 600,
-    run, done)
-  amalgam.progress_end()
-  if not ok then
-    if type(why) == "table" then error(why, 0) end
-    local reason = tostring(why):gsub("^%S+%.lua:%d+: ", "")
-    error({
-      exit = reason == "interrupted" and 130 or 1,
-      message = ("%s: %s; %s of this run kept, the same command goes on from there"):format(spec.id,
-        reason, count(tally.rows, "row")),
-    }, 0)
-  end
+  isolated(spec, tally, #todo, jobs, run, done)
   return tally
 end
 

@@ -159,7 +159,9 @@ const preference_of_experts of_experts[] = {
     {1, 22, "experts_8", false},         {12, 62, "experts_32", true},
     {4, 24, "experts_8", false},         {8, 22, "experts_16", false},
     {4, 62, "hopper_8x2", false},        {8, 62, "hopper_16x2", false},
-    {1 << 30, 62, "experts_128", false}, {1 << 30, 62, "tall_128", false},
+    {1 << 30, 62, "experts_128", false}, {40, 62, "experts_words", false},
+    {100, 62, "tall_128", false},        {1 << 30, 62, "experts_words", false},
+    {1 << 30, 62, "tall_128", false},
 };
 
 bool gated(const linear_problem *p) {
@@ -182,11 +184,11 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 }
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {linear_short_table(),      linear_mid_table(),
-                                   linear_words_table(),      linear_experts_table(),
-                                   linear_tall_table(),       linear_wide_table(),
-                                   linear_hopper_table(),     linear_ampere_table(),
-                                   linear_words_tall_table(), linear_strips_table()};
+    const linear_table tables[] = {
+        linear_short_table(),         linear_mid_table(),    linear_words_table(),
+        linear_experts_table(),       linear_tall_table(),   linear_wide_table(),
+        linear_hopper_table(),        linear_ampere_table(), linear_words_tall_table(),
+        linear_experts_words_table(), linear_strips_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -301,11 +303,12 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {
-        linear_short_table(),   linear_mid_table(),        linear_words_table(),
-        linear_experts_table(), linear_hopper_table(),     linear_tall_table(),
-        linear_wide_table(),    linear_words_tall_table(), linear_strips_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}};
+    const linear_table hopper[] = {linear_short_table(),         linear_mid_table(),
+                                   linear_words_table(),         linear_experts_table(),
+                                   linear_hopper_table(),        linear_tall_table(),
+                                   linear_wide_table(),          linear_words_tall_table(),
+                                   linear_experts_words_table(), linear_strips_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {

@@ -58,6 +58,9 @@ constexpr int kPitch = 40; // f32 between rows of 32 sums: no bank conflicts
 constexpr int kTurnBytes = 16 * kPitch * 4, kFixed = 1024 + kWarps * kTurnBytes;
 template <int NT> constexpr int kStages = (226 * 1024 - kFixed) / kStageBytes<NT>;
 template <int NT> constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT>;
+// Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
+// others.
+constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -109,14 +112,6 @@ template <typename T, int NT> struct walk {
 };
 
 // --- Loading ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
-                                                  uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
 
 template <typename T, int NT> struct producer {
     const tall_args &a;
@@ -371,10 +366,6 @@ __device__ __forceinline__ float4 shared_get(uint32_t at) {
     return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
                        __uint_as_float(v.w));
 }
-
-// Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
-// others.
-constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
 
 // Leaves what others finish, and finishes every size-th piece. The ring is free: what is this
 // cluster's own waits there, and what the others left comes there. Loops, for straight code is read

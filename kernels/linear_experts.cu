@@ -13,8 +13,9 @@
 //   1   makes those visible to the tensor cores: a fence waits for all that its warp has under way
 //
 // Weights and x of a step of 128 inputs are a stage of one ring.
-#include "linear_experts.cuh"
+#include "linear_experts_many.cuh"
 #include "linear_launch.h"
+#include "linear_lines.cuh"
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -51,9 +52,8 @@ constexpr int kRoom = 226 * 1024;
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
 // lies at 0).
-struct division {
-    int32_t rows;                 // of a stage of x
-    int32_t tiles, steps, stages; // tiles: of an expert's rows
+struct division : expert_cut { // rows: of a stage of x
+    int32_t steps, stages;
     int32_t x_stage, scale_stage; // bytes
     int32_t at_code, at_scale, at_places, at_bars, bytes;
 };
@@ -62,83 +62,6 @@ struct division {
 struct maps {
     CUtensorMap code, scale;
 };
-
-// --- Tiles --------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int parts_of(const division &d, int rows) {
-    return (rows + d.rows - 1) / d.rows;
-}
-
-// In shared memory: where an expert's rows begin, [count + 1]; the experts, those whose tiles have
-// the most rows first, so that CTAs end alike, [count]; where the tiles of these begin,
-// [count + 1], and until that is known the rows of an expert's tiles.
-struct expert_table {
-    int32_t *row, *order, *start;
-    __device__ __forceinline__ expert_table(int32_t *at, int count)
-        : row(at), order(at + count + 1), start(at + 2 * count + 1) {}
-    __device__ __forceinline__ int tiles(const division &d, int e) const {
-        return parts_of(d, row[e + 1] - row[e]) * d.tiles;
-    }
-};
-__host__ __device__ constexpr int table_bytes(int count) { return (3 * count + 2) * 4; }
-
-// By all threads of the CTA. The routing may have been written since it was last read from here.
-__device__ __forceinline__ void fill_table(const linear_args &p, const division &d,
-                                           const expert_table &table) {
-    for (int i = threadIdx.x; i <= p.count; i += kThreads)
-        table.row[i] = __ldcg(p.expert_start + i);
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.count; e += kThreads) {
-        const int rows = table.row[e + 1] - table.row[e], parts = parts_of(d, rows);
-        table.start[e] = parts > 1 ? (rows + parts - 1) / parts : rows;
-    }
-    __syncthreads();
-    for (int t = threadIdx.x; t < (p.count * 4 + 31) / 32 * 32; t += kThreads) { // four an expert
-        const int e = t / 4, rows = e < p.count ? table.start[e] : 0;
-        int rank = 0;
-#pragma unroll 8
-        for (int i = t % 4; i < p.count; i += 4) rank += table.start[i] + (i < e) > rows;
-        rank += __shfl_xor_sync(~0u, rank, 1);
-        rank += __shfl_xor_sync(~0u, rank, 2);
-        if (t % 4 == 0 && e < p.count) table.order[rank] = e;
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x, each = (p.count + 31) / 32;
-        const int i0 = min(lane * each, p.count), i1 = min(i0 + each, p.count);
-        int32_t own = 0, sum;
-        for (int i = i0; i < i1; i++) own += table.tiles(d, table.order[i]);
-        sum = own;
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int32_t before = __shfl_up_sync(~0u, sum, i);
-            if (lane >= i) sum += before;
-        }
-        if (lane == 31) table.start[p.count] = sum;
-        sum -= own;
-        for (int i = i0; i < i1; i++) {
-            table.start[i] = sum;
-            sum += table.tiles(d, table.order[i]);
-        }
-    }
-    __syncthreads();
-}
-
-// Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
-// Those that share weights are neighbours.
-__device__ __forceinline__ target locate(const linear_args &p, const division &d,
-                                         const expert_table &table, int t) {
-    const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
-    int i = __popc(__ballot_sync(~0u, table.start[min(lane * each, p.count)] <= t)) - 1;
-    i *= each;
-    i += __popc(__ballot_sync(~0u, lane < each && table.start[min(i + lane, p.count)] <= t)) - 1;
-    const int e = table.order[i], row = table.row[e], rows = table.row[e + 1] - row;
-    t -= table.start[i];
-    const int parts = parts_of(d, rows), n = t / parts;
-    const int each_part = ((rows + parts - 1) / parts + 7) / 8 * 8;
-    const int32_t m0 = row + (t - n * parts) * each_part;
-    return {e, n * (p.paired ? kBlocks / 2 : kBlocks), m0, min(row + rows, m0 + each_part)};
-}
 
 // --- Loading ------------------------------------------------------------------------------------
 
@@ -180,7 +103,9 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
         copy_box(base + d.at_scale + stage * d.scale_stage, &m.scale, step * kGranules, tile.block,
                  tile.expert, full, policy);
     };
-    const auto tile_of = [&](int t) { return t < tiles ? locate(p, d, table, t) : target{}; };
+    const auto tile_of = [&](int t) {
+        return t < tiles ? locate<kBlocks>(p, d, table, t) : target{};
+    };
     target tile = tile_of((int)blockIdx.x);
     told.tell(0, tile);
     // Steps whose weights wait for no kernel, and for no stage.
@@ -355,10 +280,6 @@ template <typename T, int F, int G> struct multiplier {
 
 // --- The end of a tile --------------------------------------------------------------------------
 
-__device__ __forceinline__ void meet(int number, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 // What a warp knows of its block when its sums are made. Lines of 64 outputs are written whole, by
 // way of one of two places in turn (rounds: how often), 16 rows of x at a time.
 template <typename T> struct block_end {
@@ -391,32 +312,19 @@ template <typename T> struct block_end {
     }
 };
 
-// A row of 128 bytes has its pieces of 16 where the copy engine's swizzle would put them.
 template <typename T, int R>
 __device__ __forceinline__ void finish_plain(const float (&acc)[R], float mend,
                                              const block_end<T> &end, uint32_t places,
                                              int &rounds) {
-    const int thread = threadIdx.x % 128, lane = thread % 32, piece = thread % 8, row = thread / 8;
-    const int to = lane / 16 * 8 + lane % 8, of = end.strip * 2 + lane / 8 % 2;
-    const uint32_t own = places + end.wg * (kPlace / kBlocks);
-    const uint32_t put = own + to * 128 + ((of ^ to % 8) << 4);
-    const uint32_t get = own + row * 128 + ((piece ^ row % 8) << 4);
-    const int64_t ldy = end.p.ldy;
-    T *y = end.y + row * ldy + piece * 8;
-    const bool inside = end.in_half + piece * 8 < end.p.half_rows;
-    const bool wide = ((uint32_t)ldy % 8 | (uint32_t) reinterpret_cast<uintptr_t>(end.y) % 16) == 0;
-    const auto pair = [&](int j, int e) {
-        return pack2<T>(end.value(acc[4 * j + e], mend, e), end.value(acc[4 * j + e + 1], mend, e));
-    };
+    linear_lines<T> to(end.p, end.y, end.p.half_rows - end.in_half, end.rows,
+                       places + end.wg * (kPlace / kBlocks), kPlace, 9 + end.wg);
 #pragma unroll
-    for (int j = 0; j < R / 4; j += 2, y += 16 * ldy) {
-        if (8 * j >= end.rows) break;
-        const uint32_t place = rounds++ % 2 * kPlace;
-        linear_place_16(put + place, {pair(j, 0), pair(j, 2), pair(j + 1, 0), pair(j + 1, 2)});
-        meet(9 + end.wg, 128);
-        const uint4 v = shared_u128(get + place);
-        if (!inside || 8 * j + row >= end.rows) continue;
-        linear_store_16(y, v, wide);
+    for (int j = 0; j < R / 8; j++) {
+        if (16 * j >= end.rows) break;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = end.value(acc[8 * j + i], mend, i % 4);
+        to.put(v, rounds);
     }
 }
 
@@ -469,7 +377,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
         asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(mine + place), "f"(v[0]),
                      "f"(v[1]), "f"(v[2]), "f"(v[3])
                      : "memory");
-        meet(1 + end.warp % (2 * kBlocks), 64);
+        linear_meet(1 + end.warp % (2 * kBlocks), 64);
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                      : "r"(theirs + place + lane * 16)
@@ -485,7 +393,7 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(put + place),
             "r"(pack2<T>(gate[0], gate[1])), "r"(pack2<T>(gate[2], gate[3]))
             : "memory");
-        meet(9 + end.wg, 128);
+        linear_meet(9 + end.wg, 128);
         uint2 line;
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                      : "=r"(line.x), "=r"(line.y)
@@ -576,7 +484,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     if (!p.routed) wait_for_previous();
-    fill_table(p, d, table);
+    fill_table<kThreads>(p, d, table);
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
         if (warp == kWarps) {

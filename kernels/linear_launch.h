@@ -62,6 +62,7 @@ linear_table linear_hopper_table(void); /* these run on sm_90, where compiled fo
 linear_table linear_experts_table(void);
 linear_table linear_strips_table(void);
 bool linear_strips_accepts(const linear_layout *l); /* K is not too long */
+linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);

@@ -727,6 +727,11 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
 // --- Sums of a tile -----------------------------------------------------------------------------
 
+// What a barrier of sums waits for: bytes, or, in a CTA that is alone, the arrival of each warp:
+// compute-sanitizer wants two CTAs and more for stores as clusters have them.
+__device__ __forceinline__ bool alone(const division &d) { return d.cluster == 1; }
+__device__ __forceinline__ int bytes_sent(const division &d) { return alone(d) ? 0 : d.sums_bytes; }
+
 // To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
 template <int NT>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
@@ -741,11 +746,19 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
     for (int t = 0; t < NT / 8; t++) {
         const int q = strip * (NT / 8) + t, local = q & ((1 << way.per) - 1);
         const uint32_t owner = q >> way.per << way.apart;
-        const uint32_t to = remote_address(base + d.at_sums + turn * d.sums_bytes, owner);
         const float c[4] = {acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]};
-        remote_store(to + ((local * halves + half) * d.senders + sender) * 512 + lane * 16, c,
-                     remote_address(bar.sums + turn * 8, owner));
+        const uint32_t to = base + d.at_sums + turn * d.sums_bytes +
+                            ((local * halves + half) * d.senders + sender) * 512 + lane * 16;
+        if (alone(d))
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(c[0]), "f"(c[1]),
+                         "f"(c[2]), "f"(c[3])
+                         : "memory");
+        else
+            remote_store(remote_address(to, owner), c, remote_address(bar.sums + turn * 8, owner));
     }
+    if (!alone(d)) return;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar.sums + turn * 8);
 }
 
 __device__ __forceinline__ void sum_senders(float (&c)[4], uint32_t from, int senders) {
@@ -828,7 +841,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     const float4 given = linear_load_part(shared_sums, taken);
     const float4 given_other = linear_load_part(shared_sums + 32, taken && d.halves == 2);
     barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
-    if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, d.sums_bytes);
+    if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, bytes_sent(d));
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
     float *stage = reinterpret_cast<float *>(at);
@@ -855,7 +868,11 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         }
     }
     __syncwarp();
-    if (more && lane < d.cluster) remote_arrive(remote_address(bar.read + turn * 8, lane));
+    if (!more || lane >= d.cluster) return;
+    if (alone(d))
+        barrier_arrive(bar.read + turn * 8);
+    else
+        remote_arrive(remote_address(bar.read + turn * 8, lane));
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
@@ -865,9 +882,9 @@ template <int NT, int P>
 __device__ __forceinline__ void init(const barriers &bar, const division &d, int full, int empty,
                                      int x) {
     for (int i = 0; i < 2; i++) {
-        barrier_init(bar.sums + i * 8, 1);
+        barrier_init(bar.sums + i * 8, alone(d) ? 1 + 4 * P : 1);
         barrier_init(bar.read + i * 8, NT / 2);
-        barrier_arrive_expect(bar.sums + i * 8, d.sums_bytes);
+        barrier_arrive_expect(bar.sums + i * 8, bytes_sent(d));
     }
     for (int g = 0; g < P; g++)
         for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {

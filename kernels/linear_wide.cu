@@ -8,7 +8,7 @@
 // clusters instead of CTAs; what it says of CTAs holds for those of one rank.
 #include "linear_common.cuh"
 #include "linear_launch.h"
-#include "ptx_sm90.cuh"
+#include "linear_lines.cuh"
 #include "tensor_map.cuh"
 
 // The explicit list: format, type, scale granule (0: none).
@@ -34,7 +34,7 @@ constexpr int kMathRegisters = 232, kLoadRegisters = 40;
 static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
                   kThreads * (65536 / kThreads / 8 * 8),
               "registers_up would wait for ever");
-enum { BAR_PAIR = 1 }; // named barriers; 0 is __syncthreads
+enum { BAR_PAIR = 1, BAR_LINES = 5 }; // named barriers; 0 is __syncthreads
 
 // Shared memory of a CTA: stages of one unit, codes and x, then scales, the turning places, what
 // warps of gate and up exchange, and barriers. A granule of two units comes with each of them.
@@ -44,7 +44,8 @@ template <int F, int G> struct tile {
     static constexpr int granules = G == 0 ? 0 : G < 64 ? 64 / G : 1; // of a unit
     static constexpr int scale_block = granules * linear_granule_bytes(F),
                          scale = kBlocks * scale_block;
-    static constexpr int turn = kWarps * LINEAR_STAGE_FLOATS * 4, pair = kWarps * 512;
+    static constexpr int turn = 2 * kBlocks * LINEAR_LINES_BYTES, pair = 2 * kWarps * 1024;
+    static_assert(turn >= kWarps * LINEAR_STAGE_FLOATS * 4, "");
     static constexpr int fixed = turn + pair + 256 + 1024; // 1024: alignment of the base
     static constexpr int stages = (226 * 1024 - fixed) / (code + x + scale);
     static_assert(stages >= 3 && 16 * stages <= 256, "");
@@ -143,11 +144,11 @@ template <int F, int G> struct producer {
 
 // --- Epilogue -----------------------------------------------------------------------------------
 
-// Where this warp's block goes; of a pair, the place of the gate.
+// Where this warp's block goes.
 __device__ __forceinline__ linear_place place_of(const linear_args &p, const linear_segment &s) {
     const int strip = threadIdx.x / 32 % 4;
     linear_place at;
-    at.block = linear_block<2>(p, s.tile_n, cluster_rank(), p.paired ? 0 : (int)threadIdx.x / 128);
+    at.block = linear_block<2>(p, s.tile_n, cluster_rank(), (int)threadIdx.x / 128);
     const int32_t half = at.block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (at.block - half * p.half_blocks) * 64 + strip * 16;
     at.there = at.block < p.blocks && in_half < p.half_rows;
@@ -164,53 +165,90 @@ __device__ __forceinline__ linear_outputs outputs_of(const linear_args &p, int32
     return o;
 }
 
-// A whole tile in registers. Of a pair, the warp of the gate finishes the first half of the x rows
-// and that of up the second: one group each way at a time.
+// A whole tile in registers, of f32 or added to y.
+template <typename T, int F>
+__device__ __forceinline__ void finish_wide(float (&acc)[1][kRows / 2], const linear_args &p,
+                                            const linear_segment &s, float *stage) {
+    const linear_place at = place_of(p, s);
+    if (!at.there) return;
+    const linear_outputs o = outputs_of<T, F>(p, at.block, at.col);
+#pragma unroll
+    for (int j = 0; j < kGroups; j++)
+        if (s.m0 + 8 * j < s.m_end)
+            linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[0][4 * j], &acc[0][4 * j],
+                                  o, o, stage);
+}
+
+// Scales and biases of rows g and g + 8 of this warp's strip of a block.
+template <typename T, int F>
+__device__ __forceinline__ linear_row_outputs row_outputs_of(const linear_args &p, int32_t block) {
+    constexpr float unfold = dequant_unfold<T, F>(); // such formats have no other scale here
+    linear_row_outputs o = {{unfold, unfold}, {0.f, 0.f}};
+    const int32_t half = block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (block - half * p.half_blocks) * 64 + threadIdx.x / 32 % 4 * 16;
+    if (in_half >= p.half_rows) return o;
+    o = linear_row_outputs_of<T>(p, 0, block, threadIdx.x);
+    if (unfold != 1.f) o.scale[0] = o.scale[1] = unfold;
+    return o;
+}
+
+// In 16 bits, by whole lines. Of a pair the warpgroup of the gate finishes every second 16 rows of
+// x, and that of up the others: each leaves its sums of those that are the other's, warp by warp,
+// in one of two places in turn, [warp][2][lane] of 16 bytes.
 template <typename T, int F>
 __device__ __forceinline__ void finish(float (&acc)[1][kRows / 2], const linear_args &p,
-                                       const linear_segment &s, float *stage, float4 *pairs) {
-    const linear_place at = place_of(p, s);
-    if (!p.paired) {
-        if (!at.there) return;
-        const linear_outputs o = outputs_of<T, F>(p, at.block, at.col);
+                                       const linear_segment &s, uint32_t places, uint32_t pairs,
+                                       int &turn) {
+    constexpr int kRounds = kRows / 16;
+    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), wg = warp / 4;
+    const int32_t block = linear_block<2>(p, s.tile_n, cluster_rank(), p.paired ? 0 : wg);
+    if (block >= p.blocks) return;
+    const int32_t half = block >= p.half_blocks ? 1 : 0;
+    const int32_t in_half = (block - half * p.half_blocks) * 64;
+    if (in_half >= p.half_rows) return;
+    T *y = static_cast<T *>(p.y) + s.m0 * p.ldy + half * p.half_rows + in_half;
+    const int rows = s.m_end - s.m0;
+    linear_lines<T> to(p, y, p.half_rows - in_half, rows, places + wg * LINEAR_LINES_BYTES,
+                       kBlocks * LINEAR_LINES_BYTES, BAR_LINES + wg, p.paired ? wg : 0,
+                       p.paired ? 2 : 1);
+    float v[8];
+    const linear_row_outputs o =
+        row_outputs_of<T, F>(p, block + (p.paired ? wg : 0) * p.half_blocks);
+    const auto scaled = [&](float(&v)[8]) {
 #pragma unroll
-        for (int j = 0; j < kGroups; j++)
-            if (s.m0 + 8 * j < s.m_end)
-                linear_emit<T, false>(p, s.m0 + 8 * j, s.m_end, at.col, &acc[0][4 * j],
-                                      &acc[0][4 * j], o, o, stage);
+        for (int i = 0; i < 8; i++) v[i] = fmaf(v[i], o.scale[i / 2 % 2], o.bias[i / 2 % 2]);
+    };
+    if (!p.paired) {
+#pragma unroll
+        for (int j = 0; j < kRounds; j++) {
+            if (16 * j >= rows) break;
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[i] = acc[0][8 * j + i];
+            scaled(v);
+            to.put(v, turn);
+        }
         return;
     }
-    linear_outputs gate_o = {}, up_o = {};
-    if (at.there) {
-        gate_o = outputs_of<T, F>(p, at.block, at.col);
-        up_o = outputs_of<T, F>(p, at.block + p.half_blocks, at.col + p.half_rows);
-    }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool up = warp / 4;
-    const int barrier = BAR_PAIR + warp % 4;
+    const uint32_t put = pairs + warp * 1024 + threadIdx.x % 32 * 16;
+    const uint32_t get = pairs + (warp ^ 4) * 1024 + threadIdx.x % 32 * 16;
+#pragma unroll 1
+    for (int j = wg; 16 * (j - wg) < rows; j += 2) {
+        const uint32_t place = turn % 2 * (kWarps * 1024);
+        float other[8], gate[8], up[8];
+        group_pin(acc[0]);
+        linear_take<0, kRounds>(other, acc[0], j ^ 1);
+        scaled(other);
+        linear_shared_put(put + place, &other[0]);
+        linear_shared_put(put + place + 512, &other[4]);
+        linear_meet(BAR_PAIR + warp % 4, 64);
+        linear_take<0, kRounds>(v, acc[0], j);
+        scaled(v);
+        linear_shared_get(&other[0], get + place);
+        linear_shared_get(&other[4], get + place + 512);
 #pragma unroll
-    for (int j = 0; j < kGroups / 2; j++) {
-        float mine[4], other[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float low = acc[0][4 * j + i], high = acc[0][4 * (j + kGroups / 2) + i];
-            mine[i] = up ? high : low;
-            other[i] = up ? low : high;
-        }
-        pairs[warp * 32 + lane] = make_float4(other[0], other[1], other[2], other[3]);
-        asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
-        const float4 v = pairs[(warp ^ 4) * 32 + lane];
-        asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
-        const float got[4] = {v.x, v.y, v.z, v.w};
-        float gate[4], c[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            gate[i] = up ? got[i] : mine[i];
-            c[i] = up ? mine[i] : got[i];
-        }
-        const int32_t m0 = s.m0 + 8 * (j + up * kGroups / 2);
-        if (at.there && m0 < s.m_end)
-            linear_emit<T, true>(p, m0, s.m_end, at.col, gate, c, gate_o, up_o, stage);
+        for (int i = 0; i < 8; i++) gate[i] = wg ? other[i] : v[i], up[i] = wg ? v[i] : other[i];
+        linear_gate_eight(gate, up, p);
+        to.put(gate, turn);
     }
 }
 
@@ -249,7 +287,7 @@ __device__ __forceinline__ void compute(const linear_args &p, uint8_t *base) {
     uint32_t scale_in = base_at + L::at_scale + wg * L::scale_block;
     asm volatile("" : "+r"(code_in), "+r"(place), "+r"(scale_in));
     float *turn = reinterpret_cast<float *>(base + L::at_turn) + warp * LINEAR_STAGE_FLOATS;
-    float4 *pairs = reinterpret_cast<float4 *>(base + L::at_pair);
+    int turns = 0;
 
     int stage = 0, parity = 0;
     uint32_t before = 0; // the barrier of the unit that the tensor cores may still be at
@@ -298,7 +336,10 @@ __device__ __forceinline__ void compute(const linear_args &p, uint8_t *base) {
             if (sharers > 1)
                 linear_collect<kRows, 1, kWarps>(acc, p, s, slot_of(owner, rank), sharers);
         }
-        finish<T, F>(acc, p, s, turn, pairs);
+        if (p.y_f32 || p.epilogue == LINEAR_RESIDUAL)
+            finish_wide<T, F>(acc, p, s, turn);
+        else
+            finish<T, F>(acc, p, s, base_at + L::at_turn, base_at + L::at_pair, turns);
     }
 }
 #endif

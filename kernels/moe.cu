@@ -3,8 +3,9 @@
 // them, and the norm behind the experts to the one that adds up what they return.
 //
 // permute is a counting sort in which every expert's block counts for itself: it reads all slots
-// twice (how many go to lower experts, then the rank of each of its own), which is X times as many
-// reads as need be, all from L2, and asks for no second launch, no atomics and no order of blocks.
+// twice (how many go to lower experts and to its own, then the rank of each of its own), which is X
+// times as many reads as need be, all from L2, and asks for no second launch, no atomics and no
+// order of blocks.
 // Of few tokens one block does both.
 #include "linear_layout.h"
 #include "mma_sync.cuh"
@@ -110,45 +111,67 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock)
     }
 }
 
-// Block e: where expert e starts, and the rows of its slots.
+// Four slots' experts from s on, of those below `end`; others are no expert's.
+__device__ __forceinline__ int4 experts_at(const int32_t *expert, int s, int end) {
+    if (s + 3 < end) return *reinterpret_cast<const int4 *>(expert + s);
+    const auto at = [&](int i) { return i < end ? expert[i] : INT32_MAX; };
+    return make_int4(at(s), at(s + 1), at(s + 2), at(s + 3));
+}
+
+// Block e: where expert e starts, and the rows of its slots. A warp has an even part of all slots,
+// 128 of them at a time, and counts them first.
 __global__ void __launch_bounds__(kThreads)
     permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token, const int32_t *expert,
             int n_slots, int top_k) {
-    __shared__ int warp_count[kThreads / 32];
-    __shared__ int total;
+    constexpr int kWarps = kThreads / 32, kSlots = 128, kAhead = 4;
+    __shared__ int lower_of[kWarps], own_of[kWarps];
     const int e = (int)blockIdx.x, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int each = (n_slots + kWarps * kSlots - 1) / (kWarps * kSlots) * kSlots;
+    const int begin = min(warp * each, n_slots), end = min(begin + each, n_slots);
     follow_previous();
-    int lower = 0;
-    for (int s = (int)threadIdx.x; s < n_slots; s += kThreads) lower += expert[s] < e;
-    for (int d = 16; d > 0; d >>= 1) lower += __shfl_xor_sync(~0u, lower, d);
-    if (lane == 0) warp_count[warp] = lower;
+    int lower = 0, own = 0;
+#pragma unroll 4
+    for (int s = begin + lane * 4; s < end; s += kSlots) {
+        const int4 v = experts_at(expert, s, end);
+        lower += (v.x < e) + (v.y < e) + (v.z < e) + (v.w < e);
+        own += (v.x == e) + (v.y == e) + (v.z == e) + (v.w == e);
+    }
+    lower = __reduce_add_sync(~0u, lower);
+    own = __reduce_add_sync(~0u, own);
+    if (lane == 0) lower_of[warp] = lower, own_of[warp] = own;
     __syncthreads();
+    int next = 0; // the warp's first row
+    for (int w = 0; w < kWarps; w++) next += lower_of[w];
     if (threadIdx.x == 0) {
-        int start = 0;
-        for (int w = 0; w < kThreads / 32; w++) start += warp_count[w];
-        total = start;
-        expert_start[e] = start;
+        expert_start[e] = next;
         if (e + 1 == (int)gridDim.x) expert_start[e + 1] = n_slots;
     }
-    __syncthreads();
-    int next = total; // first free row of the expert
-    for (int base = 0; base < n_slots; base += kThreads) {
-        const int s = base + (int)threadIdx.x;
-        const bool mine = s < n_slots && expert[s] == e;
-        const unsigned ballot = __ballot_sync(~0u, mine);
-        if (lane == 0) warp_count[warp] = __popc(ballot);
-        __syncthreads();
-        int before = __popc(ballot & ((1u << lane) - 1)), all = 0;
-        for (int w = 0; w < kThreads / 32; w++) {
-            before += w < warp ? warp_count[w] : 0;
-            all += warp_count[w];
+    for (int w = 0; w < warp; w++) next += own_of[w];
+    if (own == 0) return;
+    for (int base = begin; base < end; base += kAhead * kSlots) {
+        int4 v[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            v[i] = experts_at(expert, base + i * kSlots + lane * 4, end);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const bool mine[4] = {v[i].x == e, v[i].y == e, v[i].z == e, v[i].w == e};
+            if (!__any_sync(~0u, mine[0] || mine[1] || mine[2] || mine[3])) continue;
+            int row = next;
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const unsigned ballot = __ballot_sync(~0u, mine[c]);
+                row += __popc(ballot & ((1u << lane) - 1));
+                next += __popc(ballot);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const int s = base + i * kSlots + lane * 4 + c;
+                if (!mine[c]) continue;
+                slot_row[s] = row;
+                row_token[row++] = s / top_k;
+            }
         }
-        if (mine) {
-            slot_row[s] = next + before;
-            row_token[next + before] = s / top_k;
-        }
-        next += all;
-        __syncthreads(); // warp_count is written again
     }
 }
 
@@ -612,7 +635,8 @@ extern "C" bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm) {
 template <typename T> static status launch_enter(const moe_enter *p, cudaStream_t stream) {
     const linear_layout l = linear_layout_of(p->router);
     const int each = p->t <= kWideTokens && l.units <= 2 * kClusterMax ? 2 : kEnterUnits;
-    const int ctas = (int)div_up(l.units, each);
+    // Two at least: compute-sanitizer lets no CTA that is alone store as clusters do.
+    const int ctas = (int)i64_max(2, div_up(l.units, each));
     const int tokens = p->t < kEnterTokens ? (int)p->t : kEnterTokens;
     const enter_args a = {*p,      static_cast<const uint4 *>(p->router->code), p->router->bias,
                           l.units, (int)div_up(p->n_experts, LINEAR_STRIP),     tokens};

@@ -27,7 +27,9 @@ status kernel_moe_route(int32_t *expert, float *weight, const void *logits, int6
 /* Sort slots by expert, within an expert by token: exactly ref_moe_permute.
  *
  *   expert_start   [n_experts + 1]     slot_row    [t * top_k] row of a slot
- *   expert         [t * top_k]         row_token   [t * top_k] token of a row */
+ *   expert         [t * top_k]         row_token   [t * top_k] token of a row
+ *
+ * expert lies at a multiple of 16 bytes. */
 status kernel_moe_permute(int32_t *expert_start, int32_t *slot_row, int32_t *row_token,
                           const int32_t *expert, int64_t t, int32_t n_experts, int32_t top_k,
                           kernel_stream stream);

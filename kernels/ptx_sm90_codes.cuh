@@ -10,6 +10,15 @@
 #define PTX_SM90_CODES_CUH
 #include "ptx_sm90.cuh"
 
+// To the same place in both CTAs of a cluster of two.
+__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
+                                                  uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
+                 : "memory");
+}
+
 template <bool INT8, int NT> struct multiply_codes;
 
 #define CODES_MULTIPLY(INT8, SUM, KIND, TYPES, N, R, A, B, ADD, SIGNS)                             \
@@ -38,7 +47,7 @@ template <typename T, int NT> struct multiply_words;
 
 #define WORDS_MULTIPLY(T, TYPE, N, R, A, B)                                                        \
     template <> struct multiply_words<T, N> {                                                      \
-        static __device__ __forceinline__ void run(float (&d)[R], uint64_t a, uint64_t b) {        \
+        static __device__ __forceinline__ void run(float *d, uint64_t a, uint64_t b) {             \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
                          " {" PLACES_##R "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                     \
                          : SUMS_##R("+f", 0)                                                       \
@@ -48,7 +57,22 @@ template <typename T, int NT> struct multiply_words;
 #define WORDS_MULTIPLIES(...)                                                                      \
     WORDS_MULTIPLY(__half, "f16", __VA_ARGS__)                                                     \
     WORDS_MULTIPLY(__nv_bfloat16, "bf16", __VA_ARGS__)
+WORDS_MULTIPLIES(16, 8, 8, 9)
+WORDS_MULTIPLIES(32, 16, 16, 17)
+WORDS_MULTIPLIES(48, 24, 24, 25)
+WORDS_MULTIPLIES(64, 32, 32, 33)
+WORDS_MULTIPLIES(72, 36, 36, 37)
+WORDS_MULTIPLIES(80, 40, 40, 41)
+WORDS_MULTIPLIES(88, 44, 44, 45)
+WORDS_MULTIPLIES(96, 48, 48, 49)
+WORDS_MULTIPLIES(104, 52, 52, 53)
+WORDS_MULTIPLIES(112, 56, 56, 57)
+WORDS_MULTIPLIES(120, 60, 60, 61)
 WORDS_MULTIPLIES(128, 64, 64, 65)
+WORDS_MULTIPLIES(136, 68, 68, 69)
+WORDS_MULTIPLIES(144, 72, 72, 73)
+WORDS_MULTIPLIES(152, 76, 76, 77)
+WORDS_MULTIPLIES(160, 80, 80, 81)
 WORDS_MULTIPLIES(192, 96, 96, 97)
 WORDS_MULTIPLIES(256, 128, 128, 129)
 #undef WORDS_MULTIPLIES

@@ -17,11 +17,18 @@
     PLACES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PLACES_36 PLACES_32 ", %32, %33, %34, %35"
 #define PLACES_40 PLACES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define PLACES_44 PLACES_40 ", %40, %41, %42, %43"
 #define PLACES_48 PLACES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define PLACES_52 PLACES_48 ", %48, %49, %50, %51"
 #define PLACES_56 PLACES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define PLACES_60 PLACES_56 ", %56, %57, %58, %59"
 #define PLACES_64                                                                                  \
     PLACES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"   \
               ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PLACES_68 PLACES_64 ", %64, %65, %66, %67"
+#define PLACES_72 PLACES_68 ", %68, %69, %70, %71"
+#define PLACES_76 PLACES_72 ", %72, %73, %74, %75"
+#define PLACES_80 PLACES_76 ", %76, %77, %78, %79"
 #define PLACES_96                                                                                  \
     PLACES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"   \
               ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -40,9 +47,16 @@
 #define SUMS_32(kind, i)  SUMS_16(kind, i), SUMS_16(kind, i + 16)
 #define SUMS_36(kind, i)  SUMS_32(kind, i), SUMS_4(kind, i + 32)
 #define SUMS_40(kind, i)  SUMS_32(kind, i), SUMS_8(kind, i + 32)
+#define SUMS_44(kind, i)  SUMS_40(kind, i), SUMS_4(kind, i + 40)
 #define SUMS_48(kind, i)  SUMS_32(kind, i), SUMS_16(kind, i + 32)
+#define SUMS_52(kind, i)  SUMS_48(kind, i), SUMS_4(kind, i + 48)
 #define SUMS_56(kind, i)  SUMS_32(kind, i), SUMS_24(kind, i + 32)
+#define SUMS_60(kind, i)  SUMS_56(kind, i), SUMS_4(kind, i + 56)
 #define SUMS_64(kind, i)  SUMS_32(kind, i), SUMS_32(kind, i + 32)
+#define SUMS_68(kind, i)  SUMS_64(kind, i), SUMS_4(kind, i + 64)
+#define SUMS_72(kind, i)  SUMS_64(kind, i), SUMS_8(kind, i + 64)
+#define SUMS_76(kind, i)  SUMS_72(kind, i), SUMS_4(kind, i + 72)
+#define SUMS_80(kind, i)  SUMS_64(kind, i), SUMS_16(kind, i + 64)
 #define SUMS_96(kind, i)  SUMS_64(kind, i), SUMS_32(kind, i + 64)
 #define SUMS_128(kind, i) SUMS_64(kind, i), SUMS_64(kind, i + 64)
 #endif

@@ -1,13 +1,18 @@
 --- Names and orders that tables and figures share.
+local amalgam = require("amalgam")
+
+--- Titles of baselines are those of their files; nil where there is none.
+local baseline_title = setmetatable({ none = "Amalgam" }, {
+  __index = function(_, name)
+    return package.searchpath(name, package.path) and require(name).title
+  end,
+})
+
 return {
   --- For captions: where a prediction is of kernels that do not exist.
   eight_bit_units = "before Hopper, and for experts anywhere, W8A8 and FP8 are of units that no "
     .. "kernel here uses yet.",
-  models = {
-    "Llama-2-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B",
-    "Qwen2.5-72B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B",
-    "Mistral-7B-v0.3", "Mixtral-8x7B", "InternLM2.5-20B", "gpt-oss-120b",
-  },
+  models = amalgam.models(),
   gpus = { "rtx4090", "l40s", "a100-80gb", "h100-sxm", "h200" },
   gpu_title = {
     rtx4090 = "RTX 4090", l40s = "L40S", ["a100-80gb"] = "A100-80GB", ["h100-sxm"] = "H100-SXM",
@@ -33,8 +38,5 @@ return {
   kvs = { "KV16", "KV8", "KVFP8", "K8V4", "KV4" },
   kv_all = { "KV16", "KV8", "KVFP8", "K8V4", "KV[8x2,4x4]", "KV4" }, -- and one by layer
   baselines = { "none", "static_batching", "no_prefix_cache" },
-  baseline_title = {
-    none = "Amalgam", static_batching = "static batching", no_prefix_cache = "no prefix cache",
-    dequant_first = "dequantise, then GEMM",
-  },
+  baseline_title = baseline_title,
 }

@@ -23,8 +23,9 @@ typedef struct {
     int64_t decode_ns, n_decodes; /* wall clock of all steps but the first */
 } outputs;
 
-static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
     outputs *o = user;
+    (void)ends;
     (void)now_ns;
     if (o->n[id] == NEW) fail_msg("request %d goes on beyond its end", (int)id);
     o->token[id][o->n[id]++] = s->token;

@@ -147,7 +147,8 @@ static const char *const kernels[] = {NULL,
                                       "ampere_units_64x128",
                                       "experts_128",
                                       "mid_64x3",
-                                      "words_tall"};
+                                      "words_tall",
+                                      "experts_words"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -207,22 +208,25 @@ static void gated_and_grouped(int32_t f, dtype type) {
         }
 }
 
-/* Experts with so many rows that linear_experts has tiles of each number of eights, and two or
- * three tiles of the rows of one. */
+/* Experts with so many rows that linear_experts and linear_experts_words have tiles of each number
+ * of eights, and two or three tiles of the rows of one. */
 static void many_rows(int32_t f, dtype type) {
+    const bool words = formats[f].format == WF_16;
     for (int32_t gated = 0; gated < 2; gated++) {
-        linear_weight w =
-            weight_of(f, type, gated ? 544 : 592, formats[f].group == 32 ? 672 : 640, 6);
+        /* the last unit is not whole but where groups are of 128 */
+        const int32_t k = words ? 656 : formats[f].group == 32 ? 672 : 640;
+        linear_weight w = weight_of(f, type, gated ? 544 : 592, k, 6);
         w.gated = gated;
         linear_probe *p = opened(&w, 79);
         if (!p) return;
-        for (int32_t m = 150; m <= 1200; m += m / 2) /* 150, 225, 337, 505, 757, 1135 */
+        /* 150, 225, 337, 505, 757, 1135, and up to 1000 rows an expert of the latter */
+        for (int32_t m = 150; m <= (words ? 4000 : 1200); m += m / 2)
             for (int32_t few = 0; few < 2; few++)
                 one(p, &w,
                     (linear_trial){.m = m,
                                    .y_type = type,
                                    .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                                   .kernel = "experts_128",
+                                   .kernel = words ? "experts_words" : "experts_128",
                                    .bias = true,
                                    .gather = few == gated,
                                    .experts_used = few ? 3 : 0},
@@ -442,16 +446,21 @@ static int check(bool quick, const char *only) {
 /* Every kernel that the table chooses, each way that it shares tiles, a few launches: what memory
  * checkers can run through in seconds. */
 static int least(const char *only, const char *kernel) {
+    static const struct {
+        int32_t n, k, experts; /* experts: gated */
+        int32_t n_ms;
+    } shapes[] = {{544, 2560, 1, 5}, {544, 640, 3, 5}, {33280, 256, 1, 2}}; /* many tiles: alone */
     static const int32_t ms[] = {5, 14, 40, 70, 300};
     for (int32_t f = 0; f < N_FORMATS; f++)
-        for (int32_t grouped = 0; grouped < 2; grouped++) {
+        for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
             if (only && strcmp(formats[f].name, only) != 0) continue;
-            const dtype type = (f + grouped) % 2 ? DT_BF16 : DT_F16;
-            linear_weight w = weight_of(f, type, 544, grouped ? 640 : 2560, grouped ? 3 : 1);
+            const dtype type = (f + s) % 2 ? DT_BF16 : DT_F16;
+            const bool grouped = shapes[s].experts > 1;
+            linear_weight w = weight_of(f, type, shapes[s].n, shapes[s].k, shapes[s].experts);
             w.gated = grouped;
             linear_probe *p;
             if (linear_probe_open(&p, &w, false, 5) != ST_OK) return 1;
-            for (int32_t i = 0; i < (int32_t)COUNT_OF(ms); i++) {
+            for (int32_t i = 0; i < shapes[s].n_ms; i++) {
                 const linear_trial t = {.m = ms[i],
                                         .y_type = type,
                                         .epilogue = grouped ? LINEAR_GATED : LINEAR_STORE,
@@ -488,7 +497,8 @@ static int mixture(const char *kernel) {
     enum { BATCHES = 400, LAYERS = 16 };
     static float logits[T * X];
     linear_weight w, down;
-    if (!zero_weight(&w, 2, N, K, X) || !zero_weight(&down, 2, DOWN_N, DOWN_K, X)) return 1;
+    const int32_t f = kernel && strstr(kernel, "words") ? 0 : 2; /* 16 bits, or W4 */
+    if (!zero_weight(&w, f, N, K, X) || !zero_weight(&down, f, DOWN_N, DOWN_K, X)) return 1;
     int sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     float *from = zeros(sizeof logits), *share = zeros(T * TOP * 4);

@@ -130,9 +130,10 @@ typedef struct {
     const conditions *c;
 } listener;
 
-static bool on_token(void *user, int64_t id, const sampled *s, int64_t now_ns) {
+static bool on_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
     const listener *l = user;
     outputs *o = l->o;
+    (void)ends;
     (void)now_ns;
     assert_true(o->n[id] < NEW);
     o->token[id][o->n[id]++] = s->token;

@@ -21,6 +21,63 @@ local function refused(words, reason)
   test.contains(said, reason)
 end
 
+test.case("a closed standard output is no file of ours", function()
+  local path = os.tmpname()
+  local script = path .. ".lua"
+  local f = assert(io.open(script, "w"))
+  f:write(("local f = io.open(%q, 'w') io.stdout:write('out') io.stdout:flush() "):format(path),
+    "io.stderr:write('error') f:write('file') f:close()")
+  f:close()
+  for _, closed in ipairs({ "", "0<&-", ">&-", "2>&-", "0<&- >&-", "0<&- >&- 2>&-" }) do
+    command(("%%s lua %s %s"):format(script, closed))
+    test.equal(assert(io.open(path)):read("a"), "file", closed)
+  end
+  os.remove(script)
+  os.remove(path)
+end)
+
+test.case("generate shows what stops it, and special tokens, when asked", function()
+  local function text(words)
+    local code, said = command("%s generate --model workloads/tiny --prompt 'Once upon a time'"
+      .. " --max-tokens 40 " .. words)
+    test.equal(code, 0, words)
+    return (said:gsub("\n$", ""))
+  end
+  local whole, cut = text(""), text("--stop ' the'")
+  test.equal(text("--stop ' the' --include-stop"), cut .. " the")
+  test.equal(whole:sub(1, #cut + 4), cut .. " the")
+  local ends = "--logit-bias 0=100" -- <|endoftext|>, which is also what ends an answer
+  test.equal(text(ends), "")
+  test.equal(text(ends .. " --include-stop"), "")
+  test.equal(text(ends .. " --show-special"), "")
+  local shown = text(ends .. " --show-special --include-stop")
+  test.contains(shown, "<|")
+  test.equal(text(ends .. " --show-special --ignore-eos --max-tokens 2"), shown .. shown)
+end)
+
+test.case("serve takes no more of a GPU than it may", function()
+  refused("serve --model workloads/tiny --memory-fraction 0", "outside 0.01 to 1")
+  local function start(fraction) -- and end it when it serves
+    return command("f=$(mktemp); %s serve --model Llama-3.1-8B --device sim --gpu h200 --port 0"
+      .. " --memory-fraction " .. fraction .. [[ >$f 2>&1 & p=$!
+      until grep -q "KV cache of" $f || ! kill -0 $p 2>/dev/null; do sleep 0.1; done
+      kill $p 2>/dev/null; wait $p; code=$?; cat $f; rm $f; exit $code]])
+  end
+  local code, said = start("0.05")
+  test.equal(code, 3)
+  test.contains(said, "(5 % of 139.4 GiB)")
+  local function tokens(fraction)
+    return tonumber((select(2, start(fraction)):match("a KV cache of (%d+)")))
+  end
+  test.equal(tokens("0.2") * 4 < tokens("0.9"), true)
+end)
+
+test.case("too little address space is called that", function()
+  local code, said = command("ulimit -v 800000; %s generate --model workloads/tiny --prompt a")
+  test.equal(code, 1)
+  test.contains(said, "GB of address space: Cannot allocate memory (ulimit -v")
+end)
+
 test.case("a number that 32 bits do not hold is refused, not cut", function()
   local over = 2 ^ 32 + 1
   for words, range in pairs({
@@ -99,6 +156,24 @@ test.case("serve's key is that of the environment, too", function()
   end
 end)
 
+test.case("formats knows a GPU by its data sheet, and says what its architecture lacks", function()
+  local dir = test.folder()
+  assert(os.execute((([[mkdir -p %s/experiments %s/workloads/gpus
+    cp experiments/amalgam.meta.lua %s/experiments; cd workloads/gpus
+    cp h200.json %s/workloads/gpus/gh200.json
+    sed 's/"value": 90,/"value": 100,/' h200.json >%s/workloads/gpus/next.json]]):gsub("%%s",
+    function() return dir end))))
+  local code, said = command("%s --root " .. dir .. " formats --gpu gh200")
+  test.equal(code, 0, said)
+  test.contains(said, "sm_90 (H100-SXM, H200), devices cuda and sim")
+  code, said = command("%s --root " .. dir .. " formats --gpu next")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'sm_100' is none of")
+  code, said = command("%s --root " .. dir .. " formats --gpu h201")
+  test.equal(code, 2)
+  test.contains(said, "GPU 'h201' is none of")
+end)
+
 test.case("benchmarks of kernels refuse what they do not know", function()
   if (command("%s bench linear --m 1 --experts 0")) == 4 then return end -- no CUDA in the build
   for words, reason in pairs({
@@ -113,6 +188,27 @@ test.case("benchmarks of kernels refuse what they do not know", function()
     ["tune --replays 0"] = "--replays 0 is outside 1 to 1000",
   }) do
     refused("bench " .. words, reason)
+  end
+end)
+
+-- What each says of the parts that a reader looks for; all of them end well.
+test.case("models, steps, files, machines and ourselves are shown", function()
+  for words, parts in pairs({
+    ["inspect model --model workloads/tiny"] = { "embed ", "model.layers.0.mlp.gate_proj.weight",
+      "tiny (LlamaForCausalLM), W16A16KV16, rank of tp 1" },
+    ["inspect model --model gpt-oss-120b --precision WMXFP4 --tp 2 --json"] = {
+      '{"weight":"experts_gate_up","layers":36', '"format":"WMXFP4"', '"rank_bytes":' },
+    ["bench step --device sim --gpu h200 --model Qwen3-30B-A3B --batch 1,8 --json"] = {
+      '"batch":1,', '"batch":8,', '"experts_share":0.062' },
+    ["bench load --model workloads/tiny --json"] = { '{"kind":"load","bytes":10492416,' },
+    ["bench harness --json"] = { '"name":"sim_1000_requests_s"', '"name":"cpu_decode_batch8_' },
+    ["doctor"] = { "devices: ", "cpu", "sim", "null" },
+    ["eval --model workloads/tiny --text baselines/fp16.lua --against workloads/tiny --window 64 "
+      .. "--stride 63 --json"] = { '"greedy_agreement":1', '"kl_nats":0' },
+  }) do
+    local code, said = command("%s " .. words)
+    if words ~= "bench harness --json" then test.equal(code, 0, words .. "\n" .. said) end
+    for _, part in ipairs(parts) do test.contains(said, part) end
   end
 end)
 

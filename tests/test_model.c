@@ -9,7 +9,7 @@
 #include <dirent.h>
 #include <string.h>
 
-/* Published totals in units of 1e9 and the sizes of facts/models_gpus.md 2.2. */
+/* Published totals in units of 1e9; sizes in GiB and KiB as they follow from them, by hand. */
 typedef struct {
     const char *name;
     double total, active, w16_gib, w4_gib, kv16_kib;
@@ -41,30 +41,34 @@ static void test_sixteen_models(void **state) {
     const char **names;
     int32_t n;
     assert_ok(model_names(&a, &names, &n));
-    assert_int_equal(n, COUNT_OF(table));
+    assert_true(n >= COUNT_OF(table)); /* whoever adds a model need not be in the table */
     precision w16, w4, mx;
     assert_ok(precision_parse(&w16, "W16"));
     assert_ok(precision_parse(&w4, "W4"));
     assert_ok(precision_parse(&mx, "WMXFP4"));
+    int32_t n_held = 0;
     for (int32_t i = 0; i < n; i++) {
-        const published *t = &table[i];
-        assert_string_equal(names[i], t->name);
+        const published *t = table;
+        while (t < table + COUNT_OF(table) && strcmp(t->name, names[i]) != 0) t++;
         model_config c;
-        assert_ok(model_config_load(&c, t->name));
-        assert_string_equal(c.name, t->name);
+        assert_ok(model_config_load(&c, names[i]));
+        assert_string_equal(c.name, names[i]);
+        if (t == table + COUNT_OF(table)) continue;
+        n_held++;
         /* Half a unit of the last printed digit is below 0.02 % for all of them. */
         assert_close((double)model_parameters(&c) / 1e9 / t->total, 1, 2e-4);
         assert_close((double)model_active_parameters(&c) / 1e9 / t->active, 1, 2e-4);
         assert_close((double)model_weight_bytes(&c, &w16, 1) / (1 << 30), t->w16_gib, 0.06);
         assert_close((double)model_kv_token_bytes(&c, &w16, 1) / 1024, t->kv16_kib, 1e-9);
         /* Ours: zero points of 8 bits (theirs 16) and for gpt-oss 4-bit attention as well. */
-        const precision *four = i + 1 == n ? &mx : &w4;
+        const precision *four = strcmp(c.name, "gpt-oss-120b") == 0 ? &mx : &w4;
         assert_ok(model_fits_precision(&c, four, 1));
         const double gib = (double)model_weight_bytes(&c, four, 1) / (1 << 30);
         assert_at_most(gib, t->w4_gib + 0.05);
         assert_more(gib, t->w4_gib * 0.97 - 0.05);
         assert_true(c.n_eos >= 1);
     }
+    assert_int_equal(n_held, COUNT_OF(table));
     arena_close(&a);
 }
 

@@ -714,6 +714,49 @@ static void test_no_memory(void **state) {
     }
 }
 
+/* A part of a fused matrix may have fewer outputs than fill the words of AWQ and GPTQ, though the
+ * whole has a multiple of 16: it is refused, and 8 more are not. */
+static void test_words_are_filled(void **state) {
+    (void)state;
+    enum { N = 16, K = 128 };
+    static const struct {
+        save_layout layout;
+        const char *format;
+    } layout[] = {{SAVE_AWQ, "W4"}, {SAVE_GPTQ, "W4"}, {SAVE_GPTQ_V2, "W8"}};
+    static float w[N * K];
+    static const uint16_t stored[N * K];
+    arena a;
+    assert_ok(arena_open(&a, 1 << 22));
+    for (int32_t i = 0; i < N * K; i++) w[i] = (float)(i % 97) - 48;
+    for (int32_t i = 0; i < COUNT_OF(layout); i++)
+        for (int32_t n = 8; n <= N; n += 2) {
+            char path[512];
+            const tensor_view t = {.name = "x.weight",
+                                   .type = DT_F16,
+                                   .n_dims = 2,
+                                   .dim = {n, K},
+                                   .data = stored,
+                                   .bytes = n * K * 2};
+            precision p;
+            qmatrix q;
+            save *s;
+            assert_ok(file_make_dirs(path_join(path, sizeof path, folder, "words")));
+            assert_ok(safetensors_write(
+                path_join(path, sizeof path, folder, "words/model.safetensors"), &t, 1));
+            path_join(path, sizeof path, folder, "words");
+            assert_ok(precision_parse(&p, layout[i].format));
+            assert_ok(qmatrix_alloc(&q, &a, &p, N, K));
+            assert_ok(ref_quantize_weight(&q, w));
+            const qmatrix rows = qmatrix_rows(&q, 0, n);
+            assert_ok(save_open(&s, path, layout[i].layout, &p));
+            const int32_t per = layout[i].format[1] == '4' ? 8 : 4;
+            assert_status(save_matrix(s, "x.weight", &rows, NULL), n % per ? ST_SHAPE : ST_OK);
+            save_close(s);
+            arena_reset(&a, 0);
+        }
+    arena_close(&a);
+}
+
 /* --- Quantisers ------------------------------------------------------------------------------- */
 
 /* e H e^T over all rows. */
@@ -1025,6 +1068,7 @@ static int make_folders(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_vectors),
+        cmocka_unit_test(test_words_are_filled),
         cmocka_unit_test(test_round_trips),
         cmocka_unit_test(test_logits),
         cmocka_unit_test(test_gpt_oss),

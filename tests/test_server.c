@@ -1,6 +1,7 @@
 /* test_server.c - the HTTP server over loopback with libcurl: every endpoint, streams, refusals,
  * clients that leave, read slowly or come in crowds, shutdown. AMALGAM_STREAMS=1000 makes the
  * crowd larger. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "test.h"
 
 #include "json.h"
@@ -16,9 +17,12 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -373,6 +377,67 @@ static void prompts_come_in_four_forms(void **state) {
     json_decref(known);
 }
 
+/* A prompt begins with what the tokenizer puts there, a chat does not; or as add_special_tokens
+ * has it. */
+static void special_tokens_are_added_as_asked(void **state) {
+    const fixture *f = *state;
+    static const char *const asks[] = {"", ",\"add_special_tokens\":true",
+                                       ",\"add_special_tokens\":false"};
+    static const char *const paths[] = {"/v1/completions", "/v1/chat/completions"};
+    for (int32_t chat = 0; chat < 2; chat++) {
+        json_int_t n[3];
+        for (int32_t i = 0; i < 3; i++) {
+            char body[200];
+            snprintf(body, sizeof body, "{\"max_tokens\":1%s,%s}", asks[i],
+                     chat ? "\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]"
+                          : "\"prompt\":\"one two\"");
+            json_t *v = call_json(f->url, paths[chat], body, 200);
+            n[i] = json_integer_value(at(at(v, "usage"), "prompt_tokens"));
+            json_decref(v);
+        }
+        assert_int_equal(n[1], n[2] + 1); /* <|begin_of_text|> */
+        assert_int_equal(n[0], chat ? n[2] : n[1]);
+    }
+}
+
+/* The last tokens of a prompt are a prompt of these. */
+static void a_prompt_is_cut_to_its_end(void **state) {
+    const fixture *f = *state;
+    static const char tail[] = ",\"max_tokens\":12,\"temperature\":0,\"ignore_eos\":true}";
+    static const struct {
+        const char *prompt, *shorter;
+        json_int_t n;
+    } cases[] = {{"[7,8,9,10,11]", "[9,10,11]", 3}, {"[[7,8,9],[5]]", "[[7,8,9],[5]]", 4}};
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        json_t *v[3];
+        for (int32_t k = 0; k < 3; k++) {
+            text body = {0};
+            text_add(&body, "{\"prompt\":%s%s%s", k == 1 ? cases[i].shorter : cases[i].prompt,
+                     k == 0 ? ",\"truncate_prompt_tokens\":3" : "", tail);
+            v[k] = call_json(f->url, "/v1/completions", body.data, 200);
+            text_free(&body);
+        }
+        assert_int_equal(json_integer_value(at(at(v[0], "usage"), "prompt_tokens")), cases[i].n);
+        assert_string_equal(words(at(choice(v[0], 0), "text")), words(at(choice(v[1], 0), "text")));
+        if (i == 0) /* twin: those before them say something */
+            assert_string_not_equal(words(at(choice(v[0], 0), "text")),
+                                    words(at(choice(v[2], 0), "text")));
+        for (int32_t k = 0; k < 3; k++) json_decref(v[k]);
+    }
+    text body = {0}; /* cut before it is too long; chat, too */
+    text_add(&body, "{\"truncate_prompt_tokens\":16000,\"max_tokens\":1,\"prompt\":[5");
+    for (int32_t i = 1; i < 20000; i++) text_add(&body, ",%d", i % 1000);
+    text_add(&body, "]}");
+    json_decref(call_json(f->url, "/v1/completions", body.data, 200));
+    text_free(&body);
+    json_t *v = call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":\"hello there\"}],"
+                          "\"max_tokens\":1,\"truncate_prompt_tokens\":4}",
+                          200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "prompt_tokens")), 4);
+    json_decref(v);
+}
+
 static void draws_follow_the_seed(void **state) {
     const fixture *f = *state;
     static const char ask[] = "{\"prompt\":\"x\",\"max_tokens\":24,\"n\":3,\"seed\":%d,"
@@ -486,6 +551,26 @@ static void stop_strings_want_a_tokenizer(void **state) {
     api_request_free(&r);
 }
 
+/* Where nothing computes them there are none, and no zeros in their place. */
+static void made_up_tokens_have_no_logprobs(void **state) {
+    (void)state;
+    static const struct {
+        const char *body;
+        bool refused;
+    } cases[] = {{"{\"prompt\":[1]}", false},
+                 {"{\"prompt\":[1],\"logprobs\":0}", true},
+                 {"{\"prompt\":[1],\"prompt_logprobs\":0}", true}};
+    for (int32_t made_up = 0; made_up < 2; made_up++)
+        for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+            const api_model m = {
+                .model = "ids", .ctx_max = 100, .vocab = 10, .n_max = 1, .made_up = made_up};
+            api_request r;
+            const status st = api_parse(&r, &m, false, cases[i].body, strlen(cases[i].body), 1);
+            assert_int_equal(st, made_up && cases[i].refused ? ST_UNSUPPORTED : ST_OK);
+            if (st == ST_OK) api_request_free(&r);
+        }
+}
+
 /* The text of a greedy run; then the same cut at a stop string, whole and streamed. */
 static void stop_strings_cut_and_never_leak(void **state) {
     const fixture *f = *state;
@@ -527,6 +612,52 @@ static void stop_strings_cut_and_never_leak(void **state) {
     json_decref(ask);
     json_decref(cut);
     json_decref(v);
+}
+
+/* The same text with what stops it, a string or a token, and without, whole and streamed; and with
+ * special tokens in it. */
+static void what_stops_can_be_kept(void **state) {
+#define HEADERS "<|start_header_id|><|start_header_id|>"
+    const fixture *f = *state;
+    static const char *const keeps[] = {"", ",\"include_stop_str_in_output\":true",
+                                        ",\"include_stop_str_in_output\":true,"
+                                        "\"skip_special_tokens\":false",
+                                        ",\"skip_special_tokens\":false"};
+    static const struct {
+        const char *asked, *text[4];
+    } cases[] = {
+        /* "A" is token 32, and all that comes */
+        {"\"logit_bias\":{\"32\":100},\"stop\":\"AAA\"", {"", "AAA", "AAA", ""}},
+        {"\"logit_bias\":{\"32\":100},\"stop\":[\"AA\",\"AAA\"]", {"", "AA", "AA", ""}},
+        {"\"logit_bias\":{\"32\":100},\"stop\":\"AA\",\"min_tokens\":3",
+         {"AA", "AAAA", "AAAA", "AA"}},
+        {"\"logit_bias\":{\"32\":100},\"stop_token_ids\":[32]", {"", "A", "A", ""}},
+        {"\"logit_bias\":{\"1001\":100}", {"", "", "<|end_of_text|>", ""}}, /* a special one */
+        {"\"logit_bias\":{\"1002\":100},\"max_tokens\":2", {"", "", HEADERS, HEADERS}}};
+#undef HEADERS
+    for (int32_t i = 0; i < COUNT_OF(cases); i++)
+        for (int32_t keep = 0; keep < COUNT_OF(keeps); keep++)
+            for (int32_t streamed = 0; streamed < 2; streamed++) {
+                text body = {0}, stream = {0};
+                const char *finish = strstr(cases[i].asked, "max_tokens") ? "length" : "stop";
+                text_add(&body, "{\"prompt\":\"a\",\"temperature\":0,%s%s%s}", cases[i].asked,
+                         keeps[keep], streamed ? ",\"stream\":true" : "");
+                assert_int_equal(call(f->url, "/v1/completions", body.data, &stream), 200);
+                if (streamed) {
+                    heard h;
+                    hear(&h, &stream);
+                    assert_string_equal(h.words.data ? h.words.data : "", cases[i].text[keep]);
+                    assert_string_equal(h.finish, finish);
+                    hear_free(&h);
+                } else {
+                    json_t *v = parsed(&stream);
+                    assert_string_equal(words(at(choice(v, 0), "text")), cases[i].text[keep]);
+                    assert_string_equal(words(at(choice(v, 0), "finish_reason")), finish);
+                    json_decref(v);
+                }
+                text_free(&body);
+                text_free(&stream);
+            }
 }
 
 /* The n tokens of a greedy answer, which lie in *v. `asked`: what the body has besides. */
@@ -709,6 +840,64 @@ static void a_prompt_is_scored(void **state) {
     json_decref(v);
 }
 
+/* prompt_logprobs say what echo says, of n best that are not those of the output; chat has them
+ * too. */
+static void a_prompt_has_its_own_scores(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"prompt\":[9,8,7,6,5],\"max_tokens\":4,\"temperature\":0,"
+                              "\"ignore_eos\":true,\"n\":2,\"logprobs\":%d%s}";
+    char body[256];
+    json_t *v[2];
+    snprintf(body, sizeof body, ask, 3, ",\"echo\":true");
+    v[0] = call_json(f->url, "/v1/completions", body, 200);
+    snprintf(body, sizeof body, ask, 1, ",\"prompt_logprobs\":3");
+    v[1] = call_json(f->url, "/v1/completions", body, 200);
+    for (size_t k = 0; k < 2; k++) {
+        const json_t *echoed = at(choice(v[0], k), "logprobs"),
+                     *l = at(choice(v[1], k), "logprobs");
+        const json_t *scores = at(choice(v[1], k), "prompt_logprobs");
+        assert_int_equal(json_array_size(scores), 5);
+        assert_true(json_is_null(json_array_get(scores, 0)));
+        for (int32_t i = 1; i < 5; i++) {
+            char id[8];
+            snprintf(id, sizeof id, "%d", 9 - i);
+            const json_t *of = json_array_get(scores, (size_t)i), *own = at(of, id);
+            const json_t *best = json_array_get(at(echoed, "top_logprobs"), (size_t)i);
+            assert_true(json_equal(at(own, "logprob"),
+                                   json_array_get(at(echoed, "token_logprobs"), (size_t)i)));
+            assert_true(json_object_size(of) == 3 + (size_t)json_is_null(at(own, "rank")));
+            const char *key;
+            json_t *entry;
+            json_object_foreach((json_t *)(uintptr_t)of, key,
+                                entry) if (!json_is_null(at(entry, "rank")))
+                assert_true(
+                    json_equal(at(best, words(at(entry, "decoded_token"))), at(entry, "logprob")));
+        }
+        /* The output is what it is without them, and has the one best token that it asked for. */
+        assert_int_equal(json_array_size(at(l, "tokens")), 4);
+        for (size_t i = 0; i < 4; i++) {
+            assert_true(json_equal(json_array_get(at(l, "token_logprobs"), i),
+                                   json_array_get(at(echoed, "token_logprobs"), 5 + i)));
+            assert_false(json_equal(json_array_get(at(l, "token_logprobs"), i), /* twin */
+                                    json_array_get(at(echoed, "token_logprobs"), 4 + i)));
+            assert_int_equal(json_object_size(json_array_get(at(l, "top_logprobs"), i)), 1);
+        }
+        assert_int_equal(json_integer_value(json_array_get(at(l, "text_offset"), 0)), 0);
+    }
+    assert_int_equal(json_integer_value(at(at(v[1], "usage"), "completion_tokens")), 8);
+    json_decref(v[0]);
+    json_decref(v[1]);
+    json_t *chat = call_json(f->url, "/v1/chat/completions",
+                             "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],"
+                             "\"max_tokens\":2,\"prompt_logprobs\":0}",
+                             200);
+    const size_t n = json_array_size(at(chat, "prompt_logprobs"));
+    assert_int_equal(n, json_integer_value(at(at(chat, "usage"), "prompt_tokens")));
+    assert_int_equal(json_object_size(json_array_get(at(chat, "prompt_logprobs"), n - 1)), 1);
+    assert_true(json_is_null(at(choice(chat, 0), "logprobs")));
+    json_decref(chat);
+}
+
 /* A prompt alone has the log-probabilities that it has before an output, streamed or not, and
  * nothing else: with an end token forced, too. */
 static void a_prompt_alone_is_scored(void **state) {
@@ -786,6 +975,86 @@ static void chat_streams_what_it_says_whole(void **state) {
     json_decref(v);
 }
 
+/* Ids of a conversation that ends with an answer to go on with: those of the text up to there, in a
+ * template that keeps what a message ends with and in one that strips it. */
+static void an_answer_can_be_gone_on_with(void **state) {
+    const fixture *f = *state;
+    static const char ask[] = "{\"messages\":[{\"role\":\"user\",\"content\":\"im\"},"
+                              "{\"role\":\"assistant\",\"content\":\"%s\"}],\"max_tokens\":8,"
+                              "\"temperature\":0,\"ignore_eos\":true%s}";
+    static const char stripping[] = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>"
+                                    "{% endfor %}",
+                      silent[] = "{{ messages[0].content }}";
+    static const struct {
+        const char *source, *content, *text; /* NULL: the fixture's template */
+    } cases[] = {{NULL, "im ", "<|im_start|>user\nim<|im_end|>\n<|im_start|>assistant\nim "},
+                 {stripping, " im ", "<user>im</><assistant>im"},
+                 {silent, "im", NULL}};
+    char body[512];
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        chat_template *own = NULL;
+        if (cases[i].source)
+            assert_ok(chat_template_open(&own, cases[i].source, strlen(cases[i].source), "test"));
+        const api_model m = {.tok = f->tok,
+                             .tpl = own ? own : f->tpl,
+                             .bos = "",
+                             .eos = "",
+                             .ctx_max = 4096,
+                             .vocab = 1005,
+                             .n_max = 1};
+        ids got = {0}, want = {0};
+        snprintf(body, sizeof body, ask, cases[i].content, ",\"continue_final_message\":true");
+        const status st = api_tokenize(&got, &m, body, strlen(body));
+        if (cases[i].text) {
+            assert_ok(st);
+            assert_ok(tokenizer_encode(f->tok, cases[i].text, strlen(cases[i].text),
+                                       TOKENIZER_PARSE_SPECIAL, &want));
+            assert_int_equal(got.length, want.length);
+            assert_memory_equal(got.data, want.data, sizeof *got.data * (size_t)want.length);
+        } else {
+            assert_int_equal(st, ST_UNSUPPORTED);
+        }
+        ids_clear(&got); /* twin: without, the turn is closed */
+        snprintf(body, sizeof body, ask, cases[i].content, "");
+        assert_ok(api_tokenize(&got, &m, body, strlen(body)));
+        assert_int_not_equal(got.length, want.length);
+        ids_free(&got);
+        ids_free(&want);
+        chat_template_close(own);
+    }
+    static const char *const wrong[] = {
+        ",\"continue_final_message\":true,\"add_generation_prompt\":true",
+        ",\"continue_final_message\":1", ",\"continue_final_message\":true"};
+    for (int32_t i = 0; i < COUNT_OF(wrong); i++) {
+        snprintf(body, sizeof body, ask, i < 2 ? "im" : "", wrong[i]);
+        json_decref(call_json(f->url, "/v1/chat/completions", body, 400));
+    }
+    snprintf(body, sizeof body, ask, "im",
+             ",\"continue_final_message\":true,\"add_generation_prompt\":false");
+    json_t *v = call_json(f->url, "/v1/chat/completions", body, 200);
+    assert_int_equal(json_integer_value(at(at(v, "usage"), "completion_tokens")), 8);
+    json_decref(v);
+}
+
+static void the_usage_so_far_is_in_every_event(void **state) {
+    const fixture *f = *state;
+    for (int32_t running = 0; running < 2; running++) {
+        char body[256];
+        text stream = {0};
+        snprintf(body, sizeof body,
+                 "{\"prompt\":[5,6,7],\"max_tokens\":6,\"ignore_eos\":true,\"stream\":true,"
+                 "\"stream_options\":{\"continuous_usage_stats\":%s}}",
+                 running ? "true" : "false");
+        assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+        char want[80];
+        for (int32_t n = 1; n <= 7; n++) {
+            snprintf(want, sizeof want, "\"prompt_tokens\":3,\"completion_tokens\":%d,", n);
+            assert_int_equal(strstr(stream.data, want) != NULL, running && n <= 6);
+        }
+        text_free(&stream);
+    }
+}
+
 /* Nobody asked for 16 tokens: a prompt that leaves room for 4 is answered with 4. */
 static void the_default_length_fits_the_context(void **state) {
     const fixture *f = *state;
@@ -824,6 +1093,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
         {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
+        {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
+        {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
         {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
         {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
@@ -835,9 +1106,12 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
         {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
         {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+        {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
         {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
         {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
-        {"{\"prompt\":\"a\",\"skip_special_tokens\":false}", "other than true", 400},
+        {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
+        {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
+        {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
         {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
         {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
         {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
@@ -856,6 +1130,11 @@ static void what_is_wrong_is_said(void **state) {
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
                           400));
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_t *v = call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"assistant\",\"content\":null}]}", 400);
+    assert_non_null(
+        strstr(words(at(at(v, "error"), "message")), "a message has no content, which"));
+    json_decref(v);
     json_decref(call_json(
         f->url, "/v1/chat/completions",
         "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400));
@@ -993,6 +1272,58 @@ static void hear_out(int s, text *got) {
     close(s);
 }
 
+static atomic_bool planned_failure;
+static const device_ops *sound_ops;
+
+static status failing_embed(device *d, tensor out, tensor residual, const weight *table,
+                            const weight *w, float eps) {
+    if (atomic_load(&planned_failure)) return FAIL(ST_DEVICE, "planned");
+    return sound_ops->embed(d, out, residual, table, w, eps);
+}
+
+/* A device that is lost ends what runs, streams with an error and no finish reason; what comes
+ * later is refused at once, and /health says so. */
+static void a_lost_device_ends_all_requests(void **state) {
+    (void)state;
+    fixture f;
+    char body[160];
+    open_fixture(&f, 4, 4, NULL);
+    device *d = engine_device(f.engine);
+    device_ops ops = *d->ops;
+    sound_ops = d->ops;
+    ops.embed = failing_embed;
+    atomic_store(&planned_failure, false);
+    d->ops = &ops; /* before the first request */
+    json_decref(call_json(f.url, "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":3}", 200));
+    crowd *c = open_crowd();
+    for (int32_t i = 0; i < 2; i++) {
+        snprintf(body, sizeof body, long_stream, i, 8000);
+        join_crowd(c, f.url, "/v1/completions", body);
+    }
+    run_crowd(c, 400);
+    atomic_store(&planned_failure, true);
+    run_crowd(c, 0);
+    for (int32_t i = 0; i < 2; i++) {
+        heard h;
+        hear(&h, &c->out[i]);
+        assert_true(h.n_events > 0 && h.n_events < 8000);
+        assert_true(h.error);
+        assert_int_equal(h.finish[0], 0);
+        hear_free(&h);
+    }
+    close_crowd(c);
+    for (int32_t i = 0; i < 3; i++) {
+        json_t *v = call_json(f.url, "/v1/completions", "{\"prompt\":\"a\"}", 500);
+        assert_string_equal(words(at(at(v, "error"), "message")), "the engine has failed");
+        json_decref(v);
+    }
+    json_decref(call_json(f.url, "/health", NULL, 503));
+    json_decref(call_json(f.url, "/v1/models", NULL, 200));
+    wait_metric(f.url, "amalgam:jobs", 0, 10);
+    d->ops = sound_ops;
+    close_fixture(&f, 1);
+}
+
 /* It does not read a byte while the engine makes megabytes for it; others do not wait; then it
  * reads on and nothing is missing. */
 static void a_slow_reader_delays_nobody(void **state) {
@@ -1007,7 +1338,7 @@ static void a_slow_reader_delays_nobody(void **state) {
              body.length, body.data);
     const int s = connect_raw(f, 4096);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    wait_metric(f->url, "amalgam:jobs", 1, 30);
     timeline t;
     timeline_start_real(&t);
     for (int32_t i = 0; i < 5; i++)
@@ -1157,7 +1488,7 @@ static void waiting_for_a_step_is_counted(void **state) {
              body.data);
     const int s = connect_raw(f, 0);
     send_text(s, head.data);
-    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL); /* its one step runs */
+    wait_metric(f->url, "amalgam:jobs", 1, 30); /* its one step runs, or comes first */
     timeline t;
     timeline_start_real(&t);
     json_decref(call_json(f->url, "/v1/completions", "{\"prompt\":\"b\",\"max_tokens\":1}", 200));
@@ -1413,6 +1744,51 @@ static void a_port_has_one_server(void **state) {
 }
 
 /* With grace streams end as they should; without, each is told. */
+/* libmicrohttpd's, and here slow to take a socket out of a set, the daemon's thread slower than the
+ * one that closes it. */
+static atomic_bool slow_to_remove;
+int epoll_ctl(int set, int op, int fd, struct epoll_event *event) {
+    const bool daemons = syscall(SYS_gettid) != getpid();
+    if (op == EPOLL_CTL_DEL && atomic_load(&slow_to_remove))
+        nanosleep(&(struct timespec){.tv_nsec = daemons ? 6000000 : 2000000}, NULL);
+    return (int)syscall(SYS_epoll_ctl, set, op, fd, event);
+}
+
+static void *knock(void *user) {
+    const int32_t port = *(const int32_t *)user;
+    while (atomic_load(&slow_to_remove)) {
+        const int s = socket(AF_INET, SOCK_STREAM, 0);
+        const struct sockaddr_in to = {.sin_family = AF_INET,
+                                       .sin_port = htons((uint16_t)port),
+                                       .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        (void)connect(s, (const struct sockaddr *)&to, sizeof to);
+        close(s);
+    }
+    return NULL;
+}
+
+/* The daemon takes the socket that listens out of its set when it is closed already: that would
+ * abort (the twin is the close before MHD_stop_daemon). */
+static void clients_that_come_at_the_end_harm_nobody(void **state) {
+    (void)state;
+    fixture f;
+    pthread_t thread;
+    open_fixture(&f, 1, 1, NULL);
+    const api_model m = {.model = "tiny", .ctx_max = 16384, .vocab = 1005, .n_max = 8};
+    for (int32_t i = 0; i < 20; i++) {
+        server_options so = SERVER_OPTIONS_DEFAULT;
+        so.port = server_port(f.server);
+        atomic_store(&slow_to_remove, true);
+        assert_int_equal(pthread_create(&thread, NULL, knock, &so.port), 0);
+        nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+        server_close(f.server, 0);
+        atomic_store(&slow_to_remove, false);
+        pthread_join(thread, NULL);
+        assert_ok(server_open(&f.server, &so, f.service, &m));
+    }
+    close_fixture(&f, 0);
+}
+
 static void shutdown_finishes_or_reports(void **state) {
     (void)state;
     for (int32_t graceful = 0; graceful < 2; graceful++) {
@@ -1535,6 +1911,20 @@ static void the_command_serves_until_sigterm(void **state) {
     fclose(said);
 }
 
+/* Until nobody listens there any more: the server drains. */
+static void wait_unheard(const char *url) {
+    text t = {0};
+    CURLcode code = CURLE_OK;
+    for (int32_t i = 0; i < 1000 && code != CURLE_COULDNT_CONNECT; i++) {
+        CURL *c = request_of(url, "/health", NULL, &t);
+        code = curl_easy_perform(c);
+        curl_easy_cleanup(c);
+        nanosleep(&(struct timespec){.tv_nsec = 10000000L}, NULL);
+    }
+    text_free(&t);
+    assert_int_equal(code, CURLE_COULDNT_CONNECT);
+}
+
 /* While a stream runs, twice: a terminal that closes lets it end, a second SIGTERM does not. The
  * server of nohup goes on. */
 static void the_command_ends_by_other_signals(void **state) {
@@ -1556,7 +1946,7 @@ static void the_command_ends_by_other_signals(void **state) {
         run_crowd(c, 400);
         for (int32_t i = 0; i < 2; i++) {
             assert_int_equal(kill(pid, hangup ? SIGHUP : SIGTERM), 0);
-            nanosleep(&(struct timespec){.tv_nsec = 50000000L}, NULL);
+            wait_unheard(url);
         }
         run_crowd(c, 0);
         assert_int_equal(waitpid(pid, &status_, 0), pid);
@@ -2021,18 +2411,26 @@ static void urls_are_read_as_meant(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
+        cmocka_unit_test(a_lost_device_ends_all_requests),
         cmocka_unit_test(prompts_come_in_four_forms),
+        cmocka_unit_test(special_tokens_are_added_as_asked),
+        cmocka_unit_test(a_prompt_is_cut_to_its_end),
         cmocka_unit_test(draws_follow_the_seed),
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
+        cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
+        cmocka_unit_test(what_stops_can_be_kept),
         cmocka_unit_test(logits_are_biased_and_penalised),
         cmocka_unit_test(an_answer_has_its_least_length),
         cmocka_unit_test(a_prompt_is_echoed),
         cmocka_unit_test(a_prompt_is_scored),
+        cmocka_unit_test(a_prompt_has_its_own_scores),
         cmocka_unit_test(a_prompt_alone_is_scored),
         cmocka_unit_test(chat_streams_what_it_says_whole),
+        cmocka_unit_test(an_answer_can_be_gone_on_with),
+        cmocka_unit_test(the_usage_so_far_is_in_every_event),
         cmocka_unit_test(the_default_length_fits_the_context),
         cmocka_unit_test(what_is_wrong_is_said),
         cmocka_unit_test(what_is_too_long_is_said),
@@ -2054,6 +2452,7 @@ int main(void) {
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
+        cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),
         cmocka_unit_test(shutdown_finishes_or_reports),
         cmocka_unit_test(what_cannot_be_written_is_said),
         cmocka_unit_test(a_line_is_one_message),

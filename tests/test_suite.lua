@@ -109,6 +109,19 @@ test.case("options are read alike by all commands", function()
   test.equal((test.captured(function() return compare.main({ "--help" }) end)), 0)
 end)
 
+test.case("--gpu takes a data sheet that the experiment does not name", function()
+  local axis = [[
+  axes = { { name = "gpu", values = { "h200" } } }, fixed = { device = "sim" },
+]]
+  local path = write((HEAD .. axis .. RUN:gsub("point%.a %* 10", "1")):gsub("e90_toy", "e90_sheet"))
+  local code, text = run(path, "sheet", "--gpu", "l40s")
+  test.equal(code, 0, text)
+  test.equal(amalgam.rows(file_of("sheet", "e90_sheet"))[1].key.gpu, "l40s")
+  code, text = run(path, "sheet", "--gpu", "l40")
+  test.equal(code, 2)
+  test.contains(text, "'l40' is no value of gpu (values: h200)")
+end)
+
 test.case("an experiment that needs a GPU makes no rows without one", function()
   local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
   local code, text = run(path, "needs")
@@ -229,6 +242,31 @@ test.case("a module that is required belongs to the definition", function()
   test.equal(plain.definition == with.definition, false)
 end)
 
+test.case("what points share is run once for each of its values", function()
+  local path = write(HEAD .. BODY .. ([[
+  shared = { by = { "a" }, run = function(_, point)
+    local f = io.open("%s/times", "a")
+    f:write("once\n")
+    f:close()
+    if point.a == 2 then error("no luck") end
+    return { status = "ok", x = point.a / 7, n = point.n }
+  end },
+  run = function(_, point, base)
+    return { status = "ok", metrics = { same = base.x == point.a / 7 and 1 or 0, n = base.n } }
+  end }]]):format(dir))
+  local code, text = run(path, "shared")
+  test.equal(code, 1)
+  test.contains(text, "3 ok, 0 oom, 0 skipped, 2 failed")
+  test.equal(amalgam.read_file(dir .. "/times"), ("once\n"):rep(3))
+  for _, row in ipairs(amalgam.rows(file_of("shared"))) do
+    test.equal(row.status, row.key.a == 2 and "failed" or "ok")
+    if row.key.a == 2 then test.contains(row.reason, "no luck") end
+    if row.key.a ~= 2 then test.equal(row.metrics.same + row.metrics.n, 11.0) end
+  end
+  run(path, "shared", "--only", "a=1") -- all is there: nothing is shared either
+  test.equal(amalgam.read_file(dir .. "/times"), ("once\n"):rep(3))
+end)
+
 -- Each: what is wrong, text, part of the message.
 local MISTAKES = {
   { "unknown key", HEAD .. "  tittle = 'x',\n" .. BODY .. RUN,
@@ -243,6 +281,13 @@ local MISTAKES = {
     ":7: the point has no axis 'aa'" },
   { "misspelt axis in run", HEAD .. BODY .. RUN:gsub("point%.a %*", "point.aa *"),
     ":9: the point has no axis 'aa'" },
+  { "shared by no axis", HEAD .. BODY .. "shared = { by = { 'n' }, run = print },\n" .. RUN,
+    ":8: shared: 'n' is no axis" },
+  { "unknown key of shared", HEAD .. BODY .. "shared = { bye = {}, run = print },\n" .. RUN,
+    "shared: unknown key 'bye': the nearest is 'by'" },
+  { "another axis in shared", HEAD .. BODY .. [[
+  shared = { by = { "a" }, run = function(_, point) return { x = point.b } end },
+]] .. RUN, "the point has no axis 'b'" },
   { "value twice", HEAD .. BODY:gsub("1, 2, 3", "1, 2, 2") .. RUN, "value '2' twice" },
   { "no values", HEAD .. BODY:gsub("{ 1, 2, 3 }", "{}") .. RUN, "a has no values" },
   { "syntax", HEAD .. BODY .. "run = = 3 }", ":8: unexpected symbol" },
@@ -374,17 +419,27 @@ test.case("a crashing point is a failed row and the sweep goes on", function()
   test.contains(said, "1 of 5 points finished")
 end)
 
-test.case("a point past its time is killed", function()
-  local path = write((HEAD:gsub("timeout_s = 20", "timeout_s = 1")) .. BODY .. [[
+-- The program that a point has started is a benchmark, or the shell of os.execute: it goes with the
+-- point, and does not keep the run waiting for it.
+test.case("a point past its time is killed, and what it has started", function()
+  local path = write((HEAD:gsub("timeout_s = 20", "timeout_s = 1")) .. BODY .. ([[
   run = function(_, point)
     while point.a == 1 and point.b == "x" do end
+    if point.a == 2 and point.b == "x" then os.execute("sleep 4; echo >'%s/after'") end
     return { status = "ok", metrics = {} }
-  end }]])
-  local status = run(path, "late")
+  end }]]):format(dir))
+  local started = os.time()
+  local status, n = run(path, "late"), 0
   test.equal(status, 1)
   for _, row in ipairs(amalgam.rows(file_of("late"))) do
-    if row.status == "failed" then test.contains(row.reason, "timed out after 1 s") end
+    if row.status == "failed" then
+      test.contains(row.reason, "timed out after 1 s")
+      n = n + 1
+    end
   end
+  test.equal(n, 2)
+  os.execute(("sleep %d"):format(math.max(0, started + 6 - os.time())))
+  test.equal(io.open(dir .. "/after"), nil, "what the shell writes")
 end)
 
 test.case("one Lua error at every point is an error of the experiment", function()
@@ -448,8 +503,30 @@ test.case("compare refuses another definition and names what is missing", functi
   test.equal(status, 0)
   test.contains(said, "2 not comparable")
   test.contains(said, "the definition changed")
-  test.equal((compared(base, dir .. "/nothing.jsonl")), 2)
+  status, said = compared(base, dir .. "/nothing.jsonl")
+  test.equal(status, 2)
+  test.contains(said, "No such file")
   test.equal((compared(base)), 2)
+end)
+
+test.case("compare names a metric that one side alone has, and lines that are no rows", function()
+  local function one(path, metrics, more)
+    amalgam.write_file(path, (more or "") .. amalgam.json_encode({ experiment = "e91",
+      definition = "d", machine = "m", origin = "predicted", status = "ok", time = "t",
+      commit = "c", key = { point = 1 }, metrics = metrics }) .. "\n")
+    return path
+  end
+  local base = one(dir .. "/n1.jsonl", { output_per_s = 5, ttft_ms = 4, steps = 3 })
+  local head = one(dir .. "/n2.jsonl", { output_tokens_per_s = 5, ttft_ms = "none", other = 3 },
+    '{"experiment":"e9\n')
+  local status, said = compared(base, head)
+  test.equal(status, 0)
+  test.contains(said, "output_per_s is in BASE alone")
+  test.contains(said, "output_tokens_per_s is in HEAD alone")
+  test.contains(said, "ttft_ms is in BASE alone") -- it has no value
+  test.contains(said, "3 not comparable")
+  test.contains(said, "left out, cannot be read: " .. head .. ": 1 line")
+  test.contains(select(2, compared(base, base)), "2 same")
 end)
 
 test.case("compare takes git's names for versions, and names those that there are", function()
@@ -470,6 +547,13 @@ test.case("compare takes git's names for versions, and names those that there ar
   test.contains(said, "no rows of 'nothing'")
   test.contains(said, "0123abcd0123")
   test.equal((compared("0123", "'; echo", "--results", dir .. "/versions")), 2)
+  for i = 1, 9 do
+    amalgam.write_file(("%s/versions/e95/m/ffff%08d.jsonl"):format(dir, i), row)
+  end
+  status, said = compared("0123", "ffff", "--results", dir .. "/versions")
+  test.equal(status, 2)
+  test.contains(said, "'ffff' is more than one version: ffff00000001, ")
+  test.contains(said, "ffff00000006 and 3 more")
 end)
 
 test.case("compare takes predictions exactly", function()

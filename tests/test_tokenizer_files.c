@@ -81,6 +81,8 @@ static void broken_files_are_refused_with_one_line(void **state) {
          ST_UNSUPPORTED, "'Sideways'"},
         {"{\"decoder\":{\"type\":\"WordPiece\"}," MODEL() "}", ST_UNSUPPORTED,
          "decoder 'WordPiece'"},
+        {"{\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"\"}," MODEL() "}", ST_FORMAT,
+         "decoder Metaspace: empty replacement"},
         {"{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":"
          "\"ByteLevel\"}]}," MODEL() "}",
          ST_UNSUPPORTED, "behind Fuse"},
@@ -109,6 +111,100 @@ static void broken_files_are_refused_with_one_line(void **state) {
     tokenizer *t;
     assert_status(tokenizer_open(&t, "/no/such/folder"), ST_NOTFOUND);
     assert_non_null(strstr(fail_message(), "/no/such/folder/tokenizer.json"));
+}
+
+/* The decoder Metaspace: texts of the decoder of tokenizers 0.23 for these tokens. Of the first
+ * token all replacements go, unless the scheme is never; of the others each is a space. */
+static void the_metaspace_decoder_drops_the_first_spaces(void **state) {
+    (void)state;
+    static const char vocab[] =
+        "{\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"\\u2581\",%s},\"model\":{\"vocab\":"
+        "{"
+        "\"\\u2581Hello\":0,\"\\u2581a\":1,\"b\\u2581c\":2,\"\\u2581\\u2581Hello\":3,\"x\":4,"
+        "\"\\u2581y\":5,\"\\u2581\":6,\"a\\u2581\":7,\"\\u2581\\u2581b\":8},\"merges\":[]}}";
+    static const struct {
+        const char *option;
+        bool never;
+    } schemes[] = {{"\"prepend_scheme\":\"always\"", false},
+                   {"\"prepend_scheme\":\"first\"", false},
+                   {"\"prepend_scheme\":\"never\"", true},
+                   {"\"add_prefix_space\":true", false},
+                   {"\"add_prefix_space\":false", true}};
+    static const struct {
+        int32_t id[3], n;
+        const char *dropped, *kept;
+    } rows[] = {{{0, 1, 2}, 3, "Hello ab c", " Hello ab c"},
+                {{3, 4}, 2, "Hellox", "  Hellox"},
+                {{4, 5}, 2, "x y", "x y"},
+                {{6}, 1, "", " "},
+                {{7, 8}, 2, "a  b", "a   b"}};
+    for (int32_t i = 0; i < COUNT_OF(schemes); i++) {
+        text json = {0};
+        tokenizer *t;
+        text_add(&json, vocab, schemes[i].option);
+        assert_ok(open_text(&t, json.data));
+        for (int32_t k = 0; k < COUNT_OF(rows); k++) {
+            text out = {0};
+            assert_ok(tokenizer_decode(t, rows[k].id, rows[k].n, true, &out));
+            assert_string_equal(out.data ? out.data : "",
+                                schemes[i].never ? rows[k].kept : rows[k].dropped);
+            text_free(&out);
+        }
+        tokenizer_close(t);
+        text_free(&json);
+    }
+}
+
+static void encodes_as_wanted(tokenizer *t, const json_t *c, bool planted) {
+    const json_t *texts = json_object_get(c, "texts"), *all = json_object_get(c, "ids");
+    assert_true(json_array_size(texts) > 0);
+    bool same = true;
+    for (size_t i = 0; i < json_array_size(texts); i++) {
+        const json_t *s = json_array_get(texts, i), *want = json_array_get(all, i);
+        ids got = {0};
+        assert_ok(tokenizer_encode(t, json_string_value(s), json_string_length(s), 0, &got));
+        same &= got.length == (int64_t)json_array_size(want);
+        for (int64_t k = 0; same && k < got.length; k++)
+            same &= got.data[k] == json_integer_value(json_array_get(want, (size_t)k));
+        ids_free(&got);
+    }
+    if (same == planted) {
+        char *spec = json_dumps(json_object_get(c, "pre_tokenizer"), JSON_COMPACT);
+        fail_msg("%s: %s", spec, planted ? "a planted id was not seen" : "other ids");
+    }
+}
+
+/* Every behaviour of Split, Digits and Metaspace: ids of the library. The twin: one id more. */
+static void pre_tokenizers_split_as_the_library(void **state) {
+    (void)state;
+    char *lines;
+    size_t size;
+    json_t *model = NULL;
+    size_t n = 0;
+    assert_ok(file_read(&lines, &size, VECTORS "/splits.jsonl"));
+    for (char *line = lines, *end; *line; line = end + 1) {
+        json_t *c;
+        tokenizer *t;
+        end = strchr(line, '\n');
+        assert_ok(json_parse(&c, line, (size_t)(end - line), "splits.jsonl"));
+        if (!model) {
+            model = c;
+            continue;
+        }
+        assert_int_equal(json_object_update_missing(c, model), 0);
+        char *file = json_dumps(c, JSON_COMPACT);
+        assert_ok(open_text(&t, file));
+        free(file);
+        encodes_as_wanted(t, c, false);
+        json_array_append_new(json_array_get(json_object_get(c, "ids"), n % 6), json_integer(0));
+        encodes_as_wanted(t, c, true);
+        tokenizer_close(t);
+        json_decref(c);
+        n++;
+    }
+    assert_int_equal(n, 79);
+    json_decref(model);
+    mem_free(lines);
 }
 
 #define TENFOLD "{\"type\":\"Replace\",\"pattern\":{\"String\":\"a\"},\"content\":\"aaaaaaaaaa\"}"
@@ -318,6 +414,8 @@ static void the_command_prints_ids_and_pieces(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(broken_files_are_refused_with_one_line),
+        cmocka_unit_test(the_metaspace_decoder_drops_the_first_spaces),
+        cmocka_unit_test(pre_tokenizers_split_as_the_library),
         cmocka_unit_test(a_normalizer_may_not_multiply_without_end),
         cmocka_unit_test(names_and_templates_come_from_the_files_beside),
         cmocka_unit_test(damaged_files_never_crash),

@@ -317,8 +317,20 @@ static void test_disagreements(void **state) {
     refuse("llama", nothing, &t, ST_FORMAT, "(2 layers)");
     t = zero_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", DT_BF16, 16, 0);
     refuse("llama", nothing, &t, ST_OK, "");
-    t = zero_tensor("lm_head.weight", DT_BF16, 32, 64); /* tied: ignored, as transformers does */
+    t = zero_tensor("lm_head.weight", DT_BF16, 32, 64); /* tied, and another */
+    refuse("llama_bias_tied", nothing, &t, ST_UNSUPPORTED, "another matrix than the embedding");
+    safetensors *s;
+    assert_ok(safetensors_open(&s, GOLDENS "/llama_bias_tied"));
+    t = *safetensors_find(s, "model.embed_tokens.weight"); /* the same once more */
+    t.name = "lm_head.weight";
     refuse("llama_bias_tied", nothing, &t, ST_OK, "");
+    uint8_t *other = mem_alloc((size_t)t.bytes, 1);
+    memcpy(other, t.data, (size_t)t.bytes);
+    other[t.bytes - 1] ^= 1;
+    t.data = other;
+    refuse("llama_bias_tied", nothing, &t, ST_UNSUPPORTED, "tie_word_embeddings false");
+    mem_free(other);
+    safetensors_close(s);
     /* Codes without what belongs to them. */
     static const struct {
         const char *name;

@@ -100,12 +100,32 @@ def main():
                                          temperature=0, stop=list("etaoi"), extra_body=extra)
     check("stop list", not set(cut.choices[0].message.content) & set("etaoi"), cut)
 
+    scored = client.chat.completions.create(model=model, messages=messages, max_tokens=2,
+                                            extra_body={"prompt_logprobs": 2, **extra})
+    entries = scored.model_extra["prompt_logprobs"]
+    check("prompt_logprobs of chat", len(entries) == scored.usage.prompt_tokens
+          and entries[0] is None and all(2 <= len(e) <= 3 for e in entries[1:]), entries)
+    half = text[:len(text) // 2]
+    messages.append({"role": "assistant", "content": said[:len(said) // 2]})
+    rest = client.chat.completions.create(model=model, messages=messages, max_tokens=4, temperature=0,
+                                          extra_body={"continue_final_message": True,
+                                                      "add_generation_prompt": False, **extra})
+    check("an answer gone on with", rest.usage.prompt_tokens > chat.usage.prompt_tokens, rest)
+    messages.pop()
+    short = client.completions.create(model=model, prompt=half + "Hello", max_tokens=1,
+                                      extra_body={"truncate_prompt_tokens": 1})
+    check("a prompt cut to its end", short.usage.prompt_tokens == 1, short)
+
     letters = [c for c in text if c.isascii() and c.isalnum()]
     if letters:
         cut = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
                                         stop=letters[-1], extra_body=extra)
         check("stop string", cut.choices[0].text == text.split(letters[-1])[0]
               and cut.choices[0].finish_reason == "stop", (cut.choices[0], text))
+        kept = client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=0,
+                                         stop=letters[-1], extra_body={
+                                             "include_stop_str_in_output": True, **extra})
+        check("stop string kept", kept.choices[0].text == cut.choices[0].text + letters[-1], kept)
 
     for name, error, call in (
         ("bad parameter is 400", openai.BadRequestError,

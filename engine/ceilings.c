@@ -1,6 +1,5 @@
-/* cudev_ceiling.c - what the GPU reaches at most, measured beside whatever lies on it: the rate of
- * a read of 4 GiB, and that of cuBLAS for 8192 x 8192 x 8192 in 16 bit on random values (zeros
- * would draw less power and run at higher clocks). The best of a few: a ceiling is what can be. */
+/* ceilings.c - see ceilings.h. */
+#include "ceilings.h"
 #include "cudev.h"
 
 #include "bandwidth.h"
@@ -26,25 +25,25 @@ static status stopped(const stopwatch *w, double *best_s) {
     return ST_OK;
 }
 
-static status time_read(const cudev *c, const stopwatch *w, void *block, double *best_s) {
+static status time_read(const stopwatch *w, int32_t n_sms, void *block, double *best_s) {
     uint32_t *sum = (uint32_t *)(void *)((uint8_t *)block + read_bytes);
     CUDA_TRY(cudaMemsetAsync(block, 0x5a, (size_t)(read_bytes + guard_bytes), w->stream),
              "ceiling");
     for (int i = 0; i < READS; i++) {
         CUDA_TRY(cudaEventRecord(w->start, w->stream), "ceiling");
-        TRY(kernel_read(sum, block, read_bytes, c->n_sms, w->stream));
+        TRY(kernel_read(sum, block, read_bytes, n_sms, w->stream));
         TRY(stopped(w, best_s));
     }
     return ST_OK;
 }
 
-static status time_product(const cudev *c, const stopwatch *w, void *block, double *best_s) {
+static status time_product(const stopwatch *w, dtype of, void *block, double *best_s) {
     const int64_t each = (int64_t)SIDE * SIDE;
     uint8_t *a = block, *b = a + 2 * each, *y = b + 2 * each;
-    const cudaDataType_t type = c->type == DT_BF16 ? CUDA_R_16BF : CUDA_R_16F;
+    const cudaDataType_t type = of == DT_BF16 ? CUDA_R_16BF : CUDA_R_16F;
     const float one = 1, none = 0;
     cublasHandle_t handle;
-    TRY(kernel_fill_noise(a, c->type, 2 * each, 1, 0, 1, 0, w->stream)); /* a and b */
+    TRY(kernel_fill_noise(a, of, 2 * each, 1, 0, 1, 0, w->stream)); /* a and b */
     if (cublasCreate(&handle) != CUBLAS_STATUS_SUCCESS)
         return FAIL(ST_DEVICE, "ceiling: cuBLAS does not start");
     status st = ST_OK;
@@ -63,16 +62,16 @@ static status time_product(const cudev *c, const stopwatch *w, void *block, doub
     return st;
 }
 
-status cudev_ceilings(device *d, double *read_bytes_per_s, double *matrix_flops) {
-    cudev *c = cudev_self(d);
-    stopwatch w = {.stream = c->stream};
+status ceilings_measure(double *read_bytes_per_s, double *matrix_flops, dtype type, int32_t n_sms,
+                        kernel_stream stream) {
+    stopwatch w = {.stream = stream};
     void *block;
     double read_s = 0, product_s = 0;
     CUDA_TRY(cudaMalloc(&block, (size_t)(read_bytes + guard_bytes)), "4 GiB for the ceilings");
     status st = cudev_check((int)cudaEventCreate(&w.start), "event");
     if (st == ST_OK) st = cudev_check((int)cudaEventCreate(&w.stop), "event");
-    if (st == ST_OK) st = time_read(c, &w, block, &read_s);
-    if (st == ST_OK) st = time_product(c, &w, block, &product_s);
+    if (st == ST_OK) st = time_read(&w, n_sms, block, &read_s);
+    if (st == ST_OK) st = time_product(&w, type, block, &product_s);
     if (w.start) (void)cudaEventDestroy(w.start);
     if (w.stop) (void)cudaEventDestroy(w.stop);
     (void)cudaFree(block);
