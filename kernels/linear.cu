@@ -169,7 +169,6 @@ bool gated(const linear_problem *p) {
 }
 
 bool accepts(const linear_variant *v, const linear_problem *p, const linear_layout *l) {
-    if (strcmp(v->name, "experts_strips") == 0 && !linear_strips_accepts(l)) return false;
     if (v->format != p->w->format || v->type != p->w->type) return false;
     if (p->sm < v->sm_min || p->sm > v->sm_max) return false;
     // Of 16 bits the families have orders of their own: what runs below sm_90 too reads fragments.
@@ -177,6 +176,7 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     if (v->granule_min && (l->granule < v->granule_min || l->granule > v->granule_max) &&
         l->granule)
         return false;
+    if (v->units_max && l->units > v->units_max) return false;
     if (v->experts && (!p->expert_start || p->y_type == DT_F32 || p->epilogue == LINEAR_RESIDUAL))
         return false;
     if (v->rows_max && (p->m > v->rows_max || p->expert_start || p->x_row)) return false;

@@ -30,9 +30,10 @@ typedef struct {
     int32_t ctas_per_sm;
     /* On n_sms SMs, up to per_sm CTAs each. */
     status (*launch)(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_stream stream);
-    int32_t rows_max; /* dense problems of up to so many rows, not gathered; 0 = any problem */
-    bool one_group;   /* every warp has rows of all blocks of a tile, not of half of them */
-    bool experts;     /* problems with experts only, y of the type of x and nothing added to it */
+    int32_t rows_max;  /* dense problems of up to so many rows, not gathered; 0 = any problem */
+    bool one_group;    /* every warp has rows of all blocks of a tile, not of half of them */
+    bool experts;      /* problems with experts only, y of the type of x and nothing added to it */
+    int32_t units_max; /* of K at most; 0 = any */
 } linear_variant;
 
 typedef struct {
@@ -61,7 +62,6 @@ linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* these run on sm_90, where compiled for 90a */
 linear_table linear_experts_table(void);
 linear_table linear_strips_table(void);
-bool linear_strips_accepts(const linear_layout *l); /* K is not too long */
 linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);

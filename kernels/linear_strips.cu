@@ -28,6 +28,7 @@
 namespace {
 
 enum { kUnits = 8, kPairs = kUnits / 2, kWarpsMost = 8, kStrips = 2, kStripBytes = 512 };
+enum { kUnitsMost = kUnits * kWarpsMost };
 enum { kRows = 2 }; // of x at once: few experts of a batch that comes here have more
 enum { kSharedBytes = 228 * 1024, kRoom = 227 * 1024 }; // of an SM; of a CTA
 
@@ -385,15 +386,12 @@ status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(F, T, G)                                                                               \
-    {"experts_strips",         90, 90,    WF_##F, DT_##T, 8, 4, 1, G, G, 1,                        \
-     launch<T_##T, WF_##F, G>, 0,  false, true},
+    {"experts_strips",         90, 90,    WF_##F, DT_##T,    8, 4, 1, G, G, 1,                     \
+     launch<T_##T, WF_##F, G>, 0,  false, true,   kUnitsMost},
 const linear_variant rows[] = {STRIPS_INSTANCES(ROW)};
 
 } // namespace
 
-extern "C" bool linear_strips_accepts(const linear_layout *l) {
-    return l->units <= kUnits * kWarpsMost;
-}
 extern "C" linear_table linear_strips_table(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
 }
