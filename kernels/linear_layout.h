@@ -51,14 +51,20 @@ typedef struct {
     int64_t code_bytes, scale_bytes; /* of one matrix */
 } linear_layout;
 
-/* Are x and W multiplied as 8-bit codes? Then the weight lies in plain order. Other pairs with A8
- * or AFP8 multiply the values that codes stand for, by the kernels of 16-bit x: W4, since no
- * product takes 4 bits beside 8, experts, whose counts only the device knows, and the ampere
- * family. */
+/* Are x and W multiplied as 8-bit codes? Then the weight lies in plain order. */
 LAYOUT_FN bool linear_plain(const linear_weight *w) {
     const bool int8 = w->format == WF_INT8 && w->act == AF_INT8;
     const bool fp8 = (w->format == WF_FP8 || w->format == WF_FP8B) && w->act == AF_FP8;
     return (int8 || fp8) && w->family == 90 && w->count == 1;
+}
+
+/* Are codes of W4 multiplied with 8-bit x? They become bytes in registers, so W is packed as beside
+ * 16-bit x, and fewer rows may be multiplied as those are. Other pairs with A8 or AFP8 multiply the
+ * values that codes stand for, by the kernels of 16-bit x: experts, whose counts only the device
+ * knows, groups under 64, and the ampere family. */
+LAYOUT_FN bool linear_nibbles(const linear_weight *w) {
+    return w->format == WF_INT4 && w->act == AF_INT8 && w->family == 90 && w->count == 1 &&
+           (w->group ? w->group : w->k) % 64 == 0;
 }
 
 /* f32 between the scales of two rows of 128 x 128 blocks, plain order: cuBLASLt wants 16 bytes. */
@@ -113,6 +119,11 @@ LAYOUT_FN int32_t linear_atom_row(int32_t lane, int32_t i) { return lane / 4 + (
 LAYOUT_FN int32_t linear_atom_col(int32_t lane, int32_t i) {
     return lane % 4 * 2 + i % 2 + i / 4 * 8;
 }
+
+/* Products of 4-bit codes and 8-bit x: of the word of an atom the low and the high nibbles of its
+ * bytes are row g and row g + 8 of A of wgmma m64nNk32, whose lane wants neighbours 4 t .. 4 t + 3.
+ * So place i = 0..15 of x beside the atom has this input of its 16. */
+LAYOUT_FN int32_t linear_byte_input(int32_t i) { return i / 4 * 2 + i % 4 / 2 + i % 2 * 8; }
 
 /* The same, input within the unit, of atom j's word: with the swizzle it is neighbours of a row. */
 LAYOUT_FN int32_t linear_word_row(const linear_layout *l, int32_t j, int32_t lane, int32_t i) {

@@ -1,7 +1,8 @@
-// linear_quantised.cu - linears whose x is quantised to 8 bits. Two routes:
+// linear_quantised.cu - linears whose x is quantised to 8 bits. Three routes:
 //
 //   plain    x becomes codes and scales; a product of 8-bit operands. After cuBLASLt's, a pass over
 //            the sums where they are not y yet: scales of int32 sums, bias, gate, residual
+//   nibbles  W4: x becomes codes and scales; a product of 4-bit by 8-bit codes, from some rows on
 //   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16
 //
 // Space of the plain route holds a part of the rows of x at a time: codes, scales, and sums where
@@ -141,15 +142,20 @@ const variant variants[] = {
     {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny}, {"cublaslt_4", 4, kAny},
     {"cublaslt_5", 5, kAny}, {"codes_tall", -2, kAny}};
 
-const variant *named(const char *name) {
-    for (const variant &v : variants)
+// Products of 4-bit by 8-bit codes, by the most rows, of x that has as many as `from`: for fewer,
+// where W's bytes are all that takes time, the kernels of 16-bit x need no more of it.
+const variant nibbles[] = {{"w4a8_32", -1, 32}, {"w4a8_64", -1, 64}, {"w4a8_tall", -2, kAny}};
+constexpr int32_t kNibblesFrom = 17;
+
+template <int N> const variant *named(const variant (&of)[N], const char *name) {
+    for (const variant &v : of)
         if (strcmp(v.name, name) == 0) return &v;
     return nullptr;
 }
 
 const variant *choose(const linear_problem *p) {
     const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
-    const variant *found = name ? named(name) : nullptr;
+    const variant *found = name ? named(variants, name) : nullptr;
     if (found && (found->rank != -2 || p->w->format == WF_INT8)) return found;
     for (const variant &v : variants)
         if (!p->kernel && p->m <= v.rows) return &v;
@@ -239,6 +245,35 @@ status plain(const linear_problem *p, void *space, void *scratch, int64_t scratc
     return ST_OK;
 }
 
+// The product of codes for p, or NULL: values.
+const variant *choose_nibbles(const linear_problem *p) {
+    if (!linear_nibbles(p->w)) return nullptr;
+    if (p->kernel) return named(nibbles, p->kernel);
+    if (const char *name = linear_tuned(p, 0)) return named(nibbles, name);
+    for (const variant &v : nibbles)
+        if (p->m >= kNibblesFrom && p->m <= v.rows) return &v;
+    return nullptr;
+}
+
+status nibbles_by(const variant *v, const linear_problem *p, void *space, cudaStream_t stream) {
+    const plain_space s = lay(p->w, p->m, false, space);
+    activation_quantiser q = {};
+    q.x = p->x;
+    q.ldx = p->ldx;
+    q.x_row = p->x_row;
+    q.m = q.m_pad = p->m;
+    q.k = p->w->k;
+    q.type = p->w->type;
+    q.act = p->act;
+    q.sm = p->sm;
+    q.code = s.code;
+    q.scale = s.scale;
+    q.atoms = true;
+    TRY(kernel_quantize_activation(&q, stream));
+    return v->rank == -2 ? linear_w4a8_tall_launch(p, s.code, s.scale, stream)
+                         : linear_w4a8_launch(v->name, p, s.code, s.scale, stream);
+}
+
 // The problem whose x is `space`, the weight being `w`.
 linear_problem of_values(const linear_problem *p, linear_weight *w, void *space) {
     *w = *p->w;
@@ -271,13 +306,19 @@ status values(const linear_problem *p, void *space, cudaStream_t stream) {
 } // namespace
 
 extern "C" const char *linear_quantised_name(int32_t i) {
-    return i < (int32_t)COUNT_OF(variants) ? variants[i].name : nullptr;
+    const int32_t n = (int32_t)COUNT_OF(variants);
+    if (i < n) return variants[i].name;
+    return i - n < (int32_t)COUNT_OF(nibbles) ? nibbles[i - n].name : nullptr;
 }
 
 extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x) {
     if (w->act == AF_16) return 0;
-    if (!linear_plain(w)) return aligned((int64_t)max_x * w->k * 2);
     int64_t bytes = 0;
+    if (linear_nibbles(w)) bytes = lay(w, max_x, false, nullptr).bytes;
+    if (!linear_plain(w)) {
+        const int64_t values = aligned((int64_t)max_x * w->k * 2);
+        return values > bytes ? values : bytes;
+    }
     for (const bool sums : {false, true}) {
         const int32_t most = rows_most(w, sums), rows = (max_x + 15) / 16 * 16;
         const int64_t n = lay(w, rows < most ? rows : most, sums, nullptr).bytes;
@@ -291,6 +332,7 @@ extern "C" const char *linear_quantised_choice(const linear_problem *p) {
         const variant *v = choose(p);
         return v ? v->name : nullptr;
     }
+    if (const variant *v = choose_nibbles(p)) return v->name;
     static thread_local char name[64];
     linear_weight w;
     const linear_problem r = of_values(p, &w, nullptr);
@@ -301,6 +343,7 @@ extern "C" const char *linear_quantised_choice(const linear_problem *p) {
 
 extern "C" status linear_quantised(const linear_problem *p, void *space, void *scratch,
                                    int64_t scratch_bytes, kernel_stream stream) {
-    return linear_plain(p->w) ? plain(p, space, scratch, scratch_bytes, stream)
-                              : values(p, space, stream);
+    if (linear_plain(p->w)) return plain(p, space, scratch, scratch_bytes, stream);
+    const variant *v = choose_nibbles(p);
+    return v ? nibbles_by(v, p, space, stream) : values(p, space, stream);
 }

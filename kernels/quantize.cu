@@ -198,6 +198,15 @@ template <typename T, act_format A> __device__ __forceinline__ float span_scale(
     return f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f);
 }
 
+// Codes of eight inputs and of the lane's neighbour, which has the other half of 16, in the order of
+// linear_byte_input: the lower lane has places 0..7. All lanes of a warp.
+__device__ __forceinline__ uint2 in_atoms(uint2 own) {
+    const bool upper = threadIdx.x % 2;
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? own.x : own.y, 1);
+    const uint32_t low = upper ? other : own.x, high = upper ? own.y : other;
+    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
+}
+
 template <typename T, act_format A>
 __device__ __forceinline__ void store_eight(const activation_quantiser &a, int row, int col,
                                             const eight<T, A> &e, float s) {
@@ -246,7 +255,13 @@ __global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int v = (int)(threadIdx.x + i * blockDim.x);
-        if (v < n) store_eight(a, row, v * 8, e[i], s);
+        if (A == AF_INT8 && a.atoms) {
+            const uint2 code = in_atoms(e[i].codes(s));
+            uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
+            if (v < n) *reinterpret_cast<uint2 *>(to) = code;
+        } else if (v < n) {
+            store_eight(a, row, v * 8, e[i], s);
+        }
     }
 }
 
@@ -353,6 +368,8 @@ extern "C" status kernel_quantize_activation(const activation_quantiser *a, kern
                     (long long)a->ldx);
     if (a->m == 0) return ST_OK;
     const bool fp8 = a->act == AF_FP8;
+    if (a->atoms && (fp8 || a->value))
+        return FAIL(ST_UNSUPPORTED, "quantize: A%s in the order of atoms", act_format_text(a->act));
     if (a->type == DT_F16 && a->act != AF_16)
         return fp8 ? launch_activation<__half, AF_FP8>(*a, stream)
                    : launch_activation<__half, AF_INT8>(*a, stream);

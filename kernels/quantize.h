@@ -31,7 +31,9 @@ float quantize_global_scale(weight_format f, float amax);
 /* Activations x [m, k] of one linear, in one of two forms:
  *
  *   codes    code [m_pad, k] int8 or e4m3, with scale [m_pad], or [ceil(k / 128), m_pad] where
- *            group is 128: for products of 8-bit operands. Rows m .. m_pad are codes of zero.
+ *            group is 128: for products of 8-bit operands. Rows m .. m_pad are codes of zero. With
+ *            `atoms` (int8) each 16 inputs lie as W4's words have them beside 8-bit x: input
+ *            linear_byte_input(i) at place i (linear_layout.h).
  *   values   value [m, k] of `type`: code times scale, rounded to 16 bits (relative error of each
  *            at most 2^-11 in f16, 2^-8 in bf16): for kernels that take 16-bit operands */
 typedef struct {
@@ -47,6 +49,7 @@ typedef struct {
     void *code;
     float *scale;
     int32_t m_pad; /* >= m */
+    bool atoms;
 } activation_quantiser;
 
 /* A NaN or infinity makes the scale NaN, or all values that share it. SHAPE, UNSUPPORTED; DEVICE on

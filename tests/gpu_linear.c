@@ -80,14 +80,24 @@ static const struct {
     bool sym;
     act_format act;
 } formats[] = {
-    {"16", WF_16, 0, false, AF_16},        {"8", WF_INT8, 0, false, AF_16},
-    {"4", WF_INT4, 128, false, AF_16},     {"4g64", WF_INT4, 64, false, AF_16},
-    {"4g32", WF_INT4, 32, false, AF_16},   {"4sym", WF_INT4, 128, true, AF_16},
-    {"4g32sym", WF_INT4, 32, true, AF_16}, {"4g16", WF_INT4, 16, false, AF_16},
-    {"FP8", WF_FP8, 0, false, AF_16},      {"FP8b", WF_FP8B, 128, false, AF_16},
-    {"MXFP4", WF_MXFP4, 32, false, AF_16}, {"NVFP4", WF_NVFP4, 16, false, AF_16},
-    {"8a8", WF_INT8, 0, false, AF_INT8},   {"4a8", WF_INT4, 128, false, AF_INT8},
-    {"FP8aFP8", WF_FP8, 0, false, AF_FP8}, {"FP8baFP8", WF_FP8B, 128, false, AF_FP8},
+    {"16", WF_16, 0, false, AF_16},
+    {"8", WF_INT8, 0, false, AF_16},
+    {"4", WF_INT4, 128, false, AF_16},
+    {"4g64", WF_INT4, 64, false, AF_16},
+    {"4g32", WF_INT4, 32, false, AF_16},
+    {"4sym", WF_INT4, 128, true, AF_16},
+    {"4g32sym", WF_INT4, 32, true, AF_16},
+    {"4g16", WF_INT4, 16, false, AF_16},
+    {"FP8", WF_FP8, 0, false, AF_16},
+    {"FP8b", WF_FP8B, 128, false, AF_16},
+    {"MXFP4", WF_MXFP4, 32, false, AF_16},
+    {"NVFP4", WF_NVFP4, 16, false, AF_16},
+    {"8a8", WF_INT8, 0, false, AF_INT8},
+    {"4a8", WF_INT4, 128, false, AF_INT8},
+    {"4a8g64sym", WF_INT4, 64, true, AF_INT8},
+    {"4a8g32", WF_INT4, 32, false, AF_INT8},
+    {"FP8aFP8", WF_FP8, 0, false, AF_FP8},
+    {"FP8baFP8", WF_FP8B, 128, false, AF_FP8},
 };
 enum { N_FORMATS = sizeof formats / sizeof formats[0] };
 

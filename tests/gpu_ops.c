@@ -10,6 +10,7 @@
 #include "draw.h"
 #include "fill.h"
 #include "linear.h"
+#include "linear_layout.h"
 #include "moe.h"
 #include "norm.h"
 #include "quantize.h"
@@ -1135,7 +1136,7 @@ static void test_expand(void **state) {
 }
 
 /* Activations of rows of every magnitude, one of them with an infinity: codes times scales and
- * values are the definition's bits. */
+ * values are the definition's bits; int8 codes in the order of atoms too. */
 static void activations_case(act_format f, int32_t group, dtype type, int32_t m, int32_t k) {
     const int32_t spans = f == AF_FP8 && group == 128 ? (k + 127) / 128 : 1, m_pad = m + 3;
     const int64_t n = (int64_t)m * k, padded = (int64_t)m_pad * k;
@@ -1166,6 +1167,17 @@ static void activations_case(act_format f, int32_t group, dtype type, int32_t m,
             assert_true(isnan(scale[span * m_pad + row]));
         else
             assert_true(c * scale[span * m_pad + row] == want[i]);
+    }
+    if (f == AF_INT8) {
+        uint8_t *atoms = host((size_t)padded, 1);
+        q.atoms = true;
+        assert_ok(kernel_quantize_activation(&q, NULL));
+        fetch(atoms, q.code, (size_t)padded);
+        for (int64_t i = 0; i < padded; i++)
+            assert_int_equal(atoms[i], code[i / 16 * 16 + linear_byte_input((int32_t)(i % 16))]);
+        assert_true(m < 3 || memcmp(atoms, code, (size_t)padded) != 0);
+        q.atoms = false;
+        free(atoms);
     }
     q.value = dev((size_t)n * 2);
     assert_ok(kernel_quantize_activation(&q, NULL));
