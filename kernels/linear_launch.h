@@ -101,8 +101,8 @@ status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m,
                                 const float *x_scale, kernel_stream stream);
 
 /* linear_w4a8.cu, linear_w4a8_tall.cu: p, whose weight is linear_nibbles, x being quantised already
- * in the order of atoms: code [m, k], x_scale [m]. By variant `name` of few rows; of many. Only where
- * compiled for 90a. */
+ * in the order of atoms: code [m, k], x_scale [m]. By variant `name` of few rows; of many. Only
+ * where compiled for 90a. */
 status linear_w4a8_launch(const char *name, const linear_problem *p, const void *code,
                           const float *x_scale, kernel_stream stream);
 status linear_w4a8_tall_launch(const linear_problem *p, const void *code, const float *x_scale,

@@ -147,8 +147,8 @@ template <typename T, act_format A> __device__ __forceinline__ float span_scale(
     return f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f);
 }
 
-// Codes of eight inputs and of the lane's neighbour, which has the other half of 16, in the order of
-// linear_byte_input: the lower lane has places 0..7. All lanes of a warp.
+// Codes of eight inputs and of the lane's neighbour, which has the other half of 16, in the order
+// of linear_byte_input: the lower lane has places 0..7. All lanes of a warp.
 __device__ __forceinline__ uint2 in_atoms(uint2 own) {
     const bool upper = threadIdx.x % 2;
     const uint32_t other = __shfl_xor_sync(~0u, upper ? own.x : own.y, 1);

@@ -231,7 +231,7 @@ static void test_norm_embed(void **state) {
     assert_ok(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL, NULL));
 }
 
-/* Codes that a norm leaves are those of its y: all bits, in each order. The twin: of another row. */
+/* Codes that a norm leaves are those of its y: all bits, each order. The twin: of another row. */
 static void codes_case(int64_t rows, int32_t cols, dtype type, act_format act, bool atoms) {
     const int64_t n = rows * cols;
     float *table = normals(n, 1, 6), *w = normals(cols, 0.2, 7);
