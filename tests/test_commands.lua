@@ -109,7 +109,8 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
   refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
     "no-such-model")
-  for _, other in ipairs({ "--against workloads/tiny", "--json" }) do
+  for _, other in ipairs({ "--against workloads/tiny", "--json",
+    "--precision W16 --precision W8" }) do
     refused("eval --model no-such-model --text no-such-text --logits x " .. other,
       "--logits writes a file alone")
   end
@@ -143,6 +144,29 @@ test.case("text comes through a pipe as from a file", function()
   code, said = command("%s tokenize --model workloads/tiny --file /tmp")
   test.equal(code, 1)
   test.equal(said, "amalgam: /tmp: not a regular file\n")
+end)
+
+test.case("a checkpoint is scored in several precisions at once", function()
+  local text = os.tmpname()
+  command("%s corpus --seed 1099511627776 --bytes 1500 >" .. text)
+  local words = "%s eval --model workloads/tiny --text " .. text
+  local code, said = command(words .. " --against workloads/tiny --precision W16 --precision W4gK"
+    .. " --precision W4A4 --precision FP8 2>&1")
+  test.equal(code, 2, "that of the one which is refused")
+  local agreement, kl = {}, {}
+  for name, _, share, nats in said:gmatch("(%S+) +(%d+%.%d+) +(%d+%.%d+) +(%d+%.%d+) +%d") do
+    agreement[name], kl[name] = tonumber(share), tonumber(nats)
+  end
+  test.contains(said, "amalgam: W4A4: ")
+  test.equal(agreement["W16A16KV16"] == 1 and kl["W16A16KV16"] == 0, true, said)
+  -- The twin: coarser codes are told from finer ones, and both from 16 bits.
+  test.equal(kl["W4gKA16KV16"] > kl["WFP8AFP8KVFP8"] and kl["WFP8AFP8KVFP8"] > 0, true, said)
+  local _, all = command(words .. " --json --precision W16 --precision W4A16KV8")
+  local _, one = command(words .. " --json --precision W4A16KV8")
+  test.equal(all:match("\n(.*)$"), one, "as alone")
+  local _, alone = command(words .. " --precision W4gK --against workloads/tiny")
+  test.contains(alone, ("KL divergence %.5f nats"):format(kl["W4gKA16KV16"]))
+  os.remove(text)
 end)
 
 test.case("serve's key is that of the environment, too", function()
