@@ -169,6 +169,36 @@ test.case("a checkpoint is scored in several precisions at once", function()
   os.remove(text)
 end)
 
+test.case("options of draws, tokens and texts do what their help says", function()
+  local function said(words)
+    local code, text = command("%s " .. words)
+    test.equal(code, 0, words .. "\n" .. text)
+    return text
+  end
+  local generate = "generate --model workloads/tiny --prompt 'Once upon a time' --max-tokens 40 "
+  local greedy, draw = said(generate), "--temperature 5 --seed 3"
+  test.equal(said(generate .. draw .. " --top-k 1"), greedy)
+  test.equal(said(generate .. draw) ~= greedy, true, "the twin: of all tokens")
+  test.equal(said(generate .. "--stream"), greedy)
+  local function n_tokens(words)
+    local line = said("tokenize --json --model workloads/tiny " .. words)
+    return tonumber(line:match('"tokens":(%d+)'))
+  end
+  local chat = "--text 'a<|endoftext|>'"
+  test.equal(n_tokens(chat), 2)
+  test.equal(n_tokens(chat .. " --plain") > 2, true)
+  local bos = "tokenize --json --model tests/vectors/tokenizers/llama2 --text a"
+  test.contains(said(bos), '"ids":[1,490]')
+  test.contains(said(bos .. " --no-bos"), '"ids":[490]')
+  for line in said("corpus --tasks arithmetic --count 40 --digits 1"):gmatch("[^\n]+") do
+    test.equal(line:find('"prompt":"%d [+-] %d ="') ~= nil, true, line)
+  end
+  local function length(n)
+    return #said("corpus --tasks recall --count 5 --sentences " .. n)
+  end
+  test.equal(length(1) < length(30), true)
+end)
+
 test.case("serve's key is that of the environment, too", function()
   for _, row in ipairs({
     { "AMALGAM_API_KEY=a", "--api-key b", "--api-key and AMALGAM_API_KEY differ" },
