@@ -516,7 +516,7 @@ static int32_t not_as_alone(const drawn_run *run, const drawn_run *alone) {
 
 static void drawn_work_is_answered_as_alone(void **state) {
     (void)state;
-    enum { ROUNDS = 2, COMPANIES = 3 };
+    enum { ROUNDS = 1, COMPANIES = 4 }; /* more rounds where the scheduler has changed */
     static drawn_request w[DRAWN];
     static drawn_run alone, together;
     int32_t n_preempted = 0, n_left = 0, n_cached = 0, n_first = 0;
