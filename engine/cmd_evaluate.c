@@ -127,7 +127,7 @@ static status open_all(evaluation *v) {
 
 int cmd_evaluate(int argc, char **argv) {
     const char *device_name = "cpu", *family = NULL, *logits = NULL;
-    int64_t window = 512, stride = 256, threads = 0;
+    int64_t window = 512, stride = 256, threads = 0, tp = 1;
     cli_texts precisions = {.n = 0};
     evaluation v = {.options = ENGINE_OPTIONS_DEFAULT};
     engine_options *o = &v.options;
@@ -144,6 +144,7 @@ int cmd_evaluate(int argc, char **argv) {
         {"--window", CLI_INT, &window, "N", "tokens of a window (512)"},
         {"--stride", CLI_INT, &stride, "N", "from window to window (256)"},
         {"--threads", CLI_INT, &threads, "N", "0 = all cores"},
+        {"--tp", CLI_INT, &tp, "N", "GPUs to run on together (1)"},
         {"--kernel-family", CLI_TEXT, &family, "F", "cuda: ampere or hopper"},
         {"--json", CLI_FLAG, &v.json, NULL, "an object for each precision"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
@@ -157,7 +158,8 @@ int cmd_evaluate(int argc, char **argv) {
     if (st == ST_OK && logits && (v.against || v.json || precisions.n > 1))
         st = FAIL(ST_USAGE, "--logits writes a file alone: of one --precision, without --against "
                             "and --json");
-    if (st == ST_OK) st = cli_check(&(cli_range){"--threads", threads, 0, 1024}, 1);
+    const cli_range limits[] = {{"--threads", threads, 0, 1024}, {"--tp", tp, 1, 64}};
+    if (st == ST_OK) st = cli_check(limits, COUNT_OF(limits));
     if (st == ST_OK) st = device_computes(device_name);
     if (st == ST_OK) st = device_family(&o->device_options.kernel_family, family);
     if (st != ST_OK) return cli_exit(st);
@@ -166,6 +168,7 @@ int cmd_evaluate(int argc, char **argv) {
     v.stride = (int32_t)stride;
     o->device = device_name;
     o->device_options.threads = (int32_t)threads;
+    o->device_options.tp = (int32_t)tp;
     o->policy.token_budget = (int32_t)i64_max(window, 64);
     o->policy.max_seqs = 1;
     o->max_samples = v.window;

@@ -85,6 +85,7 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   for words, range in pairs({
     ["generate --model workloads/tiny --prompt a --tp %d"] = "--tp 4294967297 is outside 1 to 64",
     ["chat --model workloads/tiny --tp %d"] = "--tp 4294967297 is outside 1 to 64",
+    ["eval --model workloads/tiny --text README.md --tp %d"] = "--tp 4294967297 is outside 1 to 64",
     ["serve --model workloads/tiny --ctx %d"] = "--ctx 4294967297 is outside 0 to 16777216",
     ["bench serve --url http://127.0.0.1:1 --n %d"] = "--n 4294967297 is outside 1 to 16777216",
     ["quantize --model workloads/tiny --out x --tokens %d"] = "is outside 2 to 16777216",
