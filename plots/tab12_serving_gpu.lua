@@ -1,4 +1,4 @@
---- Table 11: 200 conversations on one H200, measured beside predicted.
+--- Table 12: 200 conversations on one H200, measured beside predicted.
 local labels = require("labels")
 
 local FORMATS = { "W4A16KV8", "W4A8KV8", "W4g32A16KV8", "WMXFP4A16KV8", "W16A16KV16" }

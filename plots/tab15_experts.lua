@@ -1,4 +1,4 @@
---- Table 14: layers of experts against their bytes and arithmetic.
+--- Table 15: layers of experts against their bytes and arithmetic.
 local SHOWN = { 1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096 }
 local PRODUCTS = { gate_up = "gate, up", down = "down" }
 

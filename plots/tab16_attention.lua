@@ -1,4 +1,4 @@
---- Table 15: decode times by KV format, batch and context, beside the bytes and another system.
+--- Table 16: decode times by KV format, batch and context, beside the bytes and another system.
 local peers = require("peers")
 
 local RAGGED = "63x128+131072"

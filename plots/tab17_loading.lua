@@ -1,4 +1,4 @@
---- Table 16: loading by layout, in bytes of the file per second.
+--- Table 17: loading by layout, in bytes of the file per second.
 return {
   experiment = "e11_loading",
   title = "Loading checkpoints onto a GPU",

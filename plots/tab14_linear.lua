@@ -1,4 +1,4 @@
---- Table 13: speed-up of linear layers over cuBLAS by format, type and batch.
+--- Table 14: speed-up of linear layers over cuBLAS by format, type and batch.
 local peers = require("peers")
 local stats = require("lib_stats")
 

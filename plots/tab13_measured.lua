@@ -1,4 +1,4 @@
---- Table 12: points of the predicted experiments that were measured too, beside the prediction.
+--- Table 13: points of the predicted experiments that were measured too, beside the prediction.
 local labels = require("labels")
 local library = require("lib_rows")
 
