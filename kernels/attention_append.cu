@@ -29,6 +29,11 @@ template <int D> constexpr int each = D < 64 ? 1 : D / 64;
 // one.
 constexpr int kManyTokens = 128, kMany = 8, kManyWarps = 2, kManyBlocks = 2048;
 template <int D> constexpr int kRowsAtOnce = 64 * kMany / D;
+#if __CUDA_ARCH__ == 900 // blocks of an SM: 72 registers, or 80 where 72 would spill
+constexpr int kManyAnSm = 14;
+#else
+constexpr int kManyAnSm = 12;
+#endif
 template <int D> __host__ __device__ constexpr int units_of(int n_heads, int n_kv_heads) {
     constexpr int rows = kRowsAtOnce<D>;
     return (n_heads + rows - 1) / rows + 2 * ((n_kv_heads + rows - 1) / rows);
@@ -460,7 +465,8 @@ __device__ __forceinline__ void append_row(const append_arguments<T> &a, const u
 // The same of many tokens: a warp has a unit of one token at a time, the next one under way. Bits
 // are those of rope_append.
 template <typename T, int D, kv_format F>
-__global__ void __launch_bounds__(32 * kManyWarps, 14) rope_append_many(append_arguments<T> a) {
+__global__ void __launch_bounds__(32 * kManyWarps, kManyAnSm)
+    rope_append_many(append_arguments<T> a) {
     constexpr int E = kMany, LANES = D / 2 / E;
     const int lane = (int)threadIdx.x % LANES, own = (int)threadIdx.x / LANES;
     const int t = (int)(blockIdx.z * gridDim.y + blockIdx.y);
