@@ -83,8 +83,9 @@ enum {
 /* Of a plan, what the host has to know. A chunk of many rows has the pages that it sees written out
  * at 16 bit before it, where there are codes and room: the same bits, but less work a row. */
 typedef struct {
-    int64_t bytes, tiles_at; /* of the whole; where tiles begin */
-    int32_t n_tiles, n_wide; /* tiles of chunks; of them those with their pages written out */
+    int64_t bytes, tiles_at, tall_at; /* of the whole; where tiles begin, and tall ones */
+    int32_t n_tiles, n_wide;     /* tiles of chunks; of them those with their pages written out */
+    int32_t n_tall, n_tall_wide; /* the same of tall ones: 0 where head_dim is not 64 */
     int32_t n_wide_chunks, n_wide_pages, first_wide; /* first_wide: in `page`, of the first chunk */
 } attention_counts;
 

@@ -1,5 +1,5 @@
 // attention_append.cu - QK-norm, RoPE, quantisation and append in one pass: one warp a token and
-// head.
+// head, or of many tokens one warp several heads at a time.
 //
 // A lane holds D / 64 neighbours of each half of the head, so that both ends of a RoPE pair are its
 // own. Where a row goes, its angles and the gains are constants of the step: they are read and
@@ -19,10 +19,28 @@ constexpr int kWarps = 4;
 // through the code for nothing, so that it lies on the SM when they do so behind the wait.
 constexpr int kEarlyTokens = 16;
 
-// Neighbours of a lane. At D = 32 there are values for 16 lanes, and the others repeat what these
-// do: their sums count twice (64 E is the number of values a warp holds), their stores write the
-// same.
+// Neighbours of a lane where a warp has a row. At D = 32 there are values for 16 lanes, and the
+// others repeat what these do: their sums count twice (64 E is the number of values a warp holds),
+// their stores write the same.
 template <int D> constexpr int each = D < 64 ? 1 : D / 64;
+
+// Of so many tokens and more a lane has kMany neighbours, in loads of 16 bytes, and a warp
+// kRowsAtOnce rows. A token has so many blocks of two warps that there are kManyBlocks in all, or
+// one.
+constexpr int kManyTokens = 128, kMany = 8, kManyWarps = 2, kManyBlocks = 2048;
+template <int D> constexpr int kRowsAtOnce = 64 * kMany / D;
+#if __CUDA_ARCH__ == 900 // blocks of an SM: 72 registers, or 80 where 72 would spill
+constexpr int kManyAnSm = 14;
+#else
+constexpr int kManyAnSm = 12;
+#endif
+template <int D> __host__ __device__ constexpr int units_of(int n_heads, int n_kv_heads) {
+    constexpr int rows = kRowsAtOnce<D>;
+    return (n_heads + rows - 1) / rows + 2 * ((n_kv_heads + rows - 1) / rows);
+}
+
+// Lanes that a row's extremes lie in.
+template <int D, int E> constexpr int lanes = E == each<D> ? 32 : D / 2 / E;
 
 // A lane's part of a row, past L1: what is read before the wait is not what is read after it.
 template <typename P> __device__ __forceinline__ P from_l2(const P *at) {
@@ -96,9 +114,10 @@ __device__ __forceinline__ __half minimum_of(float lo, float scale, kv_format f)
     return __float2half_rn(clamp_f16(whole));
 }
 
+// A code in the lowest byte: at 2^23 a float's steps are whole.
 __device__ __forceinline__ uint32_t code_of(float x, float lo, const divisor &scale, float top) {
     const float q = quotient(__fsub_rn(x, lo), scale);
-    return (uint32_t)rintf(fminf(fmaxf(q, 0.f), top));
+    return __float_as_uint(__fadd_rn(fminf(fmaxf(q, 0.f), top), 0x1p23f));
 }
 
 // e4m3 of a finite x, to nearest even, saturating. The fp16-like steps are done in f32 integers.
@@ -110,6 +129,27 @@ __device__ __forceinline__ uint32_t e4m3_code(float x) {
     const uint32_t m = bits & 0x7fffffffu;
     const uint32_t rounded = m + 0x7ffffu + (m >> 20 & 1u); // to 3 bits of mantissa
     return min(sign | ((rounded >> 20) - (120u << 3)), sign | 0x7eu);
+}
+
+// Two elements of 16 bits, the first in the lower half, as floats.
+template <typename T> __device__ __forceinline__ float2 unpack2(uint32_t word);
+template <> __device__ __forceinline__ float2 unpack2<__half>(uint32_t word) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+}
+template <> __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+template <typename T> __device__ __forceinline__ void unpack8(float *x, const uint4 &words) {
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 two = unpack2<T>(w[i]);
+        x[2 * i] = two.x, x[2 * i + 1] = two.y;
+    }
+}
+template <typename T> __device__ __forceinline__ uint4 pack8(const float *x) {
+    return make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+                      pack2<T>(x[6], x[7]));
 }
 
 // E neighbours: what a lane moves at a time.
@@ -129,10 +169,9 @@ __device__ __forceinline__ int place_at(int row_bytes, int token, int at) {
            at % 16;
 }
 
-template <int D>
+template <int D, int E>
 __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, kv_format f,
                                                int token, int lane) {
-    constexpr int E = each<D>;
     const int row_bytes = row_bytes_of(f, D);
     row_place p;
 #pragma unroll
@@ -145,8 +184,22 @@ __device__ __forceinline__ row_place place_row(uint8_t *codes, uint8_t *params, 
     return p;
 }
 
+// The least and the largest of all lanes of a row.
+template <int LANES> __device__ __forceinline__ void extremes(int32_t &least, int32_t &most) {
+    if constexpr (LANES == 32) {
+        least = __reduce_min_sync(~0u, least);
+        most = __reduce_max_sync(~0u, most);
+    } else {
+#pragma unroll
+        for (int d = LANES / 2; d > 0; d >>= 1) {
+            least = min(least, __shfl_xor_sync(~0u, least, d));
+            most = max(most, __shfl_xor_sync(~0u, most, d));
+        }
+    }
+}
+
 // Scale and minimum of a row in format F, of which this lane has n values; whether all are finite.
-template <kv_format F>
+template <kv_format F, int LANES>
 __device__ __forceinline__ bool row_params(__half &scale, __half &minimum, const float *x, int n) {
     int32_t least = in_order(x[0]), most = least;
 #pragma unroll
@@ -154,8 +207,7 @@ __device__ __forceinline__ bool row_params(__half &scale, __half &minimum, const
         least = min(least, in_order(x[e]));
         most = max(most, in_order(x[e]));
     }
-    least = __reduce_min_sync(~0u, least);
-    most = __reduce_max_sync(~0u, most);
+    extremes<LANES>(least, most);
     const float lo = out_of_order(least), hi = out_of_order(most);
     const bool finite = most < in_order(INFINITY) && least > in_order(-INFINITY); // NaN lies beyond
     // What is more than f16 holds is the most that it does.
@@ -168,24 +220,44 @@ __device__ __forceinline__ bool row_params(__half &scale, __half &minimum, const
     return finite;
 }
 
+// N codes, each in its word's lowest byte, as bytes.
+template <int N> __device__ __forceinline__ few<uint8_t, N> bytes_of(const uint32_t *code) {
+    few<uint8_t, N> part;
+    if constexpr (N % 4 == 0) {
+        uint32_t word[N / 4];
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+            word[i] = __byte_perm(__byte_perm(code[4 * i], code[4 * i + 1], 0x0040),
+                                  __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
+        memcpy(&part, word, N);
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e++) part.v[e] = (uint8_t)code[e];
+    }
+    return part;
+}
+
 // Write one token's row, or only find what it is: x[0..E) are dims at.., x[E..2E) dims at + D/2..,
 // in format F.
-template <kv_format F, typename T, int D>
+template <kv_format F, typename T, int D, int E>
 __device__ __forceinline__ void store_row(const row_place &p, int lane, const float *x,
                                           bool write) {
-    constexpr int E = each<D>;
     if constexpr (F == KF_16) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            few<T, E> part;
+            if constexpr (E == 8) {
+                if (write) *(uint4 *)p.code[half] = pack8<T>(x + half * E);
+            } else {
+                few<T, E> part;
 #pragma unroll
-            for (int e = 0; e < E; e++) part.v[e] = from_f32<T>(x[half * E + e]);
-            if (write) *(few<T, E> *)p.code[half] = part;
+                for (int e = 0; e < E; e++) part.v[e] = from_f32<T>(x[half * E + e]);
+                if (write) *(few<T, E> *)p.code[half] = part;
+            }
         }
         return;
     }
     __half scale, minimum;
-    const bool finite = row_params<F>(scale, minimum, x, 2 * E);
+    const bool finite = row_params<F, lanes<D, E>>(scale, minimum, x, 2 * E);
     const float s = __half2float(scale), m = __half2float(minimum);
     const bool live = finite && s > 0.f;
 
@@ -207,16 +279,13 @@ __device__ __forceinline__ void store_row(const row_place &p, int lane, const fl
             const uint32_t other = __shfl_down_sync(~0u, code[half], 1);
             if (lane % 2 == 0) *p.code[half] = (uint8_t)(code[half] | other << 4);
         } else if constexpr (F == KF_4) {
-            few<uint8_t, (E + 1) / 2> part;
+            uint32_t pair[E / 2];
 #pragma unroll
             for (int e = 0; e + 1 < E; e += 2)
-                part.v[e / 2] = (uint8_t)(code[half * E + e] | code[half * E + e + 1] << 4);
-            *(few<uint8_t, (E + 1) / 2> *)p.code[half] = part;
+                pair[e / 2] = code[half * E + e] | code[half * E + e + 1] << 4;
+            *(few<uint8_t, E / 2> *)p.code[half] = bytes_of<E / 2>(pair);
         } else {
-            few<uint8_t, E> part;
-#pragma unroll
-            for (int e = 0; e < E; e++) part.v[e] = (uint8_t)code[half * E + e];
-            *(few<uint8_t, E> *)p.code[half] = part;
+            *(few<uint8_t, E> *)p.code[half] = bytes_of<E>(code + half * E);
         }
     }
     if (lane == 0) {
@@ -227,20 +296,36 @@ __device__ __forceinline__ void store_row(const row_place &p, int lane, const fl
     }
 }
 
-// Head norm, where there are gains, and RoPE in registers.
-template <typename T, int D>
-__device__ __forceinline__ void norm_and_turn(float *x, bool normed, const few<T, each<D>> *gain,
-                                              float eps, const few<float2, each<D>> &turn) {
-    constexpr int E = each<D>;
-    if (normed) {
-        float sum = 0.f;
+// The sum of a row's squares, of which this lane has 2 E: added up in the same order whatever E is.
+template <int D, int E> __device__ __forceinline__ float sum_of_squares(const float *x) {
+    constexpr int S = each<D>, PARTS = E / S; // what PARTS lanes of a row a warp have
+    float sum[PARTS];
 #pragma unroll
-        for (int e = 0; e < 2 * E; e++) sum += x[e] * x[e];
-        const float root = 1.f / sqrtf(warp_sum(sum) / (64 * E) + eps);
+    for (int p = 0; p < PARTS; p++) {
+        sum[p] = 0.f;
 #pragma unroll
-        for (int i = 0; i < 2 * E; i++)
-            x[i] = __fmul_rn(__fmul_rn(x[i], root), to_f32(gain[i / E].v[i % E]));
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int e = 0; e < S; e++) {
+                const float y = x[half * E + p * S + e];
+                sum[p] += y * y;
+            }
+#pragma unroll
+        for (int d = 16; d >= PARTS; d >>= 1) sum[p] += __shfl_xor_sync(~0u, sum[p], d / PARTS);
     }
+#pragma unroll
+    for (int d = PARTS / 2; d > 0; d >>= 1)
+#pragma unroll
+        for (int p = 0; p < d; p++) sum[p] += sum[p + d];
+    return sum[0];
+}
+
+template <int D, int E> __device__ __forceinline__ float root_of(const float *x, float eps) {
+    return 1.f / sqrtf(sum_of_squares<D, E>(x) / (64 * each<D>)+eps);
+}
+
+// RoPE of pairs x[e], x[E + e].
+template <int E> __device__ __forceinline__ void turn_pairs(float *x, const few<float2, E> &turn) {
 #pragma unroll
     for (int e = 0; e < E; e++) {
         const float2 t = turn.v[e];
@@ -248,6 +333,19 @@ __device__ __forceinline__ void norm_and_turn(float *x, bool normed, const few<T
         x[e] = __fsub_rn(__fmul_rn(a, t.x), __fmul_rn(b, t.y));
         x[E + e] = __fadd_rn(__fmul_rn(b, t.x), __fmul_rn(a, t.y));
     }
+}
+
+// Head norm, where there are gains, and RoPE in registers.
+template <typename T, int D, int E>
+__device__ __forceinline__ void norm_and_turn(float *x, bool normed, const few<T, E> *gain,
+                                              float eps, const few<float2, E> &turn) {
+    if (normed) {
+        const float root = root_of<D, E>(x, eps);
+#pragma unroll
+        for (int i = 0; i < 2 * E; i++)
+            x[i] = __fmul_rn(__fmul_rn(x[i], root), to_f32(gain[i / E].v[i % E]));
+    }
+    turn_pairs<E>(x, turn);
 }
 
 // F: the format of K and of V, so that code of no other stands between; KF_COUNT: each has its own.
@@ -283,7 +381,7 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
     uint8_t *codes = a.base + g * a.layout.head_bytes + (is_v ? a.layout.v_code : 0);
     uint8_t *params = a.base + a.layout.param_base + (int64_t)g * a.layout.param_bytes +
                       (is_v ? a.layout.v_param : 0);
-    const row_place first = place_row<D>(codes, params, f, position % kPage, lane);
+    const row_place first = place_row<D, E>(codes, params, f, position % kPage, lane);
 #pragma unroll 1
     for (int pass = a.n_tokens <= kEarlyTokens ? 0 : 1; pass < 2; pass++) {
         if (pass) {
@@ -299,14 +397,14 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
         float x[2 * E];
 #pragma unroll
         for (int i = 0; i < 2 * E; i++) x[i] = to_f32(in[i / E].v[i % E]);
-        if (!is_v) norm_and_turn<T, D>(x, norm != nullptr, gain, a.eps, turn);
+        if (!is_v) norm_and_turn<T, D, E>(x, norm != nullptr, gain, a.eps, turn);
         if (!is_q) {
             const row_place place = {{first.code[0] + page, first.code[1] + page},
                                      (__half *)((uint8_t *)first.param + page)};
             switch (f) {
 #define KV(name, ...)                                                                              \
     case KF_##name:                                                                                \
-        store_row<KF_##name, T, D>(place, lane, x, pass);                                          \
+        store_row<KF_##name, T, D, E>(place, lane, x, pass);                                       \
         break;
 #include "precision.def"
             default: break;
@@ -321,6 +419,108 @@ __global__ void __launch_bounds__(32 * kWarps) rope_append(append_arguments<T> a
             if (pass) *(part *)(row + half * (D / 2)) = out;
         }
     }
+}
+
+// Of a token's units, kRowsAtOnce<D> rows of q, of K or of V each: of unit u, the row that lane
+// group `own` has.
+struct unit_row {
+    bool q, v, there; // there: the unit has such a row, else this is the last one
+    int head;         // of q, K or V
+    int at;           // in the token's row, in heads
+};
+template <int D, typename T>
+__device__ __forceinline__ unit_row row_of(const append_arguments<T> &a, int u, int own) {
+    constexpr int ROWS = kRowsAtOnce<D>;
+    const int q = (a.n_heads + ROWS - 1) / ROWS, kv = (a.n_kv_heads + ROWS - 1) / ROWS;
+    unit_row r;
+    r.q = u < q;
+    r.v = u >= q + kv;
+    const int head = (u - (r.q ? 0 : r.v ? q + kv : q)) * ROWS + own;
+    const int heads = r.q ? a.n_heads : a.n_kv_heads;
+    r.there = head < heads;
+    r.head = min(head, heads - 1);
+    r.at = r.head + (r.q ? 0 : r.v ? a.n_heads + a.n_kv_heads : a.n_heads);
+    return r;
+}
+
+// x of a row of K or V, to where it goes. page: in bytes from page 0.
+template <typename T, int D, kv_format F>
+__device__ __forceinline__ void append_row(const append_arguments<T> &a, const unit_row &r,
+                                           int64_t page, int token, int lane, const float *x) {
+    const kv_format f = F != KF_COUNT ? F : r.v ? a.v : a.k;
+    uint8_t *codes = a.base + page + r.head * a.layout.head_bytes + (r.v ? a.layout.v_code : 0);
+    uint8_t *params = a.base + page + a.layout.param_base + (int64_t)r.head * a.layout.param_bytes +
+                      (r.v ? a.layout.v_param : 0);
+    const row_place place = place_row<D, kMany>(codes, params, f, token, lane);
+    switch (f) {
+#define KV(name, ...)                                                                              \
+    case KF_##name:                                                                                \
+        store_row<KF_##name, T, D, kMany>(place, lane, x, r.there);                                \
+        break;
+#include "precision.def"
+    default: break;
+    }
+}
+
+// The same of many tokens: a warp has a unit of one token at a time, the next one under way. Bits
+// are those of rope_append.
+template <typename T, int D, kv_format F>
+__global__ void __launch_bounds__(32 * kManyWarps, kManyAnSm)
+    rope_append_many(append_arguments<T> a) {
+    constexpr int E = kMany, LANES = D / 2 / E;
+    const int lane = (int)threadIdx.x % LANES, own = (int)threadIdx.x / LANES;
+    const int t = (int)(blockIdx.z * gridDim.y + blockIdx.y);
+    if (t >= a.n_tokens) return;
+    launch_dependents();
+    const int seq = a.token_seq[t], position = a.position[t];
+    const auto *rope = (const few<float2, E> *)a.rope;
+    const few<float2, E> turn = rope[(int64_t)position * LANES + lane];
+    const int first_page = seq < 0 ? 0 : a.page_start[seq];
+    wait_for_previous();
+    const int units = units_of<D>(a.n_heads, a.n_kv_heads), stride = (int)gridDim.x * kManyWarps;
+    int u = (int)(blockIdx.x * kManyWarps + threadIdx.y);
+    if (seq < 0 || u >= units) return;
+    T *const first = a.qkv + (int64_t)t * (a.n_heads + 2 * a.n_kv_heads) * D + lane * E;
+    uint4 next[2];
+    const auto read = [&](const unit_row &r) {
+        for (int half = 0; half < 2; half++)
+            next[half] = __ldcg((const uint4 *)(first + r.at * D + half * (D / 2)));
+    };
+    read(row_of<D>(a, u, own));
+    const int64_t page = a.page[first_page + position / kPage] * a.page_bytes;
+#pragma unroll 1
+    for (; u < units; u += stride) {
+        const unit_row r = row_of<D>(a, u, own);
+        float x[2 * E];
+        unpack8<T>(x, next[0]);
+        unpack8<T>(x + E, next[1]);
+        if (u + stride < units) read(row_of<D>(a, u + stride, own));
+        const T *norm = r.v ? nullptr : r.q ? a.q_norm : a.k_norm;
+        if (norm) {
+            const float root = root_of<D, E>(x, a.eps);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float gain[E];
+                unpack8<T>(gain, __ldg((const uint4 *)(norm + half * (D / 2) + lane * E)));
+#pragma unroll
+                for (int e = half * E; e < half * E + E; e++)
+                    x[e] = __fmul_rn(__fmul_rn(x[e], root), gain[e % E]);
+            }
+        }
+        if (!r.v) turn_pairs<E>(x, turn);
+        if (!r.q) {
+            append_row<T, D, F>(a, r, page, position % kPage, lane, x);
+            continue;
+        }
+        for (int half = 0; half < 2; half++)
+            if (r.there) *(uint4 *)(first + r.at * D + half * (D / 2)) = pack8<T>(x + half * E);
+    }
+}
+
+template <typename T, int D, kv_format F> auto kernel_of(bool many) {
+    if constexpr (D >= 64)
+        if (many) return rope_append_many<T, D, F>;
+    return rope_append<T, D, F>;
 }
 
 template <dtype dt, int D>
@@ -346,19 +546,24 @@ status launch(void *qkv, const attention_layer_params *l, const attention_cache 
         b->page_start,
         b->page,
     };
-    auto *kernel = rope_append<T, D, KF_COUNT>;
+    const bool many = D >= 64 && b->n_tokens >= kManyTokens;
+    auto *kernel = kernel_of<T, D, KF_COUNT>(many);
     if (c->k == c->v) switch (c->k) {
 #define KV(name, ...)                                                                              \
     case KF_##name:                                                                                \
-        kernel = rope_append<T, D, KF_##name>;                                                     \
+        kernel = kernel_of<T, D, KF_##name>(many);                                                 \
         break;
 #include "precision.def"
         default: break;
         }
-    const unsigned groups = (unsigned)div_up(l->n_heads + 2 * l->n_kv_heads, kWarps);
     const unsigned tokens = (unsigned)b->n_tokens, most = 32768;
-    const dim3 grid(groups, tokens < most ? tokens : most, (tokens + most - 1) / most);
-    return launch_early("rope_append", kernel, grid, dim3(32, kWarps), stream, a);
+    const int heads = l->n_heads + 2 * l->n_kv_heads;
+    const int64_t most_blocks = div_up(units_of<D>(l->n_heads, l->n_kv_heads), kManyWarps);
+    const int64_t groups =
+        many ? i64_min(most_blocks, div_up(kManyBlocks, b->n_tokens)) : div_up(heads, kWarps);
+    const dim3 grid((unsigned)groups, tokens < most ? tokens : most, (tokens + most - 1) / most);
+    return launch_early("rope_append", kernel, grid, dim3(32, many ? kManyWarps : kWarps), stream,
+                        a);
 }
 
 } // namespace

@@ -73,7 +73,8 @@ enum { SPARE_RUNS = 3 * ATTENTION_BLOCKS_MAX };
 int64_t attention_plan_bytes(int32_t max_seqs, int32_t max_tokens, int64_t max_pages) {
     (void)max_pages;
     /* Rows are tokens * ratio, and ratio <= 64. */
-    const int64_t tiles = max_seqs + div_up((int64_t)max_tokens * 64, ATTENTION_TILE_ROWS);
+    const int64_t tiles = 2 * max_seqs + div_up((int64_t)max_tokens * 64, ATTENTION_TILE_ROWS) +
+                          div_up((int64_t)max_tokens * 64, ATTENTION_TALL_ROWS);
     return (int64_t)sizeof(attention_plan) +
            (max_seqs + SPARE_RUNS) * (int64_t)sizeof(attention_run) +
            tiles * (int64_t)sizeof(attention_tile);
@@ -403,6 +404,19 @@ static void plan_prefills(attention_tile *tile, attention_chunk *chunk, attentio
             c->n_tiles += plan_chunk(tile + c->n_tiles, b, s, ratio, 0);
 }
 
+/* The chunks of n tiles in tall ones, in the same order; how many. */
+static int32_t plan_tall(attention_tile *tall, const attention_tile *tile, int32_t n) {
+    int32_t made = 0;
+    for (int32_t i = 0; i < n; i += (int32_t)div_up(tile[i].n_rows, ATTENTION_TILE_ROWS)) {
+        const int32_t rows = ATTENTION_TALL_ROWS, last = (tile[i].n_rows - 1) / rows * rows;
+        for (int32_t row0 = last; row0 >= 0; row0 -= rows) {
+            tall[made] = tile[i];
+            tall[made++].row0 = row0;
+        }
+    }
+    return made;
+}
+
 status attention_plan_make(void *host, attention_counts *counts, const attention_batch *b,
                            int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window,
                            bool kv4, int32_t wide_pages, int32_t n_sms) {
@@ -421,15 +435,21 @@ status attention_plan_make(void *host, attention_counts *counts, const attention
     *counts = (attention_counts){0};
     attention_tile *tile = (attention_tile *)(void *)(run + plan->n_runs);
     plan_prefills(tile, plan->chunk, counts, b, ratio, window, wide_pages);
-    const int32_t n[TILES_KINDS] = {counts->n_tiles, counts->n_wide,
-                                    counts->n_tiles - counts->n_wide};
-    for (int32_t i = 0; i < TILES_KINDS; i++) {
-        const uint8_t *list = (const uint8_t *)&plan->tiles[i];
-        plan->tiles[i].n = n[i];
-        plan->tiles[i].at =
-            (int32_t)((uint8_t *)(tile + (i == TILES_NARROW ? counts->n_wide : 0)) - list);
+    attention_tile *narrow = tile + counts->n_wide, *tall = tile + counts->n_tiles;
+    const int32_t n_narrow = counts->n_tiles - counts->n_wide;
+    if (head_dim == 64) {
+        counts->n_tall_wide = plan_tall(tall, tile, counts->n_wide);
+        counts->n_tall =
+            counts->n_tall_wide + plan_tall(tall + counts->n_tall_wide, narrow, n_narrow);
     }
+    const attention_tile *first[TILES_KINDS] = {tile, tile, narrow, tall};
+    const int32_t n[TILES_KINDS] = {counts->n_tiles, counts->n_wide, n_narrow, counts->n_tall};
+    for (int32_t i = 0; i < TILES_KINDS; i++)
+        plan->tiles[i] = (attention_tile_list){
+            .n = n[i],
+            .at = (int32_t)((const uint8_t *)first[i] - (const uint8_t *)&plan->tiles[i])};
     counts->tiles_at = (uint8_t *)tile - (uint8_t *)host;
-    counts->bytes = (uint8_t *)(tile + counts->n_tiles) - (uint8_t *)host;
+    counts->tall_at = (uint8_t *)tall - (uint8_t *)host;
+    counts->bytes = (uint8_t *)(tall + counts->n_tall) - (uint8_t *)host;
     return ST_OK;
 }

@@ -13,6 +13,7 @@ enum {
     ATTENTION_LONE_MAX = 128,   /* tokens of a leaf that one warp does: two pages */
     ATTENTION_BLOCKS_MAX = 512, /* of a decode's launch */
     ATTENTION_TILE_ROWS = 128,  /* query rows (tokens x heads of a group) of a prefill tile */
+    ATTENTION_TALL_ROWS = 192,  /* of a tall tile, where head_dim is 64 */
     ATTENTION_WIDE_ROWS = 1024  /* of a chunk whose pages are written out at 16 bit, and more */
 };
 
@@ -34,8 +35,8 @@ typedef struct {
     int32_t lone; /* -1, or each tile is one warp's: tile from + i that of warp (lone + i) % 4 */
 } attention_run;
 
-/* Rows row0 .. row0 + 127 of a prefill chunk; every KV head of it is one work item. Row r is head
- * r % ratio of the group at token r / ratio. */
+/* Rows row0 .. row0 + 127 of a prefill chunk, or 191 where it is tall; every KV head of it is one
+ * work item. Row r is head r % ratio of the group at token r / ratio. */
 typedef struct {
     int32_t token0;   /* of T: first token of the chunk */
     int32_t n_rows;   /* of the whole chunk: tokens * ratio */
@@ -47,8 +48,9 @@ typedef struct {
     int32_t pad;
 } attention_tile;
 
-/* Which tiles a launch has: all, or those of chunks with their pages written out, or the others. */
-typedef enum { TILES_ALL, TILES_WIDE, TILES_NARROW, TILES_KINDS } attention_tiles;
+/* Which tiles a launch has: all, or those of chunks with their pages written out, or the others; or
+ * all, as tall tiles. */
+typedef enum { TILES_ALL, TILES_WIDE, TILES_NARROW, TILES_TALL, TILES_KINDS } attention_tiles;
 
 /* Tiles of a launch. */
 typedef struct {

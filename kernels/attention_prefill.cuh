@@ -49,14 +49,15 @@ __device__ __forceinline__ int item_of(int round) {
     const int i = round % 2 ? (int)(gridDim.x - 1 - blockIdx.x) : (int)blockIdx.x;
     return round * (int)gridDim.x + i;
 }
-template <int BN, typename A> __device__ __forceinline__ tile_work work_of(const A &a, int item) {
+template <int BN, int ROWS = kRows, typename A>
+__device__ __forceinline__ tile_work work_of(const A &a, int item) {
     tile_work w = {};
     w.t.kv_len = 1; // of no item: whoever looks ahead finds page 0
     w.last = -1;
     if (item >= count_of(a) * a.n_kv_heads) return w;
     w.t = tiles_of(a)[item / a.n_kv_heads];
     w.g = item % a.n_kv_heads;
-    const int row_last = min(w.t.row0 + kRows, w.t.n_rows) - 1;
+    const int row_last = min(w.t.row0 + ROWS, w.t.n_rows) - 1;
     const int p_first = w.t.position + w.t.row0 / a.ratio;
     w.last = (w.t.position + row_last / a.ratio) / BN;
     w.first = a.window > 0 ? max(0, p_first - a.window + 1) / BN : 0;
@@ -112,15 +113,24 @@ struct row_state {
     float m[2], l[2];
 };
 
-// Scores of BN tokens, `token` and on, that a row does not see. position: of the lane's first row.
+// Scores of BN tokens, `token` and on, that a row does not see. position: of the lane's first row,
+// which is not behind its second one.
 template <int BN>
 __device__ __forceinline__ void hide(float (&s)[BN / 2], const int *position, int token, int window,
                                      int lane) {
-    const int p[2] = {position[0], position[8]};
+    const int ahead[2] = {position[0] - token, position[8] - token};
+    const int own = 2 * (lane % 4);
+    if (__any_sync(~0u, ahead[0] < BN - 1)) {
+        const int last[2] = {ahead[0] - own, ahead[1] - own};
 #pragma unroll
-    for (int i = 0; i < BN / 2; i++) {
-        const int j = token + i / 4 * 8 + 2 * (lane % 4) + i % 2, pos = p[i / 2 % 2];
-        if (j > pos || (window > 0 && j <= pos - window)) s[i] = -INFINITY;
+        for (int i = 0; i < BN / 2; i++)
+            if (i / 4 * 8 + i % 2 > last[i / 2 % 2]) s[i] = -INFINITY;
+    }
+    if (window > 0 && __any_sync(~0u, ahead[1] >= window)) {
+        const int before[2] = {ahead[0] - window - own, ahead[1] - window - own};
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++)
+            if (i / 4 * 8 + i % 2 <= before[i / 2 % 2]) s[i] = -INFINITY;
     }
 }
 // Rows' maxima after these scores, times `unit`; true when results so far must shrink.
@@ -155,25 +165,35 @@ __device__ __forceinline__ bool raise_max(const float (&s)[BN / 2], row_state &r
 // What scores are taken from: nothing may be visible yet.
 __device__ __forceinline__ float reference_of(float m) { return m == -INFINITY ? 0.f : m; }
 
+// Where a row of an item goes, in rows of D; -1 past the chunk's end. sink: its head's, times
+// log2(e).
+struct row_target {
+    int at;
+    float sink;
+};
+// That of row r0 + lane % 16.
+__device__ __forceinline__ row_target target_of(const prefill_arguments &a, const tile_work &w,
+                                                int r0, int lane) {
+    const int own = w.t.row0 + r0 + lane % 16, token = own / a.ratio;
+    const int head = w.g * a.ratio + own - token * a.ratio;
+    row_target to = {own < w.t.n_rows ? (w.t.token0 + token) * a.n_heads + head : -1, 0.f};
+    if (a.sinks)
+        to.sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[head])
+                          : to_f32(((const __half *)a.sinks)[head])) *
+                  kLog2E;
+    return to;
+}
+
 // The warp's 16 rows of the result, o over the sum of weights, through its rows of q to 16-byte
 // stores. turn(x) puts 16 bytes' elements in order.
 template <int D, int R, int N, typename F>
-__device__ __forceinline__ void store_rows(const prefill_arguments &a, const tile_work &w,
+__device__ __forceinline__ void store_rows(const prefill_arguments &a, const row_target &to,
                                            float (&o)[N][R], const row_state &r, uint32_t q_rows,
-                                           int r0, int lane, const F &turn) {
+                                           int lane, const F &turn) {
     constexpr int LANES = D / 8;
-    // Where row r0 + lane % 16 goes, in rows of D; -1 past the chunk's end.
-    const int own = w.t.row0 + r0 + lane % 16;
-    const int own_head = w.g * a.ratio + own % a.ratio;
-    const int own_at = own < w.t.n_rows ? (w.t.token0 + own / a.ratio) * a.n_heads + own_head : -1;
-    float sink = 0.f;
-    if (a.sinks)
-        sink = (a.bf16 ? to_f32(((const __nv_bfloat16 *)a.sinks)[own_head])
-                       : to_f32(((const __half *)a.sinks)[own_head])) *
-               kLog2E;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float row_sink = __shfl_sync(~0u, sink, lane / 4 + 8 * h);
+        const float row_sink = __shfl_sync(~0u, to.sink, lane / 4 + 8 * h);
         float l = quad_sum(r.l[h]);
         if (a.sinks) l += exp2_approx(row_sink - r.m[h]);
         const float f = 1.f / l;
@@ -194,7 +214,7 @@ __device__ __forceinline__ void store_rows(const prefill_arguments &a, const til
 #pragma unroll
     for (int i = 0; i < LANES / 2; i++) {
         const int row = i * (32 / LANES) + lane / LANES;
-        const int at = __shfl_sync(~0u, own_at, row);
+        const int at = __shfl_sync(~0u, to.at, row);
         uint4 x;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)

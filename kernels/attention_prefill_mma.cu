@@ -387,8 +387,8 @@ __global__ void __launch_bounds__(32 * kWarps<D>, D == 256 ? 1 : 2)
         }
 #pragma unroll
         for (int m = 0; m < MT; m++)
-            store_rows<D>(a, *work, o[m], r[m], q_all + (r0 + m * 16) * 2 * D, r0 + m * 16, lane,
-                          [](uint4 &) {});
+            store_rows<D>(a, target_of(a, *work, r0 + m * 16, lane), o[m], r[m],
+                          q_all + (r0 + m * 16) * 2 * D, lane, [](uint4 &) {});
         __syncthreads(); // K and V tiles have been read by all
     }
 }

@@ -1,6 +1,7 @@
 // attention_prefill_sm90.cu - prefill chunks straight from the paged cache, on Hopper.
 //
-// A block is four warpgroups: one brings K, one V and q, and two consume 64 query rows each.
+// A block is four warpgroups: one brings K, one V and q, and two consume 64 query rows each; or one
+// brings them all, and three consume (shape).
 // Stages of K [BN, D] and V [BN, D] are in the 128-byte swizzle: 16-bit pages are in that order
 // already and are copied as they lie; codes are read into registers a block ahead and written in
 // that order as fp16. Consumers run
@@ -19,11 +20,11 @@
 
 namespace {
 
-constexpr int kThreads = 512, kStages = 2;
+constexpr int kThreads = 512, kStages = 2, kRowsMost = ATTENTION_TALL_ROWS;
 
 // Block memory: q [kQ], K stages, V stages, then this.
 struct alignas(16) control {
-    int position[2][kRows];
+    int position[2][kRowsMost];
     tile_work work[2];
     uint64_t q_full[2], q_empty[2];
     uint64_t full[2][kStages], empty[2][kStages]; // of K, of V
@@ -48,17 +49,33 @@ __device__ __forceinline__ const attention_tile *tiles_of(const arguments<WIDE> 
 template <int D> constexpr int kBlock = D == 256 ? 64 : 128;
 template <int D> constexpr int kQ = D == 256 ? 1 : 2;
 
-template <int D> __device__ __forceinline__ control *control_of(uint8_t *memory) {
-    return (control *)(memory + kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D);
+// Of a block: consuming warpgroups, their rows, and the threads of which each brings K, V or q. At
+// D = 64 three consumers find registers, if nobody converts codes: then a warp brings K, one V, two
+// q, and a stage of K and V serves 192 rows. Elsewhere a warpgroup each brings K and V (and q).
+template <int D, source_kind KIND, bool TALL> struct shape {
+    static_assert(!TALL || (D == 64 && KIND != CODES), "registers");
+    static constexpr int dim = D;
+    static constexpr source_kind kind = KIND;
+    static constexpr bool tall = TALL;
+    static constexpr int groups = TALL ? 3 : 2, rows = 64 * groups;
+    static constexpr int team = TALL ? 32 : 128, q_team = TALL ? 64 : 128;
+    static constexpr int arrivals = KIND == CODES ? 4 : team;  // at a stage that is written
+    static constexpr int q_bytes = kQ<D> * rows * 2 * D;       // of block memory, then K's stages
+    static constexpr int few = TALL ? 32 : D == 256 ? 48 : 56; // registers of those who bring,
+    static constexpr int many = TALL ? 160 : D == 256 ? 208 : 200; // and of consumers
+};
+
+template <typename S> __device__ __forceinline__ control *control_of(uint8_t *memory) {
+    return (control *)(memory + S::q_bytes + 2 * kStages * kBlock<S::dim> * 2 * S::dim);
 }
 template <int N> __device__ __forceinline__ void group_sync(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
 }
 __device__ __forceinline__ void turn_wait(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(5 + group) : "memory");
+    asm volatile("bar.sync %0, 256;" ::"r"(6 + group) : "memory");
 }
-__device__ __forceinline__ void turn_give(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(5 + (group ^ 1)) : "memory");
+template <int GROUPS> __device__ __forceinline__ void turn_give(int group) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(6 + (group + 1 < GROUPS ? group + 1 : 0)) : "memory");
 }
 // A load that stays where it stands: 32 registers of codes must not be under way any earlier.
 __device__ __forceinline__ uint4 load_now(const void *p) {
@@ -257,18 +274,23 @@ __device__ __forceinline__ uint4 make_piece(const prefill_arguments &a, uint4 x)
 }
 
 // An item's q is on its way to its slot, once consumers have left it; positions and the item itself
-// are there.
-template <int D, source_kind KIND>
-__device__ __forceinline__ void bring_rows(const arguments<KIND> &a, uint8_t *memory, control *c,
+// are there. False past the last item.
+template <typename S>
+__device__ __forceinline__ bool bring_rows(const arguments<S::kind> &a, uint8_t *memory, control *c,
                                            int round) {
-    constexpr int Q = kQ<D>, LANES = D / 8;
-    const int slot = round % Q, thread = thread_anew() % 128, lane = thread % 32;
+    constexpr int D = S::dim, Q = kQ<D>, LANES = D / 8;
+    const int slot = round % Q, thread = thread_anew() % S::q_team, lane = thread % 32;
     const uint32_t full = shared_at(&c->q_full[slot]);
-    const tile_work w = work_of<kBlock<D>>(a, item_of(round)); // anew: it takes many registers
+    const tile_work w =
+        work_of<kBlock<D>, S::rows>(a, item_of(round)); // anew: it takes many registers
+    const uint32_t to = shared_at(memory) + slot * S::rows * 2 * D;
     barrier_wait(shared_at(&c->q_empty[slot]), round / Q & 1 ^ 1);
     if (thread == 0) c->work[slot] = w;
-    if (w.last >= w.first) {
-        const int r0 = thread / 32 * 32, own = w.t.row0 + r0 + lane;
+    const bool any = w.last >= w.first;
+#pragma unroll 1
+    for (int part = 0; part < S::rows / S::q_team; part++) {
+        if (!any) break;
+        const int r0 = part * S::q_team + thread / 32 * 32, own = w.t.row0 + r0 + lane;
         const int own_at = own < w.t.n_rows
                                ? (w.t.token0 + own / a.ratio) * (a.n_heads + 2 * a.n_kv_heads) +
                                      w.g * a.ratio + own % a.ratio
@@ -278,30 +300,30 @@ __device__ __forceinline__ void bring_rows(const arguments<KIND> &a, uint8_t *me
         for (int i = 0; i < LANES; i++) {
             const int row = i * (32 / LANES) + lane / LANES;
             const int at = __shfl_sync(~0u, own_at, row);
-            copy_async_or_zero(shared_at(memory) + slot * kRows * 2 * D +
-                                   code_at(2 * D, r0 + row, lane % LANES * 16),
+            copy_async_or_zero(to + code_at(2 * D, r0 + row, lane % LANES * 16),
                                (const uint4 *)a.qkv + (int64_t)max(at, 0) * LANES + lane % LANES,
                                at >= 0);
         }
     }
     copy_async_arrive(full); // when the copies have landed
     barrier_arrive(full);    // for what was written here
+    return any;
 }
 
 // A stage is written: every thread says so, or where there are codes a lane of each warp, since
 // registers are few there.
-template <source_kind KIND> constexpr int kArrivals = KIND == CODES ? 4 : 128;
 template <source_kind KIND> __device__ __forceinline__ void arrive(uint32_t full, int thread) {
     if (KIND == CODES) __syncwarp();
     if (KIND != CODES || thread % 32 == 0) barrier_arrive(full);
 }
 
 // A 16-bit block, of V with zeros behind the end of the sequence.
-template <int D, source_kind KIND>
+template <typename S>
 __device__ __forceinline__ void
 bring_pages(const prefill_arguments &a, const tile_work &w, control *c, int block, int page,
             bool value, uint32_t to, uint32_t full, uint32_t &n_landed, int thread) {
-    constexpr int BN = kBlock<D>;
+    constexpr int D = S::dim, BN = kBlock<D>;
+    constexpr source_kind KIND = S::kind;
     const int wide = w.t.wide_at + block * (BN / kPage);
     const int id[2] = {KIND == WIDE ? wide : __shfl_sync(~0u, page, 0),
                        KIND == WIDE ? wide + 1 : __shfl_sync(~0u, page, 16)};
@@ -310,35 +332,36 @@ bring_pages(const prefill_arguments &a, const tile_work &w, control *c, int bloc
     if (thread == 0) copy_pages<D>(a, w, block, id, value, to, tail ? shared_at(&c->landed) : full);
     if (tail) {
         barrier_wait(shared_at(&c->landed), n_landed++ & 1);
-        for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += 128)
+        for (int i = n_valid * (D / 8) + thread; i < BN * (D / 8); i += S::team)
             store_shared(to + code_at(2 * D, i / (D / 8), i % (D / 8) * 16),
                          make_uint4(0, 0, 0, 0));
         fence_async_proxy();
     }
-    if (tail || thread >= 128 / kArrivals<KIND>) arrive<KIND>(full, thread);
+    if (tail || thread >= S::team / S::arrivals) arrive<KIND>(full, thread);
 }
 
 // The stream of K or of V: blocks of all items in order through kStages stages. Pages are looked up
 // two blocks ahead, codes and parameters read one ahead, across items. V's producer asks for the
-// next item's q after an item's third block, when consumers have left the item before.
-template <int D, kv_format F, source_kind KIND>
-__device__ __forceinline__ void produce(const arguments<KIND> &a, uint8_t *memory, control *c,
+// next item's q after an item's third block, when consumers have left the item before, if nobody
+// else does.
+template <typename S, kv_format F>
+__device__ __forceinline__ void produce(const arguments<S::kind> &a, uint8_t *memory, control *c,
                                         bool value) {
-    using S = share<D, F>;
-    constexpr int BN = kBlock<D>, TILE = BN * 2 * D;
+    constexpr int D = S::dim, BN = kBlock<D>, TILE = BN * 2 * D;
+    constexpr source_kind KIND = S::kind;
+    using pieces = share<D, F>;
     const uint32_t page_bytes = (uint32_t)a.page_bytes;
-    const uint32_t stages =
-        shared_at(memory) + kQ<D> * kRows * 2 * D + (value ? kStages * TILE : 0);
-    const S at(thread_anew() % 128);
-    const uint32_t put = stages + code_at(2 * D, at.first, at.piece * S::DIMS * 2);
+    const uint32_t stages = shared_at(memory) + S::q_bytes + (value ? kStages * TILE : 0);
+    const pieces at(thread_anew() % 128);
+    const uint32_t put = stages + code_at(2 * D, at.first, at.piece * pieces::DIMS * 2);
     const int own = at.own;
     uint32_t count = 0, n_landed = 0;
-    tile_work w = work_of<BN>(a, item_of(0)), next = {};
+    tile_work w = work_of<BN, S::rows>(a, item_of(0)), next = {};
     // Where pages are looked up: `look` is in the item of kv_len and page_at.
     int look = w.first, kv_len = w.t.kv_len, page_at = w.t.page_at;
     int page = look_up<BN, KIND>(a, page_at, kv_len, look++);
     int ahead = look_up<BN, KIND>(a, page_at, kv_len, look++);
-    if (value) bring_rows<D, KIND>(a, memory, c, 0);
+    if (value && !S::tall) bring_rows<S>(a, memory, c, 0);
     if (KIND == WIDE) wait_for_previous(); // for pages; q was there before that began
     source from = source_of<D, F>(a, w.g, value, thread_anew() % 128);
     in_flight<D> x;
@@ -349,24 +372,24 @@ __device__ __forceinline__ void produce(const arguments<KIND> &a, uint8_t *memor
             const uint32_t full = shared_at(&c->full[value][s]);
             barrier_wait(shared_at(&c->empty[value][s]), count / kStages & 1 ^ 1);
             if (F == KF_16) {
-                bring_pages<D, KIND>(a, w, c, block, page, value, to, full, n_landed,
-                                     thread_anew() % 128);
+                bring_pages<S>(a, w, c, block, page, value, to, full, n_landed,
+                               thread_anew() % S::team);
             } else {
                 const int n_valid = w.t.kv_len - block * BN;
                 convert<D, F>(put + s * TILE, own, x, n_valid, 0);
-                if (S::STEPS > kPieces<D>) {
+                if (pieces::STEPS > kPieces<D>) {
                     read_block<D, F>(x, from, page, page_bytes, 1);
                     convert<D, F>(put + s * TILE, own, x, n_valid, 1);
                 }
                 fence_async_proxy();
                 arrive<KIND>(full, thread_anew() % 128);
             }
-            if (block == w.first) next = work_of<BN>(a, item_of(round));
+            if (block == w.first) next = work_of<BN, S::rows>(a, item_of(round));
             if (block == max(w.last - 1, w.first))
                 look = next.first, kv_len = next.t.kv_len, page_at = next.t.page_at;
             if (w.first == w.last) ahead = look_up<BN, KIND>(a, page_at, kv_len, look++);
-            if (value && block == (kQ<D> == 1 ? w.last : min(w.first + 2, w.last)))
-                bring_rows<D, KIND>(a, memory, c, round);
+            if (value && !S::tall && block == (kQ<D> == 1 ? w.last : min(w.first + 2, w.last)))
+                bring_rows<S>(a, memory, c, round);
             page = ahead;
             if (block == w.last) from = source_of<D, F>(a, next.g, value, thread_anew() % 128);
             read_block<D, F>(x, from, page, page_bytes, 0);
@@ -376,15 +399,24 @@ __device__ __forceinline__ void produce(const arguments<KIND> &a, uint8_t *memor
     }
 }
 
-template <int D, source_kind KIND>
-__device__ __forceinline__ void produce_any(const arguments<KIND> &a, uint8_t *memory, control *c,
-                                            bool value) {
-    if (KIND != CODES) return produce<D, KF_16, KIND>(a, memory, c, value);
-    switch (value ? a.v : a.k) {
-    case KF_16: return produce<D, KF_16, KIND>(a, memory, c, value);
-    case KF_8: return produce<D, KF_8, KIND>(a, memory, c, value);
-    case KF_4: return produce<D, KF_4, KIND>(a, memory, c, value);
-    default: return produce<D, KF_FP8, KIND>(a, memory, c, value);
+template <typename S>
+__device__ __forceinline__ void produce_any(const arguments<S::kind> &a, uint8_t *memory,
+                                            control *c, int group) {
+    const bool value = group == 1;
+    if constexpr (S::tall) {
+        const int warp = __shfl_sync(~0u, thread_anew() / 32, 0);
+        if (warp < 2) return produce<S, KF_16>(a, memory, c, warp == 1);
+        for (int round = 0; bring_rows<S>(a, memory, c, round); round++) {
+        }
+    } else if constexpr (S::kind != CODES) {
+        produce<S, KF_16>(a, memory, c, value);
+    } else {
+        switch (value ? a.v : a.k) {
+        case KF_16: return produce<S, KF_16>(a, memory, c, value);
+        case KF_8: return produce<S, KF_8>(a, memory, c, value);
+        case KF_4: return produce<S, KF_4>(a, memory, c, value);
+        default: return produce<S, KF_FP8>(a, memory, c, value);
+        }
     }
 }
 
@@ -454,12 +486,13 @@ __device__ __forceinline__ void make_rows(const prefill_arguments &a, uint32_t q
     }
 }
 
-// One group's part of an item: its rows over blocks first .. last, into o and r. count: of blocks
-// so far.
-template <int D, typename TK, typename TV, int R, int N>
-__device__ __forceinline__ void
-attend(const prefill_arguments &a, control *c, int group, int thread, int slot, int first, int last,
-       uint32_t q_place, uint32_t k_place, uint32_t &count, float (&o)[N][R], row_state &r) {
+// One group's part of an item: its rows over blocks first .. last, into o and r; where they go.
+// count: of blocks so far.
+template <int D, int GROUPS, typename TK, typename TV, int R, int N>
+__device__ __forceinline__ row_target attend(const prefill_arguments &a, control *c, int group,
+                                             int thread, int slot, int first, int last,
+                                             uint32_t q_place, uint32_t k_place, uint32_t &count,
+                                             float (&o)[N][R], row_state &r) {
     constexpr int BN = kBlock<D>, TILE = BN * 2 * D / 16;
     const uint32_t v_place = k_place + kStages * TILE;
     const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
@@ -482,10 +515,10 @@ attend(const prefill_arguments &a, control *c, int group, int thread, int slot, 
             barrier_wait(shared_at(&c->full[1][before]), parity_before);
             multiply_v<D, BN, TV>(o, p, v_place + before * TILE);
             wgmma_commit();
-            turn_give(group);
+            turn_give<GROUPS>(group);
             wgmma_wait<1>();
         } else {
-            turn_give(group);
+            turn_give<GROUPS>(group);
             wgmma_wait<0>();
         }
         settle(s);
@@ -513,23 +546,26 @@ attend(const prefill_arguments &a, control *c, int group, int thread, int slot, 
     wgmma_fence();
     multiply_v<D, BN, TV>(o, p, v_place + before * TILE);
     wgmma_commit();
+    const row_target to = target_of(a, c->work[slot], r0, lane);
     group_sync<128>(3 + group); // all warps' products with q are done
     wgmma_wait<0>();
     settle_all(o);
     if (thread == 0) barrier_arrive(shared_at(&c->empty[1][before]));
+    return to;
 }
 
-template <int D, typename TK, typename TV, source_kind KIND>
+template <typename S, typename TK, typename TV>
 __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *memory, control *c,
                                         int group, int thread) {
-    constexpr int R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1, Q = kQ<D>;
-    const uint32_t k_place = place_of(shared_at(memory) + Q * kRows * 2 * D);
-    const int lane = thread % 32, r0 = group * 64 + thread / 32 * 16;
+    constexpr source_kind KIND = S::kind;
+    constexpr int D = S::dim, R = D < 128 ? 32 : 64, N = D == 256 ? 2 : 1, Q = kQ<D>;
+    const uint32_t k_place = place_of(shared_at(memory) + S::q_bytes);
+    const int lane = thread % 32;
     uint32_t count = 0;
-    if (group == 1) turn_give(1); // group 0 begins
+    if (group == S::groups - 1) turn_give<S::groups>(group); // group 0 begins
     for (int round = 0;; round++) {
         const int slot = round % Q;
-        const uint32_t q_at = shared_at(memory) + (slot * kRows + group * 64) * 2 * D;
+        const uint32_t q_at = shared_at(memory) + (slot * S::rows + group * 64) * 2 * D;
         barrier_wait(shared_at(&c->q_full[slot]), round / Q & 1);
         // The same in all lanes, which the compiler cannot see.
         const int first = __shfl_sync(~0u, c->work[slot].first, 0);
@@ -544,76 +580,83 @@ __device__ __forceinline__ void consume(const prefill_arguments &a, uint8_t *mem
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < R; i++) o[n][i] = 0.f;
-        attend<D, TK, TV>(a, c, group, thread, slot, first, last, place_of(q_at), k_place, count, o,
-                          r);
-        store_rows<D>(a, c->work[slot], o, r, q_at + thread / 32 * 16 * 2 * D, r0, lane,
-                      [&](uint4 &x) {
-                          if (KIND != PLAIN && a.v == KF_4) x = from_nibbles(x);
-                      });
+        const row_target to = attend<D, S::groups, TK, TV>(a, c, group, thread, slot, first, last,
+                                                           place_of(q_at), k_place, count, o, r);
+        store_rows<D>(a, to, o, r, q_at + thread / 32 * 16 * 2 * D, lane, [&](uint4 &x) {
+            if (KIND != PLAIN && a.v == KF_4) x = from_nibbles(x);
+        });
         fence_async_proxy(); // q of a later item follows what was written and read here
         barrier_arrive(shared_at(&c->q_empty[slot]));
     }
-    if (group == 0) turn_wait(0); // what group 1 gave last
+    if (group == 0) turn_wait(0); // what the last group gave last
 }
 
-template <int D, typename TK, typename TV, source_kind KIND>
-__global__ void __launch_bounds__(kThreads, 1) attend_prefill(const arguments<KIND> a) {
+template <typename S, typename TK, typename TV>
+__global__ void __launch_bounds__(kThreads, 1) attend_prefill(const arguments<S::kind> a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL // empty where the file is compiled for other architectures
     extern __shared__ __align__(1024) uint8_t memory[];
-    control *c = control_of<D>(memory);
+    control *c = control_of<S>(memory);
     const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
-            barrier_init(shared_at(&c->q_full[i]), 256);
-            barrier_init(shared_at(&c->q_empty[i]), 256);
+            barrier_init(shared_at(&c->q_full[i]), 2 * S::q_team);
+            barrier_init(shared_at(&c->q_empty[i]), 128 * S::groups);
         }
         for (int i = 0; i < kStages; i++) {
             // All warps of a producer, also where one copies: a warp that fell two uses of a stage
             // behind would take the phase of `empty` for one it has seen, and wait for ever.
-            barrier_init(shared_at(&c->full[0][i]), kArrivals<KIND>);
-            barrier_init(shared_at(&c->full[1][i]), kArrivals<KIND>);
-            barrier_init(shared_at(&c->empty[0][i]), 2);
-            barrier_init(shared_at(&c->empty[1][i]), 2);
+            barrier_init(shared_at(&c->full[0][i]), S::arrivals);
+            barrier_init(shared_at(&c->full[1][i]), S::arrivals);
+            barrier_init(shared_at(&c->empty[0][i]), S::groups);
+            barrier_init(shared_at(&c->empty[1][i]), S::groups);
         }
         barrier_init(shared_at(&c->landed), 1);
     }
     fence_async_proxy();
     __syncthreads();
-    if (group < 2) {
-        if (D == 256)
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
-        else
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        produce_any<D, KIND>(a, memory, c, group == 1);
+    constexpr int producers = kThreads / 128 - S::groups;
+    if (group < producers) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::few));
+        produce_any<S>(a, memory, c, group);
     } else {
-        if (D == 256)
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-        else
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-        consume<D, TK, TV, KIND>(a, memory, c, group - 2, thread);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::many));
+        consume<S, TK, TV>(a, memory, c, group - producers, thread);
     }
 #endif
 }
 
-template <int D, typename TK, typename TV, source_kind KIND = CODES>
-status launch(const attention_problem *p) {
-    const int bytes =
-        kQ<D> * kRows * 2 * D + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
-    const auto kernel = attend_prefill<D, TK, TV, KIND>;
+template <typename S, typename TK, typename TV> status launch_shape(const attention_problem *p) {
+    constexpr int D = S::dim;
+    const int bytes = S::q_bytes + 2 * kStages * kBlock<D> * 2 * D + (int)sizeof(control);
+    const auto kernel = attend_prefill<S, TK, TV>;
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "attention_prefill, %d bytes: %s", bytes, cudaGetErrorString(e));
-    arguments<KIND> a;
+    arguments<S::kind> a;
     (prefill_arguments &)a = prefill_arguments_of(p);
-    if constexpr (KIND == WIDE) {
-        a.tile = (const attention_tile *)((const uint8_t *)p->plan + p->counts.tiles_at);
-        a.n_tiles = p->counts.n_wide;
+    if constexpr (S::kind == WIDE) {
+        a.tile = (const attention_tile *)((const uint8_t *)p->plan +
+                                          (S::tall ? p->counts.tall_at : p->counts.tiles_at));
+        a.n_tiles = S::tall ? p->counts.n_tall_wide : p->counts.n_wide;
+    } else if (S::tall) {
+        a.tiles = &p->plan->tiles[TILES_TALL];
     }
     const launch_config l(dim3((unsigned)p->n_sms), dim3(kThreads), (size_t)bytes, p->stream,
-                          KIND == WIDE); // the others wait for nothing
+                          S::kind == WIDE); // the others wait for nothing
     (void)cudaLaunchKernelEx(&l.config, kernel, a);
     return launched("attention_prefill");
+}
+
+// Tall tiles where there are some for every SM, else more of the others. Bits are the same.
+template <int D, typename TK, typename TV, source_kind KIND = CODES>
+status launch(const attention_problem *p) {
+    if constexpr (D == 64 && KIND != CODES) {
+        const int64_t tall = KIND == WIDE ? p->counts.n_tall_wide : p->counts.n_tall;
+        if (2 * tall * p->l.n_kv_heads >= 3 * p->n_sms)
+            return launch_shape<shape<D, KIND, true>, TK, TV>(p);
+    }
+    return launch_shape<shape<D, KIND, false>, TK, TV>(p);
 }
 
 template <int D> status launch_types(const attention_problem *p) {

@@ -681,6 +681,14 @@ static void long_chunks(dtype type, kv_format k, kv_format v, int32_t head_dim, 
     run_case(&c);
 }
 
+/* The same with so few SMs that chunks have tall tiles, but the shorter ones alone have not. */
+static void tall_tiles(dtype type, kv_format k, kv_format v, int32_t window) {
+    const int32_t all = n_sms;
+    n_sms = 4;
+    long_chunks(type, k, v, 64, window);
+    n_sms = all;
+}
+
 /* Minima of V so many scales below zero that 1024 scales less would be no number of fp16. */
 static void far_minima(dtype type, kv_format f) {
     attention_case c = base_case("far minima", type, f, f);
@@ -801,6 +809,7 @@ int main(int argc, char **argv) {
         for (int32_t f = 0; f < KF_COUNT; f++) {
             const kv_format k = (kv_format)f, other = (kv_format)((f + 1) % KF_COUNT);
             long_chunks(types[i], k, k, 128, f % 2 ? 200 : 0);
+            if (!quick || i == f % 2) tall_tiles(types[i], k, k, f / 2 ? 100 : 0);
             if (quick) continue;
             long_chunks(types[i], k, other, 128, f % 2 ? 0 : 200);
             long_chunks(types[i], k, k, 64, 0);

@@ -199,6 +199,58 @@ static void test_pages_written_out(void **state) {
     mem_free(plan);
 }
 
+/* Rows of chunks that are not in just one of n tiles of `height` rows, or twice in one chunk's. */
+static int32_t rows_missed(const attention_tile *tile, int32_t n, int32_t height, int32_t all) {
+    int32_t wrong = 0, rows = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const attention_tile *t = &tile[i];
+        const bool first = i == 0 || tile[i - 1].token0 != t->token0;
+        wrong += first ? t->row0 + height < t->n_rows : t->row0 != tile[i - 1].row0 - height;
+        wrong += (i + 1 == n || tile[i + 1].token0 != t->token0) && t->row0 != 0;
+        rows += (int32_t)i64_min(t->n_rows - t->row0, height);
+    }
+    return wrong + (rows != all);
+}
+
+/* The same chunks in both heights, those with their pages written out first; the twin has a tile
+ * too few. */
+static void test_tall_tiles(void **state) {
+    (void)state;
+    static const int32_t kv_len[] = {700, 333, 1203, 640}, start[] = {0, 1, 71, 671, 1311};
+    static const int32_t page[] = {0, 11, 17, 36, 46};
+    static const struct {
+        int32_t room, tall_wide, rows_wide; /* 4 heads a group */
+    } rows[] = {{29, 13 + 14, 4 * 1240}, {28, 13, 4 * 600}, {18, 14, 4 * 640}, {0, 0, 0}};
+    const attention_batch b = {.n_seqs = 4,
+                               .n_tokens = 1311,
+                               .n_decodes = 1,
+                               .seq_start = start,
+                               .kv_len = kv_len,
+                               .page_start = page};
+    const int64_t most = attention_plan_bytes(4, 1311, 46);
+    void *plan = mem_alloc((size_t)most, 1);
+    for (int32_t i = 0; i < COUNT_OF(rows); i++) {
+        attention_counts c;
+        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 64, 0, false, rows[i].room, SMS));
+        const attention_tile *tile = (attention_tile *)(void *)((uint8_t *)plan + c.tiles_at);
+        const attention_tile *tall = (attention_tile *)(void *)((uint8_t *)plan + c.tall_at);
+        assert_int_equal(c.n_tall, 2 + 13 + 14);
+        assert_int_equal(c.n_tall_wide, rows[i].tall_wide);
+        assert_int_equal(rows_missed(tile, c.n_tiles, ATTENTION_TILE_ROWS, 4 * 1310), 0);
+        assert_int_equal(rows_missed(tall, c.n_tall, ATTENTION_TALL_ROWS, 4 * 1310), 0);
+        assert_int_equal(rows_missed(tall, c.n_tall_wide, ATTENTION_TALL_ROWS, rows[i].rows_wide),
+                         0);
+        assert_int_not_equal(rows_missed(tall, c.n_tall - 1, ATTENTION_TALL_ROWS, 4 * 1310), 0);
+        const attention_tile_list *list = &((attention_plan *)plan)->tiles[TILES_TALL];
+        assert_int_equal(list->n, c.n_tall);
+        assert_ptr_equal((const uint8_t *)list + list->at, tall);
+        assert_true(c.bytes <= most);
+        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 128, 0, false, rows[i].room, SMS));
+        assert_int_equal(c.n_tall, 0);
+    }
+    mem_free(plan);
+}
+
 /* Pages of block b's list, all of them, in the order in which its four warps have them in turn;
  * up to where a warp has tiles of its own. */
 static int32_t pages_of(const planned *p, int32_t b, const int32_t *page, int32_t (*at)[2]) {
@@ -276,9 +328,8 @@ static void test_pieces_ahead(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_leaf_once),
-        cmocka_unit_test(test_shares_are_even),
-        cmocka_unit_test(test_pages_written_out),
+        cmocka_unit_test(test_every_leaf_once),   cmocka_unit_test(test_shares_are_even),
+        cmocka_unit_test(test_pages_written_out), cmocka_unit_test(test_tall_tiles),
         cmocka_unit_test(test_pieces_ahead),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
