@@ -46,7 +46,7 @@ static int64_t slots(const bench *b) { return b->t * (b->c->n_experts ? b->c->to
 
 static double norm_bytes(const bench *b) { return 8.0 * (double)b->t * b->c->dim; }
 static status norm_launch(const bench *b, void *in, void *out, void *other) {
-    return kernel_norm_add(out, in, other, b->in, b->t, b->c->dim, 1e-5f, DT_F16, b->stream);
+    return kernel_norm_add(out, in, other, b->in, b->t, b->c->dim, 1e-5f, DT_F16, NULL, b->stream);
 }
 
 static double rows_bytes(const bench *b) { return 4.0 * (double)b->t * b->c->dim; }

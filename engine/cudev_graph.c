@@ -4,7 +4,9 @@
  * row more costs most. They are padded whether graphs are on or off, so that both launch the same
  * kernels over the same rows and give the same tokens. Graphs are captured from the second time on
  * that a number comes up (the first run loads the kernels, which cannot be done within a capture).
- * Bounded: two graphs a number, since steps take their tables from two places in turn. */
+ * Bounded: two graphs a number, since steps take their tables from two places in turn. What the
+ * driver takes for them on the device is no term of capacity.h: it comes out of the share that
+ * memory_fraction leaves. */
 #include "cudev.h"
 
 #include <cuda_runtime_api.h>

@@ -645,29 +645,6 @@ static status cuda_end(device *d, sampled *out, int64_t *cost_ns) {
 
 static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows); }
 
-static status cuda_embed(device *d, tensor out, tensor residual, const weight *table,
-                         const weight *w, float eps) {
-    cudev *c = self(d);
-    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows);
-    CHECK(out.cols == table->k && residual.cols == out.cols && w->k == out.cols);
-    if (cudev_replayed(c)) return ST_OK;
-    return kernel_norm_embed(out.data, residual.data, weight_of(table)->plain, c->tables.token,
-                             drawn_by(c, c->n_begun - 1), weight_of(w)->plain, rows_of(c, out),
-                             out.cols, eps, c->type, c->stream);
-}
-
-static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
-                        float eps) {
-    cudev *c = self(d);
-    CHECK(out.rows == residual.rows);
-    CHECK(out.cols == residual.cols);
-    CHECK(w->k == out.cols);
-    CHECK(add.rows == out.rows);
-    if (cudev_replayed(c)) return ST_OK;
-    return kernel_norm_add(out.data, residual.data, add.data, weight_of(w)->plain, rows_of(c, out),
-                           out.cols, eps, c->type, c->stream);
-}
-
 static int32_t plan_of(const cudev *c, int32_t window) {
     int32_t p = 0;
     while (c->plan[p].window != window) p++;
@@ -690,12 +667,11 @@ static linear_ahead ahead_of(const cudev *c, const cudev_weight *w) {
     return a;
 }
 
-static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
-    const cudev_weight *cw = weight_of(w);
+static linear_problem problem_of(const cudev *c, const cudev_weight *cw, int64_t m) {
     CHECK(cw->linear.format != WF_COUNT);
     return (linear_problem){.w = &cw->linear,
                             .m = (int32_t)m,
-                            .ldx = w->k,
+                            .ldx = cw->linear.k,
                             .ldy = cw->linear.n,
                             .y_type = cudev_linear_type(c, cw->field),
                             .act = cw->linear.act,
@@ -705,6 +681,55 @@ static linear_problem problem_of(const cudev *c, const weight *w, int64_t m) {
                             .workspace = c->linear_space,
                             .sm = c->sm,
                             .n_sms = c->n_sms};
+}
+
+/* Where the next linear of x, whose weight is a layer's field, may find it as codes: layers are
+ * alike, so the first one's says. */
+static activation_codes codes_for(cudev *c, const weight *norm, tensor x) {
+    const weight_field f = weight_of(norm)->field;
+    c->coded_x = NULL;
+    c->coded = f == WEIGHT_attn_norm ? WEIGHT_qkv : WEIGHT_gate_up;
+    if (f != WEIGHT_attn_norm && f != WEIGHT_ffn_norm) return (activation_codes){0};
+    for (int32_t i = 0; i < c->n_all; i++) {
+        if (c->all[i]->field != c->coded) continue;
+        const linear_problem p = problem_of(c, c->all[i], rows_of(c, x));
+        const activation_codes codes = linear_x_codes(&p);
+        if (codes.code) c->coded_x = x.data;
+        return codes;
+    }
+    return (activation_codes){0};
+}
+
+/* Are the codes of x where the kernel before has left them? They are gone after the next linear. */
+static bool coded(cudev *c, const cudev_weight *w, const void *x) {
+    const bool is = c->coded_x == x && c->coded == w->field;
+    c->coded_x = NULL;
+    return is;
+}
+
+static status cuda_embed(device *d, tensor out, tensor residual, const weight *table,
+                         const weight *w, float eps) {
+    cudev *c = self(d);
+    CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows);
+    CHECK(out.cols == table->k && residual.cols == out.cols && w->k == out.cols);
+    if (cudev_replayed(c)) return ST_OK;
+    const activation_codes codes = codes_for(c, w, out);
+    return kernel_norm_embed(out.data, residual.data, weight_of(table)->plain, c->tables.token,
+                             drawn_by(c, c->n_begun - 1), weight_of(w)->plain, rows_of(c, out),
+                             out.cols, eps, c->type, &codes, c->stream);
+}
+
+static status cuda_norm(device *d, tensor out, tensor residual, tensor add, const weight *w,
+                        float eps) {
+    cudev *c = self(d);
+    CHECK(out.rows == residual.rows);
+    CHECK(out.cols == residual.cols);
+    CHECK(w->k == out.cols);
+    CHECK(add.rows == out.rows);
+    if (cudev_replayed(c)) return ST_OK;
+    const activation_codes codes = codes_for(c, w, out);
+    return kernel_norm_add(out.data, residual.data, add.data, weight_of(w)->plain, rows_of(c, out),
+                           out.cols, eps, c->type, &codes, c->stream);
 }
 
 static status launch_linear(const cudev *c, linear_problem p) {
@@ -719,8 +744,9 @@ status cudev_linear_to(cudev *c, void *y, tensor x, const weight *w) {
     CHECK(w->count == 1);
     CHECK(x.cols == w->k);
     if (cudev_replayed(c)) return ST_OK;
-    linear_problem p = problem_of(c, w, rows_of(c, x));
+    linear_problem p = problem_of(c, weight_of(w), rows_of(c, x));
     p.x = x.data;
+    p.x_coded = coded(c, weight_of(w), x.data);
     p.y = y;
     return launch_linear(c, p);
 }
@@ -739,8 +765,9 @@ static status cuda_linear_gated(device *d, tensor out, tensor x, const weight *g
     CHECK(2 * out.cols == gate_up->n);
     CHECK(x.cols == gate_up->k);
     if (cudev_replayed(c)) return ST_OK;
-    linear_problem p = problem_of(c, gate_up, rows_of(c, x));
+    linear_problem p = problem_of(c, weight_of(gate_up), rows_of(c, x));
     p.x = x.data;
+    p.x_coded = coded(c, weight_of(gate_up), x.data);
     p.y = out.data;
     p.ldy = out.cols;
     p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
@@ -838,7 +865,7 @@ static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, 
     CHECK(w->count == c->config.n_experts);
     CHECK(out.cols == w->n);
     if (cudev_replayed(c)) return ST_OK;
-    return launch_experts(c, problem_of(c, w, rows_of(c, out)), out, x, top_k, gather);
+    return launch_experts(c, problem_of(c, weight_of(w), rows_of(c, out)), out, x, top_k, gather);
 }
 
 static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
@@ -847,7 +874,7 @@ static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate
     CHECK(gate_up->count == c->config.n_experts);
     CHECK(2 * out.cols == gate_up->n);
     if (cudev_replayed(c)) return ST_OK;
-    linear_problem p = problem_of(c, gate_up, rows_of(c, out));
+    linear_problem p = problem_of(c, weight_of(gate_up), rows_of(c, out));
     p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
     p.limit = limit;
     return launch_experts(c, p, out, x, top_k, true);
@@ -995,7 +1022,7 @@ static void cuda_explain(device *d, const char *what, const weight *w, int64_t n
         snprintf(buf, n, "%s, one kernel", c->name);
         return;
     }
-    linear_problem p = problem_of(c, w, n_rows);
+    linear_problem p = problem_of(c, weight_of(w), n_rows);
     static const int32_t some; /* a grouped problem is one with expert_start; not read */
     if (w->count > 1) p.expert_start = &some;
     if (w->count > 1 && d->options.tp <= 1) p.told = &some; /* as moe_enter does for few tokens */

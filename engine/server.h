@@ -5,7 +5,10 @@
  *
  * libmicrohttpd reads and writes; each connection is suspended while its body waits for the thread
  * that reads long ones, and while its job has nothing new, so idle and slow clients cost a socket
- * and nothing else. A stream carries one event a token. */
+ * and nothing else. A stream carries one event a token.
+ *
+ * A client that has closed the side it sends on has left, whether it would still read or not: while
+ * nothing is written to it, one that is gone shows nothing else, and its work must not go on. */
 #ifndef AMALGAM_SERVER_H
 #define AMALGAM_SERVER_H
 #include "service.h"

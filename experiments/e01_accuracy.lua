@@ -29,15 +29,18 @@ return {
   quick = { weight = { "16", "4g128" }, activation = { "A16" }, kv = { "KV16", "KV4" },
     text_bytes = { 4096 }, agreement_bytes = { 2048 }, n_arithmetic = { 20 },
     n_recall = { 4 } },
-  -- 8-bit activations go with 8-bit weights of the same kind, and there with 16 bits and a cache of
-  -- that kind; a list by layer (the tiny model has six) goes with two weight formats.
+  -- 8-bit activations go with 8-bit weights of the same kind, int8 with 4 bits too, and there with
+  -- 16 bits and a cache of that kind, or one of the weights' bits; a list by layer (the tiny model
+  -- has six) goes with two weight formats.
   where = function(point)
     if point.activation == "A16" then
       return not point.kv:find("[", 1, true) or point.weight == "16" or point.weight == "4g128"
     end
-    local weight = point.activation == "A8" and "8" or "FP8"
-    return point.weight == weight and (point.kv == "KV16" or point.kv == "KV8"
-      or (weight == "FP8" and point.kv == "KVFP8"))
+    local fp8 = point.activation == "AFP8"
+    local four = not fp8 and point.weight == "4g128"
+    if not four and point.weight ~= (fp8 and "FP8" or "8") then return false end
+    return point.kv == "KV16" or point.kv == "KV8" or (fp8 and point.kv == "KVFP8")
+      or (four and point.kv == "KV4")
   end,
   jobs = "parallel",
   timeout_s = 300,

@@ -22,7 +22,7 @@ return {
     { name = "gpu", values = { "a100-80gb", "h100-sxm", "h200" } },
     { name = "model", values = serving.MODELS },
     { name = "precision", values = { "W16A16KV16", "W8A8KV8", "WFP8AFP8KVFP8", "WMXFP4A16KV8",
-      "W4A16KV8", "W4A16KV4", "W4g32A16KV8" } },
+      "W4A16KV8", "W4A16KV4", "W4A8KV8", "W4g32A16KV8" } },
   },
   fixed = { device = "sim", tp = 1 },
   quick = {

@@ -5,7 +5,7 @@
 --- is what the engine launches; `ampere` the kernels for GPUs before Hopper, on the same GPU; the
 --- other variants are the steps of kernels/ladder and dequantise-then-cuBLAS, for 4-bit weights.
 
-local FORMATS = { "W4A16", "WMXFP4A16", "W8A16", "WFP8A16", "W16A16", "W8A8", "WFP8AFP8",
+local FORMATS = { "W4A16", "WMXFP4A16", "W8A16", "WFP8A16", "W16A16", "W4A8", "W8A8", "WFP8AFP8",
   "WFP8bAFP8" }
 local LADDER = { ladder_scalar = "1,16", ladder_tensor = "1,16,64,256,1024",
   ladder_packed = "1,16,64,256,1024", ladder_pipelined = "1,16,64,256,1024",

@@ -1,7 +1,8 @@
 --- E10: do all 16 models serve on one GPU, and is what the simulator says of it right?
 ---
 --- 200 short conversations at once (prompts of 150 tokens in the median, answers of 67), in 16
---- bit and in 4-bit weights with an 8-bit cache, each model on one H200. `amalgam run e10`
+--- bit and in 4-bit weights with an 8-bit cache, activations of 16 and of 8 bits, each model on
+--- one H200. `amalgam run e10`
 --- predicts, `amalgam run e10 --device cuda` measures on the GPU at hand, by the same scheduler,
 --- pool and workload, so that the two rows of a point differ in nothing but the device. What does
 --- not fit is `oom`, what a format cannot be cut into is `skipped`, with the reason.
@@ -15,7 +16,8 @@ return {
   question = "Do all models serve, and how far is the prediction from the measurement?",
   cost = "about 10 s on 2 cores; with --device cuda about 4 minutes on an H200",
   axes = {
-    { name = "precision", values = { "W4A16KV8", "W4g32A16KV8", "WMXFP4A16KV8", "W16A16KV16" } },
+    { name = "precision", values = { "W4A16KV8", "W4A8KV8", "W4g32A16KV8", "WMXFP4A16KV8",
+      "W16A16KV16" } },
     { name = "model", values = serving.MODELS },
   },
   fixed = {

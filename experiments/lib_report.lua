@@ -573,6 +573,14 @@ local function template_environment(data, blocks)
     local x = M.linear_speedup(data, precision, dtype, m)
     return x and ("%.2f"):format(x) or "*(no row)*"
   end
+  --- A quoted speed-up over cuBLAS of another system's linear layers (plots/peers.lua).
+  function env.peer(line, m)
+    local peers = require("peers")
+    for i, rows in ipairs(peers.rows_x) do
+      if rows == m then return ("%.2f"):format(peers.linear[line][i]) end
+    end
+    error(("no quoted figure of %s at %d rows"):format(line, m), 2)
+  end
   function env.decode_share(kv)
     local x = M.decode_share(data, kv)
     return x and ("%.0f"):format(x) or "*(no row)*"

@@ -1652,17 +1652,9 @@ status launch(const attention_problem *p) {
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)attention_decode_blocks(p->n_sms));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = (size_t)bytes;
-    config.stream = (cudaStream_t)p->stream;
-    config.attrs = &early;
-    config.numAttrs = early_launches();
-    e = cudaLaunchKernelEx(&config, kernel, a);
+    const launch_config how(dim3((unsigned)attention_decode_blocks(p->n_sms)), dim3(kThreads),
+                            (size_t)bytes, p->stream, early_launches());
+    e = cudaLaunchKernelEx(&how.config, kernel, a);
     return e == cudaSuccess ? ST_OK
                             : FAIL(ST_DEVICE, "attention_decode: %s", cudaGetErrorString(e));
 }

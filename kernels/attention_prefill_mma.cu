@@ -426,17 +426,10 @@ template <int D, int MT, typename T, bool WIDE> status launch_rows(const attenti
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
     if (e != cudaSuccess)
         return FAIL(ST_DEVICE, "prefill_mma, %d bytes: %s", at.bytes, cudaGetErrorString(e));
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(p->n_sms * blocks_of(p, at)));
-    config.blockDim = dim3(32 * kWarps<D>);
-    config.dynamicSmemBytes = (size_t)at.bytes;
-    config.stream = (cudaStream_t)p->stream;
-    config.attrs = &early;
-    config.numAttrs = WIDE && early_launches(); // the others wait for nothing
-    (void)cudaLaunchKernelEx(&config, kernel, prefill_arguments_of(p), at);
+    const launch_config l(dim3((unsigned)(p->n_sms * blocks_of(p, at))), dim3(32 * kWarps<D>),
+                          (size_t)at.bytes, p->stream,
+                          WIDE && early_launches()); // the others wait for nothing
+    (void)cudaLaunchKernelEx(&l.config, kernel, prefill_arguments_of(p), at);
     return launched("prefill_mma");
 }
 

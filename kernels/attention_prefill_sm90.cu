@@ -610,17 +610,9 @@ status launch(const attention_problem *p) {
         a.tile = (const attention_tile *)((const uint8_t *)p->plan + p->counts.tiles_at);
         a.n_tiles = p->counts.n_wide;
     }
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)p->n_sms);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = (size_t)bytes;
-    config.stream = (cudaStream_t)p->stream;
-    config.attrs = &early;
-    config.numAttrs = KIND == WIDE ? 1 : 0; // the others wait for nothing
-    (void)cudaLaunchKernelEx(&config, kernel, a);
+    const launch_config l(dim3((unsigned)p->n_sms), dim3(kThreads), (size_t)bytes, p->stream,
+                          KIND == WIDE); // the others wait for nothing
+    (void)cudaLaunchKernelEx(&l.config, kernel, a);
     return launched("attention_prefill");
 }
 

@@ -640,16 +640,9 @@ int blocks_of_row(int n) {
     static int fit[kBlocksMax + 1]; // clusters of so many blocks that run at once; 0: not asked yet
     if (!early_launches()) return 1;
     for (int size = kBlocksMax; size > 1; size /= 2) {
-        cudaLaunchAttribute cluster = {};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {(unsigned)size, 1, 1};
-        cudaLaunchConfig_t config = {};
-        config.gridDim = (unsigned)size;
-        config.blockDim = kThreads;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
+        const launch_config l((unsigned)size, kThreads, 0, nullptr, false, (unsigned)size);
         if (fit[size] == 0 &&
-            cudaOccupancyMaxActiveClusters(&fit[size], draw, &config) != cudaSuccess)
+            cudaOccupancyMaxActiveClusters(&fit[size], draw, &l.config) != cudaSuccess)
             return 1;
         if (n <= fit[size]) return size;
     }

@@ -388,6 +388,11 @@ extern "C" status kernel_linear(const linear_problem *p, kernel_stream stream) {
     return linear_quantised(p, tiles + bytes, tiles, bytes, stream);
 }
 
+extern "C" activation_codes linear_x_codes(const linear_problem *p) {
+    if (p->act == AF_16 || p->m == 0) return {};
+    return linear_quantised_x(p, tiles_of(p) + p->n_sms * kTileBytes);
+}
+
 extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream) {
     const linear_weight *w = p->w;
     const linear_layout l = linear_layout_of(w);

@@ -6,7 +6,7 @@
  * path. */
 #ifndef KERNEL_LINEAR_H
 #define KERNEL_LINEAR_H
-#include "ref_quant.h"
+#include "quantize.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -78,6 +78,7 @@ typedef struct {
     dtype y_type;   /* w->type, or F32 (logits) */
     act_format act; /* that of w: x as it is, or quantised here per token (and 128 inputs beside
                        FP8b), in the same stream */
+    bool x_coded;   /* that was done by the kernel before, as linear_x_codes said */
     linear_epilogue epilogue;
     float limit; /* LINEAR_GATED_OAI */
 
@@ -112,6 +113,10 @@ enum { LINEAR_TOLD = 32 }; /* a line of L2, so that not all CTAs ask for the sam
 
 /* For problems whose x has up to max_x rows. */
 int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms);
+
+/* Where the kernel before p may leave codes of p's x, in p's workspace, which no other linear uses
+ * in between; code is NULL where p would not read them. */
+activation_codes linear_x_codes(const linear_problem *p);
 
 /* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.
  * Deterministic: the same bits on every run. Asynchronous, and capturable in a CUDA graph.

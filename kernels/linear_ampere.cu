@@ -652,17 +652,9 @@ status launch_stages(K kernel, int bytes, int least, int wanted, int ctas, const
     if (e == cudaSuccess) {
         const int grid =
             n_sms * (per_sm < fit ? per_sm : fit); // all at once: they wait for each other
-        cudaLaunchAttribute early;
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3((unsigned)grid);
-        config.blockDim = dim3((unsigned)threads);
-        config.dynamicSmemBytes = (size_t)all;
-        config.stream = (cudaStream_t)stream;
-        config.attrs = &early;
-        config.numAttrs = early_launches();
-        e = cudaLaunchKernelEx(&config, kernel, *args);
+        const launch_config l(dim3((unsigned)grid), dim3((unsigned)threads), (size_t)all, stream,
+                              early_launches());
+        e = cudaLaunchKernelEx(&l.config, kernel, *args);
     }
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_ampere: %s", cudaGetErrorString(e));
 }

@@ -365,20 +365,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 // CTAs that share the inputs of one of `tiles`: the most for which all clusters run at once, which
 // the GPU's division into groups of SMs decides, with at least two steps each.
 template <typename K>
-status cluster_for(int32_t *size, int (&at_once)[kClusterMost + 1], K kernel,
-                   cudaLaunchConfig_t config, int32_t tiles, int32_t steps) {
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+status cluster_for(int32_t *size, int (&at_once)[kClusterMost + 1], K kernel, int bytes,
+                   int32_t tiles, int32_t steps) {
     *size = 1;
     for (int32_t s = 2; s <= kClusterMost && s <= steps / 2; s++) {
-        cluster.val.clusterDim.x = (unsigned)s;
-        config.gridDim = dim3((unsigned)s);
+        const launch_config l(dim3((unsigned)s), dim3(kThreads), (size_t)bytes, nullptr, false,
+                              (unsigned)s);
         int n = at_once[s];
         if (n == 0) {
-            const cudaError_t e = cudaOccupancyMaxActiveClusters(&n, kernel, &config);
+            const cudaError_t e = cudaOccupancyMaxActiveClusters(&n, kernel, &l.config);
             if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
             at_once[s] = n;
         }
@@ -405,30 +400,20 @@ status launch(const codes_args &args, const void *w, const void *x, int64_t ldx,
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAlone);
     if (e != cudaSuccess) return FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
     // Clusters of a size that run, with one CTA an SM and with two; 0: not asked yet. Few tiles get
     // SMs of their own: CTAs would come to lie in pairs on half of them, and wait for what those
     // can take in.
     static int alone[kClusterMost + 1], in_pairs[kClusterMost + 1];
     int32_t s;
-    config.dynamicSmemBytes = kAlone;
-    TRY(cluster_for(&s, alone, kernel, config, all, steps));
+    int bytes = kAlone;
+    TRY(cluster_for(&s, alone, kernel, bytes, all, steps));
     if (s == 1) {
-        config.dynamicSmemBytes = shared_bytes<NT>;
-        TRY(cluster_for(&s, in_pairs, kernel, config, all, steps));
+        bytes = shared_bytes<NT>;
+        TRY(cluster_for(&s, in_pairs, kernel, bytes, all, steps));
     }
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim.x = (unsigned)s;
-    attrs[1].val.clusterDim.y = attrs[1].val.clusterDim.z = 1;
-    config.gridDim = dim3((unsigned)s, (unsigned)tiles, (unsigned)m_tiles);
-    config.attrs = attrs;
-    config.numAttrs = 2;
-    e = cudaLaunchKernelEx(&config, kernel, a, w_map, x_map);
+    const launch_config l(dim3((unsigned)s, (unsigned)tiles, (unsigned)m_tiles), dim3(kThreads),
+                          (size_t)bytes, stream, true, (unsigned)s);
+    e = cudaLaunchKernelEx(&l.config, kernel, a, w_map, x_map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_codes: %s", cudaGetErrorString(e));
 }
 

@@ -582,21 +582,10 @@ template <int NT> int32_t lay_out(tall_args *a) {
 }
 
 // The kernel's launch; clusters: of the grid.
-template <typename T, int NT> struct grid {
-    cudaLaunchAttribute attrs[2];
-    cudaLaunchConfig_t config = {};
-    grid(int32_t clusters, cudaStream_t stream) {
-        attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attrs[0].val.programmaticStreamSerializationAllowed = 1;
-        attrs[1].id = cudaLaunchAttributeClusterDimension;
-        attrs[1].val.clusterDim = {kCtas, 1, 1};
-        config.gridDim = dim3((unsigned)(clusters * kCtas));
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = shared_bytes<NT>;
-        config.stream = stream;
-        config.attrs = attrs;
-        config.numAttrs = 2;
-    }
+template <typename T, int NT> struct grid : launch_config {
+    grid(int32_t clusters, cudaStream_t stream)
+        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), shared_bytes<NT>,
+                        stream, true, kCtas) {}
 };
 
 template <typename T, int NT>

@@ -561,19 +561,10 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
     maps m = {};
     TRY(encode_all<G>(&m, args));
     const division d = divide<F, G>(args);
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)n_sms);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = (size_t)d.bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    const launch_config l(dim3((unsigned)n_sms), dim3(kThreads), (size_t)d.bytes, stream, true);
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, d, m);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_experts: %s", cudaGetErrorString(e));
 }
 

@@ -352,25 +352,15 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
     static int most = 0; // clusters at once
     const expert_cut d = {kCtas * kRows, args->paired ? (args->half_blocks + 1) / 2
                                                       : (args->blocks + kBlocks - 1) / kBlocks};
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim = {kCtas, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(kCtas);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = (size_t)(kAtTable + table_bytes(args->count) + 1024);
-    config.stream = (cudaStream_t)stream;
-    config.attrs = attrs;
-    config.numAttrs = 2;
+    launch_config l(dim3(kCtas), dim3(kThreads),
+                    (size_t)(kAtTable + table_bytes(args->count) + 1024), stream, true, kCtas);
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
-    if (e == cudaSuccess && most == 0) e = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
+    if (e == cudaSuccess && most == 0) e = cudaOccupancyMaxActiveClusters(&most, kernel, &l.config);
     if (e == cudaSuccess && most == 0)
         return FAIL(ST_DEVICE, "linear_experts_words: no room for a cluster");
-    config.gridDim = dim3((unsigned)(most < n_sms / kCtas ? most : n_sms / kCtas) * kCtas);
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d);
+    l.config.gridDim = dim3((unsigned)(most < n_sms / kCtas ? most : n_sms / kCtas) * kCtas);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, d);
     return e == cudaSuccess ? ST_OK
                             : FAIL(ST_DEVICE, "linear_experts_words: %s", cudaGetErrorString(e));
 }

@@ -390,18 +390,10 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     int fit = 0;
     if (e == cudaSuccess)
         e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, bytes);
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
     // All at once: they wait for each other.
-    config.gridDim = dim3((unsigned)(n_sms * (per_sm < fit ? per_sm : fit)));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, map);
+    const launch_config l(dim3((unsigned)(n_sms * (per_sm < fit ? per_sm : fit))), dim3(threads),
+                          bytes, stream, true);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_hopper: %s", cudaGetErrorString(e));
 }
 

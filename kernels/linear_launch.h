@@ -88,6 +88,7 @@ int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x);
 const char *linear_quantised_choice(const linear_problem *p);
 status linear_quantised(const linear_problem *p, void *space, void *scratch, int64_t scratch_bytes,
                         kernel_stream stream);
+activation_codes linear_quantised_x(const linear_problem *p, void *space);
 const char *linear_quantised_name(int32_t i); /* variant i, or NULL past the last */
 
 /* linear_codes.cu: rows [row, row + m) of p by variant `name`, x being quantised already (m_pad as

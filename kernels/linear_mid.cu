@@ -1256,19 +1256,12 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
     static bool clusters_fit(int32_t n_sms) {
         if (B * P == 2 || n_sms < 2) return false; // of two blocks both would share an SM
         static int fit;                            // 0: not asked yet
-        cudaLaunchAttribute two;
-        two.id = cudaLaunchAttributeClusterDimension;
-        two.val.clusterDim = {2, 1, 1};
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3((unsigned)n_sms & ~1u);
-        config.blockDim = dim3(threads(F, NT, B, P, G));
-        config.dynamicSmemBytes = (size_t)room(B * P);
-        config.attrs = &two;
-        config.numAttrs = 1;
+        const launch_config l(dim3((unsigned)n_sms & ~1u), dim3(threads(F, NT, B, P, G)),
+                              (size_t)room(B * P), nullptr, false, 2);
         const auto kernel = linear_mid<T, F, NT, B, P, G>;
         if (fit == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               room(B * P)) != cudaSuccess ||
-                         cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess))
+                         cudaOccupancyMaxActiveClusters(&fit, kernel, &l.config) != cudaSuccess))
             return false;
         return fit >= n_sms / 2;
     }
@@ -1292,25 +1285,17 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
         TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
-        cudaLaunchAttribute with[2];
-        with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        with[0].val.programmaticStreamSerializationAllowed = 1;
-        with[1].id = cudaLaunchAttributeClusterDimension;
-        with[1].val.clusterDim = {2, 1, 1};
-        cudaLaunchConfig_t config = {};
         // With half an SM each there is one for every SM, so that the next launch's finds the other
         // half free everywhere.
-        config.gridDim = dim3((unsigned)(B * P == 2 ? n_sms : d.ctas << d.doubled));
-        config.blockDim = dim3(threads(F, NT, B, P, G));
-        config.dynamicSmemBytes =
-            (size_t)(args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes);
-        config.stream = (cudaStream_t)stream;
-        config.attrs = with;
-        config.numAttrs = d.doubled ? 2 : 1;
+        const int bytes =
+            args->apart && d.bytes < LINEAR_APART_BYTES ? LINEAR_APART_BYTES : d.bytes;
+        const launch_config l(dim3((unsigned)(B * P == 2 ? n_sms : d.ctas << d.doubled)),
+                              dim3(threads(F, NT, B, P, G)), (size_t)bytes, stream, true,
+                              d.doubled ? 2 : 0);
         cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              room(B * P) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES
                                                                               : room(B * P));
-        if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, d, m);
+        if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, d, m);
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {

@@ -202,7 +202,7 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     q.code = s.code;
     q.scale = s.scale;
     q.m_pad = m_pad;
-    TRY(kernel_quantize_activation(&q, stream));
+    if (!p->x_coded) TRY(kernel_quantize_activation(&q, stream));
     if (v->rank == -2) return linear_codes_tall_launch(p, row, m, s.code, s.scale, stream);
     if (v->rank < 0) return linear_codes_launch(v->name, p, row, m, s.code, s.scale, m_pad, stream);
     linear_product product = {};
@@ -233,13 +233,20 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
                               : launch_finish<__half>(a, product.out_type, p->y_type, stream);
 }
 
+// The parts of p's rows and how many a part has, at most, in sixteens.
+int32_t parts_of(const linear_problem *p, bool sums, int32_t *rows) {
+    const int32_t most = rows_most(p->w, sums), parts = (p->m + most - 1) / most;
+    *rows = ((p->m + parts - 1) / parts + 15) / 16 * 16; // <= most
+    return parts;
+}
+
 status plain(const linear_problem *p, void *space, void *scratch, int64_t scratch_bytes,
              cudaStream_t stream) {
     const variant *v = choose(p);
     if (!v) return ST_UNSUPPORTED;
     const bool sums = leaves_sums(p, v);
-    const int32_t most = rows_most(p->w, sums), parts = (p->m + most - 1) / most;
-    const int32_t rows = ((p->m + parts - 1) / parts + 15) / 16 * 16; // <= most
+    int32_t rows;
+    (void)parts_of(p, sums, &rows);
     const plain_space s = lay(p->w, rows, sums, space);
     for (int32_t row = 0; row < p->m; row += rows) {
         const int32_t m = p->m - row < rows ? p->m - row : rows;
@@ -272,7 +279,7 @@ status nibbles_by(const variant *v, const linear_problem *p, void *space, cudaSt
     q.code = s.code;
     q.scale = s.scale;
     q.atoms = true;
-    TRY(kernel_quantize_activation(&q, stream));
+    if (!p->x_coded) TRY(kernel_quantize_activation(&q, stream));
     return v->rank == -2 ? linear_w4a8_tall_launch(p, s.code, s.scale, stream)
                          : linear_w4a8_launch(v->name, p, s.code, s.scale, stream);
 }
@@ -328,6 +335,15 @@ extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x)
         bytes = n > bytes ? n : bytes;
     }
     return bytes;
+}
+
+// Not where scales are of 128 inputs, nor where x is taken in parts.
+extern "C" activation_codes linear_quantised_x(const linear_problem *p, void *space) {
+    int32_t rows = p->m;
+    const bool own = linear_plain(p->w), atoms = choose_nibbles(p) != nullptr;
+    if (!atoms && (!own || p->w->format == WF_FP8B || parts_of(p, true, &rows) > 1)) return {};
+    const plain_space s = lay(p->w, rows, false, space);
+    return {s.code, s.scale, p->act, atoms};
 }
 
 extern "C" const char *linear_quantised_choice(const linear_problem *p) {

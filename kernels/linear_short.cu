@@ -1633,17 +1633,6 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows, int
 
 // A kernel of P warpgroups: how it would cut a problem, and its launch.
 template <typename T, int F, int NT, int P, int G> struct warpgroups {
-    static cudaLaunchConfig_t config_of(cudaLaunchAttribute *with, int cluster) {
-        with[0].id = cudaLaunchAttributeClusterDimension;
-        with[0].val.clusterDim = {(unsigned)cluster, 1, 1};
-        with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        with[1].val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.blockDim = dim3(192 * P);
-        config.attrs = with;
-        return config;
-    }
-
     // No bytes in d when nothing fits.
     static status plan(division *best, const linear_args *args, int32_t n_sms) {
         const auto kernel = linear_short<T, F, NT, P, G>;
@@ -1654,14 +1643,11 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
         *best = {};
         for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess; i++) {
             const int c = kClusters[i];
-            cudaLaunchAttribute with[2];
-            cudaLaunchConfig_t config = config_of(with, c);
-            config.numAttrs = 1;
             for (int two = 0; two < 2 && e == cudaSuccess; two++) {
-                config.gridDim = dim3((unsigned)((1 + two) * n_sms / c * c));
-                config.dynamicSmemBytes = two ? kHalf : kRoom;
+                const launch_config l(dim3((unsigned)((1 + two) * n_sms / c * c)), dim3(192 * P),
+                                      two ? kHalf : kRoom, nullptr, false, (unsigned)c);
                 if (!most[two][i])
-                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &config);
+                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &l.config);
             }
             if (e != cudaSuccess || !most[0][i]) break;
             // Four warpgroups have the SM for themselves, two share it.
@@ -1689,14 +1675,10 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
         CUtensorMap map;
         const int rows = x_rows_of<F, NT>(d);
         TRY(encode_x(&map, args, half_pair<T>::bf16, rows, rows == NT ? step_units(F, NT) : 1));
-        cudaLaunchAttribute with[2];
-        cudaLaunchConfig_t config = config_of(with, d.cluster);
-        config.gridDim = dim3((unsigned)(d.clusters * d.cluster));
-        config.dynamicSmemBytes = (size_t)d.bytes;
-        config.stream = (cudaStream_t)stream;
-        config.numAttrs = 2;
+        const launch_config l(dim3((unsigned)(d.clusters * d.cluster)), dim3(192 * P),
+                              (size_t)d.bytes, stream, true, (unsigned)d.cluster);
         const cudaError_t e =
-            cudaLaunchKernelEx(&config, linear_short<T, F, NT, P, G>, *args, d, map);
+            cudaLaunchKernelEx(&l.config, linear_short<T, F, NT, P, G>, *args, d, map);
         return e == cudaSuccess ? ST_OK
                                 : FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
     }
@@ -1780,33 +1762,23 @@ template <typename T, int F, int NT, int P, int G> struct experts {
         const double hit = linear_experts_hit(a->count, a->m);
         const int tiles = (int)ceil(hit + max(0.0, a->m - hit * NT) / NT);
         division best = {};
-        cudaLaunchAttribute with[2];
-        with[0].id = cudaLaunchAttributeClusterDimension;
-        with[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        with[1].val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.blockDim = dim3(kExpertsThreads<P>);
-        config.attrs = with;
         for (int i = 0; i < (P == 2 ? 3 : 1) && e == cudaSuccess; i++)
             for (int two = 0; two < (P == 2 ? 2 : 1) && e == cudaSuccess; two++) {
                 const int c = 1 << i;
-                with[0].val.clusterDim = {(unsigned)c, 1, 1};
-                config.numAttrs = 1;
-                config.gridDim = dim3((unsigned)((1 + two) * n_sms / c * c));
-                config.dynamicSmemBytes = two ? kHalf : kRoom;
+                const launch_config l(dim3((unsigned)((1 + two) * n_sms / c * c)),
+                                      dim3(kExpertsThreads<P>), two ? kHalf : kRoom, nullptr, false,
+                                      (unsigned)c);
                 if (!most[two][i])
-                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &config);
+                    e = cudaOccupancyMaxActiveClusters(&most[two][i], kernel, &l.config);
                 if (e != cudaSuccess || !most[two][i]) continue;
                 const division d = divide(a, c, most[two][i], two ? kTwo : kBeside, tiles);
                 if (!best.bytes || d.cost < best.cost) best = d;
             }
         if (e == cudaSuccess) {
-            with[0].val.clusterDim = {(unsigned)best.cluster, 1, 1};
-            config.numAttrs = 2;
-            config.gridDim = dim3((unsigned)(best.clusters * best.cluster));
-            config.dynamicSmemBytes = (size_t)best.bytes;
-            config.stream = (cudaStream_t)stream;
-            e = cudaLaunchKernelEx(&config, kernel, *a, best);
+            const launch_config l(dim3((unsigned)(best.clusters * best.cluster)),
+                                  dim3(kExpertsThreads<P>), (size_t)best.bytes, stream, true,
+                                  (unsigned)best.cluster);
+            e = cudaLaunchKernelEx(&l.config, kernel, *a, best);
         }
         return e == cudaSuccess ? ST_OK
                                 : FAIL(ST_DEVICE, "linear_experts: %s", cudaGetErrorString(e));

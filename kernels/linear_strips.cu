@@ -369,17 +369,9 @@ status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream
     if (e == cudaSuccess)
         e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
-    cudaLaunchAttribute with[1];
-    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    with[0].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)d.tiles, (unsigned)experts);
-    config.blockDim = dim3((unsigned)(32 * d.warps));
-    config.dynamicSmemBytes = (size_t)bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = with;
-    config.numAttrs = 1;
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *a, d);
+    const launch_config l(dim3((unsigned)d.tiles, (unsigned)experts),
+                          dim3((unsigned)(32 * d.warps)), (size_t)bytes, stream, true);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *a, d);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_strips: %s", cudaGetErrorString(e));
 }
 

@@ -942,20 +942,12 @@ status launch_tiles(linear_args &a, int32_t n_sms, kernel_stream stream) {
     // An expert's rows may be few, but each copy has its cost; tiles of a dense problem are alike.
     a.x_box = a.expert_start ? (a.m <= 8 * a.count ? 16 : 32) : min(kRows, (a.m + 15) / 16 * 16);
     if (!a.x_row) TRY(linear_map_x(&map, &a, half_pair<T>::bf16, a.x_box));
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
     const int32_t tiles = a.n_tiles * ((a.m + kRows - 1) / kRows);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(a.team > 1 ? tiles * a.team : n_sms)); // all at once
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    const launch_config l(dim3((unsigned)(a.team > 1 ? tiles * a.team : n_sms)), // all at once
+                          dim3(kThreads), bytes, stream, true);
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, a, map);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, a, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_tall: %s", cudaGetErrorString(e));
 }
 

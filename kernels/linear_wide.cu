@@ -391,25 +391,15 @@ status launch(const linear_args *args, int32_t n_sms, int32_t per_sm, kernel_str
     CUtensorMap map = {};
     TRY(linear_map_x(&map, args, half_pair<T>::bf16, kRows / 2));
     constexpr int bytes = tile<F, G>::bytes;
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim = {kCtas, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = attrs;
-    config.numAttrs = 2;
-    config.gridDim = dim3((unsigned)(n_sms * per_sm / kCtas * kCtas));
+    launch_config l(dim3((unsigned)(n_sms * per_sm / kCtas * kCtas)), dim3(kThreads), bytes, stream,
+                    true, kCtas);
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int fit = 0; // clusters that run at once: they wait for each other
     if (e == cudaSuccess)
-        e = cudaOccupancyMaxActiveClusters(&fit, reinterpret_cast<const void *>(kernel), &config);
-    if (fit * kCtas < (int)config.gridDim.x) config.gridDim = dim3((unsigned)(fit * kCtas));
-    if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, *args, map);
+        e = cudaOccupancyMaxActiveClusters(&fit, reinterpret_cast<const void *>(kernel), &l.config);
+    if (fit * kCtas < (int)l.config.gridDim.x) l.config.gridDim = dim3((unsigned)(fit * kCtas));
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, map);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_wide: %s", cudaGetErrorString(e));
 }
 

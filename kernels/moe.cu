@@ -647,19 +647,9 @@ template <typename T> static status launch_enter(const moe_enter *p, cudaStream_
     // For linears of the experts to find room on its SMs.
     (void)cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim = {(unsigned)ctas, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = (unsigned)(div_up(p->t, tokens) * ctas);
-    config.blockDim = kEnterThreads;
-    config.dynamicSmemBytes = (size_t)bytes;
-    config.stream = stream;
-    config.attrs = attrs;
-    config.numAttrs = 2;
-    (void)cudaLaunchKernelEx(&config, kernel, a);
+    const launch_config how((unsigned)(div_up(p->t, tokens) * ctas), kEnterThreads, (size_t)bytes,
+                            stream, true, (unsigned)ctas);
+    (void)cudaLaunchKernelEx(&how.config, kernel, a);
     TRY(launched("moe_enter"));
     if (p->t <= tokens) return ST_OK;
     return kernel_moe_permute(p->expert_start, p->slot_row, p->row_token, p->expert, p->t,

@@ -1,11 +1,12 @@
-// norm.cu - one block a row, the row in registers: it is read once and written once.
+// norm.cu - one block a row, the row in registers: it is read once and written once, as codes too
+// where the linear behind it takes 8 bits.
 //
 // Over ranks a block first sends its row of `add` to all others, then adds theirs as they come: a
 // pair of values and the number of the call in one word of 64 bits, so that no word has to wait for
 // another. Inboxes have two halves in turn. A rank writes to a half for call c + 2 after it has had
 // all of call c + 1, which the others sent when they were through with call c.
 #include "norm.h"
-#include "traits.cuh"
+#include "quantize.cuh"
 
 #define NORM_INSTANCES(X) X(F16) X(BF16)
 
@@ -135,23 +136,50 @@ __device__ __forceinline__ void load_pieces(piece (&to)[PACKS], const T *from, i
         if (col < cols) to[p] = load_piece(from + col);
     }
 }
-template <int PACKS, typename T>
+// y, and codes of the block's row of it, but for A16. `shared` as in block_sum, used before it.
+template <act_format A, int PACKS, typename T>
 __device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], float scale,
-                                             const piece (&gain)[PACKS], int32_t cols) {
+                                             const piece (&gain)[PACKS], int32_t cols,
+                                             const activation_codes &codes, float *shared) {
+    eight<T, A> e[PACKS];
+    uint32_t most = 0;
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        if (col < cols) store_piece(y + col, scaled<T>(r[p], scale, gain[p]));
+        const piece v = col < cols ? scaled<T>(r[p], scale, gain[p]) : piece{};
+        if (col < cols) store_piece(y + col, v);
+        if constexpr (A != AF_16) {
+            *reinterpret_cast<piece *>(&e[p].x) = v;
+            most = __vmaxu2(most, e[p].magnitudes());
+        }
+    }
+    if constexpr (A != AF_16) {
+        uint32_t *const warps = reinterpret_cast<uint32_t *>(shared) + 32;
+        const int lane = (int)threadIdx.x % 32;
+        most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+        if (lane == 0) warps[threadIdx.x / 32] = most;
+        __syncthreads();
+        most = __reduce_max_sync(~0u, lane < (int)blockDim.x / 32 ? warps[lane] : 0u);
+        const float s = span_scale<T, A>(most);
+        if (threadIdx.x == 0) codes.scale[blockIdx.x] = s;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+            uint2 c = e[p].codes(s);
+            if (codes.atoms) c = in_atoms(c);
+            uint8_t *to = static_cast<uint8_t *>(codes.code) + int64_t{blockIdx.x} * cols + col;
+            if (col < cols) *reinterpret_cast<uint2 *>(to) = c;
+        }
     }
 }
 
 // PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
-// RANKS: add is this rank's part. per_col: 1 / cols.
-template <typename T, int PACKS, bool RANKS>
+// RANKS: add is this rank's part. A: of the codes of y; 16 bits: none. per_col: 1 / cols.
+template <typename T, int PACKS, bool RANKS, act_format A>
 __global__ void __launch_bounds__(kThreadsMax)
     norm_add(T *y, T *residual, const T *add, const T *w, int32_t cols, float per_col, float eps,
-             norm_ranks ranks) {
-    __shared__ float shared[32];
+             norm_ranks ranks, activation_codes codes) {
+    __shared__ float shared[64];
     const int64_t row = int64_t{blockIdx.x} * cols;
     y += row, residual += row, add += row;
     asm volatile("" : "+l"(y), "+l"(residual), "+l"(add)); // lest they be worked out after the wait
@@ -185,15 +213,15 @@ __global__ void __launch_bounds__(kThreadsMax)
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
     if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
-    store_scaled(y, r, scale, gain, cols);
+    store_scaled<A>(y, r, scale, gain, cols, codes, shared);
 }
 
 // The stream of a token is a row of the embedding.
-template <typename T, int PACKS>
+template <typename T, int PACKS, act_format A>
 __global__ void __launch_bounds__(kThreadsMax)
     norm_embed(T *y, T *residual, const T *table, const int32_t *token, const draw_result *drawn,
-               const T *w, int32_t cols, float per_col, float eps) {
-    __shared__ float shared[32];
+               const T *w, int32_t cols, float per_col, float eps, activation_codes codes) {
+    __shared__ float shared[64];
     launch_dependents();
     int id = token[blockIdx.x];
     piece r[PACKS], gain[PACKS];
@@ -211,7 +239,7 @@ __global__ void __launch_bounds__(kThreadsMax)
         add_squares<T>(squares, r[p]);
     }
     const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
-    store_scaled(y, r, scale, gain, cols);
+    store_scaled<A>(y, r, scale, gain, cols, codes, shared);
 }
 
 struct shape {
@@ -239,33 +267,48 @@ unsigned more_than_half() {
     return (unsigned)bytes / 2;
 }
 
-template <dtype dt, bool RANKS>
-status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
-              float eps, const norm_ranks &ranks, cudaStream_t s) {
-    using T = typename element<dt>::type;
+template <typename T, bool RANKS, act_format A>
+status launch_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
+                  int32_t cols, float eps, const norm_ranks &ranks, const activation_codes &codes,
+                  cudaStream_t s) {
     const shape of = shape_of(cols);
-    auto *const kernel = of.each == 1            ? norm_add<T, 1, RANKS>
-                         : RANKS || of.each == 2 ? norm_add<T, 2, RANKS>
-                                                 : norm_add<T, 4, false>;
+    auto *const kernel = of.each == 1            ? norm_add<T, 1, RANKS, A>
+                         : RANKS || of.each == 2 ? norm_add<T, 2, RANKS, A>
+                                                 : norm_add<T, 4, false, A>;
     const bool apart = !RANKS && rows > kRowsTogether && rows <= kRowsApart;
     return launch_clusters("norm_add", kernel, (unsigned)rows, of.threads, 1,
                            apart ? more_than_half() : 0, s, static_cast<T *>(y),
                            static_cast<T *>(residual), static_cast<const T *>(add),
-                           static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks);
+                           static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks, codes);
 }
 
-template <dtype dt>
+template <dtype dt, bool RANKS>
+status launch(void *y, void *residual, const void *add, const void *w, int64_t rows, int32_t cols,
+              float eps, const norm_ranks &ranks, const activation_codes &codes, cudaStream_t s) {
+    using T = typename element<dt>::type;
+    if constexpr (!RANKS) {
+        if (codes.code && codes.act == AF_INT8)
+            return launch_add<T, false, AF_INT8>(y, residual, add, w, rows, cols, eps, ranks, codes,
+                                                 s);
+        if (codes.code)
+            return launch_add<T, false, AF_FP8>(y, residual, add, w, rows, cols, eps, ranks, codes,
+                                                s);
+    }
+    return launch_add<T, RANKS, AF_16>(y, residual, add, w, rows, cols, eps, ranks, codes, s);
+}
+
+template <dtype dt, act_format A>
 status launch_embed(void *y, void *residual, const void *table, const int32_t *token,
                     const draw_result *drawn, const void *w, int64_t rows, int32_t cols, float eps,
-                    cudaStream_t s) {
+                    const activation_codes &codes, cudaStream_t s) {
     using T = typename element<dt>::type;
     const shape of = shape_of(cols);
-    auto *const kernel = of.each == 1   ? norm_embed<T, 1>
-                         : of.each == 2 ? norm_embed<T, 2>
-                                        : norm_embed<T, 4>;
+    auto *const kernel = of.each == 1   ? norm_embed<T, 1, A>
+                         : of.each == 2 ? norm_embed<T, 2, A>
+                                        : norm_embed<T, 4, A>;
     kernel<<<(unsigned)rows, of.threads, 0, s>>>(
         static_cast<T *>(y), static_cast<T *>(residual), static_cast<const T *>(table), token,
-        drawn, static_cast<const T *>(w), cols, 1.f / (float)cols, eps);
+        drawn, static_cast<const T *>(w), cols, 1.f / (float)cols, eps, codes);
     return launched("norm_embed");
 }
 
@@ -277,12 +320,14 @@ status refuse_shape(const char *what, int64_t rows, int32_t cols) {
 
 template <bool RANKS>
 status launch_type(void *y, void *residual, const void *add, const void *w, int64_t rows,
-                   int32_t cols, float eps, dtype type, const norm_ranks &ranks, cudaStream_t s) {
+                   int32_t cols, float eps, dtype type, const norm_ranks &ranks,
+                   const activation_codes &codes, cudaStream_t s) {
     TRY(refuse_shape("norm_add", rows, cols));
     if (rows == 0) return ST_OK;
     switch (type) {
 #define X(name)                                                                                    \
-    case DT_##name: return launch<DT_##name, RANKS>(y, residual, add, w, rows, cols, eps, ranks, s);
+    case DT_##name:                                                                                \
+        return launch<DT_##name, RANKS>(y, residual, add, w, rows, cols, eps, ranks, codes, s);
         NORM_INSTANCES(X)
 #undef X
     default: return FAIL(ST_UNSUPPORTED, "norm_add: elements of %s", dtype_text(type));
@@ -293,21 +338,27 @@ status launch_type(void *y, void *residual, const void *add, const void *w, int6
 
 extern "C" status kernel_norm_add(void *y, void *residual, const void *add, const void *w,
                                   int64_t rows, int32_t cols, float eps, dtype type,
-                                  kernel_stream stream) {
-    return launch_type<false>(y, residual, add, w, rows, cols, eps, type, norm_ranks{}, stream);
+                                  const activation_codes *codes, kernel_stream stream) {
+    return launch_type<false>(y, residual, add, w, rows, cols, eps, type, norm_ranks{},
+                              codes ? *codes : activation_codes{}, stream);
 }
 
 extern "C" status kernel_norm_embed(void *y, void *residual, const void *table,
                                     const int32_t *token, const draw_result *drawn, const void *w,
                                     int64_t rows, int32_t cols, float eps, dtype type,
-                                    kernel_stream stream) {
+                                    const activation_codes *codes, kernel_stream stream) {
     TRY(refuse_shape("norm_embed", rows, cols));
     if (rows == 0) return ST_OK;
+    const activation_codes to = codes ? *codes : activation_codes{};
+    const act_format act = to.code ? to.act : AF_16;
     switch (type) {
 #define X(name)                                                                                    \
     case DT_##name:                                                                                \
-        return launch_embed<DT_##name>(y, residual, table, token, drawn, w, rows, cols, eps,       \
-                                       stream);
+        return (act == AF_INT8  ? launch_embed<DT_##name, AF_INT8>                                 \
+                : act == AF_FP8 ? launch_embed<DT_##name, AF_FP8>                                  \
+                                : launch_embed<DT_##name, AF_16>)(y, residual, table, token,       \
+                                                                  drawn, w, rows, cols, eps, to,   \
+                                                                  stream);
         NORM_INSTANCES(X)
 #undef X
     default: return FAIL(ST_UNSUPPORTED, "norm_embed: elements of %s", dtype_text(type));
@@ -323,5 +374,6 @@ extern "C" status kernel_norm_add_ranks(void *y, void *residual, const void *add
                                         const norm_ranks *ranks, kernel_stream stream) {
     if (rows > NORM_RANK_ROWS || cols > ranks->cols_max || cols > NORM_RANK_COLS)
         return FAIL(ST_SHAPE, "norm_add of %d ranks [%lld, %d]", ranks->n, (long long)rows, cols);
-    return launch_type<true>(y, residual, add, w, rows, cols, eps, type, *ranks, stream);
+    return launch_type<true>(y, residual, add, w, rows, cols, eps, type, *ranks, activation_codes{},
+                             stream);
 }

@@ -3,6 +3,7 @@
 #define KERNEL_NORM_H
 #include "draw.h"
 #include "kernel.h"
+#include "quantize.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -13,12 +14,14 @@ extern "C" {
  *
  *   y, residual, add   [rows, cols] of `type`, device, 16-byte aligned; y may be `add`
  *   w                  [cols] of `type`
+ *   codes              of y, or NULL: none; cols a multiple of 16 then
  *
  * Sums in f32 in an order that depends on cols alone, so a row's result does not depend on the
  * others. SHAPE if cols is no multiple of 8 or over 32768, UNSUPPORTED for a type other than F16
  * and BF16, DEVICE on launch failure. rows == 0 launches nothing. Asynchronous on `stream`. */
 status kernel_norm_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
-                       int32_t cols, float eps, dtype type, kernel_stream stream);
+                       int32_t cols, float eps, dtype type, const activation_codes *codes,
+                       kernel_stream stream);
 
 /* residual[r,i] = table[id[r],i];  y[r,i] = residual[r,i] / root_r * w[i], root_r and rounding as
  * above: the first kernel of a step. It begins when all before it is over, so that the tables of
@@ -33,7 +36,8 @@ status kernel_norm_add(void *y, void *residual, const void *add, const void *w, 
  * Errors as above. rows == 0 launches nothing. Asynchronous on `stream`. */
 status kernel_norm_embed(void *y, void *residual, const void *table, const int32_t *token,
                          const draw_result *drawn, const void *w, int64_t rows, int32_t cols,
-                         float eps, dtype type, kernel_stream stream);
+                         float eps, dtype type, const activation_codes *codes,
+                         kernel_stream stream);
 
 /* What the ranks of tensor parallelism share for `kernel_norm_add_ranks`. Every rank has an inbox
  * on its own GPU, which the others write to (peer access); it is zeroed once, and never again.

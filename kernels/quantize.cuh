@@ -1,9 +1,11 @@
-// quantize.cuh - one value to its code and back, in every weight format, with the bits of
-// ref_quant.c.
+// quantize.cuh - one value to its code and back, in every weight format, and eight activations of a
+// thread, with the bits of ref_quant.c.
 #ifndef KERNEL_QUANTIZE_CUH
 #define KERNEL_QUANTIZE_CUH
 #include "ref_quant.h"
 #include "traits.cuh"
+#include <cfloat>
+#include <cmath>
 #include <cuda_fp8.h>
 
 #define QUANTIZE_INSTANCES(X) X(INT8) X(INT4) X(FP8) X(FP8B) X(MXFP4) X(NVFP4)
@@ -75,5 +77,82 @@ __device__ __forceinline__ float value_of(int code, float s, float zero) {
     if constexpr (F == WF_INT4) return ((float)code - zero) * s;
     if constexpr (F == WF_FP8 || F == WF_FP8B) return f32_of_e4m3((uint8_t)code) * s;
     return f32_of_e2m1(code) * s;
+}
+
+// amax / top: 1 for amax == 0, never 0, and small enough that top * scale is finite.
+__host__ __device__ inline float f32_scale(float amax, float top) {
+    if (amax == 0) return 1;
+    const float s = amax / top;
+    if (s == 0) return FLT_TRUE_MIN;
+    return isinf(s * top) ? nextafterf(s, 0) : s;
+}
+
+// --- Activations ---------------------------------------------------------------------------------
+
+// x / s correctly rounded, with r = 1 / s: the quotient x r is off by little, and its remainder is
+// exact (Markstein), as long as it does not underflow.
+__device__ __forceinline__ float quotient(float x, float s, float r) {
+    const float q = x * r;
+    return fmaf(fmaf(-q, s, x), r, q);
+}
+
+// Power of two that x and s are multiplied by, to keep clear of the ends of f32.
+__device__ __forceinline__ float to_middle(float s) {
+    return s < 0x1p-90f ? 0x1p120f : s > 0x1p100f ? 0x1p-100f : 1.f;
+}
+
+// Eight elements of one span; amax: the largest magnitude of the span as bits of T.
+template <typename T, act_format A> struct eight {
+    pack<T> x;
+    __device__ __forceinline__ uint32_t magnitudes() const { // two 16-bit maxima
+        const uint4 w = *reinterpret_cast<const uint4 *>(&x);
+        const uint32_t a = __vmaxu2(w.x & 0x7fff7fffu, w.y & 0x7fff7fffu);
+        return __vmaxu2(a, __vmaxu2(w.z & 0x7fff7fffu, w.w & 0x7fff7fffu));
+    }
+    __device__ __forceinline__ uint2 codes(float s) const {
+        const float shift = to_middle(s), t = s * shift, r = __frcp_rn(t);
+        uint32_t word[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const float a = quotient(to_f32(x.v[i]) * shift, t, r);
+            const float b = quotient(to_f32(x.v[i + 1]) * shift, t, r);
+            uint32_t pair;
+            if constexpr (A == AF_FP8)
+                pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+            else
+                pair = (uint32_t)(__float2int_rn(clamp_to(a, -127, 127)) & 255) |
+                       (uint32_t)(__float2int_rn(clamp_to(b, -127, 127)) & 255) << 8;
+            word[i / 4] |= pair << (i % 4 * 8);
+        }
+        return make_uint2(word[0], word[1]);
+    }
+    __device__ __forceinline__ pack<T> values(float s) const {
+        const uint2 c = codes(s);
+        pack<T> y;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t code = (i < 4 ? c.x : c.y) >> (i % 4 * 8) & 255;
+            const float v = A == AF_FP8 ? f32_of_e4m3((uint8_t)code) : (float)(int8_t)code;
+            y.v[i] = from_f32<T>(v * s); // s is NaN where something was not finite
+        }
+        return y;
+    }
+};
+
+template <typename T, act_format A> __device__ __forceinline__ float span_scale(uint32_t amax) {
+    T top;
+    *reinterpret_cast<uint16_t *>(&top) = (uint16_t)amax;
+    const float a = to_f32(top);
+    if (!(a <= FLT_MAX)) return NAN;
+    return f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f);
+}
+
+// Codes of eight inputs and of the lane's neighbour, which has the other half of 16, in the order
+// of linear_byte_input: the lower lane has places 0..7. All lanes of a warp.
+__device__ __forceinline__ uint2 in_atoms(uint2 own) {
+    const bool upper = threadIdx.x % 2;
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? own.x : own.y, 1);
+    const uint32_t low = upper ? other : own.x, high = upper ? own.y : other;
+    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 #endif

@@ -28,6 +28,15 @@ status kernel_quantize_extent(uint32_t *amax_bits, const float *w, int64_t n, ke
 /* The factor of a whole NVFP4 matrix whose largest magnitude is amax (ref_quant.h); 1 elsewhere. */
 float quantize_global_scale(weight_format f, float amax);
 
+/* Where a kernel that makes x leaves it as codes too, for the linear that reads it: the bits of
+ * kernel_quantize_activation, a scale a token. code == NULL: it does not. Device pointers. */
+typedef struct {
+    void *code; /* [m, k] */
+    float *scale;
+    act_format act; /* AF_INT8 or AF_FP8 */
+    bool atoms;     /* order of codes, see activation_quantiser */
+} activation_codes;
+
 /* Activations x [m, k] of one linear, in one of two forms:
  *
  *   codes    code [m_pad, k] int8 or e4m3, with scale [m_pad], or [ceil(k / 128), m_pad] where

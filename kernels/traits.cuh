@@ -132,27 +132,45 @@ static inline bool early_launches() {
     return major >= 9;
 }
 
+// How a kernel is launched: early (launch_dependents) or after all before it, in clusters of
+// `cluster` blocks or in none (0). Not copied: config points to attrs.
+struct launch_config {
+    cudaLaunchAttribute attrs[2];
+    cudaLaunchConfig_t config = {};
+
+    launch_config(dim3 grid, dim3 block, size_t shared_bytes, kernel_stream stream, bool early,
+                  unsigned cluster = 0) {
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = (cudaStream_t)stream;
+        config.attrs = attrs;
+        if (early) {
+            attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attrs[0].val.programmaticStreamSerializationAllowed = 1;
+            config.numAttrs = 1;
+        }
+        if (cluster) {
+            attrs[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+            attrs[config.numAttrs].val.clusterDim = {cluster, 1, 1};
+            config.numAttrs++;
+        }
+    }
+    launch_config(const launch_config &) = delete;
+    launch_config &operator=(const launch_config &) = delete;
+};
+
 // Clusters of `cluster` blocks; more than one only where there are early launches. room: bytes of
 // shared memory that a block takes beside its own, used or not; those only there, too.
 template <typename... P, typename... A>
 status launch_clusters(const char *what, void (*kernel)(P...), dim3 grid, dim3 block,
                        unsigned cluster, unsigned room, cudaStream_t s, A... argument) {
-    cudaLaunchAttribute attrs[2];
-    attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[0].val.programmaticStreamSerializationAllowed = 1;
-    attrs[1].id = cudaLaunchAttributeClusterDimension;
-    attrs[1].val.clusterDim = {cluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.stream = s;
-    config.attrs = attrs;
-    config.numAttrs = !early_launches() ? 0 : cluster == 1 ? 1 : 2;
-    if (early_launches() && room) {
-        config.dynamicSmemBytes = room;
+    const bool early = early_launches();
+    const launch_config l(grid, block, early ? room : 0, s, early,
+                          early && cluster > 1 ? cluster : 0);
+    if (early && room)
         (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room);
-    }
-    (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(argument)...);
+    (void)cudaLaunchKernelEx(&l.config, kernel, static_cast<P>(argument)...);
     return launched(what);
 }
 

@@ -12,7 +12,8 @@ return {
   predicted = true,
   title = "Gain over the baselines across GPUs (predicted)",
   caption = "Geometric mean over the models of throughput relative to the same format under a "
-    .. "baseline: low-bit data expanded to 16 bits before use, and static batching. Predicted.",
+    .. "baseline: weights expanded to 16 bits before each product (the cache is read as it is), "
+    .. "and static batching. Predicted.",
   build = function(data)
     local rows = {}
     for _, gpu in ipairs(data.ordered(labels.gpus, data:distinct("e03", "gpu"))) do

@@ -17,7 +17,8 @@ return {
   title = "Latency by format and GPU",
   caption = "Predicted latency under load, relative to W16A16KV16 on the same GPUs at the same "
     .. "request rate (three quarters of what 16 bits sustain, or half where that was not run): "
-    .. "geometric mean over the models for which both have rows. Below 1 is faster."
+    .. "geometric mean over the models for which both have rows. Below 1 is faster; "
+    .. labels.eight_bit_units
     .. accuracy.note,
   build = function(data)
     local columns, rows = { "GPU", "format", "models" }, {}

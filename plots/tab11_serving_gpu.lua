@@ -1,7 +1,7 @@
 --- Table 11: 200 conversations on one H200, measured beside predicted.
 local labels = require("labels")
 
-local FORMATS = { "W4A16KV8", "W4g32A16KV8", "WMXFP4A16KV8", "W16A16KV16" }
+local FORMATS = { "W4A16KV8", "W4A8KV8", "W4g32A16KV8", "WMXFP4A16KV8", "W16A16KV16" }
 local METRICS = { { "output_tokens_per_s", "tokens/s" }, { "tpot_p50_ms", "TPOT P50 (ms)" },
   { "ttft_p50_ms", "TTFT P50 (ms)" } }
 

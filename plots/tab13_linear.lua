@@ -16,7 +16,7 @@ return {
     .. "mean over six matrices, by rows of x; error is the largest of ||y - ref|| / ||ref|| "
     .. "against float64. Rows in italics: kernels of other systems, measured once by the same "
     .. "method on another H200 (plots/peers.lua); \"codes given\": without the quantisation of "
-    .. "activations, which our FP8 and W8A8 include. \"-\": not measured.",
+    .. "activations, which our FP8, W8A8 and W4A8 include. \"-\": not measured.",
   build = function(data)
     local columns, rows = { "format", "type", "kernels" }, {}
     for _, m in ipairs(SHOWN) do columns[#columns + 1] = tostring(m) end

@@ -26,9 +26,20 @@ local function throughput(data)
     { baseline = "dequant_first", precision = "W4A16KV8" }, "output_tokens_per_s_per_gpu")
   if #found == 0 then return { NONE } end
   local mean, most = 100 * (stats.geomean(found) - 1), 100 * (math.max(table.unpack(found)) - 1)
-  return { ("+%.0f %% on average, +%.0f %% at most, W4A16KV8 over the same engine that expands to "
-    .. "16 bits first"):format(mean, most), "predicted",
+  return { ("+%.0f %% on average, +%.0f %% at most, W4A16KV8 over the same engine that expands "
+    .. "weights to 16 bits first"):format(mean, most), "predicted",
     ("%+.0f and %+.0f points; another baseline"):format(mean - 58, most - 156) }
+end
+
+--- The same of the models that were served on a GPU in both modes.
+local function throughput_measured(data)
+  local found, which = data:ratios("e03", "model",
+    { device = "cuda", baseline = "none", precision = "W4A16KV8" },
+    { device = "cuda", baseline = "dequant_first", precision = "W4A16KV8" },
+    "output_tokens_per_s_per_gpu")
+  if #found == 0 then return { NONE } end
+  return { ("%+.0f %%: %s on one H200"):format(100 * (stats.geomean(found) - 1),
+    table.concat(which, ", ")), "measured", "-" }
 end
 
 local function latency(data)
@@ -46,14 +57,19 @@ local function everywhere(data)
     { baseline = "none", precision = labels.base }, "output_tokens_per_s_per_gpu"), 0
   if #found == 0 then return { NONE } end
   for _, r in ipairs(found) do slower = slower + (r <= 1 and 1 or 0) end
+  local measured, gain = data:ratios("e10", "model", { device = "cuda", precision = "W4A16KV8" },
+    { device = "cuda", precision = labels.base }, "output_tokens_per_s"), 0
+  for _, r in ipairs(measured) do gain = gain + (r > 1 and 1 or 0) end
   local models, served = {}, 0
   for _, row in ipairs(data:select("e10", { device = "cuda" })) do
     served = served + (models[row.key.model] and 0 or 1)
     models[row.key.model] = true
   end
-  return { ("W4A16KV8 gains over 16 bits in %d of %d pairs of model and GPU; %d models served on "
-    .. "one H200"):format(#found - slower, #found, served),
-    "predicted; serving measured", slower == 0 and "agrees" or "does not hold everywhere" }
+  local holds = slower == 0 and gain == #measured
+  return { ("W4A16KV8 gains over 16 bits in %d of %d pairs of model and GPU; on one H200 in %d of "
+    .. "%d models that fit in both, of %d served"):format(#found - slower, #found, gain,
+    #measured, served),
+    "predicted; H200 measured", holds and "agrees" or "does not hold everywhere" }
 end
 
 local function gpus(data)
@@ -145,6 +161,7 @@ end
 local CLAIMS = {
   { "throughput over mixed-precision frameworks: +58 % on average, +156 % at most", "abstract",
     throughput },
+  { "(the same, where it was measured)", "ours", throughput_measured },
   { "serving latency: -30 % on average, -61 % at most", "abstract", latency },
   { "16 models, gains in all configurations", "abstract", everywhere },
   { "four GPU architectures", "abstract", gpus },

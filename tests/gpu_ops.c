@@ -149,7 +149,7 @@ static void norm_case(int64_t rows, int32_t cols, dtype type) {
     for (int32_t i = 0; i < cols; i++) w[i] += 1;
     void *dr = dev_rounded(residual, n, type), *da = dev_rounded(add, n, type);
     void *dw = dev_rounded(w, cols, type), *dy = dev((size_t)n * 2);
-    assert_ok(kernel_norm_add(dy, dr, da, dw, rows, cols, 1e-5f, type, NULL));
+    assert_ok(kernel_norm_add(dy, dr, da, dw, rows, cols, 1e-5f, type, NULL, NULL));
     fetch_f32(got, dy, n, type);
     fetch_f32(stream, dr, n, type);
 
@@ -174,9 +174,10 @@ static void test_norm(void **state) {
         for (int t = 0; t < 2; t++)
             for (int64_t rows = 1; rows <= 65; rows = rows == 1 ? 7 : rows + 29)
                 norm_case(rows, cols[c], types[t]);
-    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL), ST_SHAPE);
-    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL), ST_UNSUPPORTED);
-    assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
+    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL, NULL), ST_SHAPE);
+    assert_status(kernel_norm_add(NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL, NULL),
+                  ST_UNSUPPORTED);
+    assert_ok(kernel_norm_add(NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL, NULL));
 }
 
 /* The stream is the table's rows, and y the bits that kernel_norm_add makes of them. */
@@ -194,7 +195,7 @@ static void embed_case(int64_t rows, int32_t cols, dtype type) {
     void *dt = dev_rounded(values, TABLE * cols, type), *dw = dev_rounded(w, cols, type);
     void *dd = dev_copy(drawn, sizeof drawn), *di = dev_copy(token, sizeof *token * (size_t)rows);
     void *dr = dev(bytes), *dy = dev(bytes);
-    assert_ok(kernel_norm_embed(dy, dr, dt, di, dd, dw, rows, cols, 1e-5f, type, NULL));
+    assert_ok(kernel_norm_embed(dy, dr, dt, di, dd, dw, rows, cols, 1e-5f, type, NULL, NULL));
     fetch(table, dt, TABLE * row);
     fetch(got, dr, bytes);
     fetch(y, dy, bytes);
@@ -205,7 +206,7 @@ static void embed_case(int64_t rows, int32_t cols, dtype type) {
     }
     for (int64_t i = 0; i < rows * cols; i++) got[i] = 0x8000; /* -0, which changes no number */
     void *nothing = dev_copy(got, bytes);
-    assert_ok(kernel_norm_add(dy, dr, nothing, dw, rows, cols, 1e-5f, type, NULL));
+    assert_ok(kernel_norm_add(dy, dr, nothing, dw, rows, cols, 1e-5f, type, NULL, NULL));
     fetch(want, dy, bytes);
     assert_memory_equal(y, want, bytes);
     y[rows * cols / 2] ^= 1; /* twin */
@@ -221,11 +222,62 @@ static void test_norm_embed(void **state) {
     for (int c = 0; c < COUNT_OF(cols); c++)
         for (int t = 0; t < 2; t++)
             for (int64_t rows = 1; rows <= 65; rows += 32) embed_case(rows, cols[c], types[t]);
-    assert_status(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL),
-                  ST_SHAPE);
-    assert_status(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL),
-                  ST_UNSUPPORTED);
-    assert_ok(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL));
+    assert_status(
+        kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 12, 1, DT_F16, NULL, NULL),
+        ST_SHAPE);
+    assert_status(
+        kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 1, 16, 1, DT_I8, NULL, NULL),
+        ST_UNSUPPORTED);
+    assert_ok(kernel_norm_embed(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 1, DT_F16, NULL, NULL));
+}
+
+/* Codes that a norm leaves are those of its y: all bits, each order. The twin: of another row. */
+static void codes_case(int64_t rows, int32_t cols, dtype type, act_format act, bool atoms) {
+    const int64_t n = rows * cols;
+    float *table = normals(n, 1, 6), *w = normals(cols, 0.2, 7);
+    int32_t *token = host((size_t)rows, sizeof *token);
+    for (int64_t i = 0; i < rows; i++) token[i] = (int32_t)(rows - 1 - i);
+    void *dt = dev_rounded(table, n, type), *dw = dev_rounded(w, cols, type);
+    void *da = dev_rounded(table, n, type), *di = dev_copy(token, sizeof *token * (size_t)rows);
+    void *dr = dev((size_t)n * 2), *dy = dev((size_t)n * 2);
+    const activation_codes to = {dev((size_t)n), dev((size_t)rows * 4), act, atoms};
+    activation_quantiser q = {.x = dy, .ldx = cols, .m = (int32_t)rows, .k = cols, .type = type};
+    q.act = act;
+    q.sm = 90;
+    q.m_pad = q.m;
+    q.code = dev((size_t)n);
+    q.scale = dev((size_t)rows * 4);
+    q.atoms = atoms;
+    uint8_t *got = host((size_t)n, 1), *want = host((size_t)n, 1);
+    float *scale = host((size_t)rows, 4), *scale_want = host((size_t)rows, 4);
+    for (int embed = 1; embed >= 0; embed--) { /* then the stream is there to add to */
+        assert_ok(
+            embed ? kernel_norm_embed(dy, dr, dt, di, NULL, dw, rows, cols, 1e-5f, type, &to, NULL)
+                  : kernel_norm_add(dy, dr, da, dw, rows, cols, 1e-5f, type, &to, NULL));
+        assert_ok(kernel_quantize_activation(&q, NULL));
+        fetch(got, to.code, (size_t)n);
+        fetch(want, q.code, (size_t)n);
+        fetch(scale, to.scale, (size_t)rows * 4);
+        fetch(scale_want, q.scale, (size_t)rows * 4);
+        assert_memory_equal(got, want, (size_t)n);
+        assert_memory_equal(scale, scale_want, (size_t)rows * 4);
+        if (rows > 1) assert_memory_not_equal(got, want + cols, (size_t)cols);
+    }
+    void *all[] = {dt, dw, da, di, dr, dy, to.code, to.scale, q.code, q.scale};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(table), free(w), free(token), free(got), free(want), free(scale), free(scale_want);
+}
+
+static void test_norm_codes(void **state) {
+    (void)state;
+    static const int32_t cols[] = {16, 144, 2880, 4096, 8208, 32768};
+    for (int c = 0; c < COUNT_OF(cols); c++)
+        for (int t = 0; t < 2; t++)
+            for (int64_t rows = 1; rows <= 65; rows += 32) {
+                codes_case(rows, cols[c], types[t], AF_INT8, false);
+                codes_case(rows, cols[c], types[t], AF_INT8, true);
+                codes_case(rows, cols[c], types[t], AF_FP8, false);
+            }
 }
 
 /* Ranks as streams of one GPU. */
@@ -1427,15 +1479,15 @@ int main(int argc, char **argv) {
     if (argc > 1) cmocka_set_test_filter(argv[argc - 1]);
     if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),        cmocka_unit_test(test_norm_embed),
-        cmocka_unit_test(test_rows_join),   cmocka_unit_test(test_norm),
-        cmocka_unit_test(test_norm_ranks),  cmocka_unit_test(test_gated),
-        cmocka_unit_test(test_moe),         cmocka_unit_test(test_moe_norms),
-        cmocka_unit_test(test_draw),        cmocka_unit_test(test_noise),
-        cmocka_unit_test(test_finite),      cmocka_unit_test(test_convert),
-        cmocka_unit_test(test_angles),      cmocka_unit_test(test_quantise),
-        cmocka_unit_test(test_activations), cmocka_unit_test(test_expand),
-        cmocka_unit_test(test_unpack),
+        cmocka_unit_test(test_rows),       cmocka_unit_test(test_norm_embed),
+        cmocka_unit_test(test_norm_codes), cmocka_unit_test(test_rows_join),
+        cmocka_unit_test(test_norm),       cmocka_unit_test(test_norm_ranks),
+        cmocka_unit_test(test_gated),      cmocka_unit_test(test_moe),
+        cmocka_unit_test(test_moe_norms),  cmocka_unit_test(test_draw),
+        cmocka_unit_test(test_noise),      cmocka_unit_test(test_finite),
+        cmocka_unit_test(test_convert),    cmocka_unit_test(test_angles),
+        cmocka_unit_test(test_quantise),   cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_expand),     cmocka_unit_test(test_unpack),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,10 +9,11 @@
 #include "test.h"
 
 #include "engine.h"
+#include "rng.h"
 
 #include <string.h>
 
-enum { N = 12, NEW = 24, LONGEST = 150, SEQS = 8, TOKENS = 64, TOKENS_MAX = 128 };
+enum { N = 12, NEW = 24, LONGEST = 256, SEQS = 8, TOKENS = 64, TOKENS_MAX = 8192 };
 
 /* --- The device ------------------------------------------------------------------------------ */
 
@@ -168,7 +169,7 @@ static void run(bool lockstep, const conditions *c, outputs *o) {
     options.policy.token_budget = c->tokens ? c->tokens : TOKENS;
     options.policy.chunked_prefill = !c->whole;
     options.policy.prefix_cache = !c->no_cache;
-    options.ctx_max = LONGEST;
+    options.ctx_max = 150;
     options.pages = c->pages ? c->pages : 3 * SEQS;
     engine *e;
     *o = (outputs){0};
@@ -298,13 +299,10 @@ static void the_same_with_too_few_pages(void **state) {
 static void company_changes_nothing(void **state) {
     (void)state;
     static const char *const precisions[] = {"W16", "W4A8KV4"};
-    const conditions companies[] = {{.tokens = 9},
-                                    {.whole = true, .tokens = TOKENS_MAX},
-                                    {.seqs = 3, .tokens = 17},
-                                    {.pages = 7},
-                                    {.pages = 5, .tokens = 11},
-                                    {.no_cache = true, .pages = 7},
-                                    {.cancel = true}};
+    const conditions companies[] = {
+        {.tokens = 9},   {.whole = true, .tokens = 128}, {.seqs = 3, .tokens = 17},
+        {.pages = 7},    {.pages = 5, .tokens = 11},     {.no_cache = true, .pages = 7},
+        {.cancel = true}};
     sampling drawn = {
         .temperature = 0.9f, .top_p = 0.95f, .repetition_penalty = 1, .seed = 5, .n_logprobs = -1};
     int32_t n_preempted = 0;
@@ -354,12 +352,220 @@ static void another_token_is_noticed(void **state) {
     assert_true(differing(&ahead, &behind) > 0);
 }
 
+/* --- Drawn work ------------------------------------------------------------------------------- */
+
+/* Requests that are awkward on purpose: prompts that end at, before and after the edge of a page,
+ * share prefixes or are the same, answers of one token, ends by the first token, scored prompts.
+ * What each gets alone, tokens and log-probabilities, it gets in every company. */
+enum { DRAWN = 10 };
+typedef struct {
+    int32_t prompt[LONGEST], n_prompt, max_new;
+    int32_t stop; /* -1 = none */
+    bool is_scored;
+    sampling how;
+    int32_t arrives, leaves; /* at these steps; leaves 0 = never */
+} drawn_request;
+
+typedef struct {
+    int32_t token[NEW], n;
+    finish_reason finish;
+    int32_t n_scored;
+    uint64_t seen; /* of all log-probabilities, to the bit, in their order */
+} drawn_answer;
+
+typedef struct {
+    int32_t seqs, tokens, pages;
+    bool whole, no_cache, lockstep, leave;
+    drawn_answer answer[DRAWN];
+    int32_t n_preempted, n_left, n_cached;
+} drawn_run;
+
+static void draw_requests(rng *r, drawn_request *w) {
+    static const int32_t edges[] = {1, 2, 63, 64, 65, 127, 128, 129, 192, 193};
+    for (int32_t i = 0; i < DRAWN; i++) {
+        drawn_request *q = &w[i];
+        *q = (drawn_request){.stop = -1};
+        q->n_prompt = rng_below(r, 3) ? edges[rng_below(r, COUNT_OF(edges))]
+                                      : (int32_t)rng_range(r, 1, LONGEST - NEW);
+        const int32_t family = (int32_t)rng_below(r, 2);
+        const int32_t own = rng_below(r, 2) ? LONGEST : (int32_t)rng_range(r, 0, q->n_prompt);
+        for (int32_t k = 0; k < q->n_prompt; k++)
+            q->prompt[k] = 20 + (k * 7 + family * 31 + (k >= own ? i + 1 : 0)) % 300;
+        q->max_new = rng_below(r, 4) ? (int32_t)rng_range(r, 1, NEW) : 1;
+        q->is_scored = rng_below(r, 4) == 0;
+        q->how = SAMPLING_GREEDY;
+        q->how.n_logprobs = (int32_t)rng_range(r, 0, 2);
+        q->how.seed = rng_u64(r);
+        if (rng_below(r, 2)) q->how.temperature = 0.9f, q->how.top_p = 0.9f;
+        if (rng_below(r, 3) == 0) q->how.repetition_penalty = 1.2f, q->how.presence_penalty = 0.5f;
+        q->arrives = (int32_t)rng_below(r, 12);
+        if (rng_below(r, 4) == 0) q->leaves = 1 + q->arrives + (int32_t)rng_below(r, 20);
+    }
+}
+
+static void see(drawn_answer *a, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        a->seen = (a->seen ^ ((const uint8_t *)data)[i]) * 1099511628211u;
+}
+
+static void see_sampled(drawn_answer *a, const sampled *s) {
+    see(a, &s->token, sizeof s->token);
+    see(a, &s->logprob, sizeof s->logprob);
+    see(a, s->top_token, sizeof *s->top_token * (size_t)s->n_top);
+    see(a, s->top_logprob, sizeof *s->top_logprob * (size_t)s->n_top);
+}
+
+static bool drawn_token(void *user, int64_t id, const sampled *s, bool ends, int64_t now_ns) {
+    (void)ends;
+    (void)now_ns;
+    drawn_answer *a = &((drawn_run *)user)->answer[id];
+    assert_true(a->n < NEW);
+    a->token[a->n++] = s->token;
+    see_sampled(a, s);
+    return false;
+}
+
+static void drawn_scored(void *user, int64_t id, int32_t at, const sampled *s) {
+    drawn_answer *a = &((drawn_run *)user)->answer[id];
+    assert_int_equal(at, ++a->n_scored);
+    see_sampled(a, s);
+}
+
+static void run_drawn(const drawn_request *w, drawn_run *run) {
+    engine_options options = ENGINE_OPTIONS_DEFAULT;
+    options.model = "workloads/tiny";
+    options.device = "ahead";
+    options.device_options.lockstep = run->lockstep;
+    options.precision = "W16A16KV4";
+    options.policy.max_seqs = run->seqs;
+    options.policy.token_budget = run->tokens;
+    options.policy.chunked_prefill = !run->whole;
+    options.policy.prefix_cache = !run->no_cache;
+    options.ctx_max = LONGEST;
+    options.pages = run->pages;
+    engine *e;
+    assert_ok(engine_open(&e, &options, NULL, NULL));
+    engine_set_hooks(e, &(engine_hooks){.user = run, .token = drawn_token, .scored = drawn_scored});
+    for (int32_t step = 0, done = 0; done < DRAWN; step++) {
+        for (int32_t i = 0; i < DRAWN; i++) {
+            const drawn_request *q = &w[i];
+            if (q->arrives == step)
+                assert_ok(engine_submit(e, &(request){.id = i,
+                                                      .arrival_ns = step,
+                                                      .prompt = q->prompt,
+                                                      .n_prompt = q->n_prompt,
+                                                      .max_new = q->max_new,
+                                                      .ignore_eos = true,
+                                                      .score_prompt = q->is_scored,
+                                                      .sampling = q->how,
+                                                      .stop_token = &q->stop,
+                                                      .n_stop_tokens = q->stop >= 0,
+                                                      .user = -1}));
+            if (run->leave && q->leaves == step && step > 0) {
+                const status st = engine_cancel(e, i); /* NOTFOUND: it has ended before */
+                assert_true(st == ST_OK || st == ST_NOTFOUND);
+            }
+        }
+        bool ran;
+        assert_ok(engine_step(e, &ran));
+        assert_null(sched_problem(engine_sched(e)));
+        request_log log;
+        const int32_t *token;
+        while (sched_take_finished(engine_sched(e), &log, &token)) {
+            drawn_answer *a = &run->answer[log.id];
+            assert_int_equal(log.n_output, a->n);
+            assert_memory_equal(token + log.n_prompt, a->token, sizeof *token * (size_t)a->n);
+            a->finish = log.finish;
+            run->n_preempted += log.n_preempted;
+            run->n_cached += log.n_cached;
+            run->n_left += log.finish == FINISH_CANCEL;
+            done++;
+        }
+        assert_true(step < 20000);
+    }
+    assert_ok(engine_settle(e));
+    assert_int_equal(kvpool_held(sched_pool(engine_sched(e))), 0);
+    engine_close(e);
+}
+
+static void draw_company(rng *r, drawn_run *run) {
+    static const int32_t budgets[] = {16, 17, 64, 100, 256, 8192};
+    *run = (drawn_run){.seqs = (int32_t)rng_range(r, 1, SEQS),
+                       .tokens = budgets[rng_below(r, COUNT_OF(budgets))],
+                       .pages = (int32_t)(rng_below(r, 2) ? rng_range(r, 4, 8) : 4 * SEQS),
+                       .whole = rng_below(r, 4) == 0,
+                       .no_cache = rng_below(r, 3) == 0,
+                       .lockstep = rng_below(r, 2),
+                       .leave = rng_below(r, 2)};
+    if (run->whole) run->tokens = LONGEST;
+}
+
+/* Answers that are not as alone. One that left has had the beginning of its own. */
+static int32_t not_as_alone(const drawn_run *run, const drawn_run *alone) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < DRAWN; i++) {
+        const drawn_answer *a = &run->answer[i], *b = &alone->answer[i];
+        const bool left = run->leave && a->finish == FINISH_CANCEL;
+        const bool alike = left ? a->n <= b->n && a->n_scored <= b->n_scored
+                                : a->n == b->n && a->finish == b->finish &&
+                                      a->n_scored == b->n_scored && a->seen == b->seen;
+        n += !alike || memcmp(a->token, b->token, sizeof *a->token * (size_t)a->n) != 0;
+    }
+    return n;
+}
+
+static void drawn_work_is_answered_as_alone(void **state) {
+    (void)state;
+    enum { ROUNDS = 1, COMPANIES = 4 }; /* more rounds where the scheduler has changed */
+    static drawn_request w[DRAWN];
+    static drawn_run alone, together;
+    int32_t n_preempted = 0, n_left = 0, n_cached = 0, n_first = 0;
+    for (uint64_t seed = 1; seed <= ROUNDS; seed++) {
+        rng r;
+        rng_seed(&r, seed, 0);
+        draw_requests(&r, w);
+        const drawn_run one = {
+            .seqs = 1, .tokens = TOKENS_MAX, .pages = 4, .no_cache = true, .lockstep = true};
+        alone = one;
+        run_drawn(w, &alone);
+        for (int32_t i = 0; i < DRAWN; i += 2) /* ends at a token that comes, often the first */
+            w[i].stop = alone.answer[i].token[rng_below(&r, (uint64_t)alone.answer[i].n)];
+        alone = one;
+        run_drawn(w, &alone);
+        for (int32_t i = 0; i < DRAWN; i++)
+            n_first += alone.answer[i].finish == FINISH_STOP && alone.answer[i].n == 1;
+        for (int32_t k = 0; k < COMPANIES; k++) {
+            draw_company(&r, &together);
+            run_drawn(w, &together);
+            const int32_t n = not_as_alone(&together, &alone);
+            if (n)
+                fail_msg("seed %d, company %d: %d answers are not as alone (seqs %d, tokens %d, "
+                         "pages %d, whole %d, no_cache %d, lockstep %d)",
+                         (int)seed, k, n, together.seqs, together.tokens, together.pages,
+                         together.whole, together.no_cache, together.lockstep);
+            n_preempted += together.n_preempted;
+            n_left += together.n_left;
+            n_cached += together.n_cached;
+        }
+    }
+    assert_true(n_preempted > 0 && n_left > 0 && n_cached > 0 && n_first > 0);
+    /* The twin: one log-probability, and one token. */
+    together = alone;
+    together.answer[3].seen ^= 1;
+    together.answer[4].token[0]++;
+    assert_int_equal(not_as_alone(&together, &alone), 2);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_same_tokens),          cmocka_unit_test(the_same_ends),
-        cmocka_unit_test(the_same_least_length),    cmocka_unit_test(the_same_with_too_few_pages),
-        cmocka_unit_test(company_changes_nothing),  cmocka_unit_test(cancels_what_is_under_way),
+        cmocka_unit_test(the_same_tokens),
+        cmocka_unit_test(the_same_ends),
+        cmocka_unit_test(the_same_least_length),
+        cmocka_unit_test(the_same_with_too_few_pages),
+        cmocka_unit_test(company_changes_nothing),
+        cmocka_unit_test(cancels_what_is_under_way),
         cmocka_unit_test(another_token_is_noticed),
+        cmocka_unit_test(drawn_work_is_answered_as_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

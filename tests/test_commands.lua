@@ -85,6 +85,7 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   for words, range in pairs({
     ["generate --model workloads/tiny --prompt a --tp %d"] = "--tp 4294967297 is outside 1 to 64",
     ["chat --model workloads/tiny --tp %d"] = "--tp 4294967297 is outside 1 to 64",
+    ["eval --model workloads/tiny --text README.md --tp %d"] = "--tp 4294967297 is outside 1 to 64",
     ["serve --model workloads/tiny --ctx %d"] = "--ctx 4294967297 is outside 0 to 16777216",
     ["bench serve --url http://127.0.0.1:1 --n %d"] = "--n 4294967297 is outside 1 to 16777216",
     ["quantize --model workloads/tiny --out x --tokens %d"] = "is outside 2 to 16777216",
@@ -109,7 +110,8 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   refused("chat --model no-such-model --system \xff </dev/null", "no UTF-8 text")
   refused("eval --model workloads/tiny --text no-such-text --against no-such-model",
     "no-such-model")
-  for _, other in ipairs({ "--against workloads/tiny", "--json" }) do
+  for _, other in ipairs({ "--against workloads/tiny", "--json",
+    "--precision W16 --precision W8" }) do
     refused("eval --model no-such-model --text no-such-text --logits x " .. other,
       "--logits writes a file alone")
   end
@@ -143,6 +145,59 @@ test.case("text comes through a pipe as from a file", function()
   code, said = command("%s tokenize --model workloads/tiny --file /tmp")
   test.equal(code, 1)
   test.equal(said, "amalgam: /tmp: not a regular file\n")
+end)
+
+test.case("a checkpoint is scored in several precisions at once", function()
+  local text = os.tmpname()
+  command("%s corpus --seed 1099511627776 --bytes 1500 >" .. text)
+  local words = "%s eval --model workloads/tiny --text " .. text
+  local code, said = command(words .. " --against workloads/tiny --precision W16 --precision W4gK"
+    .. " --precision W4A4 --precision FP8 2>&1")
+  test.equal(code, 2, "that of the one which is refused")
+  local agreement, kl = {}, {}
+  for name, _, share, nats in said:gmatch("(%S+) +(%d+%.%d+) +(%d+%.%d+) +(%d+%.%d+) +%d") do
+    agreement[name], kl[name] = tonumber(share), tonumber(nats)
+  end
+  test.contains(said, "amalgam: W4A4: ")
+  test.equal(agreement["W16A16KV16"] == 1 and kl["W16A16KV16"] == 0, true, said)
+  -- The twin: coarser codes are told from finer ones, and both from 16 bits.
+  test.equal(kl["W4gKA16KV16"] > kl["WFP8AFP8KVFP8"] and kl["WFP8AFP8KVFP8"] > 0, true, said)
+  local _, all = command(words .. " --json --precision W16 --precision W4A16KV8")
+  local _, one = command(words .. " --json --precision W4A16KV8")
+  test.equal(all:match("\n(.*)$"), one, "as alone")
+  local _, alone = command(words .. " --precision W4gK --against workloads/tiny")
+  test.contains(alone, ("KL divergence %.5f nats"):format(kl["W4gKA16KV16"]))
+  os.remove(text)
+end)
+
+test.case("options of draws, tokens and texts do what their help says", function()
+  local function said(words)
+    local code, text = command("%s " .. words)
+    test.equal(code, 0, words .. "\n" .. text)
+    return text
+  end
+  local generate = "generate --model workloads/tiny --prompt 'Once upon a time' --max-tokens 40 "
+  local greedy, draw = said(generate), "--temperature 5 --seed 3"
+  test.equal(said(generate .. draw .. " --top-k 1"), greedy)
+  test.equal(said(generate .. draw) ~= greedy, true, "the twin: of all tokens")
+  test.equal(said(generate .. "--stream"), greedy)
+  local function n_tokens(words)
+    local line = said("tokenize --json --model workloads/tiny " .. words)
+    return tonumber(line:match('"tokens":(%d+)'))
+  end
+  local chat = "--text 'a<|endoftext|>'"
+  test.equal(n_tokens(chat), 2)
+  test.equal(n_tokens(chat .. " --plain") > 2, true)
+  local bos = "tokenize --json --model tests/vectors/tokenizers/llama2 --text a"
+  test.contains(said(bos), '"ids":[1,490]')
+  test.contains(said(bos .. " --no-bos"), '"ids":[490]')
+  for line in said("corpus --tasks arithmetic --count 40 --digits 1"):gmatch("[^\n]+") do
+    test.equal(line:find('"prompt":"%d [+-] %d ="') ~= nil, true, line)
+  end
+  local function length(n)
+    return #said("corpus --tasks recall --count 5 --sentences " .. n)
+  end
+  test.equal(length(1) < length(30), true)
 end)
 
 test.case("serve's key is that of the environment, too", function()
