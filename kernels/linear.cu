@@ -264,6 +264,60 @@ uint8_t *tiles_of(const linear_problem *p) {
     return static_cast<uint8_t *>(p->workspace) + kFlagBytes + p->n_sms * kSumsBytes;
 }
 
+// Variant v of p; x, of rows `ldx` elements apart, are codes with scales or not.
+status launch(const linear_variant *v, const linear_problem *p, linear_layout l, const void *x,
+              int64_t ldx, const float *x_scale, kernel_stream stream) {
+    const linear_weight *w = p->w;
+    linear_args a = {};
+    a.paired = gated(p);
+    if (a.paired && !w->gated) {
+        l.half_rows = w->n / 2;
+        l.half_blocks = l.blocks / 2;
+    }
+    const bool channel = w->format == WF_INT8 || w->format == WF_FP8;
+    a.code = static_cast<const uint8_t *>(w->code);
+    a.scale = static_cast<const uint8_t *>(w->scale);
+    a.bias = w->bias;
+    a.channel = channel ? static_cast<const float *>(w->scale) : nullptr;
+    a.global_scale = w->format == WF_NVFP4 ? w->global_scale : nullptr;
+    a.x = x;
+    a.x_scale = x_scale;
+    a.y = p->y;
+    a.ldx = ldx;
+    a.ldy = p->ldy;
+    a.code_bytes = l.code_bytes;
+    a.scale_bytes = l.scale_bytes;
+    a.expert_start = p->expert_start;
+    a.x_row = p->x_row;
+    a.counters = static_cast<int32_t *>(p->workspace);
+    a.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.partial = reinterpret_cast<float *>(tiles_of(p));
+    a.m = p->m;
+    a.n = w->n;
+    a.k = w->k;
+    a.count = w->count;
+    a.half_rows = l.half_rows;
+    a.half_blocks = l.half_blocks;
+    a.blocks = l.blocks;
+    a.units = l.units;
+    a.granules = l.granules;
+    a.granule_bytes = l.granule_bytes;
+    a.granule = l.granule;
+    a.granule_shift = l.granule == 128 ? 7 : l.granule == 64 ? 6 : l.granule == 32 ? 5 : 4;
+    a.epilogue = p->epilogue;
+    a.sym = w->sym;
+    a.y_f32 = p->y_type == DT_F32;
+    a.apart = p->apart;
+    a.routed = p->routed;
+    a.limit = p->limit;
+    a.ahead = p->ahead;
+    a.told = p->told;
+    a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
+                         : (l.blocks + v->blocks - 1) / v->blocks;
+    a.steps = (l.units + v->step_units - 1) / v->step_units;
+    return v->launch(&a, p->n_sms, v->ctas_per_sm, stream);
+}
+
 } // namespace
 
 // What quantised x needs lies behind the tiles.
@@ -341,56 +395,24 @@ extern "C" activation_codes linear_x_codes(const linear_problem *p) {
 
 extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream) {
     const linear_weight *w = p->w;
-    linear_layout l = linear_layout_of(w);
+    const linear_layout l = linear_layout_of(w);
     const linear_variant *v = choose(p, &l);
     if (!v)
         return FAIL(ST_UNSUPPORTED, "no linear kernel %s for W%s on sm_%d",
                     p->kernel ? p->kernel : "", weight_format_text(w->format), p->sm);
-    linear_args a = {};
-    a.paired = gated(p);
-    if (a.paired && !w->gated) {
-        l.half_rows = w->n / 2;
-        l.half_blocks = l.blocks / 2;
-    }
-    const bool channel = w->format == WF_INT8 || w->format == WF_FP8;
-    a.code = static_cast<const uint8_t *>(w->code);
-    a.scale = static_cast<const uint8_t *>(w->scale);
-    a.bias = w->bias;
-    a.channel = channel ? static_cast<const float *>(w->scale) : nullptr;
-    a.global_scale = w->format == WF_NVFP4 ? w->global_scale : nullptr;
-    a.x = p->x;
-    a.y = p->y;
-    a.ldx = p->ldx;
-    a.ldy = p->ldy;
-    a.code_bytes = l.code_bytes;
-    a.scale_bytes = l.scale_bytes;
-    a.expert_start = p->expert_start;
-    a.x_row = p->x_row;
-    a.counters = static_cast<int32_t *>(p->workspace);
-    a.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
-    a.partial = reinterpret_cast<float *>(tiles_of(p));
-    a.m = p->m;
-    a.n = w->n;
-    a.k = w->k;
-    a.count = w->count;
-    a.half_rows = l.half_rows;
-    a.half_blocks = l.half_blocks;
-    a.blocks = l.blocks;
-    a.units = l.units;
-    a.granules = l.granules;
-    a.granule_bytes = l.granule_bytes;
-    a.granule = l.granule;
-    a.granule_shift = l.granule == 128 ? 7 : l.granule == 64 ? 6 : l.granule == 32 ? 5 : 4;
-    a.epilogue = p->epilogue;
-    a.sym = w->sym;
-    a.y_f32 = p->y_type == DT_F32;
-    a.apart = p->apart;
-    a.routed = p->routed;
-    a.limit = p->limit;
-    a.ahead = p->ahead;
-    a.told = p->told;
-    a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
-                         : (l.blocks + v->blocks - 1) / v->blocks;
-    a.steps = (l.units + v->step_units - 1) / v->step_units;
-    return v->launch(&a, p->n_sms, v->ctas_per_sm, stream);
+    return launch(v, p, l, p->x, p->ldx, nullptr, stream);
+}
+
+extern "C" status linear_w4a8_launch(const char *name, const linear_problem *p, const void *code,
+                                     const float *x_scale, kernel_stream stream) {
+    const linear_layout l = linear_layout_of(p->w);
+    const linear_table table = linear_w4a8_table();
+    linear_problem q = *p;
+    q.x_row = nullptr; // codes are of the rows taken
+    q.apart = true;    // behind the quantiser
+    for (int32_t i = 0; i < table.n; i++)
+        if (strcmp(table.row[i].name, name) == 0 && accepts(&table.row[i], &q, &l))
+            return launch(&table.row[i], &q, l, code, p->w->k, x_scale, stream);
+    return FAIL(ST_UNSUPPORTED, "no kernel %s for %d rows of W%s", name, p->m,
+                weight_format_text(p->w->format));
 }

@@ -55,6 +55,7 @@ struct linear_args {
     float *sums;             // zeros when no launch is under way
     linear_ahead ahead;      // as in linear_problem
     const int32_t *told;     // as in linear_problem
+    const float *x_scale;    // x is codes: of its rows, to be read in eights
 };
 
 // Where the sums of a problem of 16-bit operands go, k being bytes of a row of those.

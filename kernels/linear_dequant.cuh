@@ -92,6 +92,11 @@ __device__ __forceinline__ uint32_t shared_u16(uint32_t at) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
     return v;
 }
+__device__ __forceinline__ uint2 shared_u64(uint32_t at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+}
 __device__ __forceinline__ uint4 shared_u128(uint32_t at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -67,6 +67,7 @@ linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);
 linear_table linear_mid_table(void);
+linear_table linear_w4a8_table(void);       /* of linear_mid.cu: x as codes */
 linear_table linear_words_table(void);      /* of linear_codes.cu */
 linear_table linear_words_tall_table(void); /* of linear_codes_tall.cu */
 /* Tensor map (CUtensorMap) of x [m, k] in boxes of [rows, 64]; what lies outside reads as zero. */
@@ -100,9 +101,9 @@ status linear_codes_launch(const char *name, const linear_problem *p, int32_t ro
 status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m, const void *code,
                                 const float *x_scale, kernel_stream stream);
 
-/* linear_w4a8.cu, linear_w4a8_tall.cu: p, whose weight is linear_nibbles, x being quantised already
- * in the order of atoms: code [m, k], x_scale [m]. By variant `name` of few rows; of many. Only
- * where compiled for 90a. */
+/* linear.cu, linear_w4a8_tall.cu: p, whose weight is linear_nibbles, x being quantised already in
+ * the order of atoms: code [m, k], x_scale [m], which is read in eights. By variant `name` of
+ * linear_w4a8_table, for few rows; of many. Only where compiled for 90a. */
 status linear_w4a8_launch(const char *name, const linear_problem *p, const void *code,
                           const float *x_scale, kernel_stream stream);
 status linear_w4a8_tall_launch(const linear_problem *p, const void *code, const float *x_scale,

@@ -31,9 +31,13 @@
 // x is as many bytes to an SM as W, or twice as many. So where a CTA takes an SM, two are a
 // cluster: they go through the same steps of K of two tiles, and each has half of what they need of
 // x brought to both. The line is then one of pairs of tiles, cut among pairs of CTAs.
+//
+// x may be int8 codes in the order of atoms (linear_byte_input) beside W4: A fragments are then
+// bytes, code less zero point, and their sums exact int32, which meet the scales of W in f32 and,
+// at a tile's end, those of x.
 #include "linear_ahead.cuh"
 #include "linear_launch.h"
-#include "ptx_sm90.cuh"
+#include "ptx_sm90_codes.cuh"
 #include "tensor_map.cuh"
 
 // With four warpgroups a CTA has an SM, with two half of one, so that the next launch's can load
@@ -64,6 +68,15 @@
     MID_TYPES(X, FP8B, 128)
 #endif
 
+// x as codes.
+#ifndef MID_INSTANCES_CODES
+#define MID_INSTANCES_CODES(X) MID_TYPES(X, INT4, 128) MID_TYPES(X, INT4, 64)
+#endif
+#ifndef MID_INSTANCES_CODES_3
+#define MID_INSTANCES_CODES_3(X)                                                                   \
+    X(INT4, F16, 64, 128) X(INT4, BF16, 64, 128) X(INT4, F16, 64, 64) X(INT4, BF16, 64, 64)
+#endif
+
 // For racecheck, which lets nobody past a cluster's barrier before all of its threads wait there.
 #ifndef MID_RACECHECK
 #define MID_RACECHECK false
@@ -73,30 +86,41 @@ namespace {
 
 enum { kStagesMost = 16, kGiveBytes = 1024 }; // kGiveBytes: of a warp, see exchange
 
+// Beside a weight format (F, f): x is codes.
+enum { kCodes = 1 << 8 };
+__host__ __device__ constexpr bool of_codes(int f) { return (f & kCodes) != 0; }
+__host__ __device__ constexpr int bits_of(int f) { return linear_code_bits(f & ~kCodes); }
+// Units of a line of x, which is 128 bytes of a row.
+__host__ __device__ constexpr int line_units(int f) { return of_codes(f) ? 2 : 1; }
+
 // Units of K in a step, at least what a scale covers, and in a stage of x: the longer, the fewer
 // instructions; the shorter, the sooner is one free.
 __host__ __device__ constexpr int step_units(int f, int blocks, int parts) {
-    return linear_code_bits(f) == 4 && blocks * parts > 2 ? 4 : 2;
+    return bits_of(f) == 4 && blocks * parts > 2 ? 4 : 2;
 }
 __host__ __device__ constexpr int x_units(int f, int rows, int blocks, int parts) {
-    return blocks * parts > 2 ? step_units(f, blocks, parts) : rows == 32 ? 2 : 1;
+    return blocks * parts > 2 ? step_units(f, blocks, parts) : rows == 32 || of_codes(f) ? 2 : 1;
+}
+__host__ __device__ constexpr int x_lines(int f, int rows, int blocks, int parts) { // of a stage
+    return x_units(f, rows, blocks, parts) / line_units(f);
 }
 // Scales meet the sums of a granule, not each weight: fewer instructions, and for 64 rows more
 // registers than warps that load leave, so that those give some of theirs.
 __host__ __device__ constexpr bool scaled_later(int f, int rows, int blocks, int g) {
-    return f == WF_INT4 && g == 128 && (rows == 32 || blocks > 2);
+    return of_codes(f) || (f == WF_INT4 && g == 128 && (rows == 32 || blocks > 2));
 }
 __host__ __device__ constexpr bool registers_given(int f, int rows, int blocks, int g) {
-    return scaled_later(f, rows, blocks, g) && rows == 64 && blocks == 4;
+    return scaled_later(f, rows, blocks, g) && rows == 64 &&
+           (blocks == 4 || (of_codes(f) && blocks == 2));
 }
 __host__ __device__ constexpr int threads(int f, int rows, int blocks, int parts, int g) {
     return 128 * blocks * parts + (registers_given(f, rows, blocks, g) ? 128 : 64);
 }
 // Two parts of K in a CTA: of 8 bits they have not been timed.
-constexpr bool has_parts(int f) { return linear_code_bits(f) == 4; }
+constexpr bool has_parts(int f) { return bits_of(f) == 4; }
 // Tiles of three blocks. Gate and up have none: a block would be without its other.
 constexpr bool has_three(int f, int rows, int g) {
-    return rows == 64 && (f == WF_MXFP4 || (f == WF_INT4 && g == 128));
+    return rows == 64 && (f == WF_MXFP4 || of_codes(f) || (f == WF_INT4 && g == 128));
 }
 // Granules of a step.
 __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, int g) {
@@ -111,11 +135,11 @@ struct division {
     int32_t steps;                       // of a tile
     int32_t per, all;                    // blocks, or pairs: of a tile; all
     int32_t rounds;                      // tiles that each CTA has whole; 0: all are of the line
-    int32_t x_whole;                     // K is a multiple of 64: x comes as boxes of several units
-    int32_t x_rows;                      // of a unit of x: those there are, in eights
+    int32_t x_whole;                     // K is whole lines of x: it comes as boxes of several
+    int32_t x_rows;                      // of x: those there are, in eights
     int32_t w_stages, x_stages, w_stage; // w_stage: bytes, codes and then scales
     int32_t groups;                      // of 8 rows of x
-    int32_t at_w, at_turn, at_bars, bytes;
+    int32_t at_w, at_turn, at_bars, at_x_scale, bytes;
     int64_t cost; // about, ns
 };
 
@@ -238,7 +262,7 @@ template <int B> __device__ __forceinline__ barriers barriers_of(const division 
 // --- Loading ------------------------------------------------------------------------------------
 
 // Tensor maps: codes [half][block][unit, in rows of 2 KB][2 KB], scales [half][block][granule]
-// [bytes], x [units][rows][64] or, where K ends within a unit, [rows][K].
+// [bytes], x [lines][rows][128 bytes] or, where K ends within a line, [rows][K].
 struct maps {
     CUtensorMap code, scale, x, code_one, scale_one; // with rounds, also of one block or pair
 };
@@ -289,15 +313,15 @@ template <int W> struct walk {
 // Stages of W that are asked for and not there, until the ring is full for once: with all of them
 // the first of x would come last.
 __host__ __device__ constexpr int asked_at_once(int f, int blocks) {
-    return blocks > 2 && linear_code_bits(f) == 4 ? 1 : 2;
+    return blocks > 2 && bits_of(f) == 4 ? 1 : 2;
 }
 
 // With rounds: codes and scales of all steps, by one thread.
 template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_rounds(const linear_args &p, const division &d, const maps &m,
                                             ring to, uint32_t base) {
-    constexpr int W = 4 * B * P, U = step_units(F, B, P), unit = 512 * linear_code_bits(F);
-    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+    constexpr int W = 4 * B * P, U = step_units(F, B, P), unit = 512 * bits_of(F);
+    constexpr int kRows = U * bits_of(F) / 4, kGranules = step_granules(F, B, P, G);
     const int scales = kGranules * p.granule_bytes, halves = p.paired ? 2 : 1;
     const uint64_t policy = policy_evict_first();
     const int line = line_of(d);
@@ -331,8 +355,8 @@ template <int F, int B, int P, int G>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring to, uint32_t base) {
     constexpr int W = 4 * B * P, U = step_units(F, B, P);
-    constexpr int code = B * U * 512 * linear_code_bits(F);
-    constexpr int kRows = U * linear_code_bits(F) / 4, kGranules = step_granules(F, B, P, G);
+    constexpr int code = B * U * 512 * bits_of(F);
+    constexpr int kRows = U * bits_of(F) / 4, kGranules = step_granules(F, B, P, G);
     constexpr int kAsked = asked_at_once(F, B);
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
@@ -350,17 +374,25 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
     }
 }
 
-// x of all steps, by one thread.
+// x of all steps, by one thread; scales of codes beside the first.
 template <int F, int NT, int B, int P>
-__device__ __forceinline__ void load_inputs(const division &d, const maps &m, ring to,
-                                            uint32_t base) {
-    constexpr int W = 4 * B * P, U = x_units(F, NT, B, P), kBoxes = step_units(F, B, P) / U;
+__device__ __forceinline__ void load_inputs(const linear_args &p, const division &d, const maps &m,
+                                            ring to, uint32_t base) {
+    constexpr int W = 4 * B * P, L = x_lines(F, NT, B, P);
+    constexpr int kBoxes = step_units(F, B, P) / x_units(F, NT, B, P), kStage = L * NT * 128;
     const bool doubled = kClusters<W> && d.doubled;
     const uint64_t policy = policy_evict_normal();
     place<W> i(d);
     // Of a cluster each has half of a stage brought to both, when it is free in both.
     const uint32_t own = doubled ? blockIdx.x % 2 : 0;
     const uint32_t others_free = doubled ? remote_address(to.free(), own ^ 1) : 0;
+    bool first = of_codes(F);
+    const auto expect = [&](uint32_t full) {
+        const int scales = first ? d.x_rows * 4 : 0;
+        barrier_arrive_expect(full, L * d.x_rows * 128 + scales);
+        if (first) copy_bulk(base + d.at_x_scale, p.x_scale, scales, full, policy);
+        first = false;
+    };
     const auto bring = [&](int at, uint32_t stage, uint32_t full) {
         if (!doubled) {
             copy_box<3>(stage, &m.x, 0, 0, at, 0, full, policy);
@@ -368,7 +400,7 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
         }
         remote_arrive(others_free + to.stage * 8);
         barrier_wait(to.free() + to.stage * 8, to.parity);
-        copy_box_twice(stage + own * (U / 2 * d.x_rows * 128), &m.x, 0, 0, at + own * (U / 2), full,
+        copy_box_twice(stage + own * (L / 2 * d.x_rows * 128), &m.x, 0, 0, at + own * (L / 2), full,
                        policy);
     };
     wait_for_previous();
@@ -377,21 +409,22 @@ __device__ __forceinline__ void load_inputs(const division &d, const maps &m, ri
         for (walk<W> j(d, to); j.whole.left > 0; j.next(d), to.next()) {
             const uint32_t full = to.full + to.stage * 8;
             j.wait(to);
-            barrier_arrive_expect(full, U * d.x_rows * 128);
-            bring(j.part.step * U, base + to.stage * (U * NT * 128), full);
+            expect(full);
+            bring(j.part.step * L, base + to.stage * kStage, full);
         }
         return;
     }
     for (; i.left > 0; i.next(d, 1))
         for (int box = i.step * kBoxes; box < (i.step + 1) * kBoxes; box++, to.next()) {
-            const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * (U * NT * 128);
+            const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * kStage;
             to.wait_empty();
-            barrier_arrive_expect(full, U * d.x_rows * 128);
+            expect(full);
             if (d.x_whole)
-                bring(box * U, stage, full);
+                bring(box * L, stage, full);
             else
-                for (int u = 0; u < U; u++)
-                    copy_tile(stage + u * d.x_rows * 128, &m.x, (box * U + u) * 64, 0, full);
+                for (int u = 0; u < L; u++)
+                    copy_tile(stage + u * d.x_rows * 128, &m.x,
+                              (box * L + u) * (of_codes(F) ? 128 : 64), 0, full);
         }
 }
 
@@ -406,13 +439,28 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d, co
     else if (thread == 0)
         load_weights<F, B, P, G>(p, d, m, bar.w, base);
     else if (thread == 32)
-        load_inputs<F, NT, B, P>(d, m, bar.x, base);
+        load_inputs<F, NT, B, P>(p, d, m, bar.x, base);
 }
 
 // --- Multiplying --------------------------------------------------------------------------------
 
+// Four codes less their zero point as bytes, of row g and of row g + 8: what bytes_lift makes of
+// the zero points keeps the bytes of a difference from borrowing of each other.
+__device__ __forceinline__ void bytes_lift(uint32_t (&lift)[2], uint32_t zeros) {
+    lift[0] = 0x80808080u - __byte_perm(zeros, 0, 0x0000);
+    lift[1] = 0x80808080u - __byte_perm(zeros, 0, 0x1111);
+}
+__device__ __forceinline__ void bytes_of_words(uint32_t (&a)[4], uint32_t word, uint32_t next,
+                                               const uint32_t (&lift)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t v = i / 2 ? next : word;
+        a[i] = (((i % 2 ? v >> 4 : v) & 0x0f0f0f0fu) + lift[i % 2]) ^ 0x80808080u;
+    }
+}
+
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
-    static constexpr int U = step_units(F, B, P), bits = linear_code_bits(F), unit = 512 * bits;
+    static constexpr int U = step_units(F, B, P), bits = bits_of(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     static constexpr bool kLater = scaled_later(F, NT, B, G), kOne = kOneRing<B>;
     static constexpr bool folded = dequant_unfold<T, F>() != 1.f;
@@ -436,7 +484,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
             (at * step_granules(F, B, P, G) + (G ? first * 64 / (G ? G : 1) : 0)) * p.granule_bytes;
         at_scale = strip * 16 + lane / 4 * 2;
         // From one lane, so that the compiler knows it for uniform: descriptors are.
-        x = __shfl_sync(~0u, (base + first * d.x_rows * 128) >> 4 | 1u << 16, 0);
+        x = __shfl_sync(~0u, (base + first / line_units(F) * d.x_rows * 128) >> 4 | 1u << 16, 0);
         // Opaque, lest they be computed anew for every unit.
         asm volatile("" : "+r"(code), "+r"(scale), "+r"(at_scale));
     }
@@ -467,7 +515,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     // those before are multiplied.
     __device__ __forceinline__ void tile(float (&acc)[NT / 2], int steps) {
         constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P);
-        constexpr int x_stage = x_units(F, NT, B, P) * NT * 128;
+        constexpr int x_stage = x_lines(F, NT, B, P) * NT * 128;
         const bool leader = threadIdx.x % 32 == 0;
         constexpr int H = kLater && NT == 32 && B == 4 ? 2 : 1; // of 32
         uint32_t a[2][H][2][4];
@@ -546,7 +594,112 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         for (int i = 0; i < NT / 2 && mend != 1.f; i++) acc[i] *= mend;
         if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
     }
+
+    // The same where x is codes: 32 or 64 inputs become bytes while those before are multiplied.
+    //
+    // Sums T_g of granules 1 .. g, of kChain inputs at most, are int32 that begin at M = 1.5 2^23
+    // as float bits: below 2^22 either way the register is the float M + T_g without a conversion.
+    // Granule g adds (s_g - s_g+1) (M + T_g), where s of what lies before the first and behind the
+    // last is zero. That leaves sum s_g (T_g - T_g-1), and of M, - M s_g+1 behind granule g, which
+    // is exact, and nothing at last. Sums round to half of s_g beside M s_g: an error of 0.3 s_g a
+    // granule (rms), where rounding x to codes made one of 0.3 s_g root(sum of (code - zero)^2).
+    __device__ __forceinline__ void tile_of_codes(float (&acc)[NT / 2], int steps) {
+        constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P), kUnits = G / 64;
+        constexpr int x_stage = x_lines(F, NT, B, P) * NT * 128;
+        constexpr int kChain = 2048, kOf = kChain / 64 / N; // |code - zero| < 16: kOf steps
+        constexpr int32_t kBegin = 0x4b400000;
+        constexpr int H = NT == 64 && P == 1 && B != 3 ? 1 : 2; // of 32 inputs, as registers go
+        const bool leader = threadIdx.x % 32 == 0;
+        uint32_t a[2][H][4];
+        int32_t part[NT / 2];
+        dequant_packed scales = {}, later; // of the granule being multiplied, of that at hand
+        const auto add_part = [&](const dequant_packed &next) {
+            float scale[2], then[2];
+            dequant_unpack<WF_INT4>(scale, scales);
+            dequant_unpack<WF_INT4>(then, next);
+            scale[0] -= then[0], scale[1] -= then[1];
+            group_wait<0>();
+            group_pin(part);
+#pragma unroll
+            for (int i = 0; i < NT / 2; i++)
+                acc[i] = fmaf(__int_as_float(part[i]), scale[i / 2 % 2], acc[i]);
+        };
+        ring &from = kOne ? bar.w : bar.x;
+        int last = -1; // stage of x that a wgmma in flight may read
+        while (steps > 0) {
+            const int end = steps > kOf ? steps - kOf : 0;
+#pragma unroll
+            for (int i = 0; i < NT / 2; i++) part[i] = kBegin;
+            scales.scale = 0;
+            for (; steps > end; steps--) {
+                bar.w.wait_full();
+                const uint32_t code_at = code + bar.w.stage * d.w_stage;
+                const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
+                uint64_t x_at = 0; // of the line at hand
+                uint32_t lift[2];
+                uint4 chunk = shared_u128(code_at);
+#pragma unroll
+                for (int u = 0; u < N; u++)
+#pragma unroll
+                    for (int h = 0; h < 2; h += H) {
+                        uint32_t(&of)[H][4] = a[H == 1 ? h : u % 2];
+                        const bool granule = h == 0 && u % kUnits == 0;
+                        if (granule) {
+                            dequant_load_packed<WF_INT4>(
+                                later, scale_at + u / kUnits * p.granule_bytes, at_scale, p.sym);
+                            bytes_lift(lift, later.zero);
+                        }
+#pragma unroll
+                        for (int i = 0; i < H; i++)
+                            bytes_of_words(of[i], h + i ? chunk.z : chunk.x,
+                                           h + i ? chunk.w : chunk.y, lift);
+                        if (h + H == 2 && u + 1 < N) chunk = shared_u128(code_at + (u + 1) * unit);
+                        const bool fresh = h == 0 && u % XU == 0;
+                        if (fresh) {
+                            if (!kOne) from.wait_full();
+                            x_at = group_descriptor_low(
+                                __shfl_sync(~0u, x + from.stage * (x_stage / 16), 0));
+                        } else if (h == 0 && u % 2 == 0) {
+                            x_at += (uint32_t)d.x_rows * 8;
+                        }
+                        if (granule) {
+                            add_part(later);
+                            scales = later;
+                        }
+                        group_fence();
+#pragma unroll
+                        for (int i = 0; i < H; i++)
+                            multiply_bytes<NT>::run(part, of[i], x_at + (u % 2 * 2 + h + i) * 2);
+                        group_commit();
+                        if (!kOne && u == N - 1 && h + H == 2) { // read; sooner, ptxas would take
+                            __syncwarp();                        // wgmma apart
+                            if (leader) barrier_arrive(bar.w.empty + bar.w.stage * 8);
+                            bar.w.next();
+                        }
+                        group_wait<1>();
+                        if (fresh) {
+                            if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
+                            last = from.stage;
+                            from.next();
+                        }
+                    }
+            }
+            add_part(dequant_packed{});
+        }
+        if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
+    }
 };
+
+// Sums of codes times the scales of their rows of x, which lie at `at`.
+template <int N> __device__ __forceinline__ void scale_rows(float (&acc)[N], uint32_t at) {
+    at += linear_thread_anew() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        const uint2 two = shared_u64(at + j * 32);
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[4 * j + e] *= __uint_as_float(e % 2 ? two.y : two.x);
+    }
+}
 
 // --- Ends of tiles ------------------------------------------------------------------------------
 
@@ -878,7 +1031,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
             linear_ask_ahead(p.ahead, blockIdx.x, d.ctas << d.doubled);
         return;
     }
-    if (kGiven) registers_up<112>();
+    if (kGiven) registers_up<B * P == 2 ? 104 : 112>();
     multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
     const bool whole = rounds && has_whole(p, d, warp / 4);
@@ -888,7 +1041,12 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     while (i.left > 0) {
         const int steps = i.piece(d), tile = i.tile;
         float acc[NT / 2] = {};
-        work.tile(acc, steps);
+        if constexpr (of_codes(F)) {
+            work.tile_of_codes(acc, steps);
+            scale_rows(acc, base + d.at_x_scale);
+        } else {
+            work.tile(acc, steps);
+        }
         i.next(d, steps);
         const target to = target_of<R, B, P, kRounds<F, B>>(p, d, tile);
         if (!to.there) continue;
@@ -931,7 +1089,12 @@ struct times {
 };
 template <int F, int NT, int B, int P> times times_of(bool doubled) {
     constexpr bool few = NT == 32;
-    if (linear_code_bits(F) == 8)
+    if (of_codes(F))
+        return B == 4   ? times{few ? 68 : 73, 10000, 2500}
+               : B == 3 ? times{72, 9500, 3000}
+               : P == 2 ? times{few ? 70 : 92, 8500, 700}
+                        : times{few ? 82 : 102, few ? 4000 : 5200, 2000};
+    if (bits_of(F) == 8)
         return B != 4    ? times{few ? 140 : 152, few ? 4400 : 5000, 0}
                : doubled ? times{few ? 118 : 130, few ? 8000 : 8500, 0}
                          : times{few ? 136 : 146, few ? 7800 : 7300, 0};
@@ -951,7 +1114,7 @@ template <int F, int NT, int B, int P> int64_t cost(const division &d, int units
     int64_t ns = n * t.unit + t.launch + (whole || alike ? 0 : t.cut);
     // Two parts bring twice as much of x, which tells where there are many units (measured).
     if (P == 2 && NT == 64 && n > 160) ns += (n - 160) * 13;
-    if (!d.doubled || linear_code_bits(F) == 8) return ns;
+    if (!d.doubled || bits_of(F) == 8) return ns;
     return ns - ns / 32;
 }
 
@@ -960,23 +1123,24 @@ template <int F, int NT>
 int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     const int64_t whole = (int64_t)d.per * d.rounds * d.steps, part = (steps + d.ctas - 1) / d.ctas;
     const int64_t n = (whole + part) * units * (paired ? 2 : 1);
-    const int64_t ns = linear_code_bits(F) == 8
-                           ? n * 142 + (paired ? 5000 : 4000) - (NT == 32 ? 2000 : 0)
-                       : NT == 32 ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
-                                  : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
-    return d.doubled ? ns - ns / (linear_code_bits(F) == 8 && NT == 64 ? 16 : 32) : ns;
+    const int64_t ns = of_codes(F)       ? n * (NT == 32 ? 70 : 76) + (paired ? 7000 : 6000)
+                       : bits_of(F) == 8 ? n * 142 + (paired ? 5000 : 4000) - (NT == 32 ? 2000 : 0)
+                       : NT == 32        ? n * (paired ? 76 : 74) + (paired ? 6000 : 5000)
+                                         : n * (paired ? 116 : 112) + (paired ? 4500 : 3500);
+    return d.doubled ? ns - ns / (bits_of(F) == 8 && NT == 64 ? 16 : 32) : ns;
 }
 
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
 template <int F, int NT, int B, int P, int G>
 division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
-    constexpr int U = step_units(F, B, P), code = B * U * 512 * linear_code_bits(F);
+    constexpr int U = step_units(F, B, P), code = B * U * 512 * bits_of(F);
     constexpr bool half = B * P == 2;
     division d = {};
     d.per = a->paired ? B / 2 : B;
     d.all = a->paired ? a->half_blocks : a->blocks;
     d.steps = (a->units + U - 1) / U;
     d.doubled = doubled;
+    d.x_whole = a->k % (64 * line_units(F)) == 0;
     const int n = n_sms >> doubled, tile = d.per << doubled; // of a CTA, or of two
     int total = (d.all + tile - 1) / tile * d.steps, most = (total + n - 1) / n;
     d.ctas = (total + most - 1) / most;
@@ -988,18 +1152,18 @@ division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
         const int left = d.all - (n << doubled) * d.rounds * d.per;
         total = (left + doubled) / (1 + doubled) * d.steps;
         most = d.rounds * d.steps;
-        if (total < n || a->k % 64) return division{};
+        if (total < n || !d.x_whole) return division{};
     }
     d.each = total / d.ctas;
     d.more = total % d.ctas;
-    d.x_whole = a->k % 64 == 0;
     d.x_rows = (a->m + 7) / 8 * 8;
     d.groups = (a->m + 7) / 8;
     d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
-    const int x_stage = x_units(F, NT, B, P) * NT * 128;
+    const int x_stage = x_lines(F, NT, B, P) * NT * 128;
     const int exchanges = (a->paired ? 1 : 0) + (P > 1 ? 1 : 0);
     const int turn = 4 * B * P * (LINEAR_STAGE_FLOATS * 4 + exchanges * kGiveBytes);
-    const int bars = 2 * kStagesMost * 16 + 16, left = room(B * P) - 1024 - turn - bars;
+    const int bars = 2 * kStagesMost * 16 + 16 + (of_codes(F) ? NT * 4 : 0);
+    const int left = room(B * P) - 1024 - turn - bars;
     // As many steps of x as of W; of what half an SM has room for x gets less, since W comes from
     // further away.
     const int both = left / (d.w_stage + U / x_units(F, NT, B, P) * x_stage);
@@ -1016,6 +1180,7 @@ division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
     d.at_w = d.x_stages * x_stage;
     d.at_turn = d.at_w + d.w_stages * d.w_stage;
     d.at_bars = d.at_turn + turn;
+    d.at_x_scale = d.at_bars + 2 * kStagesMost * 16 + 16;
     d.bytes = d.at_bars + bars + 1024;
     d.cost =
         in_rounds ? cost_of_rounds<F, NT>(d, total, U, a->paired) : cost<F, NT, B, P>(d, U * B);
@@ -1045,7 +1210,7 @@ status encode(CUtensorMap *map, const tensor &t) {
 
 template <int F, int NT, int B, int P, int G>
 status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
-    constexpr int U = step_units(F, B, P), kRows = linear_code_bits(F) / 4; // rows of 2 KB a unit
+    constexpr int U = step_units(F, B, P), kRows = bits_of(F) / 4; // rows of 2 KB a unit
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = d.rounds ? d.per : a->paired ? B / 2 : B;
     const cuuint64_t block = (cuuint64_t)a->units * kRows * 2048;
@@ -1070,15 +1235,18 @@ status encode_all(maps *m, const linear_args *a, const division &d, bool bf16) {
     code.box[2] = scale.box[2] = 1;
     if (d.rounds) TRY(encode(&m->code_one, code));
     if (d.rounds && G) TRY(encode(&m->scale_one, scale));
-    const cuuint64_t row = (cuuint64_t)a->ldx * 2, rows = (cuuint64_t)a->m, k = (cuuint64_t)a->k;
-    tensor x = {a->x,
-                bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                CU_TENSOR_MAP_SWIZZLE_128B,
-                3,
-                {64, rows, k / 64},
-                {row, 128},
-                {64, (cuuint32_t)d.x_rows, (cuuint32_t)x_units(F, NT, B, P) >> d.doubled}};
-    if (k % 64) x.dims = 2, x.size[0] = k;
+    const cuuint64_t rows = (cuuint64_t)a->m, k = (cuuint64_t)a->k, line = of_codes(F) ? 128 : 64;
+    tensor x = {
+        a->x,
+        of_codes(F) ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+        : bf16      ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        CU_TENSOR_MAP_SWIZZLE_128B,
+        3,
+        {line, rows, k / line},
+        {(cuuint64_t)a->ldx * (128 / line), 128},
+        {(cuuint32_t)line, (cuuint32_t)d.x_rows, (cuuint32_t)x_lines(F, NT, B, P) >> d.doubled}};
+    if (!d.x_whole) x.dims = 2, x.size[0] = k;
     return encode(&m->x, x);
 }
 
@@ -1104,7 +1272,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
             const division other = divide<F, NT, B, P, G>(a, n_sms, in_rounds, doubled);
             if (other.w_stages && (!d.w_stages || other.cost < d.cost)) d = other;
         };
-        const bool doubled = a->k % 64 == 0 && clusters_fit(n_sms);
+        const bool doubled = d.x_whole && clusters_fit(n_sms);
         if (doubled) offer(false, 1);
         if (!kRounds<F, B>) return d;
         offer(true, 0);
@@ -1169,8 +1337,23 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
     ROW("mid_" #NT "x2x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 2, 2, G>::launch)),
 const linear_variant rows[] = {MID_INSTANCES(ROWS) MID_INSTANCES_3(ROWS_3) MID_INSTANCES_8(ROWS_8)};
 
+#define CODES_ROW(SUFFIX, F, T, NT, B, G, LAUNCH) ROW("w4a8_" #NT SUFFIX, F, T, NT, B, G, LAUNCH)
+#define CODES_ROWS_3(F, T, NT, G)                                                                  \
+    CODES_ROW("x3", F, T, NT, 3, G, (tiles<T_##T, WF_##F | kCodes, NT, 3, 1, G>::launch)),
+#define CODES_ROWS(F, T, NT, G)                                                                    \
+    CODES_ROW("", F, T, NT, 4, G, (launch_best<T_##T, WF_##F | kCodes, NT, G>)),                   \
+        CODES_ROW("x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F | kCodes, NT, 2, 1, G>::launch)),     \
+        CODES_ROW("x4", F, T, NT, 4, G, (tiles<T_##T, WF_##F | kCodes, NT, 4, 1, G>::launch)),     \
+        CODES_ROW("x2x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F | kCodes, NT, 2, 2, G>::launch)),
+const linear_variant codes[] = {MID_INSTANCES_CODES(CODES_ROWS)
+                                    MID_INSTANCES_CODES_3(CODES_ROWS_3)};
+
 } // namespace
 
 extern "C" linear_table linear_mid_table(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
+}
+
+extern "C" linear_table linear_w4a8_table(void) {
+    return linear_table{codes, (int32_t)(sizeof codes / sizeof codes[0])};
 }

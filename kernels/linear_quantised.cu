@@ -143,8 +143,12 @@ const variant variants[] = {
     {"cublaslt_5", 5, kAny}, {"codes_tall", -2, kAny}};
 
 // Products of 4-bit by 8-bit codes, by the most rows, of x that has as many as `from`: for fewer,
-// where W's bytes are all that takes time, the kernels of 16-bit x need no more of it.
-const variant nibbles[] = {{"w4a8_32", -1, 32}, {"w4a8_64", -1, 64}, {"w4a8_tall", -2, kAny}};
+// where W's bytes are all that takes time, the kernels of 16-bit x need no more of it. 0 rows: by
+// name only.
+const variant nibbles[] = {{"w4a8_32", -1, 32},   {"w4a8_64", -1, 64},  {"w4a8_tall", -2, kAny},
+                           {"w4a8_32x2", -1, 0},  {"w4a8_32x4", -1, 0}, {"w4a8_32x2x2", -1, 0},
+                           {"w4a8_64x2", -1, 0},  {"w4a8_64x3", -1, 0}, {"w4a8_64x4", -1, 0},
+                           {"w4a8_64x2x2", -1, 0}};
 constexpr int32_t kNibblesFrom = 17;
 
 template <int N> const variant *named(const variant (&of)[N], const char *name) {

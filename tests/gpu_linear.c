@@ -158,7 +158,14 @@ static const char *const kernels[] = {NULL,
                                       "experts_128",
                                       "mid_64x3",
                                       "words_tall",
-                                      "experts_words"};
+                                      "experts_words",
+                                      "w4a8_32x2",
+                                      "w4a8_32x4",
+                                      "w4a8_32x2x2",
+                                      "w4a8_64x2",
+                                      "w4a8_64x3",
+                                      "w4a8_64x4",
+                                      "w4a8_64x2x2"};
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
 static void variants(int32_t f, dtype type, bool quick) {
@@ -354,13 +361,15 @@ static void rounds(int32_t f, dtype type) {
         linear_probe *p = opened(&w, 37);
         if (!p) return;
         for (int32_t m = 19; m <= 64; m += 15) /* 19; 34, 49, 64 */
-            one(p, &w,
-                (linear_trial){.m = m,
-                               .y_type = type,
-                               .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                               .kernel = m <= 32 ? "mid_32x4" : "mid_64x4",
-                               .bias = true},
-                "rounds");
+            for (int32_t codes = 0; codes < 2; codes++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
+                                   .kernel = m <= 32 ? (codes ? "w4a8_32x4" : "mid_32x4")
+                                                     : (codes ? "w4a8_64x4" : "mid_64x4"),
+                                   .bias = true},
+                    "rounds");
         linear_probe_close(p);
     }
 }
