@@ -294,6 +294,7 @@ linear_problem of_values(const linear_problem *p, linear_weight *w, void *space)
     q.act = AF_16;
     q.x = space;
     q.ldx = w->k;
+    q.apart = true; // behind the quantiser
     return q;
 }
 
