@@ -266,6 +266,10 @@ uint8_t *tiles_of(const linear_problem *p) {
 
 } // namespace
 
+extern "C" float *linear_sums(const linear_problem *p) {
+    return reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+}
+
 // What quantised x needs lies behind the tiles.
 extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms) {
     return kFlagBytes + n_sms * (kSumsBytes + kTileBytes) + linear_quantised_bytes(w, max_x);
@@ -362,7 +366,7 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
     a.expert_start = p->expert_start;
     a.x_row = p->x_row;
     a.counters = static_cast<int32_t *>(p->workspace);
-    a.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.sums = linear_sums(p);
     a.partial = reinterpret_cast<float *>(tiles_of(p));
     a.m = p->m;
     a.n = w->n;
