@@ -290,7 +290,7 @@ status launch(const linear_variant *v, const linear_problem *p, linear_layout l,
     a.expert_start = p->expert_start;
     a.x_row = p->x_row;
     a.counters = static_cast<int32_t *>(p->workspace);
-    a.sums = reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+    a.sums = linear_sums(p);
     a.partial = reinterpret_cast<float *>(tiles_of(p));
     a.m = p->m;
     a.n = w->n;
@@ -319,6 +319,10 @@ status launch(const linear_variant *v, const linear_problem *p, linear_layout l,
 }
 
 } // namespace
+
+extern "C" float *linear_sums(const linear_problem *p) {
+    return reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);
+}
 
 // What quantised x needs lies behind the tiles.
 extern "C" int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms) {

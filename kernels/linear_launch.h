@@ -78,6 +78,8 @@ status linear_map_x(void *map, const linear_args *a, bool bf16, int32_t rows);
 const char *linear_tuned(const linear_problem *p, int32_t rank);
 int32_t linear_size_class(int32_t n, int32_t k);
 
+/* linear.cu: of p's workspace LINEAR_SUMS_BYTES an SM that are zeros between launches. */
+float *linear_sums(const linear_problem *p);
 /* linear.cu: a problem whose x is multiplied as it is. */
 const char *linear_choice_16(const linear_problem *p);
 status linear_launch_16(const linear_problem *p, kernel_stream stream);

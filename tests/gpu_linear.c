@@ -301,6 +301,35 @@ static void tall_words(int32_t f, dtype type) {
     }
 }
 
+/* Tiles of W4 by 8-bit x whole, of teams, and whole but for the last wave, of both heights; sums of
+ * codes that begin anew within a tile, at an odd unit of K, and with halves that end within a
+ * block. */
+static void tall_nibbles(int32_t f, dtype type) {
+    static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL, LINEAR_RESIDUAL},
+                                 pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI, LINEAR_STORE};
+    static const int32_t shapes[][3] = {
+        {1056, 6144, 500}, {3104, 4096, 700}, {8224, 448, 700}, {8224, 2112, 1200}};
+    linear_weight w;
+    if (formats[f].format != WF_INT4 || formats[f].act != AF_INT8 || formats[f].group < 64) return;
+    for (int32_t s = 0; s < 8; s++) {
+        const int32_t k = shapes[s / 2][1] / formats[f].group * formats[f].group;
+        w = weight_of(f, type, shapes[s / 2][0], k, 1);
+        w.gated = s % 2;
+        linear_probe *p = opened(&w, 43);
+        if (!p) return;
+        for (int32_t m = 70; m <= shapes[s / 2][2]; m += 3 * m / 2 - m % 2) /* 70 175 436 1090 */
+            for (int32_t i = 0; i < 3; i++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = i == 2 ? DT_F32 : type,
+                                   .epilogue = (w.gated ? pairs : plain)[i],
+                                   .kernel = "w4a8_tall",
+                                   .bias = i % 2},
+                    "tall nibbles");
+        linear_probe_close(p);
+    }
+}
+
 /* More tiles than clusters, and no multiple of them: linear_short may cut them as one line, and a
  * CTA of linear_mid has a tile and little of the next. The last one has as many as an output head:
  * of 16 bits a line, since a last round would read slower. */
@@ -438,6 +467,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     many_rows(f, type);
     tall_codes(f, type);
     tall_words(f, type);
+    tall_nibbles(f, type);
     lines(f, type);
     whole_tiles(f, type);
     rounds(f, type);
