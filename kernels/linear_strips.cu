@@ -291,6 +291,7 @@ __global__ void __maxnreg__(80)
         barrier_init(bar, 1);
         barrier_init_fence();
     }
+    __syncwarp();
     const bool early = p.routed || p.told;
     worker<T, F, G> work = {p, d};
     work.begin_tile((int)blockIdx.x, warp, own);
@@ -341,10 +342,10 @@ __global__ void __maxnreg__(80)
 }
 
 // So much shared memory of a CTA that no SM has more of them than its share, where all find room at
-// once; of a launch that is asked for beside the one before, not twice as many.
-int least_bytes(const linear_args *a, int32_t ctas, int32_t n_sms) {
-    const int share = (ctas + n_sms - 1) / n_sms, most = a->routed ? 2 * share - 1 : share;
-    return most > 8 ? 0 : kSharedBytes / (most + 1) / 128 * 128;
+// once: those that come beside the launch before would else lie on the SMs that are free first.
+int least_bytes(int32_t ctas, int32_t n_sms) {
+    const int share = (ctas + n_sms - 1) / n_sms;
+    return share > 8 ? 0 : kSharedBytes / (share + 1) / 128 * 128;
 }
 
 template <typename T, int F, int G>
@@ -363,7 +364,7 @@ status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream
     d.at_bar = d.at_x + max(kRows * d.x_stride, kStrips * 512);
     d.bytes = (d.at_bar + 8 + 127) / 128 * 128;
     const int32_t experts = a->told ? a->m : min(a->m, a->count);
-    const int bytes = max(d.warps * d.bytes, least_bytes(a, d.tiles * experts, n_sms));
+    const int bytes = max(d.warps * d.bytes, least_bytes(d.tiles * experts, n_sms));
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
     if (e == cudaSuccess)
