@@ -222,6 +222,9 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
             linear_experts_hit(p->w->count, p->m) * tiles * 2 >= 3 * p->n_sms)
             return v;
     }
+    // Of one row and a small matrix within a step, where CTAs wait beside other kernels.
+    if (p->m == 1 && p->apart && p->w->family >= 90 && size <= 1 << 24)
+        if (const linear_variant *v = named("strips", p, l)) return v;
     const char *name;
     for (int32_t i = 0; p->w->family == 90 && (name = linear_tuned(p, i)) != nullptr; i++) {
         const linear_variant *v = named(name, p, l);
