@@ -206,10 +206,11 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
     if (p->kernel) return named(p->kernel, p, l);
     const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
     const int64_t size = (int64_t)p->w->n * p->w->k;
-    // Of one token's experts, of small matrices of two tokens', where they are told of early; of
-    // INT4 as long as they are few bytes: the rings of experts_8 read more of them faster.
-    const bool few = p->m <= (size >> 22 ? 8 : 16) &&
-                     (p->w->format != WF_INT4 || size * p->m < int64_t{1} << 26);
+    // Of one token's experts, of small matrices of two tokens', where they are told of early; not
+    // of much INT4 in large groups that experts_8 takes, whose rings read it faster.
+    const bool rings =
+        p->w->format == WF_INT4 && l->granule >= 128 && size >> 24 == 0 && size * p->m >> 25 > 0;
+    const bool few = p->m <= (size >> 22 ? 8 : 16) && !rings;
     if (p->told && p->w->family >= 90 && few)
         if (const linear_variant *v = named("experts_strips", p, l)) return v;
     for (const preference_of_experts &c : of_experts) {
@@ -221,6 +222,9 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
             linear_experts_hit(p->w->count, p->m) * tiles * 2 >= 3 * p->n_sms)
             return v;
     }
+    // Of one row and a small matrix within a step, where CTAs wait beside other kernels.
+    if (p->m == 1 && p->apart && p->w->family >= 90 && size <= 1 << 24)
+        if (const linear_variant *v = named("strips", p, l)) return v;
     const char *name;
     for (int32_t i = 0; p->w->family == 90 && (name = linear_tuned(p, i)) != nullptr; i++) {
         const linear_variant *v = named(name, p, l);

@@ -1,12 +1,13 @@
-// linear_strips.cu - y^T = W x^T of experts with few rows of x each, on sm_90.
+// linear_strips.cu - y^T = W x^T of experts with few rows of x each, and of one row, on sm_90.
 //
 // A CTA has a tile: a strip of 16 rows of gate and that of up, or two strips side by side, of one
-// expert that has rows. Its warps share K, kUnits units of 64 inputs each at most. All of W that a
-// warp multiplies is asked for at once, each lane copying to shared memory the words that it turns
-// into A fragments itself: nothing is waited for but bytes, and of a launch whose routing was known
-// before (linear_problem.routed) they are asked for while the launch before still runs. A CTA takes
-// so little of an SM that CTAs of the next launch lie beside it. Sums of the warps are added in
-// order of K. Rows of an expert beyond `rows` are further passes over the same W.
+// expert that has rows; or a strip of the one matrix that a row of x is multiplied with. Its warps
+// share K. Each asks for kUnits units of 64 inputs of W at once, all that it has of an expert, each
+// lane copying to shared memory the words that it turns into A fragments itself: nothing is waited
+// for but bytes, and of a launch whose routing was known before (linear_problem.routed), or that
+// has none, they are asked for while the launch before still runs. A CTA takes so little of an SM
+// that CTAs of the next launch lie beside it. Sums of the warps are added in order of K. Rows of an
+// expert beyond kRows are further passes over the same W.
 #include "linear_experts.cuh"
 #include "linear_launch.h"
 #include "mma_sync.cuh"
@@ -27,7 +28,7 @@
 
 namespace {
 
-enum { kUnits = 8, kPairs = kUnits / 2, kWarpsMost = 8, kStrips = 2, kStripBytes = 512 };
+enum { kUnits = 8, kPairs = kUnits / 2, kWarpsMost = 8, kStripBytes = 512 };
 enum { kUnitsMost = kUnits * kWarpsMost };
 enum { kRows = 2 }; // of x at once: few experts of a batch that comes here have more
 enum { kSharedBytes = 228 * 1024, kRoom = 227 * 1024 }; // of an SM; of a CTA
@@ -37,7 +38,7 @@ struct division {
     int32_t warps, part; // of a CTA; units of a warp
     int32_t tiles;       // of an expert
     int32_t x_stride;    // bytes of a row
-    int32_t at_scale, at_x, at_bar, bytes;
+    int32_t at_scale, scale_bytes, at_x, at_sums, at_bar, bytes;
 };
 
 // Row r's expert, if it is its first row, by what the launch before tells of it, and the expert's
@@ -106,16 +107,19 @@ __device__ __forceinline__ void copies_wait(int i) {
                  "@r cp.async.wait_group 1;\n@s cp.async.wait_group 0;\n}" ::"r"(i)
                  : "memory");
 }
+// For all groups but the last three.
+__device__ __forceinline__ void copies_wait_oldest() {
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
+}
 
-// A warp's part of a tile.
-template <typename T, int F, int G> struct worker {
+// A warp's part of a tile of kStrips strips.
+template <typename T, int F, int G, int kStrips> struct worker {
     static constexpr int per = G > 64 ? G / 64 : 1, each = G < 64 ? 64 / G : 1; // a granule, a unit
     static constexpr bool kSums = F == WF_INT4 && G == 128;
     static constexpr bool kFolded = dequant_unfold<T, F>() != 1.f;
     const linear_args &p;
     const division &d;
     uint32_t w, scale, x, x_at; // in shared memory; x_at: of this lane's row and chunk
-    int place[kStrips];         // of the scales of this lane's rows
     int begin, units, lane;     // of K
     int32_t block[kStrips];     // of the strips
     int strip[kStrips];
@@ -125,37 +129,56 @@ template <typename T, int F, int G> struct worker {
         lane = threadIdx.x % 32;
         begin = warp * d.part;
         units = min(d.part, p.units - begin);
-#pragma unroll
-        for (int s = 0; s < kStrips; s++) {
-            block[s] = p.paired ? tile / 4 + s * p.half_blocks : tile / 2;
-            strip[s] = p.paired ? tile % 4 : tile % 2 * 2 + s;
-            place[s] = strip[s] * 16 + lane / 4 * 2;
-            asm volatile("" : "+r"(place[s]));
-        }
+        find_tile(tile);
         w = own + lane * 16;
         asm volatile("" : "+r"(w));
         scale = own + d.at_scale;
         x = own + d.at_x;
     }
+    __device__ __forceinline__ void find_tile(int tile) {
+#pragma unroll
+        for (int s = 0; s < kStrips; s++) {
+            const bool apart = kStrips == 1 || p.paired; // each has a block of its own
+            block[s] = apart ? tile / 4 + s * p.half_blocks : tile / 2;
+            strip[s] = apart ? tile % 4 : tile % 2 * 2 + s;
+        }
+    }
+    // Of the scales of this lane's rows of strip s.
+    __device__ __forceinline__ int place_of(int s) const { return strip[s] * 16 + lane / 4 * 2; }
     // Scales of the warp's granules: 64 rows have a place of which only the strips' rows come.
-    __device__ __forceinline__ void ask_scales(const uint8_t *from) const {
+    __device__ __forceinline__ void ask_scales(const uint8_t *from, uint32_t scale) const {
         constexpr int chunks = F == WF_INT4 ? 4 : 1; // of 16 bytes of a strip: scales, zeros, none
         const int first = begin * each / per, n = (units * each + per - 1) / per;
         const int c = lane % chunks, s = lane / chunks % kStrips;
-        const int at = s ? strip[1] : strip[0], in = F != WF_INT4 ? at * 16
-                                                     : c < 2      ? at * 32 + c * 16
-                                                                  : 128 + at * 16;
+        const int at = s ? strip[kStrips - 1] : strip[0], in = F != WF_INT4 ? at * 16
+                                                               : c < 2      ? at * 32 + c * 16
+                                                                            : 128 + at * 16;
         if (F == WF_INT4 && c >= (p.sym ? 2 : 3)) return;
 #pragma unroll 1
         for (int g = lane / (chunks * kStrips); g < n; g += 32 / (chunks * kStrips))
             copy_some(scale + (g * kStrips + s) * p.granule_bytes + in,
                       from +
-                          ((int64_t)(s ? block[1] : block[0]) * p.granules +
+                          ((int64_t)(s ? block[kStrips - 1] : block[0]) * p.granules +
                            min(first + g, p.granules - 1)) *
                               p.granule_bytes +
                           in,
                       16);
     }
+    // Pair i of the units, number n of all that are asked for, to where the one four before lay.
+    __device__ __forceinline__ void ask_pair(const uint8_t *from, int i, int n,
+                                             uint64_t policy) const {
+        constexpr int unit = kStripBytes * 4;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int s = 0; s < kStrips; s++)
+                if (2 * i + j < units)
+                    copy_weights(w + ((n % kPairs * 2 + j) * kStrips + s) * kStripBytes,
+                                 from + ((int64_t)block[s] * p.units + begin + 2 * i + j) * unit +
+                                     strip[s] * kStripBytes + lane * 16,
+                                 policy);
+    }
+    // kUnits at once. (By ask_pair a step of Mixtral takes 2 % longer.)
     __device__ __forceinline__ void ask_weights(const uint8_t *from, uint64_t policy) const {
         constexpr int unit = kStripBytes * 4;
         const uint8_t *at[kStrips];
@@ -193,12 +216,16 @@ template <typename T, int F, int G> struct worker {
                 : "memory");
     }
 
-    // Two units, whose W is there, onto the sums. Strips in turn, so that few products wait.
-    __device__ __forceinline__ void multiply_pair(float (&acc)[kStrips][4], int u0) const {
+    // Pair i, which is there as number n of all, onto the sums. Strips in turn, so that few
+    // products wait.
+    __device__ __forceinline__ void multiply_pair(float (&acc)[kStrips][4], int i, int n,
+                                                  uint32_t scale,
+                                                  const int (&place)[kStrips]) const {
         float sums[kStrips][2][4] = {};
         dequant_packed packed[kStrips];
         dequant_scales scales[kStrips];
-        const uint32_t w_at = w + u0 * kStrips * kStripBytes;
+        const int u0 = 2 * i;
+        const uint32_t w_at = w + n % kPairs * (2 * kStrips * kStripBytes);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             if (u0 + u >= units) break;
@@ -291,8 +318,9 @@ __global__ void __maxnreg__(80)
         barrier_init(bar, 1);
         barrier_init_fence();
     }
+    __syncwarp();
     const bool early = p.routed || p.told;
-    worker<T, F, G> work = {p, d};
+    worker<T, F, G, 2> work = {p, d};
     work.begin_tile((int)blockIdx.x, warp, own);
     if (!early) {
         wait_for_previous();
@@ -302,14 +330,15 @@ __global__ void __maxnreg__(80)
     target tile = p.told ? told_of(p, (int)blockIdx.y, tokens) : expert_of(p, (int)blockIdx.y);
     tile.block = (int)blockIdx.x;
     if (tile.m_end > tile.m0) {
-        work.ask_scales(p.scale + tile.expert * p.scale_bytes);
+        work.ask_scales(p.scale + tile.expert * p.scale_bytes, work.scale);
         work.ask_weights(p.code + tile.expert * p.code_bytes, policy_evict_first());
     }
     if (early) {
         wait_for_previous();
         launch_dependents();
     }
-    int parity = 0;
+    int parity = 0, place[2] = {work.place_of(0), work.place_of(1)};
+    asm volatile("" : "+r"(place[0]), "+r"(place[1])); // lest they be computed anew
 #pragma unroll 1
     for (int m0 = tile.m0; m0 < tile.m_end; m0 += kRows, parity ^= 1) {
         const int rows = min(kRows, tile.m_end - m0);
@@ -320,17 +349,17 @@ __global__ void __maxnreg__(80)
         work.ask_x(m0, rows, tokens, m0 - tile.m0, bar);
         work.x_at = work.x + min(lane % 8, rows - 1) * d.x_stride + lane / 8 * 16;
         asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
-        float acc[kStrips][4] = {};
+        float acc[2][4] = {};
 #pragma unroll 1
         for (int i = 0; 2 * i < work.units; i++) {
             copies_wait(i);
             __syncwarp();
             if (i == 0) barrier_wait(bar, parity);
-            work.multiply_pair(acc, 2 * i);
+            work.multiply_pair(acc, i, i, work.scale, place);
         }
         __syncwarp();
 #pragma unroll
-        for (int s = 0; s < kStrips; s++)
+        for (int s = 0; s < 2; s++)
             *reinterpret_cast<float4 *>(mine + d.at_x + s * 512 + lane * 16) =
                 make_float4(acc[s][0], acc[s][1], acc[s][2], acc[s][3]);
         __syncthreads();
@@ -340,47 +369,159 @@ __global__ void __maxnreg__(80)
 #endif
 }
 
-// So much shared memory of a CTA that no SM has more of them than its share, where all find room at
-// once; of a launch that is asked for beside the one before, not twice as many.
-int least_bytes(const linear_args *a, int32_t ctas, int32_t n_sms) {
-    const int share = (ctas + n_sms - 1) / n_sms, most = a->routed ? 2 * share - 1 : share;
-    return most > 8 ? 0 : kSharedBytes / (most + 1) / 128 * 128;
+// Of one row the sums of all warps of tile `at`, by one of them; part: the first warp's.
+template <typename T, int F, int G>
+__device__ __forceinline__ void finish_row(const linear_args &p, const division &d,
+                                           const uint8_t *part, int at) {
+    const int lane = threadIdx.x % 32;
+    const int upper = at / 4 >= p.half_blocks ? 1 : 0; // of two halves
+    const int32_t in_half = (at - upper * 4 * p.half_blocks) * 16 + lane;
+    const int32_t col = upper * p.half_rows + in_half;
+    const int in_part = lane % 8 * 16 + lane / 8 * 2; // [lane][4] of a product, whose column is one
+    if (lane >= 16 || in_half >= p.half_rows) return;
+    float v = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarpsMost; w++)
+        if (w < d.warps) v += reinterpret_cast<const float *>(part + w * d.bytes)[in_part];
+    v *= F == WF_INT4 && G == 128 ? dequant_factor<T, F>() : dequant_unfold<T, F>();
+    if (p.bias) v += to_f32(static_cast<const T *>(p.bias)[col]);
+    if (p.epilogue == LINEAR_RESIDUAL) v += linear_element(p.y, col, half_pair<T>::bf16, p.y_f32);
+    if (p.y_f32)
+        static_cast<float *>(p.y)[col] = v;
+    else
+        static_cast<T *>(p.y)[col] = from_f32<T>(v);
 }
 
+// A row of x by one matrix, whose strips CTAs take in turn. All columns of a product are that row.
 template <typename T, int F, int G>
-status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
-    const auto kernel = linear_strips<T, F, G>;
+__global__ void __maxnreg__(64)
+    linear_strip(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    uint8_t *const mine = shared + threadIdx.x / 32 * d.bytes; // see linear_strips
+    const uint32_t own = shared_address(mine), bar = own + d.at_bar;
+    const uint64_t policy = policy_evict_first();
+    launch_dependents();
+    if (lane == 0) {
+        barrier_init(bar, 1);
+        barrier_init_fence();
+    }
+    __syncwarp();
+    worker<T, F, G, 1> work = {p, d};
+    work.begin_tile((int)blockIdx.x, warp, own);
+    const int pairs = (work.units + 1) / 2;
+    // The pair that is asked for next: of which tile, and which of it; `all`: of all tiles.
+    int asked = (int)blockIdx.x, pair = 0, all = 0, place_asked = 0;
+    const auto ask = [&] {
+        if (asked < d.tiles) {
+            if (pair == 0) work.ask_scales(p.scale, work.scale + place_asked * d.scale_bytes);
+            work.ask_pair(p.code, pair, all++, policy);
+            if (++pair == pairs) {
+                pair = 0, place_asked ^= 1;
+                asked += (int)gridDim.x;
+                work.find_tile(asked);
+            }
+        }
+        copies_commit();
+    };
+#pragma unroll 1
+    for (int i = 0; i < kPairs; i++) ask();
+    wait_for_previous();
+    work.ask_x(0, 1, 0, 0, bar);
+    work.x_at = work.x + lane / 8 * 16;
+    asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
+    int n = 0, turn = 0, finisher = 0;  // n: the pair at hand, of all tiles
+#pragma unroll 1
+    for (int tile = (int)blockIdx.x; tile < d.tiles; tile += (int)gridDim.x) {
+        float acc[1][4] = {};
+        const int place[1] = {tile % 4 * 16 + lane / 4 * 2};
+        const uint32_t scale = work.scale + turn * d.scale_bytes;
+#pragma unroll 1
+        for (int i = 0; i < pairs; i++, n++) {
+            copies_wait_oldest();
+            __syncwarp();
+            if (n == 0) barrier_wait(bar, 0);
+            work.multiply_pair(acc, i, n, scale, place);
+            ask();
+        }
+        const int at_sums = d.at_sums + turn * 512;
+        *reinterpret_cast<float4 *>(mine + at_sums + lane * 16) =
+            make_float4(acc[0][0], acc[0][1], acc[0][2], acc[0][3]);
+        // Who has met the others here has read the sums of the tile before.
+        __syncthreads();
+        if (warp == finisher) finish_row<T, F, G>(p, d, shared + at_sums, tile);
+        if (++finisher == d.warps) finisher = 0;
+        turn ^= 1;
+    }
+#endif
+}
+
+// So much shared memory of a CTA that no SM has more of them than its share, where all find room at
+// once: those that come beside the launch before would else lie on the SMs that are free first.
+int least_bytes(int32_t ctas, int32_t n_sms) {
+    const int share = (ctas + n_sms - 1) / n_sms;
+    return share > 8 ? 0 : kSharedBytes / (share + 1) / 128 * 128;
+}
+
+// Of `tiles` tiles of `strips` strips and up to `rows` rows of x. again: a CTA has more than one.
+template <int G>
+division divide(const linear_args *a, int32_t tiles, int32_t strips, int32_t rows, bool again) {
     constexpr int per = G > 64 ? G / 64 : 1, each = G < 64 ? 64 / G : 1;
-    static_assert(kPairs == 4, "copies_wait");
+    const int part = max(kUnits / 2, (a->units + kWarpsMost - 1) / kWarpsMost);
     division d = {};
-    d.part = max(kUnits / 2, (a->units + kWarpsMost - 1) / kWarpsMost);
-    d.part = (d.part + per - 1) / per * per;
+    d.tiles = tiles;
+    d.part = (part + per - 1) / per * per;
     d.warps = (a->units + d.part - 1) / d.part;
-    d.tiles = a->paired ? (a->half_rows + 15) / 16 : a->blocks * 2;
     d.x_stride = d.part * 128 + 16;
-    d.at_scale = d.part * kStrips * kStripBytes;
-    d.at_x = d.at_scale + d.part * each / per * kStrips * a->granule_bytes;
-    d.at_bar = d.at_x + max(kRows * d.x_stride, kStrips * 512);
+    d.at_scale = (again ? (int)kUnits : min(d.part, (int)kUnits)) * strips * kStripBytes;
+    d.scale_bytes = d.part * each / per * strips * a->granule_bytes;
+    d.at_x = d.at_scale + d.scale_bytes * (again ? 2 : 1);
+    d.at_sums = d.at_x + rows * d.x_stride; // of one row of x; of more they come to lie where x did
+    d.at_bar = rows == 1 ? d.at_sums + (again ? 1024 : 512) : max(d.at_sums, d.at_x + strips * 512);
     d.bytes = (d.at_bar + 8 + 127) / 128 * 128;
-    const int32_t experts = a->told ? a->m : min(a->m, a->count);
-    const int bytes = max(d.warps * d.bytes, least_bytes(a, d.tiles * experts, n_sms));
+    return d;
+}
+
+status launch(void (*kernel)(linear_args, division), const linear_args *a, const division &d,
+              dim3 ctas, int32_t n_sms, kernel_stream stream) {
+    const int bytes = max(d.warps * d.bytes, least_bytes((int)(ctas.x * ctas.y), n_sms));
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
     if (e == cudaSuccess)
         e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
-    const launch_config l(dim3((unsigned)d.tiles, (unsigned)experts),
-                          dim3((unsigned)(32 * d.warps)), (size_t)bytes, stream, true);
+    const launch_config l(ctas, dim3((unsigned)(32 * d.warps)), (size_t)bytes, stream, true);
     if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *a, d);
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_strips: %s", cudaGetErrorString(e));
 }
 
+template <typename T, int F, int G>
+status launch_experts(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
+    const int tiles = a->paired ? (a->half_rows + 15) / 16 : a->blocks * 2;
+    const int experts = a->told ? a->m : min(a->m, a->count);
+    return launch(linear_strips<T, F, G>, a, divide<G>(a, tiles, 2, kRows, false),
+                  dim3((unsigned)tiles, (unsigned)experts), n_sms, stream);
+}
+
+// Two strips an SM are taken by one CTA, which reads the second while it multiplies the first; of
+// more each has its own.
+template <typename T, int F, int G>
+status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
+    const int tiles = a->blocks * 4;
+    const bool again = tiles > n_sms && tiles <= 2 * n_sms;
+    return launch(linear_strip<T, F, G>, a, divide<G>(a, tiles, 1, 1, again),
+                  dim3((unsigned)(again ? n_sms : tiles)), n_sms, stream);
+}
+
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, G)                                                                               \
-    {"experts_strips",         90, 90,    WF_##F, DT_##T,    8, 4, 1, G, G, 1,                     \
-     launch<T_##T, WF_##F, G>, 0,  false, true,   kUnitsMost},
-const linear_variant rows[] = {STRIPS_INSTANCES(ROW)};
+#define ROW(NAME, F, T, G, BLOCKS, LAUNCH, ROWS, EXPERTS, UNITS)                                   \
+    {NAME, 90, 90, WF_##F, DT_##T, 8, BLOCKS, 1, G, G, 1, LAUNCH, ROWS, false, EXPERTS, UNITS},
+#define ROWS(F, T, G)                                                                              \
+    ROW("experts_strips", F, T, G, 4, (launch_experts<T_##T, WF_##F, G>), 0, true, kUnitsMost)     \
+    ROW("strips", F, T, G, 1, (launch_row<T_##T, WF_##F, G>), 1, false, 0)
+const linear_variant rows[] = {STRIPS_INSTANCES(ROWS)};
 
 } // namespace
 

@@ -147,6 +147,7 @@ static const char *const kernels[] = {NULL,
                                       "mid_64x4",
                                       "experts_8",
                                       "experts_strips",
+                                      "strips",
                                       "ampere_64x2",
                                       "ampere_128x2",
                                       "mid_32x2",
@@ -403,6 +404,27 @@ static void rounds(int32_t f, dtype type) {
     }
 }
 
+/* A row of x by strips: two that a CTA takes in turn, a CTA each, more of K than is under way at
+ * once; of halves, as gate and up are packed. */
+static void one_row(int32_t f, dtype type) {
+    static const int32_t shapes[][2] = {{4096, 640}, {5136, 1152}, {2128, 9344}, {2112, 384}};
+    for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
+        linear_weight w = weight_of(f, type, shapes[s][0], shapes[s][1], 1);
+        w.gated = s == 3;
+        linear_probe *p = opened(&w, 43);
+        if (!p) return;
+        for (int32_t i = 0; i < 4; i++)
+            one(p, &w,
+                (linear_trial){.m = 1,
+                               .y_type = i > 1 ? DT_F32 : type,
+                               .epilogue = i % 2 ? LINEAR_RESIDUAL : LINEAR_STORE,
+                               .kernel = "strips",
+                               .bias = i % 2},
+                "row");
+        linear_probe_close(p);
+    }
+}
+
 static void *zeros(int64_t bytes) {
     void *at = NULL;
     if (cudaMalloc(&at, (size_t)bytes) != cudaSuccess ||
@@ -471,6 +493,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     lines(f, type);
     whole_tiles(f, type);
     rounds(f, type);
+    one_row(f, type);
     if (type == DT_BF16 && formats[f].act == AF_16) not_a_number(f);
 }
 
@@ -498,8 +521,8 @@ static int least(const char *only, const char *kernel) {
     static const struct {
         int32_t n, k, experts; /* experts: gated */
         int32_t n_ms;
-    } shapes[] = {{544, 2560, 1, 5}, {544, 640, 3, 5}, {33280, 256, 1, 2}}; /* many tiles: alone */
-    static const int32_t ms[] = {5, 14, 40, 70, 300};
+    } shapes[] = {{544, 2560, 1, 6}, {544, 640, 3, 6}, {33280, 256, 1, 3}}; /* many tiles: alone */
+    static const int32_t ms[] = {1, 5, 14, 40, 70, 300};
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
             if (only && strcmp(formats[f].name, only) != 0) continue;
