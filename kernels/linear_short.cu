@@ -727,11 +727,13 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
 // --- Sums of a tile -----------------------------------------------------------------------------
 
-// To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4]. Their barrier
-// waits for bytes, or, in a CTA that is alone, for the arrival of each warp: compute-sanitizer
-// wants two CTAs and more for stores as clusters have them. (Both in one kernel take 0.1 us longer,
-// whoever launches it.)
-template <int NT, bool kLone>
+// What a barrier of sums waits for: bytes, or, in a CTA that is alone, the arrival of each warp:
+// compute-sanitizer wants two CTAs and more for stores as clusters have them.
+__device__ __forceinline__ bool alone(const division &d) { return d.cluster == 1; }
+__device__ __forceinline__ int bytes_sent(const division &d) { return alone(d) ? 0 : d.sums_bytes; }
+
+// To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
+template <int NT>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
                                      const barriers &bar, uint32_t base, int turn, int sender,
                                      int half, int halves) {
@@ -747,14 +749,14 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
         const float c[4] = {acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]};
         const uint32_t to = base + d.at_sums + turn * d.sums_bytes +
                             ((local * halves + half) * d.senders + sender) * 512 + lane * 16;
-        if (kLone)
+        if (alone(d))
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(c[0]), "f"(c[1]),
                          "f"(c[2]), "f"(c[3])
                          : "memory");
         else
             remote_store(remote_address(to, owner), c, remote_address(bar.sums + turn * 8, owner));
     }
-    if (!kLone) return;
+    if (!alone(d)) return;
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.sums + turn * 8);
 }
@@ -817,7 +819,7 @@ __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t 
 
 // Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is another whose
 // sums come to lie where its do.
-template <typename T, int NT, bool kLone>
+template <typename T, int NT>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
@@ -839,8 +841,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     const float4 given = linear_load_part(shared_sums, taken);
     const float4 given_other = linear_load_part(shared_sums + 32, taken && d.halves == 2);
     barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
-    if (local == 0 && lane == 0 && more)
-        barrier_arrive_expect(bar.sums + turn * 8, kLone ? 0 : d.sums_bytes);
+    if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, bytes_sent(d));
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
     float *stage = reinterpret_cast<float *>(at);
@@ -868,7 +869,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     }
     __syncwarp();
     if (!more || lane >= d.cluster) return;
-    if (kLone)
+    if (alone(d))
         barrier_arrive(bar.read + turn * 8);
     else
         remote_arrive(remote_address(bar.read + turn * 8, lane));
@@ -877,13 +878,13 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 // --- The kernel ---------------------------------------------------------------------------------
 
 // By one thread. Arrivals that make a stage full, and empty; and its x.
-template <int NT, int P, bool kLone>
+template <int NT, int P>
 __device__ __forceinline__ void init(const barriers &bar, const division &d, int full, int empty,
                                      int x) {
     for (int i = 0; i < 2; i++) {
-        barrier_init(bar.sums + i * 8, kLone ? 1 + 4 * P : 1);
+        barrier_init(bar.sums + i * 8, alone(d) ? 1 + 4 * P : 1);
         barrier_init(bar.read + i * 8, NT / 2);
-        barrier_arrive_expect(bar.sums + i * 8, kLone ? 0 : d.sums_bytes);
+        barrier_arrive_expect(bar.sums + i * 8, bytes_sent(d));
     }
     for (int g = 0; g < P; g++)
         for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
@@ -896,7 +897,7 @@ __device__ __forceinline__ void init(const barriers &bar, const division &d, int
 }
 
 // A warp that sums x, where that is wanted, and finishes all tiles but the last.
-template <typename T, int F, int NT, int P, int G, bool kLone>
+template <typename T, int F, int NT, int P, int G>
 __device__ __forceinline__ void help(const linear_args &p, const division &d, const barriers &bar,
                                      uint8_t *shared, const duty &own) {
     constexpr int U = step_units(F, NT), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
@@ -907,10 +908,9 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             // Two steps in which those that multiply need no help.
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
-                    finish<T, NT, kLone>(p, d, bar, shared, own.rank,
-                                         dense<NT>(p, d, own, count - 1), count - 1,
-                                         count + d.turns_log < own.tiles, local,
-                                         count == 1 && own.given ? kGiven : kWhole);
+                    finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, count - 1),
+                                  count - 1, count + d.turns_log < own.tiles, local,
+                                  count == 1 && own.given ? kGiven : kWhole);
             if (!by_x_sums(F, G, NT) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
             const int turned = own.from + step - (own.from + step < own.steps ? 0 : own.steps);
@@ -933,7 +933,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
 template <int NT, int G> constexpr int kRegisters = NT > 8 ? 80 : G == 64 || G == 16 ? 72 : 64;
 template <int NT, int G> constexpr int kFewer = kRegisters<NT, G> - (NT == 32 ? 24 : 16);
 
-template <typename T, int F, int NT, int P, int G, bool kLone>
+template <typename T, int F, int NT, int P, int G>
 __global__ void __maxnreg__((kRegisters<NT, G>))
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                  const __grid_constant__ CUtensorMap map) {
@@ -944,7 +944,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
     if (threadIdx.x == 128 * P)
-        init<NT, P, kLone>(bar, d, 1, (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1), 1);
+        init<NT, P>(bar, d, 1, (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1), 1);
     __syncthreads();
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
@@ -953,7 +953,7 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         const duty own(d, warp - 5 * P, NT == 32);
         wait_for_previous();
         cluster_wait();
-        help<T, F, NT, P, G, kLone>(p, d, bar, shared, own);
+        help<T, F, NT, P, G>(p, d, bar, shared, own);
         return;
     }
     if (warp >= 4 * P) {
@@ -981,12 +981,11 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         const int turn = count & d.turns_log;
         if (count > d.turns_log) barrier_wait(bar.read + turn * 8, count >> d.turns_log & 1 ^ 1);
-        send<NT, kLone>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half,
-                        d.halves);
+        send<NT>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half, d.halves);
     }
     if (own.tiles > 0)
-        finish<T, NT, kLone>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, own.tiles - 1),
-                             own.tiles - 1, false, warp, own.lacking ? kTaken : kWhole);
+        finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, own.tiles - 1),
+                      own.tiles - 1, false, warp, own.lacking ? kTaken : kWhole);
 #endif
 }
 
@@ -1237,8 +1236,8 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
                 const target done =
                     locate<NT, P>(p, d, table, own.tile0 + (count - 1) * d.clusters);
                 for (int local = 0; local < 1 << chunks<NT>(d).per; local++)
-                    finish<T, NT, false>(p, d, bar, shared, own.rank, done, count - 1,
-                                         count + 1 < own.tiles, local, kWhole);
+                    finish<T, NT>(p, d, bar, shared, own.rank, done, count - 1,
+                                  count + 1 < own.tiles, local, kWhole);
             }
             if (step == own.steps) continue;
             const int stage = d.x_again ? at.stage : x.first + step;
@@ -1374,15 +1373,14 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
         }
         if constexpr (P == 2) {
             if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-            send<NT, false>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+            send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
         }
     }
     if constexpr (P == 2)
         if (own.tiles > 0 && d.cluster > 1)
-            finish<T, NT, false>(
-                p, d, bar, shared, own.rank,
-                locate<NT, P>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters), own.tiles - 1,
-                false, threadIdx.x / 32, kWhole);
+            finish<T, NT>(p, d, bar, shared, own.rank,
+                          locate<NT, P>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters),
+                          own.tiles - 1, false, threadIdx.x / 32, kWhole);
 }
 
 // Tiles of P blocks (of gate and up half of them each), a warpgroup's each, with x for all. Up to
@@ -1402,7 +1400,7 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     const barriers bar = {at, at + 16, at + 32};
     if (threadIdx.x == 128 * P) {
         told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
-        init<NT, 1, false>(bar, d, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
+        init<NT, 1>(bar, d, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
     }
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
@@ -1635,21 +1633,16 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows, int
 
 // A kernel of P warpgroups: how it would cut a problem, and its launch.
 template <typename T, int F, int NT, int P, int G> struct warpgroups {
-    static void (*kernel_of(int cluster))(linear_args, division, CUtensorMap) {
-        return cluster == 1 ? linear_short<T, F, NT, P, G, true>
-                            : linear_short<T, F, NT, P, G, false>;
-    }
-
     // No bytes in d when nothing fits.
     static status plan(division *best, const linear_args *args, int32_t n_sms) {
+        const auto kernel = linear_short<T, F, NT, P, G>;
         static int most[2][COUNT_OF(kClusters)]; // clusters that the GPU holds at once, a CTA an
                                                  // SM; two
-        cudaError_t e = cudaSuccess;
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
         *best = {};
         for (int i = 0; i < (int)COUNT_OF(kClusters) && e == cudaSuccess; i++) {
             const int c = kClusters[i];
-            const auto kernel = kernel_of(c);
-            e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
             for (int two = 0; two < 2 && e == cudaSuccess; two++) {
                 const launch_config l(dim3((unsigned)((1 + two) * n_sms / c * c)), dim3(192 * P),
                                       two ? kHalf : kRoom, nullptr, false, (unsigned)c);
@@ -1684,7 +1677,8 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
         TRY(encode_x(&map, args, half_pair<T>::bf16, rows, rows == NT ? step_units(F, NT) : 1));
         const launch_config l(dim3((unsigned)(d.clusters * d.cluster)), dim3(192 * P),
                               (size_t)d.bytes, stream, true, (unsigned)d.cluster);
-        const cudaError_t e = cudaLaunchKernelEx(&l.config, kernel_of(d.cluster), *args, d, map);
+        const cudaError_t e =
+            cudaLaunchKernelEx(&l.config, linear_short<T, F, NT, P, G>, *args, d, map);
         return e == cudaSuccess ? ST_OK
                                 : FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
     }
