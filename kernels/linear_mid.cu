@@ -37,7 +37,7 @@
 // at a tile's end, those of x.
 #include "linear_ahead.cuh"
 #include "linear_launch.h"
-#include "ptx_sm90_codes.cuh"
+#include "linear_w4a8.cuh"
 #include "tensor_map.cuh"
 
 // With four warpgroups a CTA has an SM, with two half of one, so that the next launch's can load
@@ -444,21 +444,6 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d, co
 
 // --- Multiplying --------------------------------------------------------------------------------
 
-// Four codes less their zero point as bytes, of row g and of row g + 8: what bytes_lift makes of
-// the zero points keeps the bytes of a difference from borrowing of each other.
-__device__ __forceinline__ void bytes_lift(uint32_t (&lift)[2], uint32_t zeros) {
-    lift[0] = 0x80808080u - __byte_perm(zeros, 0, 0x0000);
-    lift[1] = 0x80808080u - __byte_perm(zeros, 0, 0x1111);
-}
-__device__ __forceinline__ void bytes_of_words(uint32_t (&a)[4], uint32_t word, uint32_t next,
-                                               const uint32_t (&lift)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint32_t v = i / 2 ? next : word;
-        a[i] = (((i % 2 ? v >> 4 : v) & 0x0f0f0f0fu) + lift[i % 2]) ^ 0x80808080u;
-    }
-}
-
 template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = bits_of(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
@@ -606,8 +591,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
     __device__ __forceinline__ void tile_of_codes(float (&acc)[NT / 2], int steps) {
         constexpr int N = U / P, XU = P > 1 ? N : x_units(F, NT, B, P), kUnits = G / 64;
         constexpr int x_stage = x_lines(F, NT, B, P) * NT * 128;
-        constexpr int kChain = 2048, kOf = kChain / 64 / N; // |code - zero| < 16: kOf steps
-        constexpr int32_t kBegin = 0x4b400000;
+        constexpr int kChain = 2048, kOf = kChain / 64 / N;     // |code - zero| < 16: kOf steps
         constexpr int H = NT == 64 && P == 1 && B != 3 ? 1 : 2; // of 32 inputs, as registers go
         const bool leader = threadIdx.x % 32 == 0;
         uint32_t a[2][H][4];
@@ -629,14 +613,14 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
         while (steps > 0) {
             const int end = steps > kOf ? steps - kOf : 0;
 #pragma unroll
-            for (int i = 0; i < NT / 2; i++) part[i] = kBegin;
+            for (int i = 0; i < NT / 2; i++) part[i] = NIBBLE_START;
             scales.scale = 0;
             for (; steps > end; steps--) {
                 bar.w.wait_full();
                 const uint32_t code_at = code + bar.w.stage * d.w_stage;
                 const uint32_t scale_at = scale + bar.w.stage * d.w_stage;
                 uint64_t x_at = 0; // of the line at hand
-                uint32_t lift[2];
+                uint32_t offset[2];
                 uint4 chunk = shared_u128(code_at);
 #pragma unroll
                 for (int u = 0; u < N; u++)
@@ -647,12 +631,13 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                         if (granule) {
                             dequant_load_packed<WF_INT4>(
                                 later, scale_at + u / kUnits * p.granule_bytes, at_scale, p.sym);
-                            bytes_lift(lift, later.zero);
+                            nibble_offsets(offset, later);
                         }
 #pragma unroll
-                        for (int i = 0; i < H; i++)
-                            bytes_of_words(of[i], h + i ? chunk.z : chunk.x,
-                                           h + i ? chunk.w : chunk.y, lift);
+                        for (int i = 0; i < H; i++) {
+                            nibble_codes(of[i][0], of[i][1], h + i ? chunk.z : chunk.x, offset);
+                            nibble_codes(of[i][2], of[i][3], h + i ? chunk.w : chunk.y, offset);
+                        }
                         if (h + H == 2 && u + 1 < N) chunk = shared_u128(code_at + (u + 1) * unit);
                         const bool fresh = h == 0 && u % XU == 0;
                         if (fresh) {
@@ -669,7 +654,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
                         group_fence();
 #pragma unroll
                         for (int i = 0; i < H; i++)
-                            multiply_bytes<NT>::run(part, of[i], x_at + (u % 2 * 2 + h + i) * 2);
+                            multiply_nibbles<NT>::run(part, of[i], x_at + (u % 2 * 2 + h + i) * 2);
                         group_commit();
                         if (!kOne && u == N - 1 && h + H == 2) { // read; sooner, ptxas would take
                             __syncwarp();                        // wgmma apart

@@ -47,6 +47,8 @@ template <int NT> struct multiply_nibbles;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
         }                                                                                          \
     };
+NIBBLES_MULTIPLY(32, 16, 16, 17, 18, 19, 20)
+NIBBLES_MULTIPLY(64, 32, 32, 33, 34, 35, 36)
 NIBBLES_MULTIPLY(128, 64, 64, 65, 66, 67, 68)
 NIBBLES_MULTIPLY(176, 88, 88, 89, 90, 91, 92)
 #undef NIBBLES_MULTIPLY

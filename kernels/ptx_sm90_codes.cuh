@@ -3,9 +3,6 @@
 //   multiply_codes<false, NT>: D [64, NT] f32 = A [64, 32] e4m3 x B [NT, 32]^T, added to D or not
 //   multiply_codes<true, NT>:  the same of int8 with int32 sums
 //
-//   multiply_bytes<NT>: D [64, NT] int32 = A [64, 32] int8 from registers x B [NT, 32]^T, added to
-//   D; A: a[0], a[1] rows g, g + 8, inputs 4 t .. 4 t + 3 (lane 4 g + t), a[2], a[3] 16 further
-//
 //   multiply_words<T, NT>: D [64, NT] f32 += A [64, 16] x B [NT, 16]^T of f16 or bf16
 //
 // A and B are rows of 128 bytes with the 128-byte swizzle (group_descriptor), 32 bytes a step.
@@ -45,22 +42,6 @@ CODES_MULTIPLIES(128, 64, 64, 65, 66)
 CODES_MULTIPLIES(256, 128, 128, 129, 130)
 #undef CODES_MULTIPLIES
 #undef CODES_MULTIPLY
-
-template <int NT> struct multiply_bytes;
-
-#define BYTES_MULTIPLY(N, R, A0, A1, A2, A3, B)                                                    \
-    template <> struct multiply_bytes<N> {                                                         \
-        static __device__ __forceinline__ void run(int32_t (&d)[R], const uint32_t (&a)[4],        \
-                                                   uint64_t b) {                                   \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" PLACES_##R       \
-                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1;"                \
-                         : SUMS_##R("+r", 0)                                                       \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
-        }                                                                                          \
-    };
-BYTES_MULTIPLY(32, 16, 16, 17, 18, 19, 20)
-BYTES_MULTIPLY(64, 32, 32, 33, 34, 35, 36)
-#undef BYTES_MULTIPLY
 
 template <typename T, int NT> struct multiply_words;
 
