@@ -3,6 +3,7 @@
 #include "nvml.h"
 
 #include <dlfcn.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef void *nvml_device;
@@ -32,6 +33,7 @@ enum {
     X(driver, nvmlSystemGetDriverVersion, (char *, unsigned))                                      \
     X(cuda, nvmlSystemGetCudaDriverVersion, (int *))                                               \
     X(handle, nvmlDeviceGetHandleByIndex_v2, (unsigned, nvml_device *))                            \
+    X(handle_of, nvmlDeviceGetHandleByUUID, (const char *, nvml_device *))                         \
     X(name, nvmlDeviceGetName, (nvml_device, char *, unsigned))                                    \
     X(uuid, nvmlDeviceGetUUID, (nvml_device, char *, unsigned))                                    \
     X(clock, nvmlDeviceGetClockInfo, (nvml_device, int, unsigned *))                               \
@@ -92,6 +94,29 @@ static void read_all(const nvml *n, nvml_device d, nvml_state *s) {
         s->n_processes = (int32_t)u;
 }
 
+const char *nvml_first_visible(const char *list, int32_t *index) {
+    static _Thread_local char uuid[96];
+    char *end;
+    *index = 0;
+    if (!list) return NULL;
+    while (*list == ' ') list++;
+    const size_t n = strcspn(list, ", ");
+    const long i = strtol(list, &end, 10);
+    if (n > 0 && end == list + n && i >= 0 && i < INT32_MAX) *index = (int32_t)i;
+    if ((strncmp(list, "GPU-", 4) && strncmp(list, "MIG-", 4)) || n >= sizeof uuid) return NULL;
+    memcpy(uuid, list, n);
+    uuid[n] = 0;
+    return uuid;
+}
+
+/* NVML counts all GPUs, CUDA those that it is left. */
+static bool first_visible(const nvml *n, nvml_device *d) {
+    int32_t index;
+    const char *uuid = nvml_first_visible(getenv("CUDA_VISIBLE_DEVICES"), &index);
+    if (uuid && n->handle_of && n->handle_of(uuid, d) == 0) return true;
+    return n->handle((unsigned)index, d) == 0;
+}
+
 status nvml_read(nvml_state *out) {
     nvml n;
     nvml_device d;
@@ -114,7 +139,7 @@ status nvml_read(nvml_state *out) {
         if (n.init() != 0)
             st = FAIL(ST_DEVICE, "NVML does not start: no GPU, or driver and library differ");
         else {
-            if (n.handle(0, &d) == 0)
+            if (first_visible(&n, &d))
                 read_all(&n, d, out);
             else
                 st = FAIL(ST_DEVICE, "NVML lists no GPU");

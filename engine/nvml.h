@@ -4,7 +4,8 @@
 #define AMALGAM_NVML_H
 #include "base.h"
 
-/* Of GPU 0, at the moment of asking. -1 where the library does not say. */
+/* Of the first GPU that CUDA_VISIBLE_DEVICES leaves, at the moment of asking. -1 where the library
+ * does not say. */
 typedef struct {
     char name[96], driver[80], uuid[96];
     int32_t cuda_driver; /* 13000 = CUDA 13.0 */
@@ -20,6 +21,11 @@ typedef struct {
 
 /* NOTFOUND when the library cannot be loaded, DEVICE when it refuses. */
 status nvml_read(nvml_state *out);
+
+/* What the first entry of such a list names: a UUID (valid until the next call from this thread),
+ * or NULL and the index, 0 without a list or a number. CUDA numbers by speed, this library by bus:
+ * alike where all GPUs of a node are. */
+const char *nvml_first_visible(const char *list, int32_t *index);
 
 /* The same as one line of JSON without a newline; "" when there is no NVML. buf holds
  * NVML_JSON_MAX. */

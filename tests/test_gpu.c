@@ -1,6 +1,7 @@
 /* test_gpu.c - data sheets: what must hold of them, and damaged ones. */
 #include "gpu.h"
 #include "json.h"
+#include "nvml.h"
 #include "test.h"
 
 #include <string.h>
@@ -116,12 +117,31 @@ static void test_refusals(void **state) {
     assert_status(gpu_parse(&g, "{", 1, "x"), ST_FORMAT);
 }
 
+/* The first of CUDA_VISIBLE_DEVICES: what clocks and power in a row are of. */
+static void test_visible(void **state) {
+    (void)state;
+    static const struct {
+        const char *list, *uuid;
+        int32_t index;
+    } cases[] = {{NULL, NULL, 0},         {"", NULL, 0},
+                 {"1", NULL, 1},          {"3,0", NULL, 3},
+                 {" 2 ,1", NULL, 2},      {"GPU-8a5c,1", "GPU-8a5c", 0},
+                 {"-1", NULL, 0},         {"1x", NULL, 0},
+                 {"NoDevFiles", NULL, 0}, {"MIG-GPU-1/2/3", "MIG-GPU-1/2/3", 0}};
+    for (int i = 0; i < COUNT_OF(cases); i++) {
+        int32_t index;
+        const char *uuid = nvml_first_visible(cases[i].list, &index);
+        assert_int_equal(index, cases[i].index);
+        assert_int_equal(uuid != NULL, cases[i].uuid != NULL);
+        if (uuid) assert_string_equal(uuid, cases[i].uuid);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sheets),
-        cmocka_unit_test(test_traps),
-        cmocka_unit_test(test_names),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_sheets),  cmocka_unit_test(test_traps),
+        cmocka_unit_test(test_names),   cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_visible),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
