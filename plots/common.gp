@@ -39,5 +39,5 @@ among(s, list) = strstrt(" ".list." ", " ".s." ") > 0
 format_lt(s) = among(s, "W16A16KV16 W16 KV16") ? 1 : among(s, "W8A8KV8 W8A16 W8 KV8") ? 2 \
     : among(s, "FP8 WFP8AFP8KVFP8 WFP8AFP8 WFP8 KVFP8") ? 3 \
     : among(s, "MXFP4-A16KV8 WMXFP4A16KV8 MXFP4-A16 WMXFP4") ? 4 \
-    : among(s, "W4A16KV16") ? 5 : among(s, "W4A16KV8 K8V4") ? 6 \
+    : among(s, "W4A16KV16 W4A8 W4A8KV8") ? 5 : among(s, "W4A16KV8 K8V4") ? 6 \
     : among(s, "W4A16KV4 W4A16 W4g128 KV4") ? 7 : 8

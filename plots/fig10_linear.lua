@@ -5,6 +5,7 @@ local stats = require("lib_stats")
 local SERIES = {
   { "W4A16", "best", "W4A16", "fp16" }, { "MXFP4-A16", "best", "WMXFP4A16", "bf16" },
   { "W8A16", "best", "W8A16", "fp16" }, { "FP8", "best", "WFP8AFP8", "bf16" },
+  { "W4A8", "best", "W4A8", "fp16" },
   { "W4A16, Ampere kernels", "ampere", "W4A16", "fp16" },
 }
 local OTHERS = {
@@ -17,12 +18,13 @@ local OTHERS = {
 return {
   experiment = "e07_linear",
   title = "Linear layers over cuBLAS by format and batch",
-  caption = "Measured speed-up of one linear layer over cuBLAS fp16 in the same process, geometric "
-    .. "mean over six matrices of Llama-3.1-8B and -70B, against the rows of x; both axes are "
-    .. "logarithmic. FP8 is of weights and activations, quantisation of activations included. "
-    .. "Grey: our kernels for GPUs before Hopper, on the same H200. Dotted and dash-dotted: "
-    .. "kernels of other systems, run once by the same method on another H200; dashed: what bytes "
-    .. "and arithmetic of W4A16 allow (plots/peers.lua has both).",
+  caption = "Measured speed-up of one linear layer over cuBLAS fp16 in the same process, "
+    .. "geometric mean over six matrices of Llama-3.1-8B and -70B, against the rows of x; "
+    .. "both axes are logarithmic. FP8 is of weights and activations; it and W4A8 include "
+    .. "the quantisation of activations. Grey: our kernels for GPUs before Hopper, on the "
+    .. "same H200. Dotted and dash-dotted: kernels of other systems, run once by the same "
+    .. "method on another H200; dashed: what bytes and arithmetic of W4A16 allow "
+    .. "(plots/peers.lua has both).",
   build = function(data)
     local rows = {}
     for at, s in ipairs(SERIES) do
