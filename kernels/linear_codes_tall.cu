@@ -64,14 +64,6 @@ constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ void copy_to_both(uint32_t to, const void *map, int col, int row,
-                                             uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(col), "r"(row), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
-
 // --- Walk ---------------------------------------------------------------------------------------
 
 struct place {
@@ -145,8 +137,8 @@ template <typename T, int NT> struct producer {
             const int row1 = a.gated ? a.half + p.n0 : p.n0 + NT / 2;
             barrier_arrive_expect(bar, kStageBytes<NT>);
             if (a.share_w) {
-                copy_to_both(to + rank * (NT / 2 * kStep), w_map, step * kStep, rank ? row1 : p.n0,
-                             bar);
+                copy_tile_to_both(to + rank * (NT / 2 * kStep), w_map, step * kStep,
+                                  rank ? row1 : p.n0, bar);
             } else {
                 copy_tile(to, w_map, step * kStep, p.n0, bar);
                 copy_tile(to + NT / 2 * kStep, w_map, step * kStep, row1, bar);
@@ -161,7 +153,8 @@ template <typename T, int NT> struct producer {
             copy_tile(to, x_map, step * kStep, p.m0, bar);
             copy_tile(to + half * kStep, x_map, step * kStep, p.m0 + half, bar);
         } else {
-            copy_to_both(to + rank * half * kStep, x_map, step * kStep, p.m0 + rank * half, bar);
+            copy_tile_to_both(to + rank * half * kStep, x_map, step * kStep, p.m0 + rank * half,
+                              bar);
         }
     }
     __device__ __forceinline__ void run() const {

@@ -124,14 +124,6 @@ __device__ __forceinline__ int block_of(const tall_args &a, int tile_n, int grou
 
 // --- Loading ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_tile_to_both(uint32_t to, const void *map, int col, int row,
-                                                  uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(col), "r"(row), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
-
 // One warp: lane i < 2 copies the codes of block i, lane 2 + i its scales, lane 4 this CTA's half
 // of x. The weights of the first stages are asked for before the kernel before has ended.
 template <int P, int G> struct producer {
@@ -565,21 +557,11 @@ template <int P> int64_t share(tall_args *a, int32_t clusters) {
     return tiles / clusters * tile + last;
 }
 
-template <int P, int G> struct grid {
-    cudaLaunchAttribute attrs[2];
-    cudaLaunchConfig_t config = {};
-    grid(int32_t clusters, cudaStream_t stream) {
-        attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attrs[0].val.programmaticStreamSerializationAllowed = 1;
-        attrs[1].id = cudaLaunchAttributeClusterDimension;
-        attrs[1].val.clusterDim = {kCtas, 1, 1};
-        config.gridDim = dim3((unsigned)(clusters * kCtas));
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = tile<P, G>::bytes;
-        config.stream = stream;
-        config.attrs = attrs;
-        config.numAttrs = 2;
-    }
+// The kernel's launch; clusters: of the grid.
+template <int P, int G> struct grid : launch_config {
+    grid(int32_t clusters, cudaStream_t stream)
+        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), tile<P, G>::bytes,
+                        stream, true, kCtas) {}
 };
 
 template <int P, int G> int clusters_at_once(int32_t n_sms) {

@@ -65,14 +65,6 @@ __device__ __forceinline__ linear_walk<kRows> walk_of(const linear_args &p) {
 
 // --- Loading ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_tile_to_both(uint32_t to, const void *map, int col, int row,
-                                                  uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(col), "r"(row), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
-
 // One warp: lane i < 2 copies the codes of block i, lane 2 + i its scales, lane 4 this CTA's half
 // of x. The weights of the first stages are asked for before the kernel before has ended.
 template <int F, int G> struct producer {

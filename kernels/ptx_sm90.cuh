@@ -84,6 +84,23 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const void *map, int col,
                  "l"(map), "r"(col), "r"(row), "r"(bar)
                  : "memory");
 }
+
+// The same to one place in both CTAs of a cluster of two, and bytes that lie together.
+__device__ __forceinline__ void copy_tile_to_both(uint32_t to, const void *map, int col, int row,
+                                                  uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(col), "r"(row), "r"(bar), "h"((uint16_t)3)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
+                                                  uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
+                 : "memory");
+}
+
 __device__ __forceinline__ uint64_t policy_evict_first() {
     uint64_t p;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));

@@ -10,15 +10,6 @@
 #define PTX_SM90_CODES_CUH
 #include "ptx_sm90.cuh"
 
-// To the same place in both CTAs of a cluster of two.
-__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void *from, int bytes,
-                                                  uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)3)
-                 : "memory");
-}
-
 template <bool INT8, int NT> struct multiply_codes;
 
 #define CODES_MULTIPLY(INT8, SUM, KIND, TYPES, N, R, A, B, ADD, SIGNS)                             \
