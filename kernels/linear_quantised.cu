@@ -182,24 +182,29 @@ bool leaves_sums(const linear_problem *p, const variant *v) {
     return !whole || ((uintptr_t)p->y | (uintptr_t)(p->ldy * size_of_y(p))) % 16 != 0;
 }
 
+// What quantises rows [row, row + m) of p; where to is the caller's.
+activation_quantiser quantiser_of(const linear_problem *p, int32_t row, int32_t m) {
+    activation_quantiser q = {};
+    q.x = p->x_row ? p->x : static_cast<const uint16_t *>(p->x) + row * p->ldx;
+    q.ldx = p->ldx;
+    q.x_row = p->x_row ? p->x_row + row : nullptr;
+    q.m = q.m_pad = m;
+    q.k = p->w->k;
+    q.group = p->w->format == WF_FP8B ? 128 : 0;
+    q.type = p->w->type;
+    q.act = p->act;
+    q.sm = p->sm;
+    return q;
+}
+
 // Rows [row, row + m) of p, quantised into s.
 status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m, bool sums,
                   void *scratch, int64_t scratch_bytes, const variant *v, cudaStream_t stream) {
     const linear_weight *w = p->w;
     const bool int8 = w->format == WF_INT8;
     const int32_t m_pad = padded(p, m);
-    const int64_t x_size = 2, y_size = size_of_y(p);
-    void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * y_size;
-    activation_quantiser q = {};
-    q.x = p->x_row ? p->x : static_cast<const uint8_t *>(p->x) + row * p->ldx * x_size;
-    q.ldx = p->ldx;
-    q.x_row = p->x_row ? p->x_row + row : nullptr;
-    q.m = m;
-    q.k = w->k;
-    q.group = w->format == WF_FP8B ? 128 : 0;
-    q.type = w->type;
-    q.act = p->act;
-    q.sm = p->sm;
+    void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * size_of_y(p);
+    activation_quantiser q = quantiser_of(p, row, m);
     q.code = s.code;
     q.scale = s.scale;
     q.m_pad = m_pad;
@@ -268,15 +273,7 @@ const variant *choose_nibbles(const linear_problem *p) {
 
 status nibbles_by(const variant *v, const linear_problem *p, void *space, cudaStream_t stream) {
     const plain_space s = lay(p->w, p->m, false, space);
-    activation_quantiser q = {};
-    q.x = p->x;
-    q.ldx = p->ldx;
-    q.x_row = p->x_row;
-    q.m = q.m_pad = p->m;
-    q.k = p->w->k;
-    q.type = p->w->type;
-    q.act = p->act;
-    q.sm = p->sm;
+    activation_quantiser q = quantiser_of(p, 0, p->m);
     q.code = s.code;
     q.scale = s.scale;
     q.atoms = true;
@@ -299,15 +296,8 @@ linear_problem of_values(const linear_problem *p, linear_weight *w, void *space)
 }
 
 status values(const linear_problem *p, void *space, cudaStream_t stream) {
-    activation_quantiser q = {};
-    q.x = p->x;
-    q.ldx = p->ldx;
-    q.m = p->x_row && p->x_rows ? p->x_rows : p->m;
-    q.k = p->w->k;
-    q.group = p->w->format == WF_FP8B ? 128 : 0;
-    q.type = p->w->type;
-    q.act = p->act;
-    q.sm = p->sm;
+    activation_quantiser q = quantiser_of(p, 0, p->x_row && p->x_rows ? p->x_rows : p->m);
+    q.x_row = nullptr; // the product takes them
     q.value = space;
     TRY(kernel_quantize_activation(&q, stream));
     linear_weight w;
