@@ -277,56 +277,33 @@ static void tall_codes(int32_t f, dtype type) {
     }
 }
 
-/* Tiles of 16 bits whole, of teams, and whole but for the last wave; two that share W, or x. */
-static void tall_words(int32_t f, dtype type) {
+/* Tiles whole, of teams, and whole but for the last wave, each of all heights. Of 16 bits two that
+ * share W, or x; of W4 by 8-bit x sums of codes that begin anew within a tile, at an odd unit of K,
+ * and with halves that end within a block. */
+static void tall_teams(int32_t f, dtype type) {
     static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL, LINEAR_RESIDUAL},
                                  pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI, LINEAR_STORE};
-    static const int32_t shapes[][3] = {
-        {1056, 6160, 500}, {3104, 4112, 700}, {8224, 400, 700}, {8224, 2064, 1200}};
-    if (formats[f].format != WF_16) return;
+    static const int32_t shapes[2][4][3] = {
+        {{1056, 6160, 500}, {3104, 4112, 700}, {8224, 400, 700}, {8224, 2064, 1200}},
+        {{1056, 6144, 500}, {3104, 4096, 700}, {8224, 448, 700}, {8224, 2112, 1200}}};
+    const bool words = formats[f].format == WF_16;
+    const bool nibbles = formats[f].format == WF_INT4 && formats[f].act == AF_INT8;
+    if (!words && (!nibbles || formats[f].group < 64)) return;
     for (int32_t s = 0; s < 8; s++) {
-        linear_weight w = weight_of(f, type, shapes[s / 2][0], shapes[s / 2][1], 1);
+        const int32_t *shape = shapes[nibbles][s / 2], group = words ? 1 : formats[f].group;
+        linear_weight w = weight_of(f, type, shape[0], shape[1] / group * group, 1);
         w.gated = s % 2;
-        linear_probe *p = opened(&w, 41);
+        linear_probe *p = opened(&w, words ? 41 : 43);
         if (!p) return;
-        for (int32_t m = 70; m <= shapes[s / 2][2]; m += 3 * m / 2 - m % 2) /* 70 175 436 1090 */
+        for (int32_t m = 70; m <= shape[2]; m += 3 * m / 2 - m % 2) /* 70 175 436 1090 */
             for (int32_t i = 0; i < 3; i++)
                 one(p, &w,
                     (linear_trial){.m = m,
                                    .y_type = i == 2 ? DT_F32 : type,
                                    .epilogue = (w.gated ? pairs : plain)[i],
-                                   .kernel = "words_tall",
+                                   .kernel = words ? "words_tall" : "w4a8_tall",
                                    .bias = i % 2},
-                    "tall words");
-        linear_probe_close(p);
-    }
-}
-
-/* Tiles of W4 by 8-bit x whole, of teams, and whole but for the last wave, of both heights; sums of
- * codes that begin anew within a tile, at an odd unit of K, and with halves that end within a
- * block. */
-static void tall_nibbles(int32_t f, dtype type) {
-    static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL, LINEAR_RESIDUAL},
-                                 pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI, LINEAR_STORE};
-    static const int32_t shapes[][3] = {
-        {1056, 6144, 500}, {3104, 4096, 700}, {8224, 448, 700}, {8224, 2112, 1200}};
-    linear_weight w;
-    if (formats[f].format != WF_INT4 || formats[f].act != AF_INT8 || formats[f].group < 64) return;
-    for (int32_t s = 0; s < 8; s++) {
-        const int32_t k = shapes[s / 2][1] / formats[f].group * formats[f].group;
-        w = weight_of(f, type, shapes[s / 2][0], k, 1);
-        w.gated = s % 2;
-        linear_probe *p = opened(&w, 43);
-        if (!p) return;
-        for (int32_t m = 70; m <= shapes[s / 2][2]; m += 3 * m / 2 - m % 2) /* 70 175 436 1090 */
-            for (int32_t i = 0; i < 3; i++)
-                one(p, &w,
-                    (linear_trial){.m = m,
-                                   .y_type = i == 2 ? DT_F32 : type,
-                                   .epilogue = (w.gated ? pairs : plain)[i],
-                                   .kernel = "w4a8_tall",
-                                   .bias = i % 2},
-                    "tall nibbles");
+                    "tall teams");
         linear_probe_close(p);
     }
 }
@@ -488,8 +465,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     gated_and_grouped(f, type);
     many_rows(f, type);
     tall_codes(f, type);
-    tall_words(f, type);
-    tall_nibbles(f, type);
+    tall_teams(f, type);
     lines(f, type);
     whole_tiles(f, type);
     rounds(f, type);
