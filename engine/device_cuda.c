@@ -18,6 +18,11 @@
  * Rows that pad a step belong to no sequence (token_seq -1): they are computed like others, append
  * nothing and draw nothing, and no other row reads them.
  *
+ * No stream here waits for CUDA's default one, where cudaMemset and cudaMemcpy work, and the latter
+ * returns before what it has read from pageable memory is on the device: all copies and fills are
+ * asynchronous ones on the stream of what reads them, which have read pageable memory when they
+ * return.
+ *
  * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
  * from there on and says the same thing whenever it is asked.
  *
@@ -217,7 +222,8 @@ static status setup_rope(cudev *c) {
     void *frequency;
     TRY(take(c, (int64_t)sizeof(double) * half, "rotary table", &frequency));
     TRY(take(c, (int64_t)sizeof(float) * 2 * half * ctx, "rotary table", &c->rope));
-    CUDA_TRY(cudaMemcpy(frequency, inv_freq, sizeof(double) * (size_t)half, cudaMemcpyHostToDevice),
+    CUDA_TRY(cudaMemcpyAsync(frequency, inv_freq, sizeof(double) * (size_t)half,
+                             cudaMemcpyHostToDevice, c->stream),
              "rotary table");
     return kernel_fill_angles(c->rope, frequency, factor, ctx, half, c->stream);
 }
@@ -320,7 +326,7 @@ static status setup_tables(cudev *c, int64_t rows) {
     TRY(take(c, 4 * rows, "routing", &c->row_token));
     const int64_t told = 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)m->top_k;
     TRY(take(c, told, "routing", &c->told));
-    CUDA_TRY(cudaMemset(c->told, 0, (size_t)told), "routing");
+    CUDA_TRY(cudaMemsetAsync(c->told, 0, (size_t)told, c->stream), "routing");
     return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
 }
 
@@ -970,7 +976,6 @@ static status cuda_sample(device *d, tensor logits) {
 static status cuda_read(device *d, tensor t, float *out) {
     cudev *c = self(d);
     if (c->dead) return dead(c);
-    CUDA_TRY(cudaStreamSynchronize(c->stream), "read"); /* also in the middle of a step */
     const int64_t n = t.rows * t.cols;
     for (int32_t i = 0; i < c->n_buffers; i++) {
         const cudev_buffer *b = &c->buffer[i];
@@ -981,15 +986,16 @@ static status cuda_read(device *d, tensor t, float *out) {
             const size_t stride = /* of router logits */
                 t.cols == c->config.n_experts ? (size_t)cudev_linear_rows(t.cols) * sizeof(float)
                                               : row;
-            CUDA_TRY(
-                cudaMemcpy2D(out, row, t.data, stride, row, (size_t)t.rows, cudaMemcpyDeviceToHost),
-                "read");
-            return ST_OK;
+            CUDA_TRY(cudaMemcpy2DAsync(out, row, t.data, stride, row, (size_t)t.rows,
+                                       cudaMemcpyDeviceToHost, c->stream),
+                     "read");
+            return cudev_check((int)cudaStreamSynchronize(c->stream), "read");
         }
         uint16_t *narrow = mem_alloc((size_t)n, sizeof *narrow);
         if (!narrow) return FAIL(ST_NOMEM, "read of %lld elements", (long long)n);
-        const status st =
-            cudev_check((int)cudaMemcpy(narrow, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+        cudaError_t e = cudaMemcpyAsync(narrow, t.data, bytes, cudaMemcpyDeviceToHost, c->stream);
+        if (e == cudaSuccess) e = cudaStreamSynchronize(c->stream);
+        const status st = cudev_check((int)e, "read");
         if (st == ST_OK) dtype_to_f32(out, narrow, n, 1, b->type);
         mem_free(narrow);
         return st;
