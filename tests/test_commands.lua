@@ -243,9 +243,29 @@ test.case("benchmarks of kernels refuse what they do not know", function()
     ["linear --replays 0"] = "--replays 0 is outside 1 to 65536",
     ["ops --rows 0"] = "--rows 0 is outside 1 to 65536",
     ["tune --replays 0"] = "--replays 0 is outside 1 to 1000",
+    ["tune --only W5A16"] = "--only 'W5A16' is none of W16A16 W8A16 W4A16",
   }) do
     refused("bench " .. words, reason)
   end
+end)
+
+test.case("without a GPU benchmarks of kernels say so, and a table that is there stays", function()
+  local _, doctor = command("%s doctor")
+  if not doctor:find("cuda device in this build +yes") or not doctor:find("device node +no") then
+    return -- a GPU would begin to work
+  end
+  local path = os.tmpname()
+  local f = assert(io.open(path, "w"))
+  f:write("times of another GPU\n")
+  f:close()
+  for _, words in ipairs({ "attention", "linear", "ops --model Llama-3.1-8B",
+    "tune --out " .. path }) do
+    local code, said = command("%s bench " .. words)
+    test.equal(code, 1, words)
+    test.contains(said, "amalgam: no NVIDIA GPU", words)
+  end
+  test.equal(assert(io.open(path)):read("a"), "times of another GPU\n")
+  os.remove(path)
 end)
 
 -- What each says of the parts that a reader looks for; all of them end well.
