@@ -124,6 +124,38 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   test.equal(code, 0, "the limit itself is taken")
 end)
 
+test.case("a window longer than the text is as long as the text", function()
+  local function scored(window)
+    local code, said = command("%s eval --json --model workloads/tiny --text baselines/fp16.lua "
+      .. "--against workloads/tiny --precision W4A16KV4 --stride 50 --window " .. window)
+    test.equal(code, 0, said)
+    return said
+  end
+  -- A room of 1000000 rows of logits was asked for: "buffer of 1000000 x 256", status 1.
+  local whole = scored(1000)
+  test.contains(whole, '"positions":')
+  test.equal(scored(1000000), whole)
+  test.equal(scored(100) ~= whole, true)
+end)
+
+test.case("quantize refuses what it would not use", function()
+  for words, reason in pairs({
+    ["--precision W4A8KV4"] = "--precision W4A8KV4: a checkpoint has weights alone",
+    ["--precision FP8"] = "a checkpoint has weights alone",
+    ["--precision W4A16K8V4"] = "a checkpoint has weights alone",
+    ["--calibration README.md"] = "--calibration is of gptq and awq",
+    ["--no-act-order"] = "--no-act-order is of gptq",
+    ["--method awq --no-act-order"] = "--no-act-order is of gptq",
+  }) do
+    refused("quantize --model workloads/tiny --out no/such/folder " .. words, reason)
+  end
+end)
+
+test.case("one of two is wanted, not both", function()
+  refused("generate --model workloads/tiny --prompt a --prompt-file README.md", ", not both")
+  refused("tokenize --model workloads/tiny --text a --file README.md", ", not both")
+end)
+
 test.case("text comes through a pipe as from a file", function()
   for options, n in pairs({ ["tokenize --json --file /dev/stdin"] = 20000, -- more than a pipe holds
     ["generate --json --max-tokens 2 --prompt-file /dev/stdin"] = 3,
