@@ -1,7 +1,7 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
  * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
- * decode steps), cudev_ranks.c (several GPUs). Not for other files, but for bench_cuda.c, which counts
- * GPUs; compiled only where CUDA is. */
+ * decode steps), cudev_ranks.c (several GPUs). Not for other files, but for bench_cuda.c, which
+ * counts GPUs; compiled only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
