@@ -233,6 +233,7 @@ int bench_ops(int argc, char **argv) {
     if (st == ST_OK) st = cli_check(&(cli_range){"--rows", rows, 1, 65536}, 1);
     if (st == ST_OK) st = model_dir(dir, sizeof dir, model);
     if (st == ST_OK) st = model_config_load(&c, dir);
+    if (st == ST_OK) st = bench_cuda_open();
     if (st != ST_OK) return cli_exit(st);
     bench b = {.c = &c, .t = rows, .json = json};
     st = run_all(&b);

@@ -54,8 +54,7 @@ static const cudev_weight *weight_of(const weight *w) {
 
 /* --- Opening -------------------------------------------------------------------------------- */
 
-/* The driver, a GPU, its age, and whether this build has code for it. */
-static status probe(cudev *c) {
+status cudev_count(int32_t *n_gpus) {
     int driver = 0, built = 0, count = 0;
     (void)cudaDriverGetVersion(&driver);
     (void)cudaRuntimeGetVersion(&built);
@@ -67,7 +66,15 @@ static status probe(cudev *c) {
     if (e != cudaSuccess || count == 0)
         return FAIL(ST_DEVICE, "no NVIDIA GPU: %s",
                     e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
+    *n_gpus = count;
+    return ST_OK;
+}
+
+/* The driver, a GPU, its age, and whether this build has code for it. */
+static status probe(cudev *c) {
+    int32_t count = 0;
     struct cudaDeviceProp p;
+    TRY(cudev_count(&count));
     if (c->gpu >= count)
         return FAIL(ST_UNSUPPORTED, "tp %d needs as many GPUs, there are %d", c->base.options.tp,
                     count);
