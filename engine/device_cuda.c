@@ -309,6 +309,17 @@ static status setup_spaces(cudev *c, int64_t rows) {
     return ST_OK;
 }
 
+static int64_t told_bytes(const cudev *c) {
+    return 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)c->config.top_k;
+}
+
+/* Zeros, as moe_leave leaves them. */
+static status clear_told(const cudev *c) {
+    if (!c->told) return ST_OK;
+    return cudev_check((int)cudaMemsetAsync(c->told, 0, (size_t)told_bytes(c), c->stream),
+                       "routing");
+}
+
 static status setup_tables(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     const cudev_tables x =
@@ -331,9 +342,8 @@ static status setup_tables(cudev *c, int64_t rows) {
     TRY(take(c, 4 * rows, "routing", &c->expert_weight));
     TRY(take(c, 4 * rows, "routing", &c->slot_row));
     TRY(take(c, 4 * rows, "routing", &c->row_token));
-    const int64_t told = 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)m->top_k;
-    TRY(take(c, told, "routing", &c->told));
-    CUDA_TRY(cudaMemsetAsync(c->told, 0, (size_t)told, c->stream), "routing");
+    TRY(take(c, told_bytes(c), "routing", &c->told));
+    TRY(clear_told(c));
     return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
 }
 
@@ -570,6 +580,7 @@ static status cuda_begin(device *d, const batch *b) {
     if (c->dead) return dead(c);
     if (c->b) { /* an operation refused midway: what runs may still read what is uploaded now */
         cudev_abandon_capture(c);
+        TRY(clear_told(c)); /* moe_leave may not have come */
         CUDA_TRY(cudaStreamSynchronize(c->stream), "an abandoned step");
     }
     batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
