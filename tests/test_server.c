@@ -350,6 +350,44 @@ static void plain_endpoints_answer(void **state) {
     assert_true(metric(f->url, "vllm:time_to_first_token_seconds_count") >= 0);
 }
 
+/* Requests whose prompts have had at most `edge` tokens, by the histogram; each bucket has those
+ * before it in it. */
+static double prompts_up_to(const fixture *f, const char *edge) {
+    static const char name[] = "\nvllm:request_prompt_tokens_bucket{model_name=\"m\"";
+    char want[32];
+    text t = {0};
+    double before = 0, found = -1;
+    snprintf(want, sizeof want, "le=\"%s\"} ", edge);
+    service_metrics(f->service, "m", &t);
+    assert_ok(text_status(&t));
+    for (const char *line = t.data; (line = strstr(line, name)); line++) {
+        const char *le = strstr(line, "le=");
+        const double n = strtod(strchr(le, ' '), NULL);
+        assert_true(n >= before);
+        before = n;
+        if (strncmp(le, want, strlen(want)) == 0) found = n;
+    }
+    text_free(&t);
+    assert_true(found >= 0);
+    return found;
+}
+
+static void metrics_are_text_that_prometheus_reads(void **state) {
+    const fixture *f = *state;
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    const double of_2 = prompts_up_to(f, "2"), of_5 = prompts_up_to(f, "5");
+    json_decref(call_json(f->url, "/v1/completions",
+                          "{\"prompt\":[5,6,7,8,9],\"max_tokens\":2,\"ignore_eos\":true}", 200));
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    assert_true(prompts_up_to(f, "2") == of_2);
+    assert_true(prompts_up_to(f, "5") == of_5 + 1); /* at most 5: the edge is in it */
+    assert_true(prompts_up_to(f, "+Inf") == metric(f->url, "vllm:request_prompt_tokens_count"));
+    text t = {0};
+    service_metrics(f->service, "a\"b\\c\nd", &t); /* a label's value is escaped */
+    assert_non_null(strstr(t.data, "running{model_name=\"a\\\"b\\\\c\\nd\",engine=\"0\"} 0\n"));
+    text_free(&t);
+}
+
 static void prompts_come_in_four_forms(void **state) {
     const fixture *f = *state;
     json_t *known = call_json(f->url, "/tokenize", "{\"prompt\":\"one two\"}", 200);
@@ -549,6 +587,38 @@ static void stop_strings_want_a_tokenizer(void **state) {
     assert_non_null(strstr(fail_message(), "'stop'"));
     assert_ok(api_parse(&r, &m, false, none, strlen(none), 1));
     api_request_free(&r);
+}
+
+/* The last that is taken, and the first that is refused, of what the context and the vocabulary
+ * bound: a context of 5, a vocabulary of 10. */
+static void limits_are_where_they_are_said_to_be(void **state) {
+    (void)state;
+    static const struct {
+        const char *body, *why; /* NULL: taken */
+    } cases[] = {
+        {"{\"prompt\":[1,2,3,4],\"max_tokens\":1}", NULL},
+        {"{\"prompt\":[1,2,3,4],\"max_tokens\":2}", "exceed this model's context of 5"},
+        {"{\"prompt\":[1,2,3,4,5]}", "the prompt has 5 tokens, this model's context takes 4"},
+        {"{\"prompt\":[9]}", NULL},
+        {"{\"prompt\":[10]}", "token 10 is outside the vocabulary of 10"},
+        {"{\"prompt\":[1],\"logit_bias\":{\"9\":1}}", NULL},
+        {"{\"prompt\":[1],\"logit_bias\":{\"10\":1}}", "token 10 is outside"},
+        {"{\"prompt\":[1],\"max_tokens\":4,\"min_tokens\":4}", NULL},
+        {"{\"prompt\":[1],\"max_tokens\":3,\"min_tokens\":4}", "is more than the 3"},
+        {"{\"prompt\":[1],\"n\":2}", NULL},
+        {"{\"prompt\":[1],\"n\":3}", "n"},
+    };
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        api_request r;
+        const status st = api_parse(&r, &m, false, cases[i].body, strlen(cases[i].body), 1);
+        if (cases[i].why) assert_non_null(strstr(fail_message(), cases[i].why));
+        if (cases[i].why)
+            assert_status(st, ST_RANGE);
+        else
+            assert_ok(st);
+        if (st == ST_OK) api_request_free(&r);
+    }
 }
 
 /* Where nothing computes them there are none, and no zeros in their place. */
@@ -2412,6 +2482,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(a_lost_device_ends_all_requests),
+        cmocka_unit_test(metrics_are_text_that_prometheus_reads),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(special_tokens_are_added_as_asked),
         cmocka_unit_test(a_prompt_is_cut_to_its_end),
@@ -2419,6 +2490,7 @@ int main(void) {
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
+        cmocka_unit_test(limits_are_where_they_are_said_to_be),
         cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(what_stops_can_be_kept),
