@@ -372,6 +372,61 @@ static double prompts_up_to(const fixture *f, const char *edge) {
     return found;
 }
 
+/* Prompt tokens that a request of 130 equal ones finds in the cache. */
+static int64_t cached(const fixture *f, int32_t token, const char *more) {
+    text body = {0};
+    for (int32_t i = 0; i < 130; i++) text_add(&body, "%s%d", i ? "," : "{\"prompt\":[", token);
+    text_add(&body, "],\"max_tokens\":1%s}", more);
+    assert_ok(text_status(&body));
+    json_t *v = call_json(f->url, "/v1/completions", body.data, 200);
+    const json_t *details = at(at(v, "usage"), "prompt_tokens_details");
+    const int64_t n = json_integer_value(at(details, "cached_tokens"));
+    json_decref(v);
+    text_free(&body);
+    return n;
+}
+
+/* Who does not know the salt finds nothing of who does. */
+static void a_salt_keeps_a_prefix_apart(void **state) {
+    const fixture *f = *state;
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"a\""), 0);
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"a\""), 128); /* whole pages */
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"b\""), 0);
+    assert_int_equal(cached(f, 77, ""), 0);
+    assert_int_equal(cached(f, 77, ""), 128);
+}
+
+/* Parts of a message are lines of it. */
+static void parts_of_a_message_are_joined(void **state) {
+    const fixture *f = *state;
+    static const char *const contents[] = {
+        "\"one\\ntwo\"",
+        "[{\"type\":\"text\",\"text\":\"one\"},{\"type\":\"text\",\"text\":\"two\"}]"};
+    json_t *v[2];
+    for (int32_t i = 0; i < 2; i++) {
+        char body[160];
+        snprintf(body, sizeof body, "{\"messages\":[{\"role\":\"user\",\"content\":%s}]}",
+                 contents[i]);
+        v[i] = call_json(f->url, "/tokenize", body, 200);
+    }
+    assert_true(json_equal(at(v[0], "tokens"), at(v[1], "tokens")));
+    json_decref(v[0]);
+    json_decref(v[1]);
+}
+
+/* A prompt that is only scored has no output tokens, though one is drawn. */
+static void no_output_counts_as_none(void **state) {
+    const fixture *f = *state;
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    const double sum = metric(f->url, "vllm:request_generation_tokens_sum"),
+                 count = metric(f->url, "vllm:request_generation_tokens_count");
+    json_decref(call_json(f->url, "/v1/completions",
+                          "{\"prompt\":[5,6,7],\"max_tokens\":0,\"echo\":true,\"logprobs\":1}",
+                          200));
+    wait_metric(f->url, "vllm:request_generation_tokens_count", count + 1, 5);
+    assert_true(metric(f->url, "vllm:request_generation_tokens_sum") == sum);
+}
+
 static void metrics_are_text_that_prometheus_reads(void **state) {
     const fixture *f = *state;
     wait_metric(f->url, "amalgam:jobs", 0, 5);
@@ -619,6 +674,19 @@ static void limits_are_where_they_are_said_to_be(void **state) {
             assert_ok(st);
         if (st == ST_OK) api_request_free(&r);
     }
+}
+
+/* A chat says by "logprobs" that it wants any. */
+static void top_logprobs_want_logprobs(void **state) {
+    (void)state;
+    static const char bare[] = "{\"messages\":[],\"top_logprobs\":2}",
+                      both[] = "{\"messages\":[],\"top_logprobs\":2,\"logprobs\":true}";
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    api_request r;
+    assert_status(api_parse(&r, &m, true, bare, strlen(bare), 1), ST_USAGE);
+    assert_non_null(strstr(fail_message(), "'top_logprobs' without"));
+    assert_status(api_parse(&r, &m, true, both, strlen(both), 1), ST_UNSUPPORTED);
+    assert_non_null(strstr(fail_message(), "no chat template")); /* came that far */
 }
 
 /* Where nothing computes them there are none, and no zeros in their place. */
@@ -2482,6 +2550,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(a_lost_device_ends_all_requests),
+        cmocka_unit_test(a_salt_keeps_a_prefix_apart),
+        cmocka_unit_test(parts_of_a_message_are_joined),
+        cmocka_unit_test(no_output_counts_as_none),
         cmocka_unit_test(metrics_are_text_that_prometheus_reads),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(special_tokens_are_added_as_asked),
@@ -2491,6 +2562,7 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
         cmocka_unit_test(limits_are_where_they_are_said_to_be),
+        cmocka_unit_test(top_logprobs_want_logprobs),
         cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(what_stops_can_be_kept),
