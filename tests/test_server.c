@@ -394,6 +394,39 @@ static void a_salt_keeps_a_prefix_apart(void **state) {
     assert_int_equal(cached(f, 77, ",\"cache_salt\":\"b\""), 0);
     assert_int_equal(cached(f, 77, ""), 0);
     assert_int_equal(cached(f, 77, ""), 128);
+    assert_int_equal(cached(f, 77, ",\"n\":2"), 128); /* of a prompt, however many answers it has */
+    json_decref(call_json(f->url, "/reset_prefix_cache", "", 200));
+    assert_int_equal(cached(f, 77, ""), 0);
+}
+
+/* Requests that ended for this reason. */
+static double ended(const fixture *f, const char *reason) {
+    char want[64];
+    text t = {0};
+    service_metrics(f->service, "m", &t);
+    assert_ok(text_status(&t));
+    snprintf(want, sizeof want, "finished_reason=\"%s\"} ", reason);
+    const char *line = strstr(t.data, want);
+    assert_non_null(line);
+    const double n = strtod(line + strlen(want), NULL);
+    text_free(&t);
+    return n;
+}
+
+static void ends_are_counted_by_their_reasons(void **state) {
+    const fixture *f = *state;
+    static const char *const bodies[] = {
+        "{\"prompt\":[5],\"max_tokens\":2,\"ignore_eos\":true}",
+        "{\"prompt\":[5],\"max_tokens\":9,\"logit_bias\":{\"7\":100},\"stop_token_ids\":[7]}"};
+    static const char *const reasons[] = {"length", "stop"};
+    for (int32_t i = 0; i < 2; i++) {
+        wait_metric(f->url, "amalgam:jobs", 0, 5);
+        const double own = ended(f, reasons[i]), other = ended(f, reasons[1 - i]);
+        json_decref(call_json(f->url, "/v1/completions", bodies[i], 200));
+        wait_metric(f->url, "amalgam:jobs", 0, 5);
+        assert_true(ended(f, reasons[i]) == own + 1);
+        assert_true(ended(f, reasons[1 - i]) == other);
+    }
 }
 
 /* Parts of a message are lines of it. */
@@ -2551,6 +2584,7 @@ int main(void) {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(a_lost_device_ends_all_requests),
         cmocka_unit_test(a_salt_keeps_a_prefix_apart),
+        cmocka_unit_test(ends_are_counted_by_their_reasons),
         cmocka_unit_test(parts_of_a_message_are_joined),
         cmocka_unit_test(no_output_counts_as_none),
         cmocka_unit_test(metrics_are_text_that_prometheus_reads),
