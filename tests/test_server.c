@@ -7,6 +7,7 @@
 #include "json.h"
 #include "load.h"
 #include "metrics.h"
+#include "reply.h"
 #include "server.h"
 #include "utf8.h"
 #include "vllm_keys.h"
@@ -720,6 +721,36 @@ static void top_logprobs_want_logprobs(void **state) {
     assert_non_null(strstr(fail_message(), "'top_logprobs' without"));
     assert_status(api_parse(&r, &m, true, both, strlen(both), 1), ST_UNSUPPORTED);
     assert_non_null(strstr(fail_message(), "no chat template")); /* came that far */
+}
+
+/* JSON has no infinity: a token that the model gives no chance stands with OpenAI's -9999. */
+static void no_chance_is_a_number(void **state) {
+    (void)state;
+    static const char body[] = "{\"prompt\":[1,2,3],\"echo\":true,\"max_tokens\":0,\"logprobs\":0}";
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    api_request r;
+    job *j;
+    assert_ok(api_parse(&r, &m, false, body, strlen(body), 1));
+    assert_ok(job_new(&j, &r, NULL, NULL, NULL));
+    job_choice *c = &j->choice[0];
+    assert_int_equal(c->n_tokens, 3);
+    c->token[1].logprob = -INFINITY;
+    c->token[2].logprob = -0.5f;
+    c->n_ready = c->n_tokens;
+    c->finish = FINISH_LENGTH;
+    text t = {0};
+    reply_whole(&t, &(reply_head){.model = "ids", .id = "cmpl-1"}, j);
+    assert_ok(text_status(&t));
+    json_t *v;
+    assert_ok(json_parse(&v, t.data, t.length, "the reply"));
+    const json_t *list = at(at(choice(v, 0), "logprobs"), "token_logprobs");
+    assert_int_equal(json_array_size(list), 3);
+    assert_true(json_is_null(json_array_get(list, 0))); /* nothing came before it */
+    assert_true(json_number_value(json_array_get(list, 1)) == -9999);
+    assert_true(json_number_value(json_array_get(list, 2)) == -0.5);
+    json_decref(v);
+    text_free(&t);
+    job_release(j);
 }
 
 /* Where nothing computes them there are none, and no zeros in their place. */
@@ -2596,6 +2627,7 @@ int main(void) {
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
         cmocka_unit_test(limits_are_where_they_are_said_to_be),
+        cmocka_unit_test(no_chance_is_a_number),
         cmocka_unit_test(top_logprobs_want_logprobs),
         cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
