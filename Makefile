@@ -33,6 +33,8 @@ LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 CUDA      ?= /usr/local/cuda
 NVCC      := $(CUDA)/bin/nvcc
 CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
+$(if $(CUDA_ARCH),$(if $(shell command -v $(NVCC)),,$(error CUDA_ARCH=$(CUDA_ARCH), but there is no $(NVCC): \
+    CUDA=DIR names the toolkit, CUDA_ARCH= builds without)))
 NVFLAGS   := -std=c++17 -O1 $(if $(LINEINFO),-lineinfo) $(if $(CHAOS),-DAMALGAM_CHAOS) -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops tune))

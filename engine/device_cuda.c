@@ -671,7 +671,8 @@ static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows);
 
 static int32_t plan_of(const cudev *c, int32_t window) {
     int32_t p = 0;
-    while (c->plan[p].window != window) p++;
+    while (p < c->n_plans && c->plan[p].window != window) p++;
+    CHECK(p < c->n_plans); /* setup_plans has seen all layers */
     return p;
 }
 

@@ -122,6 +122,22 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.contains(text, "'l40' is no value of gpu (values: h200)")
 end)
 
+test.case("a GPU has the data sheet of its own kind, or none", function()
+  for _, case in ipairs({ -- names and MiB as nvidia-smi prints them
+    { "NVIDIA H200", 143771, "h200" }, { "NVIDIA H100 80GB HBM3", 81559, "h100-sxm" },
+    { "NVIDIA H100 PCIe", 81559 }, { "NVIDIA H100 NVL", 95830 },
+    { "NVIDIA GH200 144G HBM3e", 147456 },
+    { "NVIDIA A100-SXM4-80GB", 81920, "a100-80gb" }, { "NVIDIA A100-SXM4-40GB", 40960 },
+    { "NVIDIA L40S", 46068, "l40s" }, { "NVIDIA L40", 46068 }, { "NVIDIA L4", 23034 },
+    { "NVIDIA GeForce RTX 4090", 24564, "rtx4090" }, { "NVIDIA GeForce RTX 3090", 24576 },
+    { "NVIDIA RTX 6000 Ada Generation", 49140 },
+  }) do
+    local gpu = { name = case[1], memory_bytes = case[2] * 2 ^ 20 }
+    test.equal(runner.sheet_of(gpu), case[3], gpu.name)
+  end
+  test.equal(runner.sheet_of(nil), nil)
+end)
+
 test.case("an experiment that needs a GPU makes no rows without one", function()
   local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
   local code, text = run(path, "needs")
