@@ -439,11 +439,10 @@ template <int P, int G> struct multiplier {
         fetch(0);
         dequant_unpack<WF_INT4>(scale, packed);
         convert();
+        multiply(x_at(0));
         int step = step0, in = 0;
 #pragma unroll 1
         for (;;) {
-            const uint32_t at = (base + stage * (L::x + L::w)) >> 4 | 1u << 16; // of a descriptor
-            multiply(__shfl_sync(~0u, at + in * (G / 16), 0));
             const bool last = L::each == 1 || in == L::each - 1;
             const uint32_t read = empty + stage * 8;
             in = last ? 0 : in + 1;
@@ -455,6 +454,7 @@ template <int P, int G> struct multiplier {
             }
             const bool more = step < step1;
             if (more) fetch(in);
+            const uint32_t next_x = x_at(in); // not between sums and products
             dequant_unpack<WF_INT4>(next, packed);
             if (L::each == 2 && in == 1 && 2 * step + 1 >= a.granules) // there is none; x is zeros
                 next[0] = next[1] = 0.f;
@@ -484,7 +484,13 @@ template <int P, int G> struct multiplier {
             }
             scale[0] = next[0], scale[1] = next[1];
             convert();
+            multiply(next_x);
         }
+    }
+    // Low half of the descriptor of x of granule `in` of the stage, the same in all lanes.
+    __device__ __forceinline__ uint32_t x_at(int in) const {
+        const uint32_t at = (base + stage * (L::x + L::w)) >> 4 | 1u << 16;
+        return __shfl_sync(~0u, at + in * (G / 16), 0);
     }
 };
 #endif
