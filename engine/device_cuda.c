@@ -578,10 +578,11 @@ static status cuda_begin(device *d, const batch *b) {
     cudev *c = self(d);
     CHECK(c->ready);
     if (c->dead) return dead(c);
-    if (c->b) { /* an operation refused midway: what runs may still read what is uploaded now */
+    if (c->b) { /* refused midway: what runs, and copies, may still read what is made now */
         cudev_abandon_capture(c);
         TRY(clear_told(c)); /* moe_leave may not have come */
         CUDA_TRY(cudaStreamSynchronize(c->stream), "an abandoned step");
+        CUDA_TRY(cudaStreamSynchronize(c->front), "an abandoned step");
     }
     batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
