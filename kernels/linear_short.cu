@@ -111,6 +111,7 @@ struct division {
     int32_t tiles, steps;         // blocks, with gate and up pairs of them; of a tile
     int32_t stride;               // tiles from one of a cluster to its next
     int32_t line;                 // steps of a tile's longest part, where tiles are one line; or 0
+    uint32_t line_inverse;        // 2^31 / line, rounded up
     int32_t share, rest;          // of the line: of each cluster, one more of the first so many
     int32_t groups;               // parts of K in a CTA
     int32_t halves;               // blocks of a tile: gate and up, or two side by side
@@ -181,12 +182,15 @@ struct duty {
             return;
         }
         const int at = tile0 * d.share + min(tile0, d.rest);
-        const int end = at + d.share + (tile0 < d.rest ? 1 : 0), last = (end - 1) / d.line;
-        tile0 = at / d.line;
+        const auto by_line = [&](int n) { // exact below 2^30 / line
+            return (int)__umulhi((unsigned)(2 * n + 1), d.line_inverse);
+        };
+        const int end = at + d.share + (tile0 < d.rest ? 1 : 0), last = by_line(end - 1);
+        tile0 = by_line(at);
         tiles = last - tile0 + 1;
         const int in_first = at - tile0 * d.line, in_last = end - last * d.line;
-        from = steps * in_first / d.line;
-        to = steps * in_last / d.line;
+        from = by_line(steps * in_first);
+        to = by_line(steps * in_last);
         given = in_first > 0 ? 1 : 0;
         lacking = in_last < d.line ? 1 : 0;
     }
@@ -877,22 +881,25 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-// By one thread. Arrivals that make a stage full, and empty; and its x.
+// Of the sums, by one thread.
 template <int NT, int P>
-__device__ __forceinline__ void init(const barriers &bar, const division &d, int full, int empty,
-                                     int x) {
+__device__ __forceinline__ void init_sums(const barriers &bar, const division &d) {
     for (int i = 0; i < 2; i++) {
         barrier_init(bar.sums + i * 8, alone(d) ? 1 + 4 * P : 1);
         barrier_init(bar.read + i * 8, NT / 2);
         barrier_arrive_expect(bar.sums + i * 8, bytes_sent(d));
     }
-    for (int g = 0; g < P; g++)
-        for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
-            barrier_init(bar.of(g, kFull) + i * 8, full);
-            barrier_init(bar.of(g, kEmpty) + i * 8, empty);
-            barrier_init(bar.of(g, kX) + i * 8, x);
-            barrier_init(bar.of(g, kXSums) + i * 8, 32);
-        }
+    barrier_init_fence();
+}
+// Of ring g, by one thread. Arrivals that make a stage full, and empty; and its x.
+__device__ __forceinline__ void init_ring(const barriers &bar, const division &d, int g, int full,
+                                          int empty, int x) {
+    for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
+        barrier_init(bar.of(g, kFull) + i * 8, full);
+        barrier_init(bar.of(g, kEmpty) + i * 8, empty);
+        barrier_init(bar.of(g, kX) + i * 8, x);
+        barrier_init(bar.of(g, kXSums) + i * 8, 32);
+    }
     barrier_init_fence();
 }
 
@@ -943,21 +950,32 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P)
-        init<NT, P>(bar, d, 1, (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1), 1);
-    __syncthreads();
+    const bool loads = warp >= 4 * P && warp < 5 * P;
+    if (threadIdx.x == 160 * P) init_sums<NT, P>(bar, d);
+    const int empty = (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1);
+#pragma unroll
+    for (int g = 0; g < P; g++)
+        if (threadIdx.x == 128 * P + 32 * g) init_ring(bar, d, g, 1, empty, 1);
+    __syncwarp();
+    if (loads) // a ring is all that one needs to ask for W
+        asm volatile("barrier.arrive 1, %0;" ::"n"(192 * P) : "memory");
+    else
+        asm volatile("barrier.sync 1, %0;" ::"n"(192 * P) : "memory");
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
+    const duty own(d,
+                   warp >= 5 * P   ? warp - 5 * P
+                   : warp >= 4 * P ? warp - 4 * P
+                                   : warp / 4,
+                   NT == 32);
     if (warp >= 4 * P) registers_down<kFewer<NT, G>>();
     if (warp >= 5 * P) {
-        const duty own(d, warp - 5 * P, NT == 32);
         wait_for_previous();
         cluster_wait();
         help<T, F, NT, P, G>(p, d, bar, shared, own);
         return;
     }
-    if (warp >= 4 * P) {
-        const duty own(d, warp - 4 * P, NT == 32);
+    if (loads) {
         if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
         __syncwarp();
         if (!kRacecheck) cluster_wait();
@@ -965,7 +983,6 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
-    const duty own(d, warp / 4, NT == 32);
     multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
@@ -1400,7 +1417,8 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     const barriers bar = {at, at + 16, at + 32};
     if (threadIdx.x == 128 * P) {
         told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
-        init<NT, 1>(bar, d, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
+        init_sums<NT, 1>(bar, d);
+        init_ring(bar, d, 0, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
     }
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
@@ -1570,6 +1588,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line, bool
     if (line) {
         d.stride = 1;
         d.line = part;
+        d.line_inverse = (uint32_t)((((int64_t)1 << 31) + part - 1) / part);
         d.share = d.tiles * part / most;
         d.rest = d.tiles * part % most;
     }
