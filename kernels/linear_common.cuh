@@ -274,10 +274,13 @@ __device__ __forceinline__ int linear_thread_anew() {
     return i;
 }
 
-__device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, const linear_args &p) {
+__device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, int epilogue, float limit) {
     return make_float4(
-        linear_gate(g.x, u.x, p.epilogue, p.limit), linear_gate(g.y, u.y, p.epilogue, p.limit),
-        linear_gate(g.z, u.z, p.epilogue, p.limit), linear_gate(g.w, u.w, p.epilogue, p.limit));
+        linear_gate(g.x, u.x, epilogue, limit), linear_gate(g.y, u.y, epilogue, limit),
+        linear_gate(g.z, u.z, epilogue, limit), linear_gate(g.w, u.w, epilogue, limit));
+}
+__device__ __forceinline__ float4 linear_gate_all(float4 g, float4 u, const linear_args &p) {
+    return linear_gate_all(g, u, p.epilogue, p.limit);
 }
 
 enum {
@@ -328,11 +331,12 @@ __device__ __forceinline__ float4 linear_affine(float4 v, const linear_outputs &
                        fmaf(v.z, o.scale.z, o.bias.z), fmaf(v.w, o.scale.w, o.bias.w));
 }
 
-template <typename T>
+// kPlain: nothing is added to y, which is of type T.
+template <typename T, bool kPlain = false>
 __device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, int32_t col,
                                            float4 v) {
     const int64_t at = (int64_t)row_x * p.ldy + col;
-    if (p.y_f32) {
+    if (!kPlain && p.y_f32) {
         float4 *y = reinterpret_cast<float4 *>(static_cast<float *>(p.y) + at);
         if (p.epilogue == LINEAR_RESIDUAL) {
             const float4 old = *y;
@@ -342,7 +346,7 @@ __device__ __forceinline__ void linear_put(const linear_args &p, int32_t row_x, 
         return;
     }
     four<T> *y = reinterpret_cast<four<T> *>(static_cast<T *>(p.y) + at);
-    if (p.epilogue == LINEAR_RESIDUAL) {
+    if (!kPlain && p.epilogue == LINEAR_RESIDUAL) {
         const four<T> old = *y;
         v = make_float4(v.x + to_f32(old.v[0]), v.y + to_f32(old.v[1]), v.z + to_f32(old.v[2]),
                         v.w + to_f32(old.v[3]));
@@ -370,15 +374,21 @@ __device__ __forceinline__ linear_place linear_place_of(const linear_args &p,
     return at;
 }
 
-// Eight x rows from m0 of one block (and of its other half, when gated).
-template <typename T, bool kGated>
+// Eight x rows from m0 of one block (and of its other half, when gated). kPlain: sums are what y
+// is, or gated by LINEAR_GATED, and of type T.
+template <typename T, bool kGated, bool kPlain = false>
 __device__ __forceinline__ void
 linear_emit(const linear_args &p, int32_t m0, int32_t m_end, int32_t col, const float *c,
             const float *c_up, const linear_outputs &o, const linear_outputs &o_up, float *stage) {
-    float4 v = linear_affine(linear_turn(c, stage), o);
-    if (kGated) v = linear_gate_all(v, linear_affine(linear_turn(c_up, stage), o_up), p);
+    float4 v = linear_turn(c, stage);
+    if (!kPlain) v = linear_affine(v, o);
+    if (kGated) {
+        float4 up = linear_turn(c_up, stage);
+        if (!kPlain) up = linear_affine(up, o_up);
+        v = linear_gate_all(v, up, kPlain ? LINEAR_GATED : p.epilogue, p.limit);
+    }
     const int32_t row = m0 + threadIdx.x % 32 / 4;
-    if (row < m_end) linear_put<T>(p, row, col, v);
+    if (row < m_end) linear_put<T, kPlain>(p, row, col, v);
 }
 
 // Sums in registers, N places down. A loop over all groups of rows of a large tile, unrolled since

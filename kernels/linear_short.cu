@@ -104,6 +104,13 @@ __host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool expert
     return on_sums(f, g, experts) && (rows <= (g == 128 ? 8 : 16) || experts);
 }
 
+// Plain problems have kernels of their own: K is a multiple of a step, a tile has two CTAs or more,
+// W has no scales but its granules', and sums are what y is, of x's type, or gated by LINEAR_GATED.
+// Code that is jumped over costs time too: a step of Llama-3.1-8B in W4 2.3 % at batch 1.
+__host__ __device__ constexpr bool may_be_plain(int f, int rows) {
+    return f == WF_INT4 && rows <= 16;
+}
+
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
 // stage of W: [x, where it comes anew for each tile][codes][scales]. Else all of x lies at 0.
 struct division {
@@ -111,6 +118,7 @@ struct division {
     int32_t tiles, steps;         // blocks, with gate and up pairs of them; of a tile
     int32_t stride;               // tiles from one of a cluster to its next
     int32_t line;                 // steps of a tile's longest part, where tiles are one line; or 0
+    uint32_t line_inverse;        // 2^31 / line, rounded up
     int32_t share, rest;          // of the line: of each cluster, one more of the first so many
     int32_t groups;               // parts of K in a CTA
     int32_t halves;               // blocks of a tile: gate and up, or two side by side
@@ -181,12 +189,15 @@ struct duty {
             return;
         }
         const int at = tile0 * d.share + min(tile0, d.rest);
-        const int end = at + d.share + (tile0 < d.rest ? 1 : 0), last = (end - 1) / d.line;
-        tile0 = at / d.line;
+        const auto by_line = [&](int n) { // exact below 2^30 / line
+            return (int)__umulhi((unsigned)(2 * n + 1), d.line_inverse);
+        };
+        const int end = at + d.share + (tile0 < d.rest ? 1 : 0), last = by_line(end - 1);
+        tile0 = by_line(at);
         tiles = last - tile0 + 1;
         const int in_first = at - tile0 * d.line, in_last = end - last * d.line;
-        from = steps * in_first / d.line;
-        to = steps * in_last / d.line;
+        from = by_line(steps * in_first);
+        to = by_line(steps * in_last);
         given = in_first > 0 ? 1 : 0;
         lacking = in_last < d.line ? 1 : 0;
     }
@@ -221,11 +232,11 @@ template <int F, int NT> __host__ __device__ __forceinline__ int x_rows_of(const
 }
 
 // x of one step.
-template <int F, int NT>
+template <int F, int NT, bool kPlain>
 __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map, int step,
                                        uint32_t to, uint32_t bar) {
     constexpr int U = step_units(F, NT);
-    if (d.x_whole && x_rows_of<F, NT>(d) == NT)
+    if (kPlain || (d.x_whole && x_rows_of<F, NT>(d) == NT))
         copy_box(to, &map, step * U, bar);
     else
         for (int i = 0; i < U; i++)
@@ -236,17 +247,17 @@ __device__ __forceinline__ void load_x(const division &d, const CUtensorMap &map
 }
 
 // Codes and scales of a step of a block of the matrix at `code` and `scale`.
-template <int F, int U, int G>
+template <int F, int U, int G, bool kPlain = false>
 __device__ __forceinline__ void load_weights(const linear_args &p, const uint8_t *code,
                                              const uint8_t *scale, int block, int step, uint32_t to,
                                              uint32_t there, uint64_t policy) {
     constexpr int unit = 512 * linear_code_bits(F), N = G ? U * 64 / G : 0; // granules
-    const int units = min(U, p.units - step * U);
+    const int units = kPlain ? U : min(U, p.units - step * U);
     copy_bulk(to, code + ((int64_t)block * p.units + step * U) * unit, units * unit, there, policy);
     // What lies past K meets zeros of x, and may be anything but NaN.
     for (int i = units; i < U; i++) copy_bulk(to + i * unit, code, unit, there, policy);
     if (!G) return;
-    const int granules = min(N, p.granules - step * N);
+    const int granules = kPlain ? N : min(N, p.granules - step * N);
     copy_bulk(to + U * unit, scale + ((int64_t)block * p.granules + step * N) * p.granule_bytes,
               granules * p.granule_bytes, there, policy);
     for (int i = granules; i < N; i++)
@@ -260,7 +271,7 @@ __device__ __forceinline__ int blocks_side_by_side(const linear_args &p, const d
 }
 
 // All steps of a ring, by one thread.
-template <int F, int NT, int G>
+template <int F, int NT, int G, bool kPlain>
 __device__ __forceinline__ void load(const linear_args &p, const division &d,
                                      const CUtensorMap &map, const barriers &bar, uint32_t base,
                                      const duty &own) {
@@ -284,11 +295,11 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         barrier_wait(empty + at.stage * 8, at.parity ^ 1);
         barrier_arrive_expect(there, bytes);
         const uint32_t to = slots + at.stage * d.slot + (d.x_again ? x_bytes : 0);
-        load_weights<F, U, G>(p, p.code, p.scale, block, step, to, there, policy);
+        load_weights<F, U, G, kPlain>(p, p.code, p.scale, block, step, to, there, policy);
         if (shared) // past the last block any, for nobody asks for its sums
-            load_weights<F, U, G>(p, p.code, p.scale,
-                                  min(block + (per == 2 ? 1 : p.half_blocks), p.blocks - 1), step,
-                                  to + d.beside, there, policy);
+            load_weights<F, U, G, kPlain>(p, p.code, p.scale,
+                                          min(block + (per == 2 ? 1 : p.half_blocks), p.blocks - 1),
+                                          step, to + d.beside, there, policy);
     };
     const auto next = [&] {
         at.next(d.w_stages);
@@ -305,10 +316,10 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
                 const int index = d.x_again ? j : s - own.begin;
                 const uint32_t there = (d.x_again ? full : bar.of(own.group, kX)) + index * 8;
                 if (!d.x_again) barrier_arrive_expect(there, x_there);
-                load_x<F, NT>(d, map, s,
-                              d.x_again ? slots + j * d.slot
-                                        : base + (own.group * d.x_stages + index) * x_bytes,
-                              there);
+                load_x<F, NT, kPlain>(d, map, s,
+                                      d.x_again ? slots + j * d.slot
+                                                : base + (own.group * d.x_stages + index) * x_bytes,
+                                      there);
                 if (++s == own.begin + own.steps) s = own.begin;
             }
             if (kRacecheck) {
@@ -320,7 +331,7 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d,
         if (i == total) break;
         if (leader) load_w();
         if (d.x_again && i >= early)
-            load_x<F, NT>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
+            load_x<F, NT, kPlain>(d, map, step, slots + at.stage * d.slot, full + at.stage * 8);
     }
 }
 
@@ -729,11 +740,15 @@ template <typename T, int F, int NT, int G, bool kExperts = false> struct multip
 
 // What a barrier of sums waits for: bytes, or, in a CTA that is alone, the arrival of each warp:
 // compute-sanitizer wants two CTAs and more for stores as clusters have them.
-__device__ __forceinline__ bool alone(const division &d) { return d.cluster == 1; }
-__device__ __forceinline__ int bytes_sent(const division &d) { return alone(d) ? 0 : d.sums_bytes; }
+template <bool kPlain> __device__ __forceinline__ bool alone(const division &d) {
+    return !kPlain && d.cluster == 1;
+}
+template <bool kPlain> __device__ __forceinline__ int bytes_sent(const division &d) {
+    return alone<kPlain>(d) ? 0 : d.sums_bytes;
+}
 
 // To the CTAs that finish them. There: [turn][chunk][gate, up][sender][lane][4].
-template <int NT>
+template <int NT, bool kPlain = false>
 __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division &d,
                                      const barriers &bar, uint32_t base, int turn, int sender,
                                      int half, int halves) {
@@ -749,14 +764,14 @@ __device__ __forceinline__ void send(const float (&acc)[NT / 2], const division 
         const float c[4] = {acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]};
         const uint32_t to = base + d.at_sums + turn * d.sums_bytes +
                             ((local * halves + half) * d.senders + sender) * 512 + lane * 16;
-        if (alone(d))
+        if (alone<kPlain>(d))
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(c[0]), "f"(c[1]),
                          "f"(c[2]), "f"(c[3])
                          : "memory");
         else
             remote_store(remote_address(to, owner), c, remote_address(bar.sums + turn * 8, owner));
     }
-    if (!alone(d)) return;
+    if (!alone<kPlain>(d)) return;
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.sums + turn * 8);
 }
@@ -805,7 +820,7 @@ struct output_place {
     bool there;
     linear_outputs o;
 };
-template <typename T>
+template <typename T, bool kPlain>
 __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t expert,
                                                   int32_t block, int strip, bool wanted) {
     const int half = block >= p.half_blocks ? 1 : 0;
@@ -813,13 +828,13 @@ __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t 
     output_place at = {half * p.half_rows + in_half + (int)threadIdx.x % 4 * 4,
                        wanted && block < p.blocks && in_half < p.half_rows,
                        {}};
-    if (at.there) at.o = linear_outputs_of<T>(p, expert, block, at.col, strip);
+    if (!kPlain && at.there) at.o = linear_outputs_of<T>(p, expert, block, at.col, strip);
     return at;
 }
 
 // Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is another whose
 // sums come to lie where its do.
-template <typename T, int NT>
+template <typename T, int NT, bool kPlain = false>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
@@ -829,10 +844,11 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     if (local >= 1 << way.per || rank & ((1 << way.apart) - 1)) return;
     const int q = (rank >> way.apart << way.per) + local, t = q % (NT / 8), strip = q / (NT / 8);
     const int32_t m0 = tile.m0 + 8 * t;
-    const output_place to = output_of<T>(p, tile.expert, tile.block, strip, m0 < tile.m_end);
+    const output_place to =
+        output_of<T, kPlain>(p, tile.expert, tile.block, strip, m0 < tile.m_end);
     const output_place to_other =
-        output_of<T>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
-                     d.halves == 2 && m0 < tile.m_end);
+        output_of<T, kPlain>(p, tile.expert, tile.block + (p.paired ? p.half_blocks : 1), strip,
+                             d.halves == 2 && m0 < tile.m_end);
     const bool wanted = to.there || to_other.there;
     // Of a tile that two clusters share. Read ahead, for that takes as long as sums to come.
     float4 *const shared_sums =
@@ -841,7 +857,8 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
     const float4 given = linear_load_part(shared_sums, taken);
     const float4 given_other = linear_load_part(shared_sums + 32, taken && d.halves == 2);
     barrier_wait(bar.sums + turn * 8, count >> d.turns_log & 1);
-    if (local == 0 && lane == 0 && more) barrier_arrive_expect(bar.sums + turn * 8, bytes_sent(d));
+    if (local == 0 && lane == 0 && more)
+        barrier_arrive_expect(bar.sums + turn * 8, bytes_sent<kPlain>(d));
     // Where the sums lay is free for what turns them.
     uint8_t *at = shared + d.at_sums + turn * d.sums_bytes + local * d.halves * d.senders * 512;
     float *stage = reinterpret_cast<float *>(at);
@@ -859,17 +876,19 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
             give(shared_sums, c);
             if (d.halves == 2) give(shared_sums + 32, other);
         } else if (p.paired) {
-            linear_emit<T, true>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o, stage);
+            linear_emit<T, true, kPlain>(p, m0, tile.m_end, to.col, c, other, to.o, to_other.o,
+                                         stage);
         } else {
-            if (to.there) linear_emit<T, false>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
-            if (to_other.there)
-                linear_emit<T, false>(p, m0, tile.m_end, to_other.col, other, other, to_other.o,
-                                      to_other.o, stage);
+            if (to.there)
+                linear_emit<T, false, kPlain>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
+            if (!kPlain && to_other.there) // of experts, or of 32 rows
+                linear_emit<T, false, kPlain>(p, m0, tile.m_end, to_other.col, other, other,
+                                              to_other.o, to_other.o, stage);
         }
     }
     __syncwarp();
     if (!more || lane >= d.cluster) return;
-    if (alone(d))
+    if (alone<kPlain>(d))
         barrier_arrive(bar.read + turn * 8);
     else
         remote_arrive(remote_address(bar.read + turn * 8, lane));
@@ -877,27 +896,30 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
 
 // --- The kernel ---------------------------------------------------------------------------------
 
-// By one thread. Arrivals that make a stage full, and empty; and its x.
-template <int NT, int P>
-__device__ __forceinline__ void init(const barriers &bar, const division &d, int full, int empty,
-                                     int x) {
+// Of the sums, by one thread.
+template <int NT, int P, bool kPlain = false>
+__device__ __forceinline__ void init_sums(const barriers &bar, const division &d) {
     for (int i = 0; i < 2; i++) {
-        barrier_init(bar.sums + i * 8, alone(d) ? 1 + 4 * P : 1);
+        barrier_init(bar.sums + i * 8, alone<kPlain>(d) ? 1 + 4 * P : 1);
         barrier_init(bar.read + i * 8, NT / 2);
-        barrier_arrive_expect(bar.sums + i * 8, bytes_sent(d));
+        barrier_arrive_expect(bar.sums + i * 8, bytes_sent<kPlain>(d));
     }
-    for (int g = 0; g < P; g++)
-        for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
-            barrier_init(bar.of(g, kFull) + i * 8, full);
-            barrier_init(bar.of(g, kEmpty) + i * 8, empty);
-            barrier_init(bar.of(g, kX) + i * 8, x);
-            barrier_init(bar.of(g, kXSums) + i * 8, 32);
-        }
+    barrier_init_fence();
+}
+// Of ring g, by one thread. Arrivals that make a stage full, and empty; and its x.
+__device__ __forceinline__ void init_ring(const barriers &bar, const division &d, int g, int full,
+                                          int empty, int x) {
+    for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
+        barrier_init(bar.of(g, kFull) + i * 8, full);
+        barrier_init(bar.of(g, kEmpty) + i * 8, empty);
+        barrier_init(bar.of(g, kX) + i * 8, x);
+        barrier_init(bar.of(g, kXSums) + i * 8, 32);
+    }
     barrier_init_fence();
 }
 
 // A warp that sums x, where that is wanted, and finishes all tiles but the last.
-template <typename T, int F, int NT, int P, int G>
+template <typename T, int F, int NT, int P, int G, bool kPlain>
 __device__ __forceinline__ void help(const linear_args &p, const division &d, const barriers &bar,
                                      uint8_t *shared, const duty &own) {
     constexpr int U = step_units(F, NT), x_bytes = U * NT * 128, bytes = x_sums_bytes(F, G, NT);
@@ -908,9 +930,10 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
             // Two steps in which those that multiply need no help.
             if (step == min(steps, 2) && count > 0)
                 for (int local = own.group; local < 1 << chunks<NT>(d).per; local += P)
-                    finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, count - 1),
-                                  count - 1, count + d.turns_log < own.tiles, local,
-                                  count == 1 && own.given ? kGiven : kWhole);
+                    finish<T, NT, kPlain>(p, d, bar, shared, own.rank,
+                                          dense<NT>(p, d, own, count - 1), count - 1,
+                                          count + d.turns_log < own.tiles, local,
+                                          count == 1 && own.given ? kGiven : kWhole);
             if (!by_x_sums(F, G, NT) || step == steps) continue;
             if (!(d.x_again || (count == 0 && own.half == 0))) continue;
             const int turned = own.from + step - (own.from + step < own.steps ? 0 : own.steps);
@@ -933,7 +956,7 @@ __device__ __forceinline__ void help(const linear_args &p, const division &d, co
 template <int NT, int G> constexpr int kRegisters = NT > 8 ? 80 : G == 64 || G == 16 ? 72 : 64;
 template <int NT, int G> constexpr int kFewer = kRegisters<NT, G> - (NT == 32 ? 24 : 16);
 
-template <typename T, int F, int NT, int P, int G>
+template <typename T, int F, int NT, int P, int G, bool kPlain>
 __global__ void __maxnreg__((kRegisters<NT, G>))
     linear_short(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                  const __grid_constant__ CUtensorMap map) {
@@ -943,29 +966,42 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
     launch_dependents();
-    if (threadIdx.x == 128 * P)
-        init<NT, P>(bar, d, 1, (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1), 1);
-    __syncthreads();
+    const bool loads = warp >= 4 * P && warp < 5 * P;
+    if (threadIdx.x == 160 * P) init_sums<NT, P, kPlain>(bar, d);
+    // Rings by the warps that load them. One place in the code is 1 % of a step, but spills where
+    // problems need not be plain.
+    const int empty = (kRacecheck ? 128 : 4) * (NT == 32 && d.beside ? 2 : 1);
+#pragma unroll
+    for (int g = 0; g < (kPlain ? 1 : P); g++)
+        if (kPlain ? loads && threadIdx.x % 32 == 0 : threadIdx.x == 128 * P + 32 * g)
+            init_ring(bar, d, kPlain ? warp - 4 * P : g, 1, empty, 1);
+    __syncwarp();
+    if (loads) // a ring is all that one needs to ask for W
+        asm volatile("barrier.arrive 1, %0;" ::"n"(192 * P) : "memory");
+    else
+        asm volatile("barrier.sync 1, %0;" ::"n"(192 * P) : "memory");
     cluster_arrive();
     // Those that load and help give 16 registers each to those that multiply, twice as many.
+    const duty own(d,
+                   warp >= 5 * P   ? warp - 5 * P
+                   : warp >= 4 * P ? warp - 4 * P
+                                   : warp / 4,
+                   NT == 32);
     if (warp >= 4 * P) registers_down<kFewer<NT, G>>();
     if (warp >= 5 * P) {
-        const duty own(d, warp - 5 * P, NT == 32);
         wait_for_previous();
         cluster_wait();
-        help<T, F, NT, P, G>(p, d, bar, shared, own);
+        help<T, F, NT, P, G, kPlain>(p, d, bar, shared, own);
         return;
     }
-    if (warp >= 4 * P) {
-        const duty own(d, warp - 4 * P, NT == 32);
-        if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G>(p, d, map, bar, base, own);
+    if (loads) {
+        if (kRacecheck || threadIdx.x % 32 == 0) load<F, NT, G, kPlain>(p, d, map, bar, base, own);
         __syncwarp();
         if (!kRacecheck) cluster_wait();
         if (NT > 8) linear_ask_ahead(p.ahead, (int)blockIdx.x * P + own.group, (int)gridDim.x * P);
         return;
     }
     registers_up<kRegisters<NT, G> + 8>();
-    const duty own(d, warp / 4, NT == 32);
     multiplier<T, F, NT, G> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
@@ -981,11 +1017,12 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
         const int turn = count & d.turns_log;
         if (count > d.turns_log) barrier_wait(bar.read + turn * 8, count >> d.turns_log & 1 ^ 1);
-        send<NT>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half, d.halves);
+        send<NT, kPlain>(acc, d, bar, base, turn, own.rank * d.groups + own.part, own.half,
+                         d.halves);
     }
     if (own.tiles > 0)
-        finish<T, NT>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, own.tiles - 1),
-                      own.tiles - 1, false, warp, own.lacking ? kTaken : kWhole);
+        finish<T, NT, kPlain>(p, d, bar, shared, own.rank, dense<NT>(p, d, own, own.tiles - 1),
+                              own.tiles - 1, false, warp, own.lacking ? kTaken : kWhole);
 #endif
 }
 
@@ -1400,7 +1437,8 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     const barriers bar = {at, at + 16, at + 32};
     if (threadIdx.x == 128 * P) {
         told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
-        init<NT, 1>(bar, d, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
+        init_sums<NT, 1>(bar, d);
+        init_ring(bar, d, 0, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
     }
     if (!p.routed) wait_for_previous();
     fill_table<NT>(p, d, table);
@@ -1570,6 +1608,7 @@ division divide(const linear_args *a, int c, int most, live how, bool line, bool
     if (line) {
         d.stride = 1;
         d.line = part;
+        d.line_inverse = (uint32_t)((((int64_t)1 << 31) + part - 1) / part);
         d.share = d.tiles * part / most;
         d.rest = d.tiles * part % most;
     }
@@ -1635,7 +1674,7 @@ status encode_x(CUtensorMap *map, const linear_args *a, bool bf16, int rows, int
 template <typename T, int F, int NT, int P, int G> struct warpgroups {
     // No bytes in d when nothing fits.
     static status plan(division *best, const linear_args *args, int32_t n_sms) {
-        const auto kernel = linear_short<T, F, NT, P, G>;
+        const auto kernel = linear_short<T, F, NT, P, G, false>;
         static int most[2][COUNT_OF(kClusters)]; // clusters that the GPU holds at once, a CTA an
                                                  // SM; two
         cudaError_t e =
@@ -1670,6 +1709,12 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
         return ST_OK;
     }
 
+    static bool plain(const division &d, const linear_args *a) {
+        return may_be_plain(F, NT) && d.cluster > 1 && a->k % (64 * step_units(F, NT)) == 0 &&
+               !a->bias && !a->channel && !a->global_scale && !a->y_f32 &&
+               (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
+    }
+
     static status run(const division &d, const linear_args *args, kernel_stream stream) {
         if (!d.bytes) return FAIL(ST_UNSUPPORTED, "linear_short: no room for %d rows", args->m);
         CUtensorMap map;
@@ -1677,8 +1722,11 @@ template <typename T, int F, int NT, int P, int G> struct warpgroups {
         TRY(encode_x(&map, args, half_pair<T>::bf16, rows, rows == NT ? step_units(F, NT) : 1));
         const launch_config l(dim3((unsigned)(d.clusters * d.cluster)), dim3(192 * P),
                               (size_t)d.bytes, stream, true, (unsigned)d.cluster);
-        const cudaError_t e =
-            cudaLaunchKernelEx(&l.config, linear_short<T, F, NT, P, G>, *args, d, map);
+        const auto kernel = plain(d, args) ? linear_short<T, F, NT, P, G, may_be_plain(F, NT)>
+                                           : linear_short<T, F, NT, P, G, false>;
+        cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
+        if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, d, map);
         return e == cudaSuccess ? ST_OK
                                 : FAIL(ST_DEVICE, "linear_short: %s", cudaGetErrorString(e));
     }

@@ -271,8 +271,8 @@ template <typename T, int F, int G, int kStrips> struct worker {
 };
 
 // Of a tile's rows from m0 on the sums of all warps, a thread an output; part: [warp][strip][lane]
-// [4], warps `stride` floats apart.
-template <typename T, int F, int G>
+// [4], warps `stride` floats apart. kPlain: they are what y is, or gated by LINEAR_GATED.
+template <typename T, int F, int G, bool kPlain>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const float *part,
                                        int stride, const target &tile, int m0, int rows) {
     const float mend = F == WF_INT4 && G == 128 ? dequant_factor<T, F>() : dequant_unfold<T, F>();
@@ -293,18 +293,18 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
                 if (p.paired) up += at[w * stride + 128];
             }
         v *= mend, up *= mend;
-        if (p.bias) {
+        if (!kPlain && p.bias) {
             const T *bias = static_cast<const T *>(p.bias) + (int64_t)tile.expert * p.n + col;
             v += to_f32(bias[0]);
             if (p.paired) up += to_f32(bias[p.half_rows]);
         }
-        if (p.paired) v = linear_gate(v, up, p.epilogue, p.limit);
+        if (p.paired) v = linear_gate(v, up, kPlain ? LINEAR_GATED : p.epilogue, p.limit);
         static_cast<T *>(p.y)[(m0 + n) * p.ldy + col] = from_f32<T>(v);
     }
 }
 
 // (With the 72 registers of three CTAs of eight warps an SM steps are 1.5 % slower.)
-template <typename T, int F, int G>
+template <typename T, int F, int G, bool kPlain>
 __global__ void __maxnreg__(80)
     linear_strips(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -363,18 +363,19 @@ __global__ void __maxnreg__(80)
             *reinterpret_cast<float4 *>(mine + d.at_x + s * 512 + lane * 16) =
                 make_float4(acc[s][0], acc[s][1], acc[s][2], acc[s][3]);
         __syncthreads();
-        finish<T, F, G>(p, d, reinterpret_cast<const float *>(shared + d.at_x), d.bytes / 4, tile,
-                        m0, rows);
+        finish<T, F, G, kPlain>(p, d, reinterpret_cast<const float *>(shared + d.at_x), d.bytes / 4,
+                                tile, m0, rows);
     }
 #endif
 }
 
-// Of one row the sums of all warps of tile `at`, by one of them; part: the first warp's.
-template <typename T, int F, int G>
+// Of one row the sums of all warps of tile `at`, by one of them; part: the first warp's. kPlain: W
+// has no halves, and sums are what y is, of type T.
+template <typename T, int F, int G, bool kPlain>
 __device__ __forceinline__ void finish_row(const linear_args &p, const division &d,
                                            const uint8_t *part, int at) {
     const int lane = threadIdx.x % 32;
-    const int upper = at / 4 >= p.half_blocks ? 1 : 0; // of two halves
+    const int upper = !kPlain && at / 4 >= p.half_blocks ? 1 : 0; // of two halves
     const int32_t in_half = (at - upper * 4 * p.half_blocks) * 16 + lane;
     const int32_t col = upper * p.half_rows + in_half;
     const int in_part = lane % 8 * 16 + lane / 8 * 2; // [lane][4] of a product, whose column is one
@@ -384,16 +385,17 @@ __device__ __forceinline__ void finish_row(const linear_args &p, const division 
     for (int w = 0; w < kWarpsMost; w++)
         if (w < d.warps) v += reinterpret_cast<const float *>(part + w * d.bytes)[in_part];
     v *= F == WF_INT4 && G == 128 ? dequant_factor<T, F>() : dequant_unfold<T, F>();
-    if (p.bias) v += to_f32(static_cast<const T *>(p.bias)[col]);
-    if (p.epilogue == LINEAR_RESIDUAL) v += linear_element(p.y, col, half_pair<T>::bf16, p.y_f32);
-    if (p.y_f32)
+    if (!kPlain && p.bias) v += to_f32(static_cast<const T *>(p.bias)[col]);
+    if (!kPlain && p.epilogue == LINEAR_RESIDUAL)
+        v += linear_element(p.y, col, half_pair<T>::bf16, p.y_f32);
+    if (!kPlain && p.y_f32)
         static_cast<float *>(p.y)[col] = v;
     else
         static_cast<T *>(p.y)[col] = from_f32<T>(v);
 }
 
 // A row of x by one matrix, whose strips CTAs take in turn. All columns of a product are that row.
-template <typename T, int F, int G>
+template <typename T, int F, int G, bool kPlain>
 __global__ void __maxnreg__(64)
     linear_strip(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -450,7 +452,7 @@ __global__ void __maxnreg__(64)
             make_float4(acc[0][0], acc[0][1], acc[0][2], acc[0][3]);
         // Who has met the others here has read the sums of the tile before.
         __syncthreads();
-        if (warp == finisher) finish_row<T, F, G>(p, d, shared + at_sums, tile);
+        if (warp == finisher) finish_row<T, F, G, kPlain>(p, d, shared + at_sums, tile);
         if (++finisher == d.warps) finisher = 0;
         turn ^= 1;
     }
@@ -500,8 +502,10 @@ template <typename T, int F, int G>
 status launch_experts(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
     const int tiles = a->paired ? (a->half_rows + 15) / 16 : a->blocks * 2;
     const int experts = a->told ? a->m : min(a->m, a->count);
-    return launch(linear_strips<T, F, G>, a, divide<G>(a, tiles, 2, kRows, false),
-                  dim3((unsigned)tiles, (unsigned)experts), n_sms, stream);
+    const bool plain = !a->bias && (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
+    return launch(plain ? linear_strips<T, F, G, true> : linear_strips<T, F, G, false>, a,
+                  divide<G>(a, tiles, 2, kRows, false), dim3((unsigned)tiles, (unsigned)experts),
+                  n_sms, stream);
 }
 
 // Two strips an SM are taken by one CTA, which reads the second while it multiplies the first; of
@@ -510,8 +514,11 @@ template <typename T, int F, int G>
 status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
     const int tiles = a->blocks * 4;
     const bool again = tiles > n_sms && tiles <= 2 * n_sms;
-    return launch(linear_strip<T, F, G>, a, divide<G>(a, tiles, 1, 1, again),
-                  dim3((unsigned)(again ? n_sms : tiles)), n_sms, stream);
+    const bool plain =
+        !a->bias && !a->y_f32 && a->epilogue == LINEAR_STORE && a->half_blocks == a->blocks;
+    return launch(plain ? linear_strip<T, F, G, true> : linear_strip<T, F, G, false>, a,
+                  divide<G>(a, tiles, 1, 1, again), dim3((unsigned)(again ? n_sms : tiles)), n_sms,
+                  stream);
 }
 
 #define T_F16  __half

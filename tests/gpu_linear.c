@@ -326,15 +326,16 @@ static void lines(int32_t f, dtype type) {
         linear_probe *p = opened(&w, 33);
         if (!p) return;
         for (int32_t m = 1; m <= 31; m += 5) /* 1, 6; 11, 16; 21, 26, 31 */
-            one(p, &w,
-                (linear_trial){.m = m,
-                               .y_type = of[i].head ? DT_F32 : type,
-                               .epilogue = of[i].gated ? LINEAR_GATED : LINEAR_STORE,
-                               .kernel = m <= 8    ? "short_8"
-                                         : m <= 16 ? "short_16"
-                                                   : "mid_32x2x2",
-                               .bias = !of[i].head},
-                "line");
+            for (int32_t plain = of[i].head; plain < 2; plain++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = of[i].head ? DT_F32 : type,
+                                   .epilogue = of[i].gated ? LINEAR_GATED : LINEAR_STORE,
+                                   .kernel = m <= 8    ? "short_8"
+                                             : m <= 16 ? "short_16"
+                                                       : "mid_32x2x2",
+                                   .bias = !plain},
+                    "line");
         linear_probe_close(p);
     }
 }
@@ -512,7 +513,7 @@ static int least(const char *only, const char *kernel) {
                 const linear_trial t = {.m = ms[i],
                                         .y_type = type,
                                         .epilogue = grouped ? LINEAR_GATED : LINEAR_STORE,
-                                        .bias = true,
+                                        .bias = i % 3 == 0,
                                         .gather = grouped,
                                         .kernel = kernel};
                 linear_outcome o = {.us = 0};
