@@ -296,12 +296,18 @@ linear_problem of_values(const linear_problem *p, linear_weight *w, void *space)
 }
 
 status values(const linear_problem *p, void *space, cudaStream_t stream) {
+    linear_weight w;
+    linear_problem r = of_values(p, &w, space);
+    if (p->x_coded) {
+        r.x = p->x;
+        r.ldx = p->ldx;
+        r.apart = p->apart;
+        return linear_launch_16(&r, stream);
+    }
     activation_quantiser q = quantiser_of(p, 0, p->x_row && p->x_rows ? p->x_rows : p->m);
     q.x_row = nullptr; // the product takes them
     q.value = space;
     TRY(kernel_quantize_activation(&q, stream));
-    linear_weight w;
-    const linear_problem r = of_values(p, &w, space);
     return linear_launch_16(&r, stream);
 }
 
@@ -329,11 +335,12 @@ extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x)
     return bytes;
 }
 
-// Not where scales are of 128 inputs, nor where x is taken in parts.
+// Nothing where scales are of 128 inputs, nor where x is taken in parts.
 extern "C" activation_codes linear_quantised_x(const linear_problem *p, void *space) {
     int32_t rows = p->m;
     const bool own = linear_plain(p->w), atoms = choose_nibbles(p) != nullptr;
-    if (!atoms && (!own || p->w->format == WF_FP8B || parts_of(p, true, &rows) > 1)) return {};
+    if (p->w->format == WF_FP8B || (own && parts_of(p, true, &rows) > 1)) return {};
+    if (!own && !atoms) return {nullptr, nullptr, p->act, false};
     const plain_space s = lay(p->w, rows, false, space);
     return {s.code, s.scale, p->act, atoms};
 }
