@@ -193,7 +193,6 @@ activation_quantiser quantiser_of(const linear_problem *p, int32_t row, int32_t 
     q.group = p->w->format == WF_FP8B ? 128 : 0;
     q.type = p->w->type;
     q.act = p->act;
-    q.sm = p->sm;
     return q;
 }
 

@@ -261,17 +261,6 @@ shape shape_of(int32_t cols) {
 // would keep the launch behind this one out of them.
 constexpr int kRowsTogether = 16, kRowsApart = 64;
 
-// Bytes of which with what the driver takes of each block an SM has room for one.
-unsigned more_than_half() {
-    static int bytes = 0;
-    int device = 0;
-    if (bytes == 0 && (cudaGetDevice(&device) != cudaSuccess ||
-                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                                              device) != cudaSuccess))
-        return 0;
-    return (unsigned)bytes / 2;
-}
-
 template <typename T, bool RANKS, act_format A>
 status launch_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
                   int32_t cols, float eps, const norm_ranks &ranks, const activation_codes &codes,
@@ -282,7 +271,7 @@ status launch_add(void *y, void *residual, const void *add, const void *w, int64
                                                  : norm_add<T, 4, false, A>;
     const bool apart = !RANKS && rows > kRowsTogether && rows <= kRowsApart;
     return launch_clusters("norm_add", kernel, (unsigned)rows, of.threads, 1,
-                           apart ? more_than_half() : 0, s, static_cast<T *>(y),
+                           apart ? room_for_fewer(2) : 0, s, static_cast<T *>(y),
                            static_cast<T *>(residual), static_cast<const T *>(add),
                            static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks, codes);
 }

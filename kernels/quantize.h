@@ -57,7 +57,6 @@ typedef struct {
     int32_t group;        /* that of the weight format: 128 beside FP8b; others are not looked at */
     dtype type;           /* of x */
     act_format act;       /* not A16 */
-    int32_t sm;           /* of the GPU */
     void *value;          /* or NULL, and then */
     void *code;
     float *scale;

@@ -243,7 +243,6 @@ static void codes_case(int64_t rows, int32_t cols, dtype type, act_format act, b
     const activation_codes to = {dev((size_t)n), dev((size_t)rows * 4), act, atoms};
     activation_quantiser q = {.x = dy, .ldx = cols, .m = (int32_t)rows, .k = cols, .type = type};
     q.act = act;
-    q.sm = 90;
     q.m_pad = q.m;
     q.code = dev((size_t)n);
     q.scale = dev((size_t)rows * 4);
@@ -282,7 +281,6 @@ static void values_case(int64_t rows, int32_t cols, dtype type, act_format act) 
     const activation_codes to = {.act = act};
     activation_quantiser q = {.x = dy, .ldx = cols, .m = (int32_t)rows, .k = cols, .type = type};
     q.act = act;
-    q.sm = 90;
     q.value = value;
     uint8_t *y = host(bytes, 1), *got = host(bytes, 1), *want = host(bytes, 1);
     for (int embed = 1; embed >= 0; embed--) {
@@ -1239,7 +1237,6 @@ static void activations_case(act_format f, int32_t group, dtype type, int32_t m,
     ref_quantize_activation(want, m, k, f, group);
     activation_quantiser q = {.x = dx, .ldx = k, .m = m, .k = k, .group = group, .type = type};
     q.act = f;
-    q.sm = 90;
     q.m_pad = m_pad;
     q.code = dev((size_t)padded);
     q.scale = dev((size_t)(spans * m_pad) * 4);
