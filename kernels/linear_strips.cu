@@ -395,12 +395,13 @@ __device__ __forceinline__ void finish_row(const linear_args &p, const division 
 
 // The row of x, of which each warp of the CTA has a part, becomes the values of its codes in place.
 // x: of this warp's part, there already, `n` vectors of eight; behind each row of x is room for 16
-// bytes.
+// bytes, of which the warp's largest takes place `place`.
 template <typename T, act_format A>
-__device__ __forceinline__ void round_row(const division &d, uint8_t *shared, uint8_t *x, int n) {
+__device__ __forceinline__ void round_row(const division &d, uint8_t *shared, uint8_t *x, int n,
+                                          int place) {
     const int lane = threadIdx.x % 32;
     const auto largest_of = [&](uint8_t *part) {
-        return reinterpret_cast<uint32_t *>(part + d.x_stride - 16);
+        return reinterpret_cast<uint32_t *>(part + d.x_stride - 16) + place;
     };
     eight<T, A> e;
     uint32_t most = 0;
@@ -420,6 +421,28 @@ __device__ __forceinline__ void round_row(const division &d, uint8_t *shared, ui
         store_pack(reinterpret_cast<T *>(x) + v * 8, e.values(s));
     }
     __syncwarp();
+}
+
+// Asks for the row and waits until it is there, rounded. Once through the code of that before, with
+// whatever lies in its place.
+template <typename T, int F, int G>
+__device__ __forceinline__ void ask_rounded(const worker<T, F, G, 1> &work, uint8_t *shared,
+                                            uint8_t *mine, uint32_t bar) {
+    const division &d = work.d;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1) {
+            proxy_fence();
+            __syncwarp();
+            wait_for_previous();
+            work.ask_x(0, 1, 0, 0, bar);
+            barrier_wait(bar, 0);
+        }
+        if (work.p.act == AF_INT8)
+            round_row<T, AF_INT8>(d, shared, mine + d.at_x, work.units * 8, pass);
+        else
+            round_row<T, AF_FP8>(d, shared, mine + d.at_x, work.units * 8, pass);
+    }
 }
 
 // A row of x by one matrix, whose strips CTAs take in turn. All columns of a product are that row.
@@ -458,16 +481,13 @@ __global__ void __maxnreg__(64)
     };
 #pragma unroll 1
     for (int i = 0; i < kPairs; i++) ask();
-    wait_for_previous();
-    work.ask_x(0, 1, 0, 0, bar);
     work.x_at = work.x + lane / 8 * 16;
     asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
     if (kRounds) {
-        barrier_wait(bar, 0);
-        if (p.act == AF_INT8)
-            round_row<T, AF_INT8>(d, shared, mine + d.at_x, work.units * 8);
-        else
-            round_row<T, AF_FP8>(d, shared, mine + d.at_x, work.units * 8);
+        ask_rounded(work, shared, mine, bar);
+    } else {
+        wait_for_previous();
+        work.ask_x(0, 1, 0, 0, bar);
     }
     int n = 0, turn = 0, finisher = 0; // n: the pair at hand, of all tiles
 #pragma unroll 1

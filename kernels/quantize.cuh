@@ -89,8 +89,8 @@ __host__ __device__ inline float f32_scale(float amax, float top) {
 
 // --- Activations ---------------------------------------------------------------------------------
 
-// x / s correctly rounded, with r = 1 / s, rounded: the quotient x r is off by little, and its remainder is
-// exact (Markstein), as long as it does not underflow.
+// x / s correctly rounded, with r = 1 / s, rounded: the quotient x r is off by little, and its
+// remainder is exact (Markstein), as long as it does not underflow.
 __device__ __forceinline__ float quotient(float x, float s, float r) {
     const float q = x * r;
     return fmaf(fmaf(-q, s, x), r, q);
