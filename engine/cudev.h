@@ -170,8 +170,8 @@ typedef struct {
     attention_cache cache[MODEL_LAYERS_MAX];
     float *rope; /* [ctx, D / 2, 2] */
     void *linear_space, *attention_space;
-    const void *coded_x; /* whose codes are in linear_space, for the next linear, */
-    weight_field coded;  /* of this field; or NULL */
+    const void *coded_x; /* what a norm has made codes (in linear_space) or values of, for the */
+    weight_field coded;  /* next linear, of this field; or NULL */
     void *wide_space; /* pages of one layer at 16 bit, for prefill chunks of many rows; or NULL */
     int32_t wide_pages;
     void *expanded; /* options.dequant_first: the largest weight at 16 bit */

@@ -709,8 +709,8 @@ static linear_problem problem_of(const cudev *c, const cudev_weight *cw, int64_t
                             .n_sms = c->n_sms};
 }
 
-/* Where the next linear of x, whose weight is a layer's field, may find it as codes: layers are
- * alike, so the first one's says. */
+/* What the next linear of x, whose weight is a layer's field, wants x to become: layers are alike,
+ * so the first one's says. */
 static activation_codes codes_for(cudev *c, const weight *norm, tensor x) {
     const weight_field f = weight_of(norm)->field;
     c->coded_x = NULL;
@@ -720,13 +720,13 @@ static activation_codes codes_for(cudev *c, const weight *norm, tensor x) {
         if (c->all[i]->field != c->coded) continue;
         const linear_problem p = problem_of(c, c->all[i], rows_of(c, x));
         const activation_codes codes = linear_x_codes(&p);
-        if (codes.code) c->coded_x = x.data;
+        if (codes.act != AF_16) c->coded_x = x.data;
         return codes;
     }
     return (activation_codes){0};
 }
 
-/* Are the codes of x where the kernel before has left them? They are gone after the next linear. */
+/* Has the kernel before made of x what w's linear wants? Codes are gone after the next linear. */
 static bool coded(cudev *c, const cudev_weight *w, const void *x) {
     const bool is = c->coded_x == x && c->coded == w->field;
     c->coded_x = NULL;

@@ -316,6 +316,7 @@ status launch(const linear_variant *v, const linear_problem *p, linear_layout l,
     a.limit = p->limit;
     a.ahead = p->ahead;
     a.told = p->told;
+    a.act = p->act;
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;
@@ -363,6 +364,12 @@ extern "C" const char *linear_choice_16(const linear_problem *p) {
         FAIL(ST_UNSUPPORTED, "no linear kernel for W%s on sm_%d", weight_format_text(p->w->format),
              p->sm);
     return v ? v->name : nullptr;
+}
+
+extern "C" bool linear_rounds(const linear_problem *p) {
+    const linear_layout l = linear_layout_of(p->w);
+    const linear_variant *v = choose(p, &l);
+    return v && v->rounds;
 }
 
 extern "C" const char *const *linear_variants(int32_t family) {

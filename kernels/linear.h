@@ -114,8 +114,8 @@ enum { LINEAR_TOLD = 32 }; /* a line of L2, so that not all CTAs ask for the sam
 /* For problems whose x has up to max_x rows. */
 int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms);
 
-/* Where the kernel before p may leave codes of p's x, in p's workspace, which no other linear uses
- * in between; code is NULL where p would not read them. */
+/* What the kernel before p may do to p's x: leave codes in p's workspace, which no other linear
+ * uses in between, or values in its place; nothing where p would not read them. */
 activation_codes linear_x_codes(const linear_problem *p);
 
 /* Launch. SHAPE, UNSUPPORTED with the reason, DEVICE on launch failure; m == 0 launches nothing.

@@ -56,6 +56,7 @@ struct linear_args {
     linear_ahead ahead;      // as in linear_problem
     const int32_t *told;     // as in linear_problem
     const float *x_scale;    // x is codes: of its rows, to be read in eights
+    act_format act;          // not A16, to kernels that round x: to values of these codes
 };
 
 // Where the sums of a problem of 16-bit operands go, k being bytes of a row of those.

@@ -33,6 +33,7 @@ typedef struct {
     int32_t rows_max;  /* dense problems of up to so many rows, not gathered; 0 = any problem */
     bool one_group;    /* every warp has rows of all blocks of a tile, not of half of them */
     bool experts;      /* problems with experts only, y of the type of x and nothing added to it */
+    bool rounds;       /* takes linear_args.act */
     int32_t units_max; /* of K at most; 0 = any */
 } linear_variant;
 
@@ -80,8 +81,10 @@ int32_t linear_size_class(int32_t n, int32_t k);
 
 /* linear.cu: of p's workspace LINEAR_SUMS_BYTES an SM that are zeros between launches. */
 float *linear_sums(const linear_problem *p);
-/* linear.cu: a problem whose x is multiplied as it is. */
+/* linear.cu: a problem whose x is multiplied as it is or, of p->act, as the values of its codes,
+ * where linear_rounds says that the kernel takes those. */
 const char *linear_choice_16(const linear_problem *p);
+bool linear_rounds(const linear_problem *p);
 status linear_launch_16(const linear_problem *p, kernel_stream stream);
 
 /* linear_quantised.cu: problems with A8 and AFP8. `space` is linear_quantised_bytes of the

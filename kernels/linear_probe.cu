@@ -407,6 +407,16 @@ status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     CUDA(cudaMalloc(&d->y, (size_t)d->y_bytes));
     CUDA(cudaMalloc((void **)&d->sums, (size_t)(3 + d->n_out) * sizeof(double)));
     fill_values<<<512, 256, 0, p->stream>>>(d->x, d->x_rows * d->ldx, p->seed + 7, w->type);
+    if (t->rounded != AF_16) {
+        activation_quantiser q = {};
+        q.x = q.value = d->x;
+        q.ldx = d->ldx;
+        q.m = d->x_rows;
+        q.k = w->k;
+        q.type = w->type;
+        q.act = t->rounded;
+        TRY(kernel_quantize_activation(&q, p->stream));
+    }
     if (t->epilogue == LINEAR_RESIDUAL) {
         CUDA(cudaMalloc(&d->y_before, (size_t)d->y_bytes));
         fill_values<<<512, 256, 0, p->stream>>>(d->y_before, t->m * d->ldy, p->seed + 9, t->y_type);

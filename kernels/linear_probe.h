@@ -25,7 +25,8 @@ typedef struct {
     bool routed;   /* timed launches after the first: as linear_problem has it */
     bool ahead;    /* the launch brings memory to L2 besides (linear_problem.ahead) */
     const char *kernel;
-    int32_t sabotage; /* 1: the packed codes of one unit of every matrix (64 rows, 64 inputs) are
+    act_format rounded; /* of a weight with A16, not gathered: x is the values of such codes */
+    int32_t sabotage;   /* 1: the packed codes of one unit of every matrix (64 rows, 64 inputs) are
                          spoilt for the launch, which the comparison must notice; 2: compared with
                          the product of x as it is, not quantised */
 } linear_trial;

@@ -3,7 +3,8 @@
 //   plain    x becomes codes and scales; a product of 8-bit operands. After cuBLASLt's, a pass over
 //            the sums where they are not y yet: scales of int32 sums, bias, gate, residual
 //   nibbles  W4: x becomes codes and scales; a product of 4-bit by 8-bit codes, from some rows on
-//   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16
+//   values   x becomes the values that its codes stand for, in 16 bits, and runs as A16; of one
+//            row within the kernel, where a CTA has all of it
 //
 // Space of the plain route holds a part of the rows of x at a time: codes, scales, and sums where
 // the product is not y yet.
@@ -193,7 +194,6 @@ activation_quantiser quantiser_of(const linear_problem *p, int32_t row, int32_t 
     q.group = p->w->format == WF_FP8B ? 128 : 0;
     q.type = p->w->type;
     q.act = p->act;
-    q.sm = p->sm;
     return q;
 }
 
@@ -291,17 +291,24 @@ linear_problem of_values(const linear_problem *p, linear_weight *w, void *space)
     q.act = AF_16;
     q.x = space;
     q.ldx = w->k;
-    q.apart = true; // behind the quantiser
+    q.apart = true; // behind the quantiser, or what makes x values
     return q;
 }
 
 status values(const linear_problem *p, void *space, cudaStream_t stream) {
+    linear_weight w;
+    linear_problem r = of_values(p, &w, space);
+    const bool rounds = linear_rounds(&r);
+    if (rounds || p->x_coded) {
+        r.x = p->x;
+        r.ldx = p->ldx;
+        r.act = rounds ? p->act : AF_16;
+        return linear_launch_16(&r, stream);
+    }
     activation_quantiser q = quantiser_of(p, 0, p->x_row && p->x_rows ? p->x_rows : p->m);
     q.x_row = nullptr; // the product takes them
     q.value = space;
     TRY(kernel_quantize_activation(&q, stream));
-    linear_weight w;
-    const linear_problem r = of_values(p, &w, space);
     return linear_launch_16(&r, stream);
 }
 
@@ -329,11 +336,16 @@ extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x)
     return bytes;
 }
 
-// Not where scales are of 128 inputs, nor where x is taken in parts.
+// Nothing where scales are of 128 inputs, where x is taken in parts or the kernel rounds it.
 extern "C" activation_codes linear_quantised_x(const linear_problem *p, void *space) {
     int32_t rows = p->m;
     const bool own = linear_plain(p->w), atoms = choose_nibbles(p) != nullptr;
-    if (!atoms && (!own || p->w->format == WF_FP8B || parts_of(p, true, &rows) > 1)) return {};
+    if (p->w->format == WF_FP8B || (own && parts_of(p, true, &rows) > 1)) return {};
+    if (!own && !atoms) {
+        linear_weight w;
+        const linear_problem r = of_values(p, &w, nullptr);
+        return {nullptr, nullptr, linear_rounds(&r) ? AF_16 : p->act, false};
+    }
     const plain_space s = lay(p->w, rows, false, space);
     return {s.code, s.scale, p->act, atoms};
 }

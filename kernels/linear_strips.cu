@@ -12,6 +12,7 @@
 #include "linear_launch.h"
 #include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
+#include "quantize.cuh"
 
 // Format, type, scale granule.
 #ifndef STRIPS_INSTANCES
@@ -394,8 +395,61 @@ __device__ __forceinline__ void finish_row(const linear_args &p, const division 
         static_cast<T *>(p.y)[col] = from_f32<T>(v);
 }
 
+// The row of x, of which each warp of the CTA has a part, becomes the values of its codes in place.
+// x: of this warp's part, there already, `n` vectors of eight; behind each row of x is room for 16
+// bytes, of which the warp's largest takes place `place`.
+template <typename T, act_format A>
+__device__ __forceinline__ void round_row(const division &d, uint8_t *shared, uint8_t *x, int n,
+                                          int place) {
+    const int lane = threadIdx.x % 32;
+    const auto largest_of = [&](uint8_t *part) {
+        return reinterpret_cast<uint32_t *>(part + d.x_stride - 16) + place;
+    };
+    eight<T, A> e;
+    uint32_t most = 0;
+#pragma unroll 2
+    for (int v = lane; v < n; v += 32) {
+        e.x = load_pack(reinterpret_cast<const T *>(x) + v * 8);
+        most = __vmaxu2(most, e.magnitudes());
+    }
+    most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+    if (lane == 0) *largest_of(x) = most;
+    __syncthreads();
+    most = lane < d.warps ? *largest_of(shared + lane * d.bytes + d.at_x) : 0;
+    const float s = span_scale<T, A>(__reduce_max_sync(~0u, most));
+#pragma unroll 2
+    for (int v = lane; v < n; v += 32) {
+        e.x = load_pack(reinterpret_cast<const T *>(x) + v * 8);
+        store_pack(reinterpret_cast<T *>(x) + v * 8, e.values(s));
+    }
+    __syncwarp();
+}
+
+// Asks for the row and waits until it is there, rounded. Once through the code of that before, with
+// whatever lies in its place.
+template <typename T, int F, int G>
+__device__ __forceinline__ void ask_rounded(const worker<T, F, G, 1> &work, uint8_t *shared,
+                                            uint8_t *mine, uint32_t bar) {
+    const division &d = work.d;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1) {
+            proxy_fence();
+            __syncwarp();
+            wait_for_previous();
+            work.ask_x(0, 1, 0, 0, bar);
+            barrier_wait(bar, 0);
+        }
+        if (work.p.act == AF_INT8)
+            round_row<T, AF_INT8>(d, shared, mine + d.at_x, work.units * 8, pass);
+        else
+            round_row<T, AF_FP8>(d, shared, mine + d.at_x, work.units * 8, pass);
+    }
+}
+
 // A row of x by one matrix, whose strips CTAs take in turn. All columns of a product are that row.
-template <typename T, int F, int G, bool kPlain>
+// kPlain: as of finish_row. kRounds: x is rounded first.
+template <typename T, int F, int G, bool kPlain, bool kRounds>
 __global__ void __maxnreg__(64)
     linear_strip(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -429,11 +483,15 @@ __global__ void __maxnreg__(64)
     };
 #pragma unroll 1
     for (int i = 0; i < kPairs; i++) ask();
-    wait_for_previous();
-    work.ask_x(0, 1, 0, 0, bar);
     work.x_at = work.x + lane / 8 * 16;
     asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
-    int n = 0, turn = 0, finisher = 0;  // n: the pair at hand, of all tiles
+    if (kRounds) {
+        ask_rounded(work, shared, mine, bar);
+    } else {
+        wait_for_previous();
+        work.ask_x(0, 1, 0, 0, bar);
+    }
+    int n = 0, turn = 0, finisher = 0; // n: the pair at hand, of all tiles
 #pragma unroll 1
     for (int tile = (int)blockIdx.x; tile < d.tiles; tile += (int)gridDim.x) {
         float acc[1][4] = {};
@@ -443,7 +501,7 @@ __global__ void __maxnreg__(64)
         for (int i = 0; i < pairs; i++, n++) {
             copies_wait_oldest();
             __syncwarp();
-            if (n == 0) barrier_wait(bar, 0);
+            if (!kRounds && n == 0) barrier_wait(bar, 0);
             work.multiply_pair(acc, i, n, scale, place);
             ask();
         }
@@ -516,18 +574,22 @@ status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream st
     const bool again = tiles > n_sms && tiles <= 2 * n_sms;
     const bool plain =
         !a->bias && !a->y_f32 && a->epilogue == LINEAR_STORE && a->half_blocks == a->blocks;
-    return launch(plain ? linear_strip<T, F, G, true> : linear_strip<T, F, G, false>, a,
-                  divide<G>(a, tiles, 1, 1, again), dim3((unsigned)(again ? n_sms : tiles)), n_sms,
-                  stream);
+    auto *const kernels[2][2] = {
+        {linear_strip<T, F, G, false, false>, linear_strip<T, F, G, false, true>},
+        {linear_strip<T, F, G, true, false>, linear_strip<T, F, G, true, true>}};
+    return launch(kernels[plain][a->act != AF_16], a, divide<G>(a, tiles, 1, 1, again),
+                  dim3((unsigned)(again ? n_sms : tiles)), n_sms, stream);
 }
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(NAME, F, T, G, BLOCKS, LAUNCH, ROWS, EXPERTS, UNITS)                                   \
-    {NAME, 90, 90, WF_##F, DT_##T, 8, BLOCKS, 1, G, G, 1, LAUNCH, ROWS, false, EXPERTS, UNITS},
+#define ROW(NAME, F, T, G, BLOCKS, LAUNCH, ROWS, EXPERTS, ROUNDS, UNITS)                           \
+    {NAME, 90, 90,     WF_##F, DT_##T, 8,       BLOCKS, 1,    G,                                   \
+     G,    1,  LAUNCH, ROWS,   false,  EXPERTS, ROUNDS, UNITS},
 #define ROWS(F, T, G)                                                                              \
-    ROW("experts_strips", F, T, G, 4, (launch_experts<T_##T, WF_##F, G>), 0, true, kUnitsMost)     \
-    ROW("strips", F, T, G, 1, (launch_row<T_##T, WF_##F, G>), 1, false, 0)
+    ROW("experts_strips", F, T, G, 4, (launch_experts<T_##T, WF_##F, G>), 0, true, false,          \
+        kUnitsMost)                                                                                \
+    ROW("strips", F, T, G, 1, (launch_row<T_##T, WF_##F, G>), 1, false, true, 0)
 const linear_variant rows[] = {STRIPS_INSTANCES(ROWS)};
 
 } // namespace

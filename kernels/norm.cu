@@ -1,5 +1,5 @@
 // norm.cu - one block a row, the row in registers: it is read once and written once, as codes too
-// where the linear behind it takes 8 bits.
+// where the linear behind it takes 8 bits, or as the values of codes.
 //
 // Over ranks a block first sends its row of `add` to all others, then adds theirs as they come: a
 // pair of values and the number of the call in one word of 64 bits, so that no word has to wait for
@@ -136,7 +136,8 @@ __device__ __forceinline__ void load_pieces(piece (&to)[PACKS], const T *from, i
         if (col < cols) to[p] = load_piece(from + col);
     }
 }
-// y, and codes of the block's row of it, but for A16. `shared` as in block_sum, used before it.
+// y, and codes of the block's row of it, or y as their values, but for A16. `shared` as in
+// block_sum, used before it.
 template <act_format A, int PACKS, typename T>
 __device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], float scale,
                                              const piece (&gain)[PACKS], int32_t cols,
@@ -147,7 +148,7 @@ __device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], floa
     for (int p = 0; p < PACKS; p++) {
         const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
         const piece v = col < cols ? scaled<T>(r[p], scale, gain[p]) : piece{};
-        if (col < cols) store_piece(y + col, v);
+        if (col < cols && (A == AF_16 || codes.code)) store_piece(y + col, v);
         if constexpr (A != AF_16) {
             *reinterpret_cast<piece *>(&e[p].x) = v;
             most = __vmaxu2(most, e[p].magnitudes());
@@ -161,10 +162,14 @@ __device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], floa
         __syncthreads();
         most = __reduce_max_sync(~0u, lane < (int)blockDim.x / 32 ? warps[lane] : 0u);
         const float s = span_scale<T, A>(most);
-        if (threadIdx.x == 0) codes.scale[blockIdx.x] = s;
+        if (threadIdx.x == 0 && codes.code) codes.scale[blockIdx.x] = s;
 #pragma unroll
         for (int p = 0; p < PACKS; p++) {
             const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+            if (!codes.code) {
+                if (col < cols) store_pack(y + col, e[p].values(s));
+                continue;
+            }
             uint2 c = e[p].codes(s);
             if (codes.atoms) c = in_atoms(c);
             uint8_t *to = static_cast<uint8_t *>(codes.code) + int64_t{blockIdx.x} * cols + col;
@@ -174,7 +179,7 @@ __device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], floa
 }
 
 // PACKS: pieces that a thread holds. 1 up to 8192 columns, which is every model here.
-// RANKS: add is this rank's part. A: of the codes of y; 16 bits: none. per_col: 1 / cols.
+// RANKS: add is this rank's part. A: of the codes or values of y; 16 bits: none. per_col: 1 / cols.
 template <typename T, int PACKS, bool RANKS, act_format A>
 __global__ void __launch_bounds__(kThreadsMax)
     norm_add(T *y, T *residual, const T *add, const T *w, int32_t cols, float per_col, float eps,
@@ -256,17 +261,6 @@ shape shape_of(int32_t cols) {
 // would keep the launch behind this one out of them.
 constexpr int kRowsTogether = 16, kRowsApart = 64;
 
-// Bytes of which with what the driver takes of each block an SM has room for one.
-unsigned more_than_half() {
-    static int bytes = 0;
-    int device = 0;
-    if (bytes == 0 && (cudaGetDevice(&device) != cudaSuccess ||
-                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                                              device) != cudaSuccess))
-        return 0;
-    return (unsigned)bytes / 2;
-}
-
 template <typename T, bool RANKS, act_format A>
 status launch_add(void *y, void *residual, const void *add, const void *w, int64_t rows,
                   int32_t cols, float eps, const norm_ranks &ranks, const activation_codes &codes,
@@ -277,7 +271,7 @@ status launch_add(void *y, void *residual, const void *add, const void *w, int64
                                                  : norm_add<T, 4, false, A>;
     const bool apart = !RANKS && rows > kRowsTogether && rows <= kRowsApart;
     return launch_clusters("norm_add", kernel, (unsigned)rows, of.threads, 1,
-                           apart ? more_than_half() : 0, s, static_cast<T *>(y),
+                           apart ? room_for_fewer(2) : 0, s, static_cast<T *>(y),
                            static_cast<T *>(residual), static_cast<const T *>(add),
                            static_cast<const T *>(w), cols, 1.f / (float)cols, eps, ranks, codes);
 }
@@ -287,10 +281,10 @@ status launch(void *y, void *residual, const void *add, const void *w, int64_t r
               float eps, const norm_ranks &ranks, const activation_codes &codes, cudaStream_t s) {
     using T = typename element<dt>::type;
     if constexpr (!RANKS) {
-        if (codes.code && codes.act == AF_INT8)
+        if (codes.act == AF_INT8)
             return launch_add<T, false, AF_INT8>(y, residual, add, w, rows, cols, eps, ranks, codes,
                                                  s);
-        if (codes.code)
+        if (codes.act == AF_FP8)
             return launch_add<T, false, AF_FP8>(y, residual, add, w, rows, cols, eps, ranks, codes,
                                                 s);
     }
@@ -350,15 +344,14 @@ extern "C" status kernel_norm_embed(void *y, void *residual, const void *table,
     TRY(refuse_shape("norm_embed", rows, cols));
     if (rows == 0) return ST_OK;
     const activation_codes to = codes ? *codes : activation_codes{};
-    const act_format act = to.code ? to.act : AF_16;
     switch (type) {
 #define X(name)                                                                                    \
     case DT_##name:                                                                                \
-        return (act == AF_INT8  ? launch_embed<DT_##name, AF_INT8>                                 \
-                : act == AF_FP8 ? launch_embed<DT_##name, AF_FP8>                                  \
-                                : launch_embed<DT_##name, AF_16>)(y, residual, table, token,       \
-                                                                  drawn, w, rows, cols, eps, to,   \
-                                                                  stream);
+        return (to.act == AF_INT8  ? launch_embed<DT_##name, AF_INT8>                              \
+                : to.act == AF_FP8 ? launch_embed<DT_##name, AF_FP8>                               \
+                                   : launch_embed<DT_##name, AF_16>)(y, residual, table, token,    \
+                                                                     drawn, w, rows, cols, eps,    \
+                                                                     to, stream);
         NORM_INSTANCES(X)
 #undef X
     default: return FAIL(ST_UNSUPPORTED, "norm_embed: elements of %s", dtype_text(type));

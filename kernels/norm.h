@@ -14,7 +14,7 @@ extern "C" {
  *
  *   y, residual, add   [rows, cols] of `type`, device, 16-byte aligned; y may be `add`
  *   w                  [cols] of `type`
- *   codes              of y, or NULL: none; cols a multiple of 16 then
+ *   codes              of y, or NULL: none; cols a multiple of 16 then. Or y becomes values
  *
  * Sums in f32 in an order that depends on cols alone, so a row's result does not depend on the
  * others. SHAPE if cols is no multiple of 8 or over 32768, UNSUPPORTED for a type other than F16

@@ -140,44 +140,75 @@ __device__ __forceinline__ void store_eight(const activation_quantiser &a, int r
         *reinterpret_cast<uint2 *>(static_cast<uint8_t *>(a.code) + at) = e.codes(s);
 }
 
-__device__ __forceinline__ void begin_early() {
-#if __CUDA_ARCH__ >= 900
-    launch_dependents();
-    wait_for_previous();
-#endif
-}
-
 template <typename T>
 __device__ __forceinline__ const T *row_of(const activation_quantiser &a, int row) {
     const int64_t from = a.x_row && row < a.m ? a.x_row[row] : row;
     return static_cast<const T *>(a.x) + from * a.ldx;
 }
 
-// A block a row. PER: vectors of eight that a thread holds.
-template <typename T, act_format A, int PER>
-__global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser a) {
-    __shared__ uint32_t shared[32];
-    const int row = (int)blockIdx.x, n = a.k / 8, warps = (int)blockDim.x / 32;
+constexpr int kThreadsMost = 1024, kCluster = 8, kClusterThreads = 512;
+
+// The largest of the maxima of all warps of a cluster, each of which comes to every block. All
+// threads have arrived at the cluster's barrier once before.
+__device__ __forceinline__ uint32_t cluster_max(uint32_t warp_most, uint32_t *shared) {
+#if __CUDA_ARCH__ >= 900
+    const int lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
+    cluster_wait(); // all blocks are there
+    if (lane < kCluster) {
+        const uint32_t own =
+            shared_address(shared + cluster_rank() * warps + (int)threadIdx.x / 32);
+        asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote_address(own, (uint32_t)lane)),
+                     "r"(warp_most)
+                     : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    cluster_wait();
+    uint32_t most = 0;
+    for (int i = lane; i < warps * kCluster; i += 32) most = max(most, shared[i]);
+    return __reduce_max_sync(~0u, most);
+#else
+    return warp_most;
+#endif
+}
+
+// A block a row, or a cluster. PER: vectors of eight that a thread holds.
+template <typename T, act_format A, int PER, bool CLUSTER>
+__global__ void __launch_bounds__(CLUSTER ? kClusterThreads : kThreadsMost)
+    quantize_rows(const activation_quantiser a) {
+    __shared__ uint32_t shared[CLUSTER ? kCluster * kClusterThreads / 32 : 32];
+    const int n = a.k / 8, warps = (int)blockDim.x / 32;
+    int row = (int)blockIdx.x, first = (int)threadIdx.x;
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER) {
+        cluster_arrive();
+        first += cluster_rank() * (int)blockDim.x;
+        row = (int)blockIdx.x / kCluster;
+    }
+#endif
     eight<T, A> e[PER];
-    begin_early();
+    follow_previous();
     const T *x = row_of<T>(a, row); // [k]
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        const int v = (int)(threadIdx.x + i * blockDim.x);
+        const int v = first + i * (int)blockDim.x;
         e[i].x = {};
         if (v < n && row < a.m) e[i].x = load_pack(x + v * 8);
         most = __vmaxu2(most, e[i].magnitudes());
     }
     most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
-    __syncthreads();
-    most = __reduce_max_sync(~0u, (int)threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0u);
+    if constexpr (CLUSTER) {
+        most = cluster_max(most, shared);
+    } else {
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
+        __syncthreads();
+        most = __reduce_max_sync(~0u, (int)threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0);
+    }
     const float s = span_scale<T, A>(most);
-    if (threadIdx.x == 0 && !a.value) a.scale[row] = s;
+    if (first == 0 && !a.value) a.scale[row] = s;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        const int v = (int)(threadIdx.x + i * blockDim.x);
+        const int v = first + i * (int)blockDim.x;
         if (A == AF_INT8 && a.atoms) {
             const uint2 code = in_atoms(e[i].codes(s));
             uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
@@ -198,7 +229,7 @@ __global__ void __launch_bounds__(256) quantize_spans(const activation_quantiser
     const int row = (int)blockIdx.x * kWarpRows + (int)threadIdx.x % 32 / kLanes;
     const int g = (int)(blockIdx.y * blockDim.x + threadIdx.x) / 32, col = g * kSpan + lane * 8;
     eight<T, A> e[kVectors];
-    begin_early();
+    follow_previous();
     const T *x = row_of<T>(a, row);
     uint32_t most = 0;
 #pragma unroll
@@ -218,33 +249,34 @@ __global__ void __launch_bounds__(256) quantize_spans(const activation_quantiser
         if (col + i * kLanes * 8 < a.k) store_eight(a, row, col + i * kLanes * 8, e[i], s);
 }
 
+// Of few rows blocks lie apart: where all come to the SM that is free first, their bytes go through
+// it one after another. And of many inputs a row's bytes go through the SMs of a cluster.
+constexpr int kRowsFew = 64;
+
 template <typename T, act_format A>
 status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
     const int vectors = a.k / 8, rows = a.value ? a.m : a.m_pad;
     const bool spans = A == AF_FP8 && a.group == kSpan;
     // One vector a thread has the answer soonest; more let more rows run at once.
-    const bool few = rows <= 256 && vectors <= 1024;
-    const int per = few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t c = {};
-    c.gridDim = dim3((unsigned)rows);
-    c.blockDim = dim3((unsigned)(div_up(div_up(vectors, per), 32) * 32));
+    const bool alone = rows <= 256 && vectors <= kThreadsMost;
+    const int per = alone || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
+    const bool few = !spans && early_launches() && rows <= kRowsFew;
+    const bool wide = few && vectors > kThreadsMost && vectors <= kCluster * kClusterThreads;
+    const unsigned cluster = wide ? kCluster : 1;
+    dim3 grid((unsigned)rows * cluster);
+    dim3 block((unsigned)(div_up(div_up(vectors, wide ? kCluster : per), 32) * 32));
     if (spans) {
         const int n = (int)div_up(a.k, kSpan), warps = rows <= 256 ? 4 : 8;
-        c.gridDim = dim3((unsigned)div_up(rows, kWarpRows), (unsigned)div_up(n, warps));
-        c.blockDim = dim3((unsigned)warps * 32);
+        grid = dim3((unsigned)div_up(rows, kWarpRows), (unsigned)div_up(n, warps));
+        block = dim3((unsigned)warps * 32);
     }
-    c.stream = stream;
-    c.attrs = &early;
-    c.numAttrs = a.sm >= 90 ? 1 : 0;
     auto *const kernel = spans      ? quantize_spans<T, A>
-                         : per == 1 ? quantize_rows<T, A, 1>
-                         : per == 4 ? quantize_rows<T, A, 4>
-                                    : quantize_rows<T, A, 8>;
-    (void)cudaLaunchKernelEx(&c, kernel, a);
-    return launched("quantize_activation");
+                         : wide     ? quantize_rows<T, A, 1, true>
+                         : per == 1 ? quantize_rows<T, A, 1, false>
+                         : per == 4 ? quantize_rows<T, A, 4, false>
+                                    : quantize_rows<T, A, 8, false>;
+    const unsigned room = wide ? room_for_fewer(4) : few ? room_for_fewer(2) : 0;
+    return launch_clusters("quantize_activation", kernel, grid, block, cluster, room, stream, a);
 }
 
 } // namespace

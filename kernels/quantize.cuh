@@ -89,8 +89,8 @@ __host__ __device__ inline float f32_scale(float amax, float top) {
 
 // --- Activations ---------------------------------------------------------------------------------
 
-// x / s correctly rounded, with r = 1 / s: the quotient x r is off by little, and its remainder is
-// exact (Markstein), as long as it does not underflow.
+// x / s correctly rounded, with r = 1 / s, rounded: the quotient x r is off by little, and its
+// remainder is exact (Markstein), as long as it does not underflow.
 __device__ __forceinline__ float quotient(float x, float s, float r) {
     const float q = x * r;
     return fmaf(fmaf(-q, s, x), r, q);
@@ -101,6 +101,9 @@ __device__ __forceinline__ float to_middle(float s) {
     return s < 0x1p-90f ? 0x1p120f : s > 0x1p100f ? 0x1p-100f : 1.f;
 }
 
+// Plus an integer of eight bits: that is in the low bits, and nothing is lost.
+constexpr float kInteger = 12582912.f;
+
 // Eight elements of one span; amax: the largest magnitude of the span as bits of T.
 template <typename T, act_format A> struct eight {
     pack<T> x;
@@ -109,31 +112,47 @@ template <typename T, act_format A> struct eight {
         const uint32_t a = __vmaxu2(w.x & 0x7fff7fffu, w.y & 0x7fff7fffu);
         return __vmaxu2(a, __vmaxu2(w.z & 0x7fff7fffu, w.w & 0x7fff7fffu));
     }
-    __device__ __forceinline__ uint2 codes(float s) const {
+    // Of e4m3 the quotients; of int8 the nearest integers of them as kInteger + i, in f32.
+    __device__ __forceinline__ void quotients(float (&q)[8], float s) const {
         const float shift = to_middle(s), t = s * shift, r = __frcp_rn(t);
-        uint32_t word[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            const float a = quotient(to_f32(x.v[i]) * shift, t, r);
-            const float b = quotient(to_f32(x.v[i + 1]) * shift, t, r);
-            uint32_t pair;
+        for (int i = 0; i < 8; i++) {
+            q[i] = quotient(to_f32(x.v[i]) * shift, t, r);
+            if (A == AF_INT8) q[i] = clamp_to(q[i], -127, 127) + kInteger;
+        }
+    }
+    static __device__ __forceinline__ uint32_t e4m3_pair(float a, float b) {
+        return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+    }
+    // Where s is NaN, because something was not finite, codes mean nothing.
+    __device__ __forceinline__ uint2 codes(float s) const {
+        float q[8];
+        quotients(q, s);
+        uint32_t word[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float *of = q + 4 * i;
             if constexpr (A == AF_FP8)
-                pair = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+                word[i] = e4m3_pair(of[0], of[1]) | e4m3_pair(of[2], of[3]) << 16;
             else
-                pair = (uint32_t)(__float2int_rn(clamp_to(a, -127, 127)) & 255) |
-                       (uint32_t)(__float2int_rn(clamp_to(b, -127, 127)) & 255) << 8;
-            word[i / 4] |= pair << (i % 4 * 8);
+                word[i] = __byte_perm(
+                    __byte_perm(__float_as_uint(of[0]), __float_as_uint(of[1]), 0x40),
+                    __byte_perm(__float_as_uint(of[2]), __float_as_uint(of[3]), 0x40), 0x5410);
         }
         return make_uint2(word[0], word[1]);
     }
     __device__ __forceinline__ pack<T> values(float s) const {
-        const uint2 c = codes(s);
+        float q[8];
+        quotients(q, s);
         pack<T> y;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t code = (i < 4 ? c.x : c.y) >> (i % 4 * 8) & 255;
-            const float v = A == AF_FP8 ? f32_of_e4m3((uint8_t)code) : (float)(int8_t)code;
-            y.v[i] = from_f32<T>(v * s); // s is NaN where something was not finite
+        for (int i = 0; i < 8; i += 2) {
+            float2 v = make_float2(q[i] - kInteger, q[i + 1] - kInteger);
+            if constexpr (A == AF_FP8)
+                v = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(
+                    (__nv_fp8x2_storage_t)e4m3_pair(q[i], q[i + 1]), __NV_E4M3)));
+            y.v[i] = from_f32<T>(v.x * s);
+            y.v[i + 1] = from_f32<T>(v.y * s);
         }
         return y;
     }
@@ -143,8 +162,9 @@ template <typename T, act_format A> __device__ __forceinline__ float span_scale(
     T top;
     *reinterpret_cast<uint16_t *>(&top) = (uint16_t)amax;
     const float a = to_f32(top);
-    if (!(a <= FLT_MAX)) return NAN;
-    return f32_scale(a, A == AF_FP8 ? kE4m3Max : 127.f);
+    constexpr float largest = A == AF_FP8 ? kE4m3Max : 127.f;
+    if (a >= 0x1p-90f && a <= 0x1p100f) return quotient(a, largest, 1 / largest);
+    return a <= FLT_MAX ? f32_scale(a, largest) : NAN;
 }
 
 // Codes of eight inputs and of the lane's neighbour, which has the other half of 16, in the order

@@ -28,13 +28,17 @@ status kernel_quantize_extent(uint32_t *amax_bits, const float *w, int64_t n, ke
 /* The factor of a whole NVFP4 matrix whose largest magnitude is amax (ref_quant.h); 1 elsewhere. */
 float quantize_global_scale(weight_format f, float amax);
 
-/* Where a kernel that makes x leaves it as codes too, for the linear that reads it: the bits of
- * kernel_quantize_activation, a scale a token. code == NULL: it does not. Device pointers. */
+/* What a kernel that makes x does for the linear that reads it, with the bits of
+ * kernel_quantize_activation, a scale a token:
+ *
+ *   nothing  act is AF_16
+ *   codes    leaves code and scale, device pointers, beside x
+ *   values   code is NULL: of x leaves the values that its codes stand for, in their place */
 typedef struct {
     void *code; /* [m, k] */
     float *scale;
-    act_format act; /* AF_INT8 or AF_FP8 */
-    bool atoms;     /* order of codes, see activation_quantiser */
+    act_format act;
+    bool atoms; /* order of codes, see activation_quantiser */
 } activation_codes;
 
 /* Activations x [m, k] of one linear, in one of two forms:
@@ -53,7 +57,6 @@ typedef struct {
     int32_t group;        /* that of the weight format: 128 beside FP8b; others are not looked at */
     dtype type;           /* of x */
     act_format act;       /* not A16 */
-    int32_t sm;           /* of the GPU */
     void *value;          /* or NULL, and then */
     void *code;
     float *scale;

@@ -180,6 +180,18 @@ struct launch_config {
     launch_config &operator=(const launch_config &) = delete;
 };
 
+// Bytes of shared memory of which, with what the driver takes of each block, an SM has room for
+// fewer than n blocks.
+static inline unsigned room_for_fewer(int n) {
+    static int bytes = 0;
+    int device = 0;
+    if (bytes == 0 && (cudaGetDevice(&device) != cudaSuccess ||
+                       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                              device) != cudaSuccess))
+        return 0;
+    return (unsigned)(bytes / n);
+}
+
 // Clusters of `cluster` blocks; more than one only where there are early launches. room: bytes of
 // shared memory that a block takes beside its own, used or not; those only there, too.
 template <typename... P, typename... A>

@@ -382,6 +382,23 @@ static void rounds(int32_t f, dtype type) {
     }
 }
 
+/* With 8-bit activations: the bits of the same kernel with 16, given the values of x's codes. */
+static void rounded_before(const linear_weight *w, linear_probe *p, linear_trial t) {
+    linear_weight w16 = *w;
+    linear_outcome o = {.us = 0}, before = {.us = 0};
+    if (linear_probe_check(p, &t, 64, &o) == ST_UNSUPPORTED) return;
+    w16.act = AF_16;
+    linear_probe *p16 = opened(&w16, 43);
+    if (!p16) return;
+    for (int32_t twin = 0; twin < 2; twin++) {
+        t.rounded = twin ? AF_16 : w->act;
+        checks++;
+        if (linear_probe_check(p16, &t, 64, &before) != ST_OK || (before.hash == o.hash) == twin)
+            fail(w, &t, "row", twin ? "x was not rounded" : "not the bits of values", &o);
+    }
+    linear_probe_close(p16);
+}
+
 /* A row of x by strips: two that a CTA takes in turn, a CTA each, more of K than is under way at
  * once; of halves, as gate and up are packed. */
 static void one_row(int32_t f, dtype type) {
@@ -399,6 +416,8 @@ static void one_row(int32_t f, dtype type) {
                                .kernel = "strips",
                                .bias = i % 2},
                 "row");
+        if (w.act != AF_16)
+            rounded_before(&w, p, (linear_trial){.m = 1, .y_type = type, .kernel = "strips"});
         linear_probe_close(p);
     }
 }

@@ -243,7 +243,6 @@ static void codes_case(int64_t rows, int32_t cols, dtype type, act_format act, b
     const activation_codes to = {dev((size_t)n), dev((size_t)rows * 4), act, atoms};
     activation_quantiser q = {.x = dy, .ldx = cols, .m = (int32_t)rows, .k = cols, .type = type};
     q.act = act;
-    q.sm = 90;
     q.m_pad = q.m;
     q.code = dev((size_t)n);
     q.scale = dev((size_t)rows * 4);
@@ -268,6 +267,41 @@ static void codes_case(int64_t rows, int32_t cols, dtype type, act_format act, b
     free(table), free(w), free(token), free(got), free(want), free(scale), free(scale_want);
 }
 
+/* The same of values, which the norm leaves in place of y: those of the y that it leaves without.
+ * The twin: y itself. */
+static void values_case(int64_t rows, int32_t cols, dtype type, act_format act) {
+    const int64_t n = rows * cols;
+    const size_t bytes = (size_t)n * 2;
+    float *table = normals(n, 1, 6), *w = normals(cols, 0.2, 7);
+    int32_t *token = host((size_t)rows, sizeof *token);
+    for (int64_t i = 0; i < rows; i++) token[i] = (int32_t)(rows - 1 - i);
+    void *dt = dev_rounded(table, n, type), *dw = dev_rounded(w, cols, type);
+    void *da = dev_rounded(table, n, type), *di = dev_copy(token, sizeof *token * (size_t)rows);
+    void *dr = dev(bytes), *dy = dev(bytes), *value = dev(bytes);
+    const activation_codes to = {.act = act};
+    activation_quantiser q = {.x = dy, .ldx = cols, .m = (int32_t)rows, .k = cols, .type = type};
+    q.act = act;
+    q.value = value;
+    uint8_t *y = host(bytes, 1), *got = host(bytes, 1), *want = host(bytes, 1);
+    for (int embed = 1; embed >= 0; embed--) {
+        for (int made = 0; made < 2; made++) {
+            if (!embed) CUDA(cudaMemcpy(dr, dt, bytes, cudaMemcpyDeviceToDevice));
+            assert_ok(embed ? kernel_norm_embed(dy, dr, dt, di, NULL, dw, rows, cols, 1e-5f, type,
+                                                made ? &to : NULL, NULL)
+                            : kernel_norm_add(dy, dr, da, dw, rows, cols, 1e-5f, type,
+                                              made ? &to : NULL, NULL));
+            if (!made) assert_ok(kernel_quantize_activation(&q, NULL));
+            fetch(made ? got : y, dy, bytes);
+        }
+        fetch(want, value, bytes);
+        assert_memory_equal(got, want, bytes);
+        assert_memory_not_equal(y, want, bytes);
+    }
+    void *all[] = {dt, dw, da, di, dr, dy, value};
+    for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
+    free(table), free(w), free(token), free(y), free(got), free(want);
+}
+
 static void test_norm_codes(void **state) {
     (void)state;
     static const int32_t cols[] = {16, 144, 2880, 4096, 8208, 32768};
@@ -277,6 +311,8 @@ static void test_norm_codes(void **state) {
                 codes_case(rows, cols[c], types[t], AF_INT8, false);
                 codes_case(rows, cols[c], types[t], AF_INT8, true);
                 codes_case(rows, cols[c], types[t], AF_FP8, false);
+                values_case(rows, cols[c], types[t], AF_INT8);
+                values_case(rows, cols[c], types[t], AF_FP8);
             }
 }
 
@@ -1201,7 +1237,6 @@ static void activations_case(act_format f, int32_t group, dtype type, int32_t m,
     ref_quantize_activation(want, m, k, f, group);
     activation_quantiser q = {.x = dx, .ldx = k, .m = m, .k = k, .group = group, .type = type};
     q.act = f;
-    q.sm = 90;
     q.m_pad = m_pad;
     q.code = dev((size_t)padded);
     q.scale = dev((size_t)(spans * m_pad) * 4);
