@@ -335,7 +335,50 @@ template <int P, int G> struct finisher {
                 linear_put_four(plain, (m + row) * a.ldy + from + col, four, four);
         }
     }
+    // All outputs of a tile that is not shared, by lines: 32 rows of x meet in a place. As straight
+    // code, in which sums have names.
+    __device__ __forceinline__ void put_lines(int &turn) const {
+        const int to = lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+        const int row = thread / 8, in = thread % 8;
+        const uint32_t put_at = to * 128 + ((piece ^ to % 8) << 4);
+        const uint32_t get_at = row * 128 + ((in ^ row % 8) << 4);
+        uint16_t *y = static_cast<uint16_t *>(a.y) + (p.m0 + row) * a.ldy + first + in * 8;
+        const int rows = in * 8 < outputs ? a.m - p.m0 - row : 0; // this thread's, 16 apart
+        static_assert(2 * LINEAR_LINES_BYTES <= kPlace, "");
+#pragma unroll
+        for (int j = 0; j < L::rounds; j += 2) {
+            if (p.m0 + j * kRound >= a.m) break;
+            const uint32_t at = base + L::at_places + (turn++ % 2 * kBlocks + group) * kPlace;
+#pragma unroll
+            for (int r = j; r < j + 2 && r < L::rounds; r++) {
+                uint32_t w[4];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const uint2 s = shared_u64(x_scale + (r * kRound + 8 * h + lane % 4 * 2) * 4);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const float *v = acc + 8 * r + 4 * h + 2 * i;
+                        const float v0 = fmaf(v[0], __uint_as_float(s.x), bias[i]);
+                        const float v1 = fmaf(v[1], __uint_as_float(s.y), bias[i]);
+                        w[2 * h + i] =
+                            a.bf16 ? pack2<__nv_bfloat16>(v0, v1) : pack2<__half>(v0, v1);
+                    }
+                }
+                linear_place_16(at + (r - j) * LINEAR_LINES_BYTES + put_at, w);
+            }
+            linear_meet(BAR_LINES + group, 128);
+#pragma unroll
+            for (int r = j; r < j + 2 && r < L::rounds; r++) {
+                const uint4 line = shared_u128(at + (r - j) * LINEAR_LINES_BYTES + get_at);
+                if (r * kRound < rows) linear_store_16(y + r * kRound * a.ldy, line, true);
+            }
+        }
+    }
     __device__ __forceinline__ void run(int &turn) const {
+        if (a.simple && !a.gated && p.size == 1) {
+            put_lines(turn);
+            return;
+        }
         for (int round = 0; p.size > 1 && round < L::rounds; round++)
             if (round % p.size != p.rank && p.m0 + round * kRound < a.m) leave(round);
         const int end = min(L::rounds, (a.m - p.m0 + kRound - 1) / kRound);
