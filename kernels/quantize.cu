@@ -153,39 +153,67 @@ __device__ __forceinline__ const T *row_of(const activation_quantiser &a, int ro
     return static_cast<const T *>(a.x) + from * a.ldx;
 }
 
+// A row's vectors of eight `first`, `first` + step, .., of a thread; all lanes of its warp.
+template <typename T, act_format A, int PER>
+__device__ __forceinline__ uint32_t load_row(eight<T, A> (&e)[PER], const activation_quantiser &a,
+                                             int row, int first, int step) {
+    uint32_t most = 0;
+    const T *x = row_of<T>(a, row); // [k]
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = first + i * step;
+        e[i].x = {};
+        if (v < a.k / 8 && row < a.m) e[i].x = load_pack(x + v * 8);
+        most = __vmaxu2(most, e[i].magnitudes());
+    }
+    return __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+}
+template <typename T, act_format A, int PER>
+__device__ __forceinline__ void store_row(const activation_quantiser &a, int row,
+                                          const eight<T, A> (&e)[PER], float s, int first,
+                                          int step) {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = first + i * step;
+        if (A == AF_INT8 && a.atoms) {
+            const uint2 code = in_atoms(e[i].codes(s));
+            uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
+            if (v < a.k / 8) *reinterpret_cast<uint2 *>(to) = code;
+        } else if (v < a.k / 8) {
+            store_eight(a, row, v * 8, e[i], s);
+        }
+    }
+}
+
 // A block a row. PER: vectors of eight that a thread holds.
 template <typename T, act_format A, int PER>
 __global__ void __launch_bounds__(1024) quantize_rows(const activation_quantiser a) {
     __shared__ uint32_t shared[32];
-    const int row = (int)blockIdx.x, n = a.k / 8, warps = (int)blockDim.x / 32;
+    const int row = (int)blockIdx.x, warps = (int)blockDim.x / 32;
     eight<T, A> e[PER];
     begin_early();
-    const T *x = row_of<T>(a, row); // [k]
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int v = (int)(threadIdx.x + i * blockDim.x);
-        e[i].x = {};
-        if (v < n && row < a.m) e[i].x = load_pack(x + v * 8);
-        most = __vmaxu2(most, e[i].magnitudes());
-    }
-    most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+    uint32_t most = load_row(e, a, row, (int)threadIdx.x, (int)blockDim.x);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
     __syncthreads();
     most = __reduce_max_sync(~0u, (int)threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0u);
     const float s = span_scale<T, A>(most);
     if (threadIdx.x == 0 && !a.value) a.scale[row] = s;
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int v = (int)(threadIdx.x + i * blockDim.x);
-        if (A == AF_INT8 && a.atoms) {
-            const uint2 code = in_atoms(e[i].codes(s));
-            uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
-            if (v < n) *reinterpret_cast<uint2 *>(to) = code;
-        } else if (v < n) {
-            store_eight(a, row, v * 8, e[i], s);
-        }
-    }
+    store_row(a, row, e, s, (int)threadIdx.x, (int)blockDim.x);
+}
+
+// A warp a row, which of many short ones keeps more under way.
+constexpr int kRowWarps = 4;
+template <typename T, act_format A, int PER>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    quantize_short_rows(const activation_quantiser a, int rows) {
+    const int row = (int)blockIdx.x * kRowWarps + (int)threadIdx.x / 32;
+    const int lane = (int)threadIdx.x % 32;
+    eight<T, A> e[PER];
+    begin_early();
+    if (row >= rows) return;
+    const float s = span_scale<T, A>(load_row(e, a, row, lane, 32));
+    if (lane == 0 && !a.value) a.scale[row] = s;
+    store_row(a, row, e, s, lane, 32);
 }
 
 // Eight lanes a span of 128 inputs, in two vectors of eight each; a warp has a span of four rows,
@@ -224,6 +252,7 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
     const bool spans = A == AF_FP8 && a.group == kSpan;
     // One vector a thread has the answer soonest; more let more rows run at once.
     const bool few = rows <= 256 && vectors <= 1024;
+    const bool brief = rows > 4096 && vectors <= 256;
     const int per = few || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -236,9 +265,19 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
         c.gridDim = dim3((unsigned)div_up(rows, kWarpRows), (unsigned)div_up(n, warps));
         c.blockDim = dim3((unsigned)warps * 32);
     }
+    if (brief && !spans) {
+        c.gridDim = dim3((unsigned)div_up(rows, kRowWarps));
+        c.blockDim = dim3(32 * kRowWarps);
+    }
     c.stream = stream;
     c.attrs = &early;
     c.numAttrs = a.sm >= 90 ? 1 : 0;
+    if (brief && !spans) {
+        auto *const kernel =
+            vectors <= 128 ? quantize_short_rows<T, A, 4> : quantize_short_rows<T, A, 8>;
+        (void)cudaLaunchKernelEx(&c, kernel, a, rows);
+        return launched("quantize_activation");
+    }
     auto *const kernel = spans      ? quantize_spans<T, A>
                          : per == 1 ? quantize_rows<T, A, 1>
                          : per == 4 ? quantize_rows<T, A, 4>
