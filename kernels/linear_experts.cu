@@ -193,14 +193,25 @@ __device__ __forceinline__ void gather(const linear_args &p, const division &d, 
     }
 }
 
-// The scales of rows of codes, of the tile told of as number `count`, by a warp.
+// The scales of rows of codes, of the tile told of as number `count`, by a warp. What lies past the
+// tile's last nobody looks at.
 __device__ __forceinline__ void bring_scales(const linear_args &p, const target &tile, int count,
                                              float *scales) {
+    constexpr int kEach = (rows_most(true) + 31) / 32;
+    const int lane = threadIdx.x % 32, rows = tile.m_end - tile.m0;
     scales += count % kTold * rows_most(true);
-    for (int i = threadIdx.x % 32; i < rows_most(true); i += 32) {
-        const int r = min(tile.m0 + i, tile.m_end - 1);
-        scales[i] = __ldcg(p.x_scale + (p.x_row ? __ldcg(p.x_row + r) : r));
+    int from[kEach];
+    float scale[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) { // all at once
+        const int r = tile.m0 + min(i * 32 + lane, rows - 1);
+        from[i] = p.x_row ? __ldcg(p.x_row + r) : r;
     }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) scale[i] = __ldcg(p.x_scale + from[i]);
+#pragma unroll
+    for (int i = 0; i < kEach; i++)
+        if (i * 32 + lane < rows) scales[i * 32 + lane] = scale[i];
 }
 
 // Makes x visible to the tensor cores, by one warp.
