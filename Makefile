@@ -28,12 +28,14 @@ LDLIBS   = $(PKG_LIBS) $(if $(CUDA_ARCH),$(CUDA_LIBS)) -lm -lpthread
 
 # CUDA: `make CUDA_ARCH=90a` for one architecture, CUDA_ARCH="80 86 89 90a" for all, CUDA_ARCH= for none.
 # Where there are an NVIDIA driver and nvcc the default is all; elsewhere nothing of CUDA is needed.
-# LINEINFO=1: profilers name source lines. -O1 is of the host code, a launcher for each kernel; code of the
-# GPU is at its highest level anyway.
+# LINEINFO=1: profilers name source lines. CHAOS=1: timing of kernels is random (chaos in traits.cuh). -O1 is of the host
+# code, a launcher for each kernel; code of the GPU is at its highest level anyway.
 CUDA      ?= /usr/local/cuda
 NVCC      := $(CUDA)/bin/nvcc
 CUDA_ARCH ?= $(if $(and $(wildcard /dev/nvidiactl),$(wildcard $(NVCC))),80 86 89 90a)
-NVFLAGS   := -std=c++17 -O1 $(if $(LINEINFO),-lineinfo) -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
+$(if $(CUDA_ARCH),$(if $(shell command -v $(NVCC)),,$(error CUDA_ARCH=$(CUDA_ARCH), but there is no $(NVCC): \
+    CUDA=DIR names the toolkit, CUDA_ARCH= builds without)))
+NVFLAGS   := -std=c++17 -O1 $(if $(LINEINFO),-lineinfo) $(if $(CHAOS),-DAMALGAM_CHAOS) -Xptxas -v -Xcompiler -Wall,-Wextra,-fPIC,-iquoteengine,-iquotekernels
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
 KERNEL_BENCHES := $(wildcard $(patsubst %,engine/cmd_bench_%.c,attention linear ops tune))
 CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) engine/ceilings.c engine/bench_cuda.c $(KERNEL_BENCHES)

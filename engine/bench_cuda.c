@@ -1,10 +1,16 @@
 /* bench_cuda.c - see bench_cuda.h. */
 #include "bench_cuda.h"
+#include "cudev.h"
 
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 
 enum { WARM_UPS = 2, REPLAYS = 9 };
+
+status bench_cuda_open(void) {
+    int32_t n_gpus;
+    return cudev_count(&n_gpus);
+}
 
 status bench_cuda_check(int cuda_error, const char *call) {
     const cudaError_t e = (cudaError_t)cuda_error;

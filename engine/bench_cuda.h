@@ -3,6 +3,9 @@
 #define AMALGAM_BENCH_CUDA_H
 #include "kernel.h"
 
+/* DEVICE, with what is missing, where no GPU can be used: asked before anything is made. */
+status bench_cuda_open(void);
+
 /* Return DEVICE with the call in the message where it fails. */
 #define CUDA(call) TRY(bench_cuda_check((int)(call), #call))
 status bench_cuda_check(int cuda_error, const char *call);

@@ -534,8 +534,9 @@ int bench_attention(int argc, char **argv) {
         st = FAIL(ST_UNSUPPORTED, "--expand-first: values are numbers of fp16");
     bench_gpu g = {0};
     struct cudaDeviceProp prop;
-    if (st == ST_OK && cudaGetDeviceProperties(&prop, 0) != cudaSuccess)
-        st = FAIL(ST_DEVICE, "no CUDA device");
+    if (st == ST_OK) st = bench_cuda_open();
+    if (st == ST_OK)
+        st = bench_cuda_check((int)cudaGetDeviceProperties(&prop, 0), "cudaGetDeviceProperties");
     if (st == ST_OK) {
         g.sm = prop.major * 10 + prop.minor;
         g.n_sms = prop.multiProcessorCount;

@@ -149,6 +149,7 @@ int bench_linear(int argc, char **argv) {
                                 {"--replays", o.replays, 1, 1 << 16}};
     if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
     w.count = (int32_t)o.experts;
+    if (st == ST_OK) st = bench_cuda_open();
     if (st == ST_OK) st = find_ceilings(&o, w.type);
     for (const char *s = o.shapes; s && st == ST_OK;
          s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {

@@ -146,10 +146,10 @@ static status set_draws(const bench *b, draw_row like) {
         draw[i].to = (int32_t)i;
         draw[i].counter = (uint64_t)i;
     }
-    const cudaError_t e =
-        cudaMemcpy(b->draw, draw, (size_t)b->t * sizeof *draw, cudaMemcpyHostToDevice);
+    const cudaError_t e = cudaMemcpyAsync(b->draw, draw, (size_t)b->t * sizeof *draw,
+                                          cudaMemcpyHostToDevice, b->stream);
     mem_free(draw);
-    return bench_cuda_check((int)e, "cudaMemcpy of draws");
+    return bench_cuda_check((int)e, "cudaMemcpyAsync of draws");
 }
 
 static status fill(bench *b) {
@@ -173,7 +173,7 @@ static status fill(bench *b) {
     CUDA(cudaMalloc((void **)&b->row_token, (size_t)n * 4));
     CUDA(cudaMalloc((void **)&b->start, (size_t)(c->n_experts + 1) * 4));
     CUDA(cudaMalloc((void **)&b->draw, (size_t)b->t * sizeof(draw_row)));
-    CUDA(cudaMemcpy(b->index, index, (size_t)b->t * 4, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpyAsync(b->index, index, (size_t)b->t * 4, cudaMemcpyHostToDevice, b->stream));
     mem_free(index);
     TRY(set_draws(b, (draw_row){.top_p = 1}));
     TRY(kernel_fill_noise(b->other, DT_F16, bytes / 2, 3, 0, 1, 0, b->stream));
@@ -233,6 +233,7 @@ int bench_ops(int argc, char **argv) {
     if (st == ST_OK) st = cli_check(&(cli_range){"--rows", rows, 1, 65536}, 1);
     if (st == ST_OK) st = model_dir(dir, sizeof dir, model);
     if (st == ST_OK) st = model_config_load(&c, dir);
+    if (st == ST_OK) st = bench_cuda_open();
     if (st != ST_OK) return cli_exit(st);
     bench b = {.c = &c, .t = rows, .json = json};
     st = run_all(&b);

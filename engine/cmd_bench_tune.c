@@ -1,5 +1,6 @@
 /* cmd_bench_tune.c - `amalgam tune`: every kernel that accepts a kind of problem is timed, and the
  * best go to a table that is checked in (linear_tuned.def). Compiled where kernels are. */
+#include "bench_cuda.h"
 #include "cli.h"
 #include "linear_launch.h"
 #include "linear_probe.h"
@@ -143,7 +144,7 @@ static status tune_class(tuner *t, const precision *p, int32_t which) {
 
 static status tune(tuner *t, const char *only) {
     struct cudaDeviceProp gpu;
-    if (cudaGetDeviceProperties(&gpu, 0) != cudaSuccess) return FAIL(ST_DEVICE, "no NVIDIA GPU");
+    CUDA(cudaGetDeviceProperties(&gpu, 0));
     fprintf(t->out,
             "/* Made by `amalgam tune` at commit %s%s%s, %lld replays each; do not edit. */\n"
             "GPU(\"%s\", %d, %d)\n",
@@ -158,6 +159,33 @@ static status tune(tuner *t, const char *only) {
     return ST_OK;
 }
 
+/* The name of one of the formats, or none. */
+static status check_format(const char *only) {
+    char names[256] = "";
+    size_t n = 0;
+    for (int32_t f = 0; f < COUNT_OF(formats); f++) {
+        if (!only || strcmp(only, formats[f]) == 0) return ST_OK;
+        n += (size_t)snprintf(names + n, sizeof names - n, "%s%s", f ? " " : "", formats[f]);
+        CHECK(n < sizeof names);
+    }
+    return FAIL(ST_USAGE, "--only '%s' is none of %s", only, names);
+}
+
+/* The table is made in memory and takes the place of `path` when it is whole: what was there stays
+ * if a kernel fails, or somebody stops it. */
+static status write_table(tuner *t, const char *only, const char *path) {
+    file_draft file;
+    char *table = NULL;
+    size_t size = 0;
+    TRY(file_begin(&file, path));
+    t->out = open_memstream(&table, &size);
+    status st = t->out ? tune(t, only) : FAIL(ST_NOMEM, "table");
+    if (t->out && fclose(t->out) != 0 && st == ST_OK) st = FAIL(ST_NOMEM, "table");
+    if (st == ST_OK) st = file_add(&file, table, size);
+    free(table);
+    return file_end(&file, st);
+}
+
 int bench_tune(int argc, char **argv) {
     static tuner t = {.replays = 3};
     const char *out = "linear_tuned.def", *only = NULL;
@@ -170,8 +198,7 @@ int bench_tune(int argc, char **argv) {
     int32_t n = 0;
     status st = cli_parse(argc - 1, argv + 1, "tune [options]", options, NULL, &n);
     if (st == ST_OK) st = cli_check(&(cli_range){"--replays", t.replays, 1, 1000}, 1);
-    if (st == ST_OK && !(t.out = fopen(out, "w"))) st = FAIL(ST_IO, "%s", out);
-    if (st == ST_OK) st = tune(&t, only);
-    if (t.out && fclose(t.out) != 0 && st == ST_OK) st = FAIL(ST_IO, "%s", out);
-    return cli_exit(st);
+    if (st == ST_OK) st = check_format(only);
+    if (st == ST_OK) st = bench_cuda_open();
+    return cli_exit(st == ST_OK ? write_table(&t, only, out) : st);
 }

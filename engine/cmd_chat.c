@@ -109,7 +109,8 @@ static status generate(talk *t, const ids *prompt, request_log *log) {
     const int32_t *eos = tokenizer_eos(t->tok, &n_eos);
     if (room < 1) return FAIL(ST_RANGE, "the conversation is full; /reset begins another");
     cmd_sampling draws = a->draws;
-    draws.seed += t->n_turns; /* a stream of its own for each answer */
+    /* A stream of its own for each answer; after the largest seed comes the least. */
+    draws.seed = (int64_t)((uint64_t)draws.seed + (uint64_t)t->n_turns);
     const request r = {.id = t->n_turns++,
                        .prompt = prompt->data,
                        .n_prompt = (int32_t)prompt->length,

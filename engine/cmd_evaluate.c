@@ -105,6 +105,16 @@ static status write_logits(const evaluation *v, const char *format, const char *
     return st;
 }
 
+/* A text that is shorter than a window is one window: no room is made for more. Then what an engine
+ * needs for it; two engines share a device's memory, so no more pages than that. */
+static void limit_window(evaluation *v) {
+    v->window = (int32_t)i64_max(2, i64_min(v->window, v->tokens.length + 1));
+    v->stride = (int32_t)i64_min(v->stride, v->window - 1);
+    v->options.policy.token_budget = (int32_t)i64_max(v->window, 64);
+    v->options.max_samples = v->window;
+    v->options.pages = (int32_t)div_up(v->window, KV_PAGE_TOKENS);
+}
+
 /* The text as tokens, and the reference. */
 static status open_all(evaluation *v) {
     char dir[1024], beside[1024], *words = NULL;
@@ -118,7 +128,9 @@ static status open_all(evaluation *v) {
                               &v->tokens);
     mem_free(words);
     tokenizer_close(t);
-    if (st != ST_OK || !v->against) return st;
+    if (st != ST_OK) return st;
+    limit_window(v);
+    if (!v->against) return ST_OK;
     engine_options o = v->options;
     o.model = v->against;
     o.precision = "W16A16KV16";
@@ -169,10 +181,7 @@ int cmd_evaluate(int argc, char **argv) {
     o->device = device_name;
     o->device_options.threads = (int32_t)threads;
     o->device_options.tp = (int32_t)tp;
-    o->policy.token_budget = (int32_t)i64_max(window, 64);
     o->policy.max_seqs = 1;
-    o->max_samples = v.window;
-    o->pages = (int32_t)div_up(window, KV_PAGE_TOKENS); /* two engines share a device's memory */
     st = open_all(&v);
     if (st == ST_OK && logits) st = write_logits(&v, precisions.item[0], logits);
     const int code = st != ST_OK || logits ? cli_exit(st) : evaluate_all(&v, &precisions);

@@ -61,7 +61,9 @@ static status check(arguments *a) {
                                 {"--threads", a->threads, 0, 1024},
                                 {"--tp", a->tp, 1, 64}};
     if (!a->model) return FAIL(ST_USAGE, "generate needs --model");
-    if (!a->prompt == !a->file) return FAIL(ST_USAGE, "generate needs --prompt or --prompt-file");
+    if (!a->prompt == !a->file)
+        return FAIL(ST_USAGE, "generate needs --prompt or --prompt-file%s",
+                    a->prompt ? ", not both" : "");
     TRY(cli_check(ranges, COUNT_OF(ranges)));
     for (int32_t i = 0; i < a->stop.n; i++)
         if (!a->stop.item[i][0]) return FAIL(ST_USAGE, "--stop: an empty string ends nothing");

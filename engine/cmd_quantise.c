@@ -37,6 +37,21 @@ static status calibration(const arguments *a, const char *dir, ids *out) {
     return st;
 }
 
+/* What a method does not read, and what no checkpoint holds, is refused, not dropped. */
+static status check_use(const arguments *a, const quantise_options *o) {
+    const precision *p = &o->precision;
+    if (p->act != AF_16 || p->kv.k != KF_16 || p->kv.v != KF_16 || p->n_kv_layers > 0)
+        return FAIL(ST_USAGE,
+                    "--precision %s: a checkpoint has weights alone; activations and cache are "
+                    "chosen where it runs",
+                    a->format);
+    if (o->method == QUANTISE_RTN && a->text_path)
+        return FAIL(ST_USAGE, "--calibration is of gptq and awq: rtn reads no text");
+    if (o->method != QUANTISE_GPTQ && a->no_act_order)
+        return FAIL(ST_USAGE, "--no-act-order is of gptq");
+    return ST_OK;
+}
+
 static status run(const arguments *a) {
     quantise_options o = QUANTISE_OPTIONS_DEFAULT;
     char dir[1024];
@@ -44,6 +59,7 @@ static status run(const arguments *a) {
     TRY(quantise_method_parse(&o.method, a->method));
     TRY(save_layout_parse(&o.layout, a->layout));
     TRY(precision_parse(&o.precision, a->format));
+    TRY(check_use(a, &o));
     TRY(model_dir(dir, sizeof dir, a->model));
     if (o.method != QUANTISE_RTN) TRY(calibration(a, dir, &tokens));
     progress bar;

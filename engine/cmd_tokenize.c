@@ -28,7 +28,8 @@ static status parse(int argc, char **argv, options *o) {
     int32_t n = 0;
     TRY(cli_parse(argc, argv, "tokenize --model DIR --text TEXT [options]", table, NULL, &n));
     if (!o->model) return FAIL(ST_USAGE, "tokenize needs --model");
-    if (!o->text == !o->file) return FAIL(ST_USAGE, "tokenize needs --text or --file");
+    if (!o->text == !o->file)
+        return FAIL(ST_USAGE, "tokenize needs --text or --file%s", o->text ? ", not both" : "");
     o->flags =
         (no_bos ? 0u : TOKENIZER_ADD_SPECIAL) | (plain ? 0u : (uint32_t)TOKENIZER_PARSE_SPECIAL);
     return ST_OK;

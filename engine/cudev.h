@@ -1,6 +1,7 @@
 /* cudev.h - what the files of the cuda device share: device_cuda.c (operations of a step),
  * cudev_load.c (weights), cudev_memory.c (slabs, errors, staging), cudev_graph.c (graphs of
- * decode steps), cudev_ranks.c (several GPUs). Not for other files; compiled only where CUDA is. */
+ * decode steps), cudev_ranks.c (several GPUs). Not for other files, but for bench_cuda.c, which
+ * counts GPUs; compiled only where CUDA is. */
 #ifndef AMALGAM_CUDEV_H
 #define AMALGAM_CUDEV_H
 #include "attention.h"
@@ -217,6 +218,9 @@ static inline int64_t cudev_rows(const cudev *c, int64_t n) {
     return c->graph ? n / c->b->n_tokens * c->rows : n;
 }
 
+/* device_cuda.c, for bench_cuda.c: GPUs that the driver lists, 1 at least. DEVICE, with what is
+ * missing: a driver, one that this build can use, a GPU. */
+status cudev_count(int32_t *n_gpus);
 /* device_cuda.c, for cudev_ranks.c */
 status cudev_open(device **out, const device_options *o, int32_t rank);
 /* A linear into y [rows, w->n] wherever that lies. */

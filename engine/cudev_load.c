@@ -262,8 +262,8 @@ static status load_bias(cudev *c, const weight_source *s, void *to) {
         weight_source_bias(c->whole, j, value);
         rank_bias(c, value);
         dtype_from_f32(narrow, value, n, c->type);
-        st = cudev_check((int)cudaMemcpy((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
-                                         cudaMemcpyHostToDevice),
+        st = cudev_check((int)cudaMemcpyAsync((uint8_t *)to + (size_t)j * bytes, narrow, bytes,
+                                              cudaMemcpyHostToDevice, c->stream),
                          "bias");
     }
     mem_free(narrow);
@@ -332,8 +332,8 @@ static status quantise_matrix(cudev *c, const weight_source *s, const precision 
             TRY(chunk_values(c, s, j, row, (int32_t)i64_min(step, n - row), true));
         TRY(read_amax(c, j, &amax));
         q.global_scale = quantize_global_scale(WF_NVFP4, amax);
-        CUDA_TRY(cudaMemcpy(w->linear.global_scale + j, &q.global_scale, sizeof(float),
-                            cudaMemcpyHostToDevice),
+        CUDA_TRY(cudaMemcpyAsync(w->linear.global_scale + j, &q.global_scale, sizeof(float),
+                                 cudaMemcpyHostToDevice, c->stream),
                  "weights");
     }
     for (int32_t row = 0; row < n; row += step) {
@@ -407,8 +407,8 @@ static status stored_matrix(cudev *c, const weight_source *s, const precision *p
     arena_reset(&c->handles, mark);
     TRY(st);
     if (p->weight == WF_NVFP4)
-        CUDA_TRY(cudaMemcpy(w->linear.global_scale + j, &q.global_scale, sizeof(float),
-                            cudaMemcpyHostToDevice),
+        CUDA_TRY(cudaMemcpyAsync(w->linear.global_scale + j, &q.global_scale, sizeof(float),
+                                 cudaMemcpyHostToDevice, c->stream),
                  "weights");
     return linear_pack(&w->linear, j, &q, c->stream);
 }
@@ -494,7 +494,7 @@ static status load_linear(cudev *c, const weight_source *s, const precision *p, 
     if (shape->has_bias) {
         const size_t bytes = (size_t)dtype_bytes(c->type, (int64_t)shape->count * l->n);
         TRY(cudev_slab_take(&c->weights, bytes, s->name, &l->bias));
-        CUDA_TRY(cudaMemset(l->bias, 0, bytes), "bias");
+        CUDA_TRY(cudaMemsetAsync(l->bias, 0, bytes, c->stream), "bias");
         TRY(load_bias(c, s, l->bias));
     }
     for (int32_t j = 0; j < shape->count; j++)

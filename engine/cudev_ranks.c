@@ -191,17 +191,19 @@ static status open_sums(ranks *g, int32_t cols) {
     *g->gone = 0;
     for (int32_t r = 0; r < g->n; r++) {
         TRY(use(g, r));
-        TRY(cudev_slab_take(&cudev_self(g->rank[r])->run, bytes, "inbox of ranks", &inbox[r]));
-        CUDA_TRY(cudaMemset(inbox[r], 0, bytes), "inbox of ranks");
+        cudev *c = cudev_self(g->rank[r]);
+        TRY(cudev_slab_take(&c->run, bytes, "inbox of ranks", &inbox[r]));
+        CUDA_TRY(cudaMemsetAsync(inbox[r], 0, bytes, c->stream), "inbox of ranks");
     }
     for (int32_t r = 0; r < g->n; r++) {
         void *at_calls, *at_table, *gone;
-        cudev_slab *run = &cudev_self(g->rank[r])->run;
+        cudev *c = cudev_self(g->rank[r]);
         TRY(use(g, r));
-        TRY(cudev_slab_take(run, calls, "inbox of ranks", &at_calls));
-        TRY(cudev_slab_take(run, table, "inbox of ranks", &at_table));
-        CUDA_TRY(cudaMemset(at_calls, 0, calls), "inbox of ranks");
-        CUDA_TRY(cudaMemcpy(at_table, inbox, table, cudaMemcpyHostToDevice), "inbox of ranks");
+        TRY(cudev_slab_take(&c->run, calls, "inbox of ranks", &at_calls));
+        TRY(cudev_slab_take(&c->run, table, "inbox of ranks", &at_table));
+        CUDA_TRY(cudaMemsetAsync(at_calls, 0, calls, c->stream), "inbox of ranks");
+        CUDA_TRY(cudaMemcpyAsync(at_table, inbox, table, cudaMemcpyHostToDevice, c->stream),
+                 "inbox of ranks");
         CUDA_TRY(cudaHostGetDevicePointer(&gone, g->gone, 0), "pinned memory");
         CUDA_TRY(cudaDeviceSynchronize(), "inbox of ranks"); /* before another rank writes to it */
         g->sum[r] = (norm_ranks){.inbox = at_table,

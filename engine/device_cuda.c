@@ -18,6 +18,11 @@
  * Rows that pad a step belong to no sequence (token_seq -1): they are computed like others, append
  * nothing and draw nothing, and no other row reads them.
  *
+ * No stream here waits for CUDA's default one, where cudaMemset and cudaMemcpy work, and the latter
+ * returns before what it has read from pageable memory is on the device: all copies and fills are
+ * asynchronous ones on the stream of what reads them, which have read pageable memory when they
+ * return.
+ *
  * Errors of execution surface in end. They leave a CUDA context unusable, so the device is dead
  * from there on and says the same thing whenever it is asked.
  *
@@ -49,8 +54,7 @@ static const cudev_weight *weight_of(const weight *w) {
 
 /* --- Opening -------------------------------------------------------------------------------- */
 
-/* The driver, a GPU, its age, and whether this build has code for it. */
-static status probe(cudev *c) {
+status cudev_count(int32_t *n_gpus) {
     int driver = 0, built = 0, count = 0;
     (void)cudaDriverGetVersion(&driver);
     (void)cudaRuntimeGetVersion(&built);
@@ -62,7 +66,15 @@ static status probe(cudev *c) {
     if (e != cudaSuccess || count == 0)
         return FAIL(ST_DEVICE, "no NVIDIA GPU: %s",
                     e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
+    *n_gpus = count;
+    return ST_OK;
+}
+
+/* The driver, a GPU, its age, and whether this build has code for it. */
+static status probe(cudev *c) {
+    int32_t count = 0;
     struct cudaDeviceProp p;
+    TRY(cudev_count(&count));
     if (c->gpu >= count)
         return FAIL(ST_UNSUPPORTED, "tp %d needs as many GPUs, there are %d", c->base.options.tp,
                     count);
@@ -217,7 +229,8 @@ static status setup_rope(cudev *c) {
     void *frequency;
     TRY(take(c, (int64_t)sizeof(double) * half, "rotary table", &frequency));
     TRY(take(c, (int64_t)sizeof(float) * 2 * half * ctx, "rotary table", &c->rope));
-    CUDA_TRY(cudaMemcpy(frequency, inv_freq, sizeof(double) * (size_t)half, cudaMemcpyHostToDevice),
+    CUDA_TRY(cudaMemcpyAsync(frequency, inv_freq, sizeof(double) * (size_t)half,
+                             cudaMemcpyHostToDevice, c->stream),
              "rotary table");
     return kernel_fill_angles(c->rope, frequency, factor, ctx, half, c->stream);
 }
@@ -296,6 +309,17 @@ static status setup_spaces(cudev *c, int64_t rows) {
     return ST_OK;
 }
 
+static int64_t told_bytes(const cudev *c) {
+    return 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)c->config.top_k;
+}
+
+/* Zeros, as moe_leave leaves them. */
+static status clear_told(const cudev *c) {
+    if (!c->told) return ST_OK;
+    return cudev_check((int)cudaMemsetAsync(c->told, 0, (size_t)told_bytes(c), c->stream),
+                       "routing");
+}
+
 static status setup_tables(cudev *c, int64_t rows) {
     const model_config *m = &c->config;
     const cudev_tables x =
@@ -318,9 +342,8 @@ static status setup_tables(cudev *c, int64_t rows) {
     TRY(take(c, 4 * rows, "routing", &c->expert_weight));
     TRY(take(c, 4 * rows, "routing", &c->slot_row));
     TRY(take(c, 4 * rows, "routing", &c->row_token));
-    const int64_t told = 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)m->top_k;
-    TRY(take(c, told, "routing", &c->told));
-    CUDA_TRY(cudaMemset(c->told, 0, (size_t)told), "routing");
+    TRY(take(c, told_bytes(c), "routing", &c->told));
+    TRY(clear_told(c));
     return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
 }
 
@@ -555,9 +578,11 @@ static status cuda_begin(device *d, const batch *b) {
     cudev *c = self(d);
     CHECK(c->ready);
     if (c->dead) return dead(c);
-    if (c->b) { /* an operation refused midway: what runs may still read what is uploaded now */
+    if (c->b) { /* refused midway: what runs, and copies, may still read what is made now */
         cudev_abandon_capture(c);
+        TRY(clear_told(c)); /* moe_leave may not have come */
         CUDA_TRY(cudaStreamSynchronize(c->stream), "an abandoned step");
+        CUDA_TRY(cudaStreamSynchronize(c->front), "an abandoned step");
     }
     batch_check(b, c->max_tokens, c->max_seqs, c->max_samples, c->n_pages);
     CHECK(b->page_start[b->n_seqs] <= c->max_page_ids);
@@ -647,7 +672,8 @@ static int64_t rows_of(const cudev *c, tensor t) { return cudev_rows(c, t.rows);
 
 static int32_t plan_of(const cudev *c, int32_t window) {
     int32_t p = 0;
-    while (c->plan[p].window != window) p++;
+    while (p < c->n_plans && c->plan[p].window != window) p++;
+    CHECK(p < c->n_plans); /* setup_plans has seen all layers */
     return p;
 }
 
@@ -984,7 +1010,6 @@ static status cuda_sample(device *d, tensor logits) {
 static status cuda_read(device *d, tensor t, float *out) {
     cudev *c = self(d);
     if (c->dead) return dead(c);
-    CUDA_TRY(cudaStreamSynchronize(c->stream), "read"); /* also in the middle of a step */
     const int64_t n = t.rows * t.cols;
     for (int32_t i = 0; i < c->n_buffers; i++) {
         const cudev_buffer *b = &c->buffer[i];
@@ -995,15 +1020,16 @@ static status cuda_read(device *d, tensor t, float *out) {
             const size_t stride = /* of router logits */
                 t.cols == c->config.n_experts ? (size_t)cudev_linear_rows(t.cols) * sizeof(float)
                                               : row;
-            CUDA_TRY(
-                cudaMemcpy2D(out, row, t.data, stride, row, (size_t)t.rows, cudaMemcpyDeviceToHost),
-                "read");
-            return ST_OK;
+            CUDA_TRY(cudaMemcpy2DAsync(out, row, t.data, stride, row, (size_t)t.rows,
+                                       cudaMemcpyDeviceToHost, c->stream),
+                     "read");
+            return cudev_check((int)cudaStreamSynchronize(c->stream), "read");
         }
         uint16_t *narrow = mem_alloc((size_t)n, sizeof *narrow);
         if (!narrow) return FAIL(ST_NOMEM, "read of %lld elements", (long long)n);
-        const status st =
-            cudev_check((int)cudaMemcpy(narrow, t.data, bytes, cudaMemcpyDeviceToHost), "read");
+        cudaError_t e = cudaMemcpyAsync(narrow, t.data, bytes, cudaMemcpyDeviceToHost, c->stream);
+        if (e == cudaSuccess) e = cudaStreamSynchronize(c->stream);
+        const status st = cudev_check((int)e, "read");
         if (st == ST_OK) dtype_to_f32(out, narrow, n, 1, b->type);
         mem_free(narrow);
         return st;

@@ -10,7 +10,8 @@ static const double seconds_edges[] = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.0
                                        20,    40,    80,   160,  640,  2560};
 static const double count_edges[] = {1,   2,    5,    10,   20,    50,    100,   200,
                                      500, 1000, 2000, 5000, 10000, 20000, 50000, 100000};
-enum { EDGES_MAX = 22 };
+enum { EDGES_MAX = COUNT_OF(seconds_edges) };
+_Static_assert((int)COUNT_OF(count_edges) <= (int)EDGES_MAX, "a histogram has room for either");
 
 typedef struct {
     const char *name, *help;
@@ -347,8 +348,8 @@ static void put_histogram(text *t, const histogram_row *row, const histogram *h,
 /* A label's value: backslash, quote and newline are escaped. */
 static void put_label(text *t, const char *s) {
     for (; *s; s++) {
-        if (*s == '\\' || *s == '"') text_bytes(t, "\\", 1);
-        text_bytes(t, *s == '\n' ? " " : s, 1);
+        if (*s == '\\' || *s == '"' || *s == '\n') text_bytes(t, "\\", 1);
+        text_bytes(t, *s == '\n' ? "n" : s, 1);
     }
 }
 

@@ -581,6 +581,12 @@ local function template_environment(data, blocks)
     end
     error(("no quoted figure of %s at %d rows"):format(line, m), 2)
   end
+  --- Prompt tokens an answer token from which on the first format is the faster, or "never"
+  --- (plots/lengths.lua).
+  function env.even(first, second, batch)
+    local x = require("lengths").even(data, first, second, batch)
+    return x and M.number(x) or "never"
+  end
   function env.decode_share(kv)
     local x = M.decode_share(data, kv)
     return x and ("%.0f"):format(x) or "*(no row)*"

@@ -279,17 +279,26 @@ local function missing(spec, identity)
   return not identity.provenance.gpu and "there is no NVIDIA GPU here" or nil
 end
 
---- The data sheet of the GPU at hand, by the first word of its name ("a100" of "a100-80gb") and its
---- memory; nil when there is none.
+--- Is it the GPU of a sheet, by its name and its memory, which is within a tenth? The sheet's first
+--- word ("a100" of "a100-80gb", "rtx4090") is a word of the name, or two: a GH200 is no H200. A
+--- card for PCIe has another memory and other clocks than the module (SXM) of that number.
+---@param gpu { name: string, memory_bytes: integer } as NVML has it
+---@param sheet string
+---@return boolean
+local function is_of(gpu, sheet)
+  local name, letters, digits = gpu.name:lower(), sheet:match("^(%a+)(%d%w*)")
+  local share = gpu.memory_bytes / amalgam.gpu(sheet).memory_bytes
+  return name:find("%f[%w]" .. letters .. "%W?" .. digits .. "%f[%W]") ~= nil
+    and share > 0.9 and share < 1.1
+    and not (sheet:find("sxm", 1, true) and name:find("pcie", 1, true))
+end
+
+--- The data sheet of the GPU at hand; nil when there is none.
 ---@param gpu? { name: string, memory_bytes: integer } as NVML has it
 ---@return string|nil
-local function sheet_of(gpu)
-  local name = gpu and gpu.name:lower():gsub("%W", "")
+function M.sheet_of(gpu)
   for _, sheet in ipairs(gpu and amalgam.gpus() or {}) do
-    local share = gpu.memory_bytes / amalgam.gpu(sheet).memory_bytes
-    if name:find(sheet:match("^%w+"), 1, true) and share > 0.9 and share < 1.1 then
-      return sheet
-    end
+    if is_of(gpu, sheet) then return sheet end
   end
   return nil
 end
@@ -321,7 +330,7 @@ local function settings(spec, o, identity)
   for _, axis in ipairs(spec.axes) do named = named or axis.name == "gpu" end
   local here = identity.provenance.gpu
   if device == "cuda" and not gpu and named and here then
-    local sheet = sheet_of(here)
+    local sheet = M.sheet_of(here)
     if not sheet then
       experiment.refuse("run: no data sheet under workloads/gpus is of the %s: name one by --gpu",
         here.name)

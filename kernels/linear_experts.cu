@@ -214,7 +214,8 @@ __device__ __forceinline__ void bring_scales(const linear_args &p, const target 
         if (i * 32 + lane < rows) scales[i * 32 + lane] = scale[i];
 }
 
-// Makes x visible to the tensor cores, by one warp.
+// Makes x visible to the tensor cores, by one warp. Its lanes meet at every step: one that fell two
+// uses of a stage behind would take the phase of kLanded for one it has seen, and wait for ever.
 template <bool kCodes>
 __device__ __forceinline__ void show(const linear_args &p, const division &d, ring to,
                                      const told_tiles &told, float *scales) {
@@ -227,6 +228,7 @@ __device__ __forceinline__ void show(const linear_args &p, const division &d, ri
         for (int step = 0; step < d.steps; step++, to.next(d)) {
             barrier_wait(to.full + kLanded + to.stage * 8, to.parity);
             proxy_fence();
+            __syncwarp();
             // Of codes by all lanes: each has brought scales.
             if (kCodes || threadIdx.x % 32 == 0) barrier_arrive(to.full + to.stage * 8);
         }

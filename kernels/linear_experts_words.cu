@@ -139,7 +139,8 @@ __device__ __forceinline__ void gather(const linear_args &p, ring to, uint32_t b
     }
 }
 
-// Makes x visible to the tensor cores, by one warp.
+// Makes x visible to the tensor cores, by one warp. Its lanes meet at every step: one that fell two
+// uses of a stage behind would take the phase of kLanded for one it has seen, and wait for ever.
 __device__ __forceinline__ void show(const linear_args &p, ring to, const told_tiles &told) {
     for (int count = 0; told.get(count).m_end > 0; count++) {
         __syncwarp();
@@ -147,6 +148,7 @@ __device__ __forceinline__ void show(const linear_args &p, ring to, const told_t
         for (int step = 0; step < p.units; step++, to.next()) {
             barrier_wait(to.full + kLanded + to.stage * 8, to.parity);
             proxy_fence();
+            __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(to.full + to.stage * 8);
         }
     }

@@ -52,7 +52,7 @@ struct tall_args : linear_output {
 };
 
 // Shared memory of a CTA: stages of codes of x and W, scales of each, places of 16 rows of y for
-// each warpgroup, what warps of gate and up exchange, and barriers.
+// each warpgroup, what warps of gate and up exchange, scales of x for each warpgroup, and barriers.
 constexpr int kPitch = LINEAR_BLOCK + 4; // f32 between rows of x: no bank conflicts
 constexpr int kPlace = kRound * kPitch * 4, kPlaces = 2 * kBlocks * kPlace;
 constexpr int kPairs = 2 * kWarps * 1024;
@@ -61,12 +61,15 @@ template <int P, int G> struct tile {
     static constexpr int codes = LINEAR_BLOCK * kStep / 2, w = kBlocks * codes;
     static constexpr int each = kStep / G; // granules of a stage
     static constexpr int scale_block = each * 3 * LINEAR_BLOCK, scale = kBlocks * scale_block;
-    static constexpr int fixed = kPlaces + kPairs + 256 + 1024; // 1024: alignment of the base
+    static constexpr int x_scale = P * 4;
+    static constexpr int fixed =
+        kPlaces + kPairs + kBlocks * x_scale + 256 + 1024; // 1024: alignment of the base
     static constexpr int stages =
         (226 * 1024 - fixed) / (x + w + scale) < 12 ? (226 * 1024 - fixed) / (x + w + scale) : 12;
     static_assert(stages >= 4 && 16 * stages <= 256, "");
     static constexpr int at_scale = stages * (x + w), at_places = at_scale + stages * scale;
-    static constexpr int at_pairs = at_places + kPlaces, at_bars = at_pairs + kPairs;
+    static constexpr int at_pairs = at_places + kPlaces, at_x_scale = at_pairs + kPairs;
+    static constexpr int at_bars = at_x_scale + kBlocks * x_scale;
     static constexpr int bytes = at_bars + 256 + 1024;
     static constexpr int rounds = rows / kRound;
 };
@@ -205,7 +208,7 @@ template <int P, int G> struct finisher {
     const tall_args &a;
     const place &p;
     const float (&acc)[P / 2];
-    uint32_t base;
+    uint32_t base, x_scale;
     int group, thread, lane, warp; // of the CTA's two; of the warpgroup's
     int first, outputs;            // where they become y, and how many there are
     float bias[2];
@@ -217,6 +220,14 @@ template <int P, int G> struct finisher {
         thread = linear_thread_anew() % 128;
         lane = thread % 32;
         warp = thread / 32;
+        x_scale = base + L::at_x_scale + group * L::x_scale;
+        linear_meet(BAR_LINES + group, 128); // the tile before has been finished
+#pragma unroll
+        for (int i = thread; i < P; i += 128) {
+            const float s = p.m0 + i < a.m ? a.x_scale[p.m0 + i] : 0.f;
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(x_scale + i * 4), "f"(s) : "memory");
+        }
+        linear_meet(BAR_LINES + group, 128);
         const int block = block_of(a, p.tile_n, group);
         const bool second = block >= a.half_blocks && a.half_blocks < a.blocks;
         const int row = block * LINEAR_BLOCK - (second ? a.gap : 0); // of W as it was
@@ -279,12 +290,10 @@ template <int P, int G> struct finisher {
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int m = p.m0 + round * kRound + 8 * h + lane % 4 * 2;
-            const float s0 = m < a.m ? a.x_scale[m] : 0.f,
-                        s1 = m + 1 < a.m ? a.x_scale[m + 1] : 0.f;
+            const uint2 s = shared_u64(x_scale + (round * kRound + 8 * h + lane % 4 * 2) * 4);
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                v[4 * h + i] = fmaf(v[4 * h + i], i % 2 ? s1 : s0, bias[i / 2]);
+                v[4 * h + i] = fmaf(v[4 * h + i], __uint_as_float(i % 2 ? s.y : s.x), bias[i / 2]);
         }
     }
     // The round's outputs, gated already, by the threads of the warpgroup; `from`: the first one.
@@ -430,11 +439,10 @@ template <int P, int G> struct multiplier {
         fetch(0);
         dequant_unpack<WF_INT4>(scale, packed);
         convert();
+        multiply(x_at(0));
         int step = step0, in = 0;
 #pragma unroll 1
         for (;;) {
-            const uint32_t at = (base + stage * (L::x + L::w)) >> 4 | 1u << 16; // of a descriptor
-            multiply(__shfl_sync(~0u, at + in * (G / 16), 0));
             const bool last = L::each == 1 || in == L::each - 1;
             const uint32_t read = empty + stage * 8;
             in = last ? 0 : in + 1;
@@ -446,6 +454,7 @@ template <int P, int G> struct multiplier {
             }
             const bool more = step < step1;
             if (more) fetch(in);
+            const uint32_t next_x = x_at(in); // not between sums and products
             dequant_unpack<WF_INT4>(next, packed);
             if (L::each == 2 && in == 1 && 2 * step + 1 >= a.granules) // there is none; x is zeros
                 next[0] = next[1] = 0.f;
@@ -475,7 +484,13 @@ template <int P, int G> struct multiplier {
             }
             scale[0] = next[0], scale[1] = next[1];
             convert();
+            multiply(next_x);
         }
+    }
+    // Low half of the descriptor of x of granule `in` of the stage, the same in all lanes.
+    __device__ __forceinline__ uint32_t x_at(int in) const {
+        const uint32_t at = (base + stage * (L::x + L::w)) >> 4 | 1u << 16;
+        return __shfl_sync(~0u, at + in * (G / 16), 0);
     }
 };
 #endif

@@ -21,9 +21,11 @@ __device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+    chaos(16, 3000);
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t bar, int bytes) {
+    chaos(16, 3000);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");
 }
@@ -42,6 +44,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
                  "}" ::"r"(bar),
                  "r"(parity)
                  : "memory");
+    chaos(16, 3000);
 }
 __device__ __forceinline__ bool barrier_test(uint32_t bar, int parity) {
     uint32_t done;
@@ -60,6 +63,7 @@ __device__ __forceinline__ void barrier_init_fence() {
 }
 // Ordinary writes to shared memory before, reads by the tensor cores or the copy engine after.
 __device__ __forceinline__ void proxy_fence() {
+    chaos(16, 3000);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -127,10 +131,12 @@ __device__ __forceinline__ int cluster_size() {
 }
 // Apart, so that work lies between; arriving makes nothing visible.
 __device__ __forceinline__ void cluster_arrive() {
+    chaos(16, 3000);
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    chaos(8, 5000);
 }
 // Where `at` of this CTA is in the shared memory of another.
 __device__ __forceinline__ uint32_t remote_address(uint32_t at, uint32_t rank) {
@@ -139,10 +145,12 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t at, uint32_t rank) {
     return r;
 }
 __device__ __forceinline__ void remote_arrive(uint32_t bar) {
+    chaos(16, 3000);
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 // Four floats into another CTA's shared memory, counted by a barrier there.
 __device__ __forceinline__ void remote_store(uint32_t to, const float *v, uint32_t bar) {
+    chaos(16, 3000);
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], "
                  "{%1, %2, %3, %4}, [%5];" ::"r"(to),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar)

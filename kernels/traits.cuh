@@ -101,6 +101,23 @@ static inline status launched(const char *what) {
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "%s: %s", what, cudaGetErrorString(e));
 }
 
+// `make CHAOS=1`: one time in `odds` a warp sleeps for a random time below `most` ns, so that what
+// nothing but good timing keeps right goes wrong. Nothing in other builds.
+__device__ __forceinline__ void chaos(unsigned odds, unsigned most) {
+#ifdef AMALGAM_CHAOS
+    unsigned h; // of the clock: the same in all lanes that come here together
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(h));
+    h ^= (threadIdx.x / 32 + 1) * 0x9E3779B9u ^ (blockIdx.x + 1) * 0x85EBCA6Bu;
+    h *= 0xC2B2AE35u;
+    h = (h ^ h >> 15) * 0x27D4EB2Fu;
+    h ^= h >> 13;
+    if (h % odds == 0) __nanosleep((h >> 8) % most);
+#else
+    (void)odds;
+    (void)most;
+#endif
+}
+
 // Dependent launch, on sm_90 and later: a kernel of launch_early may start while the one before it
 // in the stream still runs, hence reads and writes nothing of others, constants apart, before
 // follow_previous. That also lets the next one start, once every block has come here. Some thread
@@ -108,13 +125,16 @@ static inline status launched(const char *what) {
 // Constants are weights and the tables of the step: what uploads those is no early launch, nor is
 // the first kernel behind it (rows.h), so they are there before any early one starts.
 __device__ __forceinline__ void launch_dependents() {
+    chaos(8, 10000);
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
+    chaos(8, 10000);
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    chaos(4, 30000);
 #endif
 }
 __device__ __forceinline__ void follow_previous() {

@@ -6,6 +6,13 @@ local M = { title = "accuracy (Table 1)" }
 M.note = " Accuracy is that of the same format on the tiny checkpoint: change of held-out "
   .. "perplexity, KL divergence from 16 bit in millinats."
 
+--- KL divergence from 16 bit of the tiny checkpoint, in nats; nil when e01 has no such row.
+---@param precision string canonical name
+---@return number|nil
+function M.kl(data, precision)
+  return data:value("e01", { precision = precision }, "kl_nats")
+end
+
 ---@param precision string canonical name
 ---@return string "+0.39 %, 2.84", or "-" when e01 has no such row
 function M.of(data, precision)

@@ -15,12 +15,15 @@ set xlabel "request rate (1/s)"
 set yrange [0:*]
 set offsets graph 0.05, graph 0.05, 0, 0
 metrics = "ttft_p50_ms ttft_p90_ms e2e_p50_ms"
+# Intervals at one rate stand beside each other.
+aside(n, x) = x + 0.8 * (n - (count + 1) / 2.0)
 label_of(i) = i == 1 ? "TTFT P50 (ms)" : i == 2 ? "TTFT P90 (ms)" : "end to end P50 (ms)"
 do for [i=1:3] {
     m = word(metrics, i)
     set ylabel label_of(i)
     plot for [n=1:count] data \
-        using (column("rate_per_s")):(pick(n, column(m))):(column(m."_lo")):(column(m."_hi")) \
+        using (aside(n, column("rate_per_s"))):(pick(n, column(m))): \
+            (column(m."_lo")):(column(m."_hi")) \
         with yerrorlines lt format_lt(title_of[n]) title title_of[n]
 }
 load plots."/legend.gp"

@@ -5,6 +5,7 @@ unset ylabel
 unset tics
 unset border
 unset grid
+unset arrow
 unset logscale
 set offsets 0, 0, 0, 0
 set xrange [0:1]

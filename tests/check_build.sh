@@ -17,4 +17,22 @@ for name in $(sed -n 's/^\$(B)\/generated\/\(.*\.\(h\|def\)\):.*/\1/p' Makefile)
     done
 done
 [ "$count" -gt 3 ]
+
+# What cannot be built is said before anything is compiled.
+said() {
+    if words=$(make -n "$@" 2>&1); then
+        echo "make $*: not refused"
+        exit 1
+    fi
+    case $words in
+        *"$wanted"*) count=$((count + 1)) ;;
+        *)
+            echo "make $*: $words"
+            exit 1
+            ;;
+    esac
+}
+wanted='there is no /no/toolkit/bin/nvcc: CUDA=DIR names the toolkit' said CUDA_ARCH=90a CUDA=/no/toolkit build
+wanted='MODE=foo is none of release debug asan' said MODE=foo build
+make -n CUDA_ARCH= CUDA=/no/toolkit help > /dev/null
 echo "$count passed, 0 failed"

@@ -24,6 +24,10 @@ local banned = { -- pattern -> what to use instead; files that may
   { "%f[%w_]arc4random", "rng.h" },
 }
 
+-- The cuda device's streams do not wait for CUDA's default one, nor bench ops's.
+local streams_apart = { "^device_cuda%.c$", "^cudev_", "^cmd_bench_ops%.c$" }
+local default_stream = { "%f[%w_]cudaMemset%s*%(", "%f[%w_]cudaMemcpy2?D?%s*%(" }
+
 local problems = {}
 
 local function problem(...) problems[#problems + 1] = string.format(...) end
@@ -59,8 +63,16 @@ local function check_lines(path)
   end
 end
 
+local function any_of(text, patterns)
+  for _, pattern in ipairs(patterns) do
+    if text:find(pattern) then return true end
+  end
+  return false
+end
+
 local function check_c(path, lengths)
   local base = path:match("[^/]+$")
+  local apart = any_of(base, streams_apart)
   local at, name, start = 0, nil, nil
   local header = path:match("%.h$")
   for line in io.lines(path) do
@@ -72,6 +84,9 @@ local function check_c(path, lengths)
       if line:find(rule[1]) and rule[3] ~= base and not line:match("^%s*[/*]") then
         problem("%s:%d: use %s", path, at, rule[2])
       end
+    end
+    if apart and any_of(line, default_stream) then
+      problem("%s:%d: on a stream: nothing here waits for the default one", path, at)
     end
     -- A function: a line that begins in the first column and a later line that is "}".
     local callee = not header and line:match("^[%w_][%w_%s%*]-([%w_]+)%(")

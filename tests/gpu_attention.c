@@ -750,9 +750,11 @@ static void drift(dtype type, kv_format f) {
     run_case(&c);
 }
 
-/* For compute-sanitizer: seconds under it. Prefills: with two SMs a block has several items. */
-static void tiny(dtype type, kv_format f) {
+/* For compute-sanitizer: seconds under it. Prefills: with two SMs a block has several items, and of
+ * 64 dims, 16 bits each, tall ones. */
+static void tiny(dtype type, kv_format f, int32_t head_dim) {
     attention_case c = base_case("tiny", type, f, f);
+    c.head_dim = head_dim;
     const int32_t all = n_sms;
     n_sms = 2;
     add(&c, 70, 1);
@@ -804,7 +806,8 @@ int main(int argc, char **argv) {
         names[i] = attention_variants()[i - 4];
     static const dtype types[] = {DT_F16, DT_BF16};
     for (int32_t f = 0; for_sanitizer && f < KF_COUNT; f++)
-        least((kv_format)f), tiny(types[f % 2], (kv_format)f);
+        least((kv_format)f), tiny(types[f % 2], (kv_format)f, 128);
+    for (int32_t i = 0; for_sanitizer && i < 2; i++) tiny(types[i], KF_16, 64);
     for (int32_t i = 0; !for_sanitizer && i < 2; i++) {
         for (int32_t f = 0; f < KF_COUNT; f++) {
             const kv_format k = (kv_format)f, other = (kv_format)((f + 1) % KF_COUNT);

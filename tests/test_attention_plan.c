@@ -160,27 +160,29 @@ static void test_shares_are_even(void **state) {
     }
 }
 
-/* A decode, a short chunk, a chunk behind cached pages and a prompt: the last two have the pages
- * that they see written out, as far as there is room; the twin has room for one page less. */
+/* A decode, a short chunk, a chunk behind cached pages and a prompt. */
+static const int32_t mixed_kv_len[] = {700, 333, 1203, 640};
+static const int32_t mixed_start[] = {0, 1, 71, 671, 1311}, mixed_page[] = {0, 11, 17, 36, 46};
+static const attention_batch mixed = {.n_seqs = 4,
+                                      .n_tokens = 1311,
+                                      .n_decodes = 1,
+                                      .seq_start = mixed_start,
+                                      .kv_len = mixed_kv_len,
+                                      .page_start = mixed_page};
+
+/* The last two have the pages that they see written out, as far as there is room; the twin has
+ * room for one page less. */
 static void test_pages_written_out(void **state) {
     (void)state;
-    static const int32_t kv_len[] = {700, 333, 1203, 640}, start[] = {0, 1, 71, 671, 1311};
-    static const int32_t page[] = {0, 11, 17, 36, 46};
     static const struct {
         int32_t window, room, chunks, pages, tiles, first; /* tiles: 128 rows, 4 heads a group */
     } rows[] = {{0, 29, 2, 29, 39, 17},   {0, 28, 1, 19, 19, 17}, {0, 18, 1, 10, 20, 36},
                 {200, 23, 2, 23, 39, 23}, {0, 9, 0, 0, 0, 0},     {0, 0, 0, 0, 0, 0}};
-    const attention_batch b = {.n_seqs = 4,
-                               .n_tokens = 1311,
-                               .n_decodes = 1,
-                               .seq_start = start,
-                               .kv_len = kv_len,
-                               .page_start = page};
     void *plan = mem_alloc((size_t)attention_plan_bytes(4, 1311, 46), 1);
     for (int32_t i = 0; i < COUNT_OF(rows); i++) {
         attention_counts c;
-        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 128, rows[i].window, false, rows[i].room,
-                                      SMS));
+        assert_ok(attention_plan_make(plan, &c, &mixed, 32, 8, 128, rows[i].window, false,
+                                      rows[i].room, SMS));
         assert_int_equal(c.n_wide_chunks, rows[i].chunks);
         assert_int_equal(c.n_wide_pages, rows[i].pages);
         assert_int_equal(c.n_wide, rows[i].tiles);
@@ -212,26 +214,18 @@ static int32_t rows_missed(const attention_tile *tile, int32_t n, int32_t height
     return wrong + (rows != all);
 }
 
-/* The same chunks in both heights, those with their pages written out first; the twin has a tile
+/* Its chunks in both heights, those with their pages written out first; the twin has a tile
  * too few. */
 static void test_tall_tiles(void **state) {
     (void)state;
-    static const int32_t kv_len[] = {700, 333, 1203, 640}, start[] = {0, 1, 71, 671, 1311};
-    static const int32_t page[] = {0, 11, 17, 36, 46};
     static const struct {
         int32_t room, tall_wide, rows_wide; /* 4 heads a group */
     } rows[] = {{29, 13 + 14, 4 * 1240}, {28, 13, 4 * 600}, {18, 14, 4 * 640}, {0, 0, 0}};
-    const attention_batch b = {.n_seqs = 4,
-                               .n_tokens = 1311,
-                               .n_decodes = 1,
-                               .seq_start = start,
-                               .kv_len = kv_len,
-                               .page_start = page};
     const int64_t most = attention_plan_bytes(4, 1311, 46);
     void *plan = mem_alloc((size_t)most, 1);
     for (int32_t i = 0; i < COUNT_OF(rows); i++) {
         attention_counts c;
-        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 64, 0, false, rows[i].room, SMS));
+        assert_ok(attention_plan_make(plan, &c, &mixed, 32, 8, 64, 0, false, rows[i].room, SMS));
         const attention_tile *tile = (attention_tile *)(void *)((uint8_t *)plan + c.tiles_at);
         const attention_tile *tall = (attention_tile *)(void *)((uint8_t *)plan + c.tall_at);
         assert_int_equal(c.n_tall, 2 + 13 + 14);
@@ -245,7 +239,7 @@ static void test_tall_tiles(void **state) {
         assert_int_equal(list->n, c.n_tall);
         assert_ptr_equal((const uint8_t *)list + list->at, tall);
         assert_true(c.bytes <= most);
-        assert_ok(attention_plan_make(plan, &c, &b, 32, 8, 128, 0, false, rows[i].room, SMS));
+        assert_ok(attention_plan_make(plan, &c, &mixed, 32, 8, 128, 0, false, rows[i].room, SMS));
         assert_int_equal(c.n_tall, 0);
     }
     mem_free(plan);

@@ -124,6 +124,38 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
   test.equal(code, 0, "the limit itself is taken")
 end)
 
+test.case("a window longer than the text is as long as the text", function()
+  local function scored(window)
+    local code, said = command("%s eval --json --model workloads/tiny --text baselines/fp16.lua "
+      .. "--against workloads/tiny --precision W4A16KV4 --stride 50 --window " .. window)
+    test.equal(code, 0, said)
+    return said
+  end
+  -- A room of 1000000 rows of logits was asked for: "buffer of 1000000 x 256", status 1.
+  local whole = scored(1000)
+  test.contains(whole, '"positions":')
+  test.equal(scored(1000000), whole)
+  test.equal(scored(100) ~= whole, true)
+end)
+
+test.case("quantize refuses what it would not use", function()
+  for words, reason in pairs({
+    ["--precision W4A8KV4"] = "--precision W4A8KV4: a checkpoint has weights alone",
+    ["--precision FP8"] = "a checkpoint has weights alone",
+    ["--precision W4A16K8V4"] = "a checkpoint has weights alone",
+    ["--calibration README.md"] = "--calibration is of gptq and awq",
+    ["--no-act-order"] = "--no-act-order is of gptq",
+    ["--method awq --no-act-order"] = "--no-act-order is of gptq",
+  }) do
+    refused("quantize --model workloads/tiny --out no/such/folder " .. words, reason)
+  end
+end)
+
+test.case("one of two is wanted, not both", function()
+  refused("generate --model workloads/tiny --prompt a --prompt-file README.md", ", not both")
+  refused("tokenize --model workloads/tiny --text a --file README.md", ", not both")
+end)
+
 test.case("text comes through a pipe as from a file", function()
   for options, n in pairs({ ["tokenize --json --file /dev/stdin"] = 20000, -- more than a pipe holds
     ["generate --json --max-tokens 2 --prompt-file /dev/stdin"] = 3,
@@ -243,9 +275,29 @@ test.case("benchmarks of kernels refuse what they do not know", function()
     ["linear --replays 0"] = "--replays 0 is outside 1 to 65536",
     ["ops --rows 0"] = "--rows 0 is outside 1 to 65536",
     ["tune --replays 0"] = "--replays 0 is outside 1 to 1000",
+    ["tune --only W5A16"] = "--only 'W5A16' is none of W16A16 W8A16 W4A16",
   }) do
     refused("bench " .. words, reason)
   end
+end)
+
+test.case("without a GPU benchmarks of kernels say so, and a table that is there stays", function()
+  local _, doctor = command("%s doctor")
+  if not doctor:find("cuda device in this build +yes") or not doctor:find("device node +no") then
+    return -- a GPU would begin to work
+  end
+  local path = os.tmpname()
+  local f = assert(io.open(path, "w"))
+  f:write("times of another GPU\n")
+  f:close()
+  for _, words in ipairs({ "attention", "linear", "ops --model Llama-3.1-8B",
+    "tune --out " .. path }) do
+    local code, said = command("%s bench " .. words)
+    test.equal(code, 1, words)
+    test.contains(said, "amalgam: no NVIDIA GPU", words)
+  end
+  test.equal(assert(io.open(path)):read("a"), "times of another GPU\n")
+  os.remove(path)
 end)
 
 -- What each says of the parts that a reader looks for; all of them end well.

@@ -7,6 +7,7 @@
 #include "json.h"
 #include "load.h"
 #include "metrics.h"
+#include "reply.h"
 #include "server.h"
 #include "utf8.h"
 #include "vllm_keys.h"
@@ -350,6 +351,132 @@ static void plain_endpoints_answer(void **state) {
     assert_true(metric(f->url, "vllm:time_to_first_token_seconds_count") >= 0);
 }
 
+/* Requests whose prompts have had at most `edge` tokens, by the histogram; each bucket has those
+ * before it in it. */
+static double prompts_up_to(const fixture *f, const char *edge) {
+    static const char name[] = "\nvllm:request_prompt_tokens_bucket{model_name=\"m\"";
+    char want[32];
+    text t = {0};
+    double before = 0, found = -1;
+    snprintf(want, sizeof want, "le=\"%s\"} ", edge);
+    service_metrics(f->service, "m", &t);
+    assert_ok(text_status(&t));
+    for (const char *line = t.data; (line = strstr(line, name)); line++) {
+        const char *le = strstr(line, "le=");
+        const double n = strtod(strchr(le, ' '), NULL);
+        assert_true(n >= before);
+        before = n;
+        if (strncmp(le, want, strlen(want)) == 0) found = n;
+    }
+    text_free(&t);
+    assert_true(found >= 0);
+    return found;
+}
+
+/* Prompt tokens that a request of 130 equal ones finds in the cache. */
+static int64_t cached(const fixture *f, int32_t token, const char *more) {
+    text body = {0};
+    for (int32_t i = 0; i < 130; i++) text_add(&body, "%s%d", i ? "," : "{\"prompt\":[", token);
+    text_add(&body, "],\"max_tokens\":1%s}", more);
+    assert_ok(text_status(&body));
+    json_t *v = call_json(f->url, "/v1/completions", body.data, 200);
+    const json_t *details = at(at(v, "usage"), "prompt_tokens_details");
+    const int64_t n = json_integer_value(at(details, "cached_tokens"));
+    json_decref(v);
+    text_free(&body);
+    return n;
+}
+
+/* Who does not know the salt finds nothing of who does. */
+static void a_salt_keeps_a_prefix_apart(void **state) {
+    const fixture *f = *state;
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"a\""), 0);
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"a\""), 128); /* whole pages */
+    assert_int_equal(cached(f, 77, ",\"cache_salt\":\"b\""), 0);
+    assert_int_equal(cached(f, 77, ""), 0);
+    assert_int_equal(cached(f, 77, ""), 128);
+    assert_int_equal(cached(f, 77, ",\"n\":2"), 128); /* of a prompt, however many answers it has */
+    json_decref(call_json(f->url, "/reset_prefix_cache", "", 200));
+    assert_int_equal(cached(f, 77, ""), 0);
+}
+
+/* Requests that ended for this reason. */
+static double ended(const fixture *f, const char *reason) {
+    char want[64];
+    text t = {0};
+    service_metrics(f->service, "m", &t);
+    assert_ok(text_status(&t));
+    snprintf(want, sizeof want, "finished_reason=\"%s\"} ", reason);
+    const char *line = strstr(t.data, want);
+    assert_non_null(line);
+    const double n = strtod(line + strlen(want), NULL);
+    text_free(&t);
+    return n;
+}
+
+static void ends_are_counted_by_their_reasons(void **state) {
+    const fixture *f = *state;
+    static const char *const bodies[] = {
+        "{\"prompt\":[5],\"max_tokens\":2,\"ignore_eos\":true}",
+        "{\"prompt\":[5],\"max_tokens\":9,\"logit_bias\":{\"7\":100},\"stop_token_ids\":[7]}"};
+    static const char *const reasons[] = {"length", "stop"};
+    for (int32_t i = 0; i < 2; i++) {
+        wait_metric(f->url, "amalgam:jobs", 0, 5);
+        const double own = ended(f, reasons[i]), other = ended(f, reasons[1 - i]);
+        json_decref(call_json(f->url, "/v1/completions", bodies[i], 200));
+        wait_metric(f->url, "amalgam:jobs", 0, 5);
+        assert_true(ended(f, reasons[i]) == own + 1);
+        assert_true(ended(f, reasons[1 - i]) == other);
+    }
+}
+
+/* Parts of a message are lines of it. */
+static void parts_of_a_message_are_joined(void **state) {
+    const fixture *f = *state;
+    static const char *const contents[] = {
+        "\"one\\ntwo\"",
+        "[{\"type\":\"text\",\"text\":\"one\"},{\"type\":\"text\",\"text\":\"two\"}]"};
+    json_t *v[2];
+    for (int32_t i = 0; i < 2; i++) {
+        char body[160];
+        snprintf(body, sizeof body, "{\"messages\":[{\"role\":\"user\",\"content\":%s}]}",
+                 contents[i]);
+        v[i] = call_json(f->url, "/tokenize", body, 200);
+    }
+    assert_true(json_equal(at(v[0], "tokens"), at(v[1], "tokens")));
+    json_decref(v[0]);
+    json_decref(v[1]);
+}
+
+/* A prompt that is only scored has no output tokens, though one is drawn. */
+static void no_output_counts_as_none(void **state) {
+    const fixture *f = *state;
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    const double sum = metric(f->url, "vllm:request_generation_tokens_sum"),
+                 count = metric(f->url, "vllm:request_generation_tokens_count");
+    json_decref(call_json(f->url, "/v1/completions",
+                          "{\"prompt\":[5,6,7],\"max_tokens\":0,\"echo\":true,\"logprobs\":1}",
+                          200));
+    wait_metric(f->url, "vllm:request_generation_tokens_count", count + 1, 5);
+    assert_true(metric(f->url, "vllm:request_generation_tokens_sum") == sum);
+}
+
+static void metrics_are_text_that_prometheus_reads(void **state) {
+    const fixture *f = *state;
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    const double of_2 = prompts_up_to(f, "2"), of_5 = prompts_up_to(f, "5");
+    json_decref(call_json(f->url, "/v1/completions",
+                          "{\"prompt\":[5,6,7,8,9],\"max_tokens\":2,\"ignore_eos\":true}", 200));
+    wait_metric(f->url, "amalgam:jobs", 0, 5);
+    assert_true(prompts_up_to(f, "2") == of_2);
+    assert_true(prompts_up_to(f, "5") == of_5 + 1); /* at most 5: the edge is in it */
+    assert_true(prompts_up_to(f, "+Inf") == metric(f->url, "vllm:request_prompt_tokens_count"));
+    text t = {0};
+    service_metrics(f->service, "a\"b\\c\nd", &t); /* a label's value is escaped */
+    assert_non_null(strstr(t.data, "running{model_name=\"a\\\"b\\\\c\\nd\",engine=\"0\"} 0\n"));
+    text_free(&t);
+}
+
 static void prompts_come_in_four_forms(void **state) {
     const fixture *f = *state;
     json_t *known = call_json(f->url, "/tokenize", "{\"prompt\":\"one two\"}", 200);
@@ -549,6 +676,81 @@ static void stop_strings_want_a_tokenizer(void **state) {
     assert_non_null(strstr(fail_message(), "'stop'"));
     assert_ok(api_parse(&r, &m, false, none, strlen(none), 1));
     api_request_free(&r);
+}
+
+/* The last that is taken, and the first that is refused, of what the context and the vocabulary
+ * bound: a context of 5, a vocabulary of 10. */
+static void limits_are_where_they_are_said_to_be(void **state) {
+    (void)state;
+    static const struct {
+        const char *body, *why; /* NULL: taken */
+    } cases[] = {
+        {"{\"prompt\":[1,2,3,4],\"max_tokens\":1}", NULL},
+        {"{\"prompt\":[1,2,3,4],\"max_tokens\":2}", "exceed this model's context of 5"},
+        {"{\"prompt\":[1,2,3,4,5]}", "the prompt has 5 tokens, this model's context takes 4"},
+        {"{\"prompt\":[9]}", NULL},
+        {"{\"prompt\":[10]}", "token 10 is outside the vocabulary of 10"},
+        {"{\"prompt\":[1],\"logit_bias\":{\"9\":1}}", NULL},
+        {"{\"prompt\":[1],\"logit_bias\":{\"10\":1}}", "token 10 is outside"},
+        {"{\"prompt\":[1],\"max_tokens\":4,\"min_tokens\":4}", NULL},
+        {"{\"prompt\":[1],\"max_tokens\":3,\"min_tokens\":4}", "is more than the 3"},
+        {"{\"prompt\":[1],\"n\":2}", NULL},
+        {"{\"prompt\":[1],\"n\":3}", "n"},
+    };
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
+        api_request r;
+        const status st = api_parse(&r, &m, false, cases[i].body, strlen(cases[i].body), 1);
+        if (cases[i].why) assert_non_null(strstr(fail_message(), cases[i].why));
+        if (cases[i].why)
+            assert_status(st, ST_RANGE);
+        else
+            assert_ok(st);
+        if (st == ST_OK) api_request_free(&r);
+    }
+}
+
+/* A chat says by "logprobs" that it wants any. */
+static void top_logprobs_want_logprobs(void **state) {
+    (void)state;
+    static const char bare[] = "{\"messages\":[],\"top_logprobs\":2}",
+                      both[] = "{\"messages\":[],\"top_logprobs\":2,\"logprobs\":true}";
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    api_request r;
+    assert_status(api_parse(&r, &m, true, bare, strlen(bare), 1), ST_USAGE);
+    assert_non_null(strstr(fail_message(), "'top_logprobs' without"));
+    assert_status(api_parse(&r, &m, true, both, strlen(both), 1), ST_UNSUPPORTED);
+    assert_non_null(strstr(fail_message(), "no chat template")); /* came that far */
+}
+
+/* JSON has no infinity: a token that the model gives no chance stands with OpenAI's -9999. */
+static void no_chance_is_a_number(void **state) {
+    (void)state;
+    static const char body[] = "{\"prompt\":[1,2,3],\"echo\":true,\"max_tokens\":0,\"logprobs\":0}";
+    const api_model m = {.model = "ids", .ctx_max = 5, .vocab = 10, .n_max = 2};
+    api_request r;
+    job *j;
+    assert_ok(api_parse(&r, &m, false, body, strlen(body), 1));
+    assert_ok(job_new(&j, &r, NULL, NULL, NULL));
+    job_choice *c = &j->choice[0];
+    assert_int_equal(c->n_tokens, 3);
+    c->token[1].logprob = -INFINITY;
+    c->token[2].logprob = -0.5f;
+    c->n_ready = c->n_tokens;
+    c->finish = FINISH_LENGTH;
+    text t = {0};
+    reply_whole(&t, &(reply_head){.model = "ids", .id = "cmpl-1"}, j);
+    assert_ok(text_status(&t));
+    json_t *v;
+    assert_ok(json_parse(&v, t.data, t.length, "the reply"));
+    const json_t *list = at(at(choice(v, 0), "logprobs"), "token_logprobs");
+    assert_int_equal(json_array_size(list), 3);
+    assert_true(json_is_null(json_array_get(list, 0))); /* nothing came before it */
+    assert_true(json_number_value(json_array_get(list, 1)) == -9999);
+    assert_true(json_number_value(json_array_get(list, 2)) == -0.5);
+    json_decref(v);
+    text_free(&t);
+    job_release(j);
 }
 
 /* Where nothing computes them there are none, and no zeros in their place. */
@@ -2412,6 +2614,11 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain_endpoints_answer),
         cmocka_unit_test(a_lost_device_ends_all_requests),
+        cmocka_unit_test(a_salt_keeps_a_prefix_apart),
+        cmocka_unit_test(ends_are_counted_by_their_reasons),
+        cmocka_unit_test(parts_of_a_message_are_joined),
+        cmocka_unit_test(no_output_counts_as_none),
+        cmocka_unit_test(metrics_are_text_that_prometheus_reads),
         cmocka_unit_test(prompts_come_in_four_forms),
         cmocka_unit_test(special_tokens_are_added_as_asked),
         cmocka_unit_test(a_prompt_is_cut_to_its_end),
@@ -2419,6 +2626,9 @@ int main(void) {
         cmocka_unit_test(tokens_are_found_in_the_text),
         cmocka_unit_test(the_tokenizer_knows_ends),
         cmocka_unit_test(stop_strings_want_a_tokenizer),
+        cmocka_unit_test(limits_are_where_they_are_said_to_be),
+        cmocka_unit_test(no_chance_is_a_number),
+        cmocka_unit_test(top_logprobs_want_logprobs),
         cmocka_unit_test(made_up_tokens_have_no_logprobs),
         cmocka_unit_test(stop_strings_cut_and_never_leak),
         cmocka_unit_test(what_stops_can_be_kept),

@@ -122,6 +122,22 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.contains(text, "'l40' is no value of gpu (values: h200)")
 end)
 
+test.case("a GPU has the data sheet of its own kind, or none", function()
+  for _, case in ipairs({ -- names and MiB as nvidia-smi prints them
+    { "NVIDIA H200", 143771, "h200" }, { "NVIDIA H100 80GB HBM3", 81559, "h100-sxm" },
+    { "NVIDIA H100 PCIe", 81559 }, { "NVIDIA H100 NVL", 95830 },
+    { "NVIDIA GH200 144G HBM3e", 147456 },
+    { "NVIDIA A100-SXM4-80GB", 81920, "a100-80gb" }, { "NVIDIA A100-SXM4-40GB", 40960 },
+    { "NVIDIA L40S", 46068, "l40s" }, { "NVIDIA L40", 46068 }, { "NVIDIA L4", 23034 },
+    { "NVIDIA GeForce RTX 4090", 24564, "rtx4090" }, { "NVIDIA GeForce RTX 3090", 24576 },
+    { "NVIDIA RTX 6000 Ada Generation", 49140 },
+  }) do
+    local gpu = { name = case[1], memory_bytes = case[2] * 2 ^ 20 }
+    test.equal(runner.sheet_of(gpu), case[3], gpu.name)
+  end
+  test.equal(runner.sheet_of(nil), nil)
+end)
+
 test.case("an experiment that needs a GPU makes no rows without one", function()
   local path = write((HEAD .. 'needs = "gpu",\n' .. BODY .. RUN):gsub("e90_toy", "e90_gpu"))
   local code, text = run(path, "needs")
@@ -647,6 +663,36 @@ test.case("a ratio of measurements counts those whose rows are of two versions",
   test.equal(across("1", "measured"), 1)
   test.equal(across("2", "measured"), 0)
   test.equal(across("1", "predicted"), 0)
+end)
+
+test.case("what lengths make of a format's gain is computed from steps of models", function()
+  local lengths = require("lengths")
+  local function row(model, precision, prefill_us, b16_us)
+    return { experiment = "e06_steps", version = "1", time = "1", machine = "m", point = model
+      .. precision, definition = "d", status = "ok", origin = "measured",
+      key = { gpu = "h200", tp = 1, device = "cuda", model = model, precision = precision },
+      metrics = { prefill_us = prefill_us, prefill_tokens = 1000, b16_us = b16_us } }
+  end
+  -- A prompt token takes 10 us in 16 bits, an answer token 100; in formats 5 and 100, or 20 and 25.
+  local rows = { row("Qwen3-8B", "W16A16KV16", 10000, 1600), row("Qwen3-14B", "W16A16KV16", 1, 1) }
+  for _, precision in ipairs(lengths.formats) do
+    local short = precision == "W4A16KV8"
+    rows[#rows + 1] = row("Qwen3-8B", precision, short and 20000 or 5000, short and 400 or 1600)
+  end
+  local data = report.data(rows, { version = "1" })
+  test.equal(table.concat(lengths.models(data, 16), " "), "Qwen3-8B") -- the other lacks formats
+  test.equal(#lengths.models(data, 64), 0)
+  test.equal(lengths.gain(data, "W4A16KV8", 16, 0), 4)
+  test.equal(lengths.gain(data, "W4A16KV8", 16, math.huge), 0.5)
+  test.equal(lengths.gain(data, "W8A8KV8", 16, 10), 200 / 150)
+  test.equal(lengths.gain(data, "W8A8KV8", 64, 10), nil)
+  -- 10 r + 100 = 20 r + 25 at r = 7.5; 5 r + 100 = 20 r + 25 at 5.
+  local even = lengths.even(data, "W16A16KV16", "W4A16KV8", 16)
+  test.equal(even >= 7.5 and even < 7.6, true)
+  even = lengths.even(data, "W8A8KV8", "W4A16KV8", 16)
+  test.equal(even >= 5 and even < 5.1, true)
+  test.equal(lengths.even(data, "W8A8KV8", "W16A16KV16", 16), 0) -- never slower
+  test.equal(lengths.even(data, "W16A16KV16", "W8A8KV8", 16), nil)
 end)
 
 test.case("templates compute their numbers and say what has no rows", function()
