@@ -709,25 +709,40 @@ static linear_problem problem_of(const cudev *c, const cudev_weight *cw, int64_t
                             .n_sms = c->n_sms};
 }
 
+/* p as one of experts: its rows are those that moe_route found for x's tokens, or slots. */
+static void group(const cudev *c, linear_problem *p, tensor x, bool gather) {
+    p->expert_start = c->expert_start;
+    p->x_row = gather ? c->row_token : NULL;
+    p->x_rows = (int32_t)rows_of(c, x);
+}
+
 /* What the next linear of x, whose weight is a layer's field, wants x to become: layers are alike,
  * so the first one's says. */
 static activation_codes codes_for(cudev *c, const weight *norm, tensor x) {
     const weight_field f = weight_of(norm)->field;
     c->coded_x = NULL;
-    c->coded = f == WEIGHT_attn_norm ? WEIGHT_qkv : WEIGHT_gate_up;
+    c->coded = f == WEIGHT_attn_norm     ? WEIGHT_qkv
+               : c->config.n_experts > 0 ? WEIGHT_experts_gate_up
+                                         : WEIGHT_gate_up;
     if (f != WEIGHT_attn_norm && f != WEIGHT_ffn_norm) return (activation_codes){0};
     for (int32_t i = 0; i < c->n_all; i++) {
         if (c->all[i]->field != c->coded) continue;
-        const linear_problem p = problem_of(c, c->all[i], rows_of(c, x));
+        const bool experts = c->coded == WEIGHT_experts_gate_up;
+        linear_problem p =
+            problem_of(c, c->all[i], rows_of(c, x) * (experts ? c->config.top_k : 1));
+        if (experts) group(c, &p, x, true);
         const activation_codes codes = linear_x_codes(&p);
+        if (experts && !codes.code) break; /* values would stand in place of the router's x */
         if (codes.act != AF_16) c->coded_x = x.data;
         return codes;
     }
     return (activation_codes){0};
 }
 
-/* Has the kernel before made of x what w's linear wants? Codes are gone after the next linear. */
+/* Has the kernel before made of x what w's linear wants? Codes are gone after the next linear that
+ * takes codes or values of them; the router does not. */
 static bool coded(cudev *c, const cudev_weight *w, const void *x) {
+    if (w->linear.act == AF_16) return false;
     const bool is = c->coded_x == x && c->coded == w->field;
     c->coded_x = NULL;
     return is;
@@ -869,17 +884,16 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
 }
 
 /* The rest of a problem whose rows are those that moe_route found; of tokens where gathered. */
-static status launch_experts(cudev *c, linear_problem p, tensor out, tensor x, int32_t top_k,
-                             bool gather) {
+static status launch_experts(cudev *c, const cudev_weight *cw, linear_problem p, tensor out,
+                             tensor x, int32_t top_k, bool gather) {
     CHECK(out.rows == (int64_t)c->b->n_tokens * top_k);
     CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
     CHECK(x.cols == p.w->k);
     p.x = x.data;
     p.y = out.data;
     p.ldy = out.cols;
-    p.expert_start = c->expert_start;
-    p.x_row = gather ? c->row_token : NULL;
-    p.x_rows = (int32_t)rows_of(c, x);
+    group(c, &p, x, gather);
+    p.x_coded = coded(c, cw, x.data);
     p.routed = !gather; /* down: gate and up come before */
     p.told = c->is_told ? c->told : NULL;
     return launch_linear(c, p);
@@ -891,7 +905,8 @@ static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, 
     CHECK(w->count == c->config.n_experts);
     CHECK(out.cols == w->n);
     if (cudev_replayed(c)) return ST_OK;
-    return launch_experts(c, problem_of(c, weight_of(w), rows_of(c, out)), out, x, top_k, gather);
+    return launch_experts(c, weight_of(w), problem_of(c, weight_of(w), rows_of(c, out)), out, x,
+                          top_k, gather);
 }
 
 static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
@@ -903,7 +918,7 @@ static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate
     linear_problem p = problem_of(c, weight_of(gate_up), rows_of(c, out));
     p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
     p.limit = limit;
-    return launch_experts(c, p, out, x, top_k, true);
+    return launch_experts(c, weight_of(gate_up), p, out, x, top_k, true);
 }
 
 static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {

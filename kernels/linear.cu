@@ -421,13 +421,13 @@ extern "C" status linear_launch_16(const linear_problem *p, kernel_stream stream
 extern "C" status linear_w4a8_launch(const char *name, const linear_problem *p, const void *code,
                                      const float *x_scale, kernel_stream stream) {
     const linear_layout l = linear_layout_of(p->w);
-    const linear_table table = linear_w4a8_table();
     linear_problem q = *p;
-    q.x_row = nullptr; // codes are of the rows taken
-    q.apart = true;    // behind the quantiser
-    for (int32_t i = 0; i < table.n; i++)
-        if (strcmp(table.row[i].name, name) == 0 && accepts(&table.row[i], &q, &l))
-            return launch(&table.row[i], &q, l, code, p->w->k, x_scale, stream);
+    if (!p->expert_start) q.x_row = nullptr; // codes are of the rows taken
+    q.apart = true;                          // behind the quantiser
+    for (const linear_table &t : {linear_w4a8_table(), linear_experts_codes_table()})
+        for (int32_t i = 0; i < t.n; i++)
+            if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], &q, &l))
+                return launch(&t.row[i], &q, l, code, p->w->k, x_scale, stream);
     return FAIL(ST_UNSUPPORTED, "no kernel %s for %d rows of W%s", name, p->m,
                 weight_format_text(p->w->format));
 }

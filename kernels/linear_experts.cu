@@ -12,11 +12,15 @@
 //   2   gather rows of x to where the copy engine would put them
 //   1   makes those visible to the tensor cores: a fence waits for all that its warp has under way
 //
-// Weights and x of a step of 128 inputs are a stage of one ring.
+// Weights and x of a step of 128 inputs, or of 256 codes, are a stage of one ring.
+//
+// Beside W4 x may be int8 codes in the order of atoms (linear_byte_input): A fragments are then
+// bytes, code less zero point, and their sums exact int32, which meet the scales of W in f32 and,
+// at a tile's end, those of x.
 #include "linear_experts_many.cuh"
 #include "linear_launch.h"
 #include "linear_lines.cuh"
-#include "ptx_sm90.cuh"
+#include "linear_w4a8.cuh"
 #include "tensor_map.cuh"
 
 // The explicit list: format, type, scale granule.
@@ -26,29 +30,40 @@
     EXPERTS_TYPES(X, INT4, 128)                                                                    \
     EXPERTS_TYPES(X, MXFP4, 32)
 #endif
+// x as codes.
+#ifndef EXPERTS_INSTANCES_CODES
+#define EXPERTS_INSTANCES_CODES(X) EXPERTS_TYPES(X, INT4, 128)
+#endif
 
 namespace {
 
-constexpr int kRows = 128;                  // of x: of a tile at most
-constexpr int kBlocks = 4, kUnits = 2;      // of W of a tile; of a step
+// Rows of x of a tile at most: of codes, sums of int32 stand beside those of f32.
+__host__ __device__ constexpr int rows_most(bool codes) { return codes ? 80 : 128; }
+constexpr int kBlocks = 4;                  // of W of a tile
 constexpr int kWarps = 4 * kBlocks;         // that multiply
 constexpr int kThreads = 32 * kWarps + 128; // a whole warpgroup, which gives registers away
 constexpr int kMathRegisters = 112, kLoadRegisters = 32;
 static_assert(32 * kWarps * kMathRegisters + 128 * kLoadRegisters <=
                   kThreads * (65536 / kThreads / 8 * 8),
               "registers_up would wait for ever");
-constexpr int kCode = kBlocks * kUnits * 2048; // bytes of a stage's codes
+// Units of a step; bytes of a stage's codes.
+__host__ __device__ constexpr int units_of(bool codes) { return codes ? 4 : 2; }
+__host__ __device__ constexpr int code_of(bool codes) { return kBlocks * units_of(codes) * 2048; }
 // Bytes of a place of what tiles end in: 16 rows of x, all blocks.
 constexpr int kPlace = 16 * kBlocks * 128, kPlaces = 2 * kPlace;
 constexpr int kStagesMost = 12;
 // Barriers of a stage: full, empty, x has landed.
 constexpr int kEmpty = kStagesMost * 8, kLanded = 2 * kEmpty, kBars = 3 * kEmpty;
 constexpr int kRowList = 2 * 64 * 4;
+constexpr int kRowScales = kTold * rows_most(true) * 4; // of codes: of the rows of tiles told of
 constexpr int kRoom = 226 * 1024;
 
 // Rows of products, with and without those that the eight before take too.
 #define EXPERTS_SMALL(ONE, TWO) TWO(16) ONE(24) ONE(32) ONE(40) ONE(48) ONE(56) ONE(64)
 #define EXPERTS_LARGE(ONE, TWO) ONE(72) ONE(80) TWO(96) TWO(112) TWO(128)
+// Of codes: the wider of those are multiples of 16.
+#define EXPERTS_CODES_SMALL(ONE, TWO) TWO(16) ONE(24) ONE(32) TWO(48)
+#define EXPERTS_CODES_LARGE(ONE, TWO) TWO(64) TWO(80)
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
 // lies at 0).
@@ -87,10 +102,11 @@ struct ring {
 
 // Takes the tiles and has their weights brought, by one warp. The counter is zero before and after
 // each launch.
-template <int F, int G>
+template <int F, int G, bool kCodes>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring to, uint32_t base, const expert_table &table,
                                              const told_tiles &told) {
+    constexpr int kUnits = units_of(kCodes), kCode = code_of(kCodes);
     constexpr int kGranules = kUnits * 64 / G;
     const int tiles = table.start[p.count], ctas = (int)gridDim.x, more = max(tiles - ctas, 0);
     const int lane = threadIdx.x % 32, ask_at = max(d.steps - 4, 0);
@@ -136,11 +152,14 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
 
 // Rows of x in the swizzle of the copy engine, by two warps: `half` takes four rows of each eight.
 // A row past the tile's last is the last again: nobody looks at what it gives.
+template <bool kCodes>
 __device__ __forceinline__ void gather(const linear_args &p, const division &d, ring to,
                                        uint32_t base, int32_t *rows, int half,
                                        const told_tiles &told) {
+    constexpr int kPiece = kCodes ? 16 : 8, kLine = 8 * kPiece; // inputs of 16 and of 128 bytes
+    static_assert(units_of(kCodes) * 64 == 2 * kLine, "a step is two lines");
     const int lane = threadIdx.x % 32, chunk = lane % 8, row = half * 4 + lane / 8;
-    const uint32_t to_in = base + row * 128 + ((chunk ^ row) << 4), unit = d.rows * 128;
+    const uint32_t to_in = base + row * 128 + ((chunk ^ row) << 4), line = d.rows * 128;
     wait_for_previous();
     for (int count = 0;; count++) {
         const target tile = told.get(count);
@@ -150,41 +169,68 @@ __device__ __forceinline__ void gather(const linear_args &p, const division &d, 
         // In pieces of 16 bytes: 16 eights of the first of this warp's rows, of the second, ..
         for (int i = lane; i < 64; i += 32) {
             const int r = min(tile.m0 + i % 16 * 8 + half * 4 + i / 16, tile.m_end - 1);
-            rows[i] = (int32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / 8));
+            rows[i] = (int32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / kPiece));
         }
         __syncwarp();
         told.done(count);
         for (int step = 0; step < d.steps; step++, to.next(d)) {
-            const int k = step * kUnits * 64 + chunk * 8;
-            const uint4 *from = static_cast<const uint4 *>(p.x) + min(k, p.k - 8) / 8;
-            const int first = k < p.k ? 16 : 0, second = k + 64 < p.k ? 16 : 0, on = second / 2;
+            const int k = step * 2 * kLine + chunk * kPiece;
+            const uint4 *from = static_cast<const uint4 *>(p.x) + min(k, p.k - kPiece) / kPiece;
+            const int first = k < p.k ? 16 : 0, second = k + kLine < p.k ? 16 : 0, on = second / 2;
             uint32_t at = to_in + to.stage * d.x_stage;
             to.wait_empty();
 #pragma unroll 2
             for (int e = 0; e < eights; e += 2, at += 2048) {
                 const uint2 i = *reinterpret_cast<const uint2 *>(rows + lane / 8 * 16 + e);
                 copy_some(at, from + i.x, first);
-                copy_some(at + unit, from + i.x + on, second);
+                copy_some(at + line, from + i.x + on, second);
                 if (e + 1 == eights) break;
                 copy_some(at + 1024, from + i.y, first);
-                copy_some(at + 1024 + unit, from + i.y + on, second);
+                copy_some(at + 1024 + line, from + i.y + on, second);
             }
             barrier_arrive_copies(to.full + kLanded + to.stage * 8);
         }
     }
 }
 
+// The scales of rows of codes, of the tile told of as number `count`, by a warp. What lies past the
+// tile's last nobody looks at.
+__device__ __forceinline__ void bring_scales(const linear_args &p, const target &tile, int count,
+                                             float *scales) {
+    constexpr int kEach = (rows_most(true) + 31) / 32;
+    const int lane = threadIdx.x % 32, rows = tile.m_end - tile.m0;
+    scales += count % kTold * rows_most(true);
+    int from[kEach];
+    float scale[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) { // all at once
+        const int r = tile.m0 + min(i * 32 + lane, rows - 1);
+        from[i] = p.x_row ? __ldcg(p.x_row + r) : r;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) scale[i] = __ldcg(p.x_scale + from[i]);
+#pragma unroll
+    for (int i = 0; i < kEach; i++)
+        if (i * 32 + lane < rows) scales[i * 32 + lane] = scale[i];
+}
+
 // Makes x visible to the tensor cores, by one warp. Its lanes meet at every step: one that fell two
 // uses of a stage behind would take the phase of kLanded for one it has seen, and wait for ever.
-__device__ __forceinline__ void show(const division &d, ring to, const told_tiles &told) {
-    for (int count = 0; told.get(count).m_end > 0; count++) {
+template <bool kCodes>
+__device__ __forceinline__ void show(const linear_args &p, const division &d, ring to,
+                                     const told_tiles &told, float *scales) {
+    for (int count = 0;; count++) {
+        const target tile = told.get(count);
+        if (tile.m_end == 0) break;
+        if (kCodes) bring_scales(p, tile, count, scales); // seen by who waits for a stage
         __syncwarp();
         told.done(count);
         for (int step = 0; step < d.steps; step++, to.next(d)) {
             barrier_wait(to.full + kLanded + to.stage * 8, to.parity);
             proxy_fence();
             __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(to.full + to.stage * 8);
+            // Of codes by all lanes: each has brought scales.
+            if (kCodes || threadIdx.x % 32 == 0) barrier_arrive(to.full + to.stage * 8);
         }
     }
 }
@@ -195,7 +241,8 @@ __device__ __forceinline__ void show(const division &d, ring to, const told_tile
 // fewer instructions.
 __host__ __device__ constexpr bool scaled_later(int f, int n) { return f == WF_INT4 && n <= 64; }
 
-template <typename T, int F, int G> struct multiplier {
+template <typename T, int F, int G, bool kCodes> struct multiplier {
+    static constexpr int kUnits = units_of(kCodes), kCode = code_of(kCodes);
     static constexpr bool kFolded = dequant_unfold<T, F>() != 1.f;
     const linear_args &p;
     const division &d;
@@ -276,6 +323,104 @@ template <typename T, int F, int G> struct multiplier {
             for (int i = 0; i < N / 2 && kLater; i++)
                 acc[i] = fmaf(part[i], later[i / 2 % 2], acc[i]);
             from.next(d);
+        }
+    }
+
+    // A fragments of units, of their codes.
+    template <int U>
+    static __device__ __forceinline__ void
+    convert_codes(uint32_t (&a)[2 * U][4], const uint4 (&chunk)[U], const uint32_t (&offset)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2 * U; i++) {
+            const uint4 &c = chunk[i / 2];
+            nibble_codes(a[i][0], a[i][1], i % 2 ? c.z : c.x, offset);
+            nibble_codes(a[i][2], a[i][3], i % 2 ? c.w : c.y, offset);
+        }
+#pragma unroll
+        for (int i = 0; i < 8 * U; i++) // made before the fence of the product
+            asm volatile("" : "+r"(a[i / 4][i % 4]));
+    }
+    // Their products; x_at: low half of a descriptor.
+    template <int N, int U>
+    static __device__ __forceinline__ void
+    multiply_codes(int32_t (&part)[N / 2], const uint32_t (&a)[2 * U][4], uint32_t x_at) {
+        group_fence();
+#pragma unroll
+        for (int i = 0; i < 2 * U; i++)
+            multiply_nibbles<N>::run(part, a[i], group_descriptor_low(x_at + i * 2));
+        group_commit();
+    }
+
+    // The same where x is codes. Sums T_g of granules 1 .. g, of kChain inputs at most, are int32
+    // that begin at M = NIBBLE_START_VALUE as float bits: below 2^22 either way the register is the
+    // float M + T_g. Granule g adds (s_g - s_g+1) (M + T_g), s behind the last being zero, and
+    // - M s_1 before the first takes M out. See linear_mid.cu for what that rounds to.
+    //
+    // `sums` are the same registers for every N: of several sets ptxas spills what lies between.
+    template <int N> __device__ __forceinline__ void tile_of_codes(float *acc, int32_t *sums) {
+        static_assert(G == 128, "two units");
+        constexpr int U = N > 48 ? 1 : 2; // units at once, as registers go
+        constexpr int kChain = 2048;      // |code - zero| < 16
+        const bool leader = threadIdx.x % 32 == 0;
+        int32_t(&part)[N / 2] = *reinterpret_cast<int32_t(*)[N / 2]>(sums);
+        uint4 chunk[U]; // of what comes next
+        dequant_packed packed;
+        const auto fetch = [&](int u) {
+            const uint32_t scale_at = scale + from.stage * d.scale_stage;
+#pragma unroll
+            for (int i = 0; i < U; i++)
+                chunk[i] = shared_u128(code + from.stage * kCode + (u + i) * 2048);
+            if (u % 2 == 0)
+                dequant_load_packed<WF_INT4>(packed, scale_at + u / 2 * p.granule_bytes, at_scale,
+                                             p.sym);
+        };
+        barrier_wait(from.full + from.stage * 8, from.parity);
+        fetch(0);
+        int left = d.steps, chain = 0; // chain: steps of it that were
+#pragma unroll 1
+        for (bool more = true; more;) {
+            const uint32_t x_stage = __shfl_sync(~0u, x + from.stage * (d.x_stage / 16), 0);
+            const uint32_t empty = from.full + kEmpty + from.stage * 8;
+            float step[2], next[2];
+            uint32_t offset[2];
+            more = --left > 0;
+#pragma unroll
+            for (int u = 0; u < kUnits; u += U) {
+                const bool last = u + U == kUnits;
+                uint32_t a[2 * U][4];
+                if (u % 2 == 0) {
+                    nibble_offsets(offset, packed);
+                    dequant_unpack<WF_INT4>(step, packed);
+                }
+                if (u == 0 && chain == 0) {
+#pragma unroll
+                    for (int i = 0; i < N / 2; i++) {
+                        acc[i] = fmaf(-NIBBLE_START_VALUE, step[i / 2 % 2], acc[i]);
+                        asm volatile("mov.b32 %0, 0x4b400000;" : "+r"(part[i])); // "+": see above
+                    }
+                }
+                convert_codes<U>(a, chunk, offset);
+                multiply_codes<N, U>(part, a, x_stage + u / 2 * d.rows * 8 + u % 2 * 4);
+                if (last) {
+                    from.next(d);
+                    if (++chain == kChain / (kUnits * 64)) chain = 0;
+                    if (more) barrier_wait(from.full + from.stage * 8, from.parity);
+                }
+                if (!last || more) fetch(last ? 0 : u + U);
+                if ((u + U) % 2) {
+                    group_wait<0>();
+                    continue;
+                }
+                dequant_unpack<WF_INT4>(next, packed);
+                if (last && (chain == 0 || !more)) next[0] = next[1] = 0.f;
+                step[0] -= next[0], step[1] -= next[1];
+                group_wait<0>();
+                if (last && leader) barrier_arrive(empty);
+                group_pin(part);
+#pragma unroll
+                for (int i = 0; i < N / 2; i++)
+                    acc[i] = fmaf(__int_as_float(part[i]), step[i / 2 % 2], acc[i]);
+            }
         }
     }
 };
@@ -405,12 +550,21 @@ __device__ __forceinline__ void finish_gated(const float (&acc)[R], float mend,
     }
 }
 
+// Sums of codes times the scales of their rows of x, which lie at `at`.
+template <int N> __device__ __forceinline__ void scale_rows(float (&acc)[N], uint32_t at) {
+    at += threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        const uint2 two = shared_u64(at + j * 32);
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[4 * j + e] *= __uint_as_float(e % 2 ? two.y : two.x);
+    }
+}
+
 // y of a tile, by the warps that have its sums.
-template <typename T, int F, int R>
-__device__ __forceinline__ void finish(const float (&acc)[R], const linear_args &p,
+template <typename T, int R>
+__device__ __forceinline__ void finish(const float (&acc)[R], float mend, const linear_args &p,
                                        const target &tile, uint32_t places, int &rounds) {
-    // What sums are too small by.
-    constexpr float mend = scaled_later(F, R * 2) ? dequant_factor<T, F>() : dequant_unfold<T, F>();
     const int block = block_of<kBlocks>(p, tile, __shfl_sync(~0u, threadIdx.x / 128, 0));
     if (block < 0) return;
     const block_end<T> end(p, tile, block);
@@ -423,35 +577,54 @@ __device__ __forceinline__ void finish(const float (&acc)[R], const linear_args 
 // --- The kernel ---------------------------------------------------------------------------------
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // empty on other architectures
-template <typename T, int F, int G>
+template <typename T, int F, int G, bool kCodes>
 __device__ __forceinline__ void multiply(const linear_args &p, const division &d, ring from,
-                                         uint32_t base, const told_tiles &told) {
-    multiplier<T, F, G> work = {p, d, from, 0, 0, 0, 0};
+                                         uint32_t base, const told_tiles &told, uint32_t scales) {
+    multiplier<T, F, G, kCodes> work = {p, d, from, 0, 0, 0, 0};
     work.begin(base);
     wait_for_previous();
     int rounds = 0;
+    int32_t part[kCodes ? rows_most(true) / 2 : 1] = {};
 #pragma unroll 1
     for (int count = 0;; count++) {
         const target tile = told.get(count);
         if (tile.m_end == 0) break;
         const int eights = (tile.m_end - tile.m0 + 7) / 8;
-        const auto end = [&](const auto &acc) {
-            finish<T, F>(acc, p, told.again(count), base + d.at_places, rounds);
+        const auto end = [&](const auto &acc, float mend) {
+            finish<T>(acc, mend, p, told.again(count), base + d.at_places, rounds);
         };
+        // What sums are too small by: with scales on them, or on codes.
+        constexpr float kLater = dequant_factor<T, F>(), kOn = dequant_unfold<T, F>();
 #define ROWS(n)                                                                                    \
     case (n) / 8:                                                                                  \
-        work.template tile<n>(acc);                                                                \
+        if constexpr (kCodes)                                                                      \
+            work.template tile_of_codes<n>(acc, part);                                             \
+        else                                                                                       \
+            work.template tile<n>(acc);                                                            \
         break;
 #define ROWS_16(n)                                                                                 \
     case (n) / 8 - 1: ROWS(n)
-        if (eights <= 8) {
+        const uint32_t scales_at = scales + count % kTold * (rows_most(true) * 4); // of codes
+        if constexpr (kCodes) {
+            if (eights <= 6) {
+                float acc[24] = {};
+                switch (eights) { EXPERTS_CODES_SMALL(ROWS, ROWS_16) }
+                scale_rows(acc, scales_at);
+                end(acc, 1.f);
+            } else {
+                float acc[40] = {};
+                switch (eights) { EXPERTS_CODES_LARGE(ROWS, ROWS_16) }
+                scale_rows(acc, scales_at);
+                end(acc, 1.f);
+            }
+        } else if (eights <= 8) {
             float acc[32] = {};
             switch (eights) { EXPERTS_SMALL(ROWS, ROWS_16) }
-            end(acc);
+            end(acc, scaled_later(F, 64) ? kLater : kOn);
         } else {
             float acc[64] = {};
             switch (eights) { EXPERTS_LARGE(ROWS, ROWS_16) }
-            end(acc);
+            end(acc, scaled_later(F, 128) ? kLater : kOn);
         }
         __syncwarp();
         told.done(count);
@@ -461,7 +634,7 @@ __device__ __forceinline__ void multiply(const linear_args &p, const division &d
 }
 #endif
 
-template <typename T, int F, int G>
+template <typename T, int F, int G, bool kCodes>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_experts_many(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                         const __grid_constant__ maps m) {
@@ -472,14 +645,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const ring both = {bars, 0, 0};
     const told_tiles told = {bars + kBars};
     int32_t *rows = reinterpret_cast<int32_t *>(start + d.at_bars + kBars + kToldBytes);
-    const expert_table table(rows + kRowList / 4, p.count);
+    float *scales = reinterpret_cast<float *>(rows + kRowList / 4); // of codes
+    const expert_table table(rows + (kRowList + (kCodes ? kRowScales : 0)) / 4, p.count);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (threadIdx.x == 32 * kWarps) {
         prefetch_map(&m.code);
         prefetch_map(&m.scale);
         told.init(kWarps + 3);
         for (int i = 0; i < d.stages; i++) {
-            barrier_init(both.full + i * 8, 2);
+            barrier_init(both.full + i * 8, 1 + (kCodes ? 32 : 1));
             barrier_init(both.full + kEmpty + i * 8, kWarps);
             barrier_init(both.full + kLanded + i * 8, 2 * 32);
         }
@@ -490,25 +664,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
         if (warp == kWarps) {
-            load_weights<F, G>(p, d, m, both, base, table, told);
+            load_weights<F, G, kCodes>(p, d, m, both, base, table, told);
         } else if (warp == kWarps + 1) {
             wait_for_previous();
             launch_dependents(); // which may read the routing at once (linear_problem.routed)
-            show(d, both, told);
+            show<kCodes>(p, d, both, told, scales);
         } else {
             const int half = warp - kWarps - 2;
-            gather(p, d, both, base, rows + half * 64, half, told);
+            gather<kCodes>(p, d, both, base, rows + half * 64, half, told);
         }
         return;
     }
     registers_up<kMathRegisters>();
-    multiply<T, F, G>(p, d, both, base, told);
+    multiply<T, F, G, kCodes>(p, d, both, base, told, shared_address(scales));
 #endif
 }
 
 // --- Launch -------------------------------------------------------------------------------------
 
-template <int F, int G> division divide(const linear_args *a) {
+template <int F, int G, bool kCodes> division divide(const linear_args *a) {
+    constexpr int kRows = rows_most(kCodes), kUnits = units_of(kCodes), kCode = code_of(kCodes);
     division d = {};
     // Three deviations above the mean, if an expert is as likely as another: so many rows have
     // nearly all of them.
@@ -517,17 +692,17 @@ template <int F, int G> division divide(const linear_args *a) {
     d.rows = most >= kRows ? kRows : most <= 32 ? 32 : (most + 15) / 16 * 16;
     d.tiles = a->paired ? (a->half_blocks + 1) / 2 : (a->blocks + kBlocks - 1) / kBlocks;
     d.steps = (a->units + kUnits - 1) / kUnits;
-    d.x_stage = d.rows * kUnits * 128;
+    d.x_stage = d.rows * 2 * 128;
     d.scale_stage = (kBlocks * (kUnits * 64 / G) * a->granule_bytes + 127) / 128 * 128;
-    const int table = table_bytes(a->count);
-    const int fixed = kPlaces + kBars + kToldBytes + kRowList + table + 1024;
+    const int lists = kRowList + (kCodes ? kRowScales : 0) + table_bytes(a->count);
+    const int fixed = kPlaces + kBars + kToldBytes + lists + 1024;
     d.stages = (kRoom - fixed) / (d.x_stage + kCode + d.scale_stage);
     if (d.stages > kStagesMost) d.stages = kStagesMost;
     d.at_code = d.stages * d.x_stage;
     d.at_scale = d.at_code + d.stages * kCode;
     d.at_places = d.at_scale + d.stages * d.scale_stage;
     d.at_bars = d.at_places + kPlaces;
-    d.bytes = d.at_bars + kBars + kToldBytes + kRowList + table + 1024;
+    d.bytes = d.at_bars + kBars + kToldBytes + lists + 1024;
     return d;
 }
 
@@ -543,7 +718,8 @@ status encode(CUtensorMap *map, const void *at, const cuuint64_t (&size)[5],
     return r == CUDA_SUCCESS ? ST_OK : FAIL(ST_DEVICE, "tensor map: error %d", (int)r);
 }
 
-template <int G> status encode_all(maps *m, const linear_args *a) {
+template <int G, bool kCodes> status encode_all(maps *m, const linear_args *a) {
+    constexpr int kUnits = units_of(kCodes);
     const cuuint64_t halves = a->paired ? 2 : 1, blocks = a->paired ? a->half_blocks : a->blocks;
     const cuuint32_t at_once = kBlocks / (cuuint32_t)halves;
     const cuuint64_t block = (cuuint64_t)a->units * 2048, granule = (cuuint64_t)a->granule_bytes;
@@ -557,12 +733,12 @@ template <int G> status encode_all(maps *m, const linear_args *a) {
                   {(cuuint32_t)granule / 8, kUnits * 64 / G, at_once, (cuuint32_t)halves, 1});
 }
 
-template <typename T, int F, int G>
+template <typename T, int F, int G, bool kCodes>
 status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
-    const auto kernel = linear_experts_many<T, F, G>;
+    const auto kernel = linear_experts_many<T, F, G, kCodes>;
     maps m = {};
-    TRY(encode_all<G>(&m, args));
-    const division d = divide<F, G>(args);
+    TRY((encode_all<G, kCodes>(&m, args)));
+    const division d = divide<F, G, kCodes>(args);
     const launch_config l(dim3((unsigned)n_sms), dim3(kThreads), (size_t)d.bytes, stream, true);
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
@@ -572,26 +748,25 @@ status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream str
 
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
-#define ROW(F, T, G)                                                                               \
-    {"experts_128",                                                                                \
-     90,                                                                                           \
-     90,                                                                                           \
-     WF_##F,                                                                                       \
-     DT_##T,                                                                                       \
-     kRows,                                                                                        \
-     kBlocks,                                                                                      \
-     kUnits,                                                                                       \
-     G,                                                                                            \
-     G,                                                                                            \
-     1,                                                                                            \
-     launch<T_##T, WF_##F, G>,                                                                     \
-     0,                                                                                            \
-     false,                                                                                        \
+#define ROW_OF(NAME, CODES, F, T, G)                                                               \
+    {NAME,    90,                                                                                  \
+     90,      WF_##F,                                                                              \
+     DT_##T,  rows_most(CODES),                                                                    \
+     kBlocks, units_of(CODES),                                                                     \
+     G,       G,                                                                                   \
+     1,       launch<T_##T, WF_##F, G, CODES>,                                                     \
+     0,       false,                                                                               \
      true},
+#define ROW(F, T, G)       ROW_OF("experts_128", false, F, T, G)
+#define ROW_CODES(F, T, G) ROW_OF("experts_codes", true, F, T, G)
 const linear_variant rows[] = {EXPERTS_INSTANCES(ROW)};
+const linear_variant codes[] = {EXPERTS_INSTANCES_CODES(ROW_CODES)};
 
 } // namespace
 
 extern "C" linear_table linear_experts_table(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
+}
+extern "C" linear_table linear_experts_codes_table(void) {
+    return linear_table{codes, (int32_t)(sizeof codes / sizeof codes[0])};
 }

@@ -62,6 +62,7 @@ extern "C" {
 linear_table linear_ampere_table(void);
 linear_table linear_hopper_table(void); /* these run on sm_90, where compiled for 90a */
 linear_table linear_experts_table(void);
+linear_table linear_experts_codes_table(void); /* of linear_experts.cu: x as codes */
 linear_table linear_strips_table(void);
 linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
@@ -107,8 +108,9 @@ status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m,
                                 const float *x_scale, kernel_stream stream);
 
 /* linear.cu, linear_w4a8_tall.cu: p, whose weight is linear_nibbles, x being quantised already in
- * the order of atoms: code [m, k], x_scale [m], which is read in eights. By variant `name` of
- * linear_w4a8_table, for few rows; of many. Only where compiled for 90a. */
+ * the order of atoms: code [m, k], x_scale [m], which is read in eights; of experts the rows of x,
+ * which p->x_row names. By variant `name` of linear_w4a8_table, for few rows, or of
+ * linear_experts_codes_table; of many. Only where compiled for 90a. */
 status linear_w4a8_launch(const char *name, const linear_problem *p, const void *code,
                           const float *x_scale, kernel_stream stream);
 status linear_w4a8_tall_launch(const linear_problem *p, const void *code, const float *x_scale,

@@ -60,11 +60,11 @@ LAYOUT_FN bool linear_plain(const linear_weight *w) {
 
 /* Are codes of W4 multiplied with 8-bit x? They become bytes in registers, so W is packed as beside
  * 16-bit x, and fewer rows may be multiplied as those are. Other pairs with A8 or AFP8 multiply the
- * values that codes stand for, by the kernels of 16-bit x: experts, whose counts only the device
- * knows, groups under 64, and the ampere family. */
+ * values that codes stand for, by the kernels of 16-bit x: groups under 64, or of experts under
+ * 128, and the ampere family. */
 LAYOUT_FN bool linear_nibbles(const linear_weight *w) {
-    return w->format == WF_INT4 && w->act == AF_INT8 && w->family == 90 && w->count == 1 &&
-           (w->group ? w->group : w->k) % 64 == 0;
+    return w->format == WF_INT4 && w->act == AF_INT8 && w->family == 90 &&
+           (w->group ? w->group : w->k) % (w->count > 1 ? 128 : 64) == 0;
 }
 
 /* f32 between the scales of two rows of 128 x 128 blocks, plain order: cuBLASLt wants 16 bytes. */

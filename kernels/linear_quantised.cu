@@ -151,6 +151,9 @@ const variant nibbles[] = {{"w4a8_32", -1, 32},   {"w4a8_64", -1, 64},  {"w4a8_t
                            {"w4a8_64x2", -1, 0},  {"w4a8_64x3", -1, 0}, {"w4a8_64x4", -1, 0},
                            {"w4a8_64x2x2", -1, 0}};
 constexpr int32_t kNibblesFrom = 17;
+// The same of experts, from so many rows each on, in the mean.
+const variant of_experts = {"experts_codes", -1, kAny};
+constexpr int32_t kExpertsFrom = 12;
 
 template <int N> const variant *named(const variant (&of)[N], const char *name) {
     for (const variant &v : of)
@@ -196,6 +199,9 @@ activation_quantiser quantiser_of(const linear_problem *p, int32_t row, int32_t 
     q.act = p->act;
     return q;
 }
+
+// Rows of x that p quantises where its product takes those that x_row names.
+int32_t rows_of_x(const linear_problem *p) { return p->x_row && p->x_rows ? p->x_rows : p->m; }
 
 // Rows [row, row + m) of p, quantised into s.
 status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m, bool sums,
@@ -264,6 +270,12 @@ status plain(const linear_problem *p, void *space, void *scratch, int64_t scratc
 // The product of codes for p, or NULL: values.
 const variant *choose_nibbles(const linear_problem *p) {
     if (!linear_nibbles(p->w)) return nullptr;
+    if (p->expert_start) {
+        const bool may = p->y_type != DT_F32 && p->epilogue != LINEAR_RESIDUAL;
+        const bool is = p->kernel ? strcmp(p->kernel, of_experts.name) == 0
+                                  : p->m >= (int64_t)kExpertsFrom * p->w->count;
+        return may && is ? &of_experts : nullptr;
+    }
     if (p->kernel) return named(nibbles, p->kernel);
     if (const char *name = linear_tuned(p, 0)) return named(nibbles, name);
     for (const variant &v : nibbles)
@@ -272,8 +284,10 @@ const variant *choose_nibbles(const linear_problem *p) {
 }
 
 status nibbles_by(const variant *v, const linear_problem *p, void *space, cudaStream_t stream) {
-    const plain_space s = lay(p->w, p->m, false, space);
-    activation_quantiser q = quantiser_of(p, 0, p->m);
+    const int32_t rows = p->expert_start ? rows_of_x(p) : p->m;
+    const plain_space s = lay(p->w, rows, false, space);
+    activation_quantiser q = quantiser_of(p, 0, rows);
+    if (p->expert_start) q.x_row = nullptr; // the product takes them
     q.code = s.code;
     q.scale = s.scale;
     q.atoms = true;
@@ -305,7 +319,7 @@ status values(const linear_problem *p, void *space, cudaStream_t stream) {
         r.act = rounds ? p->act : AF_16;
         return linear_launch_16(&r, stream);
     }
-    activation_quantiser q = quantiser_of(p, 0, p->x_row && p->x_rows ? p->x_rows : p->m);
+    activation_quantiser q = quantiser_of(p, 0, rows_of_x(p));
     q.x_row = nullptr; // the product takes them
     q.value = space;
     TRY(kernel_quantize_activation(&q, stream));
@@ -317,7 +331,8 @@ status values(const linear_problem *p, void *space, cudaStream_t stream) {
 extern "C" const char *linear_quantised_name(int32_t i) {
     const int32_t n = (int32_t)COUNT_OF(variants);
     if (i < n) return variants[i].name;
-    return i - n < (int32_t)COUNT_OF(nibbles) ? nibbles[i - n].name : nullptr;
+    if (i - n < (int32_t)COUNT_OF(nibbles)) return nibbles[i - n].name;
+    return i - n == (int32_t)COUNT_OF(nibbles) ? of_experts.name : nullptr;
 }
 
 extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x) {
@@ -338,7 +353,7 @@ extern "C" int64_t linear_quantised_bytes(const linear_weight *w, int32_t max_x)
 
 // Nothing where scales are of 128 inputs, where x is taken in parts or the kernel rounds it.
 extern "C" activation_codes linear_quantised_x(const linear_problem *p, void *space) {
-    int32_t rows = p->m;
+    int32_t rows = p->expert_start ? rows_of_x(p) : p->m;
     const bool own = linear_plain(p->w), atoms = choose_nibbles(p) != nullptr;
     if (p->w->format == WF_FP8B || (own && parts_of(p, true, &rows) > 1)) return {};
     if (!own && !atoms) {

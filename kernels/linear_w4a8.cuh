@@ -47,8 +47,12 @@ template <int NT> struct multiply_nibbles;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
         }                                                                                          \
     };
+NIBBLES_MULTIPLY(16, 8, 8, 9, 10, 11, 12)
+NIBBLES_MULTIPLY(24, 12, 12, 13, 14, 15, 16)
 NIBBLES_MULTIPLY(32, 16, 16, 17, 18, 19, 20)
+NIBBLES_MULTIPLY(48, 24, 24, 25, 26, 27, 28)
 NIBBLES_MULTIPLY(64, 32, 32, 33, 34, 35, 36)
+NIBBLES_MULTIPLY(80, 40, 40, 41, 42, 43, 44)
 NIBBLES_MULTIPLY(128, 64, 64, 65, 66, 67, 68)
 NIBBLES_MULTIPLY(176, 88, 88, 89, 90, 91, 92)
 #undef NIBBLES_MULTIPLY

@@ -171,12 +171,44 @@ __device__ __forceinline__ uint32_t cluster_max(uint32_t warp_most, uint32_t *sh
 #endif
 }
 
+// A row's vectors of eight `first`, `first` + step, .., of a thread; all lanes of its warp.
+template <typename T, act_format A, int PER>
+__device__ __forceinline__ uint32_t load_row(eight<T, A> (&e)[PER], const activation_quantiser &a,
+                                             int row, int first, int step) {
+    uint32_t most = 0;
+    const T *x = row_of<T>(a, row); // [k]
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = first + i * step;
+        e[i].x = {};
+        if (v < a.k / 8 && row < a.m) e[i].x = load_pack(x + v * 8);
+        most = __vmaxu2(most, e[i].magnitudes());
+    }
+    return __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+}
+template <typename T, act_format A, int PER>
+__device__ __forceinline__ void store_row(const activation_quantiser &a, int row,
+                                          const eight<T, A> (&e)[PER], float s, int first,
+                                          int step) {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int v = first + i * step;
+        if (A == AF_INT8 && a.atoms) {
+            const uint2 code = in_atoms(e[i].codes(s));
+            uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
+            if (v < a.k / 8) *reinterpret_cast<uint2 *>(to) = code;
+        } else if (v < a.k / 8) {
+            store_eight(a, row, v * 8, e[i], s);
+        }
+    }
+}
+
 // A block a row, or a cluster. PER: vectors of eight that a thread holds.
 template <typename T, act_format A, int PER, bool CLUSTER>
 __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : kThreadsMost)
     quantize_rows(const activation_quantiser a) {
     __shared__ uint32_t shared[CLUSTER ? kCluster * kClusterThreads / 32 : 32];
-    const int n = a.k / 8, warps = (int)blockDim.x / 32;
+    const int warps = (int)blockDim.x / 32;
     int row = (int)blockIdx.x, first = (int)threadIdx.x;
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER) {
@@ -187,16 +219,7 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : kThreadsMost)
 #endif
     eight<T, A> e[PER];
     follow_previous();
-    const T *x = row_of<T>(a, row); // [k]
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int v = first + i * (int)blockDim.x;
-        e[i].x = {};
-        if (v < n && row < a.m) e[i].x = load_pack(x + v * 8);
-        most = __vmaxu2(most, e[i].magnitudes());
-    }
-    most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
+    uint32_t most = load_row(e, a, row, first, (int)blockDim.x);
     if constexpr (CLUSTER) {
         most = cluster_max(most, shared);
     } else {
@@ -206,17 +229,26 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : kThreadsMost)
     }
     const float s = span_scale<T, A>(most);
     if (first == 0 && !a.value) a.scale[row] = s;
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int v = first + i * (int)blockDim.x;
-        if (A == AF_INT8 && a.atoms) {
-            const uint2 code = in_atoms(e[i].codes(s));
-            uint8_t *to = static_cast<uint8_t *>(a.code) + int64_t{row} * a.k + v * 8;
-            if (v < n) *reinterpret_cast<uint2 *>(to) = code;
-        } else if (v < n) {
-            store_eight(a, row, v * 8, e[i], s);
-        }
-    }
+    store_row(a, row, e, s, first, (int)blockDim.x);
+}
+
+__device__ __host__ __forceinline__ int rows_of(const activation_quantiser &a) {
+    return a.value ? a.m : a.m_pad;
+}
+
+// A warp a row, which of many short ones keeps more under way.
+constexpr int kRowWarps = 4;
+template <typename T, act_format A, int PER>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    quantize_short_rows(const activation_quantiser a) {
+    const int row = (int)blockIdx.x * kRowWarps + (int)threadIdx.x / 32;
+    const int lane = (int)threadIdx.x % 32;
+    eight<T, A> e[PER];
+    follow_previous();
+    if (row >= rows_of(a)) return;
+    const float s = span_scale<T, A>(load_row(e, a, row, lane, 32));
+    if (lane == 0 && !a.value) a.scale[row] = s;
+    store_row(a, row, e, s, lane, 32);
 }
 
 // Eight lanes a span of 128 inputs, in two vectors of eight each; a warp has a span of four rows,
@@ -241,7 +273,7 @@ __global__ void __launch_bounds__(256) quantize_spans(const activation_quantiser
     for (int i = 0; i < kVectors; i++) most = __vmaxu2(most, e[i].magnitudes());
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(~0u, most, d));
-    if (g * kSpan >= a.k || row >= (a.value ? a.m : a.m_pad)) return;
+    if (g * kSpan >= a.k || row >= rows_of(a)) return;
     const float s = span_scale<T, A>(max(most >> 16, most & 0xffffu));
     if (lane == 0 && !a.value) a.scale[int64_t{g} * a.m_pad + row] = s;
 #pragma unroll
@@ -255,11 +287,12 @@ constexpr int kRowsFew = 64;
 
 template <typename T, act_format A>
 status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
-    const int vectors = a.k / 8, rows = a.value ? a.m : a.m_pad;
+    const int vectors = a.k / 8, rows = rows_of(a);
     const bool spans = A == AF_FP8 && a.group == kSpan;
     // One vector a thread has the answer soonest; more let more rows run at once.
     const bool alone = rows <= 256 && vectors <= kThreadsMost;
     const int per = alone || vectors <= 128 ? 1 : vectors <= 4096 ? 4 : 8;
+    const bool brief = !spans && rows > 4096 && vectors <= 256;
     const bool few = !spans && early_launches() && rows <= kRowsFew;
     const bool wide = few && vectors > kThreadsMost && vectors <= kCluster * kClusterThreads;
     const unsigned cluster = wide ? kCluster : 1;
@@ -270,11 +303,17 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
         grid = dim3((unsigned)div_up(rows, kWarpRows), (unsigned)div_up(n, warps));
         block = dim3((unsigned)warps * 32);
     }
-    auto *const kernel = spans      ? quantize_spans<T, A>
-                         : wide     ? quantize_rows<T, A, 1, true>
-                         : per == 1 ? quantize_rows<T, A, 1, false>
-                         : per == 4 ? quantize_rows<T, A, 4, false>
-                                    : quantize_rows<T, A, 8, false>;
+    if (brief) {
+        grid = dim3((unsigned)div_up(rows, kRowWarps));
+        block = dim3(32 * kRowWarps);
+    }
+    auto *const kernel =
+        spans      ? quantize_spans<T, A>
+        : brief    ? (vectors <= 128 ? quantize_short_rows<T, A, 4> : quantize_short_rows<T, A, 8>)
+        : wide     ? quantize_rows<T, A, 1, true>
+        : per == 1 ? quantize_rows<T, A, 1, false>
+        : per == 4 ? quantize_rows<T, A, 4, false>
+                   : quantize_rows<T, A, 8, false>;
     const unsigned room = wide ? room_for_fewer(4) : few ? room_for_fewer(2) : 0;
     return launch_clusters("quantize_activation", kernel, grid, block, cluster, room, stream, a);
 }

@@ -160,6 +160,7 @@ static const char *const kernels[] = {NULL,
                                       "mid_64x3",
                                       "words_tall",
                                       "experts_words",
+                                      "experts_codes",
                                       "w4a8_32x2",
                                       "w4a8_32x4",
                                       "w4a8_32x2x2",
@@ -227,12 +228,15 @@ static void gated_and_grouped(int32_t f, dtype type) {
 }
 
 /* Experts with so many rows that linear_experts and linear_experts_words have tiles of each number
- * of eights, and two or three tiles of the rows of one. */
+ * of eights, and two or three tiles of the rows of one. Of codes, so much of K that sums begin
+ * anew. */
 static void many_rows(int32_t f, dtype type) {
     const bool words = formats[f].format == WF_16;
+    const bool codes = formats[f].group == 128 && formats[f].act == AF_INT8;
+    const char *kernel = words ? "experts_words" : codes ? "experts_codes" : "experts_128";
     for (int32_t gated = 0; gated < 2; gated++) {
         /* the last unit is not whole but where groups are of 128 */
-        const int32_t k = words ? 656 : formats[f].group == 32 ? 672 : 640;
+        const int32_t k = words ? 656 : codes ? 2304 : formats[f].group == 32 ? 672 : 640;
         linear_weight w = weight_of(f, type, gated ? 544 : 592, k, 6);
         w.gated = gated;
         linear_probe *p = opened(&w, 79);
@@ -244,7 +248,7 @@ static void many_rows(int32_t f, dtype type) {
                     (linear_trial){.m = m,
                                    .y_type = type,
                                    .epilogue = gated ? LINEAR_GATED : LINEAR_STORE,
-                                   .kernel = words ? "experts_words" : "experts_128",
+                                   .kernel = kernel,
                                    .bias = true,
                                    .gather = few == gated,
                                    .experts_used = few ? 3 : 0},
@@ -565,7 +569,8 @@ static int mixture(const char *kernel) {
     enum { BATCHES = 400, LAYERS = 16 };
     static float logits[T * X];
     linear_weight w, down;
-    const int32_t f = kernel && strstr(kernel, "words") ? 0 : 2; /* 16 bits, or W4 */
+    int32_t f = kernel && strstr(kernel, "words") ? 0 : 2; /* 16 bits, or W4 */
+    while (kernel && strstr(kernel, "codes") && strcmp(formats[f].name, "4a8") != 0) f++;
     if (!zero_weight(&w, f, N, K, X) || !zero_weight(&down, f, DOWN_N, DOWN_K, X)) return 1;
     int sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
@@ -579,6 +584,7 @@ static int mixture(const char *kernel) {
                               .ldx = K,
                               .ldy = N,
                               .y_type = DT_BF16,
+                              .act = w.act,
                               .expert_start = start,
                               .x_row = row,
                               .x_rows = T,
