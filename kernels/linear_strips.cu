@@ -574,7 +574,7 @@ status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream st
     const bool again = tiles > n_sms && tiles <= 2 * n_sms;
     const bool plain =
         !a->bias && !a->y_f32 && a->epilogue == LINEAR_STORE && a->half_blocks == a->blocks;
-    auto *const kernels[2][2] = {
+    void (*const kernels[2][2])(linear_args, division) = {
         {linear_strip<T, F, G, false, false>, linear_strip<T, F, G, false, true>},
         {linear_strip<T, F, G, true, false>, linear_strip<T, F, G, true, true>}};
     return launch(kernels[plain][a->act != AF_16], a, divide<G>(a, tiles, 1, 1, again),
