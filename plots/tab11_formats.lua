@@ -10,7 +10,8 @@ return {
   title = "Steps over those of 16 bits",
   caption = "Measured time of a step in 16 bits over that of the format, on one H200, where 16 "
     .. "bits fit: decode steps of 16 and 64 sequences of 4096 tokens, and a prefill of 8192 tokens "
-    .. "(fewer where a model reads fewer). Experts multiply 8-bit activations as 16-bit values. "
+    .. "(fewer where a model reads fewer). Experts multiply 8-bit activations as 16-bit values, "
+    .. "but W4A8KV8 as codes where they have twelve rows and more each. "
     .. "\"-\": not measured, or refused for the model's shapes.",
   build = function(data)
     local columns, rows, all = { "model" }, {}, {}
