@@ -145,11 +145,12 @@ static status tune_class(tuner *t, const precision *p, int32_t which) {
 static status tune(tuner *t, const char *only) {
     struct cudaDeviceProp gpu;
     CUDA(cudaGetDeviceProperties(&gpu, 0));
-    fprintf(t->out,
-            "/* Made by `amalgam tune` at commit %s%s%s, %lld replays each; do not edit. */\n"
-            "GPU(\"%s\", %d, %d)\n",
-            AMALGAM_COMMIT, AMALGAM_DIFF[0] ? "-dirty-" : "", AMALGAM_DIFF, (long long)t->replays,
-            gpu.name, gpu.major * 10 + gpu.minor, gpu.multiProcessorCount);
+    fprintf(
+        t->out,
+        "/* Made by `amalgam tune` on GPU(\"%s\", %d, %d) at commit %s%s%s, %lld replays each;\n"
+        "   do not edit. */\n",
+        gpu.name, gpu.major * 10 + gpu.minor, gpu.multiProcessorCount, AMALGAM_COMMIT,
+        AMALGAM_DIFF[0] ? "-dirty-" : "", AMALGAM_DIFF, (long long)t->replays);
     for (int32_t f = 0; f < COUNT_OF(formats); f++) {
         precision p;
         if (only && strcmp(only, formats[f]) != 0) continue;

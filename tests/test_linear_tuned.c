@@ -38,6 +38,7 @@ static const question questions[] = {
     {WF_INT4, AF_16, 128, 4096, 4096, 8, 0, 90, 132, 2, NULL},
     {WF_INT4, AF_16, 128, 4096, 4096, 9, 0, 90, 132, 0, "a64"},
     {WF_INT4, AF_16, 128, 4096, 4096, 5000, 0, 90, 132, 0, "a64"}, /* more than was measured */
+    {WF_INT4, AF_16, 128, 28672, 4096, 8, 0, 90, 132, 0, "wide8"}, /* the first of two alike */
     {WF_INT4, AF_16, 128, 28672, 4096, 64, 0, 90, 132, 0, "wide8"},
     {WF_INT4, AF_16, 128, 57344, 8192, 1, 0, 90, 132, 0, NULL}, /* class not measured */
     {WF_INT4, AF_16, 32, 4096, 4096, 1, 0, 90, 132, 0, "fine8"},
