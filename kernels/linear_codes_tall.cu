@@ -18,6 +18,7 @@
 // depend on the kernel before, so its first stages are asked for before that has ended.
 #include "linear_common.cuh"
 #include "linear_launch.h"
+#include "linear_pairs.cuh"
 #include "tensor_map.cuh"
 #include "traits.cuh"
 
@@ -110,6 +111,7 @@ template <typename T, int NT> struct producer {
     const CUtensorMap *w_map, *x_map;
     uint32_t ring, full, empty;
 
+    __device__ __forceinline__ void begin(const place &) const {}
     // W of a step; all bytes of the stage are announced here.
     __device__ __forceinline__ void weights(const place &p, int step, int stage) const {
         const uint32_t to = ring + stage * kStageBytes<NT> + kXBytes, bar = full + stage * 8;
@@ -158,25 +160,7 @@ template <typename T, int NT> struct producer {
         }
     }
     __device__ __forceinline__ void run() const {
-        int stage = 0, turn = 1, early = 0;
-        walk<T, NT> tiles(a);
-        place p;
-        for (bool first = true; tiles.next(p); first = false) {
-            if (first) {
-                for (; early < kStages<NT> && p.step0 + early < p.step1; early++)
-                    weights(p, p.step0 + early, early);
-                wait_for_previous();
-            }
-            for (int step = p.step0; step < p.step1; step++) {
-                barrier_wait(empty + stage * 8, turn); // in both CTAs
-                if (early > 0)
-                    early--;
-                else
-                    weights(p, step, stage);
-                inputs(p, step, stage);
-                if (++stage == kStages<NT>) stage = 0, turn ^= 1;
-            }
-        }
+        fill_ring_of_both<kStages<NT>, place>(walk<T, NT>(a), *this, empty);
     }
 };
 
@@ -529,17 +513,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(barriers), empty = full + kStages<NT> * 8;
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages<NT>; i++) {
-            barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, kCtas * kWarps);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    cluster_arrive(); // the other CTA writes here
-    cluster_wait();
+    begin_ring_of_both<kStages<NT>>(full, empty, kCtas * kWarps);
     if (warp >= kWarps) {
         registers_down<kLoadRegisters<T>>();
         if (threadIdx.x == 32 * kWarps) {

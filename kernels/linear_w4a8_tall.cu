@@ -20,6 +20,7 @@
 // shape and the number of SMs alone: bits are the same in every run.
 #include "linear_launch.h"
 #include "linear_lines.cuh"
+#include "linear_pairs.cuh"
 #include "linear_w4a8.cuh"
 #include "tensor_map.cuh"
 
@@ -150,7 +151,7 @@ template <int P, int G> struct producer {
         to = base + (lane < kBlocks ? L::x + slot * L::codes : L::at_scale + slot * L::scale_block);
     }
     // Codes and scales of a stage; all its bytes are announced here.
-    __device__ __forceinline__ void weights(int step, int stage) const {
+    __device__ __forceinline__ void weights(const place &, int step, int stage) const {
         const int codes = min(2, a.units - 2 * step) * (L::codes / 2);
         const int scales = min(L::each, a.granules - step * L::each) * a.granule_bytes;
         const uint32_t bar = full + stage * 8;
@@ -171,26 +172,7 @@ template <int P, int G> struct producer {
                               p.m0 + half, full + stage * 8);
     }
     __device__ __forceinline__ void run() {
-        walk<P> tiles(a);
-        place p;
-        int stage = 0, parity = 1, early = 0;
-        for (bool first = true; tiles.next(p); first = false) {
-            begin(p);
-            if (first) {
-                for (; early < L::stages && p.step0 + early < p.step1; early++)
-                    weights(p.step0 + early, early);
-                wait_for_previous();
-            }
-            for (int step = p.step0; step < p.step1; step++) {
-                barrier_wait(empty + stage * 8, parity); // in both CTAs
-                if (early > 0)
-                    early--;
-                else
-                    weights(step, stage);
-                inputs(p, step, stage);
-                if (++stage == L::stages) stage = 0, parity ^= 1;
-            }
-        }
+        fill_ring_of_both<L::stages, place>(walk<P>(a), *this, empty);
     }
 };
 
@@ -547,17 +529,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t base = (shared_address(shared) + 1023) / 1024 * 1024;
     const uint32_t full = base + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), lane = (int)threadIdx.x % 32;
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < L::stages; i++) {
-            barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, kCtas * kWarps);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    cluster_arrive(); // the other CTA writes here
-    cluster_wait();
+    begin_ring_of_both<L::stages>(full, empty, kCtas * kWarps);
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
         if (warp == kWarps) {

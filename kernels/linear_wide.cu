@@ -9,6 +9,7 @@
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "linear_lines.cuh"
+#include "linear_pairs.cuh"
 #include "tensor_map.cuh"
 
 // The explicit list: format, type, scale granule (0: none).
@@ -90,7 +91,7 @@ template <int F, int G> struct producer {
     }
 
     // Codes and scales of a unit; all its bytes are announced here.
-    __device__ __forceinline__ void weights(int step, int stage) const {
+    __device__ __forceinline__ void weights(const linear_segment &, int step, int stage) const {
         const int scales = L::granules * p.granule_bytes;
         if (lane == 0)
             barrier_arrive_expect(full + stage * 8, blocks * (L::unit + (G ? scales : 0)) + L::x);
@@ -111,26 +112,7 @@ template <int F, int G> struct producer {
     }
 
     __device__ __forceinline__ void run() {
-        linear_walk<kRows> walk = walk_of(p);
-        linear_segment s;
-        int stage = 0, parity = 1, early = 0;
-        for (bool first = true; walk.next(s); first = false) {
-            begin(s);
-            if (first) {
-                for (; early < L::stages && s.step0 + early < s.step1; early++)
-                    weights(s.step0 + early, early);
-                wait_for_previous();
-            }
-            for (int step = s.step0; step < s.step1; step++) {
-                barrier_wait(empty + stage * 8, parity); // in both CTAs
-                if (early > 0)
-                    early--;
-                else
-                    weights(step, stage);
-                inputs(s, step, stage);
-                if (++stage == L::stages) stage = 0, parity ^= 1;
-            }
-        }
+        fill_ring_of_both<L::stages, linear_segment>(walk_of(p), *this, empty);
     }
 };
 
@@ -347,17 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t full = base_at + L::at_bars, empty = full + L::stages * 8;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
 
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < L::stages; i++) {
-            barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, kCtas * kWarps);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    cluster_arrive(); // the other CTA writes here
-    cluster_wait();
+    begin_ring_of_both<L::stages>(full, empty, kCtas * kWarps);
 
     if (warp >= kWarps) {
         registers_down<kLoadRegisters>();
