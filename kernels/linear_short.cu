@@ -34,10 +34,17 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// The explicit lists: format, type, x rows (NT), scale granule (0: none). Of 32 rows where that is
-// faster than linear_mid.cu, with 8 bits for dense problems only.
+// The explicit lists: format, type, x rows (NT), scale granule (0: none). Those of 32 rows are
+// linear_short_32.cu's (SHORT_OF_32).
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
 #define SHORT_TYPES(X, F, G)   SHORT_ROWS(X, F, F16, G) SHORT_ROWS(X, F, BF16, G)
+#ifdef SHORT_OF_32
+#define SHORT_TABLE linear_short_32_table
+#else
+#define SHORT_TABLE linear_short_table
+#define SHORT_INSTANCES_32(X)
+#define SHORT_INSTANCES_32_DENSE(X)
+#endif
 #ifndef SHORT_INSTANCES
 #define SHORT_INSTANCES(X)                                                                         \
     SHORT_TYPES(X, INT4, 128)                                                                      \
@@ -49,17 +56,6 @@
     SHORT_TYPES(X, FP8, 0)                                                                         \
     SHORT_TYPES(X, FP8B, 128)                                                                      \
     SHORT_TYPES(X, 16, 0)
-#endif
-#ifndef SHORT_INSTANCES_32
-#define SHORT_INSTANCES_32(X)                                                                      \
-    X(INT4, F16, 32, 128)                                                                          \
-    X(INT4, BF16, 32, 128)                                                                         \
-    X(MXFP4, F16, 32, 32)                                                                          \
-    X(MXFP4, BF16, 32, 32)
-#endif
-#ifndef SHORT_INSTANCES_32_DENSE
-#define SHORT_INSTANCES_32_DENSE(X)                                                                \
-    X(INT8, F16, 32, 0) X(INT8, BF16, 32, 0) X(FP8, F16, 32, 0) X(FP8, BF16, 32, 0)
 #endif
 
 // For racecheck, which lets nobody past a cluster's barrier before all its threads wait there, and
@@ -1899,6 +1895,6 @@ const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(ROWS_32)
 
 } // namespace
 
-extern "C" linear_table linear_short_table(void) {
+extern "C" linear_table SHORT_TABLE(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
 }
