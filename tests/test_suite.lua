@@ -816,6 +816,73 @@ test.case("the experiment of HACKING.md runs as it is written", function()
   test.equal(#amalgam.rows(file_of("hacking", "e20_chunks")), 4)
 end)
 
+--- An experiment of the suite, whose functions take any table for the module `amalgam`.
+local function suite(name)
+  return experiment.load(identity.root .. "/experiments/" .. name .. ".lua").spec
+end
+
+test.case("e13 finds the rate from which on limits do not hold", function()
+  local spec, ran = suite("e13_goodput"), 0
+  local function rate(share, knee)
+    local engine = { serve = function(o)
+      test.equal(o.limits.ttft_ms, 500)
+      test.equal(o.limits.tpot_ms, 30)
+      ran = ran + 1
+      local good = o.workload.rate_per_s <= knee and 700 or 660
+      return { status = "ok", origin = "predicted",
+        metrics = { goodput_per_s = good / 20, duration_s = 20 } }
+    end }
+    local point = { model = "m", precision = "p", device = "sim", gpu = "g", tp = 2, seed = 1,
+      n_requests = 700, workload = "sharegpt", ttft_ms = 500, tpot_ms = 30, share = share }
+    local m = spec.run(engine, point, { status = "ok", rate = 100 }).metrics
+    test.equal(m.rate_within_limits_per_s_per_gpu, m.rate_within_limits_per_s / 2)
+    return m.rate_within_limits_per_s, m.good_share
+  end
+  local found, share = rate(0.99, 37)
+  test.equal(found <= 37 and found * 2 ^ (1 / 16) > 37, true, found)
+  test.equal(share, 1.0)
+  test.equal(ran <= 9, true, ran)
+  test.equal(rate(0.99, 1000), 100.0) -- what is sustained is the end
+  test.equal(rate(0.94, 37), 100.0) -- 660 of 700 are enough
+  found, share = rate(0.99, 1) -- not even a 32nd
+  test.equal(found, 0)
+  test.near(share, 660 / 700, 1e-12)
+end)
+
+test.case("e14 narrows the halves that cost least, by a text that does not judge", function()
+  local spec = suite("e14_kv_layers")
+  local cost = { 5, 1, 4, 2, 9, 3 } -- K and V of three layers
+  local texts = {}
+  local engine = setmetatable({
+    model = function() return { layers = 3 } end,
+    evaluate = function(o)
+      texts[o.text.seed] = (texts[o.text.seed] or 0) + 1
+      local kl, h = 0, 0
+      for k, v in o.precision:gmatch("K(%d+)V(%d+)") do
+        kl = kl + (k == "4" and cost[h + 1] or 0) + (v == "4" and cost[h + 2] or 0)
+        h = h + 2
+      end
+      test.equal(h, 6)
+      return { status = "ok", metrics = { kl_nats = kl } }
+    end,
+  }, { __index = amalgam })
+  local fixed = { model = "tiny", device = "cpu", text_seed = 0, rank_seed = 1 }
+  local base = spec.shared.run(engine, fixed)
+  test.equal(table.concat(base.order, " "), "2 4 6 3 1 5")
+  local function point(choice, n)
+    local key = { choice = choice, n = n }
+    for name, value in pairs(fixed) do key[name] = value end
+    return spec.run(engine, key, base)
+  end
+  test.equal(texts[0], nil)
+  test.equal(point("alone", 5).metrics.kl_nats, 9)
+  test.equal(point("least", 3).metrics.kl_nats, 1 + 2 + 3)
+  test.equal(point("most", 2).metrics.kl_nats, 9 + 5)
+  test.equal(point("least", 3).metrics.kv_bits, 6.0)
+  test.equal(point("most", 2).precision, "W16A16KV[K4V8,8,K4V8]")
+  test.equal(texts[1], 6)
+end)
+
 test.case("experiments of the suite load, and their quick points are few", function()
   for _, file in ipairs(amalgam.list(identity.root .. "/experiments")) do
     if file:find("^e%d%d_") then
