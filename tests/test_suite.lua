@@ -623,6 +623,70 @@ test.case("compare tells too few repetitions apart from no change", function()
   test.contains(said, "1 too few")
 end)
 
+--- Measured once each: rows of these values on one machine.
+local function once(path, machine, metric, values)
+  local lines = {}
+  for model, value in pairs(values) do
+    lines[#lines + 1] = amalgam.json_encode({ experiment = "e97", definition = "d",
+      machine = machine, origin = "measured", status = "ok", time = "1",
+      key = { model = model, gpu = "h200" }, metrics = { [metric] = value, other_us = 10 } })
+  end
+  table.sort(lines)
+  amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+  return path
+end
+
+test.case("compare names the points that moved most where each was measured once", function()
+  local base = once(dir .. "/o1.jsonl", "m", "step_us", { A = 100, B = 100, C = 100, D = 100 })
+  local head = once(dir .. "/o2.jsonl", "m", "step_us", { A = 101, B = 130, C = 60, D = 105 })
+  local status, said = compared(base, head)
+  test.equal(status, 0) -- nothing is known to be slower
+  test.contains(said, "8 metrics; --all lists them")
+  test.contains(said, "model=B: step_us 100 -> 130 x1.3000  n=1/1 slower, if it is not chance")
+  test.contains(said, "model=C: step_us 100 -> 60 x0.6000  n=1/1 faster, if it is not chance")
+  test.contains(said, "model=D: step_us 100 -> 105")
+  test.equal(said:find("model=A:", 1, true), nil) -- less than --effect
+  test.equal(select(2, said:gsub("other_us 10", "")), 0)
+  test.equal(said:find("model=D.-model=B"), nil) -- the largest comes first
+  test.contains(select(2, compared(base, head, "--effect", "0.001")), "model=A: step_us")
+end)
+
+test.case("compare shows means for each value of a key", function()
+  local base = once(dir .. "/b1.jsonl", "m", "step_us", { A = 100, B = 100 })
+  local head = once(dir .. "/b2.jsonl", "m", "step_us", { A = 50, B = 200 })
+  local _, said = compared(base, head, "--by", "model")
+  test.equal(said:find("\nstep_us +A +1   0%.5000\nstep_us +B +1   2%.0000\n") ~= nil, true, said)
+  test.equal(select(2, compared(base, head)):find("\nstep_us +%d"), nil) -- their mean is 1
+  local status, why = compared(base, head, "--by", "modle")
+  test.equal(status, 2)
+  test.contains(why, "no row has it (they have gpu, model)")
+end)
+
+test.case("compare says that rows are of other hardware", function()
+  local base = once(dir .. "/h1.jsonl", "node-a", "step_us", { A = 100, B = 100 })
+  local head = once(dir .. "/h2.jsonl", "node-b", "step_us", { A = 50, C = 60 })
+  local _, said = compared(base, head)
+  test.contains(said, "model=A: other hardware: node-a, and node-b in HEAD")
+  test.contains(said, "model=B: no such row in HEAD")
+  test.contains(said, "model=C: no such row in BASE")
+  test.contains(said, "3 not comparable")
+  test.contains(select(2, compared(base, base)), "4 too few")
+end)
+
+test.case("a slower machine is no slower engine; agreement and divergence are quality", function()
+  local library = require("lib_rows")
+  for _, name in ipairs({ "b1_roofline_us", "prefill_serial_us", "read_gb_per_s", "read_gbs",
+    "matrix_tflops", "rate_per_s", "lag_p99_ms" }) do
+    test.equal(library.direction(name), 0, name)
+  end
+  for name, direction in pairs({ b1_us = -1, output_tokens_per_s = 1, kl_nats = -1,
+    greedy_agreement = 1, nll_nats = -1, b1_c1024_gbs = 1, prefill_us = -1 }) do
+    test.equal(library.direction(name), direction, name)
+  end
+  test.equal(library.is_quality("kl_nats") and library.is_quality("greedy_agreement"), true)
+  test.equal(library.is_quality("b1_us"), false)
+end)
+
 test.case("compare says when HEAD fails where BASE did not", function()
   local function one(path, status)
     amalgam.write_file(path, amalgam.json_encode({ experiment = "e94", definition = "d",
