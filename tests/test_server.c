@@ -1148,6 +1148,13 @@ static void a_prompt_alone_is_scored(void **state) {
                           400));
 }
 
+static int32_t count(const char *in, const char *what) {
+    int32_t n = 0;
+    for (const char *at = in; (at = strstr(at, what)); at += strlen(what)) n++;
+    return n;
+}
+
+/* Where usage is asked for, all events but the last have it as null. */
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -1172,7 +1179,19 @@ static void chat_streams_what_it_says_whole(void **state) {
     assert_int_equal(h.n_events, 20);
     assert_int_equal(h.usage, 20);
     assert_true(h.done);
+    assert_int_equal(count(stream.data, "\"usage\":null"), 20);
     hear_free(&h);
+    text_clear(&stream);
+    static const char plain[] = "{\"prompt\":\"hi\",\"max_tokens\":4,\"stream\":true,%s"
+                                "\"ignore_eos\":true}";
+    snprintf(body, sizeof body, plain, "");
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    assert_int_equal(count(stream.data, "\"usage\""), 0);
+    text_clear(&stream);
+    snprintf(body, sizeof body, plain, "\"stream_options\":{\"include_usage\":true},");
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    assert_int_equal(count(stream.data, "\"usage\":null"), 4);
+    assert_int_equal(count(stream.data, "\"usage\""), 5);
     text_free(&stream);
     json_decref(v);
 }
