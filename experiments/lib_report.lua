@@ -166,28 +166,11 @@ function Data.ordered(wanted, have)
   return out
 end
 
---- What makes a point of an experiment: its axes, and what is chosen on the command line. nil for
---- one whose file is gone.
----@return fun(experiment: string): table<string, boolean>|nil
-local function parts_of_points()
-  local known = {}
-  return function(name)
-    if known[name] == nil then
-      local ok, loaded = pcall(experiment.load, name)
-      local parts = ok and { device = true, gpu = true }
-      for _, axis in ipairs(ok and loaded.spec.axes or {}) do parts[axis.name] = true end
-      if ok and loaded.spec.fixed and loaded.spec.fixed.tp then parts.tp = true end
-      known[name] = parts
-    end
-    return known[name] or nil
-  end
-end
-
 ---@param rows Row[]
 ---@param identity table
 ---@return Data
 function M.data(rows, identity)
-  local newest = library.newest(rows, identity.version, parts_of_points())
+  local newest = library.newest(rows, identity.version, experiment.parts_of_points())
   local predicts = {}
   for _, row in ipairs(newest) do
     if row.key.device ~= "cuda" then predicts[row.experiment] = true end
@@ -586,6 +569,16 @@ local function template_environment(data, blocks)
   function env.even(first, second, batch)
     local x = require("lengths").even(data, first, second, batch)
     return x and M.number(x) or "never"
+  end
+  --- Requests per second and GPU within limits of latency (plots/goodput.lua).
+  function env.goodput(model, precision, tpot_ms)
+    local row = require("goodput").best(data, model, precision, tpot_ms)
+    return row and ("%.1f"):format(row.metrics.rate_within_limits_per_s_per_gpu) or "*(no row)*"
+  end
+  --- KL divergence of one row in millionths of a nat.
+  function env.micronats(name, filter)
+    local x = data:value(name, filter, "kl_nats")
+    return x and M.number(x * 1e6) or "*(no row)*"
   end
   function env.decode_share(kv)
     local x = M.decode_share(data, kv)

@@ -1,4 +1,4 @@
---- Table 18: what the TurboMind paper claims, and what stands here beside it.
+--- Table 19: what the TurboMind paper claims, and what stands here beside it.
 ---
 --- "abstract": stated in the abstract of arXiv 2508.15601. "quoted": a figure that public notes
 --- quote from the paper, not checked against it.
