@@ -709,6 +709,43 @@ test.case("compare --json is one object a line", function()
   test.equal(n, 5)
 end)
 
+-- --- rows ----------------------------------------------------------------------------------------
+
+test.case("rows are shown as a table: what differs, and the metrics asked for", function()
+  local show = require("lib_table")
+  local function shown(...)
+    local args = { "e98", "--results", dir .. "/shown", ... }
+    return test.captured(function() return show.main(args) end)
+  end
+  local lines = {}
+  for at, precision in ipairs({ "W4", "W8", "W16" }) do
+    local fits = precision ~= "W16"
+    lines[at] = amalgam.json_encode({ experiment = "e98_x", definition = "d", machine = "m",
+      origin = "predicted", time = tostring(at), status = fits and "ok" or "oom",
+      reason = not fits and "too large" or nil, key = { model = "A", precision = precision, n = 5 },
+      metrics = fits and { ttft_ms = at * 10, tpot_ms = at, a1 = 1, a2 = 1, a3 = 1, a4 = 1,
+        a5 = 1, a6 = 1 } or {} })
+  end
+  amalgam.write_file(dir .. "/shown/e98_x/m/0123.jsonl", table.concat(lines, "\n") .. "\n")
+  local status, said = shown("--metric", "ttft", "--metric", "tp")
+  test.equal(status, 0)
+  test.equal(said, [[
+precision  version  status     ttft_ms  tpot_ms
+W4         0123     predicted  10       1
+W8         0123     predicted  20       2
+W16        0123     oom        -        -        too large]])
+  said = select(2, shown())
+  test.contains(said, "not shown (--metric NAME): tpot_ms ttft_ms")
+  said = select(2, shown("--only", "precision=W8", "--only", "n=5", "--json"))
+  test.equal(amalgam.json_decode(said).metrics.ttft_ms, 20)
+  status, said = shown("--only", "precision=W3")
+  test.equal(status, 2)
+  test.contains(said, "none of the 3 rows")
+  test.equal(select(2, shown("--version", "9")):find("none of the 3 rows") ~= nil, true)
+  test.contains(select(2, shown("--metric", "ttftt")), "the nearest is 'ttft_ms'")
+  test.contains(select(2, shown("--only", "precision")), "is not KEY=VALUE")
+end)
+
 -- --- report --------------------------------------------------------------------------------------
 
 test.case("a ratio of measurements counts those whose rows are of two versions", function()
@@ -877,7 +914,20 @@ test.case("the experiment of HACKING.md runs as it is written", function()
   local code, said = run(path, "hacking")
   test.equal(code, 0)
   test.contains(said, "4 ok, 0 oom, 0 skipped, 0 failed")
-  test.equal(#amalgam.rows(file_of("hacking", "e20_chunks")), 4)
+  local rows = amalgam.rows(file_of("hacking", "e20_chunks"))
+  test.equal(#rows, 4)
+end)
+
+test.case("the table of HACKING.md is made as it is written, of the experiment's rows", function()
+  local text = amalgam.read_file(identity.root .. "/HACKING.md"):match("```lua\n.-```lua\n(.-)```")
+  local rows = amalgam.rows(file_of("hacking", "e20_chunks"))
+  local columns, cells = load(text)().build(report.data(rows, { version = "v" }))
+  test.equal(#columns, 3)
+  test.equal(#cells, 2)
+  for _, row in ipairs(cells) do
+    test.equal(#row, 3)
+    test.equal(tonumber(row[3]) > 0, true, row[3])
+  end
 end)
 
 --- An experiment of the suite, whose functions take any table for the module `amalgam`.
