@@ -119,6 +119,7 @@ test.case("a number that 32 bits do not hold is refused, not cut", function()
     refused("bench serve --url http://127.0.0.1:1 --goodput " .. limit,
       ("--goodput '%s' is none of ttft:MS, tpot:MS, e2e:MS"):format(limit))
   end
+  refused("bench serve --url http://127.0.0.1:1 --save-detailed", "--save-result, which is not")
   refused("serve --model workloads/tiny --served-model-name ''", "--served-model-name is empty")
   local code = command("%s inspect plan --model Qwen3-8B --gpu h200 --tokens 8 --samples 8")
   test.equal(code, 0, "the limit itself is taken")

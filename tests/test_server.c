@@ -2320,11 +2320,15 @@ static void check_result_keys(const char *path) {
         if (!at(result, keys[i])) fail_msg("the result has no '%s'", keys[i]);
     for (int32_t i = 0; i < COUNT_OF(vllm_keys); i++)
         if (!at(result, vllm_keys[i])) fail_msg("the result has no '%s'", vllm_keys[i]);
+    double sum = 0; /* of the requests themselves: what the mean was made of */
+    for (size_t i = 0; i < 20; i++)
+        sum += json_number_value(json_array_get(at(result, "ttfts"), i));
+    assert_true(fabs(sum / 20 * 1e3 - json_number_value(at(result, "mean_ttft_ms"))) < 1e-6);
+    assert_int_equal(json_array_size(at(result, "itls")), 20);
+    assert_int_equal(json_array_size(json_array_get(at(result, "itls"), 19)), 5);
     json_decref(result);
 }
 
-/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
- * machine was too busy for a valid run. */
 /* The end token forced: every output is that one, here, over HTTP and in `generate`. Twins: without
  * the bias they are longer. */
 static void a_bias_is_given_in_lua_and_by_option(void **state) {
@@ -2362,6 +2366,8 @@ static void a_bias_is_given_in_lua_and_by_option(void **state) {
     text_free(&said);
 }
 
+/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
+ * machine was too busy for a valid run. */
 static void commands_and_lua_measure_a_server(void **state) {
     const fixture *f = *state;
     const char *binary = getenv("AMALGAM_BINARY");
@@ -2370,8 +2376,8 @@ static void commands_and_lua_measure_a_server(void **state) {
     text said = {0};
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
-             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here "
-             "--goodput ttft:1e6 --goodput e2e:1e6",
+             "--output-tokens 6 --vocab 1000 --json --save-result %s --save-detailed "
+             "--label here --goodput ttft:1e6 --goodput e2el:1e6",
              binary, f->url, path);
     assert_true(run_command(line, &said) <= 1);
     json_t *v = parsed(&said);
