@@ -26,6 +26,7 @@ Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
 ---@field identity table
 ---@field rows Row[] newest row of each point
 ---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
+---@field others table<string, integer> rows that are left out, by the GPU they were measured on
 ---@field predicts table<string, boolean> experiments that have rows of other devices than cuda
 ---@field used? table<Row, boolean> those that the table or figure at work has taken
 local Data = {}
@@ -166,16 +167,47 @@ function Data.ordered(wanted, have)
   return out
 end
 
+--- The GPU that sections 10 to 12 of plots/paper.md, its captions and quoted lines are about.
+local PAPER_GPU = "NVIDIA H200"
+
+--- The name of the GPU that a row was measured on; nil when on none.
+---@param row Row
+---@return string|nil
+local function gpu_of(row)
+  local gpu = row.key.device == "cuda" and row.provenance and row.provenance.gpu
+  return gpu and gpu.name or nil
+end
+
+--- Rows that the paper may show. A mean over two GPUs would be of neither: of those measured on
+--- another one than PAPER_GPU none is taken.
+---@param rows Row[]
+---@return Row[]
+---@return table<string, integer> others how many rows of which other GPUs
+local function of_paper(rows)
+  local kept, others = {}, {}
+  for _, row in ipairs(rows) do
+    local gpu = gpu_of(row)
+    if gpu and gpu ~= PAPER_GPU then
+      others[gpu] = (others[gpu] or 0) + 1
+    else
+      kept[#kept + 1] = row
+    end
+  end
+  return kept, others
+end
+
 ---@param rows Row[]
 ---@param identity table
 ---@return Data
 function M.data(rows, identity)
-  local newest = library.newest(rows, identity.version, experiment.parts_of_points())
+  local kept, others = of_paper(rows)
+  local newest = library.newest(kept, identity.version, experiment.parts_of_points())
   local predicts = {}
   for _, row in ipairs(newest) do
     if row.key.device ~= "cuda" then predicts[row.experiment] = true end
   end
-  local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts }
+  local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts,
+    others = others }
   return setmetatable(data, Data)
 end
 
@@ -504,6 +536,18 @@ local function machines(data)
     "compiler", "flags" }, rows)
 end
 
+--- One line for each GPU whose rows are left out; nothing when there is none.
+---@param data Data
+---@return string[]
+local function left_out(data)
+  local lines = {}
+  for _, gpu in ipairs(experiment.sorted_keys(data.others)) do
+    lines[#lines + 1] = ("not shown: %d rows measured on %s (the text is about an %s; "
+      .. "`amalgam rows` shows them)"):format(data.others[gpu], gpu, PAPER_GPU:match("%S+$"))
+  end
+  return lines
+end
+
 --- What the template may use.
 ---@param data Data
 ---@param blocks table<string, string>
@@ -588,6 +632,10 @@ local function template_environment(data, blocks)
   function env.many(name, part) return tostring(#data:distinct(name, part)) end
   function env.sources() return sources(data) end
   function env.machines() return machines(data) end
+  function env.left_out()
+    local lines = left_out(data)
+    return #lines > 0 and "- " .. table.concat(lines, "\n- ") .. "\n\n" or ""
+  end
   env.version = data.identity.version
   return env
 end
@@ -650,6 +698,7 @@ local function run(o)
   local data = M.data(rows, identity)
   print(("report: %d points from %d rows in %s"):format(#data.rows, #rows, dir))
   for _, file in ipairs(broken) do print(("  left out, cannot be read: %s"):format(file)) end
+  for _, line in ipairs(left_out(data)) do print("  " .. line) end
   local blocks, n_bad = figures(data, root .. "/plots", out, o)
   for name, block in pairs(tables(data, root .. "/plots", out)) do blocks[name] = block end
   remove_others(out, blocks)

@@ -813,6 +813,28 @@ test.case("templates compute their numbers and say what has no rows", function()
   test.contains(err.message, "{{ nothing() }}")
 end)
 
+test.case("rows of another GPU are in no mean of the paper, and are said to be left out", function()
+  local function row(gpu, shape, x, time)
+    return { experiment = "e07_linear", status = "ok", origin = "measured", version = "1",
+      definition = "d", time = time, machine = gpu, provenance = { gpu = { name = gpu } },
+      key = { device = "cuda", variant = "best", precision = "W4A16", dtype = "fp16", shape = shape,
+        gpu = gpu }, metrics = { m1_speedup = x } }
+  end
+  local ours = { row("NVIDIA H200", "a", 2, "1"), row("NVIDIA H200", "b", 8, "1") }
+  local function speedup(rows)
+    local data = report.data(rows, { version = "1" })
+    return report.linear_speedup(data, "W4A16", "fp16", 1), data.others
+  end
+  test.near(speedup(ours), 4, 1e-12)
+  ours[3] = row("NVIDIA A100-SXM4-80GB", "a", 100, "2")
+  ours[4] = row("NVIDIA A100-SXM4-80GB", "c", 100, "2")
+  local mean, others = speedup(ours)
+  test.near(mean, 4, 1e-12)
+  test.equal(others["NVIDIA A100-SXM4-80GB"], 2)
+  ours[4].provenance.gpu.name = "NVIDIA H200" -- the twin
+  test.equal(speedup(ours) > 4, true)
+end)
+
 test.case("report takes the newest row of the present version", function()
   local function row(version, time, x)
     return { experiment = "e03", status = "ok", time = time, version = version, key = { m = 1 },
