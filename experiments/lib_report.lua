@@ -25,6 +25,7 @@ Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
 ---@class Data rows of all experiments, with the questions that tables and figures ask
 ---@field identity table
 ---@field rows Row[] newest row of each point
+---@field all Row[] those that it was chosen from
 ---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
 ---@field others table<string, integer> rows that are left out, by the GPU they were measured on
 ---@field predicts table<string, boolean> experiments that have rows of other devices than cuda
@@ -206,9 +207,45 @@ function M.data(rows, identity)
   for _, row in ipairs(newest) do
     if row.key.device ~= "cuda" then predicts[row.experiment] = true end
   end
-  local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts,
-    others = others }
+  local data = { rows = newest, all = kept, bucket = {}, identity = identity,
+    predicts = predicts, others = others }
   return setmetatable(data, Data)
+end
+
+--- Times on a GPU of points that one version ran twice and more: of each metric the largest value
+--- over the smallest.
+---@param data Data
+---@param name string beginning of the experiment
+---@return number[] ratios
+---@return integer n_points
+function M.repeated(data, name)
+  local groups, order = {}, {}
+  for _, row in ipairs(data.all) do
+    if gpu_of(row) and row.status == "ok" and row.experiment:sub(1, #name) == name then
+      local id = table.concat({ row.experiment, row.version, row.definition,
+        library.key_text(row) }, " ")
+      if not groups[id] then
+        groups[id] = {}
+        order[#order + 1] = id
+      end
+      table.insert(groups[id], row)
+    end
+  end
+  local ratios, n_points = {}, 0
+  for _, id in ipairs(order) do
+    local group = groups[id]
+    if #group > 1 then n_points = n_points + 1 end
+    for _, metric in ipairs(#group > 1 and experiment.sorted_keys(group[1].metrics) or {}) do
+      local least, most = math.huge, 0
+      for _, row in ipairs(group) do
+        local x = row.metrics[metric]
+        least, most = math.min(least, x or 0), math.max(most, x or 0)
+      end
+      local timed = metric:find("_us$") and library.direction(metric) ~= 0
+      if timed and least > 0 then ratios[#ratios + 1] = most / least end
+    end
+  end
+  return ratios, n_points
 end
 
 --- Largest share of the read bandwidth over the shapes of decode attention in e08, in percent.
@@ -599,6 +636,14 @@ local function template_environment(data, blocks)
   function env.linear(precision, dtype, m)
     local x = M.linear_speedup(data, precision, dtype, m)
     return x and ("%.2f"):format(x) or "*(no row)*"
+  end
+  --- What points differ by that one version ran more than once; nothing when there are none.
+  function env.repeated(name)
+    local ratios, n = M.repeated(data, name)
+    if #ratios == 0 then return "" end
+    return ("%d points that one version ran twice differ by %.1f %% in the median of their times "
+      .. "and by %.1f %% at most."):format(n, 100 * (stats.median(ratios) - 1),
+      100 * (math.max(table.unpack(ratios)) - 1))
   end
   --- A quoted speed-up over cuBLAS of another system's linear layers (plots/peers.lua).
   function env.peer(line, m)

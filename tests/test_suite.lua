@@ -835,6 +835,25 @@ test.case("rows of another GPU are in no mean of the paper, and are said to be l
   test.equal(speedup(ours) > 4, true)
 end)
 
+test.case("what a repetition differs by is that of one version and one point", function()
+  local function row(version, model, us, more)
+    return { experiment = "e06_steps", status = "ok", origin = "measured", version = version,
+      definition = "d", time = "1", machine = "m", provenance = { gpu = { name = "NVIDIA H200" } },
+      key = { device = more or "cuda", model = model },
+      metrics = { b1_us = us, b1_roofline_us = us * us, read_gb_per_s = us, b16_us = 7 } }
+  end
+  local rows = { row("1", "A", 100), row("1", "A", 110), row("1", "B", 100), row("2", "B", 200),
+    row("1", "C", 1, "sim"), row("1", "C", 2, "sim") }
+  local ratios, n = report.repeated(report.data(rows, { version = "1" }), "e06")
+  test.equal(n, 1)
+  table.sort(ratios)
+  test.equal(#ratios, 2) -- of b16_us and b1_us: ceilings are none of ours
+  test.equal(ratios[1], 1.0)
+  test.near(ratios[2], 1.1, 1e-12)
+  rows[4].version = "1" -- the twin
+  test.equal(select(2, report.repeated(report.data(rows, { version = "1" }), "e06")), 2)
+end)
+
 test.case("report takes the newest row of the present version", function()
   local function row(version, time, x)
     return { experiment = "e03", status = "ok", time = time, version = version, key = { m = 1 },
