@@ -6,11 +6,11 @@ return {
   experiment = "e13_goodput",
   predicted = true,
   title = "Requests per second within limits of latency by precision (predicted)",
-  caption = "Requests of the sharegpt shape per second and H200, Poisson arrivals, of which 99 % "
-    .. "have the first token within 500 ms and the others within the limit of x each in the mean; "
-    .. "each format on that degree of tensor parallelism (1, 2 or 4) which gives most per GPU. "
-    .. "Scales differ between the models. Of the experts of Qwen3-30B-A3B, FP8 is of units that no "
-    .. "kernel here uses yet. Predicted.",
+  caption = "Requests of the sharegpt shape per second and H200, Poisson arrivals, so that of 2800 "
+    .. "99 % have the first token within 500 ms and the others within the limit of x each in the "
+    .. "mean; each format on that degree of tensor parallelism (1, 2 or 4) which gives most per "
+    .. "GPU. Scales differ between the models. Of the experts of Qwen3-30B-A3B, FP8 is of units "
+    .. "that no kernel here uses yet. Predicted.",
   build = function(data)
     local rows, panel = {}, 0
     for _, model in ipairs(goodput.models) do
