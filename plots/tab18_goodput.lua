@@ -9,10 +9,10 @@ return {
   title = "Requests per second within limits of latency",
   caption = "Predicted requests per second and H200, so that of 2800 99 % have the first token "
     .. "within 500 ms and each further one within the limit in the mean (sharegpt shape, Poisson "
-    .. "arrivals; rates 4.4 % apart were tried), with the tensor-parallel degree of 1, 2 and 4 that "
-    .. "gives most after \"@\". \"=\": as much as it sustains without limits; \"-\": no degree "
-    .. "keeps them at a 32nd of that. Of experts, FP8 is of units that no kernel here uses yet, and "
-    .. "W4A8KV8 of such as are used from twelve rows each on." .. accuracy.note,
+    .. "arrivals; rates 4.4 % apart were tried), with the tensor-parallel degree of 1, 2 and 4 "
+    .. "that gives most after \"@\". \"=\": as much as it sustains without limits; \"-\": no "
+    .. "degree keeps them at a 32nd of that. Of experts, FP8 is of units that no kernel here uses "
+    .. "yet, and W4A8KV8 of such as are used from twelve rows each on." .. accuracy.note,
   build = function(data)
     local columns, rows = { "model", "TPOT at most (ms)" }, {}
     for i, f in ipairs(goodput.formats) do columns[i + 2] = labels.format_title[f] or f end
