@@ -1043,8 +1043,9 @@ __device__ __forceinline__ void fill_table(const linear_args &p, const division 
 #pragma unroll
     for (int i = 0; i < kListed / 32; i++)
         listed[i] = p.x_row ? __ldcg(p.x_row + min(i * 32 + lane, p.m - 1)) : 0;
-    int32_t own = 0, sum, from = __ldcg(p.expert_start + e0);
-    row[e0] = from;
+    const int32_t first = __ldcg(p.expert_start + e0);
+    int32_t own = 0, sum, from = first;
+    if (lane == 0) row[0] = first; // of others' first experts the lane before writes it
 #pragma unroll 4
     for (int e = e0; e < e1; e++) {
         const int32_t to = __ldcg(p.expert_start + e + 1);
@@ -1060,10 +1061,13 @@ __device__ __forceinline__ void fill_table(const linear_args &p, const division 
     }
     if (lane == 31) table[p.count] = sum * d.tiles;
     sum -= own;
+    from = first;
 #pragma unroll 4
     for (int e = e0; e < e1; e++) {
+        const int32_t to = row[e + 1];
         table[e] = sum * d.tiles;
-        sum += (row[e + 1] - row[e] + NT - 1) / NT;
+        sum += (to - from + NT - 1) / NT;
+        from = to;
     }
     for (int i = 0; i < kListed / 32; i++) list[i * 32 + lane] = listed[i];
     __syncwarp();
