@@ -347,8 +347,11 @@ static const char *const spelling_of[DT_COUNT] = {
 
 static json_t *header_entry(const tensor_view *t, int64_t at) {
     json_t *shape = json_array();
-    for (int32_t i = 0; shape && i < t->n_dims; i++)
-        json_array_append_new(shape, json_integer(t->dim[i]));
+    for (int32_t i = 0; i < t->n_dims; i++)
+        if (json_array_append_new(shape, json_integer(t->dim[i])) != 0) {
+            json_decref(shape);
+            return NULL;
+        }
     return json_pack("{s:s, s:o, s:[I, I]}", "dtype", spelling_of[t->type], "shape", shape,
                      "data_offsets", (json_int_t)at, (json_int_t)(at + t->bytes));
 }

@@ -332,6 +332,12 @@ static void test_out_of_memory(void **state) {
         mem_fail_at(0);
         assert_true(n < 1000);
     }
+    safetensors *s;
+    assert_ok(safetensors_open(&s, in_dir("memory.safetensors")));
+    const tensor_view *t = safetensors_find(s, "a");
+    assert_non_null(t);
+    assert_int_equal(t->n_dims, 1);
+    safetensors_close(s);
     json_set_alloc_funcs(malloc, free);
 }
 
