@@ -81,7 +81,9 @@ static int64_t mem_seen, mem_fails_at;
 static bool mem_refused(void) {
     if (mem_fails_at == 0) return false;
     mem_seen++;
-    return --mem_fails_at == 0;
+    if (--mem_fails_at != 0) return false;
+    errno = ENOMEM; /* as malloc says it */
+    return true;
 }
 
 int64_t mem_fail_at(int64_t n) {
