@@ -248,16 +248,24 @@ uint64_t hash_u64(uint64_t value, uint64_t seed) {
 
 /* --- Files ------------------------------------------------------------------------------------ */
 
+/* A file that is not there is the fault of who named it, not of the disk. */
+static status open_to_read(int *fd, const char *path) {
+    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (*fd >= 0) return ST_OK;
+    return FAIL(errno == ENOENT || errno == ENOTDIR ? ST_NOTFOUND : ST_IO, "%s: %s", path,
+                strerror(errno));
+}
+
 status file_map_open(file_map *m, const char *path) {
     *m = (file_map){0};
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    int fd;
+    TRY(open_to_read(&fd, path));
     struct stat st;
     status result = ST_OK;
     if (fstat(fd, &st) != 0) {
         result = FAIL(ST_IO, "%s: %s", path, strerror(errno));
     } else if (!S_ISREG(st.st_mode)) {
-        result = FAIL(ST_IO, "%s: not a regular file", path);
+        result = FAIL(ST_FORMAT, "%s: not a regular file", path);
     } else if (st.st_size > 0) {
         void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p == MAP_FAILED) {
@@ -278,8 +286,8 @@ void file_map_close(file_map *m) {
 
 /* A pipe has no size: all that comes until its end. */
 static status read_pipe(char **data, size_t *size, const char *path) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    int fd;
+    TRY(open_to_read(&fd, path));
     text all = {0};
     char part[4096];
     ssize_t n;

@@ -7,7 +7,6 @@
 
 #include "json.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -275,8 +274,7 @@ static status read_single(safetensors *s, const char *path) {
 
 static status read_path(safetensors *s, const char *path) {
     struct stat st;
-    if (stat(path, &st) != 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
-    if (!S_ISDIR(st.st_mode)) return read_single(s, path);
+    if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) return read_single(s, path);
     char file[4096];
     if ((size_t)snprintf(file, sizeof file, "%s/model.safetensors.index.json", path) >= sizeof file)
         return FAIL(ST_IO, "%s: path too long", path);

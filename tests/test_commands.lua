@@ -1,5 +1,6 @@
 --- The commands as a user meets them: numbers out of range, help, standard output that ends.
 
+local amalgam = require("amalgam")
 local experiment = require("lib_experiment")
 local test = require("lib_test")
 
@@ -345,6 +346,41 @@ test.case("a full disk is said with its reason, a reader that has left is not", 
     local code, said = command("%s " .. words .. " | head -c 5 >/dev/null")
     test.equal(code, 0, words)
     test.equal(said, "", words)
+  end
+end)
+
+test.case("the exit status tells whose fault it is", function()
+  local cases = {
+    { 2, "eval --model workloads/tiny --text no/such", "no/such: No such file or directory" },
+    { 2, "eval --model workloads/tiny --text .", ".: not a regular file" },
+    { 2, "tokenize --model workloads/tiny --file README.md/x", "Not a directory" },
+    { 2, "inspect trace no/such", "no/such: No such file or directory" },
+    { 2, "generate --model no/such --prompt x", "no model 'no/such'" },
+    { 2, "generate --model workloads/tiny --prompt x --device tpu", 'no device named "tpu"' },
+    { 2, "run e10 --device tpu", "--device tpu: this build has " },
+    { 4, "generate --model workloads/tiny --prompt x --tp 2", "the cpu device has one rank" },
+    { 1, "bench serve --url http://127.0.0.1:1 --n 1", "connect" },
+  }
+  local without = true
+  for _, name in ipairs(amalgam.devices()) do without = without and name ~= "cuda" end
+  if without then
+    for _, words in ipairs({
+      "generate --model workloads/tiny --prompt x", "chat --model workloads/tiny",
+      "serve --model workloads/tiny --port 0", "eval --model workloads/tiny --text README.md",
+      "quantize --model workloads/tiny --method gptq --out build/none", "run e10 --results no/such",
+      "bench load --model workloads/tiny", "bench step --model workloads/tiny",
+      "inspect plan --model workloads/tiny",
+    }) do
+      cases[#cases + 1] = { 4, words .. " --device cuda", "make CUDA_ARCH=" }
+    end
+    for _, words in ipairs({ "bench linear", "bench attention", "bench ops", "tune" }) do
+      cases[#cases + 1] = { 4, words, "this build has no CUDA" }
+    end
+  end
+  for _, c in ipairs(cases) do
+    local code, said = command("%s " .. c[2] .. " </dev/null")
+    test.equal(code, c[1], c[2])
+    test.contains(said, c[3])
   end
 end)
 
