@@ -115,8 +115,8 @@ typedef struct {
     size_t size;
 } file_map;
 
-/* Map a regular file read-only. NOTFOUND, or IO, with the path and errno text; FORMAT for a directory
- * or a device. An empty file gives size 0. */
+/* Map a regular file read-only. NOTFOUND, or IO, with the path and errno text; FORMAT for a
+ * directory or a device. An empty file gives size 0. */
 status file_map_open(file_map *m, const char *path);
 void file_map_close(file_map *m); /* idempotent */
 

@@ -384,6 +384,39 @@ test.case("the exit status tells whose fault it is", function()
   end
 end)
 
+--- A limit of the file size stands for a disk that is full; in blocks of 512 bytes, or of 1024.
+test.case("what cannot be written in whole leaves what was there", function()
+  local words = "%s quantize --model workloads/tiny --out "
+  local function limited(blocks, line) return command(("ulimit -f %d; "):format(blocks) .. line) end
+  local dir = test.folder()
+  local code, said = limited(64, words .. dir)
+  test.equal(code, 1)
+  test.contains(said, "/model.safetensors: File too large")
+  test.equal(#amalgam.list(dir), 0)
+  code, said = limited(1, ("%%s corpus --bytes 30000 >%s/text"):format(dir))
+  test.equal(code, 1)
+  test.contains(said, "amalgam: standard output: ")
+  os.remove(dir .. "/text")
+
+  -- The weights are written, what comes after them is not: no checkpoint rather than a mixed one.
+  local copies = test.folder()
+  test.equal(command(words .. dir .. " --precision W8"), 0)
+  test.equal(command(("cp -r workloads/tiny %s && head -c 9000000 /dev/zero >>%s/tokenizer.json")
+    :format(copies, copies)), 0)
+  code, said = limited(8000, ("%%s quantize --model %s --out %s"):format(copies, dir))
+  test.equal(code, 1)
+  test.contains(said, "/tokenizer.json: File too large")
+  code, said = command("%s generate --prompt x --model " .. dir)
+  test.equal(code, 2, said)
+  test.contains(said, "no model")
+
+  -- The whole folder as it was where the weights themselves do not fit.
+  test.equal(command(words .. dir .. " --precision W8"), 0)
+  local before = select(2, command("cat " .. dir .. "/* | cksum"))
+  test.equal(limited(64, words .. dir), 1)
+  test.equal(select(2, command("cat " .. dir .. "/* | cksum")), before)
+end)
+
 test.case("a folder that cannot be written is refused before the work", function()
   local code, said = command("%s quantize --model workloads/tiny --out README.md")
   test.equal(code, 1)
