@@ -42,7 +42,9 @@ status fail_at(const char *file, int line, status st, const char *format, ...) {
     va_list args;
     va_start(args, format);
     char message[sizeof last_message]; /* an argument may be last_message itself */
-    vsnprintf(message, sizeof message, format, args);
+    size_t n = 0; /* memory that is short says what it was for: "config" alone would tell nobody */
+    if (st == ST_NOMEM) n = (size_t)snprintf(message, sizeof message, "%s: ", status_text(st));
+    vsnprintf(message + n, sizeof message - n, format, args);
     va_end(args);
     blank_controls(message);
     memcpy(last_message, message, sizeof last_message);

@@ -24,7 +24,8 @@ typedef enum {
 const char *status_text(status st);
 
 /* Record why (thread-local, one line, at most 511 bytes, control characters blanked) and where, and
- * return `st`: `return FAIL(ST_SHAPE, "k=%d is no multiple of 16", k);` */
+ * return `st`: `return FAIL(ST_SHAPE, "k=%d is no multiple of 16", k);`. NOMEM's reason is what the
+ * memory was for. */
 #define FAIL(st, ...) fail_at(__FILE__, __LINE__, (st), __VA_ARGS__)
 status fail_at(const char *file, int line, status st, const char *format, ...)
     __attribute__((format(printf, 4, 5)));

@@ -8,7 +8,7 @@
 /* Jansson calls most of what memory was short for an error of syntax: errno tells. */
 static status parse_error(const json_error_t *e, const char *where) {
     if (errno == ENOMEM || json_error_code(e) == json_error_out_of_memory)
-        return FAIL(ST_NOMEM, "%s: no memory to read it", where);
+        return FAIL(ST_NOMEM, "%s", where);
     return FAIL(ST_FORMAT, "%s:%d: %s", where, e->line, e->text);
 }
 
