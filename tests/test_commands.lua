@@ -176,7 +176,7 @@ test.case("text comes through a pipe as from a file", function()
   test.equal(code, 2)
   test.contains(said, "the prompt is empty")
   code, said = command("%s tokenize --model workloads/tiny --file /tmp")
-  test.equal(code, 1)
+  test.equal(code, 2)
   test.equal(said, "amalgam: /tmp: not a regular file\n")
 end)
 
@@ -358,6 +358,13 @@ test.case("the exit status tells whose fault it is", function()
     { 2, "generate --model no/such --prompt x", "no model 'no/such'" },
     { 2, "generate --model workloads/tiny --prompt x --device tpu", 'no device named "tpu"' },
     { 2, "run e10 --device tpu", "--device tpu: this build has " },
+    { 2, "generate --model workloads/tiny --prompt x --max-tokens many", "'many' is no integer" },
+    { 2, "generate --model workloads/tiny --prompt x --temperature=hot", "'hot' is no number" },
+    { 2, "models extra", "unexpected argument 'extra'" },
+    { 2, "models -- --json", "unexpected argument '--json'" },
+    { 2, "served", "unknown command 'served': the nearest is 'serve'" },
+    { 2, "lua no/such.lua", "cannot open no/such.lua" },
+    { 2, "serve --model workloads/tiny --host localhost", "'localhost' is no IP address" },
     { 4, "generate --model workloads/tiny --prompt x --tp 2", "the cpu device has one rank" },
     { 1, "bench serve --url http://127.0.0.1:1 --n 1", "connect" },
   }

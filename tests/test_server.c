@@ -1293,6 +1293,8 @@ static void what_is_wrong_is_said(void **state) {
         {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
         {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
         {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
+        {"{\"prompt\":\"a\",\"stop\":\"b\\u0000\"}", "U+0000", 400},
+        {"{\"prompt\":\"a\",\"stop_token_ids\":5}", "'stop_token_ids' is no list", 400},
         {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
         {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
         {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
@@ -1332,6 +1334,13 @@ static void what_is_wrong_is_said(void **state) {
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
                           400));
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":5}]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"chat_template_kwargs\":[],"
+                          "\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
+                          400));
+    json_decref(call_json(f->url, "/tokenize", "{\"prompt\":5}", 400));
     json_t *v = call_json(f->url, "/v1/chat/completions",
                           "{\"messages\":[{\"role\":\"assistant\",\"content\":null}]}", 400);
     assert_non_null(
@@ -2478,7 +2487,8 @@ static void *serve_strangely(void *user) {
         const int fd = accept(s->fd, NULL, NULL);
         assert_true(fd >= 0 && recv(fd, asked, sizeof asked, 0) > 0);
         static const char head[] = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
-        assert_true(send(fd, head, sizeof head - 1, 0) > 0);
+        if (strncmp(s->answer[i], "HTTP", 4) != 0)
+            assert_true(send(fd, head, sizeof head - 1, 0) > 0);
         assert_true(send(fd, s->answer[i], strlen(s->answer[i]), 0) > 0);
         shutdown(fd, SHUT_WR);
         while (recv(fd, asked, sizeof asked, 0) > 0) {
@@ -2527,6 +2537,59 @@ static const char *const dialects[] = {
     FULL("a", "", "null", "\r\n") ": ping - 2026-01-01\r\n\r\n" FULL("b", "", "\"length\"", "\r\n")
         FULL_USAGE("", "\r\n"),
 };
+
+/* What is no answer, and a part of what is said of it. */
+static const struct {
+    const char *answer, *failure;
+} mistakes[] = {
+    {"HTTP/1.1 503 Busy\r\nConnection: close\r\n\r\nlater", "HTTP 503: later"},
+    {"HTTP/1.1 200 OK\r\nContent-Length: 99\r\nConnection: close\r\n\r\n" EVENT("a", "null"),
+     "artial" /* curl's words */},
+    {"data: {\n\n", "an event that is no JSON"},
+    {EVENT("a", "null") "data: {\"error\":{\"message\":\"no pages\"}}\n\n", "no pages"},
+    {"data: {\"error\":{}}\n\n", "an error event"},
+    {EVENT("a", "null") EVENT(
+         "b", "\"length\"") "data: {\"choices\":[],\"usage\":{"
+                            "\"prompt_tokens\":4,\"completion_tokens\":3}}\n\ndata: [DONE]\n\n",
+     "usage tells of more tokens than were asked for"},
+    {"data: [DONE]\n\n", "a stream without a token"},
+    {" ", "a stream without a token"},
+};
+
+static void mistakes_of_strangers_are_named(void **state) {
+    (void)state;
+    for (int32_t i = 0; i < COUNT_OF(mistakes); i++) {
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        socklen_t size = sizeof at;
+        stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = &mistakes[i].answer, .n = 1};
+        pthread_t thread;
+        char url[64];
+        arena a;
+        workload_options wo;
+        workload w;
+        load_report r;
+        request_log log;
+        assert_int_equal(bind(s.fd, (struct sockaddr *)&at, size), 0);
+        assert_int_equal(listen(s.fd, 8), 0);
+        assert_int_equal(getsockname(s.fd, (struct sockaddr *)&at, &size), 0);
+        snprintf(url, sizeof url, "http://127.0.0.1:%d", ntohs(at.sin_port));
+        assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
+        assert_ok(arena_open(&a, 1 << 24));
+        assert_ok(workload_preset(&wo, "fixed"));
+        wo.n_requests = 1;
+        wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
+        wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
+        wo.vocab = 100;
+        assert_ok(workload_make(&w, &a, &wo));
+        assert_ok(load_run(&r, &a, &(load_options){.url = url, .model = "m"}, &w, &log));
+        assert_int_equal(r.n_failed, 1);
+        if (!strstr(r.failure, mistakes[i].failure)) fail_msg("case %d: '%s'", i, r.failure);
+        assert_int_equal(log.finish, FINISH_REFUSED);
+        pthread_join(thread, NULL);
+        close(s.fd);
+        arena_close(&a);
+    }
+}
 
 /* llama.cpp tells its vocabulary under a name of its own; a stream that ends before it is over is a
  * failure. */
@@ -2653,6 +2716,7 @@ int main(void) {
         cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
+        cmocka_unit_test(mistakes_of_strangers_are_named),
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
