@@ -1271,62 +1271,64 @@ static void the_default_length_fits_the_context(void **state) {
     text_free(&body);
 }
 
+static const struct {
+    const char *body, *says;
+    long http;
+} refused_bodies[] = {
+    {"{", "body:1", 400},
+    {"[]", "no JSON object", 400},
+    {"{}", "'prompt' is missing", 400},
+    {"{\"prompt\":\"\xff\"}", "body:1", 400},
+    {"{\"prompt\":3}", "prompt", 400},
+    {"{\"prompt\":[1,\"a\"]}", "item 1 is no integer", 400},
+    {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
+    {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
+    {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
+    {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
+    {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
+    {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
+    {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
+    {"{\"prompt\":\"a\",\"stop\":\"b\\u0000\"}", "U+0000", 400},
+    {"{\"prompt\":\"a\",\"stop_token_ids\":5}", "'stop_token_ids' is no list", 400},
+    {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
+    {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
+    {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
+    {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
+    {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
+    {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
+    {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
+    {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+    {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
+    {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
+    {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
+    {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
+    {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
+    {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
+    {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
+    {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
+    {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
+    {"{\"prompt\":[]}", "0 prompts", 400},
+};
+
 static void what_is_wrong_is_said(void **state) {
     const fixture *f = *state;
-    static const struct {
-        const char *body, *says;
-        long http;
-    } cases[] = {
-        {"{", "body:1", 400},
-        {"[]", "no JSON object", 400},
-        {"{}", "'prompt' is missing", 400},
-        {"{\"prompt\":\"\xff\"}", "body:1", 400},
-        {"{\"prompt\":3}", "prompt", 400},
-        {"{\"prompt\":[1,\"a\"]}", "item 1 is no integer", 400},
-        {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
-        {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
-        {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
-        {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
-        {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
-        {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
-        {"{\"prompt\":\"a\",\"stop\":\"b\\u0000\"}", "U+0000", 400},
-        {"{\"prompt\":\"a\",\"stop_token_ids\":5}", "'stop_token_ids' is no list", 400},
-        {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
-        {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
-        {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
-        {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
-        {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
-        {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
-        {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
-        {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
-        {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
-        {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
-        {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
-        {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
-        {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
-        {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
-        {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
-        {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
-        {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
-        {"{\"prompt\":[]}", "0 prompts", 400},
-    };
-    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
-        json_t *v = call_json(f->url, "/v1/completions", cases[i].body, cases[i].http);
+    for (int32_t i = 0; i < COUNT_OF(refused_bodies); i++) {
+        json_t *v =
+            call_json(f->url, "/v1/completions", refused_bodies[i].body, refused_bodies[i].http);
         const char *message = words(at(at(v, "error"), "message"));
-        if (!message || !strstr(message, cases[i].says))
-            fail_msg("%s: says '%s'", cases[i].body, message ? message : "");
-        assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
+        if (!message || !strstr(message, refused_bodies[i].says))
+            fail_msg("%s: says '%s'", refused_bodies[i].body, message ? message : "");
+        assert_int_equal(json_integer_value(at(at(v, "error"), "code")), refused_bodies[i].http);
         json_decref(v);
     }
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
@@ -1889,6 +1891,58 @@ static void a_stream_begins_when_all_of_it_is_taken(void **state) {
     assert_int_equal(w.j->choice[2].n_ready, 4);
     job_release(w.j);
     close_fixture(&f, 5);
+}
+
+enum { LATE = 400 };
+typedef struct {
+    service *service;
+    job *j[LATE];
+} late;
+
+static void *submit_all(void *user) {
+    const late *l = user;
+    for (int32_t i = 0; i < LATE; i++) service_submit(l->service, l->j[i]);
+    return NULL;
+}
+
+/* Requests come on connections that are still open: before, while and after the service ends. All
+ * of them are told, and none is waited for that came too late. */
+static void what_comes_while_it_ends_is_refused(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 4, NULL);
+    server_close(f.server, 0);
+    const api_model m = {
+        .model = "tiny", .tok = f.tok, .ctx_max = 16384, .vocab = 1005, .n_max = 1};
+    static const char body[] = "{\"prompt\":[5],\"max_tokens\":1}";
+    int32_t n_late = 0;
+    for (int32_t round = 0; round < 150; round++) {
+        late l;
+        pthread_t thread;
+        service_close(f.service);
+        assert_ok(service_open(&f.service, f.engine, f.tok, 5));
+        l.service = f.service;
+        for (int32_t i = 0; i < LATE; i++) {
+            api_request r;
+            assert_ok(api_parse(&r, &m, false, body, sizeof body - 1, 1));
+            assert_ok(job_new(&l.j[i], &r, f.tok, NULL, NULL));
+        }
+        assert_int_equal(pthread_create(&thread, NULL, submit_all, &l), 0);
+        nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+        service_drain(f.service, 0);
+        pthread_join(thread, NULL);
+        for (int32_t i = 0; i < LATE; i++) {
+            assert_true(l.j[i]->done);
+            n_late += l.j[i]->st == ST_INTERRUPTED;
+            job_release(l.j[i]);
+        }
+        assert_int_equal(service_alive(f.service), 0);
+    }
+    assert_true(n_late > 0);
+    service_close(f.service);
+    engine_close(f.engine);
+    chat_template_close(f.tpl);
+    tokenizer_close(f.tok);
 }
 
 static void the_key_is_wanted(void **state) {
@@ -2556,8 +2610,7 @@ static const struct {
     {" ", "a stream without a token"},
 };
 
-static void mistakes_of_strangers_are_named(void **state) {
-    (void)state;
+static void name_the_mistakes(void) {
     for (int32_t i = 0; i < COUNT_OF(mistakes); i++) {
         struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         socklen_t size = sizeof at;
@@ -2642,6 +2695,7 @@ static void strangers_are_read_carefully(void **state) {
     pthread_join(thread, NULL);
     close(s.fd);
     arena_close(&a);
+    name_the_mistakes();
 }
 
 /* Slashes at the end of a URL mean nothing; what cannot be one is refused before the first request.
@@ -2716,7 +2770,6 @@ int main(void) {
         cmocka_unit_test(waiting_for_a_step_is_counted),
         cmocka_unit_test(broken_senders_are_cut_off),
         cmocka_unit_test(the_load_generator_counts_right),
-        cmocka_unit_test(mistakes_of_strangers_are_named),
         cmocka_unit_test(strangers_are_read_carefully),
         cmocka_unit_test(commands_and_lua_measure_a_server),
         cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
@@ -2724,6 +2777,7 @@ int main(void) {
         cmocka_unit_test(ends_that_come_with_data_are_seen),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
+        cmocka_unit_test(what_comes_while_it_ends_is_refused),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),
