@@ -14,7 +14,7 @@ WARN    := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes \
 release := -O3 -g -fno-math-errno
 debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-tsan    := -O1 -g -fsanitize=thread -fno-omit-frame-pointer
+tsan    := -O2 -g -fsanitize=thread -fno-omit-frame-pointer
 $(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan tsan))
 
 PKGS     := lua5.4 jansson libpcre2-8 libutf8proc libmicrohttpd libcurl
