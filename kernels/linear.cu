@@ -185,10 +185,10 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
 
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
     const linear_table tables[] = {
-        linear_short_table(),         linear_mid_table(),    linear_words_table(),
-        linear_experts_table(),       linear_tall_table(),   linear_wide_table(),
-        linear_hopper_table(),        linear_ampere_table(), linear_words_tall_table(),
-        linear_experts_words_table(), linear_strips_table()};
+        linear_short_table(),      linear_short_32_table(),      linear_mid_table(),
+        linear_words_table(),      linear_experts_table(),       linear_tall_table(),
+        linear_wide_table(),       linear_hopper_table(),        linear_ampere_table(),
+        linear_words_tall_table(), linear_experts_words_table(), linear_strips_table()};
     for (const linear_table &t : tables)
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
@@ -375,12 +375,12 @@ extern "C" bool linear_rounds(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {linear_short_table(),         linear_mid_table(),
-                                   linear_words_table(),         linear_experts_table(),
-                                   linear_hopper_table(),        linear_tall_table(),
-                                   linear_wide_table(),          linear_words_tall_table(),
-                                   linear_experts_words_table(), linear_strips_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    const linear_table hopper[] = {
+        linear_short_table(),         linear_short_32_table(), linear_mid_table(),
+        linear_words_table(),         linear_experts_table(),  linear_hopper_table(),
+        linear_tall_table(),          linear_wide_table(),     linear_words_tall_table(),
+        linear_experts_words_table(), linear_strips_table()};
+    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     int n = 0;
     for (const linear_table &t : family == 80 ? ampere : hopper)
         for (int32_t i = 0; i < t.n && n < 63; i++) {

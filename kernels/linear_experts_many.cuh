@@ -11,61 +11,69 @@ struct expert_cut {
 };
 
 __device__ __forceinline__ int parts_of(const expert_cut &d, int rows) {
-    return (rows + d.rows - 1) / d.rows;
+    return rows <= d.rows ? (rows > 0 ? 1 : 0) : (rows + d.rows - 1) / d.rows;
 }
 
-// In shared memory: where an expert's rows begin, [count + 1]; the experts, those whose tiles have
-// the most rows first, so that CTAs end alike, [count]; where the tiles of these begin,
-// [count + 1], and until that is known the rows of an expert's tiles.
+// In shared memory, from a multiple of 16 bytes on: a key of each expert; where its rows begin,
+// [count + 1]; the experts, those whose tiles have the most rows first, so that CTAs end alike,
+// [count]; where the tiles of these begin, [count + 1].
+//
+// A key is, from the highest bit on, the rows of the expert's tiles, the number of experts behind
+// it, so that keys differ, and the parts that its rows are cut into.
 struct expert_table {
+    uint32_t *key;
     int32_t *row, *order, *start;
+    static constexpr int kPartBits = 14, kKeys = 16; // keys: a multiple of so many
     __device__ __forceinline__ expert_table(int32_t *at, int count)
-        : row(at), order(at + count + 1), start(at + 2 * count + 1) {}
-    __device__ __forceinline__ int tiles(const expert_cut &d, int e) const {
-        return parts_of(d, row[e + 1] - row[e]) * d.tiles;
-    }
+        : key(reinterpret_cast<uint32_t *>(at)), row(at + (count + kKeys - 1) / kKeys * kKeys),
+          order(row + count + 1), start(order + count) {}
 };
-__host__ __device__ constexpr int table_bytes(int count) { return (3 * count + 2) * 4; }
+__host__ __device__ constexpr int table_bytes(int count) {
+    return ((count + 15) / 16 * 16 + 3 * count + 2) * 4;
+}
 
 // By all threads of the CTA. The routing may have been written since it was last read from here.
 template <int kThreads>
 __device__ __forceinline__ void fill_table(const linear_args &p, const expert_cut &d,
                                            const expert_table &table) {
-    for (int i = threadIdx.x; i <= p.count; i += kThreads)
-        table.row[i] = __ldcg(p.expert_start + i);
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.count; e += kThreads) {
-        const int rows = table.row[e + 1] - table.row[e], parts = parts_of(d, rows);
-        table.start[e] = parts > 1 ? (rows + parts - 1) / parts : rows;
+    constexpr int kPartBits = expert_table::kPartBits, kRankBit = 21; // tiles along x below that
+    static_assert(LINEAR_EXPERTS_MAX <= 1 << (32 - kRankBit), "ranks");
+    const int keys = (p.count + expert_table::kKeys - 1) / expert_table::kKeys;
+    for (int e = threadIdx.x; e < keys * expert_table::kKeys; e += kThreads) {
+        uint32_t key = 0; // before none
+        if (e < p.count) {
+            const int32_t row = __ldcg(p.expert_start + e), end = __ldcg(p.expert_start + e + 1);
+            const int rows = end - row, parts = parts_of(d, rows);
+            const int each = parts > 1 ? (rows + parts - 1) / parts : rows;
+            key = ((uint32_t)each * LINEAR_EXPERTS_MAX + (uint32_t)(p.count - 1 - e)) << kPartBits |
+                  (uint32_t)parts;
+            table.row[e] = row;
+            if (e + 1 == p.count) table.row[p.count] = end;
+        }
+        table.key[e] = key;
     }
     __syncthreads();
-    for (int t = threadIdx.x; t < (p.count * 4 + 31) / 32 * 32; t += kThreads) { // four an expert
-        const int e = t / 4, rows = e < p.count ? table.start[e] : 0;
-        int rank = 0;
-#pragma unroll 8
-        for (int i = t % 4; i < p.count; i += 4) rank += table.start[i] + (i < e) > rows;
-        rank += __shfl_xor_sync(~0u, rank, 1);
-        rank += __shfl_xor_sync(~0u, rank, 2);
-        if (t % 4 == 0 && e < p.count) table.order[rank] = e;
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x, each = (p.count + 31) / 32;
-        const int i0 = min(lane * each, p.count), i1 = min(i0 + each, p.count);
-        int32_t own = 0, sum;
-        for (int i = i0; i < i1; i++) own += table.tiles(d, table.order[i]);
-        sum = own;
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int32_t before = __shfl_up_sync(~0u, sum, i);
-            if (lane >= i) sum += before;
+    // Four threads an expert count those before it, and their parts.
+    for (int t = threadIdx.x; t < (p.count * 4 + 31) / 32 * 32; t += kThreads) {
+        const int e = t / 4;
+        const uint32_t mine = e < p.count ? table.key[e] : ~0u;
+        uint32_t before = 0;
+        const auto count = [&](uint32_t key) {
+            if (key > mine) before += 1u << kRankBit | key & ((1u << kPartBits) - 1);
+        };
+#pragma unroll 4
+        for (int i = 0; i < keys; i++) {
+            const uint4 four = reinterpret_cast<const uint4 *>(table.key)[i * 4 + t % 4];
+            count(four.x), count(four.y), count(four.z), count(four.w);
         }
-        if (lane == 31) table.start[p.count] = sum;
-        sum -= own;
-        for (int i = i0; i < i1; i++) {
-            table.start[i] = sum;
-            sum += table.tiles(d, table.order[i]);
-        }
+        before += __shfl_xor_sync(~0u, before, 1);
+        before += __shfl_xor_sync(~0u, before, 2);
+        if (t % 4 != 0 || e >= p.count) continue;
+        const int rank = (int)(before >> kRankBit), at = (int)(before & ((1u << kRankBit) - 1));
+        table.order[rank] = e;
+        table.start[rank] = at * d.tiles;
+        if (rank + 1 == p.count)
+            table.start[p.count] = (at + (int)(mine & ((1u << kPartBits) - 1))) * d.tiles;
     }
     __syncthreads();
 }
@@ -81,8 +89,9 @@ __device__ __forceinline__ target locate(const linear_args &p, const expert_cut 
     i += __popc(__ballot_sync(~0u, lane < each && table.start[min(i + lane, p.count)] <= t)) - 1;
     const int e = table.order[i], row = table.row[e], rows = table.row[e + 1] - row;
     t -= table.start[i];
-    const int parts = parts_of(d, rows), n = t / parts;
-    const int each_part = ((rows + parts - 1) / parts + 7) / 8 * 8;
+    const int parts = parts_of(d, rows);
+    if (parts == 1) return {e, t * (p.paired ? kBlocks / 2 : kBlocks), row, row + rows};
+    const int n = t / parts, each_part = ((rows + parts - 1) / parts + 7) / 8 * 8;
     const int32_t m0 = row + (t - n * parts) * each_part;
     return {e, n * (p.paired ? kBlocks / 2 : kBlocks), m0, min(row + rows, m0 + each_part)};
 }

@@ -68,6 +68,7 @@ linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);
 linear_table linear_short_table(void);
+linear_table linear_short_32_table(void);
 linear_table linear_mid_table(void);
 linear_table linear_w4a8_table(void);       /* of linear_mid.cu: x as codes */
 linear_table linear_words_table(void);      /* of linear_codes.cu */

@@ -34,10 +34,17 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// The explicit lists: format, type, x rows (NT), scale granule (0: none). Of 32 rows where that is
-// faster than linear_mid.cu, with 8 bits for dense problems only.
+// The explicit lists: format, type, x rows (NT), scale granule (0: none). Those of 32 rows are
+// linear_short_32.cu's (SHORT_OF_32).
 #define SHORT_ROWS(X, F, T, G) X(F, T, 8, G) X(F, T, 16, G)
 #define SHORT_TYPES(X, F, G)   SHORT_ROWS(X, F, F16, G) SHORT_ROWS(X, F, BF16, G)
+#ifdef SHORT_OF_32
+#define SHORT_TABLE linear_short_32_table
+#else
+#define SHORT_TABLE linear_short_table
+#define SHORT_INSTANCES_32(X)
+#define SHORT_INSTANCES_32_DENSE(X)
+#endif
 #ifndef SHORT_INSTANCES
 #define SHORT_INSTANCES(X)                                                                         \
     SHORT_TYPES(X, INT4, 128)                                                                      \
@@ -49,17 +56,6 @@
     SHORT_TYPES(X, FP8, 0)                                                                         \
     SHORT_TYPES(X, FP8B, 128)                                                                      \
     SHORT_TYPES(X, 16, 0)
-#endif
-#ifndef SHORT_INSTANCES_32
-#define SHORT_INSTANCES_32(X)                                                                      \
-    X(INT4, F16, 32, 128)                                                                          \
-    X(INT4, BF16, 32, 128)                                                                         \
-    X(MXFP4, F16, 32, 32)                                                                          \
-    X(MXFP4, BF16, 32, 32)
-#endif
-#ifndef SHORT_INSTANCES_32_DENSE
-#define SHORT_INSTANCES_32_DENSE(X)                                                                \
-    X(INT8, F16, 32, 0) X(INT8, BF16, 32, 0) X(FP8, F16, 32, 0) X(FP8, BF16, 32, 0)
 #endif
 
 // For racecheck, which lets nobody past a cluster's barrier before all its threads wait there, and
@@ -107,8 +103,8 @@ __host__ __device__ constexpr bool by_x_sums(int f, int g, int rows, bool expert
 // Plain problems have kernels of their own: K is a multiple of a step, a tile has two CTAs or more,
 // W has no scales but its granules', and sums are what y is, of x's type, or gated by LINEAR_GATED.
 // Code that is jumped over costs time too: a step of Llama-3.1-8B in W4 2.3 % at batch 1.
-__host__ __device__ constexpr bool may_be_plain(int f, int rows) {
-    return f == WF_INT4 && rows <= 16;
+__host__ __device__ constexpr bool may_be_plain(int f, int rows, bool experts = false) {
+    return f == WF_INT4 && (rows <= 16 || experts);
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024). A
@@ -834,7 +830,7 @@ __device__ __forceinline__ output_place output_of(const linear_args &p, int32_t 
 
 // Chunk `local` of this CTA's of `tile`, number `count` of the CTA; `more`: there is another whose
 // sums come to lie where its do.
-template <typename T, int NT, bool kPlain = false>
+template <typename T, int NT, bool kPlain = false, bool kExperts = false>
 __device__ __forceinline__ void finish(const linear_args &p, const division &d, const barriers &bar,
                                        uint8_t *shared, int rank, const target &tile, int count,
                                        bool more, int local, sharing how) {
@@ -881,7 +877,7 @@ __device__ __forceinline__ void finish(const linear_args &p, const division &d, 
         } else {
             if (to.there)
                 linear_emit<T, false, kPlain>(p, m0, tile.m_end, to.col, c, c, to.o, to.o, stage);
-            if (!kPlain && to_other.there) // of experts, or of 32 rows
+            if ((!kPlain || kExperts) && to_other.there) // of experts, or of 32 rows
                 linear_emit<T, false, kPlain>(p, m0, tile.m_end, to_other.col, other, other,
                                               to_other.o, to_other.o, stage);
         }
@@ -907,14 +903,16 @@ __device__ __forceinline__ void init_sums(const barriers &bar, const division &d
     barrier_init_fence();
 }
 // Of ring g, by one thread. Arrivals that make a stage full, and empty; and its x.
+__device__ __forceinline__ void init_stage(const barriers &bar, int i, int g, int full, int empty,
+                                           int x) {
+    barrier_init(bar.of(g, kFull) + i * 8, full);
+    barrier_init(bar.of(g, kEmpty) + i * 8, empty);
+    barrier_init(bar.of(g, kX) + i * 8, x);
+    barrier_init(bar.of(g, kXSums) + i * 8, 32);
+}
 __device__ __forceinline__ void init_ring(const barriers &bar, const division &d, int g, int full,
                                           int empty, int x) {
-    for (int i = 0; i < max(d.w_stages, d.x_stages); i++) {
-        barrier_init(bar.of(g, kFull) + i * 8, full);
-        barrier_init(bar.of(g, kEmpty) + i * 8, empty);
-        barrier_init(bar.of(g, kX) + i * 8, x);
-        barrier_init(bar.of(g, kXSums) + i * 8, 32);
-    }
+    for (int i = 0; i < max(d.w_stages, d.x_stages); i++) init_stage(bar, i, g, full, empty, x);
     barrier_init_fence();
 }
 
@@ -1028,34 +1026,47 @@ __global__ void __maxnreg__((kRegisters<NT, G>))
 
 // --- Experts ------------------------------------------------------------------------------------
 
-// Where the tiles of each expert begin, then where its rows do, [count + 1] each in shared memory:
-// by all threads of the CTA. The routing may have been written since it was last read from here.
+// In shared memory: where the tiles of each expert begin, then where its rows do, [count + 1] each;
+// then which rows of x the first kListed rows are, where they are gathered: all that so few tokens
+// have, asked for with the rest.
+enum { kListed = 128 };
+__host__ __device__ constexpr int table_bytes(int count) { return (2 * (count + 1) + kListed) * 4; }
+
+// By a warp. The routing may have been written since it was last read from here.
 template <int NT>
 __device__ __forceinline__ void fill_table(const linear_args &p, const division &d,
                                            int32_t *table) {
-    int32_t *row = table + p.count + 1;
-    for (int i = threadIdx.x; i <= p.count; i += blockDim.x) row[i] = __ldcg(p.expert_start + i);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x, each = (p.count + 31) / 32;
-        const int e0 = min(lane * each, p.count), e1 = min(e0 + each, p.count);
-        const auto tiles = [&](int e) { return (row[e + 1] - row[e] + NT - 1) / NT * d.tiles; };
-        int32_t own = 0, sum;
-        for (int e = e0; e < e1; e++) own += tiles(e);
-        sum = own;
+    int32_t *row = table + p.count + 1, *list = row + p.count + 1;
+    const int lane = threadIdx.x % 32, each = (p.count + 31) / 32;
+    const int e0 = min(lane * each, p.count), e1 = min(e0 + each, p.count);
+    int32_t listed[kListed / 32];
 #pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int32_t before = __shfl_up_sync(~0u, sum, i);
-            if (lane >= i) sum += before;
-        }
-        if (lane == 31) table[p.count] = sum;
-        sum -= own;
-        for (int e = e0; e < e1; e++) {
-            table[e] = sum;
-            sum += tiles(e);
-        }
+    for (int i = 0; i < kListed / 32; i++)
+        listed[i] = p.x_row ? __ldcg(p.x_row + min(i * 32 + lane, p.m - 1)) : 0;
+    int32_t own = 0, sum, from = __ldcg(p.expert_start + e0);
+    row[e0] = from;
+#pragma unroll 4
+    for (int e = e0; e < e1; e++) {
+        const int32_t to = __ldcg(p.expert_start + e + 1);
+        row[e + 1] = to;
+        own += (to - from + NT - 1) / NT;
+        from = to;
     }
-    __syncthreads();
+    sum = own;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+        const int32_t before = __shfl_up_sync(~0u, sum, i);
+        if (lane >= i) sum += before;
+    }
+    if (lane == 31) table[p.count] = sum * d.tiles;
+    sum -= own;
+#pragma unroll 4
+    for (int e = e0; e < e1; e++) {
+        table[e] = sum * d.tiles;
+        sum += (row[e + 1] - row[e] + NT - 1) / NT;
+    }
+    for (int i = 0; i < kListed / 32; i++) list[i * 32 + lane] = listed[i];
+    __syncwarp();
 }
 
 // Tile t, by a warp: lane i looks at the experts from i * each on, then lane j at the j-th of them.
@@ -1097,18 +1108,18 @@ struct x_place {
 
 // What of `tiles` tiles a CTA takes, now t, -1 when there is none. The counter is zero before and
 // after each launch.
-struct taker {
+template <bool kAlone> struct taker {
     const linear_args &p;
     bool by_count;                       // not in turn
-    int tiles, ctas, chunk, chunks, all; // chunks: of several tiles; all: takes that find one
+    int tiles, ctas, chunk, chunks, all; // chunk: 1 or 2; chunks: of 2; all: takes that find one
     int t, end, taken;
     __device__ __forceinline__ taker(const linear_args &p, const division &d, const duty &own,
                                      int tiles)
-        : p(p), by_count(d.cluster == 1), tiles(tiles), ctas(d.clusters) {
+        : p(p), by_count(kAlone || d.cluster == 1), tiles(tiles), ctas(d.clusters) {
         chunk = tiles >= (d.chunk + 1) * ctas ? d.chunk : 1;
         t = own.tile0 * chunk;
         end = min(t + chunk, tiles);
-        chunks = max((tiles - ctas) / chunk - ctas, 0);
+        chunks = max(((tiles - ctas) >> (chunk - 1)) - ctas, 0);
         all = max(tiles - ctas * chunk - chunks * (chunk - 1), 0);
         if (!by_count) t = own.tile0;
         if (t >= tiles || own.steps == 0) t = -1;
@@ -1139,16 +1150,16 @@ __device__ __forceinline__ target take_told(const told_tiles &told, int count) {
     return tile;
 }
 
-template <int NT, int P>
+template <int NT, int P, bool kAlone>
 __device__ __forceinline__ target tile_of(const linear_args &p, const division &d, const duty &own,
                                           const int32_t *table, const told_tiles &told, int count) {
-    if (P > 2 || d.cluster == 1) return take_told(told, count);
+    if (kAlone || d.cluster == 1) return take_told(told, count);
     if (count >= own.tiles) return {};
     return locate<NT, P>(p, d, table, own.tile0 + count * d.clusters);
 }
 
 // Weights of a step of blocks [B0, B1) of a tile, by one thread.
-template <int F, int NT, int G, int P, int B0, int B1>
+template <int F, int NT, int G, int P, int B0, int B1, bool kPlain>
 __device__ __forceinline__ void load_blocks(const linear_args &p, const division &d,
                                             const target &tile, int step, uint32_t to,
                                             uint32_t there, uint64_t policy) {
@@ -1159,14 +1170,14 @@ __device__ __forceinline__ void load_blocks(const linear_args &p, const division
     barrier_arrive_expect(there, (B1 - B0) * (U * unit + N * p.granule_bytes));
 #pragma unroll
     for (int i = B0; i < B1; i++)
-        load_weights<F, U, G>(p, code, scale, max(block_of<P>(p, tile, i), 0), step,
-                              to + i * d.beside, there, policy);
+        load_weights<F, U, G, kPlain>(p, code, scale, max(block_of<P>(p, tile, i), 0), step,
+                                      to + i * d.beside, there, policy);
 }
 
 // A step of a tile's rows of x, by one warp, to where the copy engine would put them. Lane i knows
 // where row i begins in x, in pieces of 16 bytes. Rows that a tile has not are whatever lay there:
 // nobody looks at what they give.
-template <typename T, int F, int NT>
+template <typename T, int F, int NT, bool kPlain>
 __device__ __forceinline__ void load_rows(const linear_args &p, uint32_t row, int rows, int step,
                                           uint32_t to, uint32_t there) {
     constexpr int U = step_units(F, NT, true);
@@ -1182,35 +1193,38 @@ __device__ __forceinline__ void load_rows(const linear_args &p, uint32_t row, in
         for (int u = 0; u < U; u++)
             if (r0 + in < rows)
                 copy_some((r0 % 8 ? odd : even) + u * (NT * 128) + r0 / 8 * 1024, from + at + u * 8,
-                          k + u * 64 < p.k ? 16 : 0);
+                          kPlain || k + u * 64 < p.k ? 16 : 0);
     }
     barrier_arrive_copies(there);
 }
 
 // All steps, by one warp: weights of blocks [B0, B1) of a tile, with kRows rows of x; with kTakes
 // it takes the tiles.
-template <typename T, int F, int NT, int P, int G, int B0, int B1, bool kRows, bool kTakes>
+template <typename T, int F, int NT, int P, int G, int B0, int B1, bool kRows, bool kTakes,
+          bool kPlain, bool kAlone>
 __device__ __forceinline__ void load_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint32_t base, const duty &own,
                                              const int32_t *table, const told_tiles &told) {
     const int lane = threadIdx.x % 32;
-    const bool tells = kTakes && d.cluster == 1;
+    const bool tells = kTakes && (kAlone || d.cluster == 1);
     const uint64_t policy = policy_evict_first();
     const uint32_t full = bar.of(0, kFull), empty = bar.of(0, kEmpty);
     const auto weights = [&](const target &tile, int step, int stage) {
         if (B0 < B1)
-            load_blocks<F, NT, G, P, B0, B1>(p, d, tile, own.begin + step,
-                                             base + d.at_w + stage * d.slot, full + stage * 8,
-                                             policy);
+            load_blocks<F, NT, G, P, B0, B1, kPlain>(p, d, tile, own.begin + step,
+                                                     base + d.at_w + stage * d.slot,
+                                                     full + stage * 8, policy);
         else // keeps up with the others, for parities tell two rounds
             barrier_arrive(full + stage * 8);
     };
+    const int32_t *list = table + 2 * (p.count + 1);
     const auto row_of = [&](const target &tile) { // of x, by lane: where it begins
         if (!kRows || tile.m_end == 0) return 0u;
         const int32_t r = min(tile.m0 + lane, tile.m_end - 1);
-        return (uint32_t)((p.x_row ? __ldcg(p.x_row + r) : r) * (p.ldx / 8));
+        const int32_t of = !p.x_row ? r : P == 2 && r < kListed ? list[r] : __ldcg(p.x_row + r);
+        return (uint32_t)(of * (p.ldx / 8));
     };
-    taker take(p, d, own, table[p.count]);
+    taker<kAlone> take(p, d, own, table[p.count]);
     const auto taken = [&] { return take.t < 0 ? target{} : locate<NT, P>(p, d, table, take.t); };
     target next = taken();
     if (tells) told.tell(0, next);
@@ -1245,9 +1259,9 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
             }
             const int stage = d.x_again ? at.stage : x.first + step;
             if (fresh)
-                load_rows<T, F, NT>(p, row, tile.m_end - tile.m0, own.begin + step,
-                                    base + stage * (step_units(F, NT, true) * NT * 128),
-                                    bar.of(0, kX) + stage * 8);
+                load_rows<T, F, NT, kPlain>(p, row, tile.m_end - tile.m0, own.begin + step,
+                                            base + stage * (step_units(F, NT, true) * NT * 128),
+                                            bar.of(0, kX) + stage * 8);
         }
     }
 }
@@ -1255,7 +1269,7 @@ __device__ __forceinline__ void load_experts(const linear_args &p, const divisio
 // A warp that makes x visible to the tensor cores (those that multiply would wait for all else they
 // have under way), sums it, where that is wanted, and finishes all tiles but the last where a
 // cluster shares them.
-template <typename T, int F, int NT, int P, int G>
+template <typename T, int F, int NT, int P, int G, bool kPlain, bool kAlone>
 __device__ __forceinline__ void help_experts(const linear_args &p, const division &d,
                                              const barriers &bar, uint8_t *shared, const duty &own,
                                              const int32_t *table, const told_tiles &told) {
@@ -1264,17 +1278,17 @@ __device__ __forceinline__ void help_experts(const linear_args &p, const divisio
     place at;
     x_place x;
     for (int count = 0;; count++) {
-        const target tile = tile_of<NT, P>(p, d, own, table, told, count);
+        const target tile = tile_of<NT, P, kAlone>(p, d, own, table, told, count);
         if (tile.m_end == 0) break;
         const bool fresh = x.next(d, tile.m0);
         for (int step = 0; step <= own.steps; step++) {
             // Two steps in which those that multiply need no help.
-            if (P == 2 && step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
+            if (!kAlone && step == min(own.steps, 2) && count > 0 && d.cluster > 1) {
                 const target done =
                     locate<NT, P>(p, d, table, own.tile0 + (count - 1) * d.clusters);
                 for (int local = 0; local < 1 << chunks<NT>(d).per; local++)
-                    finish<T, NT>(p, d, bar, shared, own.rank, done, count - 1,
-                                  count + 1 < own.tiles, local, kWhole);
+                    finish<T, NT, kPlain, true>(p, d, bar, shared, own.rank, done, count - 1,
+                                                count + 1 < own.tiles, local, kWhole);
             }
             if (step == own.steps) continue;
             const int stage = d.x_again ? at.stage : x.first + step;
@@ -1297,7 +1311,7 @@ template <int NT> constexpr int kPlaceRows = NT < 16 ? NT : 16; // of x, finishe
 // Of gate and up the warp of the gate finishes outputs g and that of up g + 8; what the other needs
 // passes through one of two places in turn, PLACE rows at a time. rounds: how often it did. P:
 // blocks of a tile, of which this is `number`.
-template <typename T, int P, int PLACE, int R>
+template <typename T, int P, int PLACE, bool kPlain, int R>
 __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_args &p,
                                            const target &tile, int number, uint32_t places,
                                            int &rounds) {
@@ -1311,10 +1325,10 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int of = g + 8 * i;
-        if (p.channel)
+        if (!kPlain && p.channel)
             scale[i] = p.channel[((int64_t)tile.expert * p.blocks + block) * 64 + strip * 16 + of];
-        if (p.global_scale) scale[i] = p.global_scale[tile.expert];
-        if (p.bias)
+        if (!kPlain && p.global_scale) scale[i] = p.global_scale[tile.expert];
+        if (!kPlain && p.bias)
             bias[i] = to_f32(static_cast<const T *>(
                 p.bias)[(int64_t)tile.expert * p.n + upper * p.half_rows + in_half + of]);
     }
@@ -1322,8 +1336,9 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
     T *y = static_cast<T *>(p.y) + (tile.m0 + g) * p.ldy + col;
     const auto value = [&](int j, int e) {
         const float sum = acc[4 * j + e];
-        return fmaf(sum, scale[e / 2], bias[e / 2]);
+        return kPlain ? sum : fmaf(sum, scale[e / 2], bias[e / 2]);
     };
+    const int epilogue = kPlain ? LINEAR_GATED : p.epilogue;
     if (p.paired) {
         constexpr int J = PLACE / 8;
         const uint32_t mine = (warp * 32 + lane) * 8, other = ((warp ^ 2 * P) * 32 + lane) * 8;
@@ -1349,8 +1364,8 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
                              : "memory");
 #pragma unroll
                 for (int i = 0; i < 2; i++)
-                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), p.epilogue, p.limit)
-                                : linear_gate(value(j0 + j, i), w[i], p.epilogue, p.limit);
+                    v[i] = half ? linear_gate(w[i], value(j0 + j, 2 + i), epilogue, p.limit)
+                                : linear_gate(value(j0 + j, i), w[i], epilogue, p.limit);
                 const uint32_t out = turned(pack2<T>(v[0], v[1]));
                 if (row0 + g < rows) *reinterpret_cast<uint32_t *>(y) = out;
             }
@@ -1369,7 +1384,7 @@ __device__ __forceinline__ void finish_own(const float (&acc)[R], const linear_a
 }
 
 // What the warps that multiply do.
-template <typename T, int F, int NT, int P, int G>
+template <typename T, int F, int NT, int P, int G, bool kPlain, bool kAlone>
 __device__ __forceinline__ void
 multiply_experts(const linear_args &p, const division &d, const barriers &bar, uint8_t *shared,
                  const duty &own, const int32_t *table, const told_tiles &told) {
@@ -1377,11 +1392,11 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
     multiplier<T, F, NT, G, true> work = {p, d, bar, own};
     work.begin(base);
     wait_for_previous();
-    cluster_wait(); // all barriers of the cluster are there
+    if (!kAlone) cluster_wait(); // all barriers of the cluster are there
     x_place x;
     int rounds = 0;
     for (int count = 0;; count++) {
-        const target tile = tile_of<NT, P>(p, d, own, table, told, count);
+        const target tile = tile_of<NT, P, kAlone>(p, d, own, table, told, count);
         if (tile.m_end == 0) break;
         float acc[NT / 2] = {};
         const bool fresh = x.next(d, tile.m0);
@@ -1404,20 +1419,22 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
         }
 #pragma unroll
         for (int e = 0; e < NT / 2; e++) acc[e] *= work.mend(e);
-        if (P > 2 || d.cluster == 1) {
-            finish_own<T, P, kPlaceRows<NT>>(acc, p, tile, own.half, base + d.at_sums, rounds);
+        if (kAlone || d.cluster == 1) {
+            finish_own<T, P, kPlaceRows<NT>, kPlain>(acc, p, tile, own.half, base + d.at_sums,
+                                                     rounds);
             continue;
         }
-        if constexpr (P == 2) {
+        if constexpr (!kAlone) {
             if (count > 1) barrier_wait(bar.read + count % 2 * 8, count / 2 % 2 ^ 1);
-            send<NT>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
+            send<NT, kPlain>(acc, d, bar, base, count % 2, own.rank, own.half, d.halves);
         }
     }
-    if constexpr (P == 2)
+    if constexpr (!kAlone)
         if (own.tiles > 0 && d.cluster > 1)
-            finish<T, NT>(p, d, bar, shared, own.rank,
-                          locate<NT, P>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters),
-                          own.tiles - 1, false, threadIdx.x / 32, kWhole);
+            finish<T, NT, kPlain, true>(
+                p, d, bar, shared, own.rank,
+                locate<NT, P>(p, d, table, own.tile0 + (own.tiles - 1) * d.clusters), own.tiles - 1,
+                false, threadIdx.x / 32, kWhole);
 }
 
 // Tiles of P blocks (of gate and up half of them each), a warpgroup's each, with x for all. Up to
@@ -1425,7 +1442,10 @@ multiply_experts(const linear_args &p, const division &d, const barriers &bar, u
 // each. The routing that a kernel before the one before has written is read at once, and weights
 // asked for; for the next launch to do so, too, it may begin when this one's kernel before has
 // ended.
-template <typename T, int F, int NT, int P, int G>
+//
+// kPlain, as of dense problems: K is a multiple of a step, W has no scales but its granules', and
+// sums are what y is, or gated by LINEAR_GATED. kAlone: each CTA has its tiles for itself.
+template <typename T, int F, int NT, int P, int G, bool kPlain, bool kAlone>
 __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     linear_experts(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -1435,39 +1455,51 @@ __global__ void __launch_bounds__(kExpertsThreads<P>, P == 2 ? 2 : 1)
     const told_tiles told = {at + bars_bytes(1)};
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const barriers bar = {at, at + 16, at + 32};
-    if (threadIdx.x == 128 * P) {
-        told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
-        init_sums<NT, 1>(bar, d);
-        init_ring(bar, d, 0, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
+    if (warp == 4 * P) {
+        if (!p.routed) wait_for_previous();
+        fill_table<NT>(p, d, table);
+    } else if (warp == 4 * P + 1) {
+        static_assert(kStagesMost <= 32, "a lane a stage");
+        const int lane = threadIdx.x % 32;
+        if (lane == 0) {
+            told.init(P == 2 ? 4 * P + 1 : 4 * P + 3);
+            if (!kAlone) init_sums<NT, 1, kPlain>(bar, d);
+        }
+        if (lane < max(d.w_stages, d.x_stages))
+            init_stage(bar, lane, 0, P == 2 ? 1 : P / 2 + 1, 4 * P, 32);
+        barrier_init_fence();
     }
-    if (!p.routed) wait_for_previous();
-    fill_table<NT>(p, d, table);
-    cluster_arrive();
+    __syncthreads();
+    if (!kAlone) cluster_arrive();
     duty own(d, 0, false);
-    own.share(d, table[p.count]);
+    if (!kAlone) own.share(d, table[p.count]);
     if (P > 2 && warp >= 4 * P) registers_down<64>();
     if (warp == 4 * P + 1) {
         wait_for_previous();
         launch_dependents();
-        cluster_wait();
-        help_experts<T, F, NT, P, G>(p, d, bar, shared, own, table, told);
+        if (!kAlone) cluster_wait();
+        help_experts<T, F, NT, P, G, kPlain, kAlone>(p, d, bar, shared, own, table, told);
         return;
     }
     if (warp >= 4 * P) {
         if (P == 2)
-            load_experts<T, F, NT, P, G, 0, 2, true, true>(p, d, bar, base, own, table, told);
+            load_experts<T, F, NT, P, G, 0, 2, true, true, kPlain, kAlone>(p, d, bar, base, own,
+                                                                           table, told);
         else if (warp == 4 * P)
-            load_experts<T, F, NT, P, G, 0, 2, false, true>(p, d, bar, base, own, table, told);
+            load_experts<T, F, NT, P, G, 0, 2, false, true, kPlain, kAlone>(p, d, bar, base, own,
+                                                                            table, told);
         else if (warp == 4 * P + 2)
-            load_experts<T, F, NT, P, G, 2, 4, false, false>(p, d, bar, base, own, table, told);
+            load_experts<T, F, NT, P, G, 2, 4, false, false, kPlain, kAlone>(p, d, bar, base, own,
+                                                                             table, told);
         else
-            load_experts<T, F, NT, P, G, 0, 0, true, false>(p, d, bar, base, own, table, told);
-        cluster_wait();
+            load_experts<T, F, NT, P, G, 0, 0, true, false, kPlain, kAlone>(p, d, bar, base, own,
+                                                                            table, told);
+        if (!kAlone) cluster_wait();
         return;
     }
     if (P > 2) registers_up<104>();
     own.half = warp / 4;
-    multiply_experts<T, F, NT, P, G>(p, d, bar, shared, own, table, told);
+    multiply_experts<T, F, NT, P, G, kPlain, kAlone>(p, d, bar, shared, own, table, told);
 #endif
 }
 
@@ -1758,7 +1790,7 @@ template <typename T, int F, int NT, int P, int G> struct experts {
     static division divide(const linear_args *a, int c, int most, live how, int tiles) {
         constexpr int U = step_units(F, NT, true), unit = 512 * linear_code_bits(F),
                       x_stage = U * NT * 128;
-        const int x_sum = x_sums_bytes(F, G, NT, true), table = kToldBytes + (a->count + 1) * 8;
+        const int x_sum = x_sums_bytes(F, G, NT, true), table = kToldBytes + table_bytes(a->count);
         division d = {};
         d.cluster = c;
         d.cluster_log = c == 1 ? 0 : c == 2 ? 1 : 2;
@@ -1801,8 +1833,16 @@ template <typename T, int F, int NT, int P, int G> struct experts {
         return d;
     }
 
+    static bool plain(const linear_args *a) {
+        return may_be_plain(F, NT, true) && a->k % (64 * step_units(F, NT, true)) == 0 &&
+               !a->bias && !a->channel && !a->global_scale &&
+               (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
+    }
+
     static status launch(const linear_args *a, int32_t n_sms, int32_t, kernel_stream stream) {
-        const auto kernel = linear_experts<T, F, NT, P, G>;
+        constexpr bool kPlain = may_be_plain(F, NT, true);
+        constexpr bool kOnly = P > 2, kOne = kPlain || kOnly; // kOnly: there are no clusters
+        auto kernel = linear_experts<T, F, NT, P, G, false, kOnly>;
         static int most[2][3]; // clusters of 1, 2, 4 that the GPU holds at once, a CTA an SM; two
         cudaError_t e =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom);
@@ -1822,6 +1862,13 @@ template <typename T, int F, int NT, int P, int G> struct experts {
                 const division d = divide(a, c, most[two][i], two ? kTwo : kBeside, tiles);
                 if (!best.bytes || d.cost < best.cost) best = d;
             }
+        if (plain(a)) {
+            kernel = best.cluster > 1 ? linear_experts<T, F, NT, P, G, kPlain, kOnly>
+                                      : linear_experts<T, F, NT, P, G, kPlain, kOne>;
+            if (e == cudaSuccess)
+                e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         kRoom);
+        }
         if (e == cudaSuccess) {
             const launch_config l(dim3((unsigned)(best.clusters * best.cluster)),
                                   dim3(kExpertsThreads<P>), (size_t)best.bytes, stream, true,
@@ -1848,6 +1895,6 @@ const linear_variant rows[] = {SHORT_INSTANCES(ROWS) SHORT_INSTANCES_32(ROWS_32)
 
 } // namespace
 
-extern "C" linear_table linear_short_table(void) {
+extern "C" linear_table SHORT_TABLE(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
 }

@@ -218,7 +218,7 @@ static void gated_and_grouped(int32_t f, dtype type) {
                                            .y_type = type,
                                            .epilogue = kinds[e % 3],
                                            .kernel = kernels[e / 3],
-                                           .bias = true,
+                                           .bias = (e % 3 + gather) % 2 == 0,
                                            .gather = gather,
                                            .experts_used = m < 100 ? 3 : 0},
                             count > 1 ? "grouped" : "gated");
@@ -558,7 +558,10 @@ static int least(const char *only, const char *kernel) {
     static const struct {
         int32_t n, k, experts; /* experts: gated */
         int32_t n_ms;
-    } shapes[] = {{544, 2560, 1, 6}, {544, 640, 3, 6}, {33280, 256, 1, 3}}; /* many tiles: alone */
+    } shapes[] = {{544, 2560, 1, 6},
+                  {544, 640, 3, 6},
+                  {544, 512, 3, 6},    /* whole steps: plain */
+                  {33280, 256, 1, 3}}; /* many tiles: alone */
     static const int32_t ms[] = {1, 5, 14, 40, 70, 300};
     for (int32_t f = 0; f < N_FORMATS; f++)
         for (int32_t s = 0; s < (int32_t)COUNT_OF(shapes); s++) {
