@@ -153,7 +153,7 @@ EXPERIMENTS := $(notdir $(basename $(sort $(wildcard experiments/e[0-9]*.lua))))
 
 # A failed point does not keep the report from being made; it is the exit status all the same. Ctrl-C
 # does: PAPER.md and README.md stay as they were.
-reproduce: build ## run all experiments, then tables, plots and PAPER.md (about 10 minutes)
+reproduce: build ## run all experiments, then tables, plots and PAPER.md (about a quarter of an hour)
 	$(Q)$(O)/amalgam run $(EXPERIMENTS); status=$$?; [ $$status -ne 130 ] || exit 130; \
 	    $(O)/amalgam report && exit $$status
 

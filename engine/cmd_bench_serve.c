@@ -14,7 +14,7 @@ typedef struct {
         *label, *backend;
     int64_t n, concurrency, users, seed, vocab, prompt, output;
     double burstiness, timeout_s, temperature, speed;
-    bool json, natural_end, salted, trace_times;
+    bool json, natural_end, salted, trace_times, detailed;
     cli_texts goodput;
 } arguments;
 
@@ -78,7 +78,10 @@ static status read_limits(metric_limits *out, const cli_texts *said) {
     const struct {
         const char *name;
         double *limit_s;
-    } known[] = {{"ttft:", &out->ttft_s}, {"tpot:", &out->tpot_s}, {"e2e:", &out->e2e_s}};
+    } known[] = {{"ttft:", &out->ttft_s},
+                 {"tpot:", &out->tpot_s},
+                 {"e2e:", &out->e2e_s},
+                 {"e2el:", &out->e2e_s}}; /* as vLLM calls it */
     for (int32_t i = 0; i < said->n; i++) {
         double ms = 0;
         for (int32_t k = 0; k < COUNT_OF(known); k++) {
@@ -95,7 +98,8 @@ static status read_limits(metric_limits *out, const cli_texts *said) {
 }
 
 /* vLLM's flat object: identity first, then totals and statistics. */
-static status save(const arguments *a, const load_report *r, const workload *w, const metrics *m) {
+static status save(const arguments *a, const load_report *r, const workload *w,
+                   const request_log *log, const metrics *m) {
     char date[32];
     const time_t now = time(NULL);
     struct tm utc;
@@ -114,6 +118,7 @@ static status save(const arguments *a, const load_report *r, const workload *w, 
     (void)json_object_set_new(o, "max_concurrency",
                               a->concurrency > 0 ? json_integer(a->concurrency) : json_null());
     status st = metrics_json_vllm(m, o);
+    if (st == ST_OK && a->detailed) st = metrics_json_requests(log, w->n, o);
     (void)json_object_set_new(o, "rtfx", json_real(0.0)); /* audio models only */
     (void)json_object_set_new(o, "amalgam_lag_p99_ms", json_real(r->lag_p99_s * 1e3));
     (void)json_object_set_new(o, "amalgam_valid", json_boolean(r->valid));
@@ -199,7 +204,7 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
     else
         print_text(&r, &m);
     *good = r.n_failed == 0 && r.valid;
-    return a->result ? save(a, &r, &w, &m) : ST_OK;
+    return a->result ? save(a, &r, &w, log, &m) : ST_OK;
 }
 
 int cmd_bench_serve(int argc, char **argv) {
@@ -242,6 +247,8 @@ int cmd_bench_serve(int argc, char **argv) {
         {"--label", CLI_TEXT, &a.label, "TEXT", "in the result file"},
         {"--json", CLI_FLAG, &a.json, NULL, "one object"},
         {"--save-result", CLI_TEXT, &a.result, "FILE", "with the keys of vllm bench serve"},
+        {"--save-detailed", CLI_FLAG, &a.detailed, NULL,
+         "in that file also every request: lengths, instants, gaps between tokens"},
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n_args = 0;
@@ -249,6 +256,9 @@ int cmd_bench_serve(int argc, char **argv) {
     status st =
         cli_parse(argc - 1, argv + 1, "bench serve --url URL [options]", options, NULL, &n_args);
     if (st == ST_OK && !a.url) st = FAIL(ST_USAGE, "bench serve needs --url");
+    if (st == ST_OK && a.detailed && !a.result)
+        st =
+            FAIL(ST_USAGE, "--save-detailed adds to the file of --save-result, which is not given");
     const cli_range ranges[] = {{"--n", a.n, 1, 1 << 24},
                                 {"--concurrency", a.concurrency, 0, 1 << 20},
                                 {"--users", a.users, 0, 1 << 20},

@@ -26,6 +26,8 @@ typedef struct {
 
 static const command commands[] = {
     {"run", NULL, "lib_run", "run an experiment: run e01 [--quick] [--only KEY=VALUE]"},
+    {"rows", NULL, "lib_table",
+     "the stored rows of an experiment as a table: rows e03 --metric ttft"},
     {"report", NULL, "lib_report", "tables, plots and PAPER.md from stored results"},
     {"compare", NULL, "lib_compare", "two versions by their stored results: compare BASE HEAD"},
     {"generate", cmd_generate, NULL, "text from a prompt"},

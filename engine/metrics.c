@@ -118,15 +118,17 @@ static void count(metrics *m, const request_log *log, int64_t n, int64_t *first,
     }
 }
 
-static bool good(const request_log *r, const metric_limits *l) {
-    return (l->ttft_s <= 0 || ttft_of(r) <= l->ttft_s) &&
-           (l->tpot_s <= 0 || tpot_of(r) <= l->tpot_s) && (l->e2e_s <= 0 || e2e_of(r) <= l->e2e_s);
-}
+typedef double value_of(const request_log *);
 
-static double goodput(const request_log *log, int64_t n, const metric_limits *l, double duration) {
+static double goodput(const request_log *log, int64_t n, const metric_limits *l, value_of *ttft,
+                      value_of *e2e, double duration) {
     if (!l || (l->ttft_s <= 0 && l->tpot_s <= 0 && l->e2e_s <= 0)) return NAN;
     int64_t k = 0;
-    for (int64_t i = 0; i < n; i++) k += completed(&log[i]) && good(&log[i], l);
+    for (int64_t i = 0; i < n; i++) {
+        const request_log *r = &log[i];
+        k += completed(r) && (l->ttft_s <= 0 || ttft(r) <= l->ttft_s) &&
+             (l->tpot_s <= 0 || tpot_of(r) <= l->tpot_s) && (l->e2e_s <= 0 || e2e(r) <= l->e2e_s);
+    }
     return (double)k / duration;
 }
 
@@ -200,7 +202,9 @@ static void fill(metrics *m, const request_log *log, int64_t n, const metric_lim
     m->requests_per_s = (double)m->n_completed / duration;
     m->output_tokens_per_s = (double)m->output_tokens / duration;
     m->total_tokens_per_s = (double)(m->prompt_tokens + m->output_tokens) / duration;
-    m->goodput_per_s = goodput(log, n, limits, duration);
+    m->goodput_per_s = goodput(log, n, limits, ttft_of, e2e_of, duration);
+    m->goodput_dispatch_per_s =
+        goodput(log, n, limits, ttft_dispatch_of, e2e_dispatch_of, duration);
     m->mean_concurrency = m->e2e.mean * (double)m->n_completed / duration;
 }
 
@@ -303,7 +307,8 @@ static bool set_vllm(json_t *o, const char *name, const metric_summary *m) {
 }
 
 status metrics_json_vllm(const metrics *m, json_t *o) {
-    json_t *good_rate = isfinite(m->goodput_per_s) ? json_real(m->goodput_per_s) : json_null();
+    const double rate = m->goodput_dispatch_per_s;
+    json_t *good_rate = isfinite(rate) ? json_real(rate) : json_null();
     const bool done = set_real(o, "duration", m->duration_s) &&
                       set_count(o, "completed", m->n_completed) &&
                       set_count(o, "failed", m->n_refused + m->n_cancelled) &&
@@ -318,4 +323,44 @@ status metrics_json_vllm(const metrics *m, json_t *o) {
                       set_vllm(o, "itl", &m->itl) && set_vllm(o, "e2el", &m->e2e_dispatch);
     const bool last = json_object_set_new(o, "request_goodput", good_rate) == 0; /* takes it */
     return done && last ? ST_OK : FAIL(ST_NOMEM, "metrics as JSON");
+}
+
+/* Seconds between successive tokens. */
+static json_t *gaps_of(const request_log *r) {
+    json_t *gaps = json_array();
+    for (int32_t t = 1; gaps && completed(r) && r->token_ns && t < r->n_output; t++)
+        (void)json_array_append_new(gaps, json_real(S(r->token_ns[t] - r->token_ns[t - 1])));
+    return gaps;
+}
+
+status metrics_json_requests(const request_log *log, int64_t n, json_t *o) {
+    enum { IN, OUT, TTFT, ITL, LATENCY, START, ERROR, ARRIVAL, LISTS };
+    static const char *const name[LISTS] = {"input_lens", "output_lens",     "ttfts",
+                                            "itls",       "latencies",       "start_times",
+                                            "errors",     "amalgam_arrivals"};
+    json_t *list[LISTS];
+    bool done = true;
+    for (int32_t k = 0; k < LISTS; k++) {
+        list[k] = json_array();
+        done = json_object_set_new(o, name[k], list[k]) == 0 && done; /* takes it, NULL too */
+    }
+    for (int64_t i = 0; done && i < n; i++) {
+        const request_log *r = &log[i];
+        const bool whole = completed(r);
+        json_t *entry[LISTS] = {
+            [IN] = json_integer(r->n_prompt),
+            [OUT] = json_integer(whole ? r->n_output : 0),
+            [TTFT] = json_real(whole ? ttft_dispatch_of(r) : 0),
+            [ITL] = gaps_of(r),
+            [LATENCY] = json_real(whole ? e2e_dispatch_of(r) : 0),
+            [START] = json_real(S(r->dispatch_ns)),
+            [ERROR] = json_string(whole       ? ""
+                                  : r->reason ? r->reason
+                                              : finish_text(r->finish)),
+            [ARRIVAL] = json_real(S(r->arrival_ns)),
+        };
+        for (int32_t k = 0; k < LISTS; k++)
+            done = json_array_append_new(list[k], entry[k]) == 0 && done;
+    }
+    return done ? ST_OK : FAIL(ST_NOMEM, "requests as JSON");
 }

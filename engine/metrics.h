@@ -37,9 +37,9 @@ typedef struct {
     int64_t prompt_tokens, output_tokens, cached_tokens;
     double duration_s, requests_per_s, output_tokens_per_s, total_tokens_per_s;
     metric_summary ttft, ttft_dispatch, tpot, itl, e2e, e2e_dispatch, queue;
-    double
-        goodput_per_s; /* requests within all limits given, per second; NaN without limits. With one
-                             output token the tpot is 0 */
+    /* Requests within all limits given, per second; NaN without limits. With one output token the
+     * tpot is 0. The second counts ttft and e2e from the dispatch. */
+    double goodput_per_s, goodput_dispatch_per_s;
     double max_output_tokens_per_s;
     int64_t max_concurrency;
     double steady_output_tokens_per_s; /* between 10 % and 90 % of completions */
@@ -63,4 +63,9 @@ status metrics_json(const metrics *m, json_t *object);
 /* The same run under the exact keys of `vllm bench serve --save-result` (totals and statistics; who
  * and what ran is the caller's to add). Its clock starts at dispatch, and so do these. */
 status metrics_json_vllm(const metrics *m, json_t *object);
+/* What its --save-detailed adds, all of it but the texts: input_lens, output_lens, ttfts, itls,
+ * latencies, start_times, errors, each a list with an entry a request, in seconds from the run's
+ * begin or from dispatch; and amalgam_arrivals, when each was scheduled. A request that did not
+ * complete has 0 tokens, no gaps and its finish as the error. */
+status metrics_json_requests(const request_log *log, int64_t n, json_t *object);
 #endif

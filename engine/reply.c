@@ -253,6 +253,8 @@ static bool put_event(text *out, const reply_head *h, const job_choice *c, reply
     if (c->job->request.running_usage) {
         text_add(out, ",");
         put_counts(out, c->n_prompt, next > c->n_given ? next - c->n_given : 0, c->n_cached);
+    } else if (c->job->request.include_usage) {
+        text_add(out, ",\"usage\":null"); /* it comes in the last event */
     }
     text_add(out, "}\n\n");
     s->sent[c->index] = next;

@@ -23,16 +23,18 @@ BASE and HEAD are versions as results/ names its files (the beginning of a commi
   --all           print unchanged metrics too, all that changed (else, of a class and experiment,
                   the 20 that moved most) and every point that cannot be told
   --only NAME     only experiments whose name begins so, e.g. e05
+  --by KEY        the means of metrics at the end for each model, precision, ... apart
   --results DIR   where rows are kept (default: results)
   --effect SHARE  smallest change that counts for measured metrics (default 0.02)
 
 Classes: faster, slower (better, worse for accuracy), same, unstable (too noisy to tell), too few
-(repetitions to tell; `amalgam run NAME --again` adds them), not comparable. Exit status: 0 nothing
-slower, 1 something is, 2 usage.]]
+(repetitions to tell; `amalgam run NAME --again` adds them; of an experiment the 3 points to either
+side that moved most are named), not comparable (another definition, another origin, other
+hardware). Exit status: 0 nothing slower, 1 something is, 2 usage.]]
 
 local CONFIDENCE, DISCOVERY_RATE, WIDE = 0.95, 0.05, 0.10
 
-local OPTIONS = { json = "flag", all = "flag", results = "word", only = "word",
+local OPTIONS = { json = "flag", all = "flag", results = "word", only = "word", by = "word",
   effect = function(value, flag)
     local effect = tonumber(value)
     if not effect or effect < 0 or effect >= 1 then
@@ -142,13 +144,15 @@ local REPETITION = { repetition = true }
 local function grouped(rows)
   local groups, order = {}, {}
   for _, row in ipairs(rows) do
-    local where = row.origin == "measured" and row.machine or ""
+    local where = row.origin == "measured" and row.machine or nil
     local without = { repetition = true, checkpoint = row.status ~= "ok", tp = row.status ~= "ok" }
     without = row.status == "ok" and REPETITION or without
-    local id = table.concat({ row.experiment, where, library.key_text(row, without) }, " ")
+    local point = library.key_text(row, without)
+    local id = table.concat({ row.experiment, where or "", point }, " ")
     local group = groups[id]
     if not group then
-      group = { experiment = row.experiment, point = library.key_text(row, without), rows = {} }
+      group = { experiment = row.experiment, point = point, machine = where, key = row.key,
+        rows = {} }
       groups[id] = group
       order[#order + 1] = id
     end
@@ -188,6 +192,7 @@ end
 ---@class Verdict
 ---@field experiment string
 ---@field point string
+---@field key? table<string, any> of the point, beside a metric
 ---@field metric? string
 ---@field class string
 ---@field why? string
@@ -277,6 +282,25 @@ local function obstacle(b, h)
   return v
 end
 
+--- Why a point of one side is alone: the other side measured it on other hardware, or has it not.
+---@param group table
+---@param others table<string, table> groups of the other side
+---@param side_name string BASE or HEAD: the other side
+---@return string
+local function alone(group, others, side_name)
+  local machines = {}
+  for _, other in pairs(others) do
+    if group.machine and other.machine and other.experiment == group.experiment
+      and other.point == group.point then
+      machines[other.machine] = true
+    end
+  end
+  local names = experiment.sorted_keys(machines)
+  if #names == 0 then return "no such row in " .. side_name end
+  return ("other hardware: %s, and %s in %s"):format(group.machine, table.concat(names, ", "),
+    side_name)
+end
+
 --- Compare two sets of rows.
 ---@param base_rows Row[]
 ---@param head_rows Row[]
@@ -291,7 +315,7 @@ function M.compare(base_rows, head_rows, effect)
     local why = h and obstacle(b, h)
     if not h then
       verdicts[#verdicts + 1] = { experiment = b.experiment, point = b.point,
-        class = "not comparable", why = "no such row in HEAD" }
+        class = "not comparable", why = alone(b, head, "HEAD") }
     elseif why then
       verdicts[#verdicts + 1] = why
     else
@@ -303,7 +327,7 @@ function M.compare(base_rows, head_rows, effect)
             class = "not comparable", why = metric .. " is in "
             .. (#x > 0 and "BASE" or "HEAD") .. " alone" }
         elseif #x > 0 then
-          local v = { experiment = b.experiment, point = b.point, metric = metric,
+          local v = { experiment = b.experiment, point = b.point, key = b.key, metric = metric,
             n_base = #x, n_head = #y, origin = b.origin }
           if exact then judge_exact(v, x, y) else measure(v, x, y) end
           verdicts[#verdicts + 1] = v
@@ -316,9 +340,11 @@ function M.compare(base_rows, head_rows, effect)
     end
   end
   for _, id in ipairs(head_order) do
-    if not base[id] then
-      verdicts[#verdicts + 1] = { experiment = head[id].experiment, point = head[id].point,
-        class = "not comparable", why = "no such row in BASE" }
+    local h = head[id]
+    local why = not base[id] and alone(h, base, "BASE")
+    if why and not why:find("^other hardware") then -- which BASE's row has said
+      verdicts[#verdicts + 1] = { experiment = h.experiment, point = h.point,
+        class = "not comparable", why = why }
     end
   end
   local q = stats.benjamini_hochberg(p)
@@ -335,45 +361,83 @@ local function print_verdict(v)
     print(("%-14s  %s %s: %s"):format(v.class, v.experiment, v.point, v.why))
     return
   end
-  local noise = v.lo and ("  [%.3f, %.3f] q=%.3g n=%d/%d"):format(v.lo, v.hi, v.q or 1, v.n_base,
-    v.n_head) or ("  (%s, exact)"):format(v.origin or "measured")
+  local noise = ("  (%s, exact)"):format(v.origin or "measured")
+  if v.class == "too few" then -- an interval of so few says less than it seems to
+    noise = ("  n=%d/%d"):format(v.n_base, v.n_head)
+  elseif v.lo then
+    noise = ("  [%.3f, %.3f] q=%.3g n=%d/%d"):format(v.lo, v.hi, v.q or 1, v.n_base, v.n_head)
+  end
   print(("%-14s  %s %s: %s %.6g -> %.6g%s%s%s"):format(v.class, v.experiment, v.point, v.metric,
     v.base, v.head, v.ratio and (" x%.4f"):format(v.ratio) or "", noise,
     v.why and " " .. v.why or ""))
 end
 
---- What could not be told, a line for each experiment and reason: a changed definition is one fact,
---- not one of every point.
----@param verdicts Verdict[]
-local function print_folded(verdicts)
-  local folded, order = {}, {}
-  for _, v in ipairs(verdicts) do
-    local why = v.why or "no reason given"
-    local id = table.concat({ v.class, v.experiment, why }, "\t")
-    if not folded[id] then
-      folded[id] = { first = v, why = why, n = 0 }
-      order[#order + 1] = id
-    end
-    folded[id].n = folded[id].n + 1
-  end
-  for _, id in ipairs(order) do
-    local f = folded[id]
-    if f.n == 1 then
-      print_verdict(f.first)
-    else
-      print(("%-14s  %s: %s (%d %s; --all lists them)"):format(f.first.class, f.first.experiment,
-        f.why, f.n, f.first.metric and "metrics" or "points"))
-    end
-  end
-end
-
-local LISTED = 20
+local LISTED, NAMED = 20, 3
 
 --- How far a metric moved, in either direction. What has no ratio comes first.
 ---@param v Verdict
 ---@return number
 local function distance(v)
   return v.ratio and v.ratio > 0 and math.abs(math.log(v.ratio)) or math.huge
+end
+
+--- Those of `group` first that moved most, in place; equal ones in their order.
+---@param group { v: Verdict, nth: integer }[]
+local function most_first(group)
+  table.sort(group, function(x, y)
+    local dx, dy = distance(x.v), distance(y.v)
+    if dx == dy then return x.nth < y.nth end
+    return dx > dy
+  end)
+end
+
+--- Of metrics with too few repetitions, the points that moved most for the worse and the better,
+--- by `effect` at least: each by the metric of its that moved most. They are where to look.
+---@param group { v: Verdict, nth: integer }[]
+---@param effect number
+local function print_moved(group, effect)
+  most_first(group)
+  for _, way in ipairs({ BAD, GOOD }) do
+    local seen, n = {}, 0
+    for _, entry in ipairs(group) do
+      local v = entry.v
+      local moved = v.ratio and math.abs(v.ratio - 1) >= effect
+      if moved and n < NAMED and not seen[v.point] and word_for(v.metric, v.ratio - 1)
+        == way[library.is_quality(v.metric)] then
+        seen[v.point], n = true, n + 1
+        v.why = ("%s, if it is not chance"):format(word_for(v.metric, v.ratio - 1))
+        print_verdict(v)
+      end
+    end
+  end
+end
+
+--- What could not be told, a line for each experiment and reason: a changed definition is one fact,
+--- not one of every point.
+---@param verdicts Verdict[]
+---@param effect number
+local function print_folded(verdicts, effect)
+  local folded, order = {}, {}
+  for i, v in ipairs(verdicts) do
+    local why = v.why or "no reason given"
+    local id = table.concat({ v.class, v.experiment, why }, "\t")
+    if not folded[id] then
+      folded[id] = { why = why }
+      order[#order + 1] = id
+    end
+    table.insert(folded[id], { v = v, nth = i })
+  end
+  for _, id in ipairs(order) do
+    local f = folded[id]
+    local first = f[1].v
+    if #f == 1 then
+      print_verdict(first)
+    else
+      print(("%-14s  %s: %s (%d %s; --all lists them)"):format(first.class, first.experiment,
+        f.why, #f, first.metric and "metrics" or "points"))
+    end
+    if #f > 1 and first.class == "too few" then print_moved(f, effect) end
+  end
 end
 
 --- What changed: of a class and experiment with many, those that moved most and a line for the
@@ -391,13 +455,7 @@ local function print_changed(verdicts)
   end
   for _, id in ipairs(order) do
     local group = groups[id]
-    if #group > LISTED then
-      table.sort(group, function(x, y)
-        local dx, dy = distance(x.v), distance(y.v)
-        if dx == dy then return x.nth < y.nth end
-        return dx > dy
-      end)
-    end
+    if #group > LISTED then most_first(group) end
     for i = 1, math.min(#group, LISTED) do print_verdict(group[i].v) end
     if #group > LISTED then
       local v = group[LISTED + 1].v
@@ -412,29 +470,48 @@ local UNTOLD = { unstable = true, ["too few"] = true, ["not comparable"] = true 
 local CLASSES =
   { "faster", "slower", "better", "worse", "same", "unstable", "too few", "not comparable" }
 
---- One line of each metric that moved: how often, and the geometric mean of its ratios.
+--- One line of each metric that moved (and value of `by` in the key): how often, and the geometric
+--- mean of its ratios.
 ---@param verdicts Verdict[]
-local function print_summary(verdicts)
+---@param by? string
+local function print_summary(verdicts, by)
   local counts, ratios, broken = {}, {}, 0
   for _, v in ipairs(verdicts) do
     counts[v.class] = (counts[v.class] or 0) + 1
     if v.broken then broken = broken + 1 end
     if v.metric and v.ratio and v.ratio > 0 then
-      ratios[v.metric] = ratios[v.metric] or {}
-      table.insert(ratios[v.metric], v.ratio)
+      local of = by and ("  %-22s"):format(tostring(v.key[by])) or ""
+      local line = ("%-34s%s"):format(v.metric, of)
+      ratios[line] = ratios[line] or {}
+      table.insert(ratios[line], v.ratio)
     end
   end
   print("")
-  print("metric                              points   geometric mean of HEAD / BASE")
-  for _, metric in ipairs(experiment.sorted_keys(ratios)) do
-    local mean = stats.geomean(ratios[metric])
-    if mean ~= 1 then print(("%-34s  %6d   %.4f"):format(metric, #ratios[metric], mean)) end
+  print(("%-34s%s  points   geometric mean of HEAD / BASE"):format("metric",
+    by and ("  %-22s"):format(by) or ""))
+  for _, line in ipairs(experiment.sorted_keys(ratios)) do
+    local mean = stats.geomean(ratios[line])
+    if mean ~= 1 then print(("%s  %6d   %.4f"):format(line, #ratios[line], mean)) end
   end
   local words = {}
   for _, class in ipairs(CLASSES) do
     if counts[class] then words[#words + 1] = ("%d %s"):format(counts[class], class) end
   end
   print(table.concat(words, ", ") .. (broken > 0 and (", %d broken"):format(broken) or ""))
+end
+
+--- Refuse a --by that no compared row has.
+---@param verdicts Verdict[]
+---@param by string
+local function check_by(verdicts, by)
+  local names = {}
+  for _, v in ipairs(verdicts) do
+    for name in pairs(v.key or {}) do names[name] = true end
+  end
+  if not names[by] and next(names) then
+    experiment.refuse("compare: --by %s: no row has it (they have %s)", by,
+      table.concat(experiment.sorted_keys(names), ", "))
+  end
 end
 
 ---@param o table
@@ -444,8 +521,9 @@ local function run(o)
     experiment.refuse("compare: give BASE and HEAD (amalgam compare --help)")
   end
   local dir = o.results or amalgam.identity().root .. "/results"
-  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir),
-    o.effect or 0.02)
+  local effect = o.effect or 0.02
+  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), effect)
+  if o.by then check_by(verdicts, o.by) end
   local bad, counts, changed, untold = 0, {}, {}, {}
   for _, v in ipairs(verdicts) do
     if v.class == "slower" or v.class == "worse" or v.broken then bad = bad + 1 end
@@ -464,8 +542,8 @@ local function run(o)
     print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
   else
     print_changed(changed)
-    print_folded(untold)
-    print_summary(verdicts)
+    print_folded(untold, effect)
+    print_summary(verdicts, o.by)
   end
   return bad > 0 and 1 or 0
 end

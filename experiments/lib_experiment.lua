@@ -504,4 +504,21 @@ function M.describe(loaded, key)
   return table.concat(words, " ")
 end
 
+--- What makes a point of an experiment: its axes, and what is chosen on the command line. nil for
+--- one whose file is gone.
+---@return fun(experiment: string): table<string, boolean>|nil
+function M.parts_of_points()
+  local known = {}
+  return function(name)
+    if known[name] == nil then
+      local ok, loaded = pcall(M.load, name)
+      local parts = ok and { device = true, gpu = true }
+      for _, axis in ipairs(ok and loaded.spec.axes or {}) do parts[axis.name] = true end
+      if ok and loaded.spec.fixed and loaded.spec.fixed.tp then parts.tp = true end
+      known[name] = parts
+    end
+    return known[name] or nil
+  end
+end
+
 return M

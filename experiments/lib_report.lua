@@ -25,7 +25,9 @@ Exit status: 0 done, 1 a figure could not be drawn, 2 usage.]]
 ---@class Data rows of all experiments, with the questions that tables and figures ask
 ---@field identity table
 ---@field rows Row[] newest row of each point
+---@field all Row[] those that it was chosen from
 ---@field bucket table<string, Row[]> rows of an experiment, GPU and model, found once
+---@field others table<string, integer> rows that are left out, by the GPU they were measured on
 ---@field predicts table<string, boolean> experiments that have rows of other devices than cuda
 ---@field used? table<Row, boolean> those that the table or figure at work has taken
 local Data = {}
@@ -166,34 +168,84 @@ function Data.ordered(wanted, have)
   return out
 end
 
---- What makes a point of an experiment: its axes, and what is chosen on the command line. nil for
---- one whose file is gone.
----@return fun(experiment: string): table<string, boolean>|nil
-local function parts_of_points()
-  local known = {}
-  return function(name)
-    if known[name] == nil then
-      local ok, loaded = pcall(experiment.load, name)
-      local parts = ok and { device = true, gpu = true }
-      for _, axis in ipairs(ok and loaded.spec.axes or {}) do parts[axis.name] = true end
-      if ok and loaded.spec.fixed and loaded.spec.fixed.tp then parts.tp = true end
-      known[name] = parts
+--- The GPU that sections 10 to 12 of plots/paper.md, its captions and quoted lines are about.
+local PAPER_GPU = "NVIDIA H200"
+
+--- The name of the GPU that a row was measured on; nil when on none.
+---@param row Row
+---@return string|nil
+local function gpu_of(row)
+  local gpu = row.key.device == "cuda" and row.provenance and row.provenance.gpu
+  return gpu and gpu.name or nil
+end
+
+--- Rows that the paper may show. A mean over two GPUs would be of neither: of those measured on
+--- another one than PAPER_GPU none is taken.
+---@param rows Row[]
+---@return Row[]
+---@return table<string, integer> others how many rows of which other GPUs
+local function of_paper(rows)
+  local kept, others = {}, {}
+  for _, row in ipairs(rows) do
+    local gpu = gpu_of(row)
+    if gpu and gpu ~= PAPER_GPU then
+      others[gpu] = (others[gpu] or 0) + 1
+    else
+      kept[#kept + 1] = row
     end
-    return known[name] or nil
   end
+  return kept, others
 end
 
 ---@param rows Row[]
 ---@param identity table
 ---@return Data
 function M.data(rows, identity)
-  local newest = library.newest(rows, identity.version, parts_of_points())
+  local kept, others = of_paper(rows)
+  local newest = library.newest(kept, identity.version, experiment.parts_of_points())
   local predicts = {}
   for _, row in ipairs(newest) do
     if row.key.device ~= "cuda" then predicts[row.experiment] = true end
   end
-  local data = { rows = newest, bucket = {}, identity = identity, predicts = predicts }
+  local data = { rows = newest, all = kept, bucket = {}, identity = identity,
+    predicts = predicts, others = others }
   return setmetatable(data, Data)
+end
+
+--- Times on a GPU of points that one version ran twice and more: of each metric the largest value
+--- over the smallest.
+---@param data Data
+---@param name string beginning of the experiment
+---@return number[] ratios
+---@return integer n_points
+function M.repeated(data, name)
+  local groups, order = {}, {}
+  for _, row in ipairs(data.all) do
+    if gpu_of(row) and row.status == "ok" and row.experiment:sub(1, #name) == name then
+      local id = table.concat({ row.experiment, row.version, row.definition,
+        library.key_text(row) }, " ")
+      if not groups[id] then
+        groups[id] = {}
+        order[#order + 1] = id
+      end
+      table.insert(groups[id], row)
+    end
+  end
+  local ratios, n_points = {}, 0
+  for _, id in ipairs(order) do
+    local group = groups[id]
+    if #group > 1 then n_points = n_points + 1 end
+    for _, metric in ipairs(#group > 1 and experiment.sorted_keys(group[1].metrics) or {}) do
+      local least, most = math.huge, 0
+      for _, row in ipairs(group) do
+        local x = row.metrics[metric]
+        least, most = math.min(least, x or 0), math.max(most, x or 0)
+      end
+      local timed = metric:find("_us$") and library.direction(metric) ~= 0
+      if timed and least > 0 then ratios[#ratios + 1] = most / least end
+    end
+  end
+  return ratios, n_points
 end
 
 --- Largest share of the read bandwidth over the shapes of decode attention in e08, in percent.
@@ -521,6 +573,18 @@ local function machines(data)
     "compiler", "flags" }, rows)
 end
 
+--- One line for each GPU whose rows are left out; nothing when there is none.
+---@param data Data
+---@return string[]
+local function left_out(data)
+  local lines = {}
+  for _, gpu in ipairs(experiment.sorted_keys(data.others)) do
+    lines[#lines + 1] = ("not shown: %d rows measured on %s (the text is about an %s; "
+      .. "`amalgam rows` shows them)"):format(data.others[gpu], gpu, PAPER_GPU:match("%S+$"))
+  end
+  return lines
+end
+
 --- What the template may use.
 ---@param data Data
 ---@param blocks table<string, string>
@@ -573,6 +637,14 @@ local function template_environment(data, blocks)
     local x = M.linear_speedup(data, precision, dtype, m)
     return x and ("%.2f"):format(x) or "*(no row)*"
   end
+  --- What points differ by that one version ran more than once; nothing when there are none.
+  function env.repeated(name)
+    local ratios, n = M.repeated(data, name)
+    if #ratios == 0 then return "" end
+    return ("%d points that one version ran twice differ by %.1f %% in the median of their times "
+      .. "and by %.1f %% at most."):format(n, 100 * (stats.median(ratios) - 1),
+      100 * (math.max(table.unpack(ratios)) - 1))
+  end
   --- A quoted speed-up over cuBLAS of another system's linear layers (plots/peers.lua).
   function env.peer(line, m)
     local peers = require("peers")
@@ -587,6 +659,16 @@ local function template_environment(data, blocks)
     local x = require("lengths").even(data, first, second, batch)
     return x and M.number(x) or "never"
   end
+  --- Requests per second and GPU within limits of latency (plots/goodput.lua).
+  function env.goodput(model, precision, tpot_ms)
+    local row = require("goodput").best(data, model, precision, tpot_ms)
+    return row and ("%.1f"):format(row.metrics.rate_within_limits_per_s_per_gpu) or "*(no row)*"
+  end
+  --- KL divergence of one row in millionths of a nat.
+  function env.micronats(name, filter)
+    local x = data:value(name, filter, "kl_nats")
+    return x and M.number(x * 1e6) or "*(no row)*"
+  end
   function env.decode_share(kv)
     local x = M.decode_share(data, kv)
     return x and ("%.0f"):format(x) or "*(no row)*"
@@ -595,6 +677,10 @@ local function template_environment(data, blocks)
   function env.many(name, part) return tostring(#data:distinct(name, part)) end
   function env.sources() return sources(data) end
   function env.machines() return machines(data) end
+  function env.left_out()
+    local lines = left_out(data)
+    return #lines > 0 and "- " .. table.concat(lines, "\n- ") .. "\n\n" or ""
+  end
   env.version = data.identity.version
   return env
 end
@@ -657,6 +743,7 @@ local function run(o)
   local data = M.data(rows, identity)
   print(("report: %d points from %d rows in %s"):format(#data.rows, #rows, dir))
   for _, file in ipairs(broken) do print(("  left out, cannot be read: %s"):format(file)) end
+  for _, line in ipairs(left_out(data)) do print("  " .. line) end
   local blocks, n_bad = figures(data, root .. "/plots", out, o)
   for name, block in pairs(tables(data, root .. "/plots", out)) do blocks[name] = block end
   remove_others(out, blocks)

@@ -116,18 +116,22 @@ function M.newest(rows, version, parts)
   return out
 end
 
+--- What a row says beside its results: the load generator's lag, the load, and what the hardware
+--- can do (ceilings, and times at them).
+local FACTS = { lag_p99_ms = true, rate_per_s = true, reference_requests_per_s = true,
+  matrix_tflops = true, read_gb_per_s = true, read_gbs = true }
+
 --- Whether less of a metric is better (-1), more (1) or neither (0), by its name.
 ---@param name string
 ---@return integer
 function M.direction(name)
-  if name == "lag_p99_ms" then return 0 end -- of the load generator, not of the engine
+  if FACTS[name] or name:find("_roofline_us$") or name:find("_serial_us$") then return 0 end
   if name:find("accuracy$") or name:find("per_s$") or name:find("per_s_per_gpu$")
     or name:find("speedup$") or name:find("_gbs$") or name:find("tflops$")
-    or name == "kv_tokens" or name == "batch_limit" then
-    if name == "rate_per_s" or name == "reference_requests_per_s" then return 0 end
+    or name:find("agreement$") or name == "kv_tokens" or name == "batch_limit" then
     return 1
   end
-  if name:find("perplexity$") or name:find("^nll") or name == "rel_err" or name:find("_ms$")
+  if name:find("perplexity$") or name:find("_nats$") or name == "rel_err" or name:find("_ms$")
     or name:find("_us$")
     or name:find("_ns$") or name:find("_s$") then
     return -1
@@ -140,7 +144,7 @@ end
 ---@return boolean
 function M.is_quality(name)
   return name:find("accuracy$") ~= nil or name:find("perplexity$") ~= nil
-    or name:find("^nll") ~= nil or name == "rel_err"
+    or name:find("_nats$") ~= nil or name:find("agreement$") ~= nil or name == "rel_err"
 end
 
 return M

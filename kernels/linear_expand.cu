@@ -42,6 +42,19 @@ __device__ __forceinline__ void unpack(float (&scale)[2], const dequant_packed &
     }
 }
 
+// Word i of lane t of four lanes becomes word t of lane i.
+__device__ __forceinline__ void transpose(uint32_t (&word)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t &low = word[i * (3 - bit)], &high = word[i * (3 - bit) + bit];
+            const bool upper = lane & bit;
+            const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+            (upper ? low : high) = got;
+        }
+}
+
 // A thread a lane of a strip and unit. Codes are exact in T; the product with the scale, in f32,
 // is rounded to T once.
 template <typename T, int F> __global__ void expand(const expand_args a) {
@@ -93,12 +106,12 @@ template <typename T, int F> __global__ void expand(const expand_args a) {
                 *reinterpret_cast<const uint4 *>(out);
             continue;
         }
-        uint8_t *unit = to + ((int64_t)b * a.wide.units + u) * a.wide.unit_bytes;
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            *reinterpret_cast<P *>(
-                unit + linear_chunk_at(strip * 16 + linear_atom_row(lane, 2 * e), 2 * j + e / 2) +
-                lane % 4 * 4) = out[e];
+        transpose(reinterpret_cast<uint32_t(&)[4]>(out), lane);
+        const int e = lane % 4;
+        *reinterpret_cast<uint4 *>(
+            to + ((int64_t)b * a.wide.units + u) * a.wide.unit_bytes +
+            linear_chunk_at(strip * 16 + linear_atom_row(lane, 2 * e), 2 * j + e / 2)) =
+            *reinterpret_cast<const uint4 *>(out);
     }
 }
 

@@ -18,6 +18,8 @@ set datafile columnheaders
 set key top left Left reverse samplen 2 spacing 1.1 noenhanced
 set border 3 lw 0.8
 set tics nomirror out scale 0.6
+# The default, "% h", has a blank in the place of a sign, and labels stand beside their tics.
+set format "%h"
 set grid ytics lc rgb "#d0d0d0" lw 0.5
 set style fill solid 0.9 noborder
 set style histogram clustered gap 1

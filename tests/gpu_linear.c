@@ -388,6 +388,42 @@ static void rounds(int32_t f, dtype type) {
     }
 }
 
+/* Problems that linear_mid has kernels of their own for, and the same with a bias: tiles cut into
+ * four alike parts, the last lacking blocks; tiles that CTAs share otherwise; rounds of them. */
+static void mid_plain(int32_t f, dtype type) {
+    static const struct {
+        int32_t n, k;
+        bool gated;
+        const char *few, *many; /* kernels of 19 rows; of 41 and 64 */
+    } of[] = {
+        {4032, 2048, false, "mid_32x2x2", "mid_64x2x2"},
+        {6080, 1024, false, "mid_32x2", "mid_64x3"},
+        {8064, 1024, false, "mid_32x4", "mid_64x4"},
+        {4096, 640, false, "mid_32x4", "mid_64x2"},
+        {4096, 640, true, "mid_32x2", "mid_64x2"},
+        {6144, 896, true, "mid_32x2x2", "mid_64x2x2"},
+        {57344, 1152, false, "mid_32x4", "mid_64x4"},
+        {28672, 1152, true, "mid_32x4", "mid_64x4"},
+    };
+    if (formats[f].format != WF_INT4 || formats[f].group != 128 || formats[f].act != AF_16) return;
+    for (int32_t i = 0; i < (int32_t)COUNT_OF(of); i++) {
+        linear_weight w = weight_of(f, type, of[i].n, of[i].k, 1);
+        w.gated = of[i].gated;
+        linear_probe *p = opened(&w, 45);
+        if (!p) return;
+        for (int32_t m = 19; m <= 64; m += m == 19 ? 22 : 23) /* 19, 41, 64 */
+            for (int32_t bias = 0; bias < 2; bias++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = w.gated ? LINEAR_GATED : LINEAR_STORE,
+                                   .kernel = m <= 32 ? of[i].few : of[i].many,
+                                   .bias = bias},
+                    "mid plain");
+        linear_probe_close(p);
+    }
+}
+
 /* With 8-bit activations: the bits of the same kernel with 16, given the values of x's codes. */
 static void rounded_before(const linear_weight *w, linear_probe *p, linear_trial t) {
     linear_weight w16 = *w;
@@ -495,6 +531,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     lines(f, type);
     whole_tiles(f, type);
     rounds(f, type);
+    mid_plain(f, type);
     one_row(f, type);
     if (type == DT_BF16 && formats[f].act == AF_16) not_a_number(f);
 }

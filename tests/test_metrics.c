@@ -251,6 +251,64 @@ static void json_has_units_and_vllm_its_own_names(void **state) {
     json_decref(v);
 }
 
+/* By dispatch 9, 25 and 28 ms to the first token and 39, 25 and 78 to the last; by arrival 10, 25
+ * and 30, 40, 25 and 80. */
+static void vllm_counts_good_requests_from_dispatch(void **state) {
+    (void)state;
+    request_log log[6];
+    six(log);
+    const struct {
+        metric_limits limits;
+        double arrival, dispatch;
+    } rows[] = {{{.ttft_s = 0.0095}, 0, 10},
+                {{.ttft_s = 0.029}, 20, 30},
+                {{.e2e_s = 0.0395}, 10, 20},
+                {{.ttft_s = 0.029, .e2e_s = 0.079, .tpot_s = 0.016}, 20, 20}};
+    for (int32_t i = 0; i < COUNT_OF(rows); i++) {
+        metrics m;
+        assert_ok(metrics_compute(&m, log, 6, &rows[i].limits));
+        assert_close(m.goodput_per_s, rows[i].arrival, 1e-9);
+        assert_close(m.goodput_dispatch_per_s, rows[i].dispatch, 1e-9);
+        json_t *v = json_object();
+        assert_ok(metrics_json_vllm(&m, v));
+        assert_close(number(v, "request_goodput"), rows[i].dispatch, 1e-9);
+        json_decref(v);
+    }
+}
+
+static double entry(const json_t *o, const char *key, size_t i) {
+    return json_number_value(json_array_get(json_object_get(o, key), i));
+}
+
+static void requests_are_listed_as_they_were(void **state) {
+    (void)state;
+    request_log log[6];
+    six(log);
+    json_t *v = json_object();
+    assert_ok(metrics_json_requests(log, 6, v));
+    const struct {
+        const char *key;
+        double want[4]; /* of requests 0 to 3 */
+    } rows[] = {{"input_lens", {100, 50, 10, 0}},       {"output_lens", {3, 1, 4, 0}},
+                {"ttfts", {0.009, 0.025, 0.028, 0}},    {"latencies", {0.039, 0.025, 0.078, 0}},
+                {"start_times", {0.001, 0.005, 0.022}}, {"amalgam_arrivals", {0, 0.005, 0.020}}};
+    for (int32_t i = 0; i < COUNT_OF(rows); i++) {
+        assert_int_equal(json_array_size(json_object_get(v, rows[i].key)), 6);
+        for (size_t k = 0; k < 4; k++)
+            assert_close(entry(v, rows[i].key, k), rows[i].want[k], 1e-12);
+    }
+    const json_t *gaps = json_object_get(v, "itls");
+    const size_t n_gaps[6] = {2, 0, 3, 0, 0, 0};
+    for (size_t k = 0; k < 6; k++)
+        assert_int_equal(json_array_size(json_array_get(gaps, k)), n_gaps[k]);
+    assert_close(json_number_value(json_array_get(json_array_get(gaps, 2), 2)), 0.030, 1e-12);
+    const json_t *errors = json_object_get(v, "errors");
+    assert_string_equal(json_string_value(json_array_get(errors, 2)), "");
+    assert_string_equal(json_string_value(json_array_get(errors, 3)), "refused");
+    assert_string_equal(json_string_value(json_array_get(errors, 4)), "cancel");
+    json_decref(v);
+}
+
 static void every_allocation_may_fail(void **state) {
     (void)state;
     request_log log[6];
@@ -276,6 +334,8 @@ int main(void) {
         cmocka_unit_test(an_empty_run_has_no_latencies),
         cmocka_unit_test(percentiles_are_those_of_a_sorted_array),
         cmocka_unit_test(json_has_units_and_vllm_its_own_names),
+        cmocka_unit_test(vllm_counts_good_requests_from_dispatch),
+        cmocka_unit_test(requests_are_listed_as_they_were),
         cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

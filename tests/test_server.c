@@ -1148,6 +1148,13 @@ static void a_prompt_alone_is_scored(void **state) {
                           400));
 }
 
+static int32_t count(const char *in, const char *what) {
+    int32_t n = 0;
+    for (const char *at = in; (at = strstr(at, what)); at += strlen(what)) n++;
+    return n;
+}
+
+/* Where usage is asked for, all events but the last have it as null. */
 static void chat_streams_what_it_says_whole(void **state) {
     const fixture *f = *state;
     static const char ask[] =
@@ -1172,7 +1179,19 @@ static void chat_streams_what_it_says_whole(void **state) {
     assert_int_equal(h.n_events, 20);
     assert_int_equal(h.usage, 20);
     assert_true(h.done);
+    assert_int_equal(count(stream.data, "\"usage\":null"), 20);
     hear_free(&h);
+    text_clear(&stream);
+    static const char plain[] = "{\"prompt\":\"hi\",\"max_tokens\":4,\"stream\":true,%s"
+                                "\"ignore_eos\":true}";
+    snprintf(body, sizeof body, plain, "");
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    assert_int_equal(count(stream.data, "\"usage\""), 0);
+    text_clear(&stream);
+    snprintf(body, sizeof body, plain, "\"stream_options\":{\"include_usage\":true},");
+    assert_int_equal(call(f->url, "/v1/completions", body, &stream), 200);
+    assert_int_equal(count(stream.data, "\"usage\":null"), 4);
+    assert_int_equal(count(stream.data, "\"usage\""), 5);
     text_free(&stream);
     json_decref(v);
 }
@@ -2301,11 +2320,15 @@ static void check_result_keys(const char *path) {
         if (!at(result, keys[i])) fail_msg("the result has no '%s'", keys[i]);
     for (int32_t i = 0; i < COUNT_OF(vllm_keys); i++)
         if (!at(result, vllm_keys[i])) fail_msg("the result has no '%s'", vllm_keys[i]);
+    double sum = 0; /* of the requests themselves: what the mean was made of */
+    for (size_t i = 0; i < 20; i++)
+        sum += json_number_value(json_array_get(at(result, "ttfts"), i));
+    assert_true(fabs(sum / 20 * 1e3 - json_number_value(at(result, "mean_ttft_ms"))) < 1e-6);
+    assert_int_equal(json_array_size(at(result, "itls")), 20);
+    assert_int_equal(json_array_size(json_array_get(at(result, "itls"), 19)), 5);
     json_decref(result);
 }
 
-/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
- * machine was too busy for a valid run. */
 /* The end token forced: every output is that one, here, over HTTP and in `generate`. Twins: without
  * the bias they are longer. */
 static void a_bias_is_given_in_lua_and_by_option(void **state) {
@@ -2343,6 +2366,8 @@ static void a_bias_is_given_in_lua_and_by_option(void **state) {
     text_free(&said);
 }
 
+/* bench serve's line and vLLM's keys, amalgam.bench_serve, chat: status 1 only says that this
+ * machine was too busy for a valid run. */
 static void commands_and_lua_measure_a_server(void **state) {
     const fixture *f = *state;
     const char *binary = getenv("AMALGAM_BINARY");
@@ -2351,8 +2376,8 @@ static void commands_and_lua_measure_a_server(void **state) {
     text said = {0};
     snprintf(line, sizeof line,
              "%s bench serve --url %s --workload fixed --n 20 --rate 100 --prompt-tokens 8 "
-             "--output-tokens 6 --vocab 1000 --json --save-result %s --label here "
-             "--goodput ttft:1e6 --goodput e2e:1e6",
+             "--output-tokens 6 --vocab 1000 --json --save-result %s --save-detailed "
+             "--label here --goodput ttft:1e6 --goodput e2el:1e6",
              binary, f->url, path);
     assert_true(run_command(line, &said) <= 1);
     json_t *v = parsed(&said);

@@ -623,6 +623,70 @@ test.case("compare tells too few repetitions apart from no change", function()
   test.contains(said, "1 too few")
 end)
 
+--- Measured once each: rows of these values on one machine.
+local function once(path, machine, metric, values)
+  local lines = {}
+  for model, value in pairs(values) do
+    lines[#lines + 1] = amalgam.json_encode({ experiment = "e97", definition = "d",
+      machine = machine, origin = "measured", status = "ok", time = "1",
+      key = { model = model, gpu = "h200" }, metrics = { [metric] = value, other_us = 10 } })
+  end
+  table.sort(lines)
+  amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+  return path
+end
+
+test.case("compare names the points that moved most where each was measured once", function()
+  local base = once(dir .. "/o1.jsonl", "m", "step_us", { A = 100, B = 100, C = 100, D = 100 })
+  local head = once(dir .. "/o2.jsonl", "m", "step_us", { A = 101, B = 130, C = 60, D = 105 })
+  local status, said = compared(base, head)
+  test.equal(status, 0) -- nothing is known to be slower
+  test.contains(said, "8 metrics; --all lists them")
+  test.contains(said, "model=B: step_us 100 -> 130 x1.3000  n=1/1 slower, if it is not chance")
+  test.contains(said, "model=C: step_us 100 -> 60 x0.6000  n=1/1 faster, if it is not chance")
+  test.contains(said, "model=D: step_us 100 -> 105")
+  test.equal(said:find("model=A:", 1, true), nil) -- less than --effect
+  test.equal(select(2, said:gsub("other_us 10", "")), 0)
+  test.equal(said:find("model=D.-model=B"), nil) -- the largest comes first
+  test.contains(select(2, compared(base, head, "--effect", "0.001")), "model=A: step_us")
+end)
+
+test.case("compare shows means for each value of a key", function()
+  local base = once(dir .. "/b1.jsonl", "m", "step_us", { A = 100, B = 100 })
+  local head = once(dir .. "/b2.jsonl", "m", "step_us", { A = 50, B = 200 })
+  local _, said = compared(base, head, "--by", "model")
+  test.equal(said:find("\nstep_us +A +1   0%.5000\nstep_us +B +1   2%.0000\n") ~= nil, true, said)
+  test.equal(select(2, compared(base, head)):find("\nstep_us +%d"), nil) -- their mean is 1
+  local status, why = compared(base, head, "--by", "modle")
+  test.equal(status, 2)
+  test.contains(why, "no row has it (they have gpu, model)")
+end)
+
+test.case("compare says that rows are of other hardware", function()
+  local base = once(dir .. "/h1.jsonl", "node-a", "step_us", { A = 100, B = 100 })
+  local head = once(dir .. "/h2.jsonl", "node-b", "step_us", { A = 50, C = 60 })
+  local _, said = compared(base, head)
+  test.contains(said, "model=A: other hardware: node-a, and node-b in HEAD")
+  test.contains(said, "model=B: no such row in HEAD")
+  test.contains(said, "model=C: no such row in BASE")
+  test.contains(said, "3 not comparable")
+  test.contains(select(2, compared(base, base)), "4 too few")
+end)
+
+test.case("a slower machine is no slower engine; agreement and divergence are quality", function()
+  local library = require("lib_rows")
+  for _, name in ipairs({ "b1_roofline_us", "prefill_serial_us", "read_gb_per_s", "read_gbs",
+    "matrix_tflops", "rate_per_s", "lag_p99_ms" }) do
+    test.equal(library.direction(name), 0, name)
+  end
+  for name, direction in pairs({ b1_us = -1, output_tokens_per_s = 1, kl_nats = -1,
+    greedy_agreement = 1, nll_nats = -1, b1_c1024_gbs = 1, prefill_us = -1 }) do
+    test.equal(library.direction(name), direction, name)
+  end
+  test.equal(library.is_quality("kl_nats") and library.is_quality("greedy_agreement"), true)
+  test.equal(library.is_quality("b1_us"), false)
+end)
+
 test.case("compare says when HEAD fails where BASE did not", function()
   local function one(path, status)
     amalgam.write_file(path, amalgam.json_encode({ experiment = "e94", definition = "d",
@@ -643,6 +707,43 @@ test.case("compare --json is one object a line", function()
     n = n + ((object.class or object.summary) and 1 or 0)
   end
   test.equal(n, 5)
+end)
+
+-- --- rows ----------------------------------------------------------------------------------------
+
+test.case("rows are shown as a table: what differs, and the metrics asked for", function()
+  local show = require("lib_table")
+  local function shown(...)
+    local args = { "e98", "--results", dir .. "/shown", ... }
+    return test.captured(function() return show.main(args) end)
+  end
+  local lines = {}
+  for at, precision in ipairs({ "W4", "W8", "W16" }) do
+    local fits = precision ~= "W16"
+    lines[at] = amalgam.json_encode({ experiment = "e98_x", definition = "d", machine = "m",
+      origin = "predicted", time = tostring(at), status = fits and "ok" or "oom",
+      reason = not fits and "too large" or nil, key = { model = "A", precision = precision, n = 5 },
+      metrics = fits and { ttft_ms = at * 10, tpot_ms = at, a1 = 1, a2 = 1, a3 = 1, a4 = 1,
+        a5 = 1, a6 = 1 } or {} })
+  end
+  amalgam.write_file(dir .. "/shown/e98_x/m/0123.jsonl", table.concat(lines, "\n") .. "\n")
+  local status, said = shown("--metric", "ttft", "--metric", "tp")
+  test.equal(status, 0)
+  test.equal(said, [[
+precision  version  status     ttft_ms  tpot_ms
+W4         0123     predicted  10       1
+W8         0123     predicted  20       2
+W16        0123     oom        -        -        too large]])
+  said = select(2, shown())
+  test.contains(said, "not shown (--metric NAME): tpot_ms ttft_ms")
+  said = select(2, shown("--only", "precision=W8", "--only", "n=5", "--json"))
+  test.equal(amalgam.json_decode(said).metrics.ttft_ms, 20)
+  status, said = shown("--only", "precision=W3")
+  test.equal(status, 2)
+  test.contains(said, "none of the 3 rows")
+  test.equal(select(2, shown("--version", "9")):find("none of the 3 rows") ~= nil, true)
+  test.contains(select(2, shown("--metric", "ttftt")), "the nearest is 'ttft_ms'")
+  test.contains(select(2, shown("--only", "precision")), "is not KEY=VALUE")
 end)
 
 -- --- report --------------------------------------------------------------------------------------
@@ -710,6 +811,47 @@ test.case("templates compute their numbers and say what has no rows", function()
   local ok, err = pcall(report.fill, "{{ nothing() }}", "here", env)
   test.equal(ok, false)
   test.contains(err.message, "{{ nothing() }}")
+end)
+
+test.case("rows of another GPU are in no mean of the paper, and are said to be left out", function()
+  local function row(gpu, shape, x, time)
+    return { experiment = "e07_linear", status = "ok", origin = "measured", version = "1",
+      definition = "d", time = time, machine = gpu, provenance = { gpu = { name = gpu } },
+      key = { device = "cuda", variant = "best", precision = "W4A16", dtype = "fp16", shape = shape,
+        gpu = gpu }, metrics = { m1_speedup = x } }
+  end
+  local ours = { row("NVIDIA H200", "a", 2, "1"), row("NVIDIA H200", "b", 8, "1") }
+  local function speedup(rows)
+    local data = report.data(rows, { version = "1" })
+    return report.linear_speedup(data, "W4A16", "fp16", 1), data.others
+  end
+  test.near(speedup(ours), 4, 1e-12)
+  ours[3] = row("NVIDIA A100-SXM4-80GB", "a", 100, "2")
+  ours[4] = row("NVIDIA A100-SXM4-80GB", "c", 100, "2")
+  local mean, others = speedup(ours)
+  test.near(mean, 4, 1e-12)
+  test.equal(others["NVIDIA A100-SXM4-80GB"], 2)
+  ours[4].provenance.gpu.name = "NVIDIA H200" -- the twin
+  test.equal(speedup(ours) > 4, true)
+end)
+
+test.case("what a repetition differs by is that of one version and one point", function()
+  local function row(version, model, us, more)
+    return { experiment = "e06_steps", status = "ok", origin = "measured", version = version,
+      definition = "d", time = "1", machine = "m", provenance = { gpu = { name = "NVIDIA H200" } },
+      key = { device = more or "cuda", model = model },
+      metrics = { b1_us = us, b1_roofline_us = us * us, read_gb_per_s = us, b16_us = 7 } }
+  end
+  local rows = { row("1", "A", 100), row("1", "A", 110), row("1", "B", 100), row("2", "B", 200),
+    row("1", "C", 1, "sim"), row("1", "C", 2, "sim") }
+  local ratios, n = report.repeated(report.data(rows, { version = "1" }), "e06")
+  test.equal(n, 1)
+  table.sort(ratios)
+  test.equal(#ratios, 2) -- of b16_us and b1_us: ceilings are none of ours
+  test.equal(ratios[1], 1.0)
+  test.near(ratios[2], 1.1, 1e-12)
+  rows[4].version = "1" -- the twin
+  test.equal(select(2, report.repeated(report.data(rows, { version = "1" }), "e06")), 2)
 end)
 
 test.case("report takes the newest row of the present version", function()
@@ -813,7 +955,87 @@ test.case("the experiment of HACKING.md runs as it is written", function()
   local code, said = run(path, "hacking")
   test.equal(code, 0)
   test.contains(said, "4 ok, 0 oom, 0 skipped, 0 failed")
-  test.equal(#amalgam.rows(file_of("hacking", "e20_chunks")), 4)
+  local rows = amalgam.rows(file_of("hacking", "e20_chunks"))
+  test.equal(#rows, 4)
+end)
+
+test.case("the table of HACKING.md is made as it is written, of the experiment's rows", function()
+  local text = amalgam.read_file(identity.root .. "/HACKING.md"):match("```lua\n.-```lua\n(.-)```")
+  local rows = amalgam.rows(file_of("hacking", "e20_chunks"))
+  local columns, cells = load(text)().build(report.data(rows, { version = "v" }))
+  test.equal(#columns, 3)
+  test.equal(#cells, 2)
+  for _, row in ipairs(cells) do
+    test.equal(#row, 3)
+    test.equal(tonumber(row[3]) > 0, true, row[3])
+  end
+end)
+
+--- An experiment of the suite, whose functions take any table for the module `amalgam`.
+local function suite(name)
+  return experiment.load(identity.root .. "/experiments/" .. name .. ".lua").spec
+end
+
+test.case("e13 finds the rate from which on limits do not hold", function()
+  local spec, ran = suite("e13_goodput"), 0
+  local function rate(share, knee)
+    local engine = { serve = function(o)
+      test.equal(o.limits.ttft_ms, 500)
+      test.equal(o.limits.tpot_ms, 30)
+      ran = ran + 1
+      local good = o.workload.rate_per_s <= knee and 700 or 660
+      return { status = "ok", origin = "predicted",
+        metrics = { goodput_per_s = good / 20, duration_s = 20 } }
+    end }
+    local point = { model = "m", precision = "p", device = "sim", gpu = "g", tp = 2, seed = 1,
+      n_requests = 700, workload = "sharegpt", ttft_ms = 500, tpot_ms = 30, share = share }
+    local m = spec.run(engine, point, { status = "ok", rate = 100 }).metrics
+    test.equal(m.rate_within_limits_per_s_per_gpu, m.rate_within_limits_per_s / 2)
+    return m.rate_within_limits_per_s, m.good_share
+  end
+  local found, share = rate(0.99, 37)
+  test.equal(found <= 37 and found * 2 ^ (1 / 16) > 37, true, found)
+  test.equal(share, 1.0)
+  test.equal(ran <= 9, true, ran)
+  test.equal(rate(0.99, 1000), 100.0) -- what is sustained is the end
+  test.equal(rate(0.94, 37), 100.0) -- 660 of 700 are enough
+  found, share = rate(0.99, 1) -- not even a 32nd
+  test.equal(found, 0)
+  test.near(share, 660 / 700, 1e-12)
+end)
+
+test.case("e14 narrows the halves that cost least, by a text that does not judge", function()
+  local spec = suite("e14_kv_layers")
+  local cost = { 5, 1, 4, 2, 9, 3 } -- K and V of three layers
+  local texts = {}
+  local engine = setmetatable({
+    model = function() return { layers = 3 } end,
+    evaluate = function(o)
+      texts[o.text.seed] = (texts[o.text.seed] or 0) + 1
+      local kl, h = 0, 0
+      for k, v in o.precision:gmatch("K(%d+)V(%d+)") do
+        kl = kl + (k == "4" and cost[h + 1] or 0) + (v == "4" and cost[h + 2] or 0)
+        h = h + 2
+      end
+      test.equal(h, 6)
+      return { status = "ok", metrics = { kl_nats = kl } }
+    end,
+  }, { __index = amalgam })
+  local fixed = { model = "tiny", device = "cpu", text_seed = 0, rank_seed = 1 }
+  local base = spec.shared.run(engine, fixed)
+  test.equal(table.concat(base.order, " "), "2 4 6 3 1 5")
+  local function point(choice, n)
+    local key = { choice = choice, n = n }
+    for name, value in pairs(fixed) do key[name] = value end
+    return spec.run(engine, key, base)
+  end
+  test.equal(texts[0], nil)
+  test.equal(point("alone", 5).metrics.kl_nats, 9)
+  test.equal(point("least", 3).metrics.kl_nats, 1 + 2 + 3)
+  test.equal(point("most", 2).metrics.kl_nats, 9 + 5)
+  test.equal(point("least", 3).metrics.kv_bits, 6.0)
+  test.equal(point("most", 2).precision, "W16A16KV[K4V8,8,K4V8]")
+  test.equal(texts[1], 6)
 end)
 
 test.case("experiments of the suite load, and their quick points are few", function()

@@ -9,6 +9,7 @@ Prints one line a check and ends with status 1 when one fails; nothing is skippe
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 
@@ -51,6 +52,15 @@ def main():
     again = client.completions.create(model=model, prompt=["a", "b"], n=2, max_tokens=5, seed=1,
                                       extra_body=extra)
     check("seed", [c.text for c in several.choices] == [c.text for c in again.choices])
+
+    def seeded(seed):
+        return client.completions.create(model=model, prompt="Hello", max_tokens=20, temperature=1,
+                                         seed=seed, extra_body=extra).choices[0].text
+
+    alone = [seeded(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        check("a seed draws the same in company", list(pool.map(seeded, range(6))) == alone)
+    check("seeds differ", len(set(alone)) > 3, alone)
     ids = client.completions.create(model=model, prompt=[5, 6, 7], max_tokens=4, extra_body=extra)
     check("token ids", ids.usage.prompt_tokens == 3, ids)
 
@@ -61,6 +71,9 @@ def main():
     check("chat", chat.choices[0].message.role == "assistant" and chat.usage.completion_tokens == 16)
     check("chat logprobs", len(chat.choices[0].logprobs.content) == 16
           and len(chat.choices[0].logprobs.content[0].top_logprobs) == 2)
+    tokens = chat.choices[0].logprobs.content
+    check("bytes of the tokens are the text", b"".join(bytes(t.bytes) for t in tokens).decode() == said)
+    check("greedy tokens are the likeliest", all(t.logprob == t.top_logprobs[0].logprob for t in tokens))
     stream = list(client.chat.completions.create(model=model, messages=messages, max_tokens=16,
                                                  temperature=0, stream=True, extra_body=extra))
     check("chat stream", "".join(e.choices[0].delta.content or "" for e in stream) == said)
@@ -130,6 +143,8 @@ def main():
     for name, error, call in (
         ("bad parameter is 400", openai.BadRequestError,
          lambda: client.completions.create(model=model, prompt="a", temperature=-1)),
+        ("alternatives without logprobs is 400", openai.BadRequestError,
+         lambda: client.chat.completions.create(model=model, messages=messages, top_logprobs=2)),
         ("bad bias is 400", openai.BadRequestError,
          lambda: client.completions.create(model=model, prompt="a", logit_bias={"65": 101})),
         ("JSON mode is refused", openai.BadRequestError,
