@@ -1,6 +1,6 @@
 // linear_codes_tall.cu - operands multiplied as they lie, for many rows on Hopper: y = x W^T by
-// wgmma, both fed to the tensor cores through shared memory by the copy engine. x and W as int8
-// codes in plain order; or both of 16 bits, W as tiles that have the swizzle (linear_layout.h).
+// wgmma, both fed to the tensor cores through shared memory by the copy engine. x and W as codes in
+// plain order, int8 or e4m3; or of 16 bits, W as tiles that have the swizzle (linear_layout.h).
 //
 //   tile     128 rows of x, 64 a warpgroup, by NT rows of W: neighbours, or NT / 2 of gate and the
 //            same of up
@@ -13,14 +13,19 @@
 //            Who that is depends on the shape and the number of SMs alone, so bits are the same in
 //            every run
 //
-// Sums of codes are exact int32 in the tensor core's hands; scales, bias, gate and residual meet
-// them in registers, where cuBLASLt's product would leave int32 to another kernel. W does not
-// depend on the kernel before, so its first stages are asked for before that has ended.
+// Sums of int8 are exact int32 in the tensor core's hands; of e4m3 the sums of a step are, and are
+// added up in f32, in the same order in tiles of all sizes. Scales, bias, gate and residual meet
+// them in registers, where cuBLASLt's product would leave int32, or what is not y yet, to another
+// kernel. W does not depend on the kernel before, so its first stages are asked for before that has
+// ended.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "linear_pairs.cuh"
 #include "tensor_map.cuh"
 #include "traits.cuh"
+
+#include <cuda_fp8.h>
+#include <type_traits>
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "ptx_sm90_codes.cuh"
@@ -49,9 +54,9 @@ struct tall_args : linear_output { // k: bytes of a row of operands
 };
 
 template <typename T> constexpr bool kWords = sizeof(T) == 2;
-template <typename T> struct sum_of { using type = float; };
-template <> struct sum_of<int8_t> { using type = int32_t; };
-template <typename T> using sum_type = typename sum_of<T>::type;
+template <typename T> constexpr bool kInt8 = std::is_same<T, int8_t>::value;
+template <typename T> constexpr bool kE4m3 = std::is_same<T, __nv_fp8_e4m3>::value;
+template <typename T> using sum_type = typename std::conditional<kInt8<T>, int32_t, float>::type;
 
 constexpr int kXBytes = kRows * kStep;
 template <int NT> constexpr int kStageBytes = kXBytes + NT *kStep;
@@ -166,19 +171,24 @@ template <typename T, int NT> struct producer {
 
 // --- From sums to y -----------------------------------------------------------------------------
 
+// The sum that has these bits.
+template <typename T> __device__ __forceinline__ float sum_value(uint32_t bits) {
+    return kInt8<T> ? (float)(int)bits : __uint_as_float(bits);
+}
+
 // Four sums of x row m, rows n .. n + 3 of W: scaled, with bias.
 template <typename T>
 __device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at, int m,
                                           int n) {
     const uint4 s = shared_u128(at);
     if constexpr (kWords<T>) {
-        v[0] = __uint_as_float(s.x), v[1] = __uint_as_float(s.y);
-        v[2] = __uint_as_float(s.z), v[3] = __uint_as_float(s.w);
+        v[0] = sum_value<T>(s.x), v[1] = sum_value<T>(s.y);
+        v[2] = sum_value<T>(s.z), v[3] = sum_value<T>(s.w);
     } else {
         const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
         const float x = a.x_scale[m];
-        v[0] = (float)(int)s.x * (x * w.x), v[1] = (float)(int)s.y * (x * w.y);
-        v[2] = (float)(int)s.z * (x * w.z), v[3] = (float)(int)s.w * (x * w.w);
+        v[0] = sum_value<T>(s.x) * (x * w.x), v[1] = sum_value<T>(s.y) * (x * w.y);
+        v[2] = sum_value<T>(s.z) * (x * w.z), v[3] = sum_value<T>(s.w) * (x * w.w);
     }
     if (!a.bias) return;
 #pragma unroll
@@ -230,6 +240,7 @@ __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], co
     if (chunk == I) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
+            if (gated && kFirst + j >= NT / 16) break;
             const uint32_t at = turn + g * 128 + ((j ^ g) << 4) + t * 4;
             const int b = kFirst + j, n = p.n0 + 8 * b + 2 * t;
             float2 w = {1.f, 1.f}, w_up = {1.f, 1.f};
@@ -249,7 +260,7 @@ __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], co
                 put_word<I>(at + h * 1024, two_words(v0, v1, a.bf16));
             }
         }
-    } else if constexpr (I + 1 < NT / 64 + NT / 128) {
+    } else if constexpr (I + 1 < NT / 64 + (NT + 127) / 128) {
         put_outputs<T, I + 1, NT>(acc, a, p, x_scale, turn, chunk);
     }
 }
@@ -263,7 +274,8 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
     for (int h = 0; h < 2; h++)
         if (!kWords<T> && row + lane / 4 + 8 * h < a.m)
             x_scale[h] = a.x_scale[row + lane / 4 + 8 * h];
-    const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? NT / 128 : NT / 64;
+    const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? (NT + 127) / 128 : NT / 64;
+    const int end = min(a.half, p.n0 + (a.gated ? NT / 2 : NT));
     const int m = row + lane / 8, unit = lane % 8;
     uint16_t *y = static_cast<uint16_t *>(a.y) + m * a.ldy + p.n0 + unit * 8;
     int n = p.n0 + unit * 8;
@@ -281,7 +293,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (m + 4 * i < a.m && n < a.half) *reinterpret_cast<uint4 *>(y + 4 * i * a.ldy) = v[i];
+            if (m + 4 * i < a.m && n < end) *reinterpret_cast<uint4 *>(y + 4 * i * a.ldy) = v[i];
     }
 }
 
@@ -431,30 +443,49 @@ template <typename T, int NT> struct multiplier {
     __device__ __forceinline__ void next() {
         if (++stage == kStages<NT>) stage = 0, turn ^= 1;
     }
-    // The products of a stage, as one group.
-    __device__ __forceinline__ void multiply(sum_type<T> (&acc)[NT / 2]) const {
+    // The products of a stage, or with WIDE rows of W from `first` on, as one group.
+    template <int WIDE>
+    __device__ __forceinline__ void multiply(sum_type<T> (&acc)[WIDE / 2], int first = 0) const {
         const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
         const uint32_t x = ring + stage * kStageBytes<NT> + warp / 4 * 64 * kStep;
-        const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes;
-        barrier_wait(full + stage * 8, turn);
+        const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes + first * kStep;
+        if (first == 0) barrier_wait(full + stage * 8, turn);
         if (!kWords<T>) group_pin(acc);
         group_fence();
 #pragma unroll
         for (int q = 0; q < kStep / 32; q++) {
             const uint64_t x_at = group_descriptor(x + q * 32), w_at = group_descriptor(w + q * 32);
             if constexpr (kWords<T>)
-                multiply_words<T, NT>::run(acc, x_at, w_at);
+                multiply_words<T, WIDE>::run(acc, x_at, w_at);
             else
-                multiply_codes<true, NT>::run(acc, x_at, w_at, 1);
+                multiply_codes<kInt8<T>, WIDE>::run(acc, x_at, w_at, kInt8<T> || q > 0);
         }
         group_commit();
     }
     __device__ __forceinline__ void codes(sum_type<T> (&acc)[NT / 2], const place &p) {
         for (int step = p.step0; step < p.step1; step++, next()) {
-            multiply(acc);
+            multiply<NT>(acc);
             group_wait<0>();
             group_pin(acc);
             release(empty + stage * 8);
+        }
+    }
+    // The tensor cores cut sums of e4m3 off 13 bits behind the first, so theirs are of one step and
+    // are added up here. Halves of a tile of 256 rows of W take turns: registers have no room for
+    // as many sums again.
+    __device__ __forceinline__ void promoted(float (&acc)[NT / 2], const place &p) {
+        constexpr int kWide = NT == 256 ? NT / 2 : NT;
+        float sums[kWide / 2] = {};
+        for (int step = p.step0; step < p.step1; step++, next()) {
+#pragma unroll
+            for (int first = 0; first < NT; first += kWide) {
+                multiply<kWide>(sums, first);
+                group_wait<0>();
+                group_pin(sums);
+                if (first + kWide == NT) release(empty + stage * 8);
+#pragma unroll
+                for (int i = 0; i < kWide / 2; i++) acc[first / 2 + i] += sums[i];
+            }
         }
     }
     // A stage is released when the next one's products have been asked for.
@@ -462,7 +493,7 @@ template <typename T, int NT> struct multiplier {
         uint32_t before = 0;
 #pragma unroll 1
         for (int step = p.step0; step < p.step1; step++, next()) {
-            multiply(acc);
+            multiply<NT>(acc);
             group_wait<1>();
             if (step > p.step0) release(before);
             before = empty + stage * 8;
@@ -485,6 +516,8 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
         sum_type<T> acc[NT / 2] = {};
         if constexpr (kWords<T>)
             steps.words(acc, p);
+        else if constexpr (kE4m3<T>)
+            steps.promoted(acc, p);
         else
             steps.codes(acc, p);
         const int row = p.m0 + warp * 16;
@@ -570,12 +603,34 @@ status launch(const tall_args &a, const void *w, const void *x, int64_t ldx, int
                             : FAIL(ST_DEVICE, "linear_codes_tall: %s", cudaGetErrorString(e));
 }
 
-template <int NT>
-status launch_codes(const tall_args &args, const void *w, const void *x, int32_t n_sms,
+// --- Codes --------------------------------------------------------------------------------------
+
+// Hundredths of the time that a tile of 256 rows of W takes. As timed on an H200.
+template <typename T, int NT> constexpr int kTileCost = NT == 256 ? 100 : NT == 192 ? 73 : 55;
+
+template <typename T, int NT> int64_t waves_cost(tall_args a, int32_t clusters) {
+    return div_up(lay_out<NT>(&a), clusters) * kTileCost<T, NT>;
+}
+
+template <typename T, int NT>
+status launch_tiles(tall_args a, const void *w, const void *x, int32_t clusters,
                     cudaStream_t stream) {
-    tall_args a = args;
-    const int32_t tiles = lay_out<NT>(&a), clusters = n_sms / kCtas;
-    return launch<int8_t, NT>(a, w, x, a.k, tiles < clusters ? tiles : clusters, stream);
+    const int32_t tiles = lay_out<NT>(&a);
+    return launch<T, NT>(a, w, x, a.k, tiles < clusters ? tiles : clusters, stream);
+}
+
+// Tiles of 256, 192 or 128 rows of W, whose waves end soonest.
+template <typename T>
+status launch_codes(const tall_args &a, const void *w, const void *x, int32_t n_sms,
+                    cudaStream_t stream) {
+    const int32_t clusters = n_sms / kCtas;
+    const int64_t with_256 = waves_cost<T, 256>(a, clusters);
+    const int64_t with_192 = waves_cost<T, 192>(a, clusters);
+    const int64_t with_128 = waves_cost<T, 128>(a, clusters);
+    if (with_256 <= with_192 && with_256 <= with_128)
+        return launch_tiles<T, 256>(a, w, x, clusters, stream);
+    return with_192 <= with_128 ? launch_tiles<T, 192>(a, w, x, clusters, stream)
+                                : launch_tiles<T, 128>(a, w, x, clusters, stream);
 }
 
 bool simple_output(const tall_args &a) {
@@ -654,7 +709,6 @@ const linear_variant words[] = {WORDS_INSTANCES(WORDS_ROW)};
 
 } // namespace
 
-// Tiles of 256 rows of W, or of 128, which take 0.6 of their time, where those end sooner.
 extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m,
                                            const void *code, const float *x_scale,
                                            kernel_stream stream) {
@@ -663,11 +717,9 @@ extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row,
     a.w_scale = static_cast<const float *>(w->scale);
     a.x_scale = x_scale;
     a.simple = simple_output(a);
-    const int64_t tiles = (m + kRows - 1) / kRows * (int64_t)((w->n + 255) / 256);
-    const int64_t waves = div_up(tiles, p->n_sms), halves = div_up(2 * tiles, p->n_sms);
-    return 5 * waves <= 3 * halves
-               ? launch_codes<256>(a, w->code, code, p->n_sms, (cudaStream_t)stream)
-               : launch_codes<128>(a, w->code, code, p->n_sms, (cudaStream_t)stream);
+    const cudaStream_t s = (cudaStream_t)stream;
+    return w->format == WF_INT8 ? launch_codes<int8_t>(a, w->code, code, p->n_sms, s)
+                                : launch_codes<__nv_fp8_e4m3>(a, w->code, code, p->n_sms, s);
 }
 
 extern "C" linear_table linear_words_tall_table(void) {

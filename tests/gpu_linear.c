@@ -257,25 +257,27 @@ static void many_rows(int32_t f, dtype type) {
     }
 }
 
-/* So many tiles that linear_codes_tall has those of 256 rows of W: an even number of tiles of x, of
- * which two share W, and an odd one, of which two share x. */
+/* So many tiles that linear_codes_tall has those of 192 rows of W or of 256, of an even number of
+ * tiles of x, of which two share W, and of an odd one, of which two share x. */
 static void tall_codes(int32_t f, dtype type) {
     static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL},
                                  pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI};
-    if (formats[f].format != WF_INT8 || formats[f].act != AF_INT8) return;
+    static const int32_t ms[] = {700, 850, 1000, 1100}; /* 192 256 256 192 */
+    const bool int8 = formats[f].format == WF_INT8 && formats[f].act == AF_INT8;
+    if (!int8 && (formats[f].format != WF_FP8 || formats[f].act != AF_FP8)) return;
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w = weight_of(f, type, 8224, 400, 1);
         w.gated = gated;
         linear_probe *p = opened(&w, 39);
         if (!p) return;
-        for (int32_t m = 1000; m <= 1100; m += 100)
-            for (int32_t i = 0; i < 4; i++)
+        for (int32_t s = 0; s < (int32_t)COUNT_OF(ms); s++)
+            for (int32_t i = 0; i < 2; i++)
                 one(p, &w,
-                    (linear_trial){.m = m,
+                    (linear_trial){.m = ms[s],
                                    .y_type = type,
-                                   .epilogue = (gated ? pairs : plain)[i / 2],
+                                   .epilogue = (gated ? pairs : plain)[i],
                                    .kernel = "codes_tall",
-                                   .bias = i % 2},
+                                   .bias = (s + i) % 2},
                     "tall codes");
         linear_probe_close(p);
     }
