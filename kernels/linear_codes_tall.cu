@@ -63,7 +63,13 @@ template <int NT> constexpr int kStageBytes = kXBytes + NT *kStep;
 constexpr int kPitch = 40; // f32 between rows of 32 sums: no bank conflicts
 constexpr int kTurnBytes = 16 * kPitch * 4, kFixed = 1024 + kWarps * kTurnBytes;
 template <int NT> constexpr int kStages = (226 * 1024 - kFixed) / kStageBytes<NT>;
-template <int NT> constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT>;
+// Of a warp: scales of the tile's rows of W and of its own 16 of x; words have none.
+template <typename T, int NT>
+constexpr int kScaleBytes = kWords<T> ? 0 : (NT + 16) * (int)sizeof(float);
+template <typename T, int NT>
+constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT> + kWarps *kScaleBytes<T, NT>;
+static_assert(shared_bytes<int8_t, 256> <= 227 * 1024 && shared_bytes<int8_t, 128> <= 227 * 1024,
+              "");
 // Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
 // others.
 constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
@@ -176,19 +182,41 @@ template <typename T> __device__ __forceinline__ float sum_value(uint32_t bits) 
     return kInt8<T> ? (float)(int)bits : __uint_as_float(bits);
 }
 
-// Four sums of x row m, rows n .. n + 3 of W: scaled, with bias.
+// Asks for the scales of a tile, a warp's: [NT] of rows of W, of gate and then of up, and [16] of
+// rows of x from `row` on; zeros where there are none.
+template <int NT>
+__device__ __forceinline__ void ask_for_scales(const tall_args &a, const place &p, int row,
+                                               uint32_t to) {
+    const int lane = (int)threadIdx.x % 32, across = a.gated ? NT / 2 : NT;
+    __syncwarp(); // those of the tile before have been read
+#pragma unroll
+    for (int i = lane * 4; i < NT; i += 128) {
+        const bool up = i >= across;
+        const int n = p.n0 + i - (up ? across : 0);
+        const float *from = a.w_scale + (up ? a.half : 0) + n;
+        copy_some(to + i * 4, n < a.half ? from : a.w_scale, n < a.half ? 16 : 0);
+    }
+    const int rows = min(max(a.m - row - 4 * lane, 0), 4);
+    if (lane < 4)
+        copy_some(to + (NT + lane * 4) * 4, a.x_scale + (rows ? row + 4 * lane : 0), rows * 4);
+}
+
+// Four sums of one row of x: scaled by those in shared memory, with the bias of rows n .. n + 3 of
+// W.
 template <typename T>
-__device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at, int m,
-                                          int n) {
+__device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at,
+                                          uint32_t w_at, uint32_t x_at, int n) {
     const uint4 s = shared_u128(at);
     if constexpr (kWords<T>) {
         v[0] = sum_value<T>(s.x), v[1] = sum_value<T>(s.y);
         v[2] = sum_value<T>(s.z), v[3] = sum_value<T>(s.w);
     } else {
-        const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
-        const float x = a.x_scale[m];
-        v[0] = sum_value<T>(s.x) * (x * w.x), v[1] = sum_value<T>(s.y) * (x * w.y);
-        v[2] = sum_value<T>(s.z) * (x * w.z), v[3] = sum_value<T>(s.w) * (x * w.w);
+        const uint4 w = shared_u128(w_at);
+        const float x = __uint_as_float(shared_u32(x_at));
+        v[0] = sum_value<T>(s.x) * (x * __uint_as_float(w.x));
+        v[1] = sum_value<T>(s.y) * (x * __uint_as_float(w.y));
+        v[2] = sum_value<T>(s.z) * (x * __uint_as_float(w.z));
+        v[3] = sum_value<T>(s.w) * (x * __uint_as_float(w.w));
     }
     if (!a.bias) return;
 #pragma unroll
@@ -228,11 +256,16 @@ template <int I> __device__ __forceinline__ void put_word(uint32_t at, uint32_t 
     asm volatile("st.shared.u32 [%0], %1; // %2" ::"r"(at), "r"(w), "n"(I) : "memory");
 }
 
+__device__ __forceinline__ void shared_two(float (&v)[2], uint32_t at) {
+    const uint2 s = shared_u64(at);
+    v[0] = __uint_as_float(s.x), v[1] = __uint_as_float(s.y);
+}
+
 // 64 outputs in 16 bits to [16][128 bytes], the 16 bytes of eight at their place exclusive or the
 // row's number: chunk I of the sums, or from NT / 64 on chunk I - NT / 64 of gate and up.
 template <typename T, int I, int NT>
 __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                            const place &p, const float (&x_scale)[2],
+                                            const float (&x_scale)[2], uint32_t scales,
                                             uint32_t turn, int chunk) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const bool gated = I >= NT / 64;
@@ -242,38 +275,38 @@ __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], co
         for (int j = 0; j < 8; j++) {
             if (gated && kFirst + j >= NT / 16) break;
             const uint32_t at = turn + g * 128 + ((j ^ g) << 4) + t * 4;
-            const int b = kFirst + j, n = p.n0 + 8 * b + 2 * t;
-            float2 w = {1.f, 1.f}, w_up = {1.f, 1.f};
-            if (!kWords<T> && n < a.half) w = *reinterpret_cast<const float2 *>(a.w_scale + n);
-            if (!kWords<T> && gated && n < a.half)
-                w_up = *reinterpret_cast<const float2 *>(a.w_scale + a.half + n);
+            const int b = kFirst + j;
+            float w[2] = {1.f, 1.f}, w_up[2] = {1.f, 1.f};
+            if (!kWords<T>) shared_two(w, scales + (8 * b + 2 * t) * 4);
+            if (!kWords<T> && gated) shared_two(w_up, scales + (NT / 2 + 8 * b + 2 * t) * 4);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float x = kWords<T> ? 1.f : x_scale[h];
                 const int i = 4 * b + 2 * h, up = (i + NT / 4) % (NT / 2);
-                float v0 = (float)acc[i] * (x * w.x);
-                float v1 = (float)acc[i + 1] * (x * w.y);
+                float v0 = (float)acc[i] * (x * w[0]);
+                float v1 = (float)acc[i + 1] * (x * w[1]);
                 if (gated) {
-                    v0 = linear_gate(v0, (float)acc[up] * (x * w_up.x), LINEAR_GATED, 0);
-                    v1 = linear_gate(v1, (float)acc[up + 1] * (x * w_up.y), LINEAR_GATED, 0);
+                    v0 = linear_gate(v0, (float)acc[up] * (x * w_up[0]), LINEAR_GATED, 0);
+                    v1 = linear_gate(v1, (float)acc[up + 1] * (x * w_up[1]), LINEAR_GATED, 0);
                 }
                 put_word<I>(at + h * 1024, two_words(v0, v1, a.bf16));
             }
         }
     } else if constexpr (I + 1 < NT / 64 + (NT + 127) / 128) {
-        put_outputs<T, I + 1, NT>(acc, a, p, x_scale, turn, chunk);
+        put_outputs<T, I + 1, NT>(acc, a, x_scale, scales, turn, chunk);
     }
 }
 
 template <typename T, int NT>
 __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                              const place &p, int row, uint32_t turn) {
+                                              const place &p, int row, uint32_t turn,
+                                              uint32_t scales) {
     const int lane = (int)threadIdx.x % 32;
     float x_scale[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++)
-        if (!kWords<T> && row + lane / 4 + 8 * h < a.m)
-            x_scale[h] = a.x_scale[row + lane / 4 + 8 * h];
+        if (!kWords<T>)
+            x_scale[h] = __uint_as_float(shared_u32(scales + (NT + lane / 4 + 8 * h) * 4));
     const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? (NT + 127) / 128 : NT / 64;
     const int end = min(a.half, p.n0 + (a.gated ? NT / 2 : NT));
     const int m = row + lane / 8, unit = lane % 8;
@@ -283,7 +316,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
     for (int c = 0; c < chunks; c++, n += 64, y += 64) {
         group_pin(acc); // what is made of them is made here, not before the loop
         __syncwarp();
-        put_outputs<T, 0, NT>(acc, a, p, x_scale, turn, first + c);
+        put_outputs<T, 0, NT>(acc, a, x_scale, scales, turn, first + c);
         __syncwarp();
         uint4 v[4];
 #pragma unroll
@@ -301,7 +334,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
 // outputs each, or of eights, to 16 outputs: 16 sums of gate beside the 16 of up.
 template <typename T, int NT>
 __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int row, uint32_t turn,
-                                         int c, int i) {
+                                         uint32_t scales, int c, int i) {
     const int lane = (int)threadIdx.x % 32;
     const int shift = a.gated ? 2 : 3, across = 1 << shift; // lanes of a row
     int first = p.n0 + c * (a.gated ? 16 : 32), end = a.half;
@@ -312,8 +345,9 @@ __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int
     const uint32_t from = turn + (r * kPitch + col) * 4;
     const int64_t at = m * a.ldy + n;
     float v[4], u[4] = {};
-    four_sums<T>(v, a, from, m, n);
-    if (a.gated) four_sums<T>(u, a, from + 64, m, a.half + n);
+    const uint32_t w_at = scales + (n - p.n0) * 4, x_at = scales + (NT + r) * 4;
+    four_sums<T>(v, a, from, w_at, x_at, n);
+    if (a.gated) four_sums<T>(u, a, from + 64, w_at + NT * 2, x_at, a.half + n);
     linear_put_four(a, at, v, u);
 }
 
@@ -321,7 +355,7 @@ __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int
 // code for all of them would be read from L2 once a tile, which takes longer than this.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                       const place &p, int row, uint32_t turn) {
+                                       const place &p, int row, uint32_t turn, uint32_t scales) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int c = 0; c < NT / 32; c++) {
@@ -332,7 +366,7 @@ __device__ __forceinline__ void finish(sum_type<T> (&acc)[NT / 2], const tall_ar
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (i >= (a.gated ? 2 : 4)) break;
-            put_rows<T, NT>(a, p, row, turn, c, i);
+            put_rows<T, NT>(a, p, row, turn, scales, c, i);
         }
     }
 }
@@ -425,7 +459,7 @@ __device__ __forceinline__ void finish_team(float (&acc)[NT / 2], const tall_arg
         for (int q = 0; q < 4; q++) shared_put(to + four_rows + q * 4 * kPitch * 4, sum[q]);
         __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < (a.gated ? 2 : 4); i++) put_rows<__half, NT>(a, p, row, to, c, i);
+        for (int i = 0; i < (a.gated ? 2 : 4); i++) put_rows<__half, NT>(a, p, row, to, 0, c, i);
     }
 }
 
@@ -509,18 +543,25 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
                                         uint32_t empty) {
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
     const uint32_t turned = ring + kStages<NT> * kStageBytes<NT> + warp * kTurnBytes;
+    const uint32_t scales =
+        ring + kStages<NT> * kStageBytes<NT> + kWarps * kTurnBytes + warp * kScaleBytes<T, NT>;
     multiplier<T, NT> steps = {ring, full, empty};
     walk<T, NT> tiles(a);
     place p;
     while (tiles.next(p)) {
         sum_type<T> acc[NT / 2] = {};
-        if constexpr (kWords<T>)
-            steps.words(acc, p);
-        else if constexpr (kE4m3<T>)
-            steps.promoted(acc, p);
-        else
-            steps.codes(acc, p);
         const int row = p.m0 + warp * 16;
+        if constexpr (kWords<T>) {
+            steps.words(acc, p);
+        } else {
+            ask_for_scales<NT>(a, p, row, scales);
+            if constexpr (kE4m3<T>)
+                steps.promoted(acc, p);
+            else
+                steps.codes(acc, p);
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+        }
         if constexpr (kWords<T>) {
             if (p.size > 1) {
                 finish_team<NT>(acc, a, p, row, ring, turned);
@@ -528,9 +569,9 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
             }
         }
         if (a.simple)
-            finish_simple<T, NT>(acc, a, p, row, turned);
+            finish_simple<T, NT>(acc, a, p, row, turned, scales);
         else
-            finish<T, NT>(acc, a, p, row, turned);
+            finish<T, NT>(acc, a, p, row, turned, scales);
     }
 }
 #endif
@@ -584,7 +625,7 @@ template <int NT> int32_t lay_out(tall_args *a) {
 // The kernel's launch; clusters: of the grid.
 template <typename T, int NT> struct grid : launch_config {
     grid(int32_t clusters, cudaStream_t stream)
-        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), shared_bytes<NT>,
+        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), shared_bytes<T, NT>,
                         stream, true, kCtas) {}
 };
 
@@ -595,8 +636,8 @@ status launch(const tall_args &a, const void *w, const void *x, int64_t ldx, int
     CUtensorMap w_map = {}, x_map;
     if (!kWords<T>) TRY(tensor_map_codes(&w_map, w, a.n, a.k, a.k, NT / 2));
     TRY(tensor_map_codes(&x_map, x, a.m, a.k, ldx, kRows / 2));
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<NT>);
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         shared_bytes<T, NT>);
     const grid<T, NT> g(clusters, stream);
     if (e == cudaSuccess) e = cudaLaunchKernelEx(&g.config, kernel, a, w_map, x_map);
     return e == cudaSuccess ? ST_OK
@@ -666,7 +707,7 @@ template <typename T, int NT> int clusters_at_once(int32_t n_sms) {
     const auto kernel = linear_codes_tall<T, NT>;
     const grid<T, NT> g(1, nullptr);
     if (most == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           shared_bytes<NT>) != cudaSuccess ||
+                                           shared_bytes<T, NT>) != cudaSuccess ||
                       cudaOccupancyMaxActiveClusters(&most, kernel, &g.config) != cudaSuccess))
         most = 0;
     return most < n_sms / kCtas ? most : n_sms / kCtas;
