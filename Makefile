@@ -14,7 +14,8 @@ WARN    := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes \
 release := -O3 -g -fno-math-errno
 debug   := -O0 -g3
 asan    := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-$(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan))
+tsan    := -O2 -g -fsanitize=thread -fno-omit-frame-pointer
+$(if $($(MODE)),,$(error MODE=$(MODE) is none of release debug asan tsan))
 
 PKGS     := lua5.4 jansson libpcre2-8 libutf8proc libmicrohttpd libcurl
 # Recursive on purpose: pkg-config is asked only when something is compiled, after `setup`.
@@ -197,6 +198,11 @@ asan: setup ## the C tests under the address and undefined-behaviour sanitizers
 
 asan-tests: $(TESTS) $(REPLAYS)
 
+# Loops on one thread: of the barriers of OpenMP's runtime it knows nothing.
+tsan: setup ## the server's tests under the thread sanitizer (3 minutes)
+	+$(Q)$(PARALLEL) MODE=tsan $(B)/tsan/amalgam $(B)/tsan/tests/test_server
+	$(Q)OMP_THREAD_LIMIT=1 AMALGAM_BINARY=$(B)/tsan/amalgam $(B)/tsan/tests/test_server
+
 gpu-tests: setup ## build the tests of the kernels and of the cuda device (CUDA_ARCH=…)
 	+$(Q)$(PARALLEL) $(O)/amalgam $(GPU_TESTS)
 	$(Q)! grep -H -E '[1-9][0-9]* bytes spill|C75(0[0-9]|1[0-8])' $(KERNELS:%.cu=$(O)/%.cu.o.ptxas)
@@ -242,5 +248,5 @@ clean: ## remove build/ (results stay)
 
 FORCE:
 .PRECIOUS: $(B)/fuzz/%.o $(B)/fuzz/%.run
-.PHONY: help setup build dist reproduce quick report compare bench test asan asan-tests gpu-tests gpu-test \
-        format clean FORCE
+.PHONY: help setup build dist reproduce quick report compare bench test asan asan-tests tsan gpu-tests \
+        gpu-test format clean FORCE

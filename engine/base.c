@@ -42,7 +42,9 @@ status fail_at(const char *file, int line, status st, const char *format, ...) {
     va_list args;
     va_start(args, format);
     char message[sizeof last_message]; /* an argument may be last_message itself */
-    vsnprintf(message, sizeof message, format, args);
+    size_t n = 0; /* memory that is short says what it was for: "config" alone would tell nobody */
+    if (st == ST_NOMEM) n = (size_t)snprintf(message, sizeof message, "%s: ", status_text(st));
+    vsnprintf(message + n, sizeof message - n, format, args);
     va_end(args);
     blank_controls(message);
     memcpy(last_message, message, sizeof last_message);
@@ -81,7 +83,9 @@ static int64_t mem_seen, mem_fails_at;
 static bool mem_refused(void) {
     if (mem_fails_at == 0) return false;
     mem_seen++;
-    return --mem_fails_at == 0;
+    if (--mem_fails_at != 0) return false;
+    errno = ENOMEM; /* as malloc says it */
+    return true;
 }
 
 int64_t mem_fail_at(int64_t n) {
@@ -246,16 +250,24 @@ uint64_t hash_u64(uint64_t value, uint64_t seed) {
 
 /* --- Files ------------------------------------------------------------------------------------ */
 
+/* A file that is not there is the fault of who named it, not of the disk. */
+static status open_to_read(int *fd, const char *path) {
+    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (*fd >= 0) return ST_OK;
+    return FAIL(errno == ENOENT || errno == ENOTDIR ? ST_NOTFOUND : ST_IO, "%s: %s", path,
+                strerror(errno));
+}
+
 status file_map_open(file_map *m, const char *path) {
     *m = (file_map){0};
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    int fd;
+    TRY(open_to_read(&fd, path));
     struct stat st;
     status result = ST_OK;
     if (fstat(fd, &st) != 0) {
         result = FAIL(ST_IO, "%s: %s", path, strerror(errno));
     } else if (!S_ISREG(st.st_mode)) {
-        result = FAIL(ST_IO, "%s: not a regular file", path);
+        result = FAIL(ST_FORMAT, "%s: not a regular file", path);
     } else if (st.st_size > 0) {
         void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p == MAP_FAILED) {
@@ -276,8 +288,8 @@ void file_map_close(file_map *m) {
 
 /* A pipe has no size: all that comes until its end. */
 static status read_pipe(char **data, size_t *size, const char *path) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    int fd;
+    TRY(open_to_read(&fd, path));
     text all = {0};
     char part[4096];
     ssize_t n;

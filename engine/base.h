@@ -24,7 +24,8 @@ typedef enum {
 const char *status_text(status st);
 
 /* Record why (thread-local, one line, at most 511 bytes, control characters blanked) and where, and
- * return `st`: `return FAIL(ST_SHAPE, "k=%d is no multiple of 16", k);` */
+ * return `st`: `return FAIL(ST_SHAPE, "k=%d is no multiple of 16", k);`. NOMEM's reason is what the
+ * memory was for. */
 #define FAIL(st, ...) fail_at(__FILE__, __LINE__, (st), __VA_ARGS__)
 status fail_at(const char *file, int line, status st, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
@@ -115,13 +116,13 @@ typedef struct {
     size_t size;
 } file_map;
 
-/* Map a regular file read-only. IO with the path and errno text; a directory is IO as well.
- * An empty file gives size 0. */
+/* Map a regular file read-only. NOTFOUND, or IO, with the path and errno text; FORMAT for a
+ * directory or a device. An empty file gives size 0. */
 status file_map_open(file_map *m, const char *path);
 void file_map_close(file_map *m); /* idempotent */
 
 /* Read a whole file, or a pipe to its end, into malloc'ed memory, terminated by a 0 that is not
- * counted. IO as file_map_open. */
+ * counted. Errors as file_map_open. */
 status file_read(char **data, size_t *size, const char *path);
 
 /* A file in the making. What is added goes to a temporary beside the target, which file_end puts

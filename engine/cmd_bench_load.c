@@ -171,7 +171,7 @@ static status time_device(const char *dir, const char *name, const char *format,
     for (int i = 0; i < REPEATS && st == ST_OK; i++) {
         device_times now;
         st = time_once(dir, c, ops, format, made, &now);
-        if (i == 0 || now.all_s < t->all_s) *t = now;
+        if (st == ST_OK && (i == 0 || now.all_s < t->all_s)) *t = now;
     }
     if (c) snprintf(model, sizeof c->name, "%s", c->name);
     mem_free(c);

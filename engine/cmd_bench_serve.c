@@ -105,23 +105,21 @@ static status save(const arguments *a, const load_report *r, const workload *w,
     struct tm utc;
     gmtime_r(&now, &utc);
     strftime(date, sizeof date, "%Y%m%d-%H%M%S", &utc);
-    json_t *o =
-        json_pack("{s:s, s:s, s:s, s:s?, s:s, s:s, s:i}", "date", date, "endpoint_type", a->backend,
-                  "backend", a->backend, "label", a->label, "model_id", r->model, "tokenizer_id",
-                  a->tokenizer ? a->tokenizer : r->model, "num_prompts", w->n);
-    if (!o) return FAIL(ST_NOMEM, "result");
     double rate;
     const bool number = parse_f64(a->rate, 0, 1e12, &rate);
-    (void)json_object_set_new(o, "request_rate", number ? json_real(rate) : json_string("inf"));
-    (void)json_object_set_new(o, "burstiness",
-                              json_real(isinf(a->burstiness) ? 1e9 : a->burstiness));
-    (void)json_object_set_new(o, "max_concurrency",
-                              a->concurrency > 0 ? json_integer(a->concurrency) : json_null());
-    status st = metrics_json_vllm(m, o);
+    json_t *o =
+        json_pack("{s:s, s:s, s:s, s:s?, s:s, s:s, s:i, s:o, s:f, s:o}", "date", date,
+                  "endpoint_type", a->backend, "backend", a->backend, "label", a->label, "model_id",
+                  r->model, "tokenizer_id", a->tokenizer ? a->tokenizer : r->model, "num_prompts",
+                  w->n, "request_rate", number ? json_real(rate) : json_string("inf"), "burstiness",
+                  isinf(a->burstiness) ? 1e9 : a->burstiness, "max_concurrency",
+                  a->concurrency > 0 ? json_integer(a->concurrency) : json_null());
+    json_t *ours = json_pack("{s:f, s:f, s:b}", "rtfx", 0.0 /* audio models only */,
+                             "amalgam_lag_p99_ms", r->lag_p99_s * 1e3, "amalgam_valid", r->valid);
+    status st = o ? metrics_json_vllm(m, o) : FAIL(ST_NOMEM, "result");
     if (st == ST_OK && a->detailed) st = metrics_json_requests(log, w->n, o);
-    (void)json_object_set_new(o, "rtfx", json_real(0.0)); /* audio models only */
-    (void)json_object_set_new(o, "amalgam_lag_p99_ms", json_real(r->lag_p99_s * 1e3));
-    (void)json_object_set_new(o, "amalgam_valid", json_boolean(r->valid));
+    if (st == ST_OK && json_object_update(o, ours) != 0) st = FAIL(ST_NOMEM, "result");
+    json_decref(ours);
     char *line = st == ST_OK ? json_line(o) : NULL;
     if (st == ST_OK && !line) st = FAIL(ST_NOMEM, "result");
     if (st == ST_OK) st = file_write(a->result, line, strlen(line));

@@ -15,8 +15,8 @@
 enum { KERNELS_MAX = 64, SHAPES = 3, NAMES = 4 };
 
 static const char *const formats[] = {
-    "W16A16",   "W8A16",     "W4A16",     "W4g64A16", "W4g32A16", "W4g16A16",  "WFP8A16",
-    "WFP8bA16", "WMXFP4A16", "WNVFP4A16", "W8A8",     "WFP8AFP8", "WFP8bAFP8",
+    "W16A16",   "W8A16",     "W4A16",     "W4g64A16", "W4g32A16", "W4g16A16", "WFP8A16",
+    "WFP8bA16", "WMXFP4A16", "WNVFP4A16", "W8A8",     "W4A8",     "WFP8AFP8", "WFP8bAFP8",
 };
 
 /* Matrices of each size class (linear_size_class), of Llama-3.1 and Qwen3-32B; 4096 x 7168 is down

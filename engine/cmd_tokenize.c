@@ -37,12 +37,16 @@ static status parse(int argc, char **argv, options *o) {
 
 static status print_json(const tokenizer *t, const ids *list) {
     json_t *id = json_array(), *pieces = json_array();
+    bool whole = true;
     for (int64_t i = 0; i < list->length; i++) {
-        json_array_append_new(id, json_integer(list->data[i]));
-        json_array_append_new(pieces, json_string(tokenizer_piece(t, list->data[i])));
+        whole &= json_array_append_new(id, json_integer(list->data[i])) == 0;
+        whole &= json_array_append_new(pieces, json_string(tokenizer_piece(t, list->data[i]))) == 0;
     }
-    return json_put(json_pack("{s:I, s:o, s:o}", "tokens", (json_int_t)list->length, "ids", id,
-                              "pieces", pieces));
+    json_t *all = json_pack("{s:I, s:o, s:o}", "tokens", (json_int_t)list->length, "ids", id,
+                            "pieces", pieces);
+    if (whole) return json_put(all);
+    json_decref(all);
+    return FAIL(ST_NOMEM, "%lld tokens", (long long)list->length);
 }
 
 static status print_lines(const tokenizer *t, const ids *list) {

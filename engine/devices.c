@@ -24,8 +24,10 @@ status device_find(const device_ops **out, const char *name) {
         used += (size_t)n;
         CHECK(used < sizeof names);
     }
-    return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s%s", name, names,
-                strcmp(name, "cuda") ? "" : " (this build has no CUDA: make CUDA_ARCH=...)");
+    if (!strcmp(name, "cuda"))
+        return FAIL(ST_UNSUPPORTED, "this build has no CUDA (make CUDA_ARCH=...); there are: %s",
+                    names);
+    return FAIL(ST_NOTFOUND, "no device named \"%s\"; there are: %s", name, names);
 }
 
 status device_computes(const char *name) {

@@ -1,16 +1,20 @@
 /* json.c - see json.h. */
 #include "json.h"
 
+#include <errno.h>
 #include <math.h>
 #include <string.h>
 
+/* Jansson calls most of what memory was short for an error of syntax: errno tells. */
 static status parse_error(const json_error_t *e, const char *where) {
-    if (json_error_code(e) == json_error_out_of_memory) return FAIL(ST_NOMEM, "%s", where);
+    if (errno == ENOMEM || json_error_code(e) == json_error_out_of_memory)
+        return FAIL(ST_NOMEM, "%s", where);
     return FAIL(ST_FORMAT, "%s:%d: %s", where, e->line, e->text);
 }
 
 status json_parse(json_t **out, const char *data, size_t n, const char *where) {
     json_error_t e;
+    errno = 0;
     *out = json_loadb(data ? data : "", n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
     return *out ? ST_OK : parse_error(&e, where);
 }

@@ -141,6 +141,8 @@ static void read_engine_options(lua_State *L, int t, const char *what, const cha
     o->weights_seed = (uint64_t)seed;
     opt_str(L, t, "precision", &o->precision);
     opt_str(L, t, "device", &o->device);
+    const device_ops *built; /* else every point would count as skipped, and as done */
+    if (o->device && device_find(&built, o->device) != ST_OK) luaL_error(L, "%s", fail_message());
     opt_str(L, t, "gpu", &o->device_options.gpu);
     opt_i32(L, t, "tp", 1, 64, &o->device_options.tp);
     opt_i32(L, t, "threads", 0, 1024, &o->device_options.threads);

@@ -14,6 +14,7 @@
 #include "json.h"
 #include "utf8.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -594,8 +595,9 @@ status model_names(arena *a, const char ***names, int32_t *n) {
 /* Name of the folder itself, also for "." and with slashes at the end. '_' for what lines of JSON
  * would have to escape, and for what is no UTF-8. */
 static void set_name(model_config *c, const char *dir) {
-    char *real = realpath(dir, NULL);
-    const char *slash = real ? strrchr(real, '/') : NULL, *from = slash ? slash + 1 : dir;
+    char real[PATH_MAX];
+    const char *slash = realpath(dir, real) ? strrchr(real, '/') : NULL,
+               *from = slash ? slash + 1 : dir;
     size_t used = 0;
     for (size_t left = strlen(from); left > 0;) {
         uint32_t u;
@@ -609,7 +611,6 @@ static void set_name(model_config *c, const char *dir) {
         left -= n;
     }
     c->name[used] = 0;
-    free(real);
 }
 
 static status read_generation(model_config *c, const char *dir) {

@@ -140,8 +140,10 @@ status results_read(const char *path, status (*row)(void *user, const json_t *va
         const uint8_t *end = memchr(m.data + at, '\n', m.size - at);
         const size_t n = end ? (size_t)(end - m.data) - at : m.size - at;
         json_t *value = NULL;
-        if (n && json_parse(&value, (const char *)m.data + at, n, path) == ST_OK &&
-            json_is_object(value))
+        const status parsed = n ? json_parse(&value, (const char *)m.data + at, n, path) : ST_OK;
+        if (parsed == ST_NOMEM)
+            st = parsed;
+        else if (value && json_is_object(value))
             st = row(user, value);
         else if (n)
             ++*n_broken;

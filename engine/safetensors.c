@@ -7,7 +7,6 @@
 
 #include "json.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -275,8 +274,7 @@ static status read_single(safetensors *s, const char *path) {
 
 static status read_path(safetensors *s, const char *path) {
     struct stat st;
-    if (stat(path, &st) != 0) return FAIL(ST_IO, "%s: %s", path, strerror(errno));
-    if (!S_ISDIR(st.st_mode)) return read_single(s, path);
+    if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) return read_single(s, path);
     char file[4096];
     if ((size_t)snprintf(file, sizeof file, "%s/model.safetensors.index.json", path) >= sizeof file)
         return FAIL(ST_IO, "%s: path too long", path);
@@ -347,8 +345,11 @@ static const char *const spelling_of[DT_COUNT] = {
 
 static json_t *header_entry(const tensor_view *t, int64_t at) {
     json_t *shape = json_array();
-    for (int32_t i = 0; shape && i < t->n_dims; i++)
-        json_array_append_new(shape, json_integer(t->dim[i]));
+    for (int32_t i = 0; i < t->n_dims; i++)
+        if (json_array_append_new(shape, json_integer(t->dim[i])) != 0) {
+            json_decref(shape);
+            return NULL;
+        }
     return json_pack("{s:s, s:o, s:[I, I]}", "dtype", spelling_of[t->type], "shape", shape,
                      "data_offsets", (json_int_t)at, (json_int_t)(at + t->bytes));
 }

@@ -4,9 +4,11 @@
 
 #include "json.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { ALIGN = 64 };
 
@@ -371,18 +373,23 @@ status save_values(save *s, const char *name, const float *values, int64_t n) {
 /* --- Config ------------------------------------------------------------------------------------
  */
 
-/* Linears that stay in 16 bit, for the lists that loaders of others go by. */
+/* Linears that stay in 16 bit, for the lists that loaders of others go by; NULL when memory is
+ * short. */
 static json_t *plain_modules(const save *s) {
     json_t *list = json_array();
-    for (int32_t i = 0; list && i < s->n; i++) {
+    bool whole = list != NULL;
+    for (int32_t i = 0; whole && i < s->n; i++) {
         const tensor_view *t = &s->tensor[i].view;
         const size_t n = strlen(t->name);
         if (s->tensor[i].dropped || t->n_dims != 2 || n < 8 || dtype_bits(t->type) < 16) continue;
         if (strcmp(t->name + n - 7, ".weight") != 0 || strstr(t->name, "embed")) continue;
-        json_array_append_new(list, json_stringn(t->name, n - 7));
+        whole = json_array_append_new(list, json_stringn(t->name, n - 7)) == 0;
     }
-    if (list && json_array_size(list) == 0) json_array_append_new(list, json_string("lm_head"));
-    return list;
+    if (whole && json_array_size(list) == 0)
+        whole = json_array_append_new(list, json_string("lm_head")) == 0;
+    if (whole) return list;
+    json_decref(list);
+    return NULL;
 }
 
 static json_t *compressed_config(const save *s) {
@@ -441,21 +448,18 @@ static json_t *quantization_config(const save *s) {
     }
 }
 
-static status write_config(const save *s, const char *out) {
+/* The source's config.json with what was done to it; free() the result, it is jansson's. */
+static status make_config(const save *s, char **text_) {
     char path[4400];
     json_t *root;
     snprintf(path, sizeof path, "%s/config.json", s->dir);
     TRY(json_file(&root, path));
     json_t *q = quantization_config(s);
-    char *line = NULL;
+    *text_ = NULL;
     if (q && json_object_set_new(root, "quantization_config", q) == 0)
-        line = json_dumps(root, JSON_INDENT(2));
+        *text_ = json_dumps(root, JSON_INDENT(2));
     json_decref(root);
-    if (!line) return FAIL(ST_NOMEM, "config.json");
-    snprintf(path, sizeof path, "%.4300s/config.json", out);
-    const status st = file_write(path, line, strlen(line));
-    free(line); /* jansson's own allocator */
-    return st;
+    return *text_ ? ST_OK : FAIL(ST_NOMEM, "config.json");
 }
 
 static status copy_files(const save *s, const char *out) {
@@ -495,10 +499,16 @@ status save_write(save *s, const char *out) {
     for (int32_t i = 0; i < s->n; i++)
         if (!s->tensor[i].dropped) list[n++] = s->tensor[i].view;
     qsort(list, (size_t)n, sizeof *list, by_element);
-    char path[4400];
+    char path[4400], *config;
     TRY(file_make_dirs(out));
+    TRY(make_config(s, &config));
     snprintf(path, sizeof path, "%.4300s/model.safetensors", out);
-    TRY(safetensors_write(path, list, n));
-    TRY(write_config(s, out));
-    return copy_files(s, out);
+    status st = safetensors_write(path, list, n);
+    snprintf(path, sizeof path, "%.4300s/config.json", out);
+    if (st == ST_OK && unlink(path) != 0 && errno != ENOENT)
+        st = FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    if (st == ST_OK) st = copy_files(s, out);
+    if (st == ST_OK) st = file_write(path, config, strlen(config));
+    free(config);
+    return st;
 }

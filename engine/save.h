@@ -38,7 +38,9 @@ status save_expert(save *s, const char *name, int32_t index, int32_t count, int3
 /* Other values for a plain tensor of the source, n elements, rounded to its type. */
 status save_values(save *s, const char *name, const float *values, int64_t n);
 
-/* Write model.safetensors, config.json and the copies into `out`, which is made. */
+/* Write model.safetensors, the copies and config.json into `out`, which is made. config.json comes
+ * last, and one that was there goes with the weights that it was of: a folder that could not be
+ * finished is no checkpoint. */
 status save_write(save *s, const char *out);
 void save_close(save *s); /* NULL is fine */
 #endif

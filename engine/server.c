@@ -663,15 +663,16 @@ static status address_of(const server_options *o, struct sockaddr_storage *out) 
 /* By trying it: whoever listens there refuses us the address. */
 static status check_free(const server_options *o, const struct sockaddr_storage *address) {
     const int fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return FAIL(ST_IO, "%s: %s", o->host, strerror(errno));
     const socklen_t n =
         address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
     status st = ST_OK;
     (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
     if (address->ss_family == AF_INET6) /* as the daemon's: IPv4's port of the number is another */
         (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){1}, sizeof(int));
-    if (fd < 0 || bind(fd, (const struct sockaddr *)address, n) != 0)
+    if (bind(fd, (const struct sockaddr *)address, n) != 0)
         st = FAIL(ST_IO, "cannot listen on %s port %d: %s", o->host, o->port, strerror(errno));
-    if (fd >= 0) close(fd);
+    close(fd);
     return st;
 }
 

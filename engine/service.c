@@ -218,18 +218,24 @@ static void wake(job *j) {
     j->wake(j->user);
 }
 
-/* The service is through with a job. */
-static void end_job(service *s, job *j, status st, const char *why) {
+/* Nothing more will happen to a job. */
+static void tell_end(job *j, status st, const char *why) {
     pthread_mutex_lock(&j->lock);
     j->done = true;
     j->st = st;
     if (st != ST_OK) snprintf(j->why, sizeof j->why, "%s", why);
     wake(j);
     pthread_mutex_unlock(&j->lock);
+    job_release(j);
+}
+
+/* The service is through with a job. It is not counted any more when its client hears of it, who
+ * may ask for the numbers next. */
+static void end_job(service *s, job *j, status st, const char *why) {
     pthread_mutex_lock(&s->lock);
     if (--s->n_alive == 0) pthread_cond_broadcast(&s->idle);
     pthread_mutex_unlock(&s->lock);
-    job_release(j);
+    tell_end(j, st, why);
 }
 
 /* --- News of the engine ----------------------------------------------------------------------- */
@@ -624,10 +630,10 @@ void service_submit(service *s, job *j) {
     atomic_fetch_add(&j->refs, 1);
     j->since_ns = timeline_now_ns(&s->clock);
     pthread_mutex_lock(&s->lock);
-    const bool draining = s->draining;
-    s->n_alive++;
+    const bool draining = s->draining; /* then none is counted: nobody would wait for it */
     j->next = NULL;
     if (!draining) {
+        s->n_alive++;
         if (s->last)
             s->last->next = j;
         else
@@ -636,7 +642,7 @@ void service_submit(service *s, job *j) {
         pthread_cond_signal(&s->work);
     }
     pthread_mutex_unlock(&s->lock);
-    if (draining) end_job(s, j, ST_INTERRUPTED, "the server is shutting down");
+    if (draining) tell_end(j, ST_INTERRUPTED, "the server is shutting down");
 }
 
 void service_cancel(service *s, job *j) {

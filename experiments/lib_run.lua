@@ -27,8 +27,8 @@ EXPERIMENT is a Lua file, or the beginning of a name in experiments/ ("e03", "e0
   --again             run finished points once more: rows are added, none is replaced
   --list              print the points and their state, run nothing
 
-Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, bad experiment, 130
-interrupted.]]
+Exit status: 0 done, 1 a point failed or a row could not be written, 2 usage, bad experiment, 4 the
+build has no CUDA, 130 interrupted.]]
 
 ---@class RunOptions
 ---@field names string[]
@@ -323,8 +323,11 @@ local function settings(spec, o, identity)
   if device then table.insert(set, { key = "device", value = device }) end
   if gpu then set[#set + 1] = { key = "gpu", value = gpu, replace = is_sheet(gpu) } end
   if device and not is_built(device) then -- else every point would leave a row that says so
-    experiment.refuse("run: --device %s: this build has %s%s", device,
-      table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or "")
+    error({
+      exit = device == "cuda" and 4 or 2,
+      message = ("run: --device %s: this build has %s%s"):format(device,
+        table.concat(amalgam.devices(), ", "), device == "cuda" and " (make CUDA_ARCH=...)" or ""),
+    }, 0)
   end
   local named = spec.fixed and spec.fixed.gpu ~= nil
   for _, axis in ipairs(spec.axes) do named = named or axis.name == "gpu" end

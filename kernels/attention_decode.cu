@@ -66,26 +66,34 @@ constexpr int unit_tokens = entry_tokens<D, H, C> *unit_entries<D, H, C>;
 // for more.
 template <int D, int H, kv_class C> constexpr bool in_turn = C == K8_V4 &&D == 128 && H == 4;
 
+// Bytes of a ring entry's parts and of a page's, and where things are in block memory.
+struct decode_layout {
+    int k_bytes, v_bytes, k_param, v_param_bytes;     // of an entry
+    int head_bytes, param_bytes, v_code, v_param;     // attention_layout
+    int stages, slot_bytes;                           // of a warp's ring
+    int odd_bytes;                                    // in turn: an odd slot, of V, begins later
+    int q_slots, q_bytes;                             // of tiles to come
+    int q_at, joint_at, sums_at, all_at, barriers_at; // after the rings
+    int bytes;                                        // of all
+};
+
 struct decode_arguments {
     void *out;       // [T, H D]
     const void *qkv; // [T, (H + 2G) D]
     const void *sinks;
     const uint8_t *base;
     int64_t page_bytes;
-    int head_bytes, param_base, param_bytes, v_code, v_param; // attention_layout
+    int param_base; // attention_layout
     kv_format k, v;
     const attention_run *runs;
     float *partial; // see attention_plan.h
     const int32_t *page;
-    int n_heads, n_kv_heads, ratio, n_tiles;      // n_tiles: of a group
-    bool bf16;                                    // q, out and sinks; fp16 otherwise
-    float scale;                                  // times log2(e)
-    int k_bytes, v_bytes, k_param, v_param_bytes; // of an entry
-    int stages, slot_bytes, q_slots, q_bytes;
+    int n_heads, n_kv_heads, ratio, n_tiles; // n_tiles: of a group
+    bool bf16;                               // q, out and sinks; fp16 otherwise
+    float scale;                             // times log2(e)
     float odd;    // 16 where V has 4 bits, else 1: what codes at rows 8 .. 15 of a tile come times
     int quarters; // of the lanes of four whose columns are heads
-    int q_at, joint_at, sums_at, all_at, barriers_at; // in block memory, after the rings
-    int odd_bytes; // in turn: an odd slot, of V, begins so much later
+    decode_layout at;
 };
 
 // Formats of an instance, constants where there is one; may they be f?
@@ -225,16 +233,12 @@ __device__ __forceinline__ void load_dims(uint32_t *to, const uint16_t *row, int
         to[0] = x.x & keep, to[1] = x.y & keep;
     }
 }
-__device__ __forceinline__ float largest16(uint32_t x, bool bf16) {
-    const float2 v = pair16(x, bf16);
-    return fmaxf(fabsf(v.x), fabsf(v.y));
+// The largest magnitude of a warp's 16-bit values, given those of each lane's words: as integers
+// magnitudes of either type are in order.
+__device__ __forceinline__ float warp_largest16(uint32_t words, bool bf16) {
+    const uint32_t top = __reduce_max_sync(~0u, max(words & 0xffffu, words >> 16));
+    return pair16(top, bf16).x;
 }
-// Over the four lanes of a column.
-__device__ __forceinline__ float quarters_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // Column c of digits tile t of mma tile n is digit c % 2 of head 8 n + NJ (c / 2) + t, so that a
 // lane's two columns are one head's. A k-step of 32 has dims 32 i + 4 quarter .. + 3 and, 16 on,
 // four more; or of nibbles the even and the odd ones of 32 i + 8 quarter .. + 7.
@@ -245,8 +249,7 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
     const int column = lane / 4, quarter = lane % 4;
     const float rounder = kRounder + (column % 2 ? 0.f : 128.f); // the high digit is rounded
     const uint32_t digit = column % 2 ? 0x0040u : 0x0051u;       // byte 0 or 1 of two words
-    uint32_t raw[NT<H> * NJ<H>][D / 8];
-    float amax = 0.f;
+    uint32_t raw[NT<H> * NJ<H>][D / 8], top = 0;
     const auto load = [&](int t) {
         if (H > 8) asm volatile("" ::: "memory"); // one after the other
         const int h = t / NJ<H> * 8 + column / 2 * NJ<H> + t % NJ<H>;
@@ -265,24 +268,30 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
     for (int t = 0; t < NT<H> * NJ<H>; t++) {
         load(t);
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[t][i], a.bf16));
+        for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[t][i] & 0x7fff7fffu);
     }
-    amax = warp_max(amax);
-    const float f = kLargestInteger / fmaxf(amax, 1e-30f);
-    q.scale = a.scale / f;
+    const float amax = fmaxf(warp_largest16(top, a.bf16), 1e-30f);
+    const float f = __fdividef(kLargestInteger, amax);
+    q.scale = a.scale * (1 / kLargestInteger) * amax;
 #pragma unroll
     for (int t = 0; t < NT<H> * NJ<H>; t++) {
         if (H > 8) load(t); // once more, which takes fewer registers
-        float sum = 0.f;
+        float2 v[D / 8];
+        if (a.bf16) { // once, not for each pair
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) v[i] = pair16(raw[t][i], true);
+        } else {
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) v[i] = pair16(raw[t][i], false);
+        }
+        int sum[4] = {}; // of digits, a column each: the product with ones
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
             uint32_t x[8];
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                const float2 v = pair16(raw[t][4 * i + k / 2], a.bf16);
-                const float y = __fmaf_rn(k % 2 ? v.y : v.x, f, rounder);
-                sum += y - rounder;
-                x[k] = __float_as_uint(y);
+                const float2 y = v[4 * i + k / 2];
+                x[k] = __float_as_uint(__fmaf_rn(k % 2 ? y.y : y.x, f, rounder));
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -292,8 +301,11 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
                     __byte_perm(__byte_perm(y[0], y[APART], digit),
                                 __byte_perm(y[2 * APART], y[3 * APART], digit), 0x5410);
             }
+            const uint32_t *b = &q.b[(i * NT<H> * NJ<H> + t) * 2];
+            const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+            mma_integers(sum, ones, b[0], b[1]);
         }
-        q.sum[t / NJ<H>][t % NJ<H>] = __shfl_sync(~0u, quarters_sum(sum), quarter * 8) * q.scale;
+        q.sum[t / NJ<H>][t % NJ<H>] = __int2float_rn(sum[0] * 256 + sum[1]) * q.scale;
     }
 }
 
@@ -303,8 +315,7 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
                                             const uint8_t *from, int row_bytes, int n_heads,
                                             int lane) {
     const int column = lane / 4, quarter = lane % 4;
-    float amax = 0.f;
-    uint32_t raw[NT<H>][D / 8];
+    uint32_t raw[NT<H>][D / 8], top = 0;
 #pragma unroll
     for (int n = 0; n < NT<H>; n++) {
         const int h = n * 8 + column * NJ<H> / 2;
@@ -324,8 +335,8 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
 #pragma unroll
         for (int n = 0; n < NT<H>; n++)
 #pragma unroll
-            for (int i = 0; i < D / 8; i++) amax = fmaxf(amax, largest16(raw[n][i], a.bf16));
-        amax = warp_max(amax);
+            for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[n][i] & 0x7fff7fffu);
+        const float amax = warp_largest16(top, a.bf16);
         // The power of two that brings the largest to [2^11, 2^12).
         const float f = amax < 1e-18f
                             ? 1.f
@@ -786,6 +797,100 @@ __device__ __forceinline__ int joint_tile(const decode_arguments &a, int warp, i
     return ((warp * (D / 16) + i) * NT<H> + n) * 8 * a.quarters;
 }
 
+// --- Block memory --------------------------------------------------------------------------------
+
+template <int D> constexpr bool kCopied = D <= 128; // q, to block memory
+template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Is a unit a page, of one entry or of one of K and one of V? Then the place in the code says which
+// comes next.
+template <int D, int H, kv_class C, bool BULK>
+constexpr bool by_pages = BULK &&unit_tokens<D, H, C> == kPage &&unit_entries<D, H, C> == 1;
+
+// As many stages as `room` holds, and where things are in block memory. q of a tile, `heads` rows,
+// is fetched as many units ahead as the stages hold, and read by the slowest warp.
+template <int D, int H, kv_class C, bool BULK>
+constexpr decode_layout lay_out(kv_format k, kv_format v, int heads, int quarters, int room) {
+    constexpr int ET = entry_tokens<D, H, C>;
+    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, H, C>; // of a unit
+    constexpr int SOME = in_turn<D, H, C> || (by_pages<D, H, C, BULK> && ENTRIES == 2) ? 2 : 1;
+    const attention_layout page = attention_layout_of(k, v, 1, D);
+    decode_layout a = {};
+    a.k_bytes = ET * attention_row_bytes(k, D);
+    a.v_bytes = ET * attention_row_bytes(v, D);
+    a.k_param = ET * attention_param_bytes(k);
+    a.v_param_bytes = ET * attention_param_bytes(v);
+    a.head_bytes = (int)page.head_bytes;
+    a.param_bytes = page.param_bytes;
+    a.v_code = page.v_code;
+    a.v_param = page.v_param;
+    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
+    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
+    a.slot_bytes = round_up(entry, 128);
+    if (in_turn<D, H, C>) {
+        a.odd_bytes = round_up(k_entry - a.v_bytes, 256) / 2;
+        a.slot_bytes = round_up(a.v_bytes, 128) + a.odd_bytes;
+    }
+    a.q_bytes = heads * q_row_bytes<D>();
+    const int joint = joints<D, H, C> * joint_bytes<D, H>(quarters),
+              sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
+    a.bytes = room + 1;
+    for (a.stages = 16 + SOME; a.bytes > room && a.stages > SOME;) {
+        a.stages -= SOME;
+        a.q_slots = kCopied<D> ? (a.stages + ENTRIES - 1) / ENTRIES + 1 : 0;
+        a.q_at = kWarps * a.stages * a.slot_bytes;
+        a.joint_at = a.q_at + a.q_slots * a.q_bytes;
+        a.sums_at = a.joint_at + joint;
+        a.all_at = a.sums_at + sums;
+        a.barriers_at = a.all_at + kThreads * all_bytes<D, H, C, BULK> + 16; // a flag before them
+        a.bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, H, C>);
+    }
+    return a;
+}
+
+// Two blocks an SM.
+constexpr int kHopperShared = 228 * 1024;
+constexpr int half_room(int shared_bytes_sm) { return shared_bytes_sm / 2 - 1024; }
+
+// Of an instance of one pair of codes, on the one GPU that has bulk copies, the layout is a
+// constant: loads of it, and tests of what is zero, take time. It has room for as many heads as the
+// instance; of 16 bits those would cost groups of five or six a stage.
+template <int D, int H, kv_class C, bool BULK> struct layout {
+    static constexpr bool FIXED = BULK && only_k(C) != kOpen && C != KV_16;
+    static constexpr kv_format K = FIXED ? (kv_format)only_k(C) : KF_8,
+                               V = FIXED ? (kv_format)only_v(C) : KF_8;
+    static constexpr decode_layout CONSTANT = lay_out<D, H, C, BULK>(
+        K, V, D == 128 && H == 4 ? 4 : 8 * NT<H>, 4, half_room(kHopperShared));
+    static_assert(!FIXED || (CONSTANT.bytes <= half_room(kHopperShared) &&
+                             CONSTANT.stages >= unit_entries<D, H, C>));
+#define MEMBER(name)                                                                               \
+    static __device__ __forceinline__ int name(const decode_arguments &a) {                        \
+        constexpr int constant = CONSTANT.name;                                                    \
+        return FIXED ? constant : a.at.name;                                                       \
+    }
+    MEMBER(k_bytes)
+    MEMBER(v_bytes)
+    MEMBER(k_param)
+    MEMBER(v_param_bytes)
+    MEMBER(head_bytes)
+    MEMBER(param_bytes)
+    MEMBER(v_code)
+    MEMBER(v_param)
+    MEMBER(stages)
+    MEMBER(slot_bytes)
+    MEMBER(odd_bytes)
+    MEMBER(q_slots)
+    MEMBER(q_bytes)
+    MEMBER(q_at)
+    MEMBER(all_at)
+    MEMBER(barriers_at)
+#undef MEMBER
+};
+
+// --- Putting and taking --------------------------------------------------------------------------
+
 // This lane's heads' result at rows r and r + 8 of tile i; z: what every dim has besides.
 template <int D, int H, kv_class C>
 __device__ __forceinline__ joint_cell<H> cell_of(const state<D, H> &st, const decode_arguments &a,
@@ -819,9 +924,9 @@ template <int D, int H, kv_class C>
 __device__ __forceinline__ void put_joint(uint8_t *memory, const state<D, H> &st,
                                           const decode_arguments &a, int at, int warp, int lane) {
     const int row = lane / 4, quarter = lane % 4;
-    joint_cell<H> *acc = (joint_cell<H> *)(memory + a.joint_at) +
+    joint_cell<H> *acc = (joint_cell<H> *)(memory + a.at.joint_at) +
                          joint_tile<D, H>(a, at * kWarps, 0, 0) + row * a.quarters + quarter;
-    joint_cell<H> *ml = (joint_cell<H> *)(memory + a.sums_at) + (at * kWarps + warp) * NT<H> * 4;
+    joint_cell<H> *ml = (joint_cell<H> *)(memory + a.at.sums_at) + (at * kWarps + warp) * NT<H> * 4;
 #pragma unroll
     for (int n = 0; n < NT<H>; n++) {
         float z[NJ<H>], l[NJ<H>];
@@ -842,11 +947,11 @@ template <int D, int H>
 __device__ __forceinline__ void take_joint(sum<D, H> &s, const uint8_t *memory,
                                            const decode_arguments &a, int at, int warp, int lane) {
     const int row = lane / 4, quarter = lane % 4;
-    const joint_cell<H> *acc = (const joint_cell<H> *)(memory + a.joint_at) +
+    const joint_cell<H> *acc = (const joint_cell<H> *)(memory + a.at.joint_at) +
                                joint_tile<D, H>(a, at * kWarps, 0, 0) + row * a.quarters +
                                min(quarter, a.quarters - 1);
     const joint_cell<H> *ml =
-        (const joint_cell<H> *)(memory + a.sums_at) + at * kWarps * NT<H> * 4 + quarter;
+        (const joint_cell<H> *)(memory + a.at.sums_at) + at * kWarps * NT<H> * 4 + quarter;
 #pragma unroll
     for (int n = 0; n < NT<H>; n++) {
         joint_cell<H> w[kWarps];
@@ -888,17 +993,21 @@ __device__ __forceinline__ void take_joint(sum<D, H> &s, const uint8_t *memory,
 struct tile_place {
     int head0, n_heads;
 };
-template <int H>
+template <int D, int H>
+__device__ __forceinline__ int group_of(const decode_arguments &a, int tile) {
+    return (D == 128 && H <= 8) || a.n_tiles == 1 ? tile : tile / a.n_tiles;
+}
+template <int D, int H>
 __device__ __forceinline__ tile_place place_of(const decode_arguments &a, int tile) {
-    const int g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
-    const int first = (tile - g * a.n_tiles) * 8 * NT<H>;
+    const int g = group_of<D, H>(a, tile);
+    const int first = D == 128 && H <= 8 ? 0 : (tile - g * a.n_tiles) * 8 * NT<H>;
     return {g * a.ratio + first, min(8 * NT<H>, a.ratio - first)};
 }
 
 // 1 / (l + sink)
 __device__ __forceinline__ float normal_of(const decode_arguments &a, int head, float m, float l) {
     if (a.sinks) l += exp2_approx(load16(a.sinks, head, a.bf16) * kLog2E - m);
-    return 1.f / l;
+    return __fdividef(1.f, l);
 }
 __device__ __forceinline__ uint32_t pack_out(const decode_arguments &a, float x, float y) {
     return a.bf16 ? pack2<__nv_bfloat16>(x, y) : pack2<__half>(x, y);
@@ -1011,6 +1120,19 @@ __device__ __forceinline__ bool count_leaves(const decode_arguments &a, const at
     return *flag;
 }
 
+// The largest over groups of LANES lanes.
+template <int LANES> __device__ __forceinline__ float largest_of_lanes(float x) {
+    if constexpr (LANES == 32) { // as integers in the same order
+        const int bits = __float_as_int(x);
+        const int top = __reduce_max_sync(~0u, bits ^ (bits >> 31 & 0x7fffffff));
+        return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
+    } else {
+#pragma unroll
+        for (int k = 1; k < LANES; k *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, k, LANES));
+        return x;
+    }
+}
+
 // Records of a tile in order: leaves 0 .. prefix - 1 in the first slot, then one a leaf. A thread
 // has four dims of a head, the D / 4 lanes of a head a record each to find its factor. AT_ONCE
 // records are under way. Factors are powers of two, since scores' maxima are made integers: it does
@@ -1026,7 +1148,7 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
     for (int i0 = thread / 32 * 32; i0 < p.n_heads * (D / 4); i0 += kThreads) {
         const int i = i0 + thread % 32, h = min(i / (D / 4), p.n_heads - 1);
         const int head = p.head0 + h, d = i % (D / 4) * 4;
-        const float *first = record_of<D>(a, run.slot, head), *at = first;
+        const float *first = record_of<D>(a, run.slot, head), *at = first + d;
         float m = -INFINITY, l = 0.f;
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int k0 = 0; k0 < n; k0 += LANES) {
@@ -1038,16 +1160,13 @@ __device__ __forceinline__ void join_records(const decode_arguments &a, const at
                 float4 y[AT_ONCE];
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; k++) {
-                    const int nth = k0 + k1 + k;
-                    y[k] = __ldcg((const float4 *)(at + d));
-                    at += nth == 0 ? second : nth < n - 1 ? step : 0;
+                    y[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+                    if (k0 + k1 + k < n) y[k] = __ldcg((const float4 *)at);
+                    at += k0 + k1 + k == 0 ? second : step;
                 }
                 if (k1 == 0) {
                     if (k0 + lane >= n) w = make_float2(-INFINITY, 0.f);
-                    float next = fmaxf(m, w.x);
-#pragma unroll
-                    for (int k = 1; k < LANES; k *= 2)
-                        next = fmaxf(next, __shfl_xor_sync(~0u, next, k, LANES));
+                    const float next = largest_of_lanes<LANES>(fmaxf(m, w.x));
                     const float f = exp2_approx(m - next);
                     x.x *= f, x.y *= f, x.z *= f, x.w *= f, l *= f;
                     g = exp2_approx(w.x - next);
@@ -1081,14 +1200,16 @@ __device__ __forceinline__ int lone_first(int lone, int warp) {
     return (warp + kWarps - lone) % kWarps;
 }
 
-template <int D> constexpr bool kCopied = D <= 128; // q, to block memory
-template <int D> __host__ __device__ constexpr int q_row_bytes() { return 2 * D + 16; }
-
 // The next entry to fetch, and where: the warp's cursor over its block's work. Leaves are multiples
 // of kStride, so that the warp's pages of a tile are kStride apart across them.
 // WHOLE: an entry is K and V of a unit, else one of them.
-template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> struct feeder {
+template <int D, int H, kv_class C, bool BULK> struct feeder {
+    typedef layout<D, H, C, BULK> L;
+    static constexpr int UT = unit_tokens<D, H, C>, R = unit_entries<D, H, C>;
+    static constexpr bool WHOLE = C == KV_4;
     static constexpr int ET = UT / R, ENTRIES = WHOLE ? 1 : 2 * R; // of an entry; of a unit
+    static constexpr bool PAGES = by_pages<D, H, C, BULK>;
+    enum part { K, V, NEXT };
     const decode_arguments &a;
     uint32_t memory;     // the block's
     uint32_t ring, full; // this warp's entries and their barriers
@@ -1105,10 +1226,11 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
     int q_slot;                 // of the next q
     int entry;                  // of the unit, comes next
     bool fresh;                 // a new tile: its q is wanted
-    bool done;
+    bool ended;                 // the tile has no more for this warp
+    bool done;                  // nor has the block
 
     __device__ __forceinline__ uint32_t q_full(int at) const {
-        return memory + a.barriers_at + 8 * (kWarps * a.stages + at);
+        return memory + L::barriers_at(a) + 8 * (kWarps * L::stages(a) + at);
     }
     __device__ __forceinline__ int load_run(int at) const {
         const int words = (int)(sizeof(attention_run) / sizeof(int32_t));
@@ -1130,17 +1252,22 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         const bool lone = RUN(next_run, lone) >= 0;
         next_pages = load_pages(next_run, lone ? begin : begin + first * tokens + warp * kPage);
     }
+    // To the block's first tile. What comes after it is sought later (`ended`), so that little
+    // stands before the first copy.
     __device__ __forceinline__ void enter_block() {
         run = load_run(blockIdx.x);
         next_run = load_run(RUN(run, next));
         third_run = load_run(RUN(run, third));
         enter_run();
         done = false;
-        const bool lone = stride == kPage;
+        ended = true;
+        if (leaf < RUN(run, to)) {
+            enter_tile();
+            ended = token >= stop;
+        }
+        if (!ended) pages = load_pages(run, token);
         load_next_pages();
-        seek();
-        if (lone && !done) pages = load_pages(run, token);
-        if (!lone) fresh = false; // q of the first tile is read where it is
+        fresh = false; // q of the first tile is read where it is
     }
     __device__ __forceinline__ void enter_run() {
         const int lone = RUN(run, lone), skip = lone < 0 ? 0 : lone_first(lone, warp);
@@ -1160,9 +1287,9 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
     __device__ __forceinline__ void enter_tile() {
         const bool lone = stride == kPage;
         const int to = min(RUN(run, n), first + RUN(run, to) - leaf), tile = next_tile,
-                  g = a.n_tiles == 1 ? tile : tile / a.n_tiles;
-        code_at = g * a.head_bytes;
-        param_at = a.param_base + g * a.param_bytes;
+                  g = group_of<D, H>(a, tile);
+        code_at = g * L::head_bytes(a);
+        param_at = a.param_base + g * L::param_bytes(a);
         const int begin = RUN(run, begin), tokens = RUN(run, leaf);
         token = lone ? begin : begin + first * tokens + warp * kPage;
         stop = min(begin + to * tokens, RUN(run, end));
@@ -1174,6 +1301,7 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
     // To the next tile in which this warp has a page.
     __device__ __forceinline__ void seek() {
         bool entered;
+        ended = false;
         do {
             entered = false;
             while (leaf >= RUN(run, to)) {
@@ -1187,12 +1315,18 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         // Tiles that a warp has alone are of the same pages.
         if (!entered && stride != kPage) pages = load_pages(run, token);
     }
-    __device__ __forceinline__ void next_unit() {
+    // To the tile's next unit; is it of another page?
+    __device__ __forceinline__ bool next_unit() {
         token += UT;
-        if (UT < kPage && token % kPage != 0 && token < stop) return;
+        if (UT < kPage && token % kPage != 0 && token < stop) return false;
         token += stride - (UT < kPage ? (token - 1) % kPage + 1 : kPage);
         nth++;
-        if (token >= stop)
+        ended = token >= stop;
+        return true;
+    }
+    // What another page may want.
+    __device__ __forceinline__ void turn_page() {
+        if (ended)
             seek();
         else if (nth % 32 == 0)
             pages = load_pages(run, token);
@@ -1204,9 +1338,9 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
     }
     __device__ __forceinline__ void fetch_q(int row, int of) {
         const int at = q_slot;
-        if (++q_slot == a.q_slots) q_slot = 0;
-        const uint32_t to = memory + a.q_at + at * a.q_bytes, bar = q_full(at);
-        const tile_place p = place_of<H>(a, of);
+        if (++q_slot == L::q_slots(a)) q_slot = 0;
+        const uint32_t to = memory + L::q_at(a) + at * L::q_bytes(a), bar = q_full(at);
+        const tile_place p = place_of<D, H>(a, of);
         const uint8_t *from = q_rows(row, p);
         if (BULK) {
             if (lane == 0) barrier_expect(bar, p.n_heads * 2 * D);
@@ -1235,45 +1369,64 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         const int at = ET == kPage ? 0 : (UT == kPage ? 0 : token % kPage / ET) + part;
         const uint8_t *base = a.base + (int64_t)page * a.page_bytes;
         const uint8_t *code = base + code_at, *param = base + param_at;
-        const int params = a.k_param + a.v_param_bytes;
-        if (BULK) barrier_expect(bar, (k ? a.k_bytes + params : 0) + (v ? a.v_bytes : 0));
+        const int params = L::k_param(a) + L::v_param_bytes(a);
+        if (BULK) barrier_expect(bar, (k ? L::k_bytes(a) + params : 0) + (v ? L::v_bytes(a) : 0));
         if (k && v && ET == kPage)
-            copy(to, code, a.k_bytes + a.v_bytes, bar);
+            copy(to, code, L::k_bytes(a) + L::v_bytes(a), bar);
         else if (k)
-            copy(to, code + at * a.k_bytes, a.k_bytes, bar);
+            copy(to, code + at * L::k_bytes(a), L::k_bytes(a), bar);
         if (v && !(k && ET == kPage))
-            copy(to + (k ? a.k_bytes : 0), code + a.v_code + at * a.v_bytes, a.v_bytes, bar);
+            copy(to + (k ? L::k_bytes(a) : 0), code + L::v_code(a) + at * L::v_bytes(a),
+                 L::v_bytes(a), bar);
         if (k) {
-            const uint32_t to_param = to + a.k_bytes + (v ? a.v_bytes : 0);
+            const uint32_t to_param = to + L::k_bytes(a) + (v ? L::v_bytes(a) : 0);
             if (ET == kPage) {
                 copy(to_param, param, params, bar);
             } else {
-                copy(to_param, param + at * a.k_param, a.k_param, bar);
-                copy(to_param + a.k_param, param + a.v_param + at * a.v_param_bytes,
-                     a.v_param_bytes, bar);
+                copy(to_param, param + at * L::k_param(a), L::k_param(a), bar);
+                copy(to_param + L::k_param(a), param + L::v_param(a) + at * L::v_param_bytes(a),
+                     L::v_param_bytes(a), bar);
             }
         }
         if (!BULK) copy_async_arrive(bar);
     }
     __device__ __forceinline__ uint32_t slot_at(int i) const {
-        return ring + i * a.slot_bytes + (IN_TURN ? i % 2 * a.odd_bytes : 0);
+        return ring + i * L::slot_bytes(a) + (in_turn<D, H, C> ? i % 2 * L::odd_bytes(a) : 0);
     }
-    // Fill a slot, which every lane has done with, with the next entry.
-    __device__ __forceinline__ void fetch(int slot) {
-        if (done) return;
-        if (kCopied<D> && fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
-        fresh = false;
+    // Fill a slot, which every lane has done with, with the next entry, which is a page's K, V, or
+    // what `entry` says. Is the one after it of another page?
+    template <int PART> __device__ __forceinline__ bool fetch(int slot) {
+        if (done) return false;
+        if (PART != V) {
+            if (kCopied<D> && fresh && warp == 0) fetch_q(RUN(run, row), next_tile - 1);
+            fresh = false;
+        }
         const uint32_t to = slot_at(slot), bar = full + 8 * slot;
         const int page = __shfl_sync(~0u, pages, nth % 32);
         if (!BULK || lane == 0) {
             if (WHOLE)
                 copy_part(to, bar, page, 0, true, true);
-            else if (entry < R)
+            else if (PART == K || (PART == NEXT && entry < R))
                 copy_part(to, bar, page, entry, true, false);
             else
-                copy_part(to, bar, page, entry - R, false, true);
+                copy_part(to, bar, page, entry - (PART == V ? 0 : R), false, true);
         }
-        if (++entry == ENTRIES) entry = 0, next_unit();
+        if (PART == K) return false;
+        if (PART == NEXT && ENTRIES > 1) {
+            if (++entry < ENTRIES) return false;
+            entry = 0;
+        }
+        return next_unit();
+    }
+    // The first slots, as many as are filled at once.
+    static constexpr int AT_ONCE = PAGES ? ENTRIES : 1;
+    __device__ __forceinline__ void fill(int slot) {
+        if (PAGES && !WHOLE) {
+            fetch<K>(slot);
+            fetch<V>(slot + 1);
+        } else {
+            fetch<NEXT>(slot);
+        }
     }
     // The page after those in the ring, or two where they are short, to L2, if the tile is long
     // enough to be paid for by memory.
@@ -1281,7 +1434,7 @@ template <int D, int H, int UT, int R, bool WHOLE, bool IN_TURN, bool BULK> stru
         for (int k = 0; k < (WHOLE ? 2 : 1); k++) {
             const int page = __shfl_sync(~0u, pages, (nth + k) % 32);
             if (!done && entry == 0 && stop - token > (4 + k) * stride && lane == 0)
-                prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, a.head_bytes);
+                prefetch_bulk(a.base + (int64_t)page * a.page_bytes + code_at, L::head_bytes(a));
         }
     }
     // Is the entry free of the newest token, which the kernel before this one may be writing?
@@ -1351,12 +1504,13 @@ template <int H, kv_class C> constexpr bool tight = false;
 #endif
 
 template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
+    typedef layout<D, H, C, BULK> L;
     static constexpr int UT = unit_tokens<D, H, C>, R = unit_entries<D, H, C>;
     static constexpr int JOINTS = joints<D, H, C>;
     static constexpr bool WHOLE = C == KV_4;
     const decode_arguments &a;
     uint8_t *memory;
-    feeder<D, H, UT, R, WHOLE, in_turn<D, H, C>, BULK> feed;
+    feeder<D, H, C, BULK> feed;
     int slot = 0;
     uint32_t parity = 0;
     int n_put = 0;
@@ -1372,7 +1526,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     }
     // Barriers of a joint: all warps have put, all have taken.
     __device__ __forceinline__ uint32_t put_bar(int at) const {
-        return feed.q_full(a.q_slots + at);
+        return feed.q_full(L::q_slots(a) + at);
     }
     __device__ __forceinline__ uint32_t taken_bar(int at) const { return put_bar(JOINTS + at); }
 
@@ -1380,19 +1534,21 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
     __device__ __forceinline__ void wait(uint32_t (&at)[R]) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            const bool around = slot + r >= a.stages;
-            const int i = around ? slot + r - a.stages : slot + r;
+            const bool around = R > 1 && slot + r >= L::stages(a);
+            const int i = around ? slot + r - L::stages(a) : slot + r;
             barrier_wait(feed.full + 8 * i, parity ^ around);
             at[r] = feed.slot_at(i);
         }
     }
-    // They have been read.
-    __device__ __forceinline__ void release() {
+    // They have been read, of K or of V.
+    template <int PART> __device__ __forceinline__ void release() {
+        typedef decltype(feed) F;
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            feed.fetch(slot);
-            if (++slot == a.stages) slot = 0, parity ^= 1;
+            if (feed.template fetch < F::PAGES && !WHOLE ? PART : F::NEXT > (slot))
+                feed.turn_page();
+            if (++slot == L::stages(a)) slot = 0, parity ^= 1;
         }
     }
     __device__ __forceinline__ void attend(state<D, H> &st, const query<D, H> &q,
@@ -1403,12 +1559,12 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         uint32_t p[UT / 16][NT<H>][2], k_param[UT / 16][2] = {}, v_param[UT / 16][2] = {}, at[R];
         wait(at);
         multiply_k_of<D, H, UT, R, C, T>(s, q, a, at, lane);
-        const int param = a.k_bytes + (WHOLE ? a.v_bytes : 0);
+        const int param = L::k_bytes(a) + (WHOLE ? L::v_bytes(a) : 0);
         if (!has_16(C) || k_format<C>(a) != KF_16)
             load_params<UT, R>(k_param, at, param, k_format<C>(a), lane / 4);
         if (!has_16(C) || v_format<C>(a) != KF_16)
-            load_params<UT, R>(v_param, at, param + a.k_param, v_format<C>(a), lane / 4);
-        if (!WHOLE) release();
+            load_params<UT, R>(v_param, at, param + L::k_param(a), v_format<C>(a), lane / 4);
+        if (!WHOLE) release<decltype(feed)::K>();
         scale_scores<D, H, UT, C>(s, q, a, k_param);
         if (x.edge) {
             clear_scores<H, UT>(s, x, lane / 4);
@@ -1417,11 +1573,11 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         const bool fold = (uint32_t)token0 / kStride % kFold == kFold - 1;
         weigh<D, H, UT, C, T>(p, s, st, a, v_param, fold);
         if (WHOLE)
-            at[0] += a.k_bytes;
+            at[0] += L::k_bytes(a);
         else
             wait(at);
         multiply_v_of<D, H, UT, R, C, T>(st, p, a, x, at, lane);
-        release();
+        release<decltype(feed)::V>();
     }
     // This warp's pages of a leaf, or all of them.
     __device__ __forceinline__ void attend_leaf(state<D, H> &st, const query<D, H> &q,
@@ -1451,7 +1607,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         take_joint<D, H>(leaf, memory, a, at, rare_warp(), rare_lane());
         barrier_arrive(taken_bar(at));
         if (!head)
-            put_record<D, H, C>(leaf, a, run.slot + part, place_of<H>(a, tile), feed.warp,
+            put_record<D, H, C>(leaf, a, run.slot + part, place_of<D, H>(a, tile), feed.warp,
                                 rare_lane());
         else if (part == 0)
             all = leaf;
@@ -1467,10 +1623,10 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
             load_query<D, H, C>(q, a, there, 2 * D, p.n_heads, feed.lane);
             return;
         }
-        const int at = n_q % a.q_slots;
-        const uint8_t *copy = memory + a.q_at + at * a.q_bytes;
+        const int at = n_q % L::q_slots(a);
+        const uint8_t *copy = memory + L::q_at(a) + at * L::q_bytes(a);
         const bool first = n_q < 0;
-        if (!first) barrier_wait(feed.q_full(at), n_q / a.q_slots & 1);
+        if (!first) barrier_wait(feed.q_full(at), n_q / L::q_slots(a) & 1);
         load_query<D, H, C>(q, a, first ? there : copy, first ? 2 * D : q_row_bytes<D>(), p.n_heads,
                             feed.lane);
     }
@@ -1479,7 +1635,7 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
                                                 int to, int n_q) {
         const bool head = from == 0, whole = head && to == run.n;
         query<D, H> q;
-        get_query(q, run.row, place_of<H>(a, tile), n_q);
+        get_query(q, run.row, place_of<D, H>(a, tile), n_q);
         // Memory has nothing to do until the rings' first units have been read.
         if (BULK && UT == kPage && !begun) feed.look_ahead();
         begun = true;
@@ -1487,12 +1643,12 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
         sum<D, H> &all =
             all_bytes<D, H, C, BULK> == 0
                 ? here
-                : *(sum<D, H> *)(memory + a.all_at + threadIdx.x * all_bytes<D, H, C, BULK>);
+                : *(sum<D, H> *)(memory + L::all_at(a) + threadIdx.x * all_bytes<D, H, C, BULK>);
         for (int part = from; part < to; part++) {
             state<D, H> st;
             attend_leaf(st, q, run, part);
             if (run.lone >= 0) {
-                put_lone<D, H, C>(st, a, run.row, place_of<H>(a, tile), rare_lane());
+                put_lone<D, H, C>(st, a, run.row, place_of<D, H>(a, tile), rare_lane());
                 return;
             }
             put(st);
@@ -1503,13 +1659,13 @@ template <int D, int H, kv_class C, typename T, bool BULK> struct worker {
                 take(all, run, tile, part - 1, 1, head);
         }
         if (JOINTS > 1) take(all, run, tile, to - 1, 0, head);
-        const tile_place place = place_of<H>(a, tile);
+        const tile_place place = place_of<D, H>(a, tile);
         if (whole) {
             put_out<D, H, C>(all, a, run.row, place, rare_warp(), rare_lane());
             return;
         }
         if (head) put_record<D, H, C>(all, a, run.slot, place, rare_warp(), rare_lane());
-        int *flag = (int *)(memory + a.barriers_at - 16);
+        int *flag = (int *)(memory + L::barriers_at(a) - 16);
         if (count_leaves<D>(a, run, place.head0, to - from, flag))
             join_records<D, crowded<D, H, C> ? 8 : 16>(a, run, place, head ? to : run.prefix);
     }
@@ -1521,20 +1677,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if (BULK) return; // no such copies, and no such launch
 #endif
+    typedef layout<D, H, C, BULK> L;
     extern __shared__ __align__(1024) uint8_t memory[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const uint32_t bars = shared_at(memory) + a.barriers_at;
+    const uint32_t bars = shared_at(memory) + L::barriers_at(a);
     worker<D, H, C, T, BULK> w = {a, memory, {a, shared_at(memory)}};
     auto &feed = w.feed;
     feed.warp = warp;
     feed.lane = lane;
-    feed.ring = shared_at(memory) + warp * a.stages * a.slot_bytes;
-    feed.full = bars + 8 * warp * a.stages;
+    feed.ring = shared_at(memory) + warp * L::stages(a) * L::slot_bytes(a);
+    feed.full = bars + 8 * warp * L::stages(a);
     feed.q_slot = 0;
     feed.entry = 0;
     feed.enter_block();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kWarps * a.stages + a.q_slots; i++)
+        for (int i = 0; i < kWarps * L::stages(a) + L::q_slots(a); i++)
             barrier_init(bars + 8 * i, BULK ? 1 : 32);
         for (int i = 0; i < 2 * joints<D, H, C>; i++) barrier_init(w.put_bar(i), kThreads);
         fence_async_proxy();
@@ -1543,15 +1700,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     const attention_run *at = a.runs + blockIdx.x;
     attention_run copy = *at;
     // What this step has not written needs no waiting for the kernel before this one; but a unit at
-    // a time, or the last reads of that one stand in line behind these.
-    int slot = 0;
-    while (slot < a.stages && !feed.done && !feed.fresh && feed.old()) {
-        if (BULK && slot >= feed.ENTRIES) barrier_wait(feed.full + 8 * (slot - feed.ENTRIES), 0);
-        feed.fetch(slot++);
+    // a time, or the last reads of that one stand in line behind these. Fewer than 32 pages.
+    typedef decltype(w.feed) F;
+    bool waited = false;
+    for (int slot = 0;; slot += F::AT_ONCE) {
+        if (feed.ended) feed.seek();
+        const bool enough = feed.done || slot >= L::stages(a);
+        if (!waited && (enough || feed.fresh || !feed.old())) {
+            wait_for_previous();
+            launch_dependents();
+            waited = true;
+        }
+        if (enough) break;
+        if (BULK && !waited && slot >= F::ENTRIES)
+            barrier_wait(feed.full + 8 * (slot - F::ENTRIES), 0);
+        feed.fill(slot);
     }
-    wait_for_previous();
-    launch_dependents();
-    while (slot < a.stages) feed.fetch(slot++);
 
     int n_q = copy.lone < 0 ? -1 : 0;
     for (;;) {
@@ -1573,42 +1737,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- Launch --------------------------------------------------------------------------------------
 
-// Slots of the rings for entries of k_bytes and so on.
-template <int D, int H, kv_class C> void set_slots(decode_arguments &a) {
-    const int k_entry = a.k_bytes + a.k_param + a.v_param_bytes;
-    const int entry = C == KV_4 ? k_entry + a.v_bytes : k_entry > a.v_bytes ? k_entry : a.v_bytes;
-    a.slot_bytes = (int)div_up(entry, 128) * 128;
-    if (in_turn<D, H, C>) {
-        a.odd_bytes = (int)div_up(k_entry - a.v_bytes, 256) * 128;
-        a.slot_bytes = (int)div_up(a.v_bytes, 128) * 128 + a.odd_bytes;
-    }
-}
-
-// As many stages as `room` holds, and where things are in block memory: its bytes. q of a tile is
-// fetched as many units ahead as the stages hold, and read by the slowest warp.
-template <int D, int H, kv_class C, bool BULK> int lay_out(decode_arguments &a, int room) {
-    constexpr int ENTRIES = C == KV_4 ? 1 : 2 * unit_entries<D, H, C>; // of a unit
-    a.q_bytes = (a.ratio < 8 * NT<H> ? a.ratio : 8 * NT<H>)*q_row_bytes<D>();
-    const int joint = joints<D, H, C> * joint_bytes<D, H>(a.quarters),
-              sums = joints<D, H, C> * kWarps * NT<H> * 4 * (int)sizeof(joint_cell<H>);
-    const int some = in_turn<D, H, C> ? 2 : 1;
-    int bytes = room + 1;
-    for (a.stages = 16 + some; bytes > room && a.stages > some;) {
-        a.stages -= some;
-        a.q_slots = kCopied<D> ? (int)div_up(a.stages, ENTRIES) + 1 : 0;
-        a.q_at = kWarps * a.stages * a.slot_bytes;
-        a.joint_at = a.q_at + a.q_slots * a.q_bytes;
-        a.sums_at = a.joint_at + joint;
-        a.all_at = a.sums_at + sums;
-        a.barriers_at = a.all_at + kThreads * all_bytes<D, H, C, BULK> + 16; // a flag before them
-        bytes = a.barriers_at + 8 * (kWarps * a.stages + a.q_slots + 2 * joints<D, H, C>);
-    }
-    return bytes;
-}
-
 template <int D, int H, kv_class C, typename T, bool BULK>
 status launch(const attention_problem *p) {
-    constexpr int ET = entry_tokens<D, H, C>;
     const attention_layer_params *l = &p->l;
     decode_arguments a = {};
     a.out = p->out;
@@ -1616,11 +1746,7 @@ status launch(const attention_problem *p) {
     a.sinks = l->sinks;
     a.base = (const uint8_t *)p->c.base;
     a.page_bytes = p->c.page_bytes;
-    a.head_bytes = (int)p->layout.head_bytes;
     a.param_base = (int)p->layout.param_base;
-    a.param_bytes = p->layout.param_bytes;
-    a.v_code = p->layout.v_code;
-    a.v_param = p->layout.v_param;
     a.k = p->c.k;
     a.v = p->c.v;
     a.runs = (const attention_run *)(p->plan + 1);
@@ -1633,21 +1759,24 @@ status launch(const attention_problem *p) {
     a.bf16 = l->type == DT_BF16;
     a.odd = p->c.v == KF_4 ? 16.f : 1.f;
     a.scale = l->scale * kLog2E;
-    a.k_bytes = ET * attention_row_bytes(a.k, D);
-    a.v_bytes = ET * attention_row_bytes(a.v, D);
-    a.k_param = ET * attention_param_bytes(a.k);
-    a.v_param_bytes = ET * attention_param_bytes(a.v);
-    set_slots<D, H, C>(a);
     a.quarters = a.ratio >= 4 * NJ<H> ? 4 : (a.ratio + NJ<H> - 1) / NJ<H>;
 
-    // Two blocks an SM; one where half of its memory does not hold what is attended at once.
-    int room = p->shared_bytes_sm / 2 - 1024, bytes = lay_out<D, H, C, BULK>(a, room);
-    if (bytes > room || a.stages < unit_entries<D, H, C>) {
-        room = p->shared_bytes_sm - 1024;
-        bytes = lay_out<D, H, C, BULK>(a, room);
+    // One block an SM where half of its memory does not hold what is attended at once.
+    const int heads = a.ratio < 8 * NT<H> ? a.ratio : 8 * NT<H>;
+    int room = half_room(p->shared_bytes_sm);
+    const auto fits = [&] { return a.at.bytes <= room && a.at.stages >= unit_entries<D, H, C>; };
+    if (layout<D, H, C, BULK>::FIXED) {
+        a.at = layout<D, H, C, BULK>::CONSTANT;
+    } else {
+        a.at = lay_out<D, H, C, BULK>(a.k, a.v, heads, a.quarters, room);
+        if (!fits()) {
+            room = p->shared_bytes_sm - 1024;
+            a.at = lay_out<D, H, C, BULK>(a.k, a.v, heads, a.quarters, room);
+        }
     }
-    if (bytes > room || a.stages < unit_entries<D, H, C>)
-        return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages in %d bytes", a.stages, room);
+    if (!fits())
+        return FAIL(ST_UNSUPPORTED, "attention_decode: %d stages in %d bytes", a.at.stages, room);
+    const int bytes = a.at.bytes;
     const auto kernel = attend_decode<D, H, C, T, BULK>;
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

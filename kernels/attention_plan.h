@@ -5,7 +5,10 @@
 #include "attention.h"
 
 #ifdef __cplusplus
+#define CONSTANT constexpr
 extern "C" {
+#else
+#define CONSTANT static inline
 #endif
 
 enum {
@@ -80,12 +83,10 @@ static inline int32_t attention_decode_blocks(int32_t n_sms) {
 }
 
 /* Bytes of one token's codes and parameters; parameters are 0, 2 or 4 bytes. */
-static inline int32_t attention_row_bytes(kv_format f, int32_t head_dim) {
+CONSTANT int32_t attention_row_bytes(kv_format f, int32_t head_dim) {
     return f == KF_16 ? 2 * head_dim : f == KF_4 ? head_dim / 2 : head_dim;
 }
-static inline int32_t attention_param_bytes(kv_format f) {
-    return f == KF_16 ? 0 : f == KF_FP8 ? 2 : 4;
-}
+CONSTANT int32_t attention_param_bytes(kv_format f) { return f == KF_16 ? 0 : f == KF_FP8 ? 2 : 4; }
 
 /* Where the parts of one head lie, in bytes from the page's base: K codes at `code`, V codes
  * `v_code` further on, K params at `param`, V params `v_param` further on. */
@@ -96,16 +97,15 @@ typedef struct {
     int32_t v_code, v_param;
 } attention_layout;
 
-static inline attention_layout attention_layout_of(kv_format k, kv_format v, int32_t n_kv_heads,
-                                                   int32_t head_dim) {
+CONSTANT attention_layout attention_layout_of(kv_format k, kv_format v, int32_t n_kv_heads,
+                                              int32_t head_dim) {
     const int32_t k_row = attention_row_bytes(k, head_dim),
                   v_row = attention_row_bytes(v, head_dim);
-    attention_layout l;
-    l.head_bytes = (int64_t)KV_PAGE_TOKENS * (k_row + v_row);
-    l.param_base = l.head_bytes * n_kv_heads;
-    l.param_bytes = KV_PAGE_TOKENS * (attention_param_bytes(k) + attention_param_bytes(v));
-    l.v_code = KV_PAGE_TOKENS * k_row;
-    l.v_param = KV_PAGE_TOKENS * attention_param_bytes(k);
+    const int64_t head_bytes = (int64_t)KV_PAGE_TOKENS * (k_row + v_row);
+    const int32_t k_param = KV_PAGE_TOKENS * attention_param_bytes(k);
+    const attention_layout l = {head_bytes, head_bytes * n_kv_heads,
+                                k_param + KV_PAGE_TOKENS * attention_param_bytes(v),
+                                KV_PAGE_TOKENS * k_row, k_param};
     return l;
 }
 
@@ -155,6 +155,7 @@ status attention_decode_async_launch(const attention_problem *p, bool decode, bo
 status attention_prefill_mma_launch(const attention_problem *p, bool decode, bool prefill);
 bool attention_prefill_mma_accepts(const attention_problem *p);
 
+#undef CONSTANT
 #ifdef __cplusplus
 }
 #endif

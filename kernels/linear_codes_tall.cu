@@ -1,6 +1,6 @@
 // linear_codes_tall.cu - operands multiplied as they lie, for many rows on Hopper: y = x W^T by
-// wgmma, both fed to the tensor cores through shared memory by the copy engine. x and W as int8
-// codes in plain order; or both of 16 bits, W as tiles that have the swizzle (linear_layout.h).
+// wgmma, both fed to the tensor cores through shared memory by the copy engine. x and W as codes in
+// plain order, int8 or e4m3; or of 16 bits, W as tiles that have the swizzle (linear_layout.h).
 //
 //   tile     128 rows of x, 64 a warpgroup, by NT rows of W: neighbours, or NT / 2 of gate and the
 //            same of up
@@ -13,14 +13,19 @@
 //            Who that is depends on the shape and the number of SMs alone, so bits are the same in
 //            every run
 //
-// Sums of codes are exact int32 in the tensor core's hands; scales, bias, gate and residual meet
-// them in registers, where cuBLASLt's product would leave int32 to another kernel. W does not
-// depend on the kernel before, so its first stages are asked for before that has ended.
+// Sums of int8 are exact int32 in the tensor core's hands; of e4m3 the sums of a step are, and are
+// added up in f32, in the same order in tiles of all sizes. Scales, bias, gate and residual meet
+// them in registers, where cuBLASLt's product would leave int32, or what is not y yet, to another
+// kernel. W does not depend on the kernel before, so its first stages are asked for before that has
+// ended.
 #include "linear_common.cuh"
 #include "linear_launch.h"
 #include "linear_pairs.cuh"
 #include "tensor_map.cuh"
 #include "traits.cuh"
+
+#include <cuda_fp8.h>
+#include <type_traits>
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "ptx_sm90_codes.cuh"
@@ -49,16 +54,22 @@ struct tall_args : linear_output { // k: bytes of a row of operands
 };
 
 template <typename T> constexpr bool kWords = sizeof(T) == 2;
-template <typename T> struct sum_of { using type = float; };
-template <> struct sum_of<int8_t> { using type = int32_t; };
-template <typename T> using sum_type = typename sum_of<T>::type;
+template <typename T> constexpr bool kInt8 = std::is_same<T, int8_t>::value;
+template <typename T> constexpr bool kE4m3 = std::is_same<T, __nv_fp8_e4m3>::value;
+template <typename T> using sum_type = typename std::conditional<kInt8<T>, int32_t, float>::type;
 
 constexpr int kXBytes = kRows * kStep;
 template <int NT> constexpr int kStageBytes = kXBytes + NT *kStep;
 constexpr int kPitch = 40; // f32 between rows of 32 sums: no bank conflicts
 constexpr int kTurnBytes = 16 * kPitch * 4, kFixed = 1024 + kWarps * kTurnBytes;
 template <int NT> constexpr int kStages = (226 * 1024 - kFixed) / kStageBytes<NT>;
-template <int NT> constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT>;
+// Of a warp: scales of the tile's rows of W and of its own 16 of x; words have none.
+template <typename T, int NT>
+constexpr int kScaleBytes = kWords<T> ? 0 : (NT + 16) * (int)sizeof(float);
+template <typename T, int NT>
+constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT> + kWarps *kScaleBytes<T, NT>;
+static_assert(shared_bytes<int8_t, 256> <= 227 * 1024 && shared_bytes<int8_t, 128> <= 227 * 1024,
+              "");
 // Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
 // others.
 constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
@@ -166,19 +177,46 @@ template <typename T, int NT> struct producer {
 
 // --- From sums to y -----------------------------------------------------------------------------
 
-// Four sums of x row m, rows n .. n + 3 of W: scaled, with bias.
+// The sum that has these bits.
+template <typename T> __device__ __forceinline__ float sum_value(uint32_t bits) {
+    return kInt8<T> ? (float)(int)bits : __uint_as_float(bits);
+}
+
+// Asks for the scales of a tile, a warp's: [NT] of rows of W, of gate and then of up, and [16] of
+// rows of x from `row` on; zeros where there are none.
+template <int NT>
+__device__ __forceinline__ void ask_for_scales(const tall_args &a, const place &p, int row,
+                                               uint32_t to) {
+    const int lane = (int)threadIdx.x % 32, across = a.gated ? NT / 2 : NT;
+    __syncwarp(); // those of the tile before have been read
+#pragma unroll
+    for (int i = lane * 4; i < NT; i += 128) {
+        const bool up = i >= across;
+        const int n = p.n0 + i - (up ? across : 0);
+        const float *from = a.w_scale + (up ? a.half : 0) + n;
+        copy_some(to + i * 4, n < a.half ? from : a.w_scale, n < a.half ? 16 : 0);
+    }
+    const int rows = min(max(a.m - row - 4 * lane, 0), 4);
+    if (lane < 4)
+        copy_some(to + (NT + lane * 4) * 4, a.x_scale + (rows ? row + 4 * lane : 0), rows * 4);
+}
+
+// Four sums of one row of x: scaled by those in shared memory, with the bias of rows n .. n + 3 of
+// W.
 template <typename T>
-__device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at, int m,
-                                          int n) {
+__device__ __forceinline__ void four_sums(float (&v)[4], const tall_args &a, uint32_t at,
+                                          uint32_t w_at, uint32_t x_at, int n) {
     const uint4 s = shared_u128(at);
     if constexpr (kWords<T>) {
-        v[0] = __uint_as_float(s.x), v[1] = __uint_as_float(s.y);
-        v[2] = __uint_as_float(s.z), v[3] = __uint_as_float(s.w);
+        v[0] = sum_value<T>(s.x), v[1] = sum_value<T>(s.y);
+        v[2] = sum_value<T>(s.z), v[3] = sum_value<T>(s.w);
     } else {
-        const float4 w = *reinterpret_cast<const float4 *>(a.w_scale + n);
-        const float x = a.x_scale[m];
-        v[0] = (float)(int)s.x * (x * w.x), v[1] = (float)(int)s.y * (x * w.y);
-        v[2] = (float)(int)s.z * (x * w.z), v[3] = (float)(int)s.w * (x * w.w);
+        const uint4 w = shared_u128(w_at);
+        const float x = __uint_as_float(shared_u32(x_at));
+        v[0] = sum_value<T>(s.x) * (x * __uint_as_float(w.x));
+        v[1] = sum_value<T>(s.y) * (x * __uint_as_float(w.y));
+        v[2] = sum_value<T>(s.z) * (x * __uint_as_float(w.z));
+        v[3] = sum_value<T>(s.w) * (x * __uint_as_float(w.w));
     }
     if (!a.bias) return;
 #pragma unroll
@@ -218,11 +256,16 @@ template <int I> __device__ __forceinline__ void put_word(uint32_t at, uint32_t 
     asm volatile("st.shared.u32 [%0], %1; // %2" ::"r"(at), "r"(w), "n"(I) : "memory");
 }
 
+__device__ __forceinline__ void shared_two(float (&v)[2], uint32_t at) {
+    const uint2 s = shared_u64(at);
+    v[0] = __uint_as_float(s.x), v[1] = __uint_as_float(s.y);
+}
+
 // 64 outputs in 16 bits to [16][128 bytes], the 16 bytes of eight at their place exclusive or the
 // row's number: chunk I of the sums, or from NT / 64 on chunk I - NT / 64 of gate and up.
 template <typename T, int I, int NT>
 __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                            const place &p, const float (&x_scale)[2],
+                                            const float (&x_scale)[2], uint32_t scales,
                                             uint32_t turn, int chunk) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const bool gated = I >= NT / 64;
@@ -230,40 +273,42 @@ __device__ __forceinline__ void put_outputs(const sum_type<T> (&acc)[NT / 2], co
     if (chunk == I) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
+            if (gated && kFirst + j >= NT / 16) break;
             const uint32_t at = turn + g * 128 + ((j ^ g) << 4) + t * 4;
-            const int b = kFirst + j, n = p.n0 + 8 * b + 2 * t;
-            float2 w = {1.f, 1.f}, w_up = {1.f, 1.f};
-            if (!kWords<T> && n < a.half) w = *reinterpret_cast<const float2 *>(a.w_scale + n);
-            if (!kWords<T> && gated && n < a.half)
-                w_up = *reinterpret_cast<const float2 *>(a.w_scale + a.half + n);
+            const int b = kFirst + j;
+            float w[2] = {1.f, 1.f}, w_up[2] = {1.f, 1.f};
+            if (!kWords<T>) shared_two(w, scales + (8 * b + 2 * t) * 4);
+            if (!kWords<T> && gated) shared_two(w_up, scales + (NT / 2 + 8 * b + 2 * t) * 4);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float x = kWords<T> ? 1.f : x_scale[h];
                 const int i = 4 * b + 2 * h, up = (i + NT / 4) % (NT / 2);
-                float v0 = (float)acc[i] * (x * w.x);
-                float v1 = (float)acc[i + 1] * (x * w.y);
+                float v0 = (float)acc[i] * (x * w[0]);
+                float v1 = (float)acc[i + 1] * (x * w[1]);
                 if (gated) {
-                    v0 = linear_gate(v0, (float)acc[up] * (x * w_up.x), LINEAR_GATED, 0);
-                    v1 = linear_gate(v1, (float)acc[up + 1] * (x * w_up.y), LINEAR_GATED, 0);
+                    v0 = linear_gate(v0, (float)acc[up] * (x * w_up[0]), LINEAR_GATED, 0);
+                    v1 = linear_gate(v1, (float)acc[up + 1] * (x * w_up[1]), LINEAR_GATED, 0);
                 }
                 put_word<I>(at + h * 1024, two_words(v0, v1, a.bf16));
             }
         }
-    } else if constexpr (I + 1 < NT / 64 + NT / 128) {
-        put_outputs<T, I + 1, NT>(acc, a, p, x_scale, turn, chunk);
+    } else if constexpr (I + 1 < NT / 64 + (NT + 127) / 128) {
+        put_outputs<T, I + 1, NT>(acc, a, x_scale, scales, turn, chunk);
     }
 }
 
 template <typename T, int NT>
 __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                              const place &p, int row, uint32_t turn) {
+                                              const place &p, int row, uint32_t turn,
+                                              uint32_t scales) {
     const int lane = (int)threadIdx.x % 32;
     float x_scale[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++)
-        if (!kWords<T> && row + lane / 4 + 8 * h < a.m)
-            x_scale[h] = a.x_scale[row + lane / 4 + 8 * h];
-    const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? NT / 128 : NT / 64;
+        if (!kWords<T>)
+            x_scale[h] = __uint_as_float(shared_u32(scales + (NT + lane / 4 + 8 * h) * 4));
+    const int first = a.gated ? NT / 64 : 0, chunks = a.gated ? (NT + 127) / 128 : NT / 64;
+    const int end = min(a.half, p.n0 + (a.gated ? NT / 2 : NT));
     const int m = row + lane / 8, unit = lane % 8;
     uint16_t *y = static_cast<uint16_t *>(a.y) + m * a.ldy + p.n0 + unit * 8;
     int n = p.n0 + unit * 8;
@@ -271,7 +316,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
     for (int c = 0; c < chunks; c++, n += 64, y += 64) {
         group_pin(acc); // what is made of them is made here, not before the loop
         __syncwarp();
-        put_outputs<T, 0, NT>(acc, a, p, x_scale, turn, first + c);
+        put_outputs<T, 0, NT>(acc, a, x_scale, scales, turn, first + c);
         __syncwarp();
         uint4 v[4];
 #pragma unroll
@@ -281,7 +326,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (m + 4 * i < a.m && n < a.half) *reinterpret_cast<uint4 *>(y + 4 * i * a.ldy) = v[i];
+            if (m + 4 * i < a.m && n < end) *reinterpret_cast<uint4 *>(y + 4 * i * a.ldy) = v[i];
     }
 }
 
@@ -289,7 +334,7 @@ __device__ __forceinline__ void finish_simple(sum_type<T> (&acc)[NT / 2], const 
 // outputs each, or of eights, to 16 outputs: 16 sums of gate beside the 16 of up.
 template <typename T, int NT>
 __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int row, uint32_t turn,
-                                         int c, int i) {
+                                         uint32_t scales, int c, int i) {
     const int lane = (int)threadIdx.x % 32;
     const int shift = a.gated ? 2 : 3, across = 1 << shift; // lanes of a row
     int first = p.n0 + c * (a.gated ? 16 : 32), end = a.half;
@@ -300,8 +345,9 @@ __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int
     const uint32_t from = turn + (r * kPitch + col) * 4;
     const int64_t at = m * a.ldy + n;
     float v[4], u[4] = {};
-    four_sums<T>(v, a, from, m, n);
-    if (a.gated) four_sums<T>(u, a, from + 64, m, a.half + n);
+    const uint32_t w_at = scales + (n - p.n0) * 4, x_at = scales + (NT + r) * 4;
+    four_sums<T>(v, a, from, w_at, x_at, n);
+    if (a.gated) four_sums<T>(u, a, from + 64, w_at + NT * 2, x_at, a.half + n);
     linear_put_four(a, at, v, u);
 }
 
@@ -309,7 +355,7 @@ __device__ __forceinline__ void put_rows(const tall_args &a, const place &p, int
 // code for all of them would be read from L2 once a tile, which takes longer than this.
 template <typename T, int NT>
 __device__ __forceinline__ void finish(sum_type<T> (&acc)[NT / 2], const tall_args &a,
-                                       const place &p, int row, uint32_t turn) {
+                                       const place &p, int row, uint32_t turn, uint32_t scales) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int c = 0; c < NT / 32; c++) {
@@ -320,7 +366,7 @@ __device__ __forceinline__ void finish(sum_type<T> (&acc)[NT / 2], const tall_ar
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (i >= (a.gated ? 2 : 4)) break;
-            put_rows<T, NT>(a, p, row, turn, c, i);
+            put_rows<T, NT>(a, p, row, turn, scales, c, i);
         }
     }
 }
@@ -413,7 +459,7 @@ __device__ __forceinline__ void finish_team(float (&acc)[NT / 2], const tall_arg
         for (int q = 0; q < 4; q++) shared_put(to + four_rows + q * 4 * kPitch * 4, sum[q]);
         __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < (a.gated ? 2 : 4); i++) put_rows<__half, NT>(a, p, row, to, c, i);
+        for (int i = 0; i < (a.gated ? 2 : 4); i++) put_rows<__half, NT>(a, p, row, to, 0, c, i);
     }
 }
 
@@ -431,30 +477,49 @@ template <typename T, int NT> struct multiplier {
     __device__ __forceinline__ void next() {
         if (++stage == kStages<NT>) stage = 0, turn ^= 1;
     }
-    // The products of a stage, as one group.
-    __device__ __forceinline__ void multiply(sum_type<T> (&acc)[NT / 2]) const {
+    // The products of a stage, or with WIDE rows of W from `first` on, as one group.
+    template <int WIDE>
+    __device__ __forceinline__ void multiply(sum_type<T> (&acc)[WIDE / 2], int first = 0) const {
         const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
         const uint32_t x = ring + stage * kStageBytes<NT> + warp / 4 * 64 * kStep;
-        const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes;
-        barrier_wait(full + stage * 8, turn);
+        const uint32_t w = ring + stage * kStageBytes<NT> + kXBytes + first * kStep;
+        if (first == 0) barrier_wait(full + stage * 8, turn);
         if (!kWords<T>) group_pin(acc);
         group_fence();
 #pragma unroll
         for (int q = 0; q < kStep / 32; q++) {
             const uint64_t x_at = group_descriptor(x + q * 32), w_at = group_descriptor(w + q * 32);
             if constexpr (kWords<T>)
-                multiply_words<T, NT>::run(acc, x_at, w_at);
+                multiply_words<T, WIDE>::run(acc, x_at, w_at);
             else
-                multiply_codes<true, NT>::run(acc, x_at, w_at, 1);
+                multiply_codes<kInt8<T>, WIDE>::run(acc, x_at, w_at, kInt8<T> || q > 0);
         }
         group_commit();
     }
     __device__ __forceinline__ void codes(sum_type<T> (&acc)[NT / 2], const place &p) {
         for (int step = p.step0; step < p.step1; step++, next()) {
-            multiply(acc);
+            multiply<NT>(acc);
             group_wait<0>();
             group_pin(acc);
             release(empty + stage * 8);
+        }
+    }
+    // The tensor cores cut sums of e4m3 off 13 bits behind the first, so theirs are of one step and
+    // are added up here. Halves of a tile of 256 rows of W take turns: registers have no room for
+    // as many sums again.
+    __device__ __forceinline__ void promoted(float (&acc)[NT / 2], const place &p) {
+        constexpr int kWide = NT == 256 ? NT / 2 : NT;
+        float sums[kWide / 2] = {};
+        for (int step = p.step0; step < p.step1; step++, next()) {
+#pragma unroll
+            for (int first = 0; first < NT; first += kWide) {
+                multiply<kWide>(sums, first);
+                group_wait<0>();
+                group_pin(sums);
+                if (first + kWide == NT) release(empty + stage * 8);
+#pragma unroll
+                for (int i = 0; i < kWide / 2; i++) acc[first / 2 + i] += sums[i];
+            }
         }
     }
     // A stage is released when the next one's products have been asked for.
@@ -462,7 +527,7 @@ template <typename T, int NT> struct multiplier {
         uint32_t before = 0;
 #pragma unroll 1
         for (int step = p.step0; step < p.step1; step++, next()) {
-            multiply(acc);
+            multiply<NT>(acc);
             group_wait<1>();
             if (step > p.step0) release(before);
             before = empty + stage * 8;
@@ -478,16 +543,25 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
                                         uint32_t empty) {
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
     const uint32_t turned = ring + kStages<NT> * kStageBytes<NT> + warp * kTurnBytes;
+    const uint32_t scales =
+        ring + kStages<NT> * kStageBytes<NT> + kWarps * kTurnBytes + warp * kScaleBytes<T, NT>;
     multiplier<T, NT> steps = {ring, full, empty};
     walk<T, NT> tiles(a);
     place p;
     while (tiles.next(p)) {
         sum_type<T> acc[NT / 2] = {};
-        if constexpr (kWords<T>)
-            steps.words(acc, p);
-        else
-            steps.codes(acc, p);
         const int row = p.m0 + warp * 16;
+        if constexpr (kWords<T>) {
+            steps.words(acc, p);
+        } else {
+            ask_for_scales<NT>(a, p, row, scales);
+            if constexpr (kE4m3<T>)
+                steps.promoted(acc, p);
+            else
+                steps.codes(acc, p);
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+        }
         if constexpr (kWords<T>) {
             if (p.size > 1) {
                 finish_team<NT>(acc, a, p, row, ring, turned);
@@ -495,9 +569,9 @@ __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint3
             }
         }
         if (a.simple)
-            finish_simple<T, NT>(acc, a, p, row, turned);
+            finish_simple<T, NT>(acc, a, p, row, turned, scales);
         else
-            finish<T, NT>(acc, a, p, row, turned);
+            finish<T, NT>(acc, a, p, row, turned, scales);
     }
 }
 #endif
@@ -551,7 +625,7 @@ template <int NT> int32_t lay_out(tall_args *a) {
 // The kernel's launch; clusters: of the grid.
 template <typename T, int NT> struct grid : launch_config {
     grid(int32_t clusters, cudaStream_t stream)
-        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), shared_bytes<NT>,
+        : launch_config(dim3((unsigned)(clusters * kCtas)), dim3(kThreads), shared_bytes<T, NT>,
                         stream, true, kCtas) {}
 };
 
@@ -562,20 +636,42 @@ status launch(const tall_args &a, const void *w, const void *x, int64_t ldx, int
     CUtensorMap w_map = {}, x_map;
     if (!kWords<T>) TRY(tensor_map_codes(&w_map, w, a.n, a.k, a.k, NT / 2));
     TRY(tensor_map_codes(&x_map, x, a.m, a.k, ldx, kRows / 2));
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<NT>);
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         shared_bytes<T, NT>);
     const grid<T, NT> g(clusters, stream);
     if (e == cudaSuccess) e = cudaLaunchKernelEx(&g.config, kernel, a, w_map, x_map);
     return e == cudaSuccess ? ST_OK
                             : FAIL(ST_DEVICE, "linear_codes_tall: %s", cudaGetErrorString(e));
 }
 
-template <int NT>
-status launch_codes(const tall_args &args, const void *w, const void *x, int32_t n_sms,
+// --- Codes --------------------------------------------------------------------------------------
+
+// Hundredths of the time that a tile of 256 rows of W takes. As timed on an H200.
+template <typename T, int NT> constexpr int kTileCost = NT == 256 ? 100 : NT == 192 ? 73 : 55;
+
+template <typename T, int NT> int64_t waves_cost(tall_args a, int32_t clusters) {
+    return div_up(lay_out<NT>(&a), clusters) * kTileCost<T, NT>;
+}
+
+template <typename T, int NT>
+status launch_tiles(tall_args a, const void *w, const void *x, int32_t clusters,
                     cudaStream_t stream) {
-    tall_args a = args;
-    const int32_t tiles = lay_out<NT>(&a), clusters = n_sms / kCtas;
-    return launch<int8_t, NT>(a, w, x, a.k, tiles < clusters ? tiles : clusters, stream);
+    const int32_t tiles = lay_out<NT>(&a);
+    return launch<T, NT>(a, w, x, a.k, tiles < clusters ? tiles : clusters, stream);
+}
+
+// Tiles of 256, 192 or 128 rows of W, whose waves end soonest.
+template <typename T>
+status launch_codes(const tall_args &a, const void *w, const void *x, int32_t n_sms,
+                    cudaStream_t stream) {
+    const int32_t clusters = n_sms / kCtas;
+    const int64_t with_256 = waves_cost<T, 256>(a, clusters);
+    const int64_t with_192 = waves_cost<T, 192>(a, clusters);
+    const int64_t with_128 = waves_cost<T, 128>(a, clusters);
+    if (with_256 <= with_192 && with_256 <= with_128)
+        return launch_tiles<T, 256>(a, w, x, clusters, stream);
+    return with_192 <= with_128 ? launch_tiles<T, 192>(a, w, x, clusters, stream)
+                                : launch_tiles<T, 128>(a, w, x, clusters, stream);
 }
 
 bool simple_output(const tall_args &a) {
@@ -611,7 +707,7 @@ template <typename T, int NT> int clusters_at_once(int32_t n_sms) {
     const auto kernel = linear_codes_tall<T, NT>;
     const grid<T, NT> g(1, nullptr);
     if (most == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           shared_bytes<NT>) != cudaSuccess ||
+                                           shared_bytes<T, NT>) != cudaSuccess ||
                       cudaOccupancyMaxActiveClusters(&most, kernel, &g.config) != cudaSuccess))
         most = 0;
     return most < n_sms / kCtas ? most : n_sms / kCtas;
@@ -654,7 +750,6 @@ const linear_variant words[] = {WORDS_INSTANCES(WORDS_ROW)};
 
 } // namespace
 
-// Tiles of 256 rows of W, or of 128, which take 0.6 of their time, where those end sooner.
 extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m,
                                            const void *code, const float *x_scale,
                                            kernel_stream stream) {
@@ -663,11 +758,9 @@ extern "C" status linear_codes_tall_launch(const linear_problem *p, int32_t row,
     a.w_scale = static_cast<const float *>(w->scale);
     a.x_scale = x_scale;
     a.simple = simple_output(a);
-    const int64_t tiles = (m + kRows - 1) / kRows * (int64_t)((w->n + 255) / 256);
-    const int64_t waves = div_up(tiles, p->n_sms), halves = div_up(2 * tiles, p->n_sms);
-    return 5 * waves <= 3 * halves
-               ? launch_codes<256>(a, w->code, code, p->n_sms, (cudaStream_t)stream)
-               : launch_codes<128>(a, w->code, code, p->n_sms, (cudaStream_t)stream);
+    const cudaStream_t s = (cudaStream_t)stream;
+    return w->format == WF_INT8 ? launch_codes<int8_t>(a, w->code, code, p->n_sms, s)
+                                : launch_codes<__nv_fp8_e4m3>(a, w->code, code, p->n_sms, s);
 }
 
 extern "C" linear_table linear_words_tall_table(void) {

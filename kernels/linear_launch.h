@@ -104,7 +104,7 @@ status linear_codes_launch(const char *name, const linear_problem *p, int32_t ro
                            const void *code, const float *x_scale, int32_t m_pad,
                            kernel_stream stream);
 
-/* linear_codes_tall.cu: the same of int8 by int8, for many rows. */
+/* linear_codes_tall.cu: the same of INT8 or FP8, for many rows. */
 status linear_codes_tall_launch(const linear_problem *p, int32_t row, int32_t m, const void *code,
                                 const float *x_scale, kernel_stream stream);
 

@@ -127,12 +127,23 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
     return g ? step_units(f, blocks, parts) * 64 / g : 0;
 }
 
+// Plain problems have kernels of their own: K is whole lines of x, halves of W are whole blocks, W
+// has no scales but its granules', and sums are what y is, of x's type, or gated by LINEAR_GATED.
+// Code that is jumped over costs time: a step of Llama-3.1-8B in W4 at batch 64 2 %.
+enum kind { kAny, kPlain, kPlainPaired };
+constexpr bool may_be_plain(int f, int g) { return f == WF_INT4 && g == 128; }
+// Whether a tile is of gate and up.
+template <kind kKind> __device__ __forceinline__ bool paired_in(const linear_args &p) {
+    return kKind == kAny ? p.paired != 0 : kKind == kPlainPaired;
+}
+
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
 // lies at 0).
 struct division {
     int32_t doubled;                     // 1: CTAs are clusters of two; 0: they are not
     int32_t ctas, each, more;            // with steps; of each, one more of the first so many
     int32_t steps;                       // of a tile
+    uint32_t by_steps, by_each, by_more; // 2^31 over steps, each and each + 1, rounded up
     int32_t per, all;                    // blocks, or pairs: of a tile; all
     int32_t rounds;                      // tiles that each CTA has whole; 0: all are of the line
     int32_t x_whole;                     // K is whole lines of x: it comes as boxes of several
@@ -166,6 +177,16 @@ __device__ __forceinline__ int first_step(const division &d, int cta) {
     return cta * d.each + min(cta, d.more);
 }
 
+// n over what `inverse` is of (division), rounded down: exact while their product is below 2^30.
+__device__ __forceinline__ int over(int n, uint32_t inverse) {
+    return (int)__umulhi((unsigned)(2 * n + 1), inverse);
+}
+// The CTA that has a step of the line.
+__device__ __forceinline__ int holder(const division &d, int step) {
+    const int longer = d.more * (d.each + 1);
+    return step < longer ? over(step, d.by_more) : d.more + over(step - longer, d.by_each);
+}
+
 // Whether tiles may be dealt out in rounds. (Of FP8B scales of three blocks would lie where no copy
 // can go.)
 template <int F, int B> constexpr bool kRounds = B == 4 && F != WF_FP8B;
@@ -178,7 +199,7 @@ template <int W> struct place {
         const int cta = whole ? (int)blockIdx.x : cta_of<W>(d);
         const int begin = whole ? cta * d.rounds * d.steps : first_step(d, cta);
         left = whole ? d.rounds * d.steps : cta < d.ctas ? first_step(d, cta + 1) - begin : 0;
-        tile = begin / d.steps;
+        tile = over(begin, d.by_steps);
         step = begin - tile * d.steps;
     }
     __device__ __forceinline__ int piece(const division &d) const { // steps of the tile at hand
@@ -195,11 +216,9 @@ template <int W> struct place {
 struct sharers {
     int first, n, ends, finish;
     __device__ __forceinline__ sharers(const division &d, int cta, int most) {
-        const int begin = (first_step(d, cta + 1) - 1) / d.steps * d.steps;
-        const int end = begin + d.steps;
-        int last = cta;
-        for (first = cta; first_step(d, first) > begin;) first--;
-        while (first_step(d, last + 1) < end) last++;
+        const int begin = over(first_step(d, cta + 1) - 1, d.by_steps) * d.steps;
+        const int end = begin + d.steps, last = holder(d, end - 1);
+        first = holder(d, begin);
         n = last - first + 1;
         ends = first_step(d, last + 1) == end ? n : n - 1;
         finish = ends >= 4 && most >= 4 ? 4 : ends >= 2 && most >= 2 ? 2 : 1;
@@ -207,8 +226,9 @@ struct sharers {
 };
 
 // With rounds: whether a warpgroup has whole tiles, not a part of the line.
+template <kind kKind>
 __device__ __forceinline__ bool has_whole(const linear_args &p, const division &d, int wg) {
-    return (p.paired ? wg / 2 : wg) < d.per;
+    return (paired_in<kKind>(p) ? wg / 2 : wg) < d.per;
 }
 
 // With rounds: the first block of the line, or pair of blocks.
@@ -217,14 +237,15 @@ __device__ __forceinline__ int line_of(const division &d) {
 }
 
 // Block of warpgroup wg, or one past the last. With rounds those of the line come after the others.
-template <int W, bool kMay>
+template <int W, bool kMay, kind kKind>
 __device__ __forceinline__ int32_t block_of(const linear_args &p, const division &d, int tile,
                                             int wg) {
-    const int32_t v = !kMay || !d.rounds    ? own_of<W>(d, tile) * d.per + (p.paired ? wg / 2 : wg)
-                      : has_whole(p, d, wg) ? tile * d.per + (p.paired ? wg / 2 : wg)
-                                            : line_of(d) + own_of<W>(d, tile);
+    const int32_t v =
+        !kMay || !d.rounds ? own_of<W>(d, tile) * d.per + (paired_in<kKind>(p) ? wg / 2 : wg)
+        : has_whole<kKind>(p, d, wg) ? tile * d.per + (paired_in<kKind>(p) ? wg / 2 : wg)
+                                     : line_of(d) + own_of<W>(d, tile);
     if (v >= d.all) return p.blocks;
-    return p.paired ? v + wg % 2 * p.half_blocks : v;
+    return paired_in<kKind>(p) ? v + wg % 2 * p.half_blocks : v;
 }
 
 // A ring of stages: where the next one is, and how often the ring went round.
@@ -317,12 +338,12 @@ __host__ __device__ constexpr int asked_at_once(int f, int blocks) {
 }
 
 // With rounds: codes and scales of all steps, by one thread.
-template <int F, int B, int P, int G>
+template <int F, int B, int P, int G, kind kKind>
 __device__ __forceinline__ void load_rounds(const linear_args &p, const division &d, const maps &m,
                                             ring to, uint32_t base) {
     constexpr int W = 4 * B * P, U = step_units(F, B, P), unit = 512 * bits_of(F);
     constexpr int kRows = U * bits_of(F) / 4, kGranules = step_granules(F, B, P, G);
-    const int scales = kGranules * p.granule_bytes, halves = p.paired ? 2 : 1;
+    const int scales = kGranules * p.granule_bytes, halves = paired_in<kKind>(p) ? 2 : 1;
     const uint64_t policy = policy_evict_first();
     const int line = line_of(d);
     constexpr int kAsked = asked_at_once(F, B);
@@ -351,7 +372,7 @@ __device__ __forceinline__ void load_rounds(const linear_args &p, const division
 }
 
 // Codes and scales of all steps, by one thread.
-template <int F, int B, int P, int G>
+template <int F, int B, int P, int G, kind kKind>
 __device__ __forceinline__ void load_weights(const linear_args &p, const division &d, const maps &m,
                                              ring to, uint32_t base) {
     constexpr int W = 4 * B * P, U = step_units(F, B, P);
@@ -361,7 +382,7 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
     const int bytes = code + B * kGranules * p.granule_bytes;
     const uint64_t policy = policy_evict_first();
     int asked = 0;
-#pragma unroll kClusters < W> ? 1 : 4
+#pragma unroll kClusters < W> || kKind != kAny ? 1 : 4
     for (place<W> i(d); i.left > 0; i.next(d, 1), to.next()) {
         const uint32_t full = to.full + to.stage * 8, stage = base + d.at_w + to.stage * d.w_stage;
         const int v = own_of<W>(d, i.tile) * d.per;
@@ -375,7 +396,7 @@ __device__ __forceinline__ void load_weights(const linear_args &p, const divisio
 }
 
 // x of all steps, by one thread; scales of codes beside the first.
-template <int F, int NT, int B, int P>
+template <int F, int NT, int B, int P, kind kKind>
 __device__ __forceinline__ void load_inputs(const linear_args &p, const division &d, const maps &m,
                                             ring to, uint32_t base) {
     constexpr int W = 4 * B * P, L = x_lines(F, NT, B, P);
@@ -419,7 +440,7 @@ __device__ __forceinline__ void load_inputs(const linear_args &p, const division
             const uint32_t full = to.full + to.stage * 8, stage = base + to.stage * kStage;
             to.wait_empty();
             expect(full);
-            if (d.x_whole)
+            if (kKind != kAny || d.x_whole)
                 bring(box * L, stage, full);
             else
                 for (int u = 0; u < L; u++)
@@ -429,22 +450,22 @@ __device__ __forceinline__ void load_inputs(const linear_args &p, const division
 }
 
 // Threads 0 and 32 of those that load.
-template <int F, int NT, int B, int P, int G>
+template <int F, int NT, int B, int P, int G, kind kKind>
 __device__ __forceinline__ void load(const linear_args &p, const division &d, const maps &m,
                                      const barriers &bar, uint32_t base, int thread) {
     if (kClusters<4 * B * P> && !MID_RACECHECK && d.doubled && thread / 32 == 1)
         cluster_wait(); // the other's barriers are there
     if (kRounds<F, B> && d.rounds && thread == 0)
-        load_rounds<F, B, P, G>(p, d, m, bar.w, base);
+        load_rounds<F, B, P, G, kKind>(p, d, m, bar.w, base);
     else if (thread == 0)
-        load_weights<F, B, P, G>(p, d, m, bar.w, base);
+        load_weights<F, B, P, G, kKind>(p, d, m, bar.w, base);
     else if (thread == 32)
-        load_inputs<F, NT, B, P>(p, d, m, bar.x, base);
+        load_inputs<F, NT, B, P, kKind>(p, d, m, bar.x, base);
 }
 
 // --- Multiplying --------------------------------------------------------------------------------
 
-template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
+template <typename T, int F, int NT, int B, int P, int G, kind kKind> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = bits_of(F), unit = 512 * bits;
     static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
     static constexpr bool kLater = scaled_later(F, NT, B, G), kOne = kOneRing<B>;
@@ -459,7 +480,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct multiplier {
 
     __device__ __forceinline__ void begin(uint32_t base) {
         const int wg = threadIdx.x / 128, strip = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int b = wg % B, at = p.paired && !(kRounds<F, B> && d.rounds)
+        const int b = wg % B, at = paired_in<kKind>(p) && !(kRounds<F, B> && d.rounds)
                                        ? b % 2 * (B / 2) + b / 2
                                        : b; // place in a stage
         const int first = wg / B * (U / P); // unit of a step
@@ -694,16 +715,17 @@ struct target {
     int32_t group;      // its first of 8 rows of x
     bool there;
 };
-template <int R, int B, int P, bool kMay>
+template <int R, int B, int P, bool kMay, kind kKind>
 __device__ __forceinline__ target target_of(const linear_args &p, const division &d, int tile) {
     // Read anew where registers are short; elsewhere ptxas makes a slower main loop of that.
-    const int thread = P > 1 ? linear_thread_anew() : threadIdx.x;
+    const int thread = kKind != kAny || P > 1 ? linear_thread_anew() : threadIdx.x;
     const int wg = thread / 128 % B, strip = thread / 32 % 4;
-    const int32_t block = block_of<4 * B * P, kMay>(p, d, tile, p.paired ? wg & ~1 : wg);
-    const int32_t half = !p.paired && block >= p.half_blocks ? 1 : 0;
+    const int32_t block =
+        block_of<4 * B * P, kMay, kKind>(p, d, tile, paired_in<kKind>(p) ? wg & ~1 : wg);
+    const int32_t half = kKind == kAny && !paired_in<kKind>(p) && block >= p.half_blocks ? 1 : 0;
     const int32_t in_half = (block - half * p.half_blocks) * 64 + strip * 16;
     return target{block, half * p.half_rows + in_half, P > 1 ? thread / (128 * B) * (R / 8) : 0,
-                  block < p.blocks && in_half < p.half_rows};
+                  block < p.blocks && (kKind != kAny || in_half < p.half_rows)};
 }
 
 // Two warps exchange four sums of each lane. `give` is this one's place, `away` bytes from it is
@@ -776,32 +798,33 @@ __device__ __forceinline__ void send(const float (&acc)[R / 2], const linear_arg
     }
 }
 
-// What a lane's sums of outputs g and g + 8 of its strip are multiplied with and what is added.
-struct terms {
+// What a lane's sums of outputs g and g + 8 of its strip are multiplied with and what is added; of
+// plain problems nothing.
+template <kind kKind> struct terms {
     float scale[2], bias[2];
+    template <typename T>
+    __device__ __forceinline__ void read(const linear_args &p, int32_t block, int32_t col) {
+        if (kKind != kAny) return;
+        const int thread = linear_thread_anew(), g = thread % 32 / 4, strip = thread / 32 % 4;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            scale[i] = 1.f, bias[i] = 0.f;
+            if (p.channel) scale[i] = p.channel[block * 64 + strip * 16 + g + 8 * i];
+            if (p.global_scale) scale[i] = p.global_scale[0];
+            if (p.bias) bias[i] = to_f32(static_cast<const T *>(p.bias)[col + g + 8 * i]);
+        }
+    }
     __device__ __forceinline__ float of(float v, int e) const {
-        return fmaf(v, scale[e / 2], bias[e / 2]);
+        return kKind != kAny ? v : fmaf(v, scale[e / 2], bias[e / 2]);
     }
 };
-template <typename T>
-__device__ __forceinline__ terms terms_of(const linear_args &p, int32_t block, int32_t col) {
-    terms t = {{1.f, 1.f}, {0.f, 0.f}};
-    const int thread = linear_thread_anew(), g = thread % 32 / 4, strip = thread / 32 % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (p.channel) t.scale[i] = p.channel[block * 64 + strip * 16 + g + 8 * i];
-        if (p.global_scale) t.scale[i] = p.global_scale[0];
-        if (p.bias) t.bias[i] = to_f32(static_cast<const T *>(p.bias)[col + g + 8 * i]);
-    }
-    return t;
-}
 
 // Outputs of 8 rows of x from m0 on and of 8 from m1 on, from fragments.
-template <typename T>
+template <typename T, kind kKind>
 __device__ __forceinline__ void put_groups(const linear_args &p, int m0, int m1, int32_t col,
                                            const float (&v)[2][4], float *turn) {
     const int lane = linear_thread_anew() % 32;
-    if (p.y_f32 || p.epilogue == LINEAR_RESIDUAL) {
+    if (kKind == kAny && (p.y_f32 || p.epilogue == LINEAR_RESIDUAL)) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float4 out = linear_turn(v[i], turn);
@@ -826,33 +849,45 @@ __device__ __forceinline__ void put_groups(const linear_args &p, int m0, int m1,
 
 // Groups `own`, own + among, .. of 8 rows of x, whose sums lie at acc of groups 0, among, ..: two
 // at a time. Of gate and up one warp finishes the first half, one the second, and each gives the
-// other its sums.
-template <typename T, int R, int AMONG>
-__device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_args &p,
-                                     const target &to, int own, float *turn, uint32_t give) {
-    const terms t = terms_of<T>(p, to.block, to.col);
-    if (!p.paired) {
+// other its sums. One place in the code for any `among`: of each half of the groups those that are
+// this CTA's come to lie one behind the other.
+template <typename T, int R, kind kKind>
+__device__ __forceinline__ void emit(float (&acc)[R / 2], const linear_args &p, const target &to,
+                                     int own, int among, float *turn, uint32_t give) {
+    constexpr int H = R / 16; // groups of a half
+    terms<kKind> t, t_up;
+    t.template read<T>(p, to.block, to.col);
+    if (H == 4 && among == 2)
 #pragma unroll
-        for (int j = 0; j < R / 8; j += 2 * AMONG) {
-            const int m0 = 8 * (to.group + j + own), m1 = j + AMONG < R / 8 ? m0 + 8 * AMONG : p.m;
+        for (int e = 0; e < 4; e++)
+            acc[4 + e] = acc[8 + e], acc[R / 4 + 4 + e] = acc[R / 4 + 8 + e];
+    // Of place j of half h the first row, or p.m where there is none.
+    const auto row_of = [&](int h, int j) {
+        const int row = 8 * (to.group + h * H + j * among + own);
+        return j * among < H && (h == 0 || among <= H) ? row : p.m;
+    };
+    if (!paired_in<kKind>(p)) {
+#pragma unroll
+        for (int j = 0; j < R / 8; j += 2) {
+            const int m0 = row_of(j / H, j % H), m1 = row_of((j + 1) / H, (j + 1) % H);
             if (m0 >= p.m) continue;
             float v[2][4];
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                v[e / 4][e % 4] = t.of(acc[4 * (j + e / 4 * AMONG) % (R / 2) + e % 4], e % 4);
-            put_groups<T>(p, m0, m1, to.col, v, turn);
+            for (int e = 0; e < 8; e++) v[e / 4][e % 4] = t.of(acc[4 * j + e], e % 4);
+            put_groups<T, kKind>(p, m0, m1, to.col, v, turn);
         }
         return;
     }
-    const terms t_up = terms_of<T>(p, to.block + p.half_blocks, to.col + p.half_rows);
+    t_up.template read<T>(p, to.block + p.half_blocks, to.col + p.half_rows);
     const int warp = linear_thread_anew() / 32, half = warp / 4 % 2;
 #pragma unroll
-    for (int j0 = 0; j0 < R / 16; j0 += 2 * AMONG) {
+    for (int j0 = 0; j0 < H; j0 += 2) {
+        if (j0 * among >= H) continue;
         float out[2][4] = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int j = j0 + i * AMONG;
-            if (j >= R / 16) continue;
+            const int j = j0 + i;
+            if (j >= H || j * among >= H) continue;
             float gate[4], v[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -864,12 +899,13 @@ __device__ __forceinline__ void emit(const float (&acc)[R / 2], const linear_arg
             const float w[4] = {got.x, got.y, got.z, got.w};
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                out[i][e] = linear_gate(t.of(half ? w[e] : gate[e], e),
-                                        t_up.of(half ? gate[e] : w[e], e), p.epilogue, p.limit);
+                out[i][e] =
+                    linear_gate(t.of(half ? w[e] : gate[e], e), t_up.of(half ? gate[e] : w[e], e),
+                                kKind != kAny ? LINEAR_GATED : p.epilogue, p.limit);
         }
-        const int m0 = 8 * (to.group + j0 + half * (R / 16) + own);
-        if (m0 < p.m)
-            put_groups<T>(p, m0, j0 + AMONG < R / 16 ? m0 + 8 * AMONG : p.m, to.col, out, turn);
+        const int m0 = row_of(0, j0) + half * 8 * H;
+        const int m1 = j0 + 1 < H ? row_of(0, j0 + 1) + half * 8 * H : p.m;
+        if (m0 < p.m) put_groups<T, kKind>(p, m0, m1, to.col, out, turn);
     }
 }
 
@@ -893,7 +929,7 @@ __device__ __forceinline__ void await(const linear_args &p, const division &d, i
 // Of a tile that S CTAs finish, this one's groups of rows: its number, S more, .. Sums of the first
 // S sharers take the places of those that have been sent: at acc of group j come those of group
 // j / S * S + own, from sharer j % S.
-template <typename T, int R, int W>
+template <typename T, int R, int W, kind kKind>
 __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p, const division &d,
                                        const target &to, const sharers &by, float *turn,
                                        uint32_t give) {
@@ -949,50 +985,73 @@ __device__ __forceinline__ void finish(float (&acc)[R / 2], const linear_args &p
         for (int j = own; j < R / 8 && j < groups && s != own; j += by.finish)
             meeting<R, W>(p, d, by.first + s, s < by.ends, warp)[j * 32] =
                 make_float4(0.f, 0.f, 0.f, 0.f);
-    if (by.finish == 1) emit<T, R, 1>(acc, p, to, own, turn, give);
-    if (by.finish == 2) emit<T, R, 2>(acc, p, to, own, turn, give);
-    if (by.finish == 4) emit<T, R, 4>(acc, p, to, own, turn, give);
+    emit<T, R, kKind>(acc, p, to, own, by.finish, turn, give);
 }
 
 // --- The kernel ---------------------------------------------------------------------------------
 
+// Of the ring that W comes through, and x too where it is one. whole: warps that have whole tiles.
 template <int B, int W>
-__device__ __forceinline__ void init(const barriers &bar, const division &d, int whole) {
+__device__ __forceinline__ void init_weights(const barriers &bar, const division &d, int whole) {
+#pragma unroll 1
     for (int i = 0; i < d.w_stages; i++) {
         barrier_init(bar.w.full + i * 8, kOneRing<B> ? 2 : 1);
         barrier_init(bar.w.empty + i * 8, whole);
         if (whole < W) barrier_init(bar.w.others() + i * 8, W - whole);
     }
-    for (int i = 0; i < d.x_stages && !kOneRing<B>; i++) {
-        barrier_init(bar.x.full + i * 8, 1);
-        barrier_init(bar.x.empty + i * 8, W);
+    barrier_init_fence();
+}
+// Of that of x.
+template <int B, int W>
+__device__ __forceinline__ void init_inputs(const barriers &bar, const division &d) {
+#pragma unroll 1
+    for (int i = 0; i < d.x_stages; i++) {
+        if (!kOneRing<B>) {
+            barrier_init(bar.x.full + i * 8, 1);
+            barrier_init(bar.x.empty + i * 8, W);
+        }
+        if (kClusters<W> && d.doubled) barrier_init(bar.x.free() + i * 8, 1);
     }
-    for (int i = 0; kClusters<W> && d.doubled && i < d.x_stages; i++)
-        barrier_init(bar.x.free() + i * 8, 1);
     barrier_init_fence();
 }
 
-// Barriers, and who shares a tile with this CTA. R: rows of x that a warp finishes.
-template <int W, int R, int B, int G>
+// Barriers of a ring are set up by the warp that loads it, which waits for nobody else: only who
+// brings x through W's ring for who has set that up. Those that multiply wait for both, and for
+// thread 0, which finds out who shares a tile.
+template <int B, int W, int R, int G, kind kKind>
 __device__ __forceinline__ void prepare(const linear_args &p, const division &d, const maps &m,
-                                        const barriers &bar, sharers *sharing, bool rounds) {
-    if (threadIdx.x == 32 * W) {
-        prefetch_map(&m.code);
-        if (G) prefetch_map(&m.scale);
-        init<B, W>(bar, d, rounds ? d.per * (p.paired ? 8 : 4) : W);
-    } else if (threadIdx.x == 32 * W + 32) {
-        prefetch_map(&m.x);
-    } else if (threadIdx.x == 0 && cta_of<W>(d) < d.ctas) {
-        *sharing = sharers(d, cta_of<W>(d), p.paired ? R / 16 : R / 8);
+                                        const barriers &bar, sharers *sharing, int warp,
+                                        bool rounds) {
+    const bool clusters = kClusters<W> && d.doubled;
+    if (warp == W) {
+        if (threadIdx.x == 32 * W) {
+            init_weights<B, W>(bar, d, rounds ? d.per * (paired_in<kKind>(p) ? 8 : 4) : W);
+            prefetch_map(&m.code);
+            if (G) prefetch_map(&m.scale);
+        }
+        __syncwarp();
+        if (kOneRing<B>) asm volatile("barrier.arrive 14, 64;" ::: "memory");
+    } else if (warp == W + 1) {
+        if (threadIdx.x == 32 * W + 32) {
+            init_inputs<B, W>(bar, d);
+            prefetch_map(&m.x);
+        }
+        __syncwarp();
+        if (kOneRing<B>) asm volatile("barrier.sync 14, 64;" ::: "memory");
     }
-    if (kClusters<W> && d.doubled) {
+    if (clusters) {
         cluster_arrive();
         if (MID_RACECHECK) cluster_wait();
     }
-    __syncthreads();
+    if (threadIdx.x == 0 && cta_of<W>(d) < d.ctas)
+        *sharing = sharers(d, cta_of<W>(d), paired_in<kKind>(p) ? R / 16 : R / 8);
+    if (warp < W)
+        asm volatile("barrier.sync 15, %0;" ::"n"(32 * (W + 2)) : "memory");
+    else if (warp < W + 2)
+        asm volatile("barrier.arrive 15, %0;" ::"n"(32 * (W + 2)) : "memory");
 }
 
-template <typename T, int F, int NT, int B, int P, int G>
+template <typename T, int F, int NT, int B, int P, int G, kind kKind>
 __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     linear_mid(const __grid_constant__ linear_args p, const __grid_constant__ division d,
                const __grid_constant__ maps m) {
@@ -1006,20 +1065,20 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
     sharers *sharing = reinterpret_cast<sharers *>(start + d.at_bars + 2 * kStagesMost * 16);
     const bool rounds = kRounds<F, B> && d.rounds;
     launch_dependents();
-    prepare<W, R, B, G>(p, d, m, bar, sharing, rounds);
+    prepare<B, W, R, G, kKind>(p, d, m, bar, sharing, warp, rounds);
     constexpr bool kGiven = registers_given(F, NT, B, G);
     if (warp >= W) {
         if (kGiven) registers_down<32>();
-        load<F, NT, B, P, G>(p, d, m, bar, base, threadIdx.x - 32 * W);
+        load<F, NT, B, P, G, kKind>(p, d, m, bar, base, threadIdx.x - 32 * W);
         __syncwarp();
         if (warp == W && cta_of<W>(d) < d.ctas)
             linear_ask_ahead(p.ahead, blockIdx.x, d.ctas << d.doubled);
         return;
     }
     if (kGiven) registers_up<B * P == 2 ? 104 : 112>();
-    multiplier<T, F, NT, B, P, G> work = {p, d, bar, 0, 0, 0, 0};
+    multiplier<T, F, NT, B, P, G, kKind> work = {p, d, bar, 0, 0, 0, 0};
     work.begin(base);
-    const bool whole = rounds && has_whole(p, d, warp / 4);
+    const bool whole = rounds && has_whole<kKind>(p, d, warp / 4);
     if (rounds && !whole) bar.w.empty = bar.w.others();
     place<W> i(d, whole);
     wait_for_previous();
@@ -1033,7 +1092,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
             work.tile(acc, steps);
         }
         i.next(d, steps);
-        const target to = target_of<R, B, P, kRounds<F, B>>(p, d, tile);
+        const target to = target_of<R, B, P, kRounds<F, B>, kKind>(p, d, tile);
         if (!to.there) continue;
         const int thread = linear_thread_anew();
         float *turn =
@@ -1042,7 +1101,7 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
                               thread / 32 * kGiveBytes + thread % 32 * 16;
         float sum[R / 2];
         if constexpr (P > 1) {
-            add_parts<NT, B>(sum, acc, give + (p.paired ? W * kGiveBytes : 0));
+            add_parts<NT, B>(sum, acc, give + (paired_in<kKind>(p) ? W * kGiveBytes : 0));
         } else {
 #pragma unroll
             for (int e = 0; e < R / 2; e++) sum[e] = acc[e];
@@ -1050,13 +1109,13 @@ __global__ void __launch_bounds__(threads(F, NT, B, P, G), B *P == 2 ? 2 : 1)
         // Where gate and up meet once a tile, the next tile's are in the other place.
         const uint32_t place_of_pair = give + (R == 16 ? tile % 2 * 512 : 0);
         if (steps == d.steps) {
-            emit<T, R, 1>(sum, p, to, 0, turn, place_of_pair);
+            emit<T, R, kKind>(sum, p, to, 0, 1, turn, place_of_pair);
             continue;
         }
         const sharers by = *sharing; // once: asm statements may write to memory
         send<R, W>(sum, p, d, d.groups - to.group, i.left == 0, by);
         if (i.left > 0) continue;
-        finish<T, R, W>(sum, p, d, to, by, turn, place_of_pair);
+        finish<T, R, W, kKind>(sum, p, d, to, by, turn, place_of_pair);
         return;
     }
 #endif
@@ -1115,6 +1174,8 @@ int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     return d.doubled ? ns - ns / (bits_of(F) == 8 && NT == 64 ? 16 : 32) : ns;
 }
 
+uint32_t inverse_of(int n) { return (uint32_t)((((int64_t)1 << 31) + n - 1) / n); }
+
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
 template <int F, int NT, int B, int P, int G>
 division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
@@ -1141,6 +1202,10 @@ division divide(const linear_args *a, int n_sms, bool in_rounds, int doubled) {
     }
     d.each = total / d.ctas;
     d.more = total % d.ctas;
+    if ((int64_t)total * (d.steps > d.each ? d.steps : d.each + 1) >> 30) return division{};
+    d.by_steps = inverse_of(d.steps);
+    d.by_each = inverse_of(d.each > 0 ? d.each : 1);
+    d.by_more = inverse_of(d.each + 1);
     d.x_rows = (a->m + 7) / 8 * 8;
     d.groups = (a->m + 7) / 8;
     d.w_stage = (code + B * step_granules(F, B, P, G) * a->granule_bytes + 127) / 128 * 128;
@@ -1243,7 +1308,7 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         static int fit;                            // 0: not asked yet
         const launch_config l(dim3((unsigned)n_sms & ~1u), dim3(threads(F, NT, B, P, G)),
                               (size_t)room(B * P), nullptr, false, 2);
-        const auto kernel = linear_mid<T, F, NT, B, P, G>;
+        const auto kernel = linear_mid<T, F, NT, B, P, G, kAny>;
         if (fit == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               room(B * P)) != cudaSuccess ||
                          cudaOccupancyMaxActiveClusters(&fit, kernel, &l.config) != cudaSuccess))
@@ -1264,9 +1329,19 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         if (doubled) offer(true, 1);
         return d;
     }
+    static bool plain(const linear_args *a) {
+        return may_be_plain(F, G) && a->k % 64 == 0 && a->half_rows % 64 == 0 &&
+               (a->paired || a->half_blocks == a->blocks) && !a->bias && !a->channel &&
+               !a->global_scale && !a->y_f32 &&
+               (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
+    }
     static status run(const division &d, const linear_args *args, int32_t n_sms,
                       kernel_stream stream) {
-        const auto kernel = linear_mid<T, F, NT, B, P, G>;
+        constexpr bool kMay = may_be_plain(F, G);
+        const auto kernel = !plain(args) ? linear_mid<T, F, NT, B, P, G, kAny>
+                                         : args->paired ? linear_mid < T,
+                   F, NT, B, P, G, kMay && B != 3 ? kPlainPaired : kAny > : linear_mid < T, F, NT,
+                   B, P, G, kMay ? kPlain : kAny > ;
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
         TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));

@@ -161,16 +161,6 @@ template <int N> const variant *named(const variant (&of)[N], const char *name) 
     return nullptr;
 }
 
-const variant *choose(const linear_problem *p) {
-    const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
-    const variant *found = name ? named(variants, name) : nullptr;
-    if (found && (found->rank != -2 || p->w->format == WF_INT8)) return found;
-    for (const variant &v : variants)
-        if (!p->kernel && p->m <= v.rows) return &v;
-    FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
-    return nullptr;
-}
-
 int64_t size_of_y(const linear_problem *p) { return p->y_type == DT_F32 ? 4 : 2; }
 
 // Rows that are multiplied: cuBLASLt wants fours of them beside scales in blocks.
@@ -184,6 +174,18 @@ bool leaves_sums(const linear_problem *p, const variant *v) {
     const bool whole = p->w->format != WF_INT8 && p->epilogue == LINEAR_STORE && !p->w->bias &&
                        padded(p, p->m) == p->m;
     return !whole || ((uintptr_t)p->y | (uintptr_t)(p->ldy * size_of_y(p))) % 16 != 0;
+}
+
+// Where cuBLASLt's sums of FP8 are not y yet, the pass over them takes longer than it saves.
+const variant *choose(const linear_problem *p) {
+    const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
+    const variant *found = name ? named(variants, name) : nullptr;
+    if (found && found->rank == -2 && p->w->format == WF_FP8B) found = nullptr;
+    for (const variant &v : variants)
+        if (!found && !p->kernel && p->m <= v.rows) found = &v;
+    if (!found) FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
+    const bool fp8 = found && !p->kernel && p->w->format == WF_FP8;
+    return fp8 && leaves_sums(p, found) ? named(variants, "codes_tall") : found;
 }
 
 // What quantises rows [row, row + m) of p; where to is the caller's.

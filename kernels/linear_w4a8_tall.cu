@@ -185,7 +185,7 @@ __device__ __forceinline__ float4 *part_of(const tall_args &a, int cta, int roun
 }
 
 // Where a warpgroup's sums of 16 rows of x become y, of one or two warpgroups.
-template <int P, int G> struct finisher {
+template <int P, int G, bool GATED> struct finisher {
     using L = tile<P, G>;
     const tall_args &a;
     const place &p;
@@ -215,7 +215,7 @@ template <int P, int G> struct finisher {
         const int row = block * LINEAR_BLOCK - (second ? a.gap : 0); // of W as it was
         const int end = second ? a.n : a.second - a.gap;
         outputs = block < a.blocks ? end - row : 0;
-        first = a.gated && second ? row - (a.second - a.gap) : row;
+        first = GATED && second ? row - (a.second - a.gap) : row;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int in = warp * 16 + lane / 4 + 8 * i;
@@ -285,12 +285,7 @@ template <int P, int G> struct finisher {
         const int m = p.m0 + round * kRound;
         if (a.simple) {
             const int to = lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
-            uint32_t w[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                w[i] = a.bf16 ? pack2<__nv_bfloat16>(v[2 * i], v[2 * i + 1])
-                              : pack2<__half>(v[2 * i], v[2 * i + 1]);
-            linear_place_16(at + to * 128 + ((piece ^ to % 8) << 4), w);
+            place_lines(at + to * 128 + ((piece ^ to % 8) << 4), v);
             linear_meet(BAR_LINES + group, 128);
             const int row = thread / 8, in = thread % 8;
             const uint4 line = shared_u128(at + row * 128 + ((in ^ row % 8) << 4));
@@ -317,15 +312,46 @@ template <int P, int G> struct finisher {
                 linear_put_four(plain, (m + row) * a.ldy + from + col, four, four);
         }
     }
+    // Where this thread puts and gets 16 bytes of a place of lines, where those go, and how many of
+    // its rows there are, kRound apart.
+    struct lines {
+        uint32_t put, get;
+        uint16_t *y;
+        int rows;
+    };
+    __device__ __forceinline__ lines begin_lines() const {
+        const int to = lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+        const int row = thread / 8, in = thread % 8;
+        lines l;
+        l.put = to * 128 + ((piece ^ to % 8) << 4);
+        l.get = row * 128 + ((in ^ row % 8) << 4);
+        l.y = static_cast<uint16_t *>(a.y) + (p.m0 + row) * a.ldy + first + in * 8;
+        l.rows = in * 8 < outputs ? a.m - p.m0 - row : 0;
+        return l;
+    }
+    // The sums of a round, scaled and with bias.
+    __device__ __forceinline__ void scaled(float (&v)[8], int round) const {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint2 s = shared_u64(x_scale + (round * kRound + 8 * h + lane % 4 * 2) * 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                v[4 * h + i] = fmaf(acc[8 * round + 4 * h + i], __uint_as_float(i % 2 ? s.y : s.x),
+                                    bias[i / 2]);
+        }
+    }
+    __device__ __forceinline__ void place_lines(uint32_t at, const float (&v)[8]) const {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            w[i] = a.bf16 ? pack2<__nv_bfloat16>(v[2 * i], v[2 * i + 1])
+                          : pack2<__half>(v[2 * i], v[2 * i + 1]);
+        linear_place_16(at, w);
+    }
     // All outputs of a tile that is not shared, by lines: 32 rows of x meet in a place. As straight
     // code, in which sums have names.
     __device__ __forceinline__ void put_lines(int &turn) const {
-        const int to = lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
-        const int row = thread / 8, in = thread % 8;
-        const uint32_t put_at = to * 128 + ((piece ^ to % 8) << 4);
-        const uint32_t get_at = row * 128 + ((in ^ row % 8) << 4);
-        uint16_t *y = static_cast<uint16_t *>(a.y) + (p.m0 + row) * a.ldy + first + in * 8;
-        const int rows = in * 8 < outputs ? a.m - p.m0 - row : 0; // this thread's, 16 apart
+        const lines l = begin_lines();
         static_assert(2 * LINEAR_LINES_BYTES <= kPlace, "");
 #pragma unroll
         for (int j = 0; j < L::rounds; j += 2) {
@@ -333,38 +359,62 @@ template <int P, int G> struct finisher {
             const uint32_t at = base + L::at_places + (turn++ % 2 * kBlocks + group) * kPlace;
 #pragma unroll
             for (int r = j; r < j + 2 && r < L::rounds; r++) {
-                uint32_t w[4];
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const uint2 s = shared_u64(x_scale + (r * kRound + 8 * h + lane % 4 * 2) * 4);
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const float *v = acc + 8 * r + 4 * h + 2 * i;
-                        const float v0 = fmaf(v[0], __uint_as_float(s.x), bias[i]);
-                        const float v1 = fmaf(v[1], __uint_as_float(s.y), bias[i]);
-                        w[2 * h + i] =
-                            a.bf16 ? pack2<__nv_bfloat16>(v0, v1) : pack2<__half>(v0, v1);
-                    }
-                }
-                linear_place_16(at + (r - j) * LINEAR_LINES_BYTES + put_at, w);
+                float v[8];
+                scaled(v, r);
+                place_lines(at + (r - j) * LINEAR_LINES_BYTES + l.put, v);
             }
             linear_meet(BAR_LINES + group, 128);
 #pragma unroll
             for (int r = j; r < j + 2 && r < L::rounds; r++) {
-                const uint4 line = shared_u128(at + (r - j) * LINEAR_LINES_BYTES + get_at);
-                if (r * kRound < rows) linear_store_16(y + r * kRound * a.ldy, line, true);
+                const uint4 line = shared_u128(at + (r - j) * LINEAR_LINES_BYTES + l.get);
+                if (r * kRound < l.rows) linear_store_16(l.y + r * kRound * a.ldy, line, true);
             }
         }
     }
+    // The same of gate and up: of two rounds the warpgroup of the gate finishes the first, and that
+    // of up the second.
+    __device__ __forceinline__ void put_gated_lines(int &turn) const {
+        const lines l = begin_lines();
+        const uint32_t pairs = base + L::at_pairs + thread * 16;
+#pragma unroll
+        for (int j = 0; j < L::rounds; j += 2) {
+            if (p.m0 + j * kRound >= a.m) break;
+            const uint32_t at = base + L::at_places + (turn % 2 * kBlocks + group) * kPlace;
+            const uint32_t pair = pairs + turn++ % 2 * (kPairs / 2);
+            float even[8], odd[8] = {}, v[8], w[8];
+            scaled(even, j);
+            if (j + 1 < L::rounds) scaled(odd, j + 1);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                v[i] = group ? odd[i] : even[i], w[i] = group ? even[i] : odd[i];
+            linear_shared_put(pair + group * 4096, &w[0]);
+            linear_shared_put(pair + group * 4096 + 2048, &w[4]);
+            linear_meet(BAR_PAIR + warp, 64);
+            linear_shared_get(&w[0], pair + (1 - group) * 4096);
+            linear_shared_get(&w[4], pair + (1 - group) * 4096 + 2048);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                v[i] = linear_gate(group ? w[i] : v[i], group ? v[i] : w[i], LINEAR_GATED, 0);
+            place_lines(at + l.put, v);
+            linear_meet(BAR_LINES + group, 128);
+            const int r = j + group;
+            const uint4 line = shared_u128(at + l.get);
+            if (r < L::rounds && r * kRound < l.rows)
+                linear_store_16(l.y + r * kRound * a.ldy, line, true);
+        }
+    }
     __device__ __forceinline__ void run(int &turn) const {
-        if (a.simple && !a.gated && p.size == 1) {
-            put_lines(turn);
+        if (a.simple && p.size == 1 && (!GATED || a.epilogue == LINEAR_GATED)) {
+            if constexpr (GATED)
+                put_gated_lines(turn);
+            else
+                put_lines(turn);
             return;
         }
         for (int round = 0; p.size > 1 && round < L::rounds; round++)
             if (round % p.size != p.rank && p.m0 + round * kRound < a.m) leave(round);
         const int end = min(L::rounds, (a.m - p.m0 + kRound - 1) / kRound);
-        if (!a.gated) {
+        if constexpr (!GATED) {
 #pragma unroll 1
             for (int round = p.rank; round < end; round += p.size) {
                 float v[8];
@@ -515,12 +565,13 @@ template <int P, int G> struct multiplier {
     // Low half of the descriptor of x of granule `in` of the stage, the same in all lanes.
     __device__ __forceinline__ uint32_t x_at(int in) const {
         const uint32_t at = (base + stage * (L::x + L::w)) >> 4 | 1u << 16;
-        return __shfl_sync(~0u, at + in * (G / 16), 0);
+        return at + in * (G / 16);
     }
 };
 #endif
 
-template <int P, int G>
+// GATED: of gate and up. Code that is jumped over would change the loop of the others.
+template <int P, int G, bool GATED>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_w4a8_tall(const __grid_constant__ tall_args a, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -553,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         while (tiles.next(p)) {
             m.run(p.step0, p.step1);
             tiles.again(p); // not kept in registers meanwhile
-            const finisher<P, G> to(a, p, m.acc, base);
+            const finisher<P, G, GATED> to(a, p, m.acc, base);
             to.run(turn);
         }
     }
@@ -566,8 +617,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // --- Launch -------------------------------------------------------------------------------------
 
 // ns of a stage; of a tile's end; of what a team exchanges. As timed on an H200.
-template <int P> constexpr int kStageTime = P == 176 ? 680 : 600;
-constexpr int kTileTime = 1200, kExchangeTime = 2500;
+template <int P> constexpr int kStageTime = P == 176 ? 645 : 560;
+template <int P> constexpr int kTileTime = P == 176 ? 1700 : 1000;
+constexpr int kExchangeTime = 5200;
 
 // Shares the stages out over the clusters that run at once. About how many ns it takes.
 template <int P> int64_t share(tall_args *a, int32_t clusters) {
@@ -576,12 +628,13 @@ template <int P> int64_t share(tall_args *a, int32_t clusters) {
     a->along_m = (a->m + P - 1) / P;
     a->along_n = ((a->gated ? a->half_blocks : a->blocks) + wide - 1) / wide;
     const int32_t tiles = a->along_m * a->along_n, rest = tiles % clusters;
-    const int64_t tile = (int64_t)steps * kStageTime<P> + kTileTime;
+    const int64_t tile = (int64_t)steps * kStageTime<P> + kTileTime<P>;
     int64_t last = rest ? tile : 0; // of the last wave
     a->whole = tiles;
     a->team = 1;
     for (int32_t s = 2; s <= kTeamMost && s * rest <= clusters && s * 2 <= steps && rest; s++) {
-        const int64_t with = (int64_t)div_up(steps, s) * kStageTime<P> + kTileTime + kExchangeTime;
+        const int64_t with =
+            (int64_t)div_up(steps, s) * kStageTime<P> + kTileTime<P> + kExchangeTime;
         if (with < last) last = with, a->team = s, a->whole = tiles - rest;
     }
     return tiles / clusters * tile + last;
@@ -596,7 +649,7 @@ template <int P, int G> struct grid : launch_config {
 
 template <int P, int G> int clusters_at_once(int32_t n_sms) {
     static int most = 0;
-    const auto kernel = linear_w4a8_tall<P, G>;
+    const auto kernel = linear_w4a8_tall<P, G, false>;
     const grid<P, G> g(1, nullptr);
     if (most == 0 && (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            tile<P, G>::bytes) != cudaSuccess ||
@@ -605,9 +658,9 @@ template <int P, int G> int clusters_at_once(int32_t n_sms) {
     return most < n_sms / kCtas ? most : n_sms / kCtas;
 }
 
-template <int P, int G>
+template <int P, int G, bool GATED>
 status launch(const tall_args &a, const void *x, int32_t clusters, cudaStream_t stream) {
-    const auto kernel = linear_w4a8_tall<P, G>;
+    const auto kernel = linear_w4a8_tall<P, G, GATED>;
     CUtensorMap map;
     TRY(tensor_map_codes(&map, x, a.m, a.k, a.k, tile<P, G>::rows / kCtas));
     const int32_t all = a.whole + (a.along_m * a.along_n - a.whole) * a.team;
@@ -619,14 +672,14 @@ status launch(const tall_args &a, const void *x, int32_t clusters, cudaStream_t 
                             : FAIL(ST_DEVICE, "linear_w4a8_tall: %s", cudaGetErrorString(e));
 }
 
-template <int G>
+template <int G, bool GATED>
 status launch_best(const tall_args &args, const void *x, int32_t n_sms, cudaStream_t stream) {
     const int32_t clusters = clusters_at_once<176, G>(n_sms);
     if (clusters == 0) return FAIL(ST_DEVICE, "linear_w4a8_tall: no room for a cluster");
     tall_args a = args, b = args;
     const int64_t with_128 = share<128>(&a, clusters), with_176 = share<176>(&b, clusters);
-    return with_128 <= with_176 ? launch<128, G>(a, x, clusters, stream)
-                                : launch<176, G>(b, x, clusters, stream);
+    return with_128 <= with_176 ? launch<128, G, GATED>(a, x, clusters, stream)
+                                : launch<176, G, GATED>(b, x, clusters, stream);
 }
 
 } // namespace
@@ -655,6 +708,10 @@ extern "C" status linear_w4a8_tall_launch(const linear_problem *p, const void *c
     a.sym = w->sym;
     a.simple = !a.y_f32 && a.epilogue != LINEAR_RESIDUAL &&
                ((uintptr_t)a.y | (uintptr_t)(a.ldy * 2)) % 16 == 0 && l.half_rows % 8 == 0;
-    return l.granule == 128 ? launch_best<128>(a, code, p->n_sms, (cudaStream_t)stream)
-                            : launch_best<64>(a, code, p->n_sms, (cudaStream_t)stream);
+    const cudaStream_t s = (cudaStream_t)stream;
+    if (l.granule == 128)
+        return a.gated ? launch_best<128, true>(a, code, p->n_sms, s)
+                       : launch_best<128, false>(a, code, p->n_sms, s);
+    return a.gated ? launch_best<64, true>(a, code, p->n_sms, s)
+                   : launch_best<64, false>(a, code, p->n_sms, s);
 }

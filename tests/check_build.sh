@@ -33,6 +33,6 @@ said() {
     esac
 }
 wanted='there is no /no/toolkit/bin/nvcc: CUDA=DIR names the toolkit' said CUDA_ARCH=90a CUDA=/no/toolkit build
-wanted='MODE=foo is none of release debug asan' said MODE=foo build
+wanted='MODE=foo is none of release debug asan tsan' said MODE=foo build
 make -n CUDA_ARCH= CUDA=/no/toolkit help > /dev/null
 echo "$count passed, 0 failed"

@@ -257,25 +257,27 @@ static void many_rows(int32_t f, dtype type) {
     }
 }
 
-/* So many tiles that linear_codes_tall has those of 256 rows of W: an even number of tiles of x, of
- * which two share W, and an odd one, of which two share x. */
+/* So many tiles that linear_codes_tall has those of 192 rows of W or of 256, of an even number of
+ * tiles of x, of which two share W, and of an odd one, of which two share x. */
 static void tall_codes(int32_t f, dtype type) {
     static const linear_epilogue plain[] = {LINEAR_STORE, LINEAR_RESIDUAL},
                                  pairs[] = {LINEAR_GATED, LINEAR_GATED_OAI};
-    if (formats[f].format != WF_INT8 || formats[f].act != AF_INT8) return;
+    static const int32_t ms[] = {700, 850, 1000, 1100}; /* 192 256 256 192 */
+    const bool int8 = formats[f].format == WF_INT8 && formats[f].act == AF_INT8;
+    if (!int8 && (formats[f].format != WF_FP8 || formats[f].act != AF_FP8)) return;
     for (int32_t gated = 0; gated < 2; gated++) {
         linear_weight w = weight_of(f, type, 8224, 400, 1);
         w.gated = gated;
         linear_probe *p = opened(&w, 39);
         if (!p) return;
-        for (int32_t m = 1000; m <= 1100; m += 100)
-            for (int32_t i = 0; i < 4; i++)
+        for (int32_t s = 0; s < (int32_t)COUNT_OF(ms); s++)
+            for (int32_t i = 0; i < 2; i++)
                 one(p, &w,
-                    (linear_trial){.m = m,
+                    (linear_trial){.m = ms[s],
                                    .y_type = type,
-                                   .epilogue = (gated ? pairs : plain)[i / 2],
+                                   .epilogue = (gated ? pairs : plain)[i],
                                    .kernel = "codes_tall",
-                                   .bias = i % 2},
+                                   .bias = (s + i) % 2},
                     "tall codes");
         linear_probe_close(p);
     }
@@ -382,6 +384,42 @@ static void rounds(int32_t f, dtype type) {
                                                      : (codes ? "w4a8_64x4" : "mid_64x4"),
                                    .bias = true},
                     "rounds");
+        linear_probe_close(p);
+    }
+}
+
+/* Problems that linear_mid has kernels of their own for, and the same with a bias: tiles cut into
+ * four alike parts, the last lacking blocks; tiles that CTAs share otherwise; rounds of them. */
+static void mid_plain(int32_t f, dtype type) {
+    static const struct {
+        int32_t n, k;
+        bool gated;
+        const char *few, *many; /* kernels of 19 rows; of 41 and 64 */
+    } of[] = {
+        {4032, 2048, false, "mid_32x2x2", "mid_64x2x2"},
+        {6080, 1024, false, "mid_32x2", "mid_64x3"},
+        {8064, 1024, false, "mid_32x4", "mid_64x4"},
+        {4096, 640, false, "mid_32x4", "mid_64x2"},
+        {4096, 640, true, "mid_32x2", "mid_64x2"},
+        {6144, 896, true, "mid_32x2x2", "mid_64x2x2"},
+        {57344, 1152, false, "mid_32x4", "mid_64x4"},
+        {28672, 1152, true, "mid_32x4", "mid_64x4"},
+    };
+    if (formats[f].format != WF_INT4 || formats[f].group != 128 || formats[f].act != AF_16) return;
+    for (int32_t i = 0; i < (int32_t)COUNT_OF(of); i++) {
+        linear_weight w = weight_of(f, type, of[i].n, of[i].k, 1);
+        w.gated = of[i].gated;
+        linear_probe *p = opened(&w, 45);
+        if (!p) return;
+        for (int32_t m = 19; m <= 64; m += m == 19 ? 22 : 23) /* 19, 41, 64 */
+            for (int32_t bias = 0; bias < 2; bias++)
+                one(p, &w,
+                    (linear_trial){.m = m,
+                                   .y_type = type,
+                                   .epilogue = w.gated ? LINEAR_GATED : LINEAR_STORE,
+                                   .kernel = m <= 32 ? of[i].few : of[i].many,
+                                   .bias = bias},
+                    "mid plain");
         linear_probe_close(p);
     }
 }
@@ -493,6 +531,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     lines(f, type);
     whole_tiles(f, type);
     rounds(f, type);
+    mid_plain(f, type);
     one_row(f, type);
     if (type == DT_BF16 && formats[f].act == AF_16) not_a_number(f);
 }

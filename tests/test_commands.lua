@@ -1,5 +1,6 @@
 --- The commands as a user meets them: numbers out of range, help, standard output that ends.
 
+local amalgam = require("amalgam")
 local experiment = require("lib_experiment")
 local test = require("lib_test")
 
@@ -176,7 +177,7 @@ test.case("text comes through a pipe as from a file", function()
   test.equal(code, 2)
   test.contains(said, "the prompt is empty")
   code, said = command("%s tokenize --model workloads/tiny --file /tmp")
-  test.equal(code, 1)
+  test.equal(code, 2)
   test.equal(said, "amalgam: /tmp: not a regular file\n")
 end)
 
@@ -349,6 +350,81 @@ test.case("a full disk is said with its reason, a reader that has left is not", 
     test.equal(code, 0, words)
     test.equal(said, "", words)
   end
+end)
+
+test.case("the exit status tells whose fault it is", function()
+  local cases = {
+    { 2, "eval --model workloads/tiny --text no/such", "no/such: No such file or directory" },
+    { 2, "eval --model workloads/tiny --text .", ".: not a regular file" },
+    { 2, "tokenize --model workloads/tiny --file README.md/x", "Not a directory" },
+    { 2, "inspect trace no/such", "no/such: No such file or directory" },
+    { 2, "generate --model no/such --prompt x", "no model 'no/such'" },
+    { 2, "generate --model workloads/tiny --prompt x --device tpu", 'no device named "tpu"' },
+    { 2, "run e10 --device tpu", "--device tpu: this build has " },
+    { 2, "generate --model workloads/tiny --prompt x --max-tokens many", "'many' is no integer" },
+    { 2, "generate --model workloads/tiny --prompt x --temperature=hot", "'hot' is no number" },
+    { 2, "models extra", "unexpected argument 'extra'" },
+    { 2, "models -- --json", "unexpected argument '--json'" },
+    { 2, "served", "unknown command 'served': the nearest is 'serve'" },
+    { 2, "lua no/such.lua", "cannot open no/such.lua" },
+    { 2, "serve --model workloads/tiny --host localhost", "'localhost' is no IP address" },
+    { 4, "generate --model workloads/tiny --prompt x --tp 2", "the cpu device has one rank" },
+    { 1, "bench serve --url http://127.0.0.1:1 --n 1", "connect" },
+  }
+  local without = true
+  for _, name in ipairs(amalgam.devices()) do without = without and name ~= "cuda" end
+  if without then
+    for _, words in ipairs({
+      "generate --model workloads/tiny --prompt x", "chat --model workloads/tiny",
+      "serve --model workloads/tiny --port 0", "eval --model workloads/tiny --text README.md",
+      "quantize --model workloads/tiny --method gptq --out build/none", "run e10 --results no/such",
+      "bench load --model workloads/tiny", "bench step --model workloads/tiny",
+      "inspect plan --model workloads/tiny",
+    }) do
+      cases[#cases + 1] = { 4, words .. " --device cuda", "make CUDA_ARCH=" }
+    end
+    for _, words in ipairs({ "bench linear", "bench attention", "bench ops", "tune" }) do
+      cases[#cases + 1] = { 4, words, "this build has no CUDA" }
+    end
+  end
+  for _, c in ipairs(cases) do
+    local code, said = command("%s " .. c[2] .. " </dev/null")
+    test.equal(code, c[1], c[2])
+    test.contains(said, c[3])
+  end
+end)
+
+--- A limit of the file size stands for a disk that is full; in blocks of 512 bytes, or of 1024.
+test.case("what cannot be written in whole leaves what was there", function()
+  local words = "%s quantize --model workloads/tiny --out "
+  local function limited(blocks, line) return command(("ulimit -f %d; "):format(blocks) .. line) end
+  local dir = test.folder()
+  local code, said = limited(64, words .. dir)
+  test.equal(code, 1)
+  test.contains(said, "/model.safetensors: File too large")
+  test.equal(#amalgam.list(dir), 0)
+  code, said = limited(1, ("%%s corpus --bytes 30000 >%s/text"):format(dir))
+  test.equal(code, 1)
+  test.contains(said, "amalgam: standard output: ")
+  os.remove(dir .. "/text")
+
+  -- The weights are written, what comes after them is not: no checkpoint rather than a mixed one.
+  local copies = test.folder()
+  test.equal(command(words .. dir .. " --precision W8"), 0)
+  test.equal(command(("cp -r workloads/tiny %s && head -c 9000000 /dev/zero >>%s/tokenizer.json")
+    :format(copies, copies)), 0)
+  code, said = limited(8000, ("%%s quantize --model %s --out %s"):format(copies, dir))
+  test.equal(code, 1)
+  test.contains(said, "/tokenizer.json: File too large")
+  code, said = command("%s generate --prompt x --model " .. dir)
+  test.equal(code, 2, said)
+  test.contains(said, "no model")
+
+  -- The whole folder as it was where the weights themselves do not fit.
+  test.equal(command(words .. dir .. " --precision W8"), 0)
+  local before = select(2, command("cat " .. dir .. "/* | cksum"))
+  test.equal(limited(64, words .. dir), 1)
+  test.equal(select(2, command("cat " .. dir .. "/* | cksum")), before)
 end)
 
 test.case("a folder that cannot be written is refused before the work", function()

@@ -120,7 +120,7 @@ static CURL *request_of(const char *url, const char *path, const char *body, tex
     curl_easy_setopt(c, CURLOPT_URL, full);
     curl_easy_setopt(c, CURLOPT_NOSIGNAL, 1L);
     curl_easy_setopt(c, CURLOPT_PROXY, "");
-    curl_easy_setopt(c, CURLOPT_TIMEOUT, 120L);
+    curl_easy_setopt(c, CURLOPT_TIMEOUT, 300L);
     curl_easy_setopt(c, CURLOPT_WRITEFUNCTION, collect);
     curl_easy_setopt(c, CURLOPT_WRITEDATA, into);
     if (body) (void)curl_easy_setopt(c, CURLOPT_COPYPOSTFIELDS, body);
@@ -1290,60 +1290,64 @@ static void the_default_length_fits_the_context(void **state) {
     text_free(&body);
 }
 
+static const struct {
+    const char *body, *says;
+    long http;
+} refused_bodies[] = {
+    {"{", "body:1", 400},
+    {"[]", "no JSON object", 400},
+    {"{}", "'prompt' is missing", 400},
+    {"{\"prompt\":\"\xff\"}", "body:1", 400},
+    {"{\"prompt\":3}", "prompt", 400},
+    {"{\"prompt\":[1,\"a\"]}", "item 1 is no integer", 400},
+    {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
+    {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
+    {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
+    {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
+    {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
+    {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
+    {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
+    {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
+    {"{\"prompt\":\"a\",\"stop\":\"b\\u0000\"}", "U+0000", 400},
+    {"{\"prompt\":\"a\",\"stop_token_ids\":5}", "'stop_token_ids' is no list", 400},
+    {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
+    {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
+    {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
+    {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
+    {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
+    {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
+    {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
+    {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
+    {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
+    {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
+    {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
+    {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
+    {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
+    {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
+    {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
+    {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
+    {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
+    {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
+    {"{\"prompt\":[]}", "0 prompts", 400},
+};
+
 static void what_is_wrong_is_said(void **state) {
     const fixture *f = *state;
-    static const struct {
-        const char *body, *says;
-        long http;
-    } cases[] = {
-        {"{", "body:1", 400},
-        {"[]", "no JSON object", 400},
-        {"{}", "'prompt' is missing", 400},
-        {"{\"prompt\":\"\xff\"}", "body:1", 400},
-        {"{\"prompt\":3}", "prompt", 400},
-        {"{\"prompt\":[1,\"a\"]}", "item 1 is no integer", 400},
-        {"{\"prompt\":[99999]}", "outside the vocabulary", 400},
-        {"{\"prompt\":\"a\",\"temperature\":\"hot\"}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"temperature\":-1}", "temperature", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":-1}", "max_tokens", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":0,\"min_tokens\":1}", "the 0 of 'max_tokens'", 400},
-        {"{\"prompt\":\"a\",\"max_tokens\":16384}", "context", 400},
-        {"{\"prompt\":\"a\",\"n\":9}", "n = 9", 400},
-        {"{\"prompt\":\"a\",\"stream\":1}", "stream", 400},
-        {"{\"prompt\":\"a\",\"stop\":[\"\"]}", "empty string", 400},
-        {"{\"prompt\":\"a\",\"stop\":5}", "stop", 400},
-        {"{\"prompt\":\"a\",\"logprobs\":21}", "logprobs", 400},
-        {"{\"prompt\":\"a\",\"echo\":1}", "echo", 400},
-        {"{\"prompt\":\"a\",\"prompt_logprobs\":-1}", "prompt_logprobs", 400},
-        {"{\"prompt\":\"a\",\"prompt_logprobs\":1,\"stream\":true}", "not with a stream", 400},
-        {"{\"prompt\":\"a\",\"presence_penalty\":2.5}", "presence_penalty", 400},
-        {"{\"prompt\":\"a\",\"frequency_penalty\":-3}", "frequency_penalty", 400},
-        {"{\"prompt\":\"a\",\"frequency_penalty\":\"1\"}", "frequency_penalty", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":[5,1]}", "'logit_bias' is no object", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"the\":1}}", "'the' is no token id", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"-1\":1}}", "'-1' is no token id", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"1005\":1}}", "outside the vocabulary", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":true}}", "of 5 is no number", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":101}}", "logit_bias: 101 of token 5", 400},
-        {"{\"prompt\":\"a\",\"logit_bias\":{\"5\":1,\"05\":2}}", "5 is there twice", 400},
-        {"{\"prompt\":\"a\",\"min_tokens\":-1}", "min_tokens", 400},
-        {"{\"prompt\":\"a\",\"truncate_prompt_tokens\":0}", "truncate_prompt_tokens", 400},
-        {"{\"prompt\":\"a\",\"min_tokens\":17}", "more than the 16 of 'max_tokens'", 400},
-        {"{\"prompt\":\"a\",\"guided_json\":{\"type\":\"object\"}}", "guided_json", 400},
-        {"{\"prompt\":\"a\",\"skip_special_tokens\":0}", "skip_special_tokens", 400},
-        {"{\"prompt\":\"a\",\"regex\":\"a+\"}", "'regex' is not supported", 400},
-        {"{\"prompt\":\"a\",\"chat_template\":\"{{ 1 }}\"}", "'chat_template'", 400},
-        {"{\"prompt\":\"a\",\"tool_choice\":\"required\"}", "tool_choice", 400},
-        {"{\"prompt\":\"a\",\"modalities\":[\"text\",\"audio\"]}", "other than [\"text\"]", 400},
-        {"{\"prompt\":\"a\",\"model\":\"other\"}", "not served here", 404},
-        {"{\"prompt\":[]}", "0 prompts", 400},
-    };
-    for (int32_t i = 0; i < COUNT_OF(cases); i++) {
-        json_t *v = call_json(f->url, "/v1/completions", cases[i].body, cases[i].http);
+    for (int32_t i = 0; i < COUNT_OF(refused_bodies); i++) {
+        json_t *v =
+            call_json(f->url, "/v1/completions", refused_bodies[i].body, refused_bodies[i].http);
         const char *message = words(at(at(v, "error"), "message"));
-        if (!message || !strstr(message, cases[i].says))
-            fail_msg("%s: says '%s'", cases[i].body, message ? message : "");
-        assert_int_equal(json_integer_value(at(at(v, "error"), "code")), cases[i].http);
+        if (!message || !strstr(message, refused_bodies[i].says))
+            fail_msg("%s: says '%s'", refused_bodies[i].body, message ? message : "");
+        assert_int_equal(json_integer_value(at(at(v, "error"), "code")), refused_bodies[i].http);
         json_decref(v);
     }
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
@@ -1351,6 +1355,13 @@ static void what_is_wrong_is_said(void **state) {
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
                           400));
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[{\"content\":1}]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"messages\":[{\"role\":\"user\",\"content\":5}]}", 400));
+    json_decref(call_json(f->url, "/v1/chat/completions",
+                          "{\"chat_template_kwargs\":[],"
+                          "\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
+                          400));
+    json_decref(call_json(f->url, "/tokenize", "{\"prompt\":5}", 400));
     json_t *v = call_json(f->url, "/v1/chat/completions",
                           "{\"messages\":[{\"role\":\"assistant\",\"content\":null}]}", 400);
     assert_non_null(
@@ -1899,6 +1910,58 @@ static void a_stream_begins_when_all_of_it_is_taken(void **state) {
     assert_int_equal(w.j->choice[2].n_ready, 4);
     job_release(w.j);
     close_fixture(&f, 5);
+}
+
+enum { LATE = 400 };
+typedef struct {
+    service *service;
+    job *j[LATE];
+} late;
+
+static void *submit_all(void *user) {
+    const late *l = user;
+    for (int32_t i = 0; i < LATE; i++) service_submit(l->service, l->j[i]);
+    return NULL;
+}
+
+/* Requests come on connections that are still open: before, while and after the service ends. All
+ * of them are told, and none is waited for that came too late. */
+static void what_comes_while_it_ends_is_refused(void **state) {
+    (void)state;
+    fixture f;
+    open_fixture(&f, 1, 4, NULL);
+    server_close(f.server, 0);
+    const api_model m = {
+        .model = "tiny", .tok = f.tok, .ctx_max = 16384, .vocab = 1005, .n_max = 1};
+    static const char body[] = "{\"prompt\":[5],\"max_tokens\":1}";
+    int32_t n_late = 0;
+    for (int32_t round = 0; round < 150; round++) {
+        late l;
+        pthread_t thread;
+        service_close(f.service);
+        assert_ok(service_open(&f.service, f.engine, f.tok, 5));
+        l.service = f.service;
+        for (int32_t i = 0; i < LATE; i++) {
+            api_request r;
+            assert_ok(api_parse(&r, &m, false, body, sizeof body - 1, 1));
+            assert_ok(job_new(&l.j[i], &r, f.tok, NULL, NULL));
+        }
+        assert_int_equal(pthread_create(&thread, NULL, submit_all, &l), 0);
+        nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+        service_drain(f.service, 0);
+        pthread_join(thread, NULL);
+        for (int32_t i = 0; i < LATE; i++) {
+            assert_true(l.j[i]->done);
+            n_late += l.j[i]->st == ST_INTERRUPTED;
+            job_release(l.j[i]);
+        }
+        assert_int_equal(service_alive(f.service), 0);
+    }
+    assert_true(n_late > 0);
+    service_close(f.service);
+    engine_close(f.engine);
+    chat_template_close(f.tpl);
+    tokenizer_close(f.tok);
 }
 
 static void the_key_is_wanted(void **state) {
@@ -2503,7 +2566,8 @@ static void *serve_strangely(void *user) {
         const int fd = accept(s->fd, NULL, NULL);
         assert_true(fd >= 0 && recv(fd, asked, sizeof asked, 0) > 0);
         static const char head[] = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
-        assert_true(send(fd, head, sizeof head - 1, 0) > 0);
+        if (strncmp(s->answer[i], "HTTP", 4) != 0)
+            assert_true(send(fd, head, sizeof head - 1, 0) > 0);
         assert_true(send(fd, s->answer[i], strlen(s->answer[i]), 0) > 0);
         shutdown(fd, SHUT_WR);
         while (recv(fd, asked, sizeof asked, 0) > 0) {
@@ -2552,6 +2616,58 @@ static const char *const dialects[] = {
     FULL("a", "", "null", "\r\n") ": ping - 2026-01-01\r\n\r\n" FULL("b", "", "\"length\"", "\r\n")
         FULL_USAGE("", "\r\n"),
 };
+
+/* What is no answer, and a part of what is said of it. */
+static const struct {
+    const char *answer, *failure;
+} mistakes[] = {
+    {"HTTP/1.1 503 Busy\r\nConnection: close\r\n\r\nlater", "HTTP 503: later"},
+    {"HTTP/1.1 200 OK\r\nContent-Length: 99\r\nConnection: close\r\n\r\n" EVENT("a", "null"),
+     "artial" /* curl's words */},
+    {"data: {\n\n", "an event that is no JSON"},
+    {EVENT("a", "null") "data: {\"error\":{\"message\":\"no pages\"}}\n\n", "no pages"},
+    {"data: {\"error\":{}}\n\n", "an error event"},
+    {EVENT("a", "null") EVENT(
+         "b", "\"length\"") "data: {\"choices\":[],\"usage\":{"
+                            "\"prompt_tokens\":4,\"completion_tokens\":3}}\n\ndata: [DONE]\n\n",
+     "usage tells of more tokens than were asked for"},
+    {"data: [DONE]\n\n", "a stream without a token"},
+    {" ", "a stream without a token"},
+};
+
+static void name_the_mistakes(void) {
+    for (int32_t i = 0; i < COUNT_OF(mistakes); i++) {
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        socklen_t size = sizeof at;
+        stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = &mistakes[i].answer, .n = 1};
+        pthread_t thread;
+        char url[64];
+        arena a;
+        workload_options wo;
+        workload w;
+        load_report r;
+        request_log log;
+        assert_int_equal(bind(s.fd, (struct sockaddr *)&at, size), 0);
+        assert_int_equal(listen(s.fd, 8), 0);
+        assert_int_equal(getsockname(s.fd, (struct sockaddr *)&at, &size), 0);
+        snprintf(url, sizeof url, "http://127.0.0.1:%d", ntohs(at.sin_port));
+        assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
+        assert_ok(arena_open(&a, 1 << 24));
+        assert_ok(workload_preset(&wo, "fixed"));
+        wo.n_requests = 1;
+        wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
+        wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
+        wo.vocab = 100;
+        assert_ok(workload_make(&w, &a, &wo));
+        assert_ok(load_run(&r, &a, &(load_options){.url = url, .model = "m"}, &w, &log));
+        assert_int_equal(r.n_failed, 1);
+        if (!strstr(r.failure, mistakes[i].failure)) fail_msg("case %d: '%s'", i, r.failure);
+        assert_int_equal(log.finish, FINISH_REFUSED);
+        pthread_join(thread, NULL);
+        close(s.fd);
+        arena_close(&a);
+    }
+}
 
 /* llama.cpp tells its vocabulary under a name of its own; a stream that ends before it is over is a
  * failure. */
@@ -2604,6 +2720,7 @@ static void strangers_are_read_carefully(void **state) {
     pthread_join(thread, NULL);
     close(s.fd);
     arena_close(&a);
+    name_the_mistakes();
 }
 
 /* Slashes at the end of a URL mean nothing; what cannot be one is refused before the first request.
@@ -2685,6 +2802,7 @@ int main(void) {
         cmocka_unit_test(ends_that_come_with_data_are_seen),
         cmocka_unit_test(a_full_queue_is_429),
         cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
+        cmocka_unit_test(what_comes_while_it_ends_is_refused),
         cmocka_unit_test(the_key_is_wanted),
         cmocka_unit_test(a_port_has_one_server),
         cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),

@@ -239,7 +239,7 @@ static void says_what_is_wrong_with_a_file(void **state) {
     }
     mem_free(data);
     int64_t n, different;
-    assert_status(trace_replay("/nonexistent", &n, &different), ST_IO);
+    assert_status(trace_replay("/nonexistent", &n, &different), ST_NOTFOUND);
     write_file("", 0);
     assert_status(trace_replay(other, &n, &different), ST_FORMAT);
 }

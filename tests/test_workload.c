@@ -546,7 +546,7 @@ static void broken_files_are_named_with_their_line(void **state) {
     snprintf(o.file, sizeof o.file, "/nonexistent/trace.csv");
     workload w;
     snprintf(o.format, sizeof o.format, "azure");
-    assert_status(workload_make(&w, &memory, &o), ST_IO);
+    assert_status(workload_make(&w, &memory, &o), ST_NOTFOUND);
 }
 
 static const struct {
