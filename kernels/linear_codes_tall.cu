@@ -68,8 +68,9 @@ template <typename T, int NT>
 constexpr int kScaleBytes = kWords<T> ? 0 : (NT + 16) * (int)sizeof(float);
 template <typename T, int NT>
 constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT> + kWarps *kScaleBytes<T, NT>;
-static_assert(shared_bytes<int8_t, 256> <= 227 * 1024 && shared_bytes<int8_t, 128> <= 227 * 1024,
-              "");
+static_assert(shared_bytes<int8_t, 256> <= 227 * 1024, "");
+static_assert(shared_bytes<int8_t, 192> <= 227 * 1024, "");
+static_assert(shared_bytes<int8_t, 128> <= 227 * 1024, "");
 // Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
 // others.
 constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
