@@ -62,15 +62,13 @@ constexpr int kXBytes = kRows * kStep;
 template <int NT> constexpr int kStageBytes = kXBytes + NT *kStep;
 constexpr int kPitch = 40; // f32 between rows of 32 sums: no bank conflicts
 constexpr int kTurnBytes = 16 * kPitch * 4, kFixed = 1024 + kWarps * kTurnBytes;
-template <int NT> constexpr int kStages = (226 * 1024 - kFixed) / kStageBytes<NT>;
 // Of a warp: scales of the tile's rows of W and of its own 16 of x; words have none.
 template <typename T, int NT>
 constexpr int kScaleBytes = kWords<T> ? 0 : (NT + 16) * (int)sizeof(float);
 template <typename T, int NT>
-constexpr int shared_bytes = kFixed + kStages<NT> *kStageBytes<NT> + kWarps *kScaleBytes<T, NT>;
-static_assert(shared_bytes<int8_t, 256> <= 227 * 1024, "");
-static_assert(shared_bytes<int8_t, 192> <= 227 * 1024, "");
-static_assert(shared_bytes<int8_t, 128> <= 227 * 1024, "");
+constexpr int kStages = (226 * 1024 - kFixed - kWarps * kScaleBytes<T, NT>) / kStageBytes<NT>;
+template <typename T, int NT>
+constexpr int shared_bytes = kFixed + kStages<T, NT> *kStageBytes<NT> + kWarps *kScaleBytes<T, NT>;
 // Pieces that others leave for a warp, at most; its own are two then, or up to four beside fewer of
 // others.
 constexpr int kOthersMost = 8, kRoom = 2 * kTurnBytes + kOthersMost * 2048;
@@ -172,7 +170,7 @@ template <typename T, int NT> struct producer {
         }
     }
     __device__ __forceinline__ void run() const {
-        fill_ring_of_both<kStages<NT>, place>(walk<T, NT>(a), *this, empty);
+        fill_ring_of_both<kStages<T, NT>, place>(walk<T, NT>(a), *this, empty);
     }
 };
 
@@ -397,7 +395,7 @@ __device__ __forceinline__ float4 shared_get(uint32_t at) {
 template <int NT>
 __device__ __forceinline__ void finish_team(float (&acc)[NT / 2], const tall_args &a,
                                             const place &p, int row, uint32_t ring, uint32_t turn) {
-    static_assert(kWarps * kRoom <= kStages<NT> * kStageBytes<NT>, "no room for sums");
+    static_assert(kWarps * kRoom <= kStages<__half, NT> * kStageBytes<NT>, "no room for sums");
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4,
               t = lane % 4;
     const uint32_t own = ring + warp * kRoom,
@@ -476,7 +474,7 @@ template <typename T, int NT> struct multiplier {
         if (lane < kCtas) remote_arrive(remote_address(bar, lane));
     }
     __device__ __forceinline__ void next() {
-        if (++stage == kStages<NT>) stage = 0, turn ^= 1;
+        if (++stage == kStages<T, NT>) stage = 0, turn ^= 1;
     }
     // The products of a stage, or with WIDE rows of W from `first` on, as one group.
     template <int WIDE>
@@ -543,9 +541,9 @@ template <typename T, int NT>
 __device__ __forceinline__ void compute(const tall_args &a, uint32_t ring, uint32_t full,
                                         uint32_t empty) {
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    const uint32_t turned = ring + kStages<NT> * kStageBytes<NT> + warp * kTurnBytes;
+    const uint32_t turned = ring + kStages<T, NT> * kStageBytes<NT> + warp * kTurnBytes;
     const uint32_t scales =
-        ring + kStages<NT> * kStageBytes<NT> + kWarps * kTurnBytes + warp * kScaleBytes<T, NT>;
+        ring + kStages<T, NT> * kStageBytes<NT> + kWarps * kTurnBytes + warp * kScaleBytes<T, NT>;
     multiplier<T, NT> steps = {ring, full, empty};
     walk<T, NT> tiles(a);
     place p;
@@ -584,11 +582,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                       const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared[];
-    __shared__ uint64_t barriers[2 * kStages<NT>];
+    __shared__ uint64_t barriers[2 * kStages<T, NT>];
     const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
-    const uint32_t full = shared_address(barriers), empty = full + kStages<NT> * 8;
+    const uint32_t full = shared_address(barriers), empty = full + kStages<T, NT> * 8;
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    begin_ring_of_both<kStages<NT>>(full, empty, kCtas * kWarps);
+    begin_ring_of_both<kStages<T, NT>>(full, empty, kCtas * kWarps);
     if (warp >= kWarps) {
         registers_down<kLoadRegisters<T>>();
         if (threadIdx.x == 32 * kWarps) {
