@@ -14,33 +14,45 @@ set xlabel "request rate (1/s)"
 set logscale y
 set format y "%g"
 set ylabel "TTFT P99 (ms)"
-plot for [s in loaded] data \
-        using (column("rate_per_s")):(pick(1, s, "measured", column("ttft_p99_ms"))) \
-        with linespoints lt format_lt(s), \
-    for [s in loaded] data \
-        using (column("rate_per_s")):(pick(1, s, "predicted", column("ttft_p99_ms"))) \
-        with lines lt format_lt(s) lw 1 dt 2
+if (words(loaded)) {
+    plot for [s in loaded] data \
+            using (column("rate_per_s")):(pick(1, s, "measured", column("ttft_p99_ms"))) \
+            with linespoints lt format_lt(s), \
+        for [s in loaded] data \
+            using (column("rate_per_s")):(pick(1, s, "predicted", column("ttft_p99_ms"))) \
+            with lines lt format_lt(s) lw 1 dt 2
+} else {
+    set multiplot next
+}
 unset logscale y
 set yrange [0:*]
 set ylabel "TPOT P50 (ms)"
-plot for [s in loaded] data \
-        using (column("rate_per_s")):(pick(1, s, "measured", column("tpot_p50_ms"))) \
-        with linespoints lt format_lt(s), \
-    for [s in loaded] data \
-        using (column("rate_per_s")):(pick(1, s, "predicted", column("tpot_p50_ms"))) \
-        with lines lt format_lt(s) lw 1 dt 2
+if (words(loaded)) {
+    plot for [s in loaded] data \
+            using (column("rate_per_s")):(pick(1, s, "measured", column("tpot_p50_ms"))) \
+            with linespoints lt format_lt(s), \
+        for [s in loaded] data \
+            using (column("rate_per_s")):(pick(1, s, "predicted", column("tpot_p50_ms"))) \
+            with lines lt format_lt(s) lw 1 dt 2
+} else {
+    set multiplot next
+}
 set ylabel "output tokens/s, all at once"
 set xlabel ""
-set xrange [0.4:words(offline)+0.6]
+set xrange [0.4:words(offline) + 0.6]
 set boxwidth 0.7
 unset xtics
 set for [i=1:words(offline)] label i word(offline, i) at first i, graph -0.03 right rotate by 35 \
     noenhanced
-plot for [s in offline] data \
-        using (at(s)):(pick(2, s, "measured", column("output_tokens_per_s"))) \
-        with boxes lt format_lt(s), \
-    data using (at(strcol("precision"))):(column("panel") == 2 && strcol("kind") eq "predicted" ? \
-        column("output_tokens_per_s") : NaN) with points lt 1 pt 6 ps 1.2
+if (words(offline)) {
+    plot for [s in offline] data \
+            using (at(s)):(pick(2, s, "measured", column("output_tokens_per_s"))) \
+            with boxes lt format_lt(s), \
+        data using (at(strcol("precision"))):(column("panel") == 2 && strcol("kind") eq "predicted" ? \
+            column("output_tokens_per_s") : NaN) with points lt 1 pt 6 ps 1.2
+} else {
+    set multiplot next
+}
 unset label
 load plots."/legend.gp"
 plot for [s in loaded] NaN with linespoints lt format_lt(s) title s, \
