@@ -56,5 +56,5 @@ if (words(offline)) {
 unset label
 load plots."/legend.gp"
 plot for [s in loaded] NaN with linespoints lt format_lt(s) title s, \
-     NaN with lines lt 8 lw 1 dt 2 title "predicted (right: circles)"
+     NaN with lines lt 8 lw 1 dt 2 title "predicted"
 unset multiplot
