@@ -48,8 +48,9 @@ if (words(offline)) {
     plot for [s in offline] data \
             using (at(s)):(pick(2, s, "measured", column("output_tokens_per_s"))) \
             with boxes lt format_lt(s), \
-        data using (at(strcol("precision"))):(column("panel") == 2 && strcol("kind") eq "predicted" ? \
-            column("output_tokens_per_s") : NaN) with points lt 1 pt 6 ps 1.2
+        for [s in offline] data \
+            using (at(s)):(pick(2, s, "predicted", column("output_tokens_per_s"))) \
+            with points lt 1 pt 6 ps 1.2
 } else {
     set multiplot next
 }

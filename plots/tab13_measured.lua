@@ -40,7 +40,9 @@ return {
           row.key.precision, point_of(row.key), metric, m, p, p and m / p }
       end
     end
-    local function place(row) return table.concat({ row[1], row[2], row[3], row[5], row[4] }, "\0") end
+    local function place(row)
+      return table.concat({ row[1], row[2], row[3], row[5], row[4] }, "\0")
+    end
     table.sort(rows, function(a, b) return place(a) < place(b) end)
     return { "experiment", "GPU", "model", "precision", "point", "metric", "measured", "predicted",
       "measured / predicted" }, rows
