@@ -1,8 +1,11 @@
 /* metrics.c - see metrics.h. */
 #include "metrics.h"
 
+#include "utf8.h"
+
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define S(ns) ((double)(ns)*1e-9)
 
@@ -325,12 +328,29 @@ status metrics_json_vllm(const metrics *m, json_t *o) {
     return done && last ? ST_OK : FAIL(ST_NOMEM, "metrics as JSON");
 }
 
-/* Seconds between successive tokens. */
+/* Seconds between successive tokens; NULL when memory is short. */
 static json_t *gaps_of(const request_log *r) {
     json_t *gaps = json_array();
     for (int32_t t = 1; gaps && completed(r) && r->token_ns && t < r->n_output; t++)
-        (void)json_array_append_new(gaps, json_real(S(r->token_ns[t] - r->token_ns[t - 1])));
+        if (json_array_append_new(gaps, json_real(S(r->token_ns[t] - r->token_ns[t - 1]))) != 0) {
+            json_decref(gaps);
+            return NULL;
+        }
     return gaps;
+}
+
+/* Why it did not complete, "" when it did. A reason may quote a server's answer, whatever bytes
+ * those are, cut anywhere. NULL when memory is short. */
+static json_t *error_of(const request_log *r) {
+    if (completed(r)) return json_string("");
+    if (!r->reason) return json_string(finish_text(r->finish));
+    text repaired = {0};
+    utf8_repair(&repaired, r->reason, strlen(r->reason));
+    json_t *error = text_status(&repaired) == ST_OK
+                        ? json_stringn(repaired.data ? repaired.data : "", repaired.length)
+                        : NULL;
+    text_free(&repaired);
+    return error;
 }
 
 status metrics_json_requests(const request_log *log, int64_t n, json_t *o) {
@@ -354,9 +374,7 @@ status metrics_json_requests(const request_log *log, int64_t n, json_t *o) {
             [ITL] = gaps_of(r),
             [LATENCY] = json_real(whole ? e2e_dispatch_of(r) : 0),
             [START] = json_real(S(r->dispatch_ns)),
-            [ERROR] = json_string(whole       ? ""
-                                  : r->reason ? r->reason
-                                              : finish_text(r->finish)),
+            [ERROR] = error_of(r),
             [ARRIVAL] = json_real(S(r->arrival_ns)),
         };
         for (int32_t k = 0; k < LISTS; k++)

@@ -309,6 +309,51 @@ static void requests_are_listed_as_they_were(void **state) {
     json_decref(v);
 }
 
+/* What a server answers is quoted by 150 bytes: they may end within a character. */
+static void a_reason_may_be_any_bytes(void **state) {
+    (void)state;
+    request_log log[6];
+    six(log);
+    log[3].reason = "HTTP 500: \xff caf\xc3";
+    json_t *v = json_object();
+    assert_ok(metrics_json_requests(log, 6, v));
+    assert_string_equal(json_string_value(json_array_get(json_object_get(v, "errors"), 3)),
+                        "HTTP 500: \xef\xbf\xbd caf\xef\xbf\xbd");
+    json_decref(v);
+}
+
+static void *count_malloc(size_t n) { return mem_alloc(n, 1); }
+
+/* A list of fewer gaps than a request had would be a wrong result. */
+static void lists_are_whole_or_refused(void **state) {
+    (void)state;
+    enum { TOKENS = 100 };
+    static int64_t tokens[TOKENS];
+    for (int32_t i = 0; i < TOKENS; i++) tokens[i] = (10 + i) * MS;
+    request_log log[6];
+    six(log);
+    log[0].token_ns = tokens;
+    log[0].n_output = TOKENS;
+    log[3].reason = "refused by the server";
+    json_set_alloc_funcs(count_malloc, mem_free);
+    status st = ST_NOMEM;
+    int64_t n = 1;
+    for (; st != ST_OK; n++) {
+        json_t *v = json_object();
+        mem_fail_at(n);
+        st = metrics_json_requests(log, 6, v);
+        mem_fail_at(0);
+        if (st != ST_OK)
+            assert_int_equal(st, ST_NOMEM);
+        else
+            assert_int_equal(json_array_size(json_array_get(json_object_get(v, "itls"), 0)),
+                             TOKENS - 1);
+        json_decref(v);
+    }
+    json_set_alloc_funcs(malloc, free);
+    assert_true(n > TOKENS);
+}
+
 static void every_allocation_may_fail(void **state) {
     (void)state;
     request_log log[6];
@@ -336,6 +381,8 @@ int main(void) {
         cmocka_unit_test(json_has_units_and_vllm_its_own_names),
         cmocka_unit_test(vllm_counts_good_requests_from_dispatch),
         cmocka_unit_test(requests_are_listed_as_they_were),
+        cmocka_unit_test(a_reason_may_be_any_bytes),
+        cmocka_unit_test(lists_are_whole_or_refused),
         cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
