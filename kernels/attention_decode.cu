@@ -270,7 +270,8 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
 #pragma unroll
         for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[t][i] & 0x7fff7fffu);
     }
-    const float amax = fmaxf(warp_largest16(top, a.bf16), 1e-30f);
+    const float largest = warp_largest16(top, a.bf16);
+    const float amax = largest < 1e-30f ? 1e-30f : largest; // a NaN is the largest, and shows
     const float f = __fdividef(kLargestInteger, amax);
     q.scale = a.scale * (1 / kLargestInteger) * amax;
 #pragma unroll
@@ -337,10 +338,9 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
 #pragma unroll
             for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[n][i] & 0x7fff7fffu);
         const float amax = warp_largest16(top, a.bf16);
-        // The power of two that brings the largest to [2^11, 2^12).
-        const float f = amax < 1e-18f
-                            ? 1.f
-                            : __uint_as_float((265u << 23) - (__float_as_uint(amax) & 0x7f800000u));
+        // The power of two that brings the largest to [2^11, 2^12); a NaN is the largest, and shows.
+        const uint32_t bits = (265u << 23) - (__float_as_uint(amax) & 0x7f800000u);
+        const float f = amax < 1e-18f ? 1.f : isnan(amax) ? amax : __uint_as_float(bits);
         q.scale = a.scale * code_unit(F) / f;
 #pragma unroll
         for (int n = 0; n < NT<H>; n++) {
