@@ -338,7 +338,7 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
 #pragma unroll
             for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[n][i] & 0x7fff7fffu);
         const float amax = warp_largest16(top, a.bf16);
-        // The power of two that brings the largest to [2^11, 2^12); a NaN is the largest, and shows.
+        // The power of two that brings the largest to [2^11, 2^12); a NaN stays.
         const uint32_t bits = (265u << 23) - (__float_as_uint(amax) & 0x7f800000u);
         const float f = amax < 1e-18f ? 1.f : isnan(amax) ? amax : __uint_as_float(bits);
         q.scale = a.scale * code_unit(F) / f;
