@@ -2557,6 +2557,8 @@ typedef struct {
     int fd;
     const char *const *answer;
     int32_t n;
+    pthread_t thread;
+    char url[64];
 } stranger;
 
 static void *serve_strangely(void *user) {
@@ -2575,6 +2577,34 @@ static void *serve_strangely(void *user) {
         close(fd);
     }
     return NULL;
+}
+
+static void stranger_begin(stranger *s, const char *const *answer, int32_t n) {
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof at;
+    *s = (stranger){.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = answer, .n = n};
+    assert_int_equal(bind(s->fd, (struct sockaddr *)&at, size), 0);
+    assert_int_equal(listen(s->fd, 8), 0);
+    assert_int_equal(getsockname(s->fd, (struct sockaddr *)&at, &size), 0);
+    snprintf(s->url, sizeof s->url, "http://127.0.0.1:%d", ntohs(at.sin_port));
+    assert_int_equal(pthread_create(&s->thread, NULL, serve_strangely, s), 0);
+}
+static void stranger_end(stranger *s) {
+    pthread_join(s->thread, NULL);
+    close(s->fd);
+}
+
+/* So many requests of a prompt of four tokens and an output of two, one after another. */
+static void few_requests(workload *w, arena *a, int32_t n) {
+    workload_options o;
+    assert_ok(workload_preset(&o, "fixed"));
+    o.n_requests = n;
+    o.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
+    o.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
+    o.arrival = ARRIVE_CLOSED;
+    o.users = 1;
+    o.vocab = 100;
+    assert_ok(workload_make(w, a, &o));
 }
 
 #define EVENT(text, reason)                                                                        \
@@ -2637,34 +2667,19 @@ static const struct {
 
 static void name_the_mistakes(void) {
     for (int32_t i = 0; i < COUNT_OF(mistakes); i++) {
-        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-        socklen_t size = sizeof at;
-        stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = &mistakes[i].answer, .n = 1};
-        pthread_t thread;
-        char url[64];
+        stranger s;
         arena a;
-        workload_options wo;
         workload w;
         load_report r;
         request_log log;
-        assert_int_equal(bind(s.fd, (struct sockaddr *)&at, size), 0);
-        assert_int_equal(listen(s.fd, 8), 0);
-        assert_int_equal(getsockname(s.fd, (struct sockaddr *)&at, &size), 0);
-        snprintf(url, sizeof url, "http://127.0.0.1:%d", ntohs(at.sin_port));
-        assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
+        stranger_begin(&s, &mistakes[i].answer, 1);
         assert_ok(arena_open(&a, 1 << 24));
-        assert_ok(workload_preset(&wo, "fixed"));
-        wo.n_requests = 1;
-        wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
-        wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
-        wo.vocab = 100;
-        assert_ok(workload_make(&w, &a, &wo));
-        assert_ok(load_run(&r, &a, &(load_options){.url = url, .model = "m"}, &w, &log));
+        few_requests(&w, &a, 1);
+        assert_ok(load_run(&r, &a, &(load_options){.url = s.url, .model = "m"}, &w, &log));
         assert_int_equal(r.n_failed, 1);
         if (!strstr(r.failure, mistakes[i].failure)) fail_msg("case %d: '%s'", i, r.failure);
         assert_int_equal(log.finish, FINISH_REFUSED);
-        pthread_join(thread, NULL);
-        close(s.fd);
+        stranger_end(&s);
         arena_close(&a);
     }
 }
@@ -2677,34 +2692,19 @@ static void strangers_are_read_carefully(void **state) {
     const char *answers[N + 2] = {"{\"data\":[{\"id\":\"tiny\",\"meta\":{\"n_vocab\":777}}]}"};
     memcpy(answers + 1, dialects, sizeof dialects);
     answers[N + 1] = EVENT("a", "null") EVENT("b", "null");
-    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof at;
-    stranger s = {.fd = socket(AF_INET, SOCK_STREAM, 0), .answer = answers, .n = COUNT_OF(answers)};
-    pthread_t thread;
-    char url[64], name[128];
+    stranger s;
+    char name[128];
     int32_t vocab;
     arena a;
-    workload_options wo;
     workload w;
     load_report r;
-    assert_int_equal(bind(s.fd, (struct sockaddr *)&at, size), 0);
-    assert_int_equal(listen(s.fd, 8), 0);
-    assert_int_equal(getsockname(s.fd, (struct sockaddr *)&at, &size), 0);
-    snprintf(url, sizeof url, "http://127.0.0.1:%d", ntohs(at.sin_port));
-    assert_int_equal(pthread_create(&thread, NULL, serve_strangely, &s), 0);
+    stranger_begin(&s, answers, COUNT_OF(answers));
     assert_ok(arena_open(&a, 1 << 24));
-    assert_ok(workload_preset(&wo, "fixed"));
-    wo.n_requests = N + 1;
-    wo.prompt = (length_law){.kind = LENGTH_FIXED, .a = 4, .min = 4, .max = 4};
-    wo.output = (length_law){.kind = LENGTH_FIXED, .a = 2, .min = 2, .max = 2};
-    wo.arrival = ARRIVE_CLOSED;
-    wo.users = 1;
-    wo.vocab = 100;
-    assert_ok(workload_make(&w, &a, &wo));
+    few_requests(&w, &a, N + 1);
     request_log *log = arena_array(&a, request_log, N + 1);
     char folder[300] = ""; /* a server's model may be the path of a folder */
     memset(folder, 'm', sizeof folder - 1);
-    const load_options o = {.url = url, .model = folder};
+    const load_options o = {.url = s.url, .model = folder};
     assert_ok(load_ask_model(name, sizeof name, &vocab, &o));
     assert_int_equal(vocab, 777);
     assert_ok(load_run(&r, &a, &o, &w, log));
@@ -2717,8 +2717,7 @@ static void strangers_are_read_carefully(void **state) {
         assert_int_equal(log[i].finish, FINISH_LENGTH);
         assert_true(log[i].token_ns[1] == log[i].finish_ns);
     }
-    pthread_join(thread, NULL);
-    close(s.fd);
+    stranger_end(&s);
     arena_close(&a);
     name_the_mistakes();
 }
