@@ -646,10 +646,10 @@ status launch(const tall_args &a, const void *w, const void *x, int64_t ldx, int
 // --- Codes --------------------------------------------------------------------------------------
 
 // Hundredths of the time that a tile of 256 rows of W takes. As timed on an H200.
-template <typename T, int NT> constexpr int kTileCost = NT == 256 ? 100 : NT == 192 ? 73 : 55;
+template <int NT> constexpr int kTileCost = NT == 256 ? 100 : NT == 192 ? 73 : 55;
 
-template <typename T, int NT> int64_t waves_cost(tall_args a, int32_t clusters) {
-    return div_up(lay_out<NT>(&a), clusters) * kTileCost<T, NT>;
+template <int NT> int64_t waves_cost(tall_args a, int32_t clusters) {
+    return div_up(lay_out<NT>(&a), clusters) * kTileCost<NT>;
 }
 
 template <typename T, int NT>
@@ -664,9 +664,9 @@ template <typename T>
 status launch_codes(const tall_args &a, const void *w, const void *x, int32_t n_sms,
                     cudaStream_t stream) {
     const int32_t clusters = n_sms / kCtas;
-    const int64_t with_256 = waves_cost<T, 256>(a, clusters);
-    const int64_t with_192 = waves_cost<T, 192>(a, clusters);
-    const int64_t with_128 = waves_cost<T, 128>(a, clusters);
+    const int64_t with_256 = waves_cost<256>(a, clusters);
+    const int64_t with_192 = waves_cost<192>(a, clusters);
+    const int64_t with_128 = waves_cost<128>(a, clusters);
     if (with_256 <= with_192 && with_256 <= with_128)
         return launch_tiles<T, 256>(a, w, x, clusters, stream);
     return with_192 <= with_128 ? launch_tiles<T, 192>(a, w, x, clusters, stream)
