@@ -11,31 +11,26 @@ set multiplot layout 1,3 margins 0.085,0.985,0.29,0.95 spacing 0.085,0.1
 set key off
 set xrange [0:*]
 set xlabel "request rate (1/s)"
-set logscale y
-set format y "%g"
-set ylabel "TTFT P99 (ms)"
-if (words(loaded)) {
-    plot for [s in loaded] data \
-            using (column("rate_per_s")):(pick(1, s, "measured", column("ttft_p99_ms"))) \
-            with linespoints lt format_lt(s), \
-        for [s in loaded] data \
-            using (column("rate_per_s")):(pick(1, s, "predicted", column("ttft_p99_ms"))) \
-            with lines lt format_lt(s) lw 1 dt 2
-} else {
-    set multiplot next
-}
-unset logscale y
-set yrange [0:*]
-set ylabel "TPOT P50 (ms)"
-if (words(loaded)) {
-    plot for [s in loaded] data \
-            using (column("rate_per_s")):(pick(1, s, "measured", column("tpot_p50_ms"))) \
-            with linespoints lt format_lt(s), \
-        for [s in loaded] data \
-            using (column("rate_per_s")):(pick(1, s, "predicted", column("tpot_p50_ms"))) \
-            with lines lt format_lt(s) lw 1 dt 2
-} else {
-    set multiplot next
+do for [metric in "ttft_p99_ms tpot_p50_ms"] {
+    if (metric eq "ttft_p99_ms") {
+        set logscale y
+        set format y "%g"
+        set ylabel "TTFT P99 (ms)"
+    } else {
+        unset logscale y
+        set yrange [0:*]
+        set ylabel "TPOT P50 (ms)"
+    }
+    if (words(loaded)) {
+        plot for [s in loaded] data \
+                using (column("rate_per_s")):(pick(1, s, "measured", column(metric))) \
+                with linespoints lt format_lt(s), \
+            for [s in loaded] data \
+                using (column("rate_per_s")):(pick(1, s, "predicted", column(metric))) \
+                with lines lt format_lt(s) lw 1 dt 2
+    } else {
+        set multiplot next
+    }
 }
 set ylabel "output tokens/s, all at once"
 set xlabel ""
