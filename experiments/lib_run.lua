@@ -152,6 +152,20 @@ local function failure(why)
   return { status = is_mistake(why) and "mistake" or "failed", reason = why }
 end
 
+--- `amalgam` as a point sees it, and what NVML said during the last run it served: many experiments
+--- keep but a part of a result.
+---@return table view
+---@return fun(): table|nil gpu
+local function watched()
+  local gpu
+  local function serve(options)
+    local result = amalgam.serve(options)
+    gpu = result.gpu or gpu
+    return result
+  end
+  return setmetatable({ serve = serve }, { __index = amalgam }), function() return gpu end
+end
+
 ---@param loaded Loaded
 ---@param entry PointEntry
 ---@param shared table<string, { value?: table, status?: string, reason?: string }>
@@ -166,7 +180,10 @@ local function run_point(loaded, entry, shared)
       if made.status then return check_result(made, origin) end
       value = made.value
     end
-    return check_result(spec.run(amalgam, experiment.guard(entry.key), value), origin)
+    local view, gpu_of = watched()
+    local made = check_result(spec.run(view, experiment.guard(entry.key), value), origin)
+    made.gpu = made.gpu or gpu_of()
+    return made
   end)
   return ok and result or failure(result)
 end

@@ -122,6 +122,27 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.contains(text, "'l40' is no value of gpu (values: h200)")
 end)
 
+test.case("a row says what the GPU did while it served, whatever the experiment keeps", function()
+  local path = write((HEAD:gsub("predicted", "measured") .. BODY .. [[
+  run = function(amalgam, point)
+    local result = point.a == 1 and amalgam.serve({}) or {}
+    return { status = "ok", metrics = { time_ms = (result.metrics or { time_ms = 2 }).time_ms } }
+  end,
+}
+]]))
+  local serve = amalgam.serve
+  amalgam.serve = function()
+    return { status = "ok", metrics = { time_ms = 1 }, gpu = { sm_clock_mhz = 1725 } }
+  end
+  local code, text = run(path, "during")
+  amalgam.serve = serve
+  test.equal(code, 0, text)
+  for _, row in ipairs(amalgam.rows(file_of("during"))) do
+    local gpu = row.provenance.gpu_during
+    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
+  end
+end)
+
 test.case("a GPU has the data sheet of its own kind, or none", function()
   for _, case in ipairs({ -- names and MiB as nvidia-smi prints them
     { "NVIDIA H200", 143771, "h200" }, { "NVIDIA H100 80GB HBM3", 81559, "h100-sxm" },
