@@ -145,7 +145,8 @@ linear_ahead attention_ahead_of(const attention_ahead *list, const attention_cac
 /* out [T, H D] = softmax(scale q K^T + mask, sinks) V for decodes, prefill chunks, and both at
  * once. q is read from qkv [T, (H + 2G) D]. kernel: NULL, or the name of a variant that must be the
  * one to run (UNSUPPORTED where it cannot). family: 80 or 90 restricts the choice, 0 takes the best
- * for `sm`. Deterministic and batch-invariant. Accumulates in f32. */
+ * for `sm`. Deterministic and batch-invariant. Accumulates in f32. A NaN or an infinity in q of a
+ * head makes that head's row NaN and no other's. */
 status kernel_attention(void *out, const void *qkv, const attention_layer_params *l,
                         const attention_cache *c, const attention_batch *b,
                         const attention_work *work, const char *kernel, int32_t family, int32_t sm,

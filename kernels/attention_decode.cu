@@ -203,12 +203,12 @@ template <int ROW> __device__ __forceinline__ uint32_t pair_offset(uint32_t lane
 // --- q -------------------------------------------------------------------------------------------
 
 // One warp's q^T fragments in the order in which format K's rows come: of f16 [D / 16][NT][2], of
-// digits [D / 32][NT * NJ][2]. For codes what the sums over q of this lane's columns are, and the
-// scale.
+// digits [D / 32][NT * NJ][2]. For codes the scale and what the sums over q are.
 template <int D, int H> struct query {
     uint32_t b[D / 8 * NT<H>];
-    float scale;             // of a product of codes, to a score in base 2
-    float sum[NT<H>][NJ<H>]; // times the factor of scores
+    // Of this lane's columns, a head each, so that no head's bits hang on another's q:
+    float scale[NT<H>][NJ<H>]; // of a product of codes, to a score in base 2
+    float sum[NT<H>][NJ<H>];   // times the factor of scores
 };
 
 // Two 16-bit values of the model's type.
@@ -233,10 +233,12 @@ __device__ __forceinline__ void load_dims(uint32_t *to, const uint16_t *row, int
         to[0] = x.x & keep, to[1] = x.y & keep;
     }
 }
-// The largest magnitude of a warp's 16-bit values, given those of each lane's words: as integers
-// magnitudes of either type are in order.
-__device__ __forceinline__ float warp_largest16(uint32_t words, bool bf16) {
-    const uint32_t top = __reduce_max_sync(~0u, max(words & 0xffffu, words >> 16));
+// The largest magnitude of a column's 16-bit values, given those of each of its four lanes' words:
+// as integers magnitudes of either type are in order, a NaN above all.
+__device__ __forceinline__ float column_largest16(uint32_t words, bool bf16) {
+    uint32_t top = max(words & 0xffffu, words >> 16);
+    top = max(top, __shfl_xor_sync(~0u, top, 1));
+    top = max(top, __shfl_xor_sync(~0u, top, 2));
     return pair16(top, bf16).x;
 }
 // Column c of digits tile t of mma tile n is digit c % 2 of head 8 n + NJ (c / 2) + t, so that a
@@ -249,7 +251,8 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
     const int column = lane / 4, quarter = lane % 4;
     const float rounder = kRounder + (column % 2 ? 0.f : 128.f); // the high digit is rounded
     const uint32_t digit = column % 2 ? 0x0040u : 0x0051u;       // byte 0 or 1 of two words
-    uint32_t raw[NT<H> * NJ<H>][D / 8], top = 0;
+    uint32_t raw[NT<H> * NJ<H>][D / 8];
+    float f[NT<H> * NJ<H>];
     const auto load = [&](int t) {
         if (H > 8) asm volatile("" ::: "memory"); // one after the other
         const int h = t / NJ<H> * 8 + column / 2 * NJ<H> + t % NJ<H>;
@@ -267,13 +270,15 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
 #pragma unroll
     for (int t = 0; t < NT<H> * NJ<H>; t++) {
         load(t);
+        uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[t][i] & 0x7fff7fffu);
+        const float largest = column_largest16(top, a.bf16);
+        const float amax = largest < 1e-30f ? 1e-30f : largest; // a NaN stays, and shows
+        f[t] = __fdividef(kLargestInteger, amax);
+        const float scale = a.scale * (1 / kLargestInteger) * amax;
+        q.scale[t / NJ<H>][t % NJ<H>] = __shfl_sync(~0u, scale, 8 * quarter);
     }
-    const float largest = warp_largest16(top, a.bf16);
-    const float amax = largest < 1e-30f ? 1e-30f : largest; // a NaN is the largest, and shows
-    const float f = __fdividef(kLargestInteger, amax);
-    q.scale = a.scale * (1 / kLargestInteger) * amax;
 #pragma unroll
     for (int t = 0; t < NT<H> * NJ<H>; t++) {
         if (H > 8) load(t); // once more, which takes fewer registers
@@ -292,7 +297,7 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 const float2 y = v[4 * i + k / 2];
-                x[k] = __float_as_uint(__fmaf_rn(k % 2 ? y.y : y.x, f, rounder));
+                x[k] = __float_as_uint(__fmaf_rn(k % 2 ? y.y : y.x, f[t], rounder));
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -306,7 +311,8 @@ __device__ __forceinline__ void load_digits(query<D, H> &q, const decode_argumen
             const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
             mma_integers(sum, ones, b[0], b[1]);
         }
-        q.sum[t / NJ<H>][t % NJ<H>] = __int2float_rn(sum[0] * 256 + sum[1]) * q.scale;
+        q.sum[t / NJ<H>][t % NJ<H>] =
+            __int2float_rn(sum[0] * 256 + sum[1]) * q.scale[t / NJ<H>][t % NJ<H>];
     }
 }
 
@@ -316,7 +322,7 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
                                             const uint8_t *from, int row_bytes, int n_heads,
                                             int lane) {
     const int column = lane / 4, quarter = lane % 4;
-    uint32_t raw[NT<H>][D / 8], top = 0;
+    uint32_t raw[NT<H>][D / 8];
 #pragma unroll
     for (int n = 0; n < NT<H>; n++) {
         const int h = n * 8 + column * NJ<H> / 2;
@@ -334,18 +340,20 @@ __device__ __forceinline__ void load_halves(query<D, H> &q, const decode_argumen
     }
     if constexpr (F != KF_16) {
 #pragma unroll
-        for (int n = 0; n < NT<H>; n++)
+        for (int n = 0; n < NT<H>; n++) {
+            uint32_t top = 0;
 #pragma unroll
             for (int i = 0; i < D / 8; i++) top = __vmaxu2(top, raw[n][i] & 0x7fff7fffu);
-        const float amax = warp_largest16(top, a.bf16);
-        // The power of two that brings the largest to [2^11, 2^12); a NaN stays.
-        const uint32_t bits = (265u << 23) - (__float_as_uint(amax) & 0x7f800000u);
-        const float f = amax < 1e-18f ? 1.f : isnan(amax) ? amax : __uint_as_float(bits);
-        q.scale = a.scale * code_unit(F) / f;
+            const float amax = column_largest16(top, a.bf16);
+            // The power of two that brings the largest to [2^11, 2^12).
+            const uint32_t bits = (265u << 23) - (__float_as_uint(amax) & 0x7f800000u);
+            const float f = amax < 1e-18f ? 1.f : __uint_as_float(bits);
+            const float scale = a.scale * code_unit(F) / f;
 #pragma unroll
-        for (int n = 0; n < NT<H>; n++) {
-#pragma unroll
-            for (int j = 0; j < NJ<H>; j++) q.sum[n][j] = 0.f;
+            for (int j = 0; j < NJ<H>; j++) {
+                q.scale[n][j] = __shfl_sync(~0u, scale, 8 * quarter + 4 * j);
+                q.sum[n][j] = 0.f;
+            }
 #pragma unroll
             for (int i = 0; i < D / 16; i++) { // dims 0, 2 | 1, 3 of four, or 0, 1 | 2, 3
                 const float2 x = pair16(raw[n][2 * i], a.bf16),
@@ -627,7 +635,7 @@ __device__ __forceinline__ void scale_scores(scores<H, UT> &s, const query<D, H>
 #pragma unroll
                 for (int j = 0; j < NJ<H>; j++) {
                     float &y = s[m][n][half * NJ<H> + j];
-                    y *= codes ? p.x * q.scale : a.scale;
+                    y *= codes ? p.x * q.scale[n][j] : a.scale;
                     if (MINIMUM && codes) y += p.y * q.sum[n][j];
                 }
         }
@@ -1496,9 +1504,9 @@ __device__ __forceinline__ void load_query(query<D, H> &q, const decode_argument
 // Instances whose registers are all taken read a run where it is.
 template <int D, int H, kv_class C>
 constexpr bool crowded = C == CODES || C == ANY || D > 128 || H > 8;
-// Of 16 heads and any formats more is taken anew, lest sm_86 and sm_89 spill.
+// Of 16 heads and any formats or codes more is taken anew, lest sm_86 and sm_89 spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int H, kv_class C> constexpr bool tight = H > 8 && C == ANY;
+template <int H, kv_class C> constexpr bool tight = H > 8 && (C == ANY || C == CODES);
 #else
 template <int H, kv_class C> constexpr bool tight = false;
 #endif

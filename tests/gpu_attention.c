@@ -398,6 +398,13 @@ static const char *names[16] = {NULL, AMPERE, AS_80, AS_86};
 static int32_t wide_pages;   /* room for pages written out */
 static int64_t wide_touched; /* of them, by the last call */
 
+/* Values of q that `attend` gives instead. */
+static struct {
+    int32_t row, head, dim; /* of the call's T, of a head */
+    uint16_t bits;
+} odd_q[16];
+static int32_t n_odd;
+
 static int64_t pages_touched(const uint8_t *pages, int64_t n, int64_t bytes) {
     int64_t touched = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -422,6 +429,8 @@ static uint16_t *attend(fixture *f, const char *variant, int32_t from, int32_t t
                    (size_t)(c->n_new[s] * row) * 2);
             to_row += c->n_new[s] * row;
         }
+    for (int32_t i = 0; i < n_odd; i++)
+        q[odd_q[i].row * row + odd_q[i].head * d + odd_q[i].dim] = odd_q[i].bits;
     void *device_q = device_copy(q, b.host.n_tokens * row * 2),
          *out = device_bytes(n_out * 2, 0xff);
     const int64_t plan_bytes =
@@ -568,11 +577,14 @@ static void check_wide(fixture *f, const char *name, const uint16_t *out) {
     }
 }
 
+/* Of relative_error. */
+static double limit_of(dtype type) { return type == DT_F16 ? 3e-4 : 2.5e-3; }
+
 static void run_case(const attention_case *c) {
     fixture f;
     open_fixture(&f, c);
     const bool decode_only = c->n_decodes == c->n_seqs;
-    const double limit = c->type == DT_F16 ? 3e-4 : 2.5e-3;
+    const double limit = limit_of(c->type);
     int32_t index = 0;
     for (const char **name = names; name == names || *name; name++, index++) {
         uint16_t *out = attend(&f, *name, 0, c->n_seqs);
@@ -603,6 +615,39 @@ static void run_case(const attention_case *c) {
         mem_free(out);
     }
     close_fixture(&f);
+}
+
+/* Are a head's results `got` and `want` as far apart as two that pass may be, or less? */
+static bool is_near(const attention_case *c, const uint16_t *got, const uint16_t *want) {
+    double off = 0, norm = 0;
+    for (int32_t e = 0; e < c->head_dim; e++) {
+        const double x = (double)value16(want[e], c->type);
+        off += ((double)value16(got[e], c->type) - x) * ((double)value16(got[e], c->type) - x);
+        norm += x * x;
+    }
+    return sqrt(off) <= 2 * limit_of(c->type) * sqrt(norm);
+}
+
+/* Heads of rows of `got` that are not as they should be: NaN throughout where q is odd, near
+ * `clean` where that of another head is that has the same K and V, for a warp moves the sums of all
+ * its heads to new maxima together, and elsewhere the bits of `clean`. moved: as if the next head's
+ * q were odd. */
+static int32_t spoilt(const attention_case *c, const uint16_t *got, const uint16_t *clean,
+                      int32_t moved) {
+    const int32_t d = c->head_dim, ratio = c->heads / c->kv_heads;
+    int32_t n = 0;
+    for (int32_t i = 0; i < rows_of(c, c->n_seqs) * c->heads; i++, got += d, clean += d) {
+        bool odd = false, beside = false, nan = true;
+        for (int32_t o = 0; o < n_odd; o++) {
+            const int32_t first = odd_q[o].row * c->heads;
+            odd = odd || i == first + (odd_q[o].head + moved) % c->heads;
+            beside = beside || i / ratio == (first + odd_q[o].head) / ratio;
+        }
+        for (int32_t e = 0; e < d; e++) nan = nan && isnan(value16(got[e], c->type));
+        const bool same = !memcmp(got, clean, (size_t)d * 2);
+        n += odd ? !nan : !(same || (beside && is_near(c, got, clean)));
+    }
+    return n;
 }
 
 /* --- Cases -------------------------------------------------------------------------------------
@@ -750,6 +795,40 @@ static void drift(dtype type, kv_format f) {
     run_case(&c);
 }
 
+/* NaNs and infinities in q of some heads make those heads' results NaN and no other's. The twins:
+ * nothing odd, and odd what is not. */
+static void odd_queries(dtype type, kv_format k, kv_format v, int32_t heads) {
+    attention_case c = base_case("odd q", type, k, v);
+    static const int32_t lengths[] = {100, 700, 9000}; /* a warp's, one block's, several blocks' */
+    static const int32_t rows[] = {0, 1, 2, 2 + 17, 2 + 130 + 299}; /* of decodes and of chunks */
+    c.heads = heads;
+    for (int32_t i = 0; i < COUNT_OF(lengths); i++) add(&c, lengths[i], 1);
+    add(&c, 200, 130);
+    add(&c, 300, 300);
+    fixture f;
+    open_fixture(&f, &c);
+    for (const char **name = names; name == names || *name; name++) {
+        uint16_t *clean = attend(&f, *name, 0, c.n_seqs);
+        if (!clean) continue;
+        for (n_odd = 0; n_odd < 2 * COUNT_OF(rows); n_odd++) {
+            const float odd = n_odd % 2 ? INFINITY : NAN;
+            odd_q[n_odd].row = rows[n_odd / 2];
+            odd_q[n_odd].head = (3 + 5 * n_odd) % heads;
+            odd_q[n_odd].dim = (7 + 29 * n_odd) % c.head_dim;
+            odd_q[n_odd].bits = type == DT_F16 ? f16_from_f32(odd) : bf16_from_f32(odd);
+        }
+        uint16_t *got = attend(&f, *name, 0, c.n_seqs);
+        const int32_t n = spoilt(&c, got, clean, 0);
+        check(n == 0, &c, *name, "NaN and infinity in q: heads not as they should be:", n);
+        check(spoilt(&c, clean, clean, 0) == n_odd, &c, *name, "no NaN went unseen", 0);
+        check(spoilt(&c, got, clean, 1) == 2 * n_odd, &c, *name, "a NaN too many went unseen", 0);
+        n_odd = 0;
+        mem_free(got);
+        mem_free(clean);
+    }
+    close_fixture(&f);
+}
+
 /* For compute-sanitizer: seconds under it. Prefills: with two SMs a block has several items, and of
  * 64 dims, 16 bits each, tall ones. */
 static void tiny(dtype type, kv_format f, int32_t head_dim) {
@@ -789,12 +868,13 @@ static void large_values(dtype type, kv_format f) {
     run_case(&c);
 }
 
-/* gpu_attention [--quick | --least | --long]: all cases, a fifth, those that compute-sanitizer can
- * do, or chunks with their pages written out. */
+/* gpu_attention [--quick | --least | --long | --odd]: all cases, a fifth, those that
+ * compute-sanitizer can do, chunks with their pages written out, or NaNs and infinities in q. */
 int main(int argc, char **argv) {
     const bool quick = argc > 1 && !strcmp(argv[1], "--quick");
     const bool for_sanitizer = argc > 1 && !strcmp(argv[1], "--least");
     const bool only_long = argc > 1 && !strcmp(argv[1], "--long");
+    const bool only_odd = argc > 1 && !strcmp(argv[1], "--odd");
     struct cudaDeviceProp prop;
     if (cudaGetDeviceProperties(&prop, 0) != cudaSuccess) {
         printf("skipped: no device\n");
@@ -808,7 +888,13 @@ int main(int argc, char **argv) {
     for (int32_t f = 0; for_sanitizer && f < KF_COUNT; f++)
         least((kv_format)f), tiny(types[f % 2], (kv_format)f, 128);
     for (int32_t i = 0; for_sanitizer && i < 2; i++) tiny(types[i], KF_16, 64);
-    for (int32_t i = 0; !for_sanitizer && i < 2; i++) {
+    for (int32_t i = 0; !for_sanitizer && !only_long && i < 2; i++) {
+        for (int32_t f = 0; f < KF_COUNT; f++)
+            for (int32_t heads = 8; heads <= (quick ? 8 : 32); heads += 8 + 16 * ((f + i) % 2))
+                odd_queries(types[i], (kv_format)f, (kv_format)f, heads);
+        odd_queries(types[i], KF_8, KF_4, quick ? 16 : 8);
+    }
+    for (int32_t i = 0; !for_sanitizer && !only_odd && i < 2; i++) {
         for (int32_t f = 0; f < KF_COUNT; f++) {
             const kv_format k = (kv_format)f, other = (kv_format)((f + 1) % KF_COUNT);
             long_chunks(types[i], k, k, 128, f % 2 ? 200 : 0);
