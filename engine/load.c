@@ -484,7 +484,8 @@ static status wait_events(loader *l) {
         .it_value = {.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000}};
     (void)timerfd_settime(l->timer, TFD_TIMER_ABSTIME, &when, NULL);
     struct epoll_event events[256];
-    const int n = epoll_wait(l->epoll, events, COUNT_OF(events), 10000);
+    /* A signal between the look at `stop` and the sleep is seen a second later. */
+    const int n = epoll_wait(l->epoll, events, COUNT_OF(events), 1000);
     if (n < 0 && errno != EINTR) return FAIL(ST_IO, "epoll: %s", strerror(errno));
     for (int i = 0; i < n; i++) {
         int running;
@@ -501,10 +502,12 @@ static status wait_events(loader *l) {
     return ST_OK;
 }
 
+static bool is_stopped(const loader *l) { return l->o->stop && *l->o->stop; }
+
 static status run_loop(loader *l) {
     if (l->user_next)
         for (int32_t u = 0; u < l->w->options.users; u++) TRY(user_sends(l, u));
-    while (l->n_done < l->w->n) {
+    while (l->n_done < l->w->n && !is_stopped(l)) {
         int64_t now = timeline_now_ns(&l->clock);
         while (!l->user_next && l->next < l->w->n && l->w->request[l->next].arrival_ns <= now &&
                has_place(l)) {
@@ -574,6 +577,22 @@ static void close_loader(loader *l) {
     mem_free(l->user_next);
 }
 
+/* Leave in the log what was sent; what is still in flight is cancelled. */
+static void close_log(loader *l) {
+    load_report *r = l->report;
+    r->interrupted = l->n_done < l->w->n;
+    for (int32_t i = 0; i < l->w->n; i++) {
+        request_log *log = &l->log[i];
+        if (log->dispatch_ns < 0) continue;
+        if (log->finish == FINISH_NONE) {
+            log->finish = FINISH_CANCEL;
+            log->finish_ns = timeline_now_ns(&l->clock);
+            log->reason = "interrupted";
+        }
+        l->log[r->n_logged++] = *log;
+    }
+}
+
 static void judge(loader *l) {
     load_report *r = l->report;
     const workload *w = l->w;
@@ -592,7 +611,7 @@ static void judge(loader *l) {
 status load_run(load_report *out, arena *a, const load_options *o, const workload *w,
                 request_log *log) {
     *out = (load_report){0};
-    memset(log, 0, (size_t)w->n * sizeof *log);
+    for (int32_t i = 0; i < w->n; i++) log[i] = (request_log){.dispatch_ns = -1};
     int32_t vocab;
     if (o->model)
         snprintf(out->model, sizeof out->model, "%s", o->model);
@@ -605,7 +624,10 @@ status load_run(load_report *out, arena *a, const load_options *o, const workloa
     status st = open_loader(&l);
     timeline_start_real(&l.clock);
     if (st == ST_OK) st = run_loop(&l);
-    if (st == ST_OK) judge(&l);
+    if (st == ST_OK) {
+        close_log(&l);
+        judge(&l);
+    }
     close_loader(&l);
     return st;
 }
