@@ -427,6 +427,33 @@ test.case("what cannot be written in whole leaves what was there", function()
   test.equal(select(2, command("cat " .. dir .. "/* | cksum")), before)
 end)
 
+test.case("a killed quantize leaves nothing beside its files", function()
+  local dir = test.folder()
+  local function temporaries()
+    local n = 0
+    for _, name in ipairs(amalgam.list(dir)) do n = n + (name:find("%.tmp$") and 1 or 0) end
+    return n
+  end
+  -- Killed when its temporary is seen; the files may be finished before the signal comes.
+  local function killed(signal)
+    return command(("rm -rf %s; %%s quantize --model workloads/tiny --out %s & p=$!; "
+      .. "while kill -0 $p 2>/dev/null; do set -- %s/*.tmp; if [ -e \"$1\" ]; then "
+      .. "kill -%s $p; break; fi; done; wait $p"):format(dir, dir, dir, signal))
+  end
+  local n_killed = 0
+  for _ = 1, 10 do
+    n_killed = n_killed + (killed("TERM") ~= 0 and 1 or 0)
+    test.equal(temporaries(), 0)
+  end
+  test.equal(n_killed > 0, true)
+  for _ = 1, 10 do -- the twin, which is also what the next run clears
+    if killed("KILL") ~= 0 and temporaries() > 0 then break end
+  end
+  test.equal(temporaries(), 1)
+  test.equal(command("%s quantize --model workloads/tiny --out " .. dir), 0)
+  test.equal(temporaries(), 0)
+end)
+
 test.case("a folder that cannot be written is refused before the work", function()
   local code, said = command("%s quantize --model workloads/tiny --out README.md")
   test.equal(code, 1)
