@@ -609,12 +609,23 @@ local function template_environment(data, blocks)
     return ("%.2f (%d%s)"):format(stats.geomean(ratios), #ratios,
       across > 0 and ("; %d across commits"):format(across) or "")
   end
-  --- A metric of one row over that of another, which differ in one part of the key: "1.83".
-  function env.ratio(name, filter, part, value, base, metric)
+  --- A metric of one row over that of another, which differ in one part of the key; nil where one
+  --- of them is missing.
+  local function quotient(name, filter, part, value, base, metric)
     local with, against = { [part] = value }, { [part] = base }
     for k, v in pairs(filter) do with[k], against[k] = v, v end
     local a, b = data:value(name, with, metric), data:value(name, against, metric)
-    return a and b and b > 0 and ("%.2f"):format(a / b) or "*(no rows)*"
+    return a and b and b > 0 and a / b or nil
+  end
+  --- The same, formatted: "1.83".
+  function env.ratio(...)
+    local x = quotient(...)
+    return x and ("%.2f"):format(x) or "*(no rows)*"
+  end
+  --- By how many percent the first is more than the second: "0.55".
+  function env.percent_more(...)
+    local x = quotient(...)
+    return x and ("%.2f"):format(100 * (x - 1)) or "*(no rows)*"
   end
   --- Largest such ratio and where it is: "2.91 (Qwen3-32B)".
   function env.most(name, over, filter, base, metric)

@@ -924,6 +924,44 @@ test.case("of two definitions with another fixed fact only the later one counts"
   test.equal(#report.data({ row("1", 7, 1), other }, { version = "3" }):values("e07", {}, "x"), 2)
 end)
 
+--- What `amalgam report` says of these rows, and its paper.
+local function reported(rows)
+  local library, out = require("lib_rows"), dir .. "/partly"
+  local read = library.read
+  library.read = function() return rows, {} end
+  local ok, code, said = pcall(test.captured, function()
+    return report.main({ "--no-figures", "--results", out, "--out", out })
+  end)
+  library.read = read
+  return ok and code, ok and said or code, ok and amalgam.read_file(out .. "/PAPER.md")
+end
+
+test.case("a paper is made of whatever experiments have rows", function()
+  local all = require("lib_rows").read(identity.root .. "/results")
+  local names, seen = {}, {}
+  for _, row in ipairs(all) do
+    if not seen[row.experiment] then names[#names + 1] = row.experiment end
+    seen[row.experiment] = true
+  end
+  test.equal(#names >= 14, true)
+  for _, name in ipairs(names) do
+    local others, one = {}, {}
+    for _, row in ipairs(all) do
+      if row.experiment ~= name then
+        others[#others + 1] = row
+      elseif #one == 0 and row.status == "ok" then
+        one[1] = row
+      end
+    end
+    local code, said, paper = reported(others)
+    test.equal(code, 0, name .. ": " .. tostring(said))
+    test.contains(paper, name:sub(1, 3))
+    test.contains(said, "no rows for it of ")
+    code, said = reported(one)
+    test.equal(code, 0, name .. " alone: " .. tostring(said))
+  end
+end)
+
 test.case("the paper shows every table and figure, in the order of their numbers", function()
   local paper = amalgam.read_file(identity.root .. "/plots/paper.md")
   local last, files = { fig = 0, tab = 0 }, { fig = 0, tab = 0 }
