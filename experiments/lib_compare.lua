@@ -500,6 +500,31 @@ local function print_summary(verdicts, by)
   print(table.concat(words, ", ") .. (broken > 0 and (", %d broken"):format(broken) or ""))
 end
 
+--- Which GPUs of a kind the measured rows of each experiment are of, where they are not all of one:
+--- what GPUs differ by is then in the ratios.
+---@param base_rows Row[]
+---@param head_rows Row[]
+---@return { experiment: string, base: string[], head: string[] }[]
+local function several_gpus(base_rows, head_rows)
+  local rows = {}
+  for which, list in ipairs({ base_rows, head_rows }) do
+    for _, row in ipairs(list) do
+      local sides = rows[row.experiment] or { {}, {} }
+      rows[row.experiment] = sides
+      table.insert(sides[which], row)
+    end
+  end
+  local found = {}
+  for _, name in ipairs(experiment.sorted_keys(rows)) do
+    local base, head = library.gpu_ids(rows[name][1]), library.gpu_ids(rows[name][2])
+    local both = #base > 0 and #head > 0
+    if both and (#base > 1 or #head > 1 or base[1] ~= head[1]) then
+      found[#found + 1] = { experiment = name, base = base, head = head }
+    end
+  end
+  return found
+end
+
 --- Refuse a --by that no compared row has.
 ---@param verdicts Verdict[]
 ---@param by string
@@ -522,7 +547,8 @@ local function run(o)
   end
   local dir = o.results or amalgam.identity().root .. "/results"
   local effect = o.effect or 0.02
-  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), effect)
+  local base, head = side(o.names[1], o, dir), side(o.names[2], o, dir)
+  local verdicts, gpus = M.compare(base, head, effect), several_gpus(base, head)
   if o.by then check_by(verdicts, o.by) end
   local bad, counts, changed, untold = 0, {}, {}, {}
   for _, v in ipairs(verdicts) do
@@ -539,11 +565,17 @@ local function run(o)
     end
   end
   if o.json then
-    print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
+    print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2],
+      gpus = #gpus > 0 and gpus or nil }))
   else
     print_changed(changed)
     print_folded(untold, effect)
     print_summary(verdicts, o.by)
+    for _, e in ipairs(gpus) do
+      print(("%s: not one GPU but several of a kind, whose differences are in the ratios: %s in "
+        .. "BASE, %s in HEAD")
+        :format(e.experiment, table.concat(e.base, ", "), table.concat(e.head, ", ")))
+    end
   end
   return bad > 0 and 1 or 0
 end

@@ -856,6 +856,66 @@ test.case("rows of another GPU are in no mean of the paper, and are said to be l
   test.equal(speedup(ours) > 4, true)
 end)
 
+--- Rows of one version, or two, by two GPUs of a kind are told from those of one GPU alone.
+test.case("GPUs of one kind are told apart by their UUIDs", function()
+  local library = require("lib_rows")
+  local function row(version, uuid, precision, x)
+    return { experiment = "e10_x", status = "ok", origin = "measured", version = version,
+      time = "1", definition = "d", machine = "m", provenance = { gpu = { name = "NVIDIA H200",
+        uuid = uuid .. "-0000-1111" } }, metrics = { tokens_per_s = x, step_us = x },
+      key = { device = "cuda", model = "a", precision = precision } }
+  end
+  local rows = { row("1", "GPU-aaaaaaaa", "W4", 3), row("1", "GPU-bbbbbbbb", "W16", 2) }
+  local function told()
+    local data = report.data(rows, { version = "1" })
+    local text = report.fill("{{ gain('e10', 'model', {precision='W4'}, {precision='W16'}, "
+      .. "'tokens_per_s') }}", "here", report.environment(data))
+    data.used = {}
+    data:select("e10")
+    return text, report.rows_line(data.used)
+  end
+  local text, caption = told()
+  test.equal(text, "1.50 (1; 1 across GPUs)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1` (2 GPUs).")
+  rows[2].version = "2"
+  text, caption = told()
+  test.equal(text, "1.50 (1; 1 across commits)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1`, `2`.")
+  rows[2] = row("1", "GPU-aaaaaaaa", "W16", 2) -- the twin
+  text, caption = told()
+  test.equal(text, "1.50 (1)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1`.")
+  test.equal(library.gpu_id(row("1", "", "W4", 1)), nil)
+
+  rows[3] = row("1", "GPU-bbbbbbbb", "W4", 4) -- again, there
+  local _, n, moved = report.repeated(report.data(rows, { version = "1" }), "e10")
+  test.equal(n, 1)
+  test.equal(moved, 1)
+
+  local function stored(name, list)
+    local lines = {}
+    for i, r in ipairs(list) do lines[i] = amalgam.json_encode(r) end
+    local path = ("%s/gpus/e10_x/m/%s.jsonl"):format(dir, name)
+    amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+    return path
+  end
+  local base, one = stored("aa", rows), stored("bb", { rows[1], rows[2] })
+  local note = "several of a kind, whose differences are in the ratios: GPU-aaaaaaaa, "
+    .. "GPU-bbbbbbbb in BASE, GPU-aaaaaaaa in HEAD"
+  test.contains(select(2, compared(base, one)), note)
+  test.contains(select(2, compared(base, one, "--json")), '"gpus":[{"base":["GPU-aaaaaaaa"')
+  test.equal(select(2, compared(one, one)):find("several of a kind"), nil)
+  local function shown(version)
+    return select(2, test.captured(function()
+      return require("lib_table").main({ "e10", "--results", dir .. "/gpus", "--version",
+        version })
+    end))
+  end
+  test.contains(shown("aa"), "gpu_uuid")
+  test.contains(shown("aa"), "GPU-bbbbbbbb")
+  test.equal(shown("bb"):find("GPU-", 1, true), nil)
+end)
+
 test.case("what a repetition differs by is that of one version and one point", function()
   local function row(version, model, us, more)
     return { experiment = "e06_steps", status = "ok", origin = "measured", version = version,
