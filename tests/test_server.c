@@ -1350,6 +1350,16 @@ static void what_is_wrong_is_said(void **state) {
         assert_int_equal(json_integer_value(at(at(v, "error"), "code")), refused_bodies[i].http);
         json_decref(v);
     }
+    static const char *const nowhere[][2] = {
+        {"/v1/embeddings", "no such path '/v1/embeddings': there are /v1/completions /v1/chat/"},
+        {"/v1/models/none", "the model 'none' is not served here, 'tiny' is"},
+        {"/%ff", "no such path '/\xef\xbf\xbd': there are"}};
+    for (int32_t i = 0; i < COUNT_OF(nowhere); i++) {
+        json_t *v = call_json(f->url, nowhere[i][0], "{}", 404);
+        const char *message = words(at(at(v, "error"), "message"));
+        if (!strstr(message, nowhere[i][1])) fail_msg("%s: '%s'", nowhere[i][0], message);
+        json_decref(v);
+    }
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
     json_decref(call_json(f->url, "/v1/chat/completions",
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
