@@ -129,7 +129,8 @@ local function side(name, o, dir)
       #versions > 6 and (" and %d more"):format(#versions - 6) or "")
   end
   if #rows == 0 then
-    experiment.refuse("compare: no rows of '%s' in %s; %s", name, dir, newest(o, dir))
+    experiment.refuse("compare: no rows of '%s'%s in %s; %s", name,
+      o.only and (" of experiments '%s...'"):format(o.only) or "", dir, newest(o, dir))
   end
   return rows
 end

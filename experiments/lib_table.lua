@@ -49,7 +49,16 @@ end
 ---@param o table
 ---@return Row[]
 local function kept(rows, o)
-  local out = {}
+  local out, parts = {}, {}
+  for _, row in ipairs(rows) do
+    for name in pairs(row.key) do parts[name] = true end
+  end
+  for _, pair in ipairs(#rows > 0 and o.only or {}) do
+    if not parts[pair[1]] then
+      experiment.refuse("rows: no row has '%s': the nearest is '%s'", pair[1],
+        amalgam.nearest(pair[1], experiment.sorted_keys(parts)))
+    end
+  end
   for _, row in ipairs(rows) do
     local keep = not o.version or row.version:sub(1, #o.version) == o.version
     for _, pair in ipairs(o.only or {}) do

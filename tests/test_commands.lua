@@ -427,6 +427,31 @@ test.case("what cannot be written in whole leaves what was there", function()
   test.equal(select(2, command("cat " .. dir .. "/* | cksum")), before)
 end)
 
+test.case("what is misspelt is answered with the nearest there is, before any work", function()
+  refused("run e03 --only gpuu=h200", "has no axis 'gpuu': the nearest is 'gpu'")
+  refused("run e03 --only gpu=h20", "no value of gpu: the nearest is 'h200'")
+  refused("run e03_troughput", "the nearest is 'e03_throughput'")
+  local code, said = command("%s run e03 e99 --only gpu=h200 --only model=Llama-3.1-8B "
+    .. "--results " .. test.folder())
+  test.equal(code, 2)
+  test.contains(said, "amalgam: no experiment 'e99'")
+  test.equal(said:find("e03", 1, true), said:find("e03_", 1, true)) -- as the nearest alone
+  refused("rows e03 --only modle=x", "no row has 'modle': the nearest is 'model'")
+  refused("compare bad0a57f 1fc66593 --only e77", "no rows of 'bad0a57f' of experiments 'e77...'")
+  refused("bench server", "no benchmark 'server': the nearest is 'serve'")
+  refused("servers vlm", "no server 'vlm': the nearest is 'vllm'")
+end)
+
+test.case("chat passes over blank lines, and says what cannot be read", function()
+  local chat = "%s chat --model workloads/tiny --max-tokens 2 "
+  local code, said = command("printf '\\n  \\n\\t\\r\\nhi\\n \\n' | " .. chat)
+  test.equal(code, 0)
+  test.equal(select(2, said:gsub("tokens of prompt", "")), 1, said)
+  code, said = command(chat .. "< /tmp")
+  test.equal(code, 1)
+  test.contains(said, "standard input: Is a directory")
+end)
+
 test.case("a killed quantize leaves nothing beside its files", function()
   local dir = test.folder()
   local function temporaries()

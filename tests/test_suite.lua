@@ -119,7 +119,7 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.equal(amalgam.rows(file_of("sheet", "e90_sheet"))[1].key.gpu, "l40s")
   code, text = run(path, "sheet", "--gpu", "l40")
   test.equal(code, 2)
-  test.contains(text, "'l40' is no value of gpu (values: h200)")
+  test.contains(text, "'l40' is no value of gpu: the nearest is 'h200' (values: h200)")
 end)
 
 test.case("a row says what the GPU did while it served, whatever the experiment keeps", function()
@@ -1035,6 +1035,21 @@ test.case("the paper shows every table and figure, in the order of their numbers
   end
   test.equal(last.fig, files.fig)
   test.equal(last.tab, files.tab)
+end)
+
+test.case("an option of serve that is misspelt is placed in the experiment", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(engine)
+    return engine.serve { model = "x", devise = "sim" }
+  end,
+}
+]])
+  local code, said = test.captured(function()
+    return runner.main({ path, "--results", dir .. "/misspelt" })
+  end)
+  test.equal(code, 2)
+  local line = select(2, amalgam.read_file(path):match("^(.-)devise"):gsub("\n", "")) + 1
+  test.contains(said, ("%s:%d: serve: unknown key 'devise'"):format(path, line))
 end)
 
 test.case("figures are drawn into a folder of any name", function()
