@@ -237,6 +237,21 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, int *c
     return a->result ? save(a, &r, log, &m) : ST_OK;
 }
 
+static status check(const arguments *a) {
+    const cli_range ranges[] = {{"--n", a->n, 1, 1 << 24},
+                                {"--concurrency", a->concurrency, 0, 1 << 20},
+                                {"--users", a->users, 0, 1 << 20},
+                                {"--vocab", a->vocab, 0, 1 << 24},
+                                {"--prompt-tokens", a->prompt, 0, 1 << 24},
+                                {"--output-tokens", a->output, 0, 1 << 24}};
+    if (!a->url) return FAIL(ST_USAGE, "bench serve needs --url");
+    if (a->detailed && !a->result)
+        return FAIL(ST_USAGE,
+                    "--save-detailed adds to the file of --save-result, which is not given");
+    TRY(cli_check(ranges, COUNT_OF(ranges)));
+    return a->burstiness > 0 ? ST_OK : FAIL(ST_USAGE, "--burstiness must be positive");
+}
+
 int cmd_bench_serve(int argc, char **argv) {
     arguments a = {.workload = "sharegpt",
                    .rate = "inf",
@@ -287,18 +302,7 @@ int cmd_bench_serve(int argc, char **argv) {
                           "bench serve --url URL [options]\n"
                           "ctrl-C ends it with the figures of what had finished, and status 130",
                           options, NULL, &n_args);
-    if (st == ST_OK && !a.url) st = FAIL(ST_USAGE, "bench serve needs --url");
-    if (st == ST_OK && a.detailed && !a.result)
-        st =
-            FAIL(ST_USAGE, "--save-detailed adds to the file of --save-result, which is not given");
-    const cli_range ranges[] = {{"--n", a.n, 1, 1 << 24},
-                                {"--concurrency", a.concurrency, 0, 1 << 20},
-                                {"--users", a.users, 0, 1 << 20},
-                                {"--vocab", a.vocab, 0, 1 << 24},
-                                {"--prompt-tokens", a.prompt, 0, 1 << 24},
-                                {"--output-tokens", a.output, 0, 1 << 24}};
-    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
-    if (st == ST_OK && !(a.burstiness > 0)) st = FAIL(ST_USAGE, "--burstiness must be positive");
+    if (st == ST_OK) st = check(&a);
     tokenizer *tok = NULL;
     arena memory = {0};
     if (st == ST_OK) st = arena_open(&memory, (size_t)16 << 30);
