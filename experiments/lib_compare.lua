@@ -413,29 +413,41 @@ local function print_moved(group, effect)
   end
 end
 
+--- Verdicts that have the same name by `name_of`, each with its place among all.
+---@param verdicts Verdict[]
+---@param name_of fun(v: Verdict): string
+---@return { v: Verdict, nth: integer }[][] groups in the order of their first verdicts
+local function groups_of(verdicts, name_of)
+  local groups, by_name = {}, {}
+  for i, v in ipairs(verdicts) do
+    local name = name_of(v)
+    if not by_name[name] then
+      by_name[name] = {}
+      groups[#groups + 1] = by_name[name]
+    end
+    table.insert(by_name[name], { v = v, nth = i })
+  end
+  return groups
+end
+
+---@param v Verdict
+---@return string
+local function reason(v) return v.why or "no reason given" end
+
 --- What could not be told, a line for each experiment and reason: a changed definition is one fact,
 --- not one of every point.
 ---@param verdicts Verdict[]
 ---@param effect number
 local function print_folded(verdicts, effect)
-  local folded, order = {}, {}
-  for i, v in ipairs(verdicts) do
-    local why = v.why or "no reason given"
-    local id = table.concat({ v.class, v.experiment, why }, "\t")
-    if not folded[id] then
-      folded[id] = { why = why }
-      order[#order + 1] = id
-    end
-    table.insert(folded[id], { v = v, nth = i })
-  end
-  for _, id in ipairs(order) do
-    local f = folded[id]
+  for _, f in ipairs(groups_of(verdicts, function(v)
+    return table.concat({ v.class, v.experiment, reason(v) }, "\t")
+  end)) do
     local first = f[1].v
     if #f == 1 then
       print_verdict(first)
     else
       print(("%-14s  %s: %s (%d %s; --all lists them)"):format(first.class, first.experiment,
-        f.why, #f, first.metric and "metrics" or "points"))
+        reason(first), #f, first.metric and "metrics" or "points"))
     end
     if #f > 1 and first.class == "too few" then print_moved(f, effect) end
   end
@@ -445,17 +457,9 @@ end
 --- rest.
 ---@param verdicts Verdict[]
 local function print_changed(verdicts)
-  local groups, order = {}, {}
-  for i, v in ipairs(verdicts) do
-    local id = v.class .. "\t" .. v.experiment
-    if not groups[id] then
-      groups[id] = {}
-      order[#order + 1] = id
-    end
-    table.insert(groups[id], { v = v, nth = i })
-  end
-  for _, id in ipairs(order) do
-    local group = groups[id]
+  for _, group in ipairs(groups_of(verdicts, function(v)
+    return v.class .. "\t" .. v.experiment
+  end)) do
     if #group > LISTED then most_first(group) end
     for i = 1, math.min(#group, LISTED) do print_verdict(group[i].v) end
     if #group > LISTED then
