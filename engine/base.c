@@ -465,17 +465,30 @@ status file_end(file_draft *f, status st) {
     return st;
 }
 
-status file_write(const char *path, const void *data, size_t size) {
+static status make_parents(const char *path) {
     const char *slash = strrchr(path, '/');
-    if (slash && slash != path) {
-        char dir[4096];
-        if (snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path) >= (int)sizeof dir)
-            return FAIL(ST_IO, "%s: path too long", path);
-        TRY(file_make_dirs(dir));
-    }
+    if (!slash || slash == path) return ST_OK;
+    char dir[4096];
+    if (snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path) >= (int)sizeof dir)
+        return FAIL(ST_IO, "%s: path too long", path);
+    return file_make_dirs(dir);
+}
+
+status file_write(const char *path, const void *data, size_t size) {
+    TRY(make_parents(path));
     file_draft f;
     TRY(file_begin(&f, path));
     return file_end(&f, file_add(&f, data, size));
+}
+
+status file_may_write(const char *path) {
+    struct stat kind;
+    if (stat(path, &kind) == 0 && !S_ISREG(kind.st_mode) && !S_ISDIR(kind.st_mode)) return ST_OK;
+    TRY(make_parents(path));
+    file_draft f;
+    TRY(file_begin(&f, path));
+    (void)file_end(&f, ST_INTERRUPTED);
+    return ST_OK;
 }
 
 status stdout_failed(void) {

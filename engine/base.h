@@ -147,6 +147,8 @@ void file_remove_on_signals(void);
 
 /* All of it at once. Missing parent directories are made. */
 status file_write(const char *path, const void *data, size_t size);
+/* Could that begin? For what is only known after long work; parents are made here already. */
+status file_may_write(const char *path);
 bool file_exists(const char *path);
 /* Why the write to standard output that has just failed did (errno): INTERRUPTED when who read it
  * has closed the pipe and so has what they wanted, else IO. */

@@ -204,6 +204,7 @@ enum { VALID = 0, FAILED = 1, INTERRUPTED = 130 }; /* exit statuses of a run wit
 static status measure(const arguments *a, tokenizer **tok, arena *memory, int *code) {
     metric_limits limits;
     TRY(read_limits(&limits, &a->goodput));
+    if (a->result) TRY(file_may_write(a->result));
     if (a->tokenizer) TRY(tokenizer_open(tok, a->tokenizer));
     const load_options o = {.url = a->url,
                             .path = a->path,

@@ -479,6 +479,14 @@ test.case("a killed quantize leaves nothing beside its files", function()
   test.equal(temporaries(), 0)
 end)
 
+test.case("a file that cannot be written is refused before the load", function()
+  for path, why in pairs({ ["README.md/x"] = "Not a directory", ["/tmp"] = "Is a directory" }) do
+    local code, said = command("%s bench serve --url http://127.0.0.1:1 --save-result " .. path)
+    test.equal(code, 1)
+    test.contains(said, why) -- and not that nobody listens there
+  end
+end)
+
 test.case("a folder that cannot be written is refused before the work", function()
   local code, said = command("%s quantize --model workloads/tiny --out README.md")
   test.equal(code, 1)
