@@ -60,14 +60,16 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
-/* The server's URL, with or without slashes at its end, and a path on it. curl speaks more than
- * HTTP. */
+/* The server's URL, with or without slashes or OpenAI's "/v1" at its end, and a path on it. curl
+ * speaks more than HTTP. */
 static status join_url(char *out, size_t n, const char *url, const char *path) {
     if (strstr(url, "://") && strncasecmp(url, "http://", 7) != 0 &&
         strncasecmp(url, "https://", 8) != 0)
         return FAIL(ST_USAGE, "'%.100s' is no URL of http or https", url);
     int length = (int)strlen(url);
     while (length > 0 && url[length - 1] == '/') length--;
+    const bool versioned = strncmp(path + (path[0] == '/'), "v1/", 3) == 0;
+    if (versioned && length > 3 && strncmp(url + length - 3, "/v1", 3) == 0) length -= 3;
     const int used = snprintf(out, n, "%.*s%s%s", length, url, path[0] == '/' ? "" : "/", path);
     return (size_t)used < n ? ST_OK : FAIL(ST_RANGE, "a URL of %d bytes", used);
 }

@@ -17,7 +17,8 @@
 #include <signal.h>
 
 typedef struct {
-    const char *url;         /* "http://127.0.0.1:8000": no path, but slashes may end it */
+    const char *url;         /* "http://127.0.0.1:8000": no path, but "/v1" or slashes
+                                may end it */
     const char *path;        /* NULL = "/v1/completions"; with "/chat/" prompts go as a user's
                                 message, which needs tok */
     const char *model;       /* NULL = the first of /v1/models */

@@ -2802,6 +2802,9 @@ static void urls_are_read_as_meant(void **state) {
     const load_options joined = {.url = slashed, .path = "v1/completions"};
     assert_ok(load_run(&r, &a, &joined, &w, log));
     assert_int_equal(r.n_failed, 0);
+    snprintf(slashed, sizeof slashed, "%s/v1/", f->url); /* as OpenAI's clients have it */
+    assert_ok(load_run(&r, &a, &(load_options){.url = slashed}, &w, log));
+    assert_int_equal(r.n_failed, 0);
     memset(endless, 'u', sizeof endless - 1);
     const load_options cut = {.url = endless}, other = {.url = "file:///etc/passwd"};
     assert_status(load_ask_model(name, sizeof name, &vocab, &cut), ST_RANGE);
