@@ -543,5 +543,6 @@ int bench_attention(int argc, char **argv) {
         st = measure_ceiling(&g, json);
     }
     if (st == ST_OK) st = bench_all(&c, formats, list, n_new, &g);
+    if (st == ST_OK && json) bench_print_gpu();
     return cli_exit(st);
 }
