@@ -573,5 +573,6 @@ int bench_attention(int argc, char **argv) {
     bench_gpu g = {0};
     if (st == ST_OK) st = open_gpu(&g, json);
     if (st == ST_OK) st = bench_all(&c, formats, list, n_new, &g);
+    if (st == ST_OK && json) bench_print_gpu();
     return cli_exit(st);
 }

@@ -160,18 +160,28 @@ local function failure(loaded, why)
   return { status = is_mistake(why) and "mistake" or "failed", reason = why }
 end
 
---- `amalgam` as a point sees it, and what NVML said during the last run it served: many experiments
---- keep but a part of a result.
+--- `amalgam` as a point sees it, and what NVML said during the last run it served, or right after
+--- the last benchmark (a line of its own, which the point does not see): many experiments keep but
+--- a part of a result.
 ---@return table view
 ---@return fun(): table|nil gpu
 local function watched()
   local gpu
-  local function serve(options)
+  local view = {}
+  function view.serve(options)
     local result = amalgam.serve(options)
     gpu = result.gpu or gpu
     return result
   end
-  return setmetatable({ serve = serve }, { __index = amalgam }), function() return gpu end
+  function view.bench(name, options)
+    local lines, status, reason = amalgam.bench(name, options)
+    local last = lines and lines[#lines]
+    if last and last.kind == "gpu" then
+      gpu, last.kind, lines[#lines] = last, nil, nil
+    end
+    return lines, status, reason
+  end
+  return setmetatable(view, { __index = amalgam }), function() return gpu end
 end
 
 ---@param loaded Loaded

@@ -143,6 +143,30 @@ test.case("a row says what the GPU did while it served, whatever the experiment 
   end
 end)
 
+test.case("a row says what the GPU did after its benchmark, on no line of its point", function()
+  local path = write((HEAD:gsub("predicted", "measured") .. BODY .. [[
+  run = function(amalgam, point)
+    local lines = amalgam.bench("linear", { m = point.a })
+    return { status = "ok", metrics = { time_ms = #lines } }
+  end,
+}
+]]))
+  local bench = amalgam.bench
+  amalgam.bench = function(_, options)
+    local gpu = { kind = "gpu", sm_clock_mhz = 1725 }
+    return { { kind = "linear", us = 1 }, options.m == 1 and gpu or nil }
+  end
+  local code, text = run(path, "benched")
+  amalgam.bench = bench
+  test.equal(code, 0, text)
+  for _, row in ipairs(amalgam.rows(file_of("benched"))) do
+    local gpu = row.provenance.gpu_during
+    test.equal(row.metrics.time_ms, 1)
+    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
+    test.equal(gpu and gpu.kind, nil)
+  end
+end)
+
 test.case("a GPU has the data sheet of its own kind, or none", function()
   for _, case in ipairs({ -- names and MiB as nvidia-smi prints them
     { "NVIDIA H200", 143771, "h200" }, { "NVIDIA H100 80GB HBM3", 81559, "h100-sxm" },
