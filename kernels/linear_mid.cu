@@ -1174,6 +1174,9 @@ int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     return d.doubled ? ns - ns / (bits_of(F) == 8 && NT == 64 ? 16 : 32) : ns;
 }
 
+// Units of K at most: so many that divide() has a line of steps for any matrix of up to 10 GB.
+constexpr int32_t kUnitsMost = 2048;
+
 uint32_t inverse_of(int n) { return (uint32_t)((((int64_t)1 << 31) + n - 1) / n); }
 
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
@@ -1385,7 +1388,7 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(NAME, F, T, NT, B, G, LAUNCH)                                                          \
-    { NAME, 90, 90, WF_##F, DT_##T, NT, B, 1, G, G, 1, LAUNCH, NT }
+    { NAME, 90, 90, WF_##F, DT_##T, NT, B, 1, G, G, 1, LAUNCH, NT, false, false, false, kUnitsMost }
 #define ROWS_8(F, T, NT, G)                                                                        \
     ROW("mid_" #NT, F, T, NT, 4, G, (launch_best<T_##T, WF_##F, NT, G>)),                          \
         ROW("mid_" #NT "x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),         \
