@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KERNELS_MAX = 64, SHAPES = 3, NAMES = 4 };
+enum { SHAPES = 3, NAMES = 4 };
 
 static const char *const formats[] = {
     "W16A16",   "W8A16",     "W4A16",     "W4g64A16", "W4g32A16", "W4g16A16", "WFP8A16",
@@ -37,7 +37,7 @@ typedef struct {
 } candidate;
 
 typedef struct {
-    candidate kernel[KERNELS_MAX];
+    candidate kernel[LINEAR_VARIANTS_MAX];
     int32_t n;
     int64_t replays;
     FILE *out;
@@ -87,7 +87,7 @@ static void rank(tuner *t) {
 /* The row of the table: up to NAMES kernels within half of the best. */
 static void write_row(tuner *t, const linear_weight *w, const char *format, const char *act,
                       int32_t size_log2, int32_t m) {
-    candidate sorted[KERNELS_MAX];
+    candidate sorted[LINEAR_VARIANTS_MAX];
     memcpy(sorted, t->kernel, sizeof sorted);
     qsort(sorted, (size_t)t->n, sizeof *sorted, by_ratio);
     if (t->n == 0 || !isfinite(sorted[0].ratio)) return;
@@ -123,7 +123,7 @@ static status tune_class(tuner *t, const precision *p, int32_t which) {
                        .family = linear_family(linear_probe_sm(), 0)};
     status st = ST_OK;
     t->n = 0;
-    for (const char *const *v = linear_variants(w.family); *v && t->n < KERNELS_MAX; v++)
+    for (const char *const *v = linear_variants(w.family); *v; v++)
         t->kernel[t->n++] = (candidate){.name = *v};
     for (int32_t s = 0; s < SHAPES && st == ST_OK; s++) {
         w.n = shapes[which][s][0];

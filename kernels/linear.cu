@@ -393,19 +393,23 @@ extern "C" bool linear_rounds(const linear_problem *p) {
 }
 
 extern "C" const char *const *linear_variants(int32_t family) {
-    static const char *names[2][64];
+    static const char *names[2][LINEAR_VARIANTS_MAX];
     const char **out = names[family == 80 ? 0 : 1];
     int n = 0;
+    const auto add = [&](const char *name) {
+        CHECK(n < LINEAR_VARIANTS_MAX - 1);
+        out[n++] = name;
+    };
     for (const table_of &of : tables) {
         const linear_table t = of.table();
-        for (int32_t i = 0; of.family == (family == 80 ? 80 : 90) && i < t.n && n < 63; i++) {
+        for (int32_t i = 0; of.family == (family == 80 ? 80 : 90) && i < t.n; i++) {
             bool seen = false;
             for (int k = 0; k < n; k++) seen = seen || strcmp(out[k], t.row[i].name) == 0;
-            if (!seen) out[n++] = t.row[i].name;
+            if (!seen) add(t.row[i].name);
         }
     }
-    for (int32_t i = 0; family == 90 && linear_quantised_name(i) && n < 63; i++)
-        out[n++] = linear_quantised_name(i);
+    for (int32_t i = 0; family == 90 && linear_quantised_name(i); i++)
+        add(linear_quantised_name(i));
     out[n] = nullptr;
     return out;
 }

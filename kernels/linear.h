@@ -128,7 +128,8 @@ status kernel_linear(const linear_problem *p, kernel_stream stream);
  * until the next call from this thread. "values, NAME": x is replaced by the values that its codes
  * stand for, in 16 bits, and multiplied by kernel NAME. */
 const char *linear_choice(const linear_problem *p);
-/* All variants of a family, for benchmarks; NULL-terminated. */
+/* All variants of a family, for benchmarks: fewer than LINEAR_VARIANTS_MAX, NULL-terminated. */
+enum { LINEAR_VARIANTS_MAX = 64 };
 const char *const *linear_variants(int32_t family);
 
 #ifdef __cplusplus

@@ -129,12 +129,19 @@ __host__ __device__ constexpr int step_granules(int f, int blocks, int parts, in
 
 // Plain problems have kernels of their own: K is whole lines of x, halves of W are whole blocks, W
 // has no scales but its granules', and sums are what y is, of x's type, or gated by LINEAR_GATED.
-// Code that is jumped over costs time: a step of Llama-3.1-8B in W4 at batch 64 2 %.
-enum kind { kAny, kPlain, kPlainPaired };
+// Code that is jumped over costs time: a step of Llama-3.1-8B in W4 at batch 64 2 %. Few: of up to
+// kFewRows rows of x, which are multiplied by fewer columns at once; what follows a tile's last
+// product is as for 64 of them.
+enum kind { kAny, kPlain, kPlainPaired, kFew, kFewPaired };
+enum { kFewRows = 48 };
+template <int NT, kind kKind> constexpr int kColumns = kKind >= kFew ? kFewRows : NT;
 constexpr bool may_be_plain(int f, int g) { return f == WF_INT4 && g == 128; }
+constexpr bool may_be_few(int f, int rows, int blocks, int parts, int g) {
+    return may_be_plain(f, g) && rows == 64 && blocks * parts > 2;
+}
 // Whether a tile is of gate and up.
 template <kind kKind> __device__ __forceinline__ bool paired_in(const linear_args &p) {
-    return kKind == kAny ? p.paired != 0 : kKind == kPlainPaired;
+    return kKind == kAny ? p.paired != 0 : kKind == kPlainPaired || kKind == kFewPaired;
 }
 
 // How a problem is cut, and where things lie in shared memory (bytes from a multiple of 1024; x
@@ -467,7 +474,8 @@ __device__ __forceinline__ void load(const linear_args &p, const division &d, co
 
 template <typename T, int F, int NT, int B, int P, int G, kind kKind> struct multiplier {
     static constexpr int U = step_units(F, B, P), bits = bits_of(F), unit = 512 * bits;
-    static constexpr bool wide = bits == 8; // two chunks of 16 bytes a unit, not one
+    static constexpr int Q = kColumns<NT, kKind>; // of a product, and of acc those that are not 0
+    static constexpr bool wide = bits == 8;       // two chunks of 16 bytes a unit, not one
     static constexpr bool kLater = scaled_later(F, NT, B, G), kOne = kOneRing<B>;
     static constexpr bool folded = dequant_unfold<T, F>() != 1.f;
     // What sums are too small by.
@@ -525,12 +533,12 @@ template <typename T, int F, int NT, int B, int P, int G, kind kKind> struct mul
         const bool leader = threadIdx.x % 32 == 0;
         constexpr int H = kLater && NT == 32 && B == 4 ? 2 : 1; // of 32
         uint32_t a[2][H][2][4];
-        float part[kLater ? NT / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
+        float part[kLater ? Q / 2 : 1] = {}, scale_of[2] = {}, later[2]; // of a granule
         const auto add_part = [&]() {
             group_wait<0>();
             group_pin(part);
 #pragma unroll
-            for (int i = 0; i < NT / 2 && kLater; i++)
+            for (int i = 0; i < Q / 2 && kLater; i++)
                 acc[i] = fmaf(part[i], scale_of[i / 2 % 2], acc[i]);
         };
         ring &from = kOne ? bar.w : bar.x;
@@ -578,11 +586,11 @@ template <typename T, int F, int NT, int B, int P, int G, kind kKind> struct mul
                     for (int i = 0; i < 2 * H; i++) {
                         const uint64_t to = x_at + (2 * h + i) * 2;
                         if constexpr (!kLater)
-                            multiply_group<T, NT>::run(acc, of[i / 2][i % 2], to);
+                            multiply_group<T, Q>::run(acc, of[i / 2][i % 2], to);
                         else if (u % 2 == 0 && h == 0 && i == 0)
-                            multiply_group<T, NT>::run_fresh(part, of[i / 2][i % 2], to);
+                            multiply_group<T, Q>::run_fresh(part, of[i / 2][i % 2], to);
                         else
-                            multiply_group<T, NT>::run(part, of[i / 2][i % 2], to);
+                            multiply_group<T, Q>::run(part, of[i / 2][i % 2], to);
                     }
                     group_commit();
                     group_wait<1>();
@@ -595,9 +603,9 @@ template <typename T, int F, int NT, int B, int P, int G, kind kKind> struct mul
         }
         if (kLater) add_part();
         group_wait<0>();
-        group_pin(acc);
+        group_pin(reinterpret_cast<float(&)[Q / 2]>(acc));
 #pragma unroll
-        for (int i = 0; i < NT / 2 && mend != 1.f; i++) acc[i] *= mend;
+        for (int i = 0; i < Q / 2 && mend != 1.f; i++) acc[i] *= mend;
         if (last >= 0 && leader) barrier_arrive(from.empty + last * 8);
     }
 
@@ -1174,6 +1182,9 @@ int64_t cost_of_rounds(const division &d, int steps, int units, bool paired) {
     return d.doubled ? ns - ns / (bits_of(F) == 8 && NT == 64 ? 16 : 32) : ns;
 }
 
+// Units of K at most: so many that divide() has a line of steps for any matrix of up to 10 GB.
+constexpr int32_t kUnitsMost = 2048;
+
 uint32_t inverse_of(int n) { return (uint32_t)((((int64_t)1 << 31) + n - 1) / n); }
 
 // Among n_sms CTAs, all of the line or in rounds; no stages when there is no room, or no rounds.
@@ -1335,13 +1346,20 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
                !a->global_scale && !a->y_f32 &&
                (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
     }
+    template <kind kKind> static constexpr auto kernel = linear_mid<T, F, NT, B, P, G, kKind>;
+    static auto kernel_of(const linear_args *a) {
+        constexpr bool kMay = may_be_plain(F, G), kMayBeFew = may_be_few(F, NT, B, P, G);
+        constexpr kind kOne = kMay ? kPlain : kAny, kFewOne = kMayBeFew ? kFew : kOne;
+        constexpr kind kTwo = kMay && B != 3 ? kPlainPaired : kAny;
+        constexpr kind kFewTwo = kMayBeFew && B == 4 ? kFewPaired : kTwo;
+        const bool few = a->m <= kFewRows;
+        if (!plain(a)) return kernel<kAny>;
+        if (a->paired) return few ? kernel<kFewTwo> : kernel<kTwo>;
+        return few ? kernel<kFewOne> : kernel<kOne>;
+    }
     static status run(const division &d, const linear_args *args, int32_t n_sms,
                       kernel_stream stream) {
-        constexpr bool kMay = may_be_plain(F, G);
-        const auto kernel = !plain(args) ? linear_mid<T, F, NT, B, P, G, kAny>
-                                         : args->paired ? linear_mid < T,
-                   F, NT, B, P, G, kMay && B != 3 ? kPlainPaired : kAny > : linear_mid < T, F, NT,
-                   B, P, G, kMay ? kPlain : kAny > ;
+        const auto chosen = kernel_of(args);
         maps m = {};
         if (!d.w_stages) return FAIL(ST_UNSUPPORTED, "linear_mid: no room for %d rows", args->m);
         TRY((encode_all<F, NT, B, P, G>(&m, args, d, half_pair<T>::bf16)));
@@ -1352,10 +1370,10 @@ template <typename T, int F, int NT, int B, int P, int G> struct tiles {
         const launch_config l(dim3((unsigned)(B * P == 2 ? n_sms : d.ctas << d.doubled)),
                               dim3(threads(F, NT, B, P, G)), (size_t)bytes, stream, true,
                               d.doubled ? 2 : 0);
-        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        cudaError_t e = cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              room(B * P) < LINEAR_APART_BYTES ? LINEAR_APART_BYTES
                                                                               : room(B * P));
-        if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *args, d, m);
+        if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, chosen, *args, d, m);
         return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_mid: %s", cudaGetErrorString(e));
     }
     static status launch(const linear_args *args, int32_t n_sms, int32_t, kernel_stream stream) {
@@ -1385,7 +1403,7 @@ status launch_best(const linear_args *args, int32_t n_sms, int32_t, kernel_strea
 #define T_F16  __half
 #define T_BF16 __nv_bfloat16
 #define ROW(NAME, F, T, NT, B, G, LAUNCH)                                                          \
-    { NAME, 90, 90, WF_##F, DT_##T, NT, B, 1, G, G, 1, LAUNCH, NT }
+    { NAME, 90, 90, WF_##F, DT_##T, NT, B, 1, G, G, 1, LAUNCH, NT, false, false, false, kUnitsMost }
 #define ROWS_8(F, T, NT, G)                                                                        \
     ROW("mid_" #NT, F, T, NT, 4, G, (launch_best<T_##T, WF_##F, NT, G>)),                          \
         ROW("mid_" #NT "x2", F, T, NT, 4, G, (tiles<T_##T, WF_##F, NT, 2, 1, G>::launch)),         \

@@ -388,13 +388,14 @@ static void rounds(int32_t f, dtype type) {
     }
 }
 
-/* Problems that linear_mid has kernels of their own for, and the same with a bias: tiles cut into
- * four alike parts, the last lacking blocks; tiles that CTAs share otherwise; rounds of them. */
+/* Problems that linear_mid has kernels of their own for, of up to 48 rows others than of more, and
+ * the same with a bias: tiles cut into four alike parts, the last lacking blocks; tiles that CTAs
+ * share otherwise; rounds of them. */
 static void mid_plain(int32_t f, dtype type) {
     static const struct {
         int32_t n, k;
         bool gated;
-        const char *few, *many; /* kernels of 19 rows; of 41 and 64 */
+        const char *few, *many; /* kernels of 19 rows; of the others */
     } of[] = {
         {4032, 2048, false, "mid_32x2x2", "mid_64x2x2"},
         {6080, 1024, false, "mid_32x2", "mid_64x3"},
@@ -405,22 +406,39 @@ static void mid_plain(int32_t f, dtype type) {
         {57344, 1152, false, "mid_32x4", "mid_64x4"},
         {28672, 1152, true, "mid_32x4", "mid_64x4"},
     };
+    static const int32_t ms[] = {19, 41, 48, 49, 64};
     if (formats[f].format != WF_INT4 || formats[f].group != 128 || formats[f].act != AF_16) return;
     for (int32_t i = 0; i < (int32_t)COUNT_OF(of); i++) {
         linear_weight w = weight_of(f, type, of[i].n, of[i].k, 1);
         w.gated = of[i].gated;
         linear_probe *p = opened(&w, 45);
         if (!p) return;
-        for (int32_t m = 19; m <= 64; m += m == 19 ? 22 : 23) /* 19, 41, 64 */
+        for (int32_t j = 0; j < (int32_t)COUNT_OF(ms); j++)
             for (int32_t bias = 0; bias < 2; bias++)
                 one(p, &w,
-                    (linear_trial){.m = m,
+                    (linear_trial){.m = ms[j],
                                    .y_type = type,
                                    .epilogue = w.gated ? LINEAR_GATED : LINEAR_STORE,
-                                   .kernel = m <= 32 ? of[i].few : of[i].many,
+                                   .kernel = ms[j] <= 32 ? of[i].few : of[i].many,
                                    .bias = bias},
                     "mid plain");
         linear_probe_close(p);
+    }
+}
+
+/* More of K than linear_mid counts steps of goes to other kernels; the twin, of as much, to it. */
+static void longest(int32_t f, dtype type) {
+    if (formats[f].format != WF_INT4 || formats[f].group != 128 || formats[f].act != AF_16) return;
+    for (int32_t twin = 0; twin < 2; twin++) {
+        linear_weight w = weight_of(f, type, 512, twin ? 131072 : 131072 + 128, 1);
+        w.family = 90;
+        const linear_problem p = {
+            .w = &w, .m = 64, .ldx = w.k, .ldy = w.n, .y_type = type, .sm = 90, .n_sms = 132};
+        const char *name = linear_choice(&p);
+        checks++;
+        if (name && (strncmp(name, "mid_", 4) == 0) == twin) continue;
+        failures++;
+        printf("FAIL W%s K=%d: %s\n", formats[f].name, w.k, name ? name : fail_message());
     }
 }
 
@@ -532,6 +550,7 @@ static void check_format(int32_t f, dtype type, bool quick) {
     whole_tiles(f, type);
     rounds(f, type);
     mid_plain(f, type);
+    longest(f, type);
     one_row(f, type);
     if (type == DT_BF16 && formats[f].act == AF_16) not_a_number(f);
 }
