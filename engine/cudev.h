@@ -182,7 +182,11 @@ typedef struct {
     int32_t *count;           /* [sampler_counts] on the host, see sampler_edits */
     draw_result *drawn;       /* [2, max_samples] device, by step: the next may feed its tokens */
     int32_t *expert, *expert_start, *slot_row, *row_token, *told;
-    bool is_told; /* told: by the last moe_enter */
+    bool is_told;   /* told: by the last moe_enter */
+    void *words[2]; /* (linear_words) [T, dim] x, [T top_k, expert_dim] gated and [T top_k, dim] y
+                       of gate_up and down in one launch, which leaves zeros in the other */
+    bool joined;    /* gate_up and down of this layer are one launch */
+    linear_problem held; /* its gate_up */
     float *expert_weight;
     cudev_buffer buffer[CUDEV_BUFFERS_MAX];
     int32_t n_buffers;

@@ -313,9 +313,26 @@ static int64_t told_bytes(const cudev *c) {
     return 4 * LINEAR_TOLD * MOE_TOLD_TOKENS * (int64_t)c->config.top_k;
 }
 
+/* Of a token, of 16 bits: x, and h and y of its experts. */
+static int32_t words_of(const cudev *c) {
+    return c->config.dim + c->config.top_k * (c->config.expert_dim + c->config.dim);
+}
+static int64_t words_bytes(const cudev *c) { return 2 * LINEAR_WORD_ROWS * (int64_t)words_of(c); }
+/* Of this layer, and of those before and behind it. */
+static uint16_t *words_of_layer(const cudev *c, int32_t other) {
+    return c->words[(c->layer + other) & 1];
+}
+
+static status clear_words(const cudev *c) {
+    for (int32_t i = 0; i < 2; i++)
+        CUDA_TRY(cudaMemsetAsync(c->words[i], 0, (size_t)words_bytes(c), c->stream), "routing");
+    return ST_OK;
+}
+
 /* Zeros, as moe_leave leaves them. */
 static status clear_told(const cudev *c) {
     if (!c->told) return ST_OK;
+    TRY(clear_words(c));
     return cudev_check((int)cudaMemsetAsync(c->told, 0, (size_t)told_bytes(c), c->stream),
                        "routing");
 }
@@ -343,6 +360,7 @@ static status setup_tables(cudev *c, int64_t rows) {
     TRY(take(c, 4 * rows, "routing", &c->slot_row));
     TRY(take(c, 4 * rows, "routing", &c->row_token));
     TRY(take(c, told_bytes(c), "routing", &c->told));
+    for (int32_t i = 0; i < 2; i++) TRY(take(c, words_bytes(c), "routing", &c->words[i]));
     TRY(clear_told(c));
     return take(c, 4 * (int64_t)(m->n_experts + 1), "routing", &c->expert_start);
 }
@@ -592,6 +610,7 @@ static status cuda_begin(device *d, const batch *b) {
         CHECK(b->position[t] < c->ctx_max);
     }
     CHECK(c->n_begun - c->n_ended < COUNT_OF(c->slot));
+    c->joined = false;
     c->b = b;
     c->at = &c->slot[c->n_begun & 1];
     c->at->step = b->step;
@@ -884,8 +903,8 @@ static status cuda_moe_route(device *d, tensor logits, int32_t top_k, route_kind
 }
 
 /* The rest of a problem whose rows are those that moe_route found; of tokens where gathered. */
-static status launch_experts(cudev *c, const cudev_weight *cw, linear_problem p, tensor out,
-                             tensor x, int32_t top_k, bool gather) {
+static linear_problem of_experts(cudev *c, const cudev_weight *cw, linear_problem p, tensor out,
+                                 tensor x, int32_t top_k, bool gather) {
     CHECK(out.rows == (int64_t)c->b->n_tokens * top_k);
     CHECK(x.rows == (gather ? c->b->n_tokens : out.rows));
     CHECK(x.cols == p.w->k);
@@ -896,7 +915,52 @@ static status launch_experts(cudev *c, const cudev_weight *cw, linear_problem p,
     p.x_coded = coded(c, cw, x.data);
     p.routed = !gather; /* down: gate and up come before */
     p.told = c->is_told ? c->told : NULL;
-    return launch_linear(c, p);
+    return p;
+}
+
+/* Are gate_up and down of so many tokens one launch? Layers are alike, so the first one's says. */
+static bool joins(const cudev *c, int64_t n_tokens) {
+    static const int32_t some; /* not read */
+    const linear_weight *up = NULL, *down = NULL;
+    for (int32_t i = 0; i < c->n_all && !(up && down); i++) {
+        if (c->all[i]->field == WEIGHT_experts_gate_up) up = &c->all[i]->linear;
+        if (c->all[i]->field == WEIGHT_experts_down) down = &c->all[i]->linear;
+    }
+    if (!up || !down || c->config.activation != ACT_SILU || expanded_first(c, up)) return false;
+    const linear_problem p = {.w = up,
+                              .m = (int32_t)n_tokens * c->config.top_k,
+                              .ldx = up->k,
+                              .ldy = down->k,
+                              .y_type = c->type,
+                              .act = up->act,
+                              .epilogue = LINEAR_GATED,
+                              .expert_start = &some,
+                              .x_row = &some,
+                              .x_rows = (int32_t)n_tokens,
+                              .told = &some,
+                              .sm = c->sm,
+                              .n_sms = c->n_sms};
+    linear_problem q = p;
+    q.w = down;
+    q.act = down->act;
+    q.ldx = down->k;
+    q.ldy = down->n;
+    q.epilogue = LINEAR_STORE;
+    q.x_row = NULL;
+    q.x_rows = p.m;
+    q.routed = true;
+    return kernel_linear_both_accepts(&p, &q);
+}
+
+/* p, down, and the gate_up that is held back for it. */
+static status launch_joined(cudev *c, linear_problem p) {
+    linear_problem up = c->held;
+    const linear_words words = {
+        .x = words_of_layer(c, 0), .used = words_of_layer(c, 1), .used_bytes = words_bytes(c)};
+    up.y = words_of_layer(c, 0) + (int64_t)up.x_rows * up.w->k;
+    p.x = up.y;
+    p.y = (uint16_t *)up.y + (int64_t)p.m * p.w->k;
+    return kernel_linear_both(&up, &p, &words, c->stream);
 }
 
 static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, int32_t top_k,
@@ -905,8 +969,12 @@ static status cuda_moe_linear(device *d, tensor out, tensor x, const weight *w, 
     CHECK(w->count == c->config.n_experts);
     CHECK(out.cols == w->n);
     if (cudev_replayed(c)) return ST_OK;
-    return launch_experts(c, weight_of(w), problem_of(c, weight_of(w), rows_of(c, out)), out, x,
-                          top_k, gather);
+    const linear_problem p = of_experts(
+        c, weight_of(w), problem_of(c, weight_of(w), rows_of(c, out)), out, x, top_k, gather);
+    if (c->joined && !gather) return launch_joined(c, p);
+    if (c->joined) TRY(clear_words(c)); /* a plan without moe_gated */
+    c->joined = false;
+    return launch_linear(c, p);
 }
 
 static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate_up, int32_t top_k,
@@ -918,7 +986,8 @@ static status cuda_moe_gated(device *d, tensor out, tensor x, const weight *gate
     linear_problem p = problem_of(c, weight_of(gate_up), rows_of(c, out));
     p.epilogue = kind == ACT_SILU ? LINEAR_GATED : LINEAR_GATED_OAI;
     p.limit = limit;
-    return launch_experts(c, weight_of(gate_up), p, out, x, top_k, true);
+    c->held = of_experts(c, weight_of(gate_up), p, out, x, top_k, true);
+    return c->joined ? ST_OK : launch_linear(c, c->held);
 }
 
 static status cuda_moe_combine(device *d, tensor out, tensor y, int32_t top_k) {
@@ -938,7 +1007,12 @@ static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add,
     CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows && add.rows == out.rows);
     CHECK(out.cols == residual.cols && w->k == out.cols && router->k == out.cols);
     CHECK(logits.rows == out.rows && logits.cols == c->config.n_experts);
-    const bool told = rows_of(c, out) <= MOE_TOLD_TOKENS && out.cols <= MOE_LEAVE_DIM_MAX;
+    const int64_t t = rows_of(c, out);
+    const bool told = t <= MOE_TOLD_TOKENS && out.cols <= MOE_LEAVE_DIM_MAX;
+    /* Not of text, which is no decode step: somebody may look at what lies between gate_up and
+     * down. Nor of a last layer whose words those of the next step's first one are. */
+    c->joined = told && c->graph && t <= LINEAR_WORD_ROWS &&
+                c->layer <= (c->config.n_layers & ~1) && joins(c, t);
     const moe_enter p = {.x = out.data,
                          .residual = residual.data,
                          .add = add.data,
@@ -959,9 +1033,11 @@ static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add,
                          .normalise = normalise,
                          .eps = eps,
                          .type = c->type,
-                         .told = told ? c->told : NULL};
+                         .told = told ? c->told : NULL,
+                         .words = c->joined ? words_of_layer(c, 0) : NULL};
     const bool accepted = kernel_moe_enter_accepts(&p, c->sm);
     c->is_told = accepted && told;
+    c->joined = c->joined && accepted;
     if (accepted) return cudev_replayed(c) ? ST_OK : kernel_moe_enter(&p, c->stream);
     TRY(cuda_norm(d, out, residual, add, w, eps));
     TRY(cuda_linear(d, logits, out, router));
@@ -978,9 +1054,12 @@ static status cuda_moe_leave(device *d, tensor out, tensor residual, tensor y, c
     CHECK(out.rows == c->b->n_tokens && residual.rows == out.rows && y.rows == out.rows * top_k);
     CHECK(out.cols == residual.cols && y.cols == out.cols && w->k == out.cols);
     if (cudev_replayed(c)) return ST_OK;
-    return kernel_moe_leave(out.data, residual.data, y.data, weight_of(w)->plain, c->expert_weight,
-                            c->slot_row, c->is_told ? c->told : NULL, rows_of(c, out), top_k,
-                            out.cols, eps, c->type, c->stream);
+    const int64_t t = rows_of(c, out);
+    const void *in_words = words_of_layer(c, 0) + t * (out.cols + top_k * c->config.expert_dim);
+    return kernel_moe_leave(out.data, residual.data, c->joined ? in_words : y.data,
+                            weight_of(w)->plain, c->expert_weight, c->slot_row,
+                            c->is_told ? c->told : NULL, c->joined, t, top_k, out.cols, eps,
+                            c->type, c->stream);
 }
 
 static status cuda_all_reduce(device *d, tensor inout) {

@@ -288,9 +288,9 @@ uint8_t *tiles_of(const linear_problem *p) {
     return static_cast<uint8_t *>(p->workspace) + kFlagBytes + p->n_sms * kSumsBytes;
 }
 
-// Variant v of p; x, of rows `ldx` elements apart, are codes with scales or not.
-status launch(const linear_variant *v, const linear_problem *p, linear_layout l, const void *x,
-              int64_t ldx, const float *x_scale, kernel_stream stream) {
+// p as variant v sees it; x, of rows `ldx` elements apart, are codes with scales or not.
+linear_args args_of(const linear_variant *v, const linear_problem *p, linear_layout l,
+                    const void *x, int64_t ldx, const float *x_scale) {
     const linear_weight *w = p->w;
     linear_args a = {};
     a.paired = gated(p);
@@ -340,10 +340,48 @@ status launch(const linear_variant *v, const linear_problem *p, linear_layout l,
     a.n_tiles = a.paired ? (l.half_blocks + v->blocks / 2 - 1) / (v->blocks / 2)
                          : (l.blocks + v->blocks - 1) / v->blocks;
     a.steps = (l.units + v->step_units - 1) / v->step_units;
+    return a;
+}
+
+status launch(const linear_variant *v, const linear_problem *p, const linear_layout &l,
+              const void *x, int64_t ldx, const float *x_scale, kernel_stream stream) {
+    const linear_args a = args_of(v, p, l, x, ldx, x_scale);
     return v->launch(&a, p->n_sms, v->ctas_per_sm, stream);
 }
 
+// p to linear_both, if it is one of strips.
+bool args_of_strips(linear_args *a, const linear_problem *p) {
+    const linear_layout l = linear_layout_of(p->w);
+    const linear_variant *v =
+        p->act == AF_16 && p->told && check(p) == ST_OK ? choose(p, &l) : nullptr;
+    if (!v || strcmp(v->name, "experts_strips") != 0) return false;
+    *a = args_of(v, p, l, p->x, p->ldx, nullptr);
+    return p->w->format == WF_INT4 && l.granule == 128 && !p->w->bias && !p->kernel;
+}
+
+bool args_of_both(linear_args *a, linear_args *b, const linear_problem *up,
+                  const linear_problem *down) {
+    return up->m > 0 && up->m <= up->n_sms && up->m == down->m && up->epilogue == LINEAR_GATED &&
+           down->epilogue == LINEAR_STORE && up->w->type == down->w->type &&
+           up->w->n == 2 * down->w->k && up->told == down->told && up->x_row &&
+           up->x_rows <= LINEAR_WORD_ROWS && !down->x_row && args_of_strips(a, up) &&
+           args_of_strips(b, down) && a->sym == b->sym && linear_both_fits(a, b, up->n_sms);
+}
+
 } // namespace
+
+extern "C" bool kernel_linear_both_accepts(const linear_problem *up, const linear_problem *down) {
+    linear_args a, b;
+    return args_of_both(&a, &b, up, down);
+}
+
+extern "C" status kernel_linear_both(const linear_problem *up, const linear_problem *down,
+                                     const linear_words *words, kernel_stream stream) {
+    linear_args a, b;
+    if (!args_of_both(&a, &b, up, down) || up->y != down->x || up->ldy != down->ldx || up->ldy % 8)
+        return FAIL(ST_SHAPE, "linear_both: %d rows, N=%d and %d", up->m, up->w->n, down->w->n);
+    return linear_both_launch(&a, &b, words, up->x_rows, up->w->type, up->n_sms, stream);
+}
 
 extern "C" float *linear_sums(const linear_problem *p) {
     return reinterpret_cast<float *>(static_cast<uint8_t *>(p->workspace) + kFlagBytes);

@@ -111,6 +111,15 @@ typedef struct {
 } linear_problem;
 enum { LINEAR_TOLD = 32 }; /* a line of L2, so that not all CTAs ask for the same */
 
+/* Values of 16 bits that say that they are there: complements, none of which is zero, where zeros
+ * were. For kernel_linear_both; of up to LINEAR_WORD_ROWS rows of x. */
+typedef struct {
+    const void *x;      /* [x_rows, k], which the launch before writes (moe_enter.words) */
+    void *used;         /* words that were used before that launch; they become zeros */
+    int64_t used_bytes; /* a multiple of 16 */
+} linear_words;
+enum { LINEAR_WORD_ROWS = 2 };
+
 /* For problems whose x has up to max_x rows. */
 int64_t linear_workspace_bytes(const linear_weight *w, int32_t max_x, int32_t n_sms);
 
@@ -123,6 +132,16 @@ activation_codes linear_x_codes(const linear_problem *p);
  * CTAs of a launch wait for each other: one linear at a time on a GPU, so one stream for all of
  * them. */
 status kernel_linear(const linear_problem *p, kernel_stream stream);
+
+/* Gate and up, and down behind it, of the same experts' rows (told), as one launch: few of them,
+ * whose W fits the SMs' shared memory at once. x is words->x instead of up's; up's y, which is
+ * down's x, and down's y become such words, too: zeros before. Bits do not hang on the number of
+ * rows, and those of up's y are kernel_linear's. Errors as of kernel_linear; SHAPE where it does
+ * not accept. Its CTAs wait for each other: no other kernel may hold an SM for longer than it needs
+ * by itself. */
+bool kernel_linear_both_accepts(const linear_problem *up, const linear_problem *down);
+status kernel_linear_both(const linear_problem *up, const linear_problem *down,
+                          const linear_words *words, kernel_stream stream);
 
 /* Name of the variant that kernel_linear would launch, or NULL with the reason recorded. Valid
  * until the next call from this thread. "values, NAME": x is replaced by the values that its codes

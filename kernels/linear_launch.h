@@ -64,6 +64,10 @@ linear_table linear_hopper_table(void); /* these run on sm_90, where compiled fo
 linear_table linear_experts_table(void);
 linear_table linear_experts_codes_table(void); /* of linear_experts.cu: x as codes */
 linear_table linear_strips_table(void);
+/* linear_strips.cu: gate and up, and down, INT4 in groups of 128, without bias, as one launch. */
+bool linear_both_fits(const linear_args *up, const linear_args *down, int32_t n_sms);
+status linear_both_launch(const linear_args *up, const linear_args *down, const linear_words *words,
+                          int32_t tokens, dtype type, int32_t n_sms, kernel_stream stream);
 linear_table linear_experts_words_table(void);
 linear_table linear_tall_table(void);
 linear_table linear_wide_table(void);

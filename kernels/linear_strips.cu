@@ -8,8 +8,12 @@
 // has none, they are asked for while the launch before still runs. A CTA takes so little of an SM
 // that CTAs of the next launch lie beside it. Sums of the warps are added in order of K. Rows of an
 // expert beyond kRows are further passes over the same W.
+//
+// linear_both has gate, up and down of few rows in one launch, where all of their W fits the SMs'
+// shared memory at once.
 #include "linear_experts.cuh"
 #include "linear_launch.h"
+#include "linear_words.cuh"
 #include "mma_sync.cuh"
 #include "ptx_sm90.cuh"
 #include "quantize.cuh"
@@ -106,6 +110,15 @@ __device__ __forceinline__ void copies_wait(int i) {
                  "setp.eq.s32 r, %0, 2;\nsetp.gt.s32 s, %0, 2;\n"
                  "@p cp.async.wait_group 3;\n@q cp.async.wait_group 2;\n"
                  "@r cp.async.wait_group 1;\n@s cp.async.wait_group 0;\n}" ::"r"(i)
+                 : "memory");
+}
+// For group i of four behind which there are four more.
+__device__ __forceinline__ void copies_wait_before(int i) {
+    asm volatile("{\n.reg .pred p, q, r, s;\n"
+                 "setp.eq.s32 p, %0, 0;\nsetp.eq.s32 q, %0, 1;\n"
+                 "setp.eq.s32 r, %0, 2;\nsetp.gt.s32 s, %0, 2;\n"
+                 "@p cp.async.wait_group 7;\n@q cp.async.wait_group 6;\n"
+                 "@r cp.async.wait_group 5;\n@s cp.async.wait_group 4;\n}" ::"r"(i)
                  : "memory");
 }
 // For all groups but the last three.
@@ -517,6 +530,198 @@ __global__ void __maxnreg__(64)
 #endif
 }
 
+// --- Gate, up and down in one launch -------------------------------------------------------------
+
+// CTAs (i, row of the problem) have gate and up's strips i up_each .. + up_each - 1 of the row's
+// expert, and down's in the same way; `bytes` of a warp's shared memory, of which `up` has the
+// first up.bytes.
+struct division_of_both {
+    division up, down; // `warps`: of a strip
+    int32_t up_each, down_each, bytes;
+    int32_t tokens; // rows of x
+    const void *x;  // in words
+    uint4 *used;    // `used_pieces` of 16 bytes that become zeros
+    int32_t used_pieces;
+};
+enum { kBothWarps = 24 }; // at 80 registers
+enum { kNamedBarriers = 16 };
+
+__device__ __forceinline__ void meet(int barrier, int warps) { // of a CTA's warps so many
+    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory");
+}
+
+// Output threadIdx.x % 16 of a strip and row n: the sums of `warps` warps, `stride` floats apart.
+__device__ __forceinline__ float sum_of(const float *part, int stride, int warps, int n) {
+    const int o = (int)threadIdx.x % 16;
+    const float *at = part + (o % 8 * 4 + n / 2) * 4 + o / 8 * 2 + n % 2;
+    float v = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarpsMost; w++)
+        if (w < warps) v += at[w * stride];
+    return v;
+}
+// Every second lane stores its value and that of the next one as a word.
+template <typename T>
+__device__ __forceinline__ void store_words(void *to, int64_t at, float v, bool some) {
+    const uint32_t bits = word_half(from_f32<T>(v));
+    const uint32_t word = bits | __shfl_down_sync(~0u, bits, 1) << 16;
+    if (some && threadIdx.x % 2 == 0)
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(static_cast<T *>(to) + at),
+                     "r"(word)
+                     : "memory");
+}
+
+// x and h come as words that say themselves that they are there (linear_words.cuh): nothing is
+// counted, and nobody waits for a fence or for the end of a launch, which comes late where every SM
+// has asked for all of its W. x is looked for no longer than the launch before runs; h of others
+// comes, for they run.
+__device__ __forceinline__ uint4 load_words(const void *from, bool trusted) {
+    uint4 v;
+    for (int i = 0;; i++) {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(from)
+                     : "memory");
+        if (words_there(v) || (!trusted && i > 1000)) break;
+        if (!trusted && i == 1000) wait_for_previous();
+    }
+    return make_uint4(~v.x, ~v.y, ~v.z, ~v.w);
+}
+// A warp's inputs of `rows` rows to shared memory; what lies past K is zero.
+template <typename W, typename T>
+__device__ __forceinline__ void take_words(const W &work, const T *x, int64_t ldx, int rows,
+                                           bool trusted) {
+    const int lane = threadIdx.x % 32, pieces = work.units * 8; // of 16 bytes, of a row
+    const int inputs = min(work.units * 64, work.p.k - work.begin * 64);
+#pragma unroll 1
+    for (int i = lane; i < rows * pieces; i += 32) {
+        const int r = rows > 1 ? i / pieces : 0, k = (i - r * pieces) * 8;
+        uint4 v = {};
+        if (k < inputs) v = load_words(x + r * ldx + work.begin * 64 + k, trusted);
+        asm volatile(
+            "st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(work.x + r * work.d.x_stride + k * 2),
+            "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+            : "memory");
+    }
+    __syncwarp();
+}
+
+// A warp's share of a phase: gate and up, or down.
+struct share_of_both {
+    int group, part, tile, warps; // of the CTA; of the group; of the expert; that share K
+    bool some;
+    __device__ __forceinline__ share_of_both(const division &d, int each, int warp)
+        : group(warp / d.warps), part(warp - group * d.warps), tile((int)blockIdx.x * each + group),
+          warps(d.warps), some(group < each && tile < d.tiles) {}
+};
+
+// The launches that had these words have ended: they came before the one that this one follows.
+__device__ __forceinline__ void clear_used(const division_of_both &d) {
+    const int ctas = (int)(gridDim.x * gridDim.y), cta = (int)(blockIdx.y * gridDim.x + blockIdx.x);
+#pragma unroll 1
+    for (int i = cta + (int)threadIdx.x * ctas; i < d.used_pieces; i += (int)blockDim.x * ctas)
+        d.used[i] = uint4{};
+}
+
+// Of a tile's rows m0 .. m0 + rows - 1 the sums of a group's warps, by one of them, as words.
+template <typename T>
+__device__ __forceinline__ void
+finish_both(const linear_args &up, const linear_args &down, const float *sums, int stride,
+            const share_of_both &share, bool is_down, int m0, int rows) {
+    const int lane = threadIdx.x % 32;
+    const float mend = dequant_factor<T, WF_INT4>();
+#pragma unroll 1
+    for (int n = 0; n < rows; n++) {
+        if (!is_down) {
+            const float g = mend * sum_of(sums, stride, share.warps, n),
+                        u = mend * sum_of(sums + 128, stride, share.warps, n);
+            const int32_t col = share.tile * 16 + lane;
+            store_words<T>(up.y, (m0 + n) * up.ldy + col, linear_gate(g, u, LINEAR_GATED, 0.f),
+                           lane < 16 && col < up.half_rows);
+        } else {
+            const int32_t col = share.tile * 32 + lane;
+            store_words<T>(down.y, (m0 + n) * down.ldy + col,
+                           mend * sum_of(sums + lane / 16 * 128, stride, share.warps, n),
+                           col < down.half_rows);
+        }
+    }
+}
+
+// y of `down` by up's h, which is up.y and down.x: one place. A CTA first has strips of gate and up
+// and then, with the same warps and code, strips of down, whose W comes meanwhile. It waits for h
+// of other CTAs, so all must be on the GPU at once: there are no more than SMs, no launch behind
+// begins before all have come to launch_dependents, and those before this one end without it.
+template <typename T, int G>
+__global__ void __maxnreg__(80)
+    linear_both(const __grid_constant__ linear_args up, const __grid_constant__ linear_args down,
+                const __grid_constant__ division_of_both d) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    uint8_t *const mine = shared + threadIdx.x / 32 * d.bytes; // see linear_strips
+    const int m0 = (int)blockIdx.y;
+    share_of_both share(d.up, d.up_each, warp);
+    const share_of_both later(d.down, d.down_each, warp);
+    worker<T, WF_INT4, G, 2> work = {up, d.up}, next = {down, d.down};
+    work.begin_tile(share.tile, share.part, shared_address(mine));
+    next.begin_tile(later.tile, later.part, shared_address(mine) + d.up.bytes);
+    if (share.some) take_words(work, static_cast<const T *>(d.x), up.ldx, d.tokens, false);
+    clear_used(d);
+    unsigned tokens;
+    const int expert = told_of(up, m0, tokens).expert, rows = __popc(tokens);
+    if (rows == 0) { // not the first row of its expert
+        wait_for_previous();
+        return;
+    }
+    if (share.some) {
+        work.ask_scales(up.scale + expert * up.scale_bytes, work.scale);
+        work.ask_weights(up.code + expert * up.code_bytes, policy_evict_first());
+    }
+    if (later.some) {
+        next.ask_scales(down.scale + expert * down.scale_bytes, next.scale);
+        next.ask_weights(down.code + expert * down.code_bytes, policy_evict_first());
+    }
+    const int row = min(lane % 8, rows - 1);
+    work.x_at = work.x + (__ffs(tokens) - 1 + row) * d.up.x_stride + lane / 8 * 16;
+    int place[2] = {work.place_of(0), work.place_of(1)}, at_sums = d.up.at_x;
+#pragma unroll 1
+    for (int phase = 0; phase < 2; phase++) {
+        float acc[2][4] = {};
+#pragma unroll 1
+        for (int i = 0; share.some && 2 * i < work.units; i++) {
+            if (phase == 0 && later.some)
+                copies_wait_before(i);
+            else
+                copies_wait(i);
+            __syncwarp();
+            work.multiply_pair(acc, i, i, work.scale, place);
+        }
+        __syncwarp();
+        float *const sums = reinterpret_cast<float *>(mine + at_sums);
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+            *reinterpret_cast<float4 *>(sums + s * 128 + lane * 4) =
+                make_float4(acc[s][0], acc[s][1], acc[s][2], acc[s][3]);
+        if (share.some) meet(1 + phase * d.up_each + share.group, share.warps);
+        if (share.some && share.part == 0)
+            finish_both<T>(up, down, sums, d.bytes / 4, share, phase == 1, m0, rows);
+        if (phase == 1) break;
+        // What launches behind take for known is what the launch before this one has left.
+        if (warp == 0) {
+            wait_for_previous();
+            launch_dependents();
+        }
+        if (!later.some) break;
+        take_words(next, static_cast<const T *>(down.x) + m0 * down.ldx, down.ldx, rows, true);
+        work.w = next.w, work.scale = next.scale, work.units = next.units;
+        work.x_at = next.x + row * d.down.x_stride + lane / 8 * 16;
+        place[0] = next.place_of(0), place[1] = next.place_of(1);
+        share = later;
+        at_sums = d.up.bytes + d.down.at_x;
+    }
+#endif
+}
+
 // So much shared memory of a CTA that no SM has more of them than its share, where all find room at
 // once: those that come beside the launch before would else lie on the SMs that are free first.
 int least_bytes(int32_t ctas, int32_t n_sms) {
@@ -524,11 +729,13 @@ int least_bytes(int32_t ctas, int32_t n_sms) {
     return share > 8 ? 0 : kSharedBytes / (share + 1) / 128 * 128;
 }
 
-// Of `tiles` tiles of `strips` strips and up to `rows` rows of x. again: a CTA has more than one.
+// Of `tiles` tiles of `strips` strips and up to `rows` rows of x, a warp `least` units at least.
+// again: a CTA has more than one.
 template <int G>
-division divide(const linear_args *a, int32_t tiles, int32_t strips, int32_t rows, bool again) {
+division divide(const linear_args *a, int32_t tiles, int32_t strips, int32_t rows, int32_t least,
+                bool again) {
     constexpr int per = G > 64 ? G / 64 : 1, each = G < 64 ? 64 / G : 1;
-    const int part = max(kUnits / 2, (a->units + kWarpsMost - 1) / kWarpsMost);
+    const int part = max(least, (a->units + kWarpsMost - 1) / kWarpsMost);
     division d = {};
     d.tiles = tiles;
     d.part = (part + per - 1) / per * per;
@@ -562,8 +769,8 @@ status launch_experts(const linear_args *a, int32_t n_sms, int32_t, kernel_strea
     const int experts = a->told ? a->m : min(a->m, a->count);
     const bool plain = !a->bias && (a->epilogue == LINEAR_STORE || a->epilogue == LINEAR_GATED);
     return launch(plain ? linear_strips<T, F, G, true> : linear_strips<T, F, G, false>, a,
-                  divide<G>(a, tiles, 2, kRows, false), dim3((unsigned)tiles, (unsigned)experts),
-                  n_sms, stream);
+                  divide<G>(a, tiles, 2, kRows, kUnits / 2, false),
+                  dim3((unsigned)tiles, (unsigned)experts), n_sms, stream);
 }
 
 // Two strips an SM are taken by one CTA, which reads the second while it multiplies the first; of
@@ -577,8 +784,42 @@ status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream st
     void (*const kernels[2][2])(linear_args, division) = {
         {linear_strip<T, F, G, false, false>, linear_strip<T, F, G, false, true>},
         {linear_strip<T, F, G, true, false>, linear_strip<T, F, G, true, true>}};
-    return launch(kernels[plain][a->act != AF_16], a, divide<G>(a, tiles, 1, 1, again),
+    return launch(kernels[plain][a->act != AF_16], a, divide<G>(a, tiles, 1, 1, kUnits / 2, again),
                   dim3((unsigned)(again ? n_sms : tiles)), n_sms, stream);
+}
+
+// How both are cut: gate and up as alone; down, for which all warps are there at once, so that a
+// warp has few units. No bytes: they do not fit.
+template <int G>
+division_of_both divide_both(const linear_args *up, const linear_args *down, int32_t ctas) {
+    division_of_both d = {};
+    if (ctas < 1) return d;
+    d.up = divide<G>(up, (up->half_rows + 15) / 16, 2, kRows, kUnits / 2, false);
+    d.down = divide<G>(down, down->blocks * 2, 2, kRows, 2, false);
+    d.up_each = (d.up.tiles + ctas - 1) / ctas;
+    d.down_each = (d.down.tiles + ctas - 1) / ctas;
+    const int warps = max(d.up_each * d.up.warps, d.down_each * d.down.warps);
+    const int bytes = d.up.bytes + d.down.bytes;
+    const bool fits = warps <= kBothWarps && 1 + d.up_each + d.down_each <= kNamedBarriers &&
+                      warps * bytes + 128 <= kRoom && max(d.up.part, d.down.part) <= kUnits;
+    d.bytes = fits ? bytes : 0;
+    return d;
+}
+
+template <typename T>
+status launch_both(const linear_args *up, const linear_args *down, const division_of_both &d,
+                   int32_t ctas, kernel_stream stream) {
+    const auto kernel = linear_both<T, 128>;
+    const int warps = max(d.up_each * d.up.warps, d.down_each * d.down.warps);
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRoom - 128);
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+    const launch_config l(dim3((unsigned)ctas, (unsigned)up->m), dim3((unsigned)(32 * warps)),
+                          (size_t)(warps * d.bytes), stream, true);
+    if (e == cudaSuccess) e = cudaLaunchKernelEx(&l.config, kernel, *up, *down, d);
+    return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "linear_both: %s", cudaGetErrorString(e));
 }
 
 #define T_F16  __half
@@ -596,4 +837,19 @@ const linear_variant rows[] = {STRIPS_INSTANCES(ROWS)};
 
 extern "C" linear_table linear_strips_table(void) {
     return linear_table{rows, (int32_t)(sizeof rows / sizeof rows[0])};
+}
+
+extern "C" bool linear_both_fits(const linear_args *up, const linear_args *down, int32_t n_sms) {
+    return divide_both<128>(up, down, n_sms / up->m).bytes > 0;
+}
+
+extern "C" status linear_both_launch(const linear_args *up, const linear_args *down,
+                                     const linear_words *words, int32_t tokens, dtype type,
+                                     int32_t n_sms, kernel_stream stream) {
+    const int32_t ctas = n_sms / up->m;
+    division_of_both d = divide_both<128>(up, down, ctas);
+    d.x = words->x, d.tokens = tokens;
+    d.used = static_cast<uint4 *>(words->used), d.used_pieces = (int32_t)(words->used_bytes / 16);
+    return type == DT_F16 ? launch_both<__half>(up, down, d, ctas, stream)
+                          : launch_both<__nv_bfloat16>(up, down, d, ctas, stream);
 }

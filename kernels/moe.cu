@@ -8,6 +8,7 @@
 // order of blocks.
 // Of few tokens one block does both.
 #include "linear_layout.h"
+#include "linear_words.cuh"
 #include "mma_sync.cuh"
 #include "moe.h"
 #include "ptx_sm90.cuh"
@@ -339,6 +340,15 @@ __device__ __forceinline__ void enter_write(const moe_enter &p, const enter_plac
     for (int i = 0; i < pack<T>::n; i++)
         r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(gain.v[i]));
     store_pack(static_cast<T *>(p.x) + e.at, r);
+    if (!p.words) return;
+    uint4 word;
+    uint32_t *const w = &word.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = word_half(r.v[2 * i]) | word_half(r.v[2 * i + 1]) << 16;
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(
+                     static_cast<T *>(p.words) + e.at),
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
 }
 
 // The warp's 16 experts by all tokens, of this CTA's columns, to `part` of the first CTA. w: of
@@ -476,7 +486,7 @@ static_assert(kEnterExperts == 4 * 32, "of a lane, sums are a float4");
 // Where the program says, which the compiler would else move to the use.
 __device__ __forceinline__ uint4 load_now(const void *p) {
     uint4 v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p)
                  : "memory");
@@ -485,8 +495,8 @@ __device__ __forceinline__ uint4 load_now(const void *p) {
 
 // A block has a row, and K rows of its experts under way. The launch before is a linear of the same
 // rows of experts, so what slot_row and weight are was known when that began
-// (linear_problem.routed).
-template <typename T, int K>
+// (linear_problem.routed). kWords: y comes in words, of a launch that runs; they are waited for.
+template <typename T, int K, bool kWords>
 __global__ void __launch_bounds__(kLeaveThreads)
     leave(T *x, T *residual, const T *y, const T *gain, const float *weight,
           const int32_t *slot_row, int32_t *told, int top_k, int dim, float eps) {
@@ -498,16 +508,26 @@ __global__ void __launch_bounds__(kLeaveThreads)
     const int row = lane < top_k ? slot_row[token * top_k + lane] : 0;
     const float share = lane < top_k ? weight[token * top_k + lane] : 0.f;
     const float inverse = 1.f / (float)dim;
-    follow_previous();
-    if (told && (int)threadIdx.x < top_k) told[row * LINEAR_TOLD] = 0;
+    launch_dependents();
+    if (!kWords) wait_for_previous();
+    if (!kWords && told && (int)threadIdx.x < top_k) told[row * LINEAR_TOLD] = 0;
     pack<T> r = load_pack(residual + at); // [8]
     float sum[pack<T>::n] = {};
     for (int j0 = 0; j0 < top_k; j0 += K) {
         uint4 v[K]; // all asked for before any is used
+        bool there;
+        do {
+            there = true;
 #pragma unroll
-        for (int j = 0; j < K; j++)
-            v[j] = load_now(y + int64_t{__shfl_sync(~0u, row, (j0 + j) % 32)} * dim +
-                            (here ? col : 0));
+            for (int j = 0; j < K; j++)
+                v[j] = load_now(y + int64_t{__shfl_sync(~0u, row, (j0 + j) % 32)} * dim +
+                                (here ? col : 0));
+#pragma unroll
+            for (int j = 0; kWords && j < K; j++)
+                there = there && (j0 + j >= top_k || words_there(v[j]));
+        } while (kWords && !__all_sync(~0u, there));
+#pragma unroll
+        for (int j = 0; kWords && j < K; j++) v[j] = make_uint4(~v[j].x, ~v[j].y, ~v[j].z, ~v[j].w);
 #pragma unroll
         for (int j = 0; j < K; j++) {
             const float w = __shfl_sync(~0u, share, (j0 + j) % 32);
@@ -524,12 +544,16 @@ __global__ void __launch_bounds__(kLeaveThreads)
         squares += here ? to_f32(r.v[i]) * to_f32(r.v[i]) : 0.f;
     }
     const float scale = rsqrtf(block_sum(squares, shared) * inverse + eps);
-    if (!here) return;
-    store_pack(residual + at, r);
+    // Whoever finds no row told now has none to work on.
+    if (kWords && told && (int)threadIdx.x < top_k) told[row * LINEAR_TOLD] = 0;
+    if (here) {
+        store_pack(residual + at, r);
 #pragma unroll
-    for (int i = 0; i < pack<T>::n; i++)
-        r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(g.v[i]));
-    store_pack(x + at, r);
+        for (int i = 0; i < pack<T>::n; i++)
+            r.v[i] = from_f32<T>(to_f32(r.v[i]) * scale * to_f32(g.v[i]));
+        store_pack(x + at, r);
+    }
+    if (kWords) wait_for_previous();
 }
 
 } // namespace
@@ -668,8 +692,8 @@ extern "C" status kernel_moe_enter(const moe_enter *p, kernel_stream stream) {
 
 extern "C" status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
                                    const float *weight, const int32_t *slot_row, int32_t *told,
-                                   int64_t t, int32_t top_k, int32_t dim, float eps, dtype type,
-                                   kernel_stream stream) {
+                                   bool y_in_words, int64_t t, int32_t top_k, int32_t dim,
+                                   float eps, dtype type, kernel_stream stream) {
     if (t < 0 || t > INT32_MAX || top_k < 1 || top_k > MOE_TOP_K_MAX || dim <= 0 || dim % 8 ||
         dim > MOE_LEAVE_DIM_MAX)
         return FAIL(ST_SHAPE, "moe_leave [%lld, %d] of %d", (long long)t, dim, top_k);
@@ -679,7 +703,10 @@ extern "C" status kernel_moe_leave(void *x, void *residual, const void *y, const
 #define X(name)                                                                                    \
     case DT_##name: {                                                                              \
         using T = typename element<DT_##name>::type;                                               \
-        const auto kernel = top_k <= 2 ? leave<T, 2> : top_k <= 4 ? leave<T, 4> : leave<T, 8>;     \
+        const auto kernel = y_in_words   ? leave<T, 8, true>                                       \
+                            : top_k <= 2 ? leave<T, 2, false>                                      \
+                            : top_k <= 4 ? leave<T, 4, false>                                      \
+                                         : leave<T, 8, false>;                                     \
         return launch_early("moe_leave", kernel, (unsigned)t, threads, stream,                     \
                             static_cast<T *>(x), static_cast<T *>(residual),                       \
                             static_cast<const T *>(y), static_cast<const T *>(gain), weight,       \

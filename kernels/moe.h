@@ -77,6 +77,7 @@ typedef struct {
     float eps;
     dtype type;
     int32_t *told;
+    void *words; /* NULL, or [t, dim] of x besides, as linear_words has it */
 } moe_enter;
 
 bool kernel_moe_enter_accepts(const moe_enter *p, int32_t sm);
@@ -89,12 +90,14 @@ status kernel_moe_enter(const moe_enter *p, kernel_stream stream);
  *   x, residual   [t, dim]      y   [t * top_k, dim]      gain   [dim], all of `type`, F16 or BF16
  *
  *   told   [t * top_k] words LINEAR_TOLD apart, zeros after; or NULL
+ *   y_in_words: y is what kernel_linear_both, the launch before, makes of it
  *
  * SHAPE unless dim is a multiple of 8 and at most MOE_LEAVE_DIM_MAX. */
 enum { MOE_LEAVE_DIM_MAX = 4096 };
 status kernel_moe_leave(void *x, void *residual, const void *y, const void *gain,
-                        const float *weight, const int32_t *slot_row, int32_t *told, int64_t t,
-                        int32_t top_k, int32_t dim, float eps, dtype type, kernel_stream stream);
+                        const float *weight, const int32_t *slot_row, int32_t *told,
+                        bool y_in_words, int64_t t, int32_t top_k, int32_t dim, float eps,
+                        dtype type, kernel_stream stream);
 
 #ifdef __cplusplus
 }

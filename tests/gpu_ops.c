@@ -651,8 +651,10 @@ static void enter_case(int64_t t, int32_t dim, int32_t x, int32_t k, dtype type,
                    .normalise = true,
                    .eps = 1e-5f,
                    .type = type,
-                   .told = dev((size_t)slots * LINEAR_TOLD * 4)};
+                   .told = dev((size_t)slots * LINEAR_TOLD * 4),
+                   .words = dev((size_t)n * 2)};
     CUDA(cudaMemset(p.told, 0, (size_t)slots * LINEAR_TOLD * 4));
+    CUDA(cudaMemset(p.words, 0, (size_t)n * 2));
     assert_true(kernel_moe_enter_accepts(&p, 90));
     assert_ok(kernel_moe_enter(&p, NULL));
     fetch_f32(got, dr, n, type);
@@ -663,13 +665,24 @@ static void enter_case(int64_t t, int32_t dim, int32_t x, int32_t k, dtype type,
     ref_rmsnorm(y, residual, gain, t, dim, 1e-5f);
     for (int64_t i = 0; i < n; i++)
         assert_close(got[i], y[i], fabs((double)y[i]) * unit_of(type) * 1.01 + 1e-7);
+    uint16_t *x_bits = host((size_t)n, 2), *words = host((size_t)n, 2);
+    int64_t wrong = 0, twin = 0;
+    fetch(x_bits, dy, (size_t)n * 2);
+    fetch(words, p.words, (size_t)n * 2);
+    for (int64_t i = 0; i < n; i++) {
+        wrong += words[i] + x_bits[i] != 0xffff;
+        twin += words[i] != x_bits[i];
+    }
+    assert_int_equal(wrong, 0);
+    assert_int_equal(twin, n);
+    free(x_bits), free(words);
     check_logits(&p, own, y, w, biased ? bias : NULL);
     check_entered(&p, own);
     void *all[] = {dr,          da,          dg,
                    dy,          rounded,     router.code,
                    router.bias, p.logits,    p.expert_start,
                    p.slot_row,  p.row_token, p.expert,
-                   p.weight,    p.told};
+                   p.weight,    p.told,      p.words};
     for (int i = 0; i < COUNT_OF(all); i++) CUDA(cudaFree(all[i]));
     free(residual), free(add), free(gain), free(w), free(bias), free(y), free(got), free(own);
 }
@@ -686,7 +699,7 @@ static void leave_case(int64_t t, int32_t dim, int32_t k, dtype type) {
     int32_t *told = dev((size_t)slots * LINEAR_TOLD * 4),
             *left = host((size_t)slots * LINEAR_TOLD, 4);
     CUDA(cudaMemset(told, 1, (size_t)slots * LINEAR_TOLD * 4));
-    assert_ok(kernel_moe_leave(dx, dr, dy, dg, ds, dw, told, t, k, dim, 1e-5f, type, NULL));
+    assert_ok(kernel_moe_leave(dx, dr, dy, dg, ds, dw, told, false, t, k, dim, 1e-5f, type, NULL));
     fetch(left, told, (size_t)slots * LINEAR_TOLD * 4);
     for (int64_t i = 0; i < slots; i++) {
         assert_int_equal(left[i * LINEAR_TOLD], 0);
@@ -734,9 +747,9 @@ static void test_moe_norms(void **state) {
     p.router = &w;
     p.type = w.type;
     assert_status(kernel_moe_enter(&p, NULL), ST_SHAPE);
-    assert_status(
-        kernel_moe_leave(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, 12, 1, DT_F16, NULL),
-        ST_SHAPE);
+    assert_status(kernel_moe_leave(NULL, NULL, NULL, NULL, NULL, NULL, NULL, false, 1, 1, 12, 1,
+                                   DT_F16, NULL),
+                  ST_SHAPE);
 }
 
 /* --- Drawing ---------------------------------------------------------------------------------- */
