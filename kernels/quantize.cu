@@ -314,7 +314,7 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
         : per == 1 ? quantize_rows<T, A, 1, false>
         : per == 4 ? quantize_rows<T, A, 4, false>
                    : quantize_rows<T, A, 8, false>;
-    const unsigned room = wide ? room_for_fewer(4) : few ? room_for_fewer(2) : 0;
+    const unsigned room = wide ? room_for_fewer(4) : few ? room_for_fewer(5) : 0;
     return launch_clusters("quantize_activation", kernel, grid, block, cluster, room, stream, a);
 }
 
