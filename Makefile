@@ -43,10 +43,12 @@ CUDA_HOST := engine/device_cuda.c $(wildcard engine/cudev_*.c) engine/ceilings.c
 CUDA_LIBS := -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublas -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 
 SOURCES := $(sort $(filter-out $(if $(CUDA_ARCH),,$(CUDA_HOST)),$(wildcard engine/*.c kernels/*.c)))
-KERNELS := $(if $(CUDA_ARCH),$(sort $(wildcard kernels/*.cu kernels/ladder/*.cu)))
+# What compiles longest goes first, so that no core waits for it in the end.
+SLOW    := $(patsubst %,kernels/%.cu,linear_short linear_ampere attention_decode linear_hopper linear_tall linear_mid)
+KERNELS := $(if $(CUDA_ARCH),$(SLOW) $(filter-out $(SLOW),$(sort $(wildcard kernels/*.cu kernels/ladder/*.cu))))
 DEVICES := $(if $(CUDA_ARCH),cuda) cpu sim null
 BENCHES := $(patsubst engine/cmd_bench_%.c,%,$(KERNEL_BENCHES))
-OBJECTS := $(SOURCES:%.c=$(O)/%.o) $(KERNELS:%.cu=$(O)/%.cu.o)
+OBJECTS := $(KERNELS:%.cu=$(O)/%.cu.o) $(SOURCES:%.c=$(O)/%.o)
 LIBRARY := $(O)/libamalgam.a
 TESTS   := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/test_*.c)))
 GPU_TESTS := $(patsubst tests/%.c,$(O)/tests/%,$(sort $(wildcard tests/gpu_*.c)))

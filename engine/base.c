@@ -3,13 +3,16 @@
 #include "base.h"
 
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -350,6 +353,68 @@ status file_make_dirs(const char *path) {
     return ST_OK;
 }
 
+/* --- Drafts ------------------------------------------------------------------------------------
+ * A temporary is TARGET.PID.tmp, locked by its writer: what nobody has locked is left of one that
+ * was killed. */
+
+static file_draft *volatile draft_on_signal; /* the one that a signal removes; NULL = none */
+
+static void remove_draft(int number) {
+    const file_draft *f = draft_on_signal;
+    if (f) (void)unlink(f->temporary);
+    (void)raise(number); /* SA_RESETHAND: this one ends the process */
+}
+
+void file_remove_on_signals(void) {
+    static const int numbers[] = {SIGHUP, SIGINT, SIGTERM};
+    for (int32_t i = 0; i < COUNT_OF(numbers); i++) {
+        struct sigaction before;
+        if (sigaction(numbers[i], NULL, &before) != 0 || before.sa_handler == SIG_IGN) continue;
+        const struct sigaction once = {.sa_handler = remove_draft, .sa_flags = (int)SA_RESETHAND};
+        (void)sigaction(numbers[i], &once, NULL);
+    }
+}
+
+static void forget_draft(const file_draft *f) {
+    if (draft_on_signal == f) draft_on_signal = NULL;
+}
+
+/* Is `name` the first n bytes of `target`, a number, and ".tmp"? */
+static bool is_temporary_of(const char *name, const char *target, size_t n) {
+    if (strncmp(name, target, n) != 0 || name[n] != '.') return false;
+    const char *pid = name + n + 1;
+    const size_t digits = strspn(pid, "0123456789");
+    return digits > 0 && strcmp(pid + digits, ".tmp") == 0;
+}
+
+static void remove_dead_drafts(const char *path) {
+    char folder[PATH_MAX];
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path + 1) : 1,
+             slash ? path : ".");
+    DIR *dir = opendir(folder);
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        if (!is_temporary_of(e->d_name, name, strlen(name))) continue;
+        const int fd = openat(dirfd(dir), e->d_name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        if (fd < 0) continue;
+        if (flock(fd, LOCK_EX | LOCK_NB) == 0) (void)unlinkat(dirfd(dir), e->d_name, 0);
+        close(fd);
+    }
+    if (dir) closedir(dir);
+}
+
+/* Another process may take it for a dead one's before it is locked: then once more. */
+static int open_temporary(const char *path) {
+    int fd = -1;
+    for (int32_t tries = 0; tries < 8; tries++) {
+        struct stat made;
+        fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (fd < 0 || flock(fd, LOCK_EX) != 0 || fstat(fd, &made) != 0 || made.st_nlink > 0) break;
+        if (tries < 7) close(fd);
+    }
+    return fd;
+}
+
 status file_begin(file_draft *f, const char *path) {
     char real[PATH_MAX];
     struct stat kind, link;
@@ -363,10 +428,18 @@ status file_begin(file_draft *f, const char *path) {
         snprintf(f->temporary, sizeof f->temporary, "%s.%d.tmp", path, (int)getpid()) >=
             (int)sizeof f->temporary)
         return FAIL(ST_IO, "%s: path too long", path);
-    if (!replaced) f->temporary[0] = 0;
-    f->fd = replaced ? open(f->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)
-                     : open(path, O_WRONLY | O_CLOEXEC);
-    return f->fd >= 0 ? ST_OK : FAIL(ST_IO, "%s: %s", path, strerror(errno));
+    if (replaced) {
+        remove_dead_drafts(path);
+        if (!draft_on_signal) draft_on_signal = f;
+        f->fd = open_temporary(f->temporary);
+    } else {
+        f->temporary[0] = 0;
+        f->fd = open(path, O_WRONLY | O_CLOEXEC);
+    }
+    if (f->fd >= 0) return ST_OK;
+    const int why = errno;
+    forget_draft(f);
+    return FAIL(ST_IO, "%s: %s", path, strerror(why));
 }
 
 status file_add(file_draft *f, const void *data, size_t n) {
@@ -388,20 +461,34 @@ status file_end(file_draft *f, status st) {
     if (st == ST_OK && replaces && rename(f->temporary, f->path) != 0)
         st = FAIL(ST_IO, "%s: %s", f->path, strerror(errno));
     if (st != ST_OK && replaces) unlink(f->temporary);
+    forget_draft(f);
     return st;
 }
 
-status file_write(const char *path, const void *data, size_t size) {
+static status make_parents(const char *path) {
     const char *slash = strrchr(path, '/');
-    if (slash && slash != path) {
-        char dir[4096];
-        if (snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path) >= (int)sizeof dir)
-            return FAIL(ST_IO, "%s: path too long", path);
-        TRY(file_make_dirs(dir));
-    }
+    if (!slash || slash == path) return ST_OK;
+    char dir[4096];
+    if (snprintf(dir, sizeof dir, "%.*s", (int)(slash - path), path) >= (int)sizeof dir)
+        return FAIL(ST_IO, "%s: path too long", path);
+    return file_make_dirs(dir);
+}
+
+status file_write(const char *path, const void *data, size_t size) {
+    TRY(make_parents(path));
     file_draft f;
     TRY(file_begin(&f, path));
     return file_end(&f, file_add(&f, data, size));
+}
+
+status file_may_write(const char *path) {
+    struct stat kind;
+    if (stat(path, &kind) == 0 && !S_ISREG(kind.st_mode) && !S_ISDIR(kind.st_mode)) return ST_OK;
+    TRY(make_parents(path));
+    file_draft f;
+    TRY(file_begin(&f, path));
+    (void)file_end(&f, ST_INTERRUPTED);
+    return ST_OK;
 }
 
 status stdout_failed(void) {

@@ -140,8 +140,15 @@ status file_add(file_draft *f, const void *data, size_t n);
 /* st OK: flush to the disk and put into place. Else drop what was added; the result is st then. */
 status file_end(file_draft *f, status st);
 
+/* From here on SIGHUP, SIGINT and SIGTERM, where they are not ignored, remove the first draft that
+ * is open before they end the process. What a process killed outright leaves goes when somebody
+ * next begins the same file. */
+void file_remove_on_signals(void);
+
 /* All of it at once. Missing parent directories are made. */
 status file_write(const char *path, const void *data, size_t size);
+/* Could that begin? For what is only known after long work; parents are made here already. */
+status file_may_write(const char *path);
 bool file_exists(const char *path);
 /* Why the write to standard output that has just failed did (errno): INTERRUPTED when who read it
  * has closed the pipe and so has what they wanted, else IO. */

@@ -1,8 +1,10 @@
 /* bench_cuda.c - see bench_cuda.h. */
 #include "bench_cuda.h"
 #include "cudev.h"
+#include "nvml.h"
 
 #include <cuda_runtime_api.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum { WARM_UPS = 2, REPLAYS = 9 };
@@ -15,6 +17,11 @@ status bench_cuda_open(void) {
 status bench_cuda_check(int cuda_error, const char *call) {
     const cudaError_t e = (cudaError_t)cuda_error;
     return e == cudaSuccess ? ST_OK : FAIL(ST_DEVICE, "%s: %s", call, cudaGetErrorString(e));
+}
+
+void bench_print_gpu(void) {
+    char buf[NVML_JSON_MAX];
+    if (nvml_json(buf)[0]) printf("{\"kind\":\"gpu\",%s\n", buf + 1);
 }
 
 static int ascending(const void *a, const void *b) {

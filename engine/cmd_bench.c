@@ -177,9 +177,13 @@ int cmd_bench(int argc, char **argv) {
             return printf("bench %s: %s\n", benches[i].name, benches[i].help) < 0;
         return cli_exit(FAIL(ST_UNSUPPORTED, "bench %s: this build has no CUDA", argv[1]));
     }
-    if (argc < 2 || (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0))
-        return cli_exit(FAIL(ST_USAGE, "%s%s (amalgam bench --help lists them)",
-                             argc < 2 ? "bench what?" : "no benchmark ", argc < 2 ? "" : argv[1]));
+    if (argc < 2) return cli_exit(FAIL(ST_USAGE, "bench what? (amalgam bench --help lists them)"));
+    if (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0)
+        return cli_exit(FAIL(
+            ST_USAGE, "no benchmark '%s': the nearest is '%s' (amalgam bench --help lists them)",
+            argv[1],
+            nearest_name(argv[1], strlen(argv[1]), &benches->name, sizeof *benches,
+                         COUNT_OF(benches))));
     puts("usage: amalgam bench WHAT [options]");
     for (int32_t i = 0; i < COUNT_OF(benches); i++)
         printf("  %-10s %s\n", benches[i].name, benches[i].help);

@@ -309,55 +309,83 @@ static status time_run(bench_run *r, const bench_case *c, const bench_gpu *g, do
     return ST_OK;
 }
 
-/* Sampled heads of the last token and another of sequence 0, set 0. */
-static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *g,
-                            double *rel_err) {
-    enum { HEADS = 3 };
-    const int32_t d = c->head_dim, G = c->kv_heads, pages = (int32_t)div_up(c->ctx, P);
-    const int64_t n_out = (int64_t)c->batch * c->n_new * c->heads * d, gd = (int64_t)G * d;
-    CUDA(cudaMemset(r->out, 0xff, (size_t)n_out * 2));
-    TRY(launch(r, c, g, 0, NULL));
-    CUDA(cudaDeviceSynchronize());
-    uint16_t *out = mem_alloc((size_t)c->n_new * (size_t)c->heads * (size_t)d, 2);
-    uint8_t *page = mem_alloc((size_t)r->page_bytes, 1);
-    float *k = mem_alloc((size_t)(P * gd), 4), *v = mem_alloc((size_t)(P * gd), 4);
-    float *kh = mem_alloc((size_t)HEADS * (size_t)pages * P * (size_t)d, 4);
-    float *vh = mem_alloc((size_t)HEADS * (size_t)pages * P * (size_t)d, 4);
-    if (!out || !page || !k || !v || !kh || !vh) return FAIL(ST_NOMEM, "reference");
-    CUDA(cudaMemcpy(out, r->out, (size_t)c->n_new * (size_t)c->heads * (size_t)d * 2,
-                    cudaMemcpyDeviceToHost));
-    const int32_t head[HEADS] = {0, c->heads / 2, c->heads - 1}, ratio = c->heads / G;
-    for (int32_t p = 0; p < pages; p++) {
-        CUDA(cudaMemcpy(page, (uint8_t *)r->cache.base + r->page[p] * r->page_bytes,
+enum { HEADS = 3 }; /* that are compared: the first, the middle, the last */
+
+/* Host memory of a comparison. */
+typedef struct {
+    int32_t head[HEADS], pages;
+    uint16_t *out; /* [n_new, H, D] of sequence 0 */
+    uint8_t *page;
+    float *k, *v;   /* [P, G, D] of one page */
+    float *kh, *vh; /* [HEADS, pages P, D] */
+} comparison;
+
+/* The heads' keys and values of set 0's sequence 0, as the cache holds them. */
+static status gather_heads(comparison *x, const bench_run *r, const bench_case *c) {
+    const int32_t d = c->head_dim, G = c->kv_heads, ratio = c->heads / G;
+    for (int32_t p = 0; p < x->pages; p++) {
+        CUDA(cudaMemcpy(x->page, (uint8_t *)r->cache.base + r->page[p] * r->page_bytes,
                         (size_t)r->page_bytes, cudaMemcpyDeviceToHost));
-        attention_unpack_page(k, v, page, c->k, c->v, c->type, G, d);
+        attention_unpack_page(x->k, x->v, x->page, c->k, c->v, c->type, G, d);
         for (int32_t h = 0; h < HEADS; h++)
             for (int32_t t = 0; t < P; t++) {
-                const int64_t to = (((int64_t)h * pages + p) * P + t) * d;
-                memcpy(kh + to, k + t * gd + head[h] / ratio * d, (size_t)d * 4);
-                memcpy(vh + to, v + t * gd + head[h] / ratio * d, (size_t)d * 4);
+                const int64_t to = (((int64_t)h * x->pages + p) * P + t) * d;
+                const int64_t from = (int64_t)t * G * d + x->head[h] / ratio * d;
+                memcpy(x->kh + to, x->k + from, (size_t)d * sizeof(float));
+                memcpy(x->vh + to, x->v + from, (size_t)d * sizeof(float));
             }
     }
+    return ST_OK;
+}
+
+/* Over the heads of the last new token and of another. */
+static double compare_heads(const comparison *x, const bench_run *r, const bench_case *c) {
+    const int32_t d = c->head_dim;
     double error = 0, norm = 0;
 #pragma omp parallel for reduction(+ : error, norm)
     for (int32_t i = 0; i < 2 * HEADS; i++) {
         const int32_t h = i / 2, t = i % 2 ? c->n_new - 1 : c->n_new / 3;
         float q[1024], ref[1024];
-        const int64_t row = (int64_t)t * (c->heads + 2 * G) + head[h];
+        const int64_t row = (int64_t)t * (c->heads + 2 * c->kv_heads) + x->head[h];
+        const int64_t at = (int64_t)h * x->pages * P * d;
+        const uint16_t *out = x->out + ((int64_t)t * c->heads + x->head[h]) * d;
         for (int32_t e = 0; e < d; e++) q[e] = value16(r->q[row * d + e], c->type);
-        const int64_t at = (int64_t)h * pages * P * d;
-        ref_attention(ref, d, q, d, kh + at, vh + at, 1, c->ctx - c->n_new + t, d, c->window,
+        ref_attention(ref, d, q, d, x->kh + at, x->vh + at, 1, c->ctx - c->n_new + t, d, c->window,
                       r->l.scale, NULL);
         for (int32_t e = 0; e < d; e++) {
-            const double x =
-                (double)value16(out[((int64_t)t * c->heads + head[h]) * d + e], c->type);
-            error += (x - (double)ref[e]) * (x - (double)ref[e]);
-            norm += (double)ref[e] * (double)ref[e];
+            const double got = (double)value16(out[e], c->type), want = (double)ref[e];
+            error += (got - want) * (got - want);
+            norm += want * want;
         }
     }
-    *rel_err = sqrt(error / norm);
-    mem_free(out), mem_free(page), mem_free(k), mem_free(v), mem_free(kh), mem_free(vh);
-    return ST_OK;
+    return sqrt(error / norm);
+}
+
+/* Sampled heads of the last token and another of sequence 0, set 0. */
+static status measure_error(bench_run *r, const bench_case *c, const bench_gpu *g,
+                            double *rel_err) {
+    const size_t d = (size_t)c->head_dim, row = (size_t)c->heads * d, gd = (size_t)c->kv_heads * d,
+                 pages = (size_t)div_up(c->ctx, P);
+    CUDA(cudaMemset(r->out, 0xff, (size_t)c->batch * (size_t)c->n_new * row * 2));
+    TRY(launch(r, c, g, 0, NULL));
+    CUDA(cudaDeviceSynchronize());
+    comparison x = {.head = {0, c->heads / 2, c->heads - 1},
+                    .pages = (int32_t)pages,
+                    .out = mem_alloc((size_t)c->n_new * row, sizeof *x.out),
+                    .page = mem_alloc((size_t)r->page_bytes, 1),
+                    .k = mem_alloc(P * gd, sizeof *x.k),
+                    .v = mem_alloc(P * gd, sizeof *x.v),
+                    .kh = mem_alloc(HEADS * pages * P * d, sizeof *x.kh),
+                    .vh = mem_alloc(HEADS * pages * P * d, sizeof *x.vh)};
+    const bool enough = x.out && x.page && x.k && x.v && x.kh && x.vh;
+    status st = enough ? bench_cuda_check((int)cudaMemcpy(x.out, r->out, (size_t)c->n_new * row * 2,
+                                                          cudaMemcpyDeviceToHost),
+                                          "output")
+                       : FAIL(ST_NOMEM, "reference");
+    if (st == ST_OK) st = gather_heads(&x, r, c);
+    if (st == ST_OK) *rel_err = compare_heads(&x, r, c);
+    mem_free(x.out), mem_free(x.page), mem_free(x.k), mem_free(x.v), mem_free(x.kh), mem_free(x.vh);
+    return st;
 }
 
 /* Multiply-adds of Q K^T and P V that the mask leaves, times two. */
@@ -371,38 +399,39 @@ static double flops(const bench_case *c) {
     return 4.0 * seen * c->heads * c->head_dim;
 }
 
+static const char json_line[] =
+    "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%d,"
+    "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"last\":%d,\"new\":%d,\"us\":%.2f,\"gbs\":%.1f,"
+    "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s%s\",\"rel_err\":%.3g}\n";
+static const char text_line[] =
+    "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d last %-6d new %-5d %10.2f us %8.1f GB/s %5.1f%% of "
+    "read %7.1f TFLOP/s  %s%s  rel_err %.3g\n";
+
+static void print_case(const bench_case *c, const bench_gpu *g, const bench_run *r, double us,
+                       double rel_err) {
+    const double gbs = (double)kv_bytes(c, r) / us * 1e-3, tflops = flops(c) / us * 1e-6;
+    const char *kernel = c->expand_first   ? "expand_first"
+                         : c->kernel       ? c->kernel
+                         : !c->family      ? "best"
+                         : c->family == 80 ? "family80"
+                                           : "family90";
+    char kv[16];
+    snprintf(kv, sizeof kv, c->k == c->v ? "KV%s" : "K%sV%s", kv_format_text(c->k),
+             kv_format_text(c->v));
+    printf(c->json ? json_line : text_line, c->prefill ? "prefill" : "decode", kv,
+           dtype_text(c->type), c->heads, c->kv_heads, c->head_dim, c->batch, c->ctx,
+           length_of(c, c->batch - 1), c->n_new, us, gbs, gbs / g->read_gbs * 100, tflops, kernel,
+           r->work.counts.n_wide ? ", written out" : "", rel_err);
+    fflush(stdout);
+}
+
 static status bench_one(const bench_case *c, const bench_gpu *g) {
     bench_run r;
     double us = 0, rel_err = NAN;
     status st = open_run(&r, c, g);
     if (st == ST_OK) st = time_run(&r, c, g, &us);
     if (st == ST_OK) st = measure_error(&r, c, g, &rel_err);
-    char kv[16];
-    snprintf(kv, sizeof kv, c->k == c->v ? "KV%s" : "K%sV%s", kv_format_text(c->k),
-             kv_format_text(c->v));
-    if (st == ST_OK) {
-        const double gbs = (double)kv_bytes(c, &r) / us * 1e-3, tflops = flops(c) / us * 1e-6;
-        printf(
-            c->json
-                ? "{\"kind\":\"attention\",\"phase\":\"%s\",\"kv\":\"%s\",\"dtype\":\"%s\",\"hq\":%"
-                  "d,"
-                  "\"hkv\":%d,\"d\":%d,\"batch\":%d,\"ctx\":%d,\"last\":%d,\"new\":%d,\"us\":%.2f,"
-                  "\"gbs\":%.1f,"
-                  "\"pct_read\":%.1f,\"tflops\":%.1f,\"kernel\":\"%s%s\",\"rel_err\":%.3g}\n"
-                : "%-8s %-6s %-4s %3d/%-3d d%-3d %4d x %-6d last %-6d new %-5d %10.2f us %8.1f "
-                  "GB/s %5.1f%% "
-                  "of "
-                  "read %7.1f TFLOP/s  %s%s  rel_err %.3g\n",
-            c->prefill ? "prefill" : "decode", kv, dtype_text(c->type), c->heads, c->kv_heads,
-            c->head_dim, c->batch, c->ctx, length_of(c, c->batch - 1), c->n_new, us, gbs,
-            gbs / g->read_gbs * 100, tflops,
-            c->expand_first ? "expand_first"
-            : c->kernel     ? c->kernel
-            : c->family     ? (c->family == 80 ? "family80" : "family90")
-                            : "best",
-            r.work.counts.n_wide ? ", written out" : "", rel_err);
-        fflush(stdout);
-    }
+    if (st == ST_OK) print_case(c, g, &r, us, rel_err);
     close_run(&r);
     return st;
 }
@@ -430,6 +459,15 @@ static status measure_ceiling(bench_gpu *g, bool json) {
     printf(json ? "{\"kind\":\"ceiling\",\"read_gbs\":%.1f}\n" : "read ceiling %.1f GB/s\n",
            g->read_gbs);
     return ST_OK;
+}
+
+static status open_gpu(bench_gpu *g, bool json) {
+    struct cudaDeviceProp prop;
+    TRY(bench_cuda_open());
+    CUDA(cudaGetDeviceProperties(&prop, 0));
+    g->sm = prop.major * 10 + prop.minor;
+    g->n_sms = prop.multiProcessorCount;
+    return measure_ceiling(g, json);
 }
 
 /* --- Options ---------------------------------------------------------------------------------- */
@@ -533,15 +571,8 @@ int bench_attention(int argc, char **argv) {
     if (st == ST_OK && expand_first && c.type != DT_F16)
         st = FAIL(ST_UNSUPPORTED, "--expand-first: values are numbers of fp16");
     bench_gpu g = {0};
-    struct cudaDeviceProp prop;
-    if (st == ST_OK) st = bench_cuda_open();
-    if (st == ST_OK)
-        st = bench_cuda_check((int)cudaGetDeviceProperties(&prop, 0), "cudaGetDeviceProperties");
-    if (st == ST_OK) {
-        g.sm = prop.major * 10 + prop.minor;
-        g.n_sms = prop.multiProcessorCount;
-        st = measure_ceiling(&g, json);
-    }
+    if (st == ST_OK) st = open_gpu(&g, json);
     if (st == ST_OK) st = bench_all(&c, formats, list, n_new, &g);
+    if (st == ST_OK && json) bench_print_gpu();
     return cli_exit(st);
 }

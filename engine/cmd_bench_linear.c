@@ -156,5 +156,6 @@ int bench_linear(int argc, char **argv) {
         if (sscanf(s, "%dx%d", &w.n, &w.k) != 2) st = FAIL(ST_USAGE, "--shape %s", o.shapes);
         if (st == ST_OK) st = bench_shape(&o, w);
     }
+    if (st == ST_OK && o.json) bench_print_gpu();
     return cli_exit(st);
 }

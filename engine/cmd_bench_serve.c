@@ -6,6 +6,7 @@
 #include "metrics.h"
 
 #include <math.h>
+#include <signal.h>
 #include <string.h>
 #include <time.h>
 
@@ -98,8 +99,8 @@ static status read_limits(metric_limits *out, const cli_texts *said) {
 }
 
 /* vLLM's flat object: identity first, then totals and statistics. */
-static status save(const arguments *a, const load_report *r, const workload *w,
-                   const request_log *log, const metrics *m) {
+static status save(const arguments *a, const load_report *r, const request_log *log,
+                   const metrics *m) {
     char date[32];
     const time_t now = time(NULL);
     struct tm utc;
@@ -111,13 +112,14 @@ static status save(const arguments *a, const load_report *r, const workload *w,
         json_pack("{s:s, s:s, s:s, s:s?, s:s, s:s, s:i, s:o, s:f, s:o}", "date", date,
                   "endpoint_type", a->backend, "backend", a->backend, "label", a->label, "model_id",
                   r->model, "tokenizer_id", a->tokenizer ? a->tokenizer : r->model, "num_prompts",
-                  w->n, "request_rate", number ? json_real(rate) : json_string("inf"), "burstiness",
-                  isinf(a->burstiness) ? 1e9 : a->burstiness, "max_concurrency",
+                  r->n_logged, "request_rate", number ? json_real(rate) : json_string("inf"),
+                  "burstiness", isinf(a->burstiness) ? 1e9 : a->burstiness, "max_concurrency",
                   a->concurrency > 0 ? json_integer(a->concurrency) : json_null());
-    json_t *ours = json_pack("{s:f, s:f, s:b}", "rtfx", 0.0 /* audio models only */,
-                             "amalgam_lag_p99_ms", r->lag_p99_s * 1e3, "amalgam_valid", r->valid);
+    json_t *ours = json_pack("{s:f, s:f, s:b, s:b}", "rtfx", 0.0 /* audio models only */,
+                             "amalgam_lag_p99_ms", r->lag_p99_s * 1e3, "amalgam_valid", r->valid,
+                             "amalgam_interrupted", r->interrupted);
     status st = o ? metrics_json_vllm(m, o) : FAIL(ST_NOMEM, "result");
-    if (st == ST_OK && a->detailed) st = metrics_json_requests(log, w->n, o);
+    if (st == ST_OK && a->detailed) st = metrics_json_requests(log, r->n_logged, o);
     if (st == ST_OK && json_object_update(o, ours) != 0) st = FAIL(ST_NOMEM, "result");
     json_decref(ours);
     char *line = st == ST_OK ? json_line(o) : NULL;
@@ -129,10 +131,11 @@ static status save(const arguments *a, const load_report *r, const workload *w,
 }
 
 static status print_json(const load_report *r, const metrics *m) {
-    json_t *o = json_pack("{s:s, s:s, s:b, s:f, s:f, s:I, s:I}", "kind", "serve", "model", r->model,
-                          "valid", r->valid, "own_lag_p99_ms", r->lag_p99_s * 1e3, "own_lag_max_ms",
-                          r->lag_max_s * 1e3, "n_failed", (json_int_t)r->n_failed, "n_events",
-                          (json_int_t)r->n_events);
+    json_t *o =
+        json_pack("{s:s, s:s, s:b, s:b, s:f, s:f, s:I, s:I}", "kind", "serve", "model", r->model,
+                  "valid", r->valid, "interrupted", r->interrupted, "own_lag_p99_ms",
+                  r->lag_p99_s * 1e3, "own_lag_max_ms", r->lag_max_s * 1e3, "n_failed",
+                  (json_int_t)r->n_failed, "n_events", (json_int_t)r->n_events);
     status st = o ? metrics_json(m, o) : FAIL(ST_NOMEM, "result");
     char *line = st == ST_OK ? json_line(o) : NULL;
     if (line) puts(line);
@@ -146,7 +149,10 @@ static void print_row(const char *name, const metric_summary *s) {
            s->p99 * 1e3);
 }
 
-static void print_text(const load_report *r, const metrics *m) {
+static void print_text(const load_report *r, const metrics *m, int32_t n) {
+    if (r->interrupted)
+        printf("interrupted: %d of %d requests were sent, %lld of them given up in flight\n",
+               r->n_logged, n, (long long)m->n_cancelled);
     printf("%s: %lld completed, %lld failed in %.2f s%s%s\n", r->model, (long long)m->n_completed,
            (long long)r->n_failed, m->duration_s, r->n_failed ? "; first failure: " : "",
            r->failure);
@@ -170,9 +176,35 @@ static void print_text(const load_report *r, const metrics *m) {
            r->valid ? "valid" : "INVALID, the load generator was late (1 ms or 1 % of the gap)");
 }
 
-static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *good) {
+static volatile sig_atomic_t stopped_by_user;
+
+/* The next one ends the process. */
+static void stop(int number) {
+    (void)number;
+    stopped_by_user = 1;
+}
+
+/* load_run, which SIGINT and SIGTERM end early, unless they are ignored. */
+static status run_load(load_report *out, arena *memory, const load_options *o, const workload *w,
+                       request_log *log) {
+    static const int numbers[] = {SIGINT, SIGTERM};
+    struct sigaction before[COUNT_OF(numbers)];
+    const struct sigaction once = {.sa_handler = stop, .sa_flags = (int)SA_RESETHAND};
+    for (int32_t i = 0; i < COUNT_OF(numbers); i++) {
+        (void)sigaction(numbers[i], NULL, &before[i]);
+        if (before[i].sa_handler != SIG_IGN) (void)sigaction(numbers[i], &once, NULL);
+    }
+    const status st = load_run(out, memory, o, w, log);
+    for (int32_t i = 0; i < COUNT_OF(numbers); i++) (void)sigaction(numbers[i], &before[i], NULL);
+    return st;
+}
+
+enum { VALID = 0, FAILED = 1, INTERRUPTED = 130 }; /* exit statuses of a run with figures */
+
+static status measure(const arguments *a, tokenizer **tok, arena *memory, int *code) {
     metric_limits limits;
     TRY(read_limits(&limits, &a->goodput));
+    if (a->result) TRY(file_may_write(a->result));
     if (a->tokenizer) TRY(tokenizer_open(tok, a->tokenizer));
     const load_options o = {.url = a->url,
                             .path = a->path,
@@ -180,7 +212,8 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
                             .api_key = a->api_key,
                             .tok = *tok,
                             .max_concurrency = (int32_t)a->concurrency,
-                            .timeout_s = a->timeout_s};
+                            .timeout_s = a->timeout_s,
+                            .stop = &stopped_by_user};
     char model[LOAD_NAME_MAX];
     int32_t vocab = 0;
     const int32_t known = a->vocab ? (int32_t)a->vocab : *tok ? tokenizer_vocab_size(*tok) : 0;
@@ -195,14 +228,29 @@ static status measure(const arguments *a, tokenizer **tok, arena *memory, bool *
     if (!log) return FAIL(ST_NOMEM, "log of %d requests", w.n);
     load_report r;
     metrics m;
-    TRY(load_run(&r, memory, &o, &w, log));
-    TRY(metrics_compute(&m, log, w.n, &limits));
+    TRY(run_load(&r, memory, &o, &w, log));
+    TRY(metrics_compute(&m, log, r.n_logged, &limits));
     if (a->json)
         TRY(print_json(&r, &m));
     else
-        print_text(&r, &m);
-    *good = r.n_failed == 0 && r.valid;
-    return a->result ? save(a, &r, &w, log, &m) : ST_OK;
+        print_text(&r, &m, w.n);
+    *code = r.interrupted ? INTERRUPTED : r.n_failed == 0 && r.valid ? VALID : FAILED;
+    return a->result ? save(a, &r, log, &m) : ST_OK;
+}
+
+static status check(const arguments *a) {
+    const cli_range ranges[] = {{"--n", a->n, 1, 1 << 24},
+                                {"--concurrency", a->concurrency, 0, 1 << 20},
+                                {"--users", a->users, 0, 1 << 20},
+                                {"--vocab", a->vocab, 0, 1 << 24},
+                                {"--prompt-tokens", a->prompt, 0, 1 << 24},
+                                {"--output-tokens", a->output, 0, 1 << 24}};
+    if (!a->url) return FAIL(ST_USAGE, "bench serve needs --url");
+    if (a->detailed && !a->result)
+        return FAIL(ST_USAGE,
+                    "--save-detailed adds to the file of --save-result, which is not given");
+    TRY(cli_check(ranges, COUNT_OF(ranges)));
+    return a->burstiness > 0 ? ST_OK : FAIL(ST_USAGE, "--burstiness must be positive");
 }
 
 int cmd_bench_serve(int argc, char **argv) {
@@ -250,26 +298,17 @@ int cmd_bench_serve(int argc, char **argv) {
         {NULL, CLI_FLAG, NULL, NULL, NULL},
     };
     int32_t n_args = 0;
-    bool good = false;
-    status st =
-        cli_parse(argc - 1, argv + 1, "bench serve --url URL [options]", options, NULL, &n_args);
-    if (st == ST_OK && !a.url) st = FAIL(ST_USAGE, "bench serve needs --url");
-    if (st == ST_OK && a.detailed && !a.result)
-        st =
-            FAIL(ST_USAGE, "--save-detailed adds to the file of --save-result, which is not given");
-    const cli_range ranges[] = {{"--n", a.n, 1, 1 << 24},
-                                {"--concurrency", a.concurrency, 0, 1 << 20},
-                                {"--users", a.users, 0, 1 << 20},
-                                {"--vocab", a.vocab, 0, 1 << 24},
-                                {"--prompt-tokens", a.prompt, 0, 1 << 24},
-                                {"--output-tokens", a.output, 0, 1 << 24}};
-    if (st == ST_OK) st = cli_check(ranges, COUNT_OF(ranges));
-    if (st == ST_OK && !(a.burstiness > 0)) st = FAIL(ST_USAGE, "--burstiness must be positive");
+    int code = FAILED;
+    status st = cli_parse(argc - 1, argv + 1,
+                          "bench serve --url URL [options]\n"
+                          "ctrl-C ends it with the figures of what had finished, and status 130",
+                          options, NULL, &n_args);
+    if (st == ST_OK) st = check(&a);
     tokenizer *tok = NULL;
     arena memory = {0};
     if (st == ST_OK) st = arena_open(&memory, (size_t)16 << 30);
-    if (st == ST_OK) st = measure(&a, &tok, &memory, &good);
+    if (st == ST_OK) st = measure(&a, &tok, &memory, &code);
     arena_close(&memory);
     tokenizer_close(tok);
-    return st == ST_OK && !good ? 1 : cli_exit(st);
+    return st == ST_OK ? code : cli_exit(st);
 }

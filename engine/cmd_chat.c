@@ -5,6 +5,7 @@
 #include "output.h"
 #include "sampler.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -188,11 +189,13 @@ static status converse(talk *t) {
         if (terminal) printf("> ");
         fflush(stdout);
         ssize_t n = getline(&line, &size, stdin);
+        if (n < 0 && ferror(stdin)) st = FAIL(ST_IO, "standard input: %s", strerror(errno));
         if (n < 0) break;
         while (n > 0 && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
+        if ((size_t)n == strspn(line, " \t")) continue;
         if (line[0] == '/') {
             on = command(t, line);
-        } else if (n > 0) {
+        } else {
             const status said = turn(t, line, (size_t)n);
             if (said == ST_NOMEM || said == ST_DEVICE)
                 st = said;

@@ -184,7 +184,7 @@ static status start(const arguments *a, parts *p) {
     precision_name(engine_precision(p->engine), format);
     printf("serving %s as %s on http://%s%s%s:%d\n", m.model, format, bare6 ? "[" : "", a->host,
            bare6 ? "]" : "", server_port(p->server));
-    printf("contexts of up to %d tokens, a KV cache of %lld\n", m.ctx_max,
+    printf("contexts of up to %d tokens, a KV cache of %lld tokens\n", m.ctx_max,
            (long long)engine_capacity(p->engine)->n_pages * KV_PAGE_TOKENS);
     fflush(stdout);
     return ST_OK;

@@ -260,38 +260,6 @@ static status field_tokens(const reader *r, field f, const char *name, int64_t *
     return ST_OK;
 }
 
-static status read_burstgpt(reader *r) {
-    static const char *const name[] = {"Timestamp", "Request tokens", "Response tokens", "Model"};
-    enum { TIME, PROMPT, OUTPUT, MODEL, N };
-    int32_t at[N], n_fields = 0;
-    TRY(read_header(r, name, N, 1, at, &n_fields));
-    const char *model = r->o->model && r->o->model[0] ? r->o->model : NULL;
-    if (model && at[MODEL] < 0)
-        return FAIL(ST_FORMAT, "%s:1: column 'Model' is missing, '%s' was asked for", r->path,
-                    model);
-    r->d->timed = true;
-    field f[FIELDS_MAX];
-    for (;;) {
-        bool more;
-        TRY(read_fields(r, f, n_fields, &more));
-        if (!more || full(r)) return ST_OK;
-        char buf[64];
-        double t;
-        if (f[at[TIME]].n >= 63 || !parse_f64(field_text(buf, f[at[TIME]]), 0, TIME_MAX_S, &t))
-            return FAIL(ST_FORMAT, "%s:%lld: Timestamp '%s' is no time in seconds", r->path,
-                        (long long)r->line, field_text(buf, f[at[TIME]]));
-        int64_t n_prompt = 0, n_output = 0;
-        TRY(field_tokens(r, f[at[PROMPT]], name[PROMPT], &n_prompt));
-        TRY(field_tokens(r, f[at[OUTPUT]], name[OUTPUT], &n_output));
-        const bool other = model && (f[at[MODEL]].n != strlen(model) ||
-                                     memcmp(f[at[MODEL]].s, model, strlen(model)) != 0);
-        if (other || !keeps(r, n_prompt, n_output))
-            r->d->n_dropped++;
-        else
-            TRY(row_add(r, llround(t * 1e9), n_prompt, n_output));
-    }
-}
-
 /* Days since 1970-01-01 (Howard Hinnant's days_from_civil, public domain algorithm). */
 static int64_t days_from_civil(int64_t y, int64_t m, int64_t d) {
     y -= m <= 2;
@@ -342,11 +310,37 @@ static bool parse_instant(const char *s, int64_t *ns) {
     return *s == 0;
 }
 
-static status read_azure(reader *r) {
-    static const char *const name[] = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"};
-    enum { TIME, PROMPT, OUTPUT, N };
-    int32_t at[N], n_fields = 0;
-    TRY(read_header(r, name, N, 0, at, &n_fields));
+/* --- Files of request times ------------------------------------------------------------------- */
+
+enum { TIME, PROMPT, OUTPUT, MODEL, COLUMNS };
+
+/* A CSV with a request a line. */
+typedef struct {
+    const char *column[COLUMNS]; /* their names; MODEL may be missing in a file, NULL: always is */
+    bool (*read_time)(const char *s, int64_t *ns);
+    const char *time; /* what that reads, in words */
+} csv_form;
+
+static bool read_seconds(const char *s, int64_t *ns) {
+    double t;
+    if (!parse_f64(s, 0, TIME_MAX_S, &t)) return false;
+    *ns = llround(t * 1e9);
+    return true;
+}
+
+static const csv_form burstgpt = {
+    {"Timestamp", "Request tokens", "Response tokens", "Model"}, read_seconds, "time in seconds"};
+static const csv_form azure = {
+    {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}, parse_instant, "date and time"};
+
+static status read_csv(reader *r, const csv_form *form) {
+    const bool has_model = form->column[MODEL] != NULL;
+    int32_t at[COLUMNS], n_fields = 0;
+    TRY(read_header(r, form->column, has_model ? COLUMNS : MODEL, has_model, at, &n_fields));
+    const char *model = has_model && r->o->model && r->o->model[0] ? r->o->model : NULL;
+    if (model && at[MODEL] < 0)
+        return FAIL(ST_FORMAT, "%s:1: column '%s' is missing, '%s' was asked for", r->path,
+                    form->column[MODEL], model);
     r->d->timed = true;
     field f[FIELDS_MAX];
     for (;;) {
@@ -355,17 +349,22 @@ static status read_azure(reader *r) {
         if (!more || full(r)) return ST_OK;
         char buf[64];
         int64_t t = 0, n_prompt = 0, n_output = 0;
-        if (!parse_instant(field_text(buf, f[at[TIME]]), &t))
-            return FAIL(ST_FORMAT, "%s:%lld: TIMESTAMP '%s' is no date and time", r->path,
-                        (long long)r->line, buf);
-        TRY(field_tokens(r, f[at[PROMPT]], name[PROMPT], &n_prompt));
-        TRY(field_tokens(r, f[at[OUTPUT]], name[OUTPUT], &n_output));
-        if (!keeps(r, n_prompt, n_output))
+        if (f[at[TIME]].n >= 63 || !form->read_time(field_text(buf, f[at[TIME]]), &t))
+            return FAIL(ST_FORMAT, "%s:%lld: %s '%s' is no %s", r->path, (long long)r->line,
+                        form->column[TIME], field_text(buf, f[at[TIME]]), form->time);
+        TRY(field_tokens(r, f[at[PROMPT]], form->column[PROMPT], &n_prompt));
+        TRY(field_tokens(r, f[at[OUTPUT]], form->column[OUTPUT], &n_output));
+        const bool other = model && (f[at[MODEL]].n != strlen(model) ||
+                                     memcmp(f[at[MODEL]].s, model, strlen(model)) != 0);
+        if (other || !keeps(r, n_prompt, n_output))
             r->d->n_dropped++;
         else
             TRY(row_add(r, t, n_prompt, n_output));
     }
 }
+
+static status read_burstgpt(reader *r) { return read_csv(r, &burstgpt); }
+static status read_azure(reader *r) { return read_csv(r, &azure); }
 
 /* --- JSON lines ------------------------------------------------------------------------------- */
 

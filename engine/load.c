@@ -60,14 +60,16 @@ bool load_valid(double lag_p99_s, double gap_mean_s) {
     return lag_p99_s <= limit; /* false for NaN */
 }
 
-/* The server's URL, with or without slashes at its end, and a path on it. curl speaks more than
- * HTTP. */
+/* The server's URL, with or without slashes or OpenAI's "/v1" at its end, and a path on it. curl
+ * speaks more than HTTP. */
 static status join_url(char *out, size_t n, const char *url, const char *path) {
     if (strstr(url, "://") && strncasecmp(url, "http://", 7) != 0 &&
         strncasecmp(url, "https://", 8) != 0)
         return FAIL(ST_USAGE, "'%.100s' is no URL of http or https", url);
     int length = (int)strlen(url);
     while (length > 0 && url[length - 1] == '/') length--;
+    const bool versioned = strncmp(path + (path[0] == '/'), "v1/", 3) == 0;
+    if (versioned && length > 3 && strncmp(url + length - 3, "/v1", 3) == 0) length -= 3;
     const int used = snprintf(out, n, "%.*s%s%s", length, url, path[0] == '/' ? "" : "/", path);
     return (size_t)used < n ? ST_OK : FAIL(ST_RANGE, "a URL of %d bytes", used);
 }
@@ -484,7 +486,8 @@ static status wait_events(loader *l) {
         .it_value = {.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000}};
     (void)timerfd_settime(l->timer, TFD_TIMER_ABSTIME, &when, NULL);
     struct epoll_event events[256];
-    const int n = epoll_wait(l->epoll, events, COUNT_OF(events), 10000);
+    /* A signal between the look at `stop` and the sleep is seen a second later. */
+    const int n = epoll_wait(l->epoll, events, COUNT_OF(events), 1000);
     if (n < 0 && errno != EINTR) return FAIL(ST_IO, "epoll: %s", strerror(errno));
     for (int i = 0; i < n; i++) {
         int running;
@@ -501,10 +504,12 @@ static status wait_events(loader *l) {
     return ST_OK;
 }
 
+static bool is_stopped(const loader *l) { return l->o->stop && *l->o->stop; }
+
 static status run_loop(loader *l) {
     if (l->user_next)
         for (int32_t u = 0; u < l->w->options.users; u++) TRY(user_sends(l, u));
-    while (l->n_done < l->w->n) {
+    while (l->n_done < l->w->n && !is_stopped(l)) {
         int64_t now = timeline_now_ns(&l->clock);
         while (!l->user_next && l->next < l->w->n && l->w->request[l->next].arrival_ns <= now &&
                has_place(l)) {
@@ -574,6 +579,22 @@ static void close_loader(loader *l) {
     mem_free(l->user_next);
 }
 
+/* Leave in the log what was sent; what is still in flight is cancelled. */
+static void close_log(loader *l) {
+    load_report *r = l->report;
+    r->interrupted = l->n_done < l->w->n;
+    for (int32_t i = 0; i < l->w->n; i++) {
+        request_log *log = &l->log[i];
+        if (log->dispatch_ns < 0) continue;
+        if (log->finish == FINISH_NONE) {
+            log->finish = FINISH_CANCEL;
+            log->finish_ns = timeline_now_ns(&l->clock);
+            log->reason = "interrupted";
+        }
+        l->log[r->n_logged++] = *log;
+    }
+}
+
 static void judge(loader *l) {
     load_report *r = l->report;
     const workload *w = l->w;
@@ -592,7 +613,7 @@ static void judge(loader *l) {
 status load_run(load_report *out, arena *a, const load_options *o, const workload *w,
                 request_log *log) {
     *out = (load_report){0};
-    memset(log, 0, (size_t)w->n * sizeof *log);
+    for (int32_t i = 0; i < w->n; i++) log[i] = (request_log){.dispatch_ns = -1};
     int32_t vocab;
     if (o->model)
         snprintf(out->model, sizeof out->model, "%s", o->model);
@@ -605,7 +626,10 @@ status load_run(load_report *out, arena *a, const load_options *o, const workloa
     status st = open_loader(&l);
     timeline_start_real(&l.clock);
     if (st == ST_OK) st = run_loop(&l);
-    if (st == ST_OK) judge(&l);
+    if (st == ST_OK) {
+        close_log(&l);
+        judge(&l);
+    }
     close_loader(&l);
     return st;
 }

@@ -14,8 +14,11 @@
 #include "tokenizer.h"
 #include "workload.h"
 
+#include <signal.h>
+
 typedef struct {
-    const char *url;         /* "http://127.0.0.1:8000": no path, but slashes may end it */
+    const char *url;         /* "http://127.0.0.1:8000": no path, but "/v1" or slashes
+                                may end it */
     const char *path;        /* NULL = "/v1/completions"; with "/chat/" prompts go as a user's
                                 message, which needs tok */
     const char *model;       /* NULL = the first of /v1/models */
@@ -23,6 +26,8 @@ typedef struct {
     const tokenizer *tok;    /* prompts are sent as text of this tokenizer; NULL: as token ids */
     int32_t max_concurrency; /* requests in flight; 0 = no limit. Waiting for a place is no lag */
     double timeout_s;        /* of a request; 0 = none */
+    const volatile sig_atomic_t *stop; /* once it is not 0 nothing more is sent, and what is in
+                                          flight is given up; NULL = never */
 } load_options;
 
 enum { LOAD_NAME_MAX = 1024 }; /* of a model: may be the path of a folder */
@@ -34,13 +39,16 @@ typedef struct {
     double lag_p50_s, lag_p99_s, lag_max_s, gap_mean_s;
     bool valid;
     double duration_s; /* first dispatch to the last end */
+    int32_t n_logged;  /* requests that were sent: entries of the log */
+    bool interrupted;  /* by o->stop, before all had ended */
 } load_report;
 
 /* The served model and its vocabulary (0 when the server does not say). IO, FORMAT. */
 status load_ask_model(char *name, size_t n, int32_t *vocab, const load_options *o);
 
 /* Run the workload against the server; log[w->n], its token_ns in `a`. Failed requests are logged
- * as refused. IO when no connection can be made at all; NOMEM. */
+ * as refused, those given up as cancelled; those never sent leave no entry, and the others close
+ * the gap, in the workload's order. IO when no connection can be made at all; NOMEM. */
 status load_run(load_report *out, arena *a, const load_options *o, const workload *w,
                 request_log *log);
 

@@ -476,40 +476,63 @@ static void set_gpu(lua_State *L, const char *gpu) {
     lua_setfield(L, -2, "gpu");
 }
 
+/* The table at `workload` of the call's options, made; *contents: what prompts are of, where it
+ * says. Raises. */
+static void open_workload(lua_State *L, session *s, int32_t vocab, workload *w,
+                          const char **contents) {
+    workload_options o;
+    if (!opt_table(L, 1, "workload")) luaL_error(L, "'workload' is missing");
+    read_workload(L, lua_gettop(L), vocab, &s->memory, &o);
+    if (contents) opt_str(L, lua_gettop(L), "contents", contents);
+    lua_pop(L, 1);
+    if (workload_make(w, &s->memory, &o) != ST_OK) luaL_error(L, "%s", fail_message());
+}
+
+/* A log of the workload's requests. Raises. */
+static request_log *new_log(lua_State *L, session *s, const workload *w) {
+    request_log *log = arena_array(&s->memory, request_log, (size_t)w->n + 1);
+    if (!log) luaL_error(L, "out of memory");
+    return log;
+}
+
+/* Push the metrics as a table. Raises. */
+static void push_metrics(lua_State *L, const metrics *m) {
+    json_t *object = json_object();
+    if (!object || metrics_json(m, object) != ST_OK) luaL_error(L, "out of memory");
+    lua_push_json(L, object);
+    json_decref(object);
+}
+
+/* What contents = "corpus" wants, of the workload's own table. Raises. */
+static void take_contents(lua_State *L, session *s, const char *model, const char *contents,
+                          workload *w) {
+    char dir[1024];
+    if (strcmp(contents, "random") == 0) return;
+    if (strcmp(contents, "corpus") != 0)
+        luaL_error(L, "workload: contents = '%s' is neither 'random' nor 'corpus'", contents);
+    if (model_dir(dir, sizeof dir, model) != ST_OK ||
+        fill_prompts(s, dir, w, w->options.seed) != ST_OK)
+        luaL_error(L, "%s", fail_message());
+}
+
 static int l_serve(lua_State *L) {
     static const char *const known[] = {ENGINE_KEYS, "workload", "limits", NULL};
     engine_options o;
+    workload w;
+    const char *contents = "random";
     lua_settop(L, 1);
     read_engine_options(L, 1, "serve", known, &o);
     session *s = session_new(L);
     const model_config *config = load_config(L, &o);
-
-    if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
-    workload_options wo;
-    const int wt = lua_gettop(L);
-    read_workload(L, wt, config->vocab, &s->memory, &wo);
-    const char *contents = "random";
-    opt_str(L, wt, "contents", &contents);
-    lua_pop(L, 1);
+    open_workload(L, s, config->vocab, &w, &contents);
     const metric_limits limits = read_limits(L, 1);
-    workload w;
-    if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
-    if (strcmp(contents, "corpus") == 0) {
-        char dir[1024];
-        if (model_dir(dir, sizeof dir, o.model) != ST_OK ||
-            fill_prompts(s, dir, &w, wo.seed) != ST_OK)
-            return luaL_error(L, "%s", fail_message());
-    } else if (strcmp(contents, "random") != 0) {
-        return luaL_error(L, "workload: contents = '%s' is neither 'random' nor 'corpus'",
-                          contents);
-    }
+    take_contents(L, s, o.model, contents, &w);
     o.max_requests = w.n > 0 ? w.n : 1;
     o.max_tokens = w.prompt_tokens + w.output_tokens + 64;
 
     const status st = engine_open(&s->engine, &o, NULL, NULL);
     if (st != ST_OK) return outcome(L, st);
-    request_log *log = arena_array(&s->memory, request_log, (size_t)(w.n ? w.n : 1));
-    if (!log) return luaL_error(L, "out of memory");
+    request_log *log = new_log(L, s, &w);
     metrics m;
     observed seen = {.n = w.n};
     const engine_hooks hooks = {.user = &seen, .finished = observe_finished};
@@ -518,15 +541,12 @@ static int l_serve(lua_State *L) {
         metrics_compute(&m, log, w.n, &limits) != ST_OK)
         return luaL_error(L, "%s", fail_message());
 
-    json_t *object = json_object();
-    if (!object || metrics_json(&m, object) != ST_OK) return luaL_error(L, "out of memory");
     lua_createtable(L, 0, 8);
     set_str(L, "status", "ok");
     set_str(L, "origin", origin_of(&o));
     set_digest(L, engine_digest(s->engine));
     set_gpu(L, seen.gpu);
-    lua_push_json(L, object);
-    json_decref(object);
+    push_metrics(L, &m);
     push_stats(L, engine_statistics(s->engine));
     set_capacity(L, engine_capacity(s->engine));
     lua_setfield(L, -2, "metrics");
@@ -566,29 +586,21 @@ static int l_bench_serve(lua_State *L) {
     if (!vocab) return luaL_error(L, "the server does not tell its vocabulary: give 'vocab'");
     const metric_limits limits = read_limits(L, 1);
 
-    if (!opt_table(L, 1, "workload")) return luaL_error(L, "'workload' is missing");
-    workload_options wo;
     workload w;
-    read_workload(L, lua_gettop(L), vocab, &s->memory, &wo);
-    lua_pop(L, 1);
-    if (workload_make(&w, &s->memory, &wo) != ST_OK) return luaL_error(L, "%s", fail_message());
-    request_log *log = arena_array(&s->memory, request_log, (size_t)w.n + 1);
-    if (!log) return luaL_error(L, "out of memory");
+    open_workload(L, s, vocab, &w, NULL);
+    request_log *log = new_log(L, s, &w);
     load_report r;
     metrics m;
     if (load_run(&r, &s->memory, &o, &w, log) != ST_OK ||
         metrics_compute(&m, log, w.n, &limits) != ST_OK)
         return luaL_error(L, "%s", fail_message());
-    json_t *object = json_object();
-    if (!object || metrics_json(&m, object) != ST_OK) return luaL_error(L, "out of memory");
     const bool failed = r.n_failed > 0;
     lua_createtable(L, 0, 4);
     set_str(L, "status", failed ? "failed" : r.valid ? "ok" : "invalid");
     if (failed) set_str(L, "reason", r.failure);
     if (!failed && !r.valid) set_str(L, "reason", "the load generator was late");
     set_str(L, "origin", "measured");
-    lua_push_json(L, object);
-    json_decref(object);
+    push_metrics(L, &m);
     set_num(L, "own_lag_p99_ms", r.lag_p99_s * 1e3);
     lua_setfield(L, -2, "metrics");
     return 1;

@@ -141,6 +141,7 @@ int main(int argc, char **argv) {
     hold_descriptors();
     idle_threads_sleep(argv);
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported where it happens */
+    file_remove_on_signals();
     signal(SIGXFSZ, SIG_IGN); /* and so is a file past the size that a batch system allows */
     int at = 1;
     if (at + 1 < argc && strcmp(argv[at], "--root") == 0) {

@@ -490,6 +490,22 @@ static bool leads_to(const char *url, const route *r, const char *model) {
     return strncmp(url, r->path, n) == 0 && strcmp(url + n, model) == 0;
 }
 
+/* Names what there is, of models or of paths. */
+static enum MHD_Result send_no_path(exchange *x, const char *url) {
+    static const char models[] = "/v1/models/";
+    text why = {0}, answer = {0};
+    if (strncmp(url, models, sizeof models - 1) == 0) {
+        text_add(&why, "the model '%.100s' is not served here, '%s' is", url + sizeof models - 1,
+                 x->server->model.model);
+    } else {
+        text_add(&why, "no such path '%.100s': there are", url);
+        for (int32_t i = 0; i < COUNT_OF(routes); i++) text_add(&why, " %s", routes[i].path);
+    }
+    api_put_error(&answer, 404, why.data ? why.data : "no such path");
+    text_free(&why);
+    return send_json(x, 404, &answer);
+}
+
 /* The headers are here: refuse before the body is read, or go on. */
 static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *method) {
     take_request_id(x);
@@ -497,7 +513,7 @@ static enum MHD_Result begin_exchange(exchange *x, const char *url, const char *
         if (leads_to(url, &routes[i], x->server->model.model)) x->route = &routes[i];
     if (is_ambiguous(x)) return send_error(x, 400, "more than one length of the body");
     if (!authorised(x)) return send_error(x, 401, "wrong or missing API key");
-    if (!x->route) return send_error(x, 404, "no such path");
+    if (!x->route) return send_no_path(x, url);
     if (!takes(x->route, method)) return send_error(x, 405, "no such method here");
     const char *length =
         MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, "Content-Length");

@@ -508,6 +508,8 @@ static void accept_job(service *s, job *j) {
     pthread_mutex_unlock(&j->lock);
 }
 
+static const char the_engine_has_failed[] = "the engine has failed";
+
 /* Everything fails with the engine. */
 static void fail_all(service *s, job *inbox, status st, const char *why) {
     for (int32_t i = 0; i < s->max_requests; i++) {
@@ -541,51 +543,75 @@ static void keep_pace(const service *s, int64_t from_ns, int64_t real_ns) {
     timeline_wait_until_ns(&t, real_ns + engine_now_ns(s->engine) - from_ns);
 }
 
+/* What others want of the engine thread. */
+typedef struct {
+    job *inbox;
+    bool cancels, flush, quit, failed;
+} wishes;
+
+/* Take what is there; while the engine is not busy, wait for something. */
+static wishes take_wishes(service *s, bool busy) {
+    pthread_mutex_lock(&s->lock);
+    while (!busy && !s->first && !s->cancels && !s->flush && !s->quit)
+        pthread_cond_wait(&s->work, &s->lock);
+    const wishes w = {.inbox = s->first,
+                      .cancels = s->cancels,
+                      .flush = s->flush,
+                      .quit = s->quit,
+                      .failed = s->failed};
+    s->first = s->last = NULL;
+    s->cancels = s->flush = false;
+    pthread_mutex_unlock(&s->lock);
+    return w;
+}
+
+static void fail_engine(service *s, status st) {
+    fprintf(stderr, "amalgam: the engine failed: %s\n", fail_message());
+    pthread_mutex_lock(&s->lock);
+    s->failed = true;
+    pthread_mutex_unlock(&s->lock);
+    s->touched = NULL;
+    fail_all(s, NULL, st, the_engine_has_failed);
+}
+
+/* One step and what it made. Is there more to do? */
+static bool step(service *s) {
+    const sched *scheduler = engine_sched(s->engine);
+    const int64_t fed = engine_statistics(s->engine)->tokens_fed;
+    const int64_t from = engine_now_ns(s->engine), real_from = timeline_now_ns(&s->clock);
+    bool busy;
+    const status st = engine_step(s->engine, &busy);
+    if (st != ST_OK) {
+        fail_engine(s, st);
+        return false;
+    }
+    if (busy) keep_pace(s, from, real_from);
+    take_finished(s);
+    count_step(s, busy, engine_statistics(s->engine)->tokens_fed - fed);
+    publish(s);
+    return sched_waiting(scheduler) + sched_running(scheduler) > 0;
+}
+
 static void *engine_thread(void *arg) {
     service *s = arg;
     bool busy = false;
     for (;;) {
-        pthread_mutex_lock(&s->lock);
-        while (!busy && !s->first && !s->cancels && !s->flush && !s->quit)
-            pthread_cond_wait(&s->work, &s->lock);
-        job *inbox = s->first;
-        const bool cancels = s->cancels, flush = s->flush, quit = s->quit, failed = s->failed;
-        s->first = s->last = NULL;
-        s->cancels = s->flush = false;
-        pthread_mutex_unlock(&s->lock);
-
-        s->quitting = quit;
-        if (failed) {
-            fail_all(s, inbox, ST_DEVICE, "the engine has failed");
-            if (quit) break;
+        wishes w = take_wishes(s, busy);
+        s->quitting = w.quit;
+        if (w.failed) {
+            fail_all(s, w.inbox, ST_DEVICE, the_engine_has_failed);
+            if (w.quit) break;
             continue;
         }
-        if (flush) sched_flush_cache(engine_sched(s->engine));
-        while (inbox) {
-            job *j = inbox;
-            inbox = j->next;
+        if (w.flush) sched_flush_cache(engine_sched(s->engine));
+        while (w.inbox) {
+            job *j = w.inbox;
+            w.inbox = j->next;
             accept_job(s, j);
         }
-        if (cancels || quit) cancel_marked(s, quit);
-        if (quit) break;
-        const int64_t fed = engine_statistics(s->engine)->tokens_fed;
-        const int64_t from = engine_now_ns(s->engine), real_from = timeline_now_ns(&s->clock);
-        const status st = engine_step(s->engine, &busy);
-        if (st != ST_OK) {
-            fprintf(stderr, "amalgam: the engine failed: %s\n", fail_message());
-            pthread_mutex_lock(&s->lock);
-            s->failed = true;
-            pthread_mutex_unlock(&s->lock);
-            s->touched = NULL;
-            fail_all(s, NULL, st, "the engine has failed");
-            busy = false;
-            continue;
-        }
-        if (busy) keep_pace(s, from, real_from);
-        take_finished(s);
-        count_step(s, busy, engine_statistics(s->engine)->tokens_fed - fed);
-        publish(s);
-        busy = sched_waiting(engine_sched(s->engine)) + sched_running(engine_sched(s->engine)) > 0;
+        if (w.cancels || w.quit) cancel_marked(s, w.quit);
+        if (w.quit) break;
+        busy = step(s);
     }
     return NULL;
 }

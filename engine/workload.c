@@ -171,31 +171,62 @@ static void common_tokens(int32_t *out, int64_t n, uint64_t seed, int64_t number
     }
 }
 
+/* What a prompt of `length` tokens begins with: the file's ids, its blocks, or one of the prefixes
+ * that requests share. Returns how many; the rest is drawn. */
+static int32_t begin_prompt(int32_t *ids, int32_t length, const dataset *d, int32_t i,
+                            const workload_options *o, rng *r) {
+    const dataset_row *row = d->row ? &d->row[i] : NULL;
+    int32_t at = 0;
+    if (row && row->id_at >= 0) {
+        memcpy(ids, d->id + row->id_at, (size_t)length * sizeof *ids);
+        return length;
+    }
+    if (row && row->n_blocks > 0) {
+        for (int32_t b = 0; b < row->n_blocks; b++) {
+            const int64_t more = i64_min(DATASET_BLOCK_TOKENS, length - at);
+            common_tokens(ids + at, more, o->seed, d->block[row->block_at + b], o->vocab);
+            at += (int32_t)more;
+        }
+        return at;
+    }
+    if (o->shared_prefix <= 0) return 0;
+    const int64_t which = (int64_t)rng_below(r, (uint64_t)o->n_prefixes);
+    at = (int32_t)i64_min(o->shared_prefix, length);
+    common_tokens(ids, at, o->seed, which, o->vocab);
+    return at;
+}
+
 static void make_contents(request *q, int32_t *ids, const dataset *d, int32_t n,
                           const workload_options *o) {
     rng r;
     rng_seed(&r, o->seed, STREAM_CONTENTS);
     for (int32_t i = 0; i < n; i++) {
-        const dataset_row *row = d->row ? &d->row[i] : NULL;
         const int32_t length = q[i].n_prompt;
-        int32_t at = 0;
-        if (row && row->id_at >= 0) {
-            memcpy(ids, d->id + row->id_at, (size_t)length * sizeof *ids);
-            at = length;
-        } else if (row && row->n_blocks > 0) {
-            for (int32_t b = 0; b < row->n_blocks; b++) {
-                const int64_t more = i64_min(DATASET_BLOCK_TOKENS, length - at);
-                common_tokens(ids + at, more, o->seed, d->block[row->block_at + b], o->vocab);
-                at += (int32_t)more;
-            }
-        } else if (o->shared_prefix > 0) {
-            const int64_t which = (int64_t)rng_below(&r, (uint64_t)o->n_prefixes);
-            at = (int32_t)i64_min(o->shared_prefix, length);
-            common_tokens(ids, at, o->seed, which, o->vocab);
-        }
-        for (; at < length; at++) ids[at] = (int32_t)rng_below(&r, (uint64_t)o->vocab);
+        for (int32_t at = begin_prompt(ids, length, d, i, o, &r); at < length; at++)
+            ids[at] = (int32_t)rng_below(&r, (uint64_t)o->vocab);
         q[i].prompt = ids;
         ids += length;
+    }
+}
+
+static void take_rows(request *q, const dataset *d, int32_t n, const workload_options *o) {
+    for (int32_t i = 0; i < n; i++) {
+        q[i].n_prompt = d->row[i].n_prompt;
+        q[i].max_new = d->row[i].n_output;
+        if (o->arrival == ARRIVE_TRACE)
+            q[i].arrival_ns = llround((double)d->row[i].at_ns / o->speed);
+    }
+}
+
+static void make_sampling(request *q, int32_t n, const workload_options *o) {
+    rng r;
+    rng_seed(&r, o->seed, STREAM_SAMPLING);
+    for (int32_t i = 0; i < n; i++) {
+        q[i].user = -1;
+        q[i].ignore_eos = o->ignore_eos;
+        q[i].sampling = o->sampling;
+        q[i].sampling.seed = rng_u64(&r);
+        q[i].salt = o->salted ? hash_u64((uint64_t)i + 1, o->seed) | 1 : 0;
     }
 }
 
@@ -219,16 +250,10 @@ static status fill(workload *w, arena *a, const dataset *d) {
     request *q = arena_array(a, request, (size_t)n);
     if (!q) return FAIL(ST_NOMEM, "%d requests", n);
     w->request = q;
-    if (d->row) {
-        for (int32_t i = 0; i < n; i++) {
-            q[i].n_prompt = d->row[i].n_prompt;
-            q[i].max_new = d->row[i].n_output;
-            if (o->arrival == ARRIVE_TRACE)
-                q[i].arrival_ns = llround((double)d->row[i].at_ns / o->speed);
-        }
-    } else {
+    if (d->row)
+        take_rows(q, d, n, o);
+    else
         make_lengths(q, n, o);
-    }
     for (int32_t i = 0; i < n; i++) {
         w->prompt_tokens += q[i].n_prompt;
         w->output_tokens += q[i].max_new;
@@ -240,16 +265,7 @@ static status fill(workload *w, arena *a, const dataset *d) {
     make_contents(q, ids, d, n, o);
     if (o->arrival == ARRIVE_POISSON || o->arrival == ARRIVE_GAMMA || o->arrival == ARRIVE_CONSTANT)
         make_arrivals(q, n, o);
-
-    rng r;
-    rng_seed(&r, o->seed, STREAM_SAMPLING);
-    for (int32_t i = 0; i < n; i++) {
-        q[i].user = -1;
-        q[i].ignore_eos = o->ignore_eos;
-        q[i].sampling = o->sampling;
-        q[i].sampling.seed = rng_u64(&r);
-        q[i].salt = o->salted ? hash_u64((uint64_t)i + 1, o->seed) | 1 : 0;
-    }
+    make_sampling(q, n, o);
     if (o->arrival == ARRIVE_CLOSED) {
         w->request = arena_array(a, request, (size_t)n);
         if (!w->request) return FAIL(ST_NOMEM, "%d requests", n);

@@ -210,7 +210,8 @@ function amalgam.quantize(options) end
 ---dashes before and with underscores inside: a list is joined by commas, true is a flag.
 ---@param name string "linear", "attention", "step", ...
 ---@param options table<string, any>
----@return table[]|nil lines one table for each; nil when it does not fit or cannot be done here
+---@return table[]|nil lines one table for each; nil when it does not fit or cannot be done here. A
+---last one of kind "gpu", what NVML says after the others, is taken for the row of a point
 ---@return string|nil status "oom" or "skipped"
 ---@return string|nil reason
 function amalgam.bench(name, options) end

@@ -129,7 +129,8 @@ local function side(name, o, dir)
       #versions > 6 and (" and %d more"):format(#versions - 6) or "")
   end
   if #rows == 0 then
-    experiment.refuse("compare: no rows of '%s' in %s; %s", name, dir, newest(o, dir))
+    experiment.refuse("compare: no rows of '%s'%s in %s; %s", name,
+      o.only and (" of experiments '%s...'"):format(o.only) or "", dir, newest(o, dir))
   end
   return rows
 end
@@ -412,29 +413,41 @@ local function print_moved(group, effect)
   end
 end
 
+--- Verdicts that have the same name by `name_of`, each with its place among all.
+---@param verdicts Verdict[]
+---@param name_of fun(v: Verdict): string
+---@return { v: Verdict, nth: integer }[][] groups in the order of their first verdicts
+local function groups_of(verdicts, name_of)
+  local groups, by_name = {}, {}
+  for i, v in ipairs(verdicts) do
+    local name = name_of(v)
+    if not by_name[name] then
+      by_name[name] = {}
+      groups[#groups + 1] = by_name[name]
+    end
+    table.insert(by_name[name], { v = v, nth = i })
+  end
+  return groups
+end
+
+---@param v Verdict
+---@return string
+local function reason(v) return v.why or "no reason given" end
+
 --- What could not be told, a line for each experiment and reason: a changed definition is one fact,
 --- not one of every point.
 ---@param verdicts Verdict[]
 ---@param effect number
 local function print_folded(verdicts, effect)
-  local folded, order = {}, {}
-  for i, v in ipairs(verdicts) do
-    local why = v.why or "no reason given"
-    local id = table.concat({ v.class, v.experiment, why }, "\t")
-    if not folded[id] then
-      folded[id] = { why = why }
-      order[#order + 1] = id
-    end
-    table.insert(folded[id], { v = v, nth = i })
-  end
-  for _, id in ipairs(order) do
-    local f = folded[id]
+  for _, f in ipairs(groups_of(verdicts, function(v)
+    return table.concat({ v.class, v.experiment, reason(v) }, "\t")
+  end)) do
     local first = f[1].v
     if #f == 1 then
       print_verdict(first)
     else
       print(("%-14s  %s: %s (%d %s; --all lists them)"):format(first.class, first.experiment,
-        f.why, #f, first.metric and "metrics" or "points"))
+        reason(first), #f, first.metric and "metrics" or "points"))
     end
     if #f > 1 and first.class == "too few" then print_moved(f, effect) end
   end
@@ -444,17 +457,9 @@ end
 --- rest.
 ---@param verdicts Verdict[]
 local function print_changed(verdicts)
-  local groups, order = {}, {}
-  for i, v in ipairs(verdicts) do
-    local id = v.class .. "\t" .. v.experiment
-    if not groups[id] then
-      groups[id] = {}
-      order[#order + 1] = id
-    end
-    table.insert(groups[id], { v = v, nth = i })
-  end
-  for _, id in ipairs(order) do
-    local group = groups[id]
+  for _, group in ipairs(groups_of(verdicts, function(v)
+    return v.class .. "\t" .. v.experiment
+  end)) do
     if #group > LISTED then most_first(group) end
     for i = 1, math.min(#group, LISTED) do print_verdict(group[i].v) end
     if #group > LISTED then
@@ -500,6 +505,31 @@ local function print_summary(verdicts, by)
   print(table.concat(words, ", ") .. (broken > 0 and (", %d broken"):format(broken) or ""))
 end
 
+--- Which GPUs of a kind the measured rows of each experiment are of, where they are not all of one:
+--- what GPUs differ by is then in the ratios.
+---@param base_rows Row[]
+---@param head_rows Row[]
+---@return { experiment: string, base: string[], head: string[] }[]
+local function several_gpus(base_rows, head_rows)
+  local rows = {}
+  for which, list in ipairs({ base_rows, head_rows }) do
+    for _, row in ipairs(list) do
+      local sides = rows[row.experiment] or { {}, {} }
+      rows[row.experiment] = sides
+      table.insert(sides[which], row)
+    end
+  end
+  local found = {}
+  for _, name in ipairs(experiment.sorted_keys(rows)) do
+    local base, head = library.gpu_ids(rows[name][1]), library.gpu_ids(rows[name][2])
+    local both = #base > 0 and #head > 0
+    if both and (#base > 1 or #head > 1 or base[1] ~= head[1]) then
+      found[#found + 1] = { experiment = name, base = base, head = head }
+    end
+  end
+  return found
+end
+
 --- Refuse a --by that no compared row has.
 ---@param verdicts Verdict[]
 ---@param by string
@@ -522,7 +552,8 @@ local function run(o)
   end
   local dir = o.results or amalgam.identity().root .. "/results"
   local effect = o.effect or 0.02
-  local verdicts = M.compare(side(o.names[1], o, dir), side(o.names[2], o, dir), effect)
+  local base, head = side(o.names[1], o, dir), side(o.names[2], o, dir)
+  local verdicts, gpus = M.compare(base, head, effect), several_gpus(base, head)
   if o.by then check_by(verdicts, o.by) end
   local bad, counts, changed, untold = 0, {}, {}, {}
   for _, v in ipairs(verdicts) do
@@ -539,11 +570,17 @@ local function run(o)
     end
   end
   if o.json then
-    print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2] }))
+    print(amalgam.json_encode({ summary = counts, base = o.names[1], head = o.names[2],
+      gpus = #gpus > 0 and gpus or nil }))
   else
     print_changed(changed)
     print_folded(untold, effect)
     print_summary(verdicts, o.by)
+    for _, e in ipairs(gpus) do
+      print(("%s: not one GPU but several of a kind, whose differences are in the ratios: %s in "
+        .. "BASE, %s in HEAD")
+        :format(e.experiment, table.concat(e.base, ", "), table.concat(e.head, ", ")))
+    end
   end
   return bad > 0 and 1 or 0
 end

@@ -164,7 +164,7 @@ end
 ---@param loaded { file: string, text: string }
 ---@param word string
 ---@return string
-local function place(loaded, word)
+function M.place(loaded, word)
   local plain = tostring(word):gsub("%p", "%%%0")
   local line, fallback = 0, nil
   for content in (loaded.text .. "\n"):gmatch("(.-)\n") do
@@ -191,7 +191,14 @@ local function find(name, root)
       found[#found + 1] = entry
     end
   end
-  if #found == 0 then M.refuse("no experiment '%s' in experiments/", name) end
+  if #found == 0 then
+    local names = {}
+    for _, entry in ipairs(amalgam.list(root .. "/experiments")) do
+      names[#names + 1] = entry:match("^(e%d%d_.*)%.lua$")
+    end
+    M.refuse("no experiment '%s' in experiments/: the nearest is '%s'", name,
+      amalgam.nearest(name, names) or "none")
+  end
   if #found > 1 then M.refuse("'%s' is more than one: %s", name, table.concat(found, ", ")) end
   return root .. "/experiments/" .. found[1], "experiments/" .. found[1]
 end
@@ -230,23 +237,25 @@ local function check_fields(loaded)
   end
   for _, key in ipairs(M.sorted_keys(spec)) do
     local problem = M.key_problem(key, FIELDS)
-    if problem then M.refuse("%s: %s", place(loaded, key), problem) end
+    if problem then M.refuse("%s: %s", M.place(loaded, key), problem) end
     if type(spec[key]) ~= FIELDS[key] then
-      M.refuse("%s: '%s' is a %s, not a %s", place(loaded, key), key, type(spec[key]), FIELDS[key])
+      M.refuse("%s: '%s' is a %s, not a %s", M.place(loaded, key), key, type(spec[key]),
+        FIELDS[key])
     end
   end
   for _, key in ipairs(REQUIRED) do
     if spec[key] == nil then M.refuse("%s:1: '%s' is missing", file, key) end
   end
   if spec.jobs ~= "parallel" and spec.jobs ~= "alone" then
-    M.refuse("%s: jobs = '%s' is neither 'parallel' nor 'alone'", place(loaded, "jobs"), spec.jobs)
+    M.refuse("%s: jobs = '%s' is neither 'parallel' nor 'alone'", M.place(loaded, "jobs"),
+      spec.jobs)
   end
   if spec.needs and spec.needs ~= "gpu" then
-    M.refuse("%s: needs = '%s' is not 'gpu'", place(loaded, "needs"), spec.needs)
+    M.refuse("%s: needs = '%s' is not 'gpu'", M.place(loaded, "needs"), spec.needs)
   end
   if spec.origin and not ORIGINS[spec.origin] then
     M.refuse("%s: origin = '%s' is none of measured, predicted, reference",
-      place(loaded, "origin"), spec.origin)
+      M.place(loaded, "origin"), spec.origin)
   end
 end
 
@@ -255,16 +264,16 @@ end
 ---@param values any
 local function check_values(loaded, what, values)
   if type(values) ~= "table" or #values == 0 then
-    M.refuse("%s: %s has no values", place(loaded, what), what)
+    M.refuse("%s: %s has no values", M.place(loaded, what), what)
   end
   local seen = {}
   for i, value in ipairs(values) do
     local kind = type(value)
     if kind ~= "string" and kind ~= "number" and kind ~= "boolean" then
-      M.refuse("%s: value %d of %s is a %s", place(loaded, what), i, what, kind)
+      M.refuse("%s: value %d of %s is a %s", M.place(loaded, what), i, what, kind)
     end
     if seen[value] then
-      M.refuse("%s: %s has the value '%s' twice", place(loaded, what), what, tostring(value))
+      M.refuse("%s: %s has the value '%s' twice", M.place(loaded, what), what, tostring(value))
     end
     seen[value] = true
   end
@@ -275,14 +284,14 @@ local function check_axes(loaded)
   local spec, names = loaded.spec, {}
   for i, axis in ipairs(spec.axes) do
     if type(axis) ~= "table" or type(axis.name) ~= "string" then
-      M.refuse("%s: axis %d has no name", place(loaded, "axes"), i)
+      M.refuse("%s: axis %d has no name", M.place(loaded, "axes"), i)
     end
     for _, key in ipairs(M.sorted_keys(axis)) do
       local problem = M.key_problem(key, AXIS_FIELDS)
-      if problem then M.refuse("%s: axis '%s': %s", place(loaded, key), axis.name, problem) end
+      if problem then M.refuse("%s: axis '%s': %s", M.place(loaded, key), axis.name, problem) end
     end
     if names[axis.name] then
-      M.refuse("%s: axis '%s' twice", place(loaded, axis.name), axis.name)
+      M.refuse("%s: axis '%s' twice", M.place(loaded, axis.name), axis.name)
     end
     names[axis.name] = true
     check_values(loaded, axis.name, axis.values)
@@ -290,14 +299,14 @@ local function check_axes(loaded)
   for _, key in ipairs(M.sorted_keys(spec.fixed or {})) do
     check_values(loaded, key, { spec.fixed[key] })
     if names[key] then
-      M.refuse("%s: '%s' is an axis and fixed as well", place(loaded, key), key)
+      M.refuse("%s: '%s' is an axis and fixed as well", M.place(loaded, key), key)
     end
     names[key] = true
   end
   for _, key in ipairs(M.sorted_keys(spec.quick or {})) do
     if not names[key] then
       M.refuse("%s: quick names '%s', which is no axis (axes and fixed facts: %s)",
-        place(loaded, key), key, table.concat(M.sorted_keys(names), ", "))
+        M.place(loaded, key), key, table.concat(M.sorted_keys(names), ", "))
     end
     check_values(loaded, key, spec.quick[key])
   end
@@ -310,17 +319,17 @@ local function check_shared(loaded)
   for _, axis in ipairs(spec.axes) do is_axis[axis.name] = true end
   for _, key in ipairs(M.sorted_keys(spec.shared)) do
     local problem = M.key_problem(key, SHARED_FIELDS)
-    if problem then M.refuse("%s: shared: %s", place(loaded, key), problem) end
+    if problem then M.refuse("%s: shared: %s", M.place(loaded, key), problem) end
   end
   for key, kind in pairs(SHARED_FIELDS) do
     if type(spec.shared[key]) ~= kind then
-      M.refuse("%s: shared: '%s' is a %s, not a %s", place(loaded, "shared"), key,
+      M.refuse("%s: shared: '%s' is a %s, not a %s", M.place(loaded, "shared"), key,
         type(spec.shared[key]), kind)
     end
   end
   for _, name in ipairs(spec.shared.by) do
     if not is_axis[name] then
-      M.refuse("%s: shared: '%s' is no axis", place(loaded, "by"), tostring(name))
+      M.refuse("%s: shared: '%s' is no axis", M.place(loaded, "by"), tostring(name))
     end
   end
 end
@@ -410,11 +419,11 @@ local function choose(values, wanted)
 end
 
 ---@param values any[]
----@return string
-local function listing(values)
+---@return string[]
+local function words_of(values)
   local words = {}
   for i, value in ipairs(values) do words[i] = tostring(value) end
-  return table.concat(words, ", ")
+  return words
 end
 
 ---@class Filter
@@ -441,14 +450,16 @@ local function effective_axes(loaded, filter)
   local function restrict(o, may_replace)
     local axis = by_name[o.key]
     if not axis then
-      M.refuse("%s has no axis '%s' (axes: %s)", spec.id, o.key,
-        table.concat(M.sorted_keys(by_name), ", "))
+      local names = M.sorted_keys(by_name)
+      M.refuse("%s has no axis '%s': the nearest is '%s' (axes: %s)", spec.id, o.key,
+        amalgam.nearest(o.key, names), table.concat(names, ", "))
     end
     local values = choose(axis.values, o.value)
     if not values and may_replace and (axis.fixed or o.replace) then values = { o.value } end
     if not values then
-      M.refuse("%s: '%s' is no value of %s (values: %s)", spec.id, o.value, o.key,
-        listing(axis.values))
+      local words = words_of(axis.values)
+      M.refuse("%s: '%s' is no value of %s: the nearest is '%s' (values: %s)", spec.id, o.value,
+        o.key, amalgam.nearest(o.value, words) or "none", table.concat(words, ", "))
     end
     axis.values = values
   end

@@ -131,8 +131,9 @@ end
 ---@return any[] of which values of `over`
 ---@return integer across of how many both were measured, by different versions of the engine: what
 --- changed between them is in the ratio
+---@return integer on_two of how many both were measured by one version, on two GPUs of a kind
 function Data:ratios(name, over, filter, base, metric)
-  local out, which, across = {}, {}, 0
+  local out, which, across, on_two = {}, {}, 0, 0
   for _, value in ipairs(self:distinct(name, over)) do
     local with, against = { [over] = value }, { [over] = value }
     for k, v in pairs(filter) do with[k] = v end
@@ -142,13 +143,16 @@ function Data:ratios(name, over, filter, base, metric)
     if a and b and b > 0 then
       out[#out + 1] = a / b
       which[#which + 1] = value
-      if above.origin == "measured" and below.origin == "measured"
-        and above.version ~= below.version then
-        across = across + 1
+      if above.origin == "measured" and below.origin == "measured" then
+        if above.version ~= below.version then
+          across = across + 1
+        elseif #library.gpu_ids({ above, below }) > 1 then
+          on_two = on_two + 1
+        end
       end
     end
   end
-  return out, which, across
+  return out, which, across, on_two
 end
 
 --- Values in a wanted order, with those that have no rows left out and unknown ones at the end.
@@ -171,14 +175,6 @@ end
 --- The GPU that sections 10 to 12 of plots/paper.md, its captions and quoted lines are about.
 local PAPER_GPU = "NVIDIA H200"
 
---- The name of the GPU that a row was measured on; nil when on none.
----@param row Row
----@return string|nil
-local function gpu_of(row)
-  local gpu = row.key.device == "cuda" and row.provenance and row.provenance.gpu
-  return gpu and gpu.name or nil
-end
-
 --- Rows that the paper may show. A mean over two GPUs would be of neither: of those measured on
 --- another one than PAPER_GPU none is taken.
 ---@param rows Row[]
@@ -187,9 +183,9 @@ end
 local function of_paper(rows)
   local kept, others = {}, {}
   for _, row in ipairs(rows) do
-    local gpu = gpu_of(row)
-    if gpu and gpu ~= PAPER_GPU then
-      others[gpu] = (others[gpu] or 0) + 1
+    local gpu = library.gpu(row)
+    if gpu and gpu.name and gpu.name ~= PAPER_GPU then
+      others[gpu.name] = (others[gpu.name] or 0) + 1
     else
       kept[#kept + 1] = row
     end
@@ -218,10 +214,11 @@ end
 ---@param name string beginning of the experiment
 ---@return number[] ratios
 ---@return integer n_points
+---@return integer n_moved of those whose rows are of several GPUs of a kind
 function M.repeated(data, name)
   local groups, order = {}, {}
   for _, row in ipairs(data.all) do
-    if gpu_of(row) and row.status == "ok" and row.experiment:sub(1, #name) == name then
+    if library.gpu(row) and row.status == "ok" and row.experiment:sub(1, #name) == name then
       local id = table.concat({ row.experiment, row.version, row.definition,
         library.key_text(row) }, " ")
       if not groups[id] then
@@ -231,10 +228,11 @@ function M.repeated(data, name)
       table.insert(groups[id], row)
     end
   end
-  local ratios, n_points = {}, 0
+  local ratios, n_points, n_moved = {}, 0, 0
   for _, id in ipairs(order) do
     local group = groups[id]
     if #group > 1 then n_points = n_points + 1 end
+    if #library.gpu_ids(group) > 1 then n_moved = n_moved + 1 end
     for _, metric in ipairs(#group > 1 and experiment.sorted_keys(group[1].metrics) or {}) do
       local least, most = math.huge, 0
       for _, row in ipairs(group) do
@@ -245,7 +243,7 @@ function M.repeated(data, name)
       if timed and least > 0 then ratios[#ratios + 1] = most / least end
     end
   end
-  return ratios, n_points
+  return ratios, n_points, n_moved
 end
 
 --- Largest share of the read bandwidth over the shapes of decode attention in e08, in percent.
@@ -418,24 +416,31 @@ end
 ---@return string
 local function hardware(row)
   if row.origin ~= "measured" then return "" end
-  local p = row.provenance or {}
-  local gpu = row.key.device == "cuda" and p.gpu and p.gpu.name
-  return " on " .. (gpu or ("%s, %s cores"):format(p.cpu or "a CPU", tostring(p.cores or "some")))
+  local p, gpu = row.provenance or {}, library.gpu(row)
+  if gpu then return " on " .. gpu.name end
+  return (" on %s, %s cores"):format(p.cpu or "a CPU", tostring(p.cores or "some"))
 end
 
---- "Rows: e03 predicted at `ee4cf66`; e07 measured on NVIDIA H200 at `720ed99`."
+--- "Rows: e03 predicted at `ee4cf66`; e07 measured on NVIDIA H200 at `720ed99` (2 GPUs)."
 ---@param used table<Row, boolean>
 ---@return string
-local function rows_line(used)
+function M.rows_line(used)
   local versions = {} -- of "e07 measured on NVIDIA H200"
   for row in pairs(used) do
     local id = ("%s %s%s"):format(row.experiment:match("^[^_]+"), row.origin or "", hardware(row))
     versions[id] = versions[id] or {}
-    versions[id]["`" .. row.version .. "`"] = true
+    local rows = versions[id][row.version] or {}
+    rows[#rows + 1] = row
+    versions[id][row.version] = rows
   end
   local words = {}
   for _, id in ipairs(experiment.sorted_keys(versions)) do
-    words[#words + 1] = id .. " at " .. table.concat(experiment.sorted_keys(versions[id]), ", ")
+    local at = {}
+    for _, version in ipairs(experiment.sorted_keys(versions[id])) do
+      local n = #library.gpu_ids(versions[id][version])
+      at[#at + 1] = ("`%s`%s"):format(version, n > 1 and (" (%d GPUs)"):format(n) or "")
+    end
+    words[#words + 1] = id .. " at " .. table.concat(at, ", ")
   end
   return #words > 0 and " Rows: " .. table.concat(words, "; ") .. "." or ""
 end
@@ -453,7 +458,7 @@ local function built(data, spec)
   if spec.predicted and not caption:lower():find("predicted") then
     caption = caption .. " Predicted."
   end
-  caption = caption .. rows_line(data.used)
+  caption = caption .. M.rows_line(data.used)
   data.used = nil
   return columns, rows, caption
 end
@@ -587,9 +592,10 @@ end
 
 --- What the template may use.
 ---@param data Data
----@param blocks table<string, string>
+---@param blocks? table<string, string> tables and figures by name
 ---@return table
-local function template_environment(data, blocks)
+function M.environment(data, blocks)
+  blocks = blocks or {}
   local env = { math = math, table = table, ipairs = ipairs, pairs = pairs, string = string,
     tostring = tostring, data = data, stats = stats, number = M.number }
   function env.show(name)
@@ -602,19 +608,34 @@ local function template_environment(data, blocks)
     return format and format:format(x) or M.number(x)
   end
   --- Geometric mean over `over` of filter / base, and of how many: "1.83 (16)"; of measured rows
-  --- "1.83 (16; 12 across commits)" where the two are not of one version.
+  --- "1.83 (16; 12 across commits, 1 across GPUs)" where the two are not of one version, or of two
+  --- GPUs of a kind.
   function env.gain(name, over, filter, base, metric)
-    local ratios, _, across = data:ratios(name, over, filter, base, metric)
+    local ratios, _, across, on_two = data:ratios(name, over, filter, base, metric)
     if #ratios == 0 then return "*(no rows)*" end
-    return ("%.2f (%d%s)"):format(stats.geomean(ratios), #ratios,
-      across > 0 and ("; %d across commits"):format(across) or "")
+    local notes = {}
+    if across > 0 then notes[#notes + 1] = ("%d across commits"):format(across) end
+    if on_two > 0 then notes[#notes + 1] = ("%d across GPUs"):format(on_two) end
+    return ("%.2f (%d%s%s)"):format(stats.geomean(ratios), #ratios, #notes > 0 and "; " or "",
+      table.concat(notes, ", "))
   end
-  --- A metric of one row over that of another, which differ in one part of the key: "1.83".
-  function env.ratio(name, filter, part, value, base, metric)
+  --- A metric of one row over that of another, which differ in one part of the key; nil where one
+  --- of them is missing.
+  local function quotient(name, filter, part, value, base, metric)
     local with, against = { [part] = value }, { [part] = base }
     for k, v in pairs(filter) do with[k], against[k] = v, v end
     local a, b = data:value(name, with, metric), data:value(name, against, metric)
-    return a and b and b > 0 and ("%.2f"):format(a / b) or "*(no rows)*"
+    return a and b and b > 0 and a / b or nil
+  end
+  --- The same, formatted: "1.83".
+  function env.ratio(...)
+    local x = quotient(...)
+    return x and ("%.2f"):format(x) or "*(no rows)*"
+  end
+  --- By how many percent the first is more than the second: "0.55".
+  function env.percent_more(...)
+    local x = quotient(...)
+    return x and ("%.2f"):format(100 * (x - 1)) or "*(no rows)*"
   end
   --- Largest such ratio and where it is: "2.91 (Qwen3-32B)".
   function env.most(name, over, filter, base, metric)
@@ -639,10 +660,11 @@ local function template_environment(data, blocks)
   end
   --- What points differ by that one version ran more than once; nothing when there are none.
   function env.repeated(name)
-    local ratios, n = M.repeated(data, name)
+    local ratios, n, moved = M.repeated(data, name)
     if #ratios == 0 then return "" end
-    return ("%d points that one version ran twice differ by %.1f %% in the median of their times "
-      .. "and by %.1f %% at most."):format(n, 100 * (stats.median(ratios) - 1),
+    local on = moved > 0 and (" (%d of them on two H200s)"):format(moved) or ""
+    return ("%d points that one version ran twice%s differ by %.1f %% in the median of their times "
+      .. "and by %.1f %% at most."):format(n, on, 100 * (stats.median(ratios) - 1),
       100 * (math.max(table.unpack(ratios)) - 1))
   end
   --- A quoted speed-up over cuBLAS of another system's linear layers (plots/peers.lua).
@@ -748,7 +770,7 @@ local function run(o)
   for name, block in pairs(tables(data, root .. "/plots", out)) do blocks[name] = block end
   remove_others(out, blocks)
   local paper = M.fill(amalgam.read_file(root .. "/plots/paper.md"), "plots/paper.md",
-    template_environment(data, blocks))
+    M.environment(data, blocks))
   write(out .. "/PAPER.md", paper)
   if not o.out and not o.results then
     local readme = amalgam.read_file(root .. "/README.md")

@@ -80,6 +80,37 @@ function M.key_text(row, without)
   return table.concat(words, " ")
 end
 
+--- The GPU that a row was measured on, as NVML describes it; nil when on none.
+---@param row Row
+---@return table|nil
+function M.gpu(row)
+  return row.key.device == "cuda" and row.provenance and row.provenance.gpu or nil
+end
+
+--- Which of its kind that was, by the beginning of its UUID; nil when that is not known.
+---@param row Row
+---@return string|nil "GPU-d9bedd35"
+function M.gpu_id(row)
+  local gpu = M.gpu(row)
+  return gpu and gpu.uuid and gpu.uuid:match("^%u+%-%x+") or nil
+end
+
+--- Those of some rows, in order.
+---@param rows Row[]
+---@return string[]
+function M.gpu_ids(rows)
+  local seen, ids = {}, {}
+  for _, row in ipairs(rows) do
+    local id = M.gpu_id(row)
+    if id and not seen[id] then
+      seen[id] = true
+      ids[#ids + 1] = id
+    end
+  end
+  table.sort(ids)
+  return ids
+end
+
 --- The newest finished row of each point: of `version` if it has one, else the latest by time.
 --- With `parts`, a point is the values of those parts of the key: of two definitions that differ in
 --- a fixed fact, say the number of requests, only the later one's rows are left.

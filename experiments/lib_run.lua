@@ -145,25 +145,43 @@ end
 --- What numbers are whose origin neither the experiment nor the point says.
 local ORIGIN_OF = { cuda = "measured", sim = "predicted", null = "reference" }
 
+--- What went wrong in a point. An error of amalgam.serve, which `watched` calls, is placed in the
+--- experiment.
+---@param loaded Loaded
 ---@param why any
 ---@return table # a result
-local function failure(why)
+local function failure(loaded, why)
   why = tostring(why):gsub("%c", " ")
+  local of_serve = why:match("lib_run%.lua:%d+: (serve: .*)")
+  if of_serve then
+    local key = of_serve:match("^serve: unknown key '([^']+)'")
+    why = ("%s: %s"):format(experiment.place(loaded, key or "serve"), of_serve)
+  end
   return { status = is_mistake(why) and "mistake" or "failed", reason = why }
 end
 
---- `amalgam` as a point sees it, and what NVML said during the last run it served: many experiments
---- keep but a part of a result.
+--- `amalgam` as a point sees it, and what NVML said during the last run it served, or right after
+--- the last benchmark (a line of its own, which the point does not see): many experiments keep but
+--- a part of a result.
 ---@return table view
 ---@return fun(): table|nil gpu
 local function watched()
   local gpu
-  local function serve(options)
+  local view = {}
+  function view.serve(options)
     local result = amalgam.serve(options)
     gpu = result.gpu or gpu
     return result
   end
-  return setmetatable({ serve = serve }, { __index = amalgam }), function() return gpu end
+  function view.bench(name, options)
+    local lines, status, reason = amalgam.bench(name, options)
+    local last = lines and lines[#lines]
+    if last and last.kind == "gpu" then
+      gpu, last.kind, lines[#lines] = last, nil, nil
+    end
+    return lines, status, reason
+  end
+  return setmetatable(view, { __index = amalgam }), function() return gpu end
 end
 
 ---@param loaded Loaded
@@ -185,7 +203,7 @@ local function run_point(loaded, entry, shared)
     made.gpu = made.gpu or gpu_of()
     return made
   end)
-  return ok and result or failure(result)
+  return ok and result or failure(loaded, result)
 end
 
 --- Numbers that were computed and not clocked do not depend on load or clocks.
@@ -403,7 +421,7 @@ local function run_shared(loaded, todo, jobs, tally)
     if ok and type(value) ~= "table" then
       ok, value = false, ("shared.run returned a %s, no table"):format(type(value))
     end
-    return ok and { value = value } or failure(value)
+    return ok and { value = value } or failure(loaded, value)
   end
   local function done(index, result, reason)
     result = result or { status = "failed", reason = reason }
@@ -471,21 +489,31 @@ local function run_all(loaded, todo, context, jobs, seconds)
   return tally
 end
 
+--- An experiment and its points under these options. Refuses what is wrong with either.
 ---@param name string
 ---@param o RunOptions
----@return boolean all_good
-local function run_one(name, o)
-  local identity = amalgam.identity()
+---@return { loaded: Loaded, points: PointEntry[] }
+local function chosen(name, o)
   local loaded = experiment.load(name)
-  local spec = loaded.spec
   local points = experiment.expand(loaded, {
-    quick = o.quick, only = o.only, set = settings(spec, o, identity),
+    quick = o.quick, only = o.only, set = settings(loaded.spec, o, amalgam.identity()),
   })
+  if #points == 0 then
+    experiment.refuse("%s: no point is left by these options", loaded.spec.id)
+  end
+  return { loaded = loaded, points = points }
+end
+
+---@param loaded Loaded
+---@param points PointEntry[]
+---@param o RunOptions
+---@return boolean all_good
+local function run_one(loaded, points, o)
+  local identity, spec = amalgam.identity(), loaded.spec
   local dir = results_root(o, identity.root)
   local path = ("%s/%s/%s/%s.jsonl"):format(dir, spec.id, identity.machine, identity.version)
   local shown = path:sub(1, #identity.root + 1) == identity.root .. "/"
     and path:sub(#identity.root + 2) or path
-  if #points == 0 then experiment.refuse("%s: no point is left by these options", spec.id) end
 
   local latest, n_other, n_broken = rows_before(path, loaded.definition)
   local todo, n_finished, n_retried = remaining(points, latest, o)
@@ -565,9 +593,10 @@ end
 ---@return integer exit status
 local function run(o)
   if #o.names == 0 then experiment.refuse("run: which experiment? (amalgam run --help)") end
-  local status = 0
-  for _, name in ipairs(o.names) do
-    if not run_one(name, o) then status = 1 end
+  local all, status = {}, 0
+  for i, name in ipairs(o.names) do all[i] = chosen(name, o) end -- a typo costs no hours
+  for _, one in ipairs(all) do
+    if not run_one(one.loaded, one.points, o) then status = 1 end
   end
   return status
 end

@@ -35,7 +35,8 @@ function M.load(name)
   local path = ("%s/baselines/servers/%s.lua"):format(amalgam.identity().root, name)
   local chunk = name:find("^[%w_]+$") and loadfile(path)
   if not chunk then
-    experiment.refuse("servers: no server '%s' (`amalgam servers` lists them)", name)
+    experiment.refuse("servers: no server '%s': the nearest is '%s' (`amalgam servers` lists them)",
+      name, amalgam.nearest(name, M.names()))
   end
   local server = chunk()
   for key in pairs(server) do

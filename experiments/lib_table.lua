@@ -11,7 +11,8 @@ local USAGE = [[
 usage: amalgam rows EXPERIMENT [options]
 
 The stored rows of an experiment ("e03": the beginning of its name) as a table, one line a point:
-the parts of the key in which rows differ, and metrics.
+the parts of the key in which rows differ, which GPU it was where they are of several of a kind, and
+metrics.
 
   --metric NAME     metrics whose name begins so; may be repeated (default: the first six)
   --only KEY=VALUE  only rows with this value in the key; may be repeated
@@ -48,7 +49,16 @@ end
 ---@param o table
 ---@return Row[]
 local function kept(rows, o)
-  local out = {}
+  local out, parts = {}, {}
+  for _, row in ipairs(rows) do
+    for name in pairs(row.key) do parts[name] = true end
+  end
+  for _, pair in ipairs(#rows > 0 and o.only or {}) do
+    if not parts[pair[1]] then
+      experiment.refuse("rows: no row has '%s': the nearest is '%s'", pair[1],
+        amalgam.nearest(pair[1], experiment.sorted_keys(parts)))
+    end
+  end
   for _, row in ipairs(rows) do
     local keep = not o.version or row.version:sub(1, #o.version) == o.version
     for _, pair in ipairs(o.only or {}) do
@@ -132,8 +142,9 @@ local function run(o)
   end
   local parts, metrics = columns(rows)
   local shown = chosen(metrics, o.metric)
-  local head = { table.unpack(parts) }
+  local head, many = { table.unpack(parts) }, #library.gpu_ids(rows) > 1
   table.move({ "version", "status" }, 1, 2, #head + 1, head)
+  if many then table.insert(head, #parts + 2, "gpu_uuid") end
   table.move(shown, 1, #shown, #head + 1, head)
   local lines = { head }
   for _, row in ipairs(rows) do
@@ -142,6 +153,7 @@ local function run(o)
       line[i] = row.key[part] == nil and "-" or word(row.key[part])
     end
     line[#line + 1] = row.version
+    if many then line[#line + 1] = library.gpu_id(row) or "-" end
     line[#line + 1] = row.status == "ok" and row.origin or row.status
     for _, metric in ipairs(shown) do
       local x = row.metrics[metric]

@@ -183,15 +183,24 @@ bool accepts(const linear_variant *v, const linear_problem *p, const linear_layo
     return !gated(p) || v->blocks % (v->one_group ? 2 : 4) == 0;
 }
 
+// The variants of every file, and the family that they are of.
+struct table_of {
+    int32_t family;
+    linear_table (*table)(void);
+};
+const table_of tables[] = {
+    {90, linear_short_table},         {90, linear_short_32_table}, {90, linear_mid_table},
+    {90, linear_words_table},         {90, linear_experts_table},  {90, linear_hopper_table},
+    {90, linear_tall_table},          {90, linear_wide_table},     {90, linear_words_tall_table},
+    {90, linear_experts_words_table}, {90, linear_strips_table},   {80, linear_ampere_table},
+};
+
 const linear_variant *named(const char *name, const linear_problem *p, const linear_layout *l) {
-    const linear_table tables[] = {
-        linear_short_table(),      linear_short_32_table(),      linear_mid_table(),
-        linear_words_table(),      linear_experts_table(),       linear_tall_table(),
-        linear_wide_table(),       linear_hopper_table(),        linear_ampere_table(),
-        linear_words_tall_table(), linear_experts_words_table(), linear_strips_table()};
-    for (const linear_table &t : tables)
+    for (const table_of &of : tables) {
+        const linear_table t = of.table();
         for (int32_t i = 0; i < t.n; i++)
             if (strcmp(t.row[i].name, name) == 0 && accepts(&t.row[i], p, l)) return &t.row[i];
+    }
     return nullptr;
 }
 
@@ -202,19 +211,19 @@ bool holds(condition c, const linear_variant *v, const linear_problem *p, const 
     return c == ALWAYS || (tiles <= sms && sms / tiles * tiles * 16 >= sms * 15);
 }
 
-const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
-    if (p->kernel) return named(p->kernel, p, l);
-    const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
-    const int64_t size = (int64_t)p->w->n * p->w->k;
-    // Of one token's experts, of small matrices of two tokens', where they are told of early; not
-    // of much INT4 in large groups that experts_8 takes, whose rings read it faster.
+// Of experts told of early: one token's, of small matrices two tokens'; not of much INT4 in large
+// groups that experts_8 takes, whose rings read it faster.
+const linear_variant *choose_told(const linear_problem *p, const linear_layout *l, int64_t size) {
     const bool rings =
         p->w->format == WF_INT4 && l->granule >= 128 && size >> 24 == 0 && size * p->m >> 25 > 0;
     const bool few = p->m <= (size >> 22 ? 8 : 16) && !rings;
-    if (p->told && p->w->family >= 90 && few)
-        if (const linear_variant *v = named("experts_strips", p, l)) return v;
+    return p->told && few ? named("experts_strips", p, l) : nullptr;
+}
+
+const linear_variant *choose_of_experts(const linear_problem *p, const linear_layout *l,
+                                        int32_t rows, int64_t size) {
     for (const preference_of_experts &c : of_experts) {
-        if (!p->expert_start || p->w->family < 90 || c.rows < rows || size >> c.size) continue;
+        if (c.rows < rows || size >> c.size) continue;
         const linear_variant *v = named(c.name, p, l);
         if (!v) continue;
         const int32_t tiles = (l->blocks + v->blocks - 1) / v->blocks;
@@ -222,6 +231,17 @@ const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
             linear_experts_hit(p->w->count, p->m) * tiles * 2 >= 3 * p->n_sms)
             return v;
     }
+    return nullptr;
+}
+
+const linear_variant *choose(const linear_problem *p, const linear_layout *l) {
+    if (p->kernel) return named(p->kernel, p, l);
+    const int32_t rows = p->expert_start ? (p->m + p->w->count - 1) / p->w->count : p->m;
+    const int64_t size = (int64_t)p->w->n * p->w->k;
+    const linear_variant *of = nullptr;
+    if (p->w->family >= 90) of = choose_told(p, l, size);
+    if (p->w->family >= 90 && p->expert_start && !of) of = choose_of_experts(p, l, rows, size);
+    if (of) return of;
     // Of one row and a small matrix within a step, where CTAs wait beside other kernels.
     if (p->m == 1 && p->apart && p->w->family >= 90 && size <= 1 << 24)
         if (const linear_variant *v = named("strips", p, l)) return v;
@@ -375,19 +395,15 @@ extern "C" bool linear_rounds(const linear_problem *p) {
 extern "C" const char *const *linear_variants(int32_t family) {
     static const char *names[2][64];
     const char **out = names[family == 80 ? 0 : 1];
-    const linear_table hopper[] = {
-        linear_short_table(),         linear_short_32_table(), linear_mid_table(),
-        linear_words_table(),         linear_experts_table(),  linear_hopper_table(),
-        linear_tall_table(),          linear_wide_table(),     linear_words_tall_table(),
-        linear_experts_words_table(), linear_strips_table()};
-    const linear_table ampere[] = {linear_ampere_table(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     int n = 0;
-    for (const linear_table &t : family == 80 ? ampere : hopper)
-        for (int32_t i = 0; i < t.n && n < 63; i++) {
+    for (const table_of &of : tables) {
+        const linear_table t = of.table();
+        for (int32_t i = 0; of.family == (family == 80 ? 80 : 90) && i < t.n && n < 63; i++) {
             bool seen = false;
             for (int k = 0; k < n; k++) seen = seen || strcmp(out[k], t.row[i].name) == 0;
             if (!seen) out[n++] = t.row[i].name;
         }
+    }
     for (int32_t i = 0; family == 90 && linear_quantised_name(i) && n < 63; i++)
         out[n++] = linear_quantised_name(i);
     out[n] = nullptr;

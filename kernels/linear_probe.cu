@@ -32,7 +32,7 @@ struct linear_probe {
     std::vector<void *> twin; // fp16 [n, k] matrices for cuBLAS
     cublasHandle_t blas;
     void *workspace, *blas_workspace, *ladder_space;
-    int64_t ladder_bytes;
+    int64_t ladder_bytes, code_bytes, scale_bytes; // of the packed weight, all its matrices
     int32_t sm, n_sms;
     cudaStream_t stream;
     uint64_t seed;
@@ -265,8 +265,7 @@ status make_canonical(linear_probe *p, qmatrix *q, int32_t index) {
     return ST_OK;
 }
 
-status open(linear_probe *p, bool timed) {
-    int64_t code_bytes, scale_bytes;
+status open_device(linear_probe *p) {
     int device;
     CUDA(cudaGetDevice(&device));
     cudaDeviceProp prop;
@@ -274,12 +273,17 @@ status open(linear_probe *p, bool timed) {
     p->sm = prop.major * 10 + prop.minor;
     p->n_sms = prop.multiProcessorCount;
     CUDA(cudaStreamCreate(&p->stream));
+    return ST_OK;
+}
+
+// The weight, packed and in its canonical form, and the kernels' workspace.
+status make_weight(linear_probe *p) {
     linear_weight *w = &p->w;
     w->family = linear_family(p->sm, w->family);
-    TRY(linear_pack_bytes(w, &code_bytes, &scale_bytes));
+    TRY(linear_pack_bytes(w, &p->code_bytes, &p->scale_bytes));
     std::vector<qmatrix> q((size_t)w->count);
-    TRY(own(p, &w->code, code_bytes));
-    TRY(own(p, &w->scale, scale_bytes));
+    TRY(own(p, &w->code, p->code_bytes));
+    TRY(own(p, &w->scale, p->scale_bytes));
     TRY(own(p, &w->bias, (int64_t)w->count * w->n * 4));
     fill_values<<<256, 256, 0, p->stream>>>(w->bias, (int64_t)w->count * w->n, p->seed + 5,
                                             w->type);
@@ -300,30 +304,49 @@ status open(linear_probe *p, bool timed) {
     CUDA(cudaMemset(p->workspace, 0, (size_t)workspace));
     CUDA(cudaDeviceSynchronize());
     p->pool.push_back(*w);
-    for (int64_t have = code_bytes + scale_bytes; timed && have < kPoolBytes;
-         have += code_bytes + scale_bytes) {
+    return ST_OK;
+}
+
+// Copies of the weight until no cache holds them all.
+status fill_pool(linear_probe *p) {
+    const linear_weight *w = &p->w;
+    const int64_t bytes = p->code_bytes + p->scale_bytes;
+    for (int64_t have = bytes; have < kPoolBytes; have += bytes) {
         linear_weight copy = *w;
-        TRY(own(p, &copy.code, code_bytes));
-        TRY(own(p, &copy.scale, scale_bytes));
-        CUDA(cudaMemcpy(copy.code, w->code, (size_t)code_bytes, cudaMemcpyDefault));
-        CUDA(cudaMemcpy(copy.scale, w->scale, (size_t)scale_bytes, cudaMemcpyDefault));
+        TRY(own(p, &copy.code, p->code_bytes));
+        TRY(own(p, &copy.scale, p->scale_bytes));
+        CUDA(cudaMemcpy(copy.code, w->code, (size_t)p->code_bytes, cudaMemcpyDefault));
+        CUDA(cudaMemcpy(copy.scale, w->scale, (size_t)p->scale_bytes, cudaMemcpyDefault));
         p->pool.push_back(copy);
     }
-    for (int64_t have = 0; timed && w->count == 1 && have < kPoolBytes;
-         have += (int64_t)w->n * w->k * 2) {
+    return ST_OK;
+}
+
+// cuBLAS, and as many copies of the matrix in fp16.
+status open_blas(linear_probe *p) {
+    constexpr int64_t workspace = 64 << 20;
+    const linear_weight *w = &p->w;
+    const int64_t bytes = (int64_t)w->n * w->k * 2;
+    for (int64_t have = 0; w->count == 1 && have < kPoolBytes; have += bytes) {
         void *twin;
-        TRY(own(p, &twin, (int64_t)w->n * w->k * 2));
+        TRY(own(p, &twin, bytes));
         expand<<<1024, 256, 0, p->stream>>>(static_cast<__half *>(twin), p->q, w->type);
         p->twin.push_back(twin);
     }
-    if (timed) {
-        if (cublasCreate(&p->blas) != CUBLAS_STATUS_SUCCESS) return FAIL(ST_DEVICE, "cublasCreate");
-        TRY(own(p, &p->blas_workspace, 64 << 20));
-        cublasSetStream(p->blas, p->stream);
-        cublasSetWorkspace(p->blas, p->blas_workspace, 64 << 20);
-    }
+    if (cublasCreate(&p->blas) != CUBLAS_STATUS_SUCCESS) return FAIL(ST_DEVICE, "cublasCreate");
+    TRY(own(p, &p->blas_workspace, workspace));
+    cublasSetStream(p->blas, p->stream);
+    cublasSetWorkspace(p->blas, p->blas_workspace, workspace);
     CUDA(cudaDeviceSynchronize());
     return ST_OK;
+}
+
+status open(linear_probe *p, bool timed) {
+    TRY(open_device(p));
+    TRY(make_weight(p));
+    if (!timed) return ST_OK;
+    TRY(fill_pool(p));
+    return open_blas(p);
 }
 
 // Device memory of one trial.
@@ -394,6 +417,42 @@ void route(const linear_probe *p, const linear_trial *t, int32_t x_rows, int32_t
     start[count] = at;
 }
 
+// x becomes the values of its codes.
+status round_x(const linear_probe *p, act_format act, const bench_data *d) {
+    activation_quantiser q = {};
+    q.x = q.value = d->x;
+    q.ldx = d->ldx;
+    q.m = d->x_rows;
+    q.k = p->w.k;
+    q.type = p->w.type;
+    q.act = act;
+    return kernel_quantize_activation(&q, p->stream);
+}
+
+status copy_out(int32_t **to, const std::vector<int32_t> &from) {
+    CUDA(cudaMalloc((void **)to, from.size() * sizeof(int32_t)));
+    CUDA(cudaMemcpy(*to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyDefault));
+    return ST_OK;
+}
+
+// Which rows of x go to which expert, in every route.
+status make_routes(const linear_probe *p, const linear_trial *t, bench_data *d) {
+    const int32_t routes = t->top_k ? kRoutes : 1, count = p->w.count;
+    const size_t starts = (size_t)count + 1, m = (size_t)t->m;
+    std::vector<int32_t> start(starts * (size_t)routes), row(m * (size_t)routes);
+    for (int32_t r = 0; r < routes; r++)
+        route(p, t, d->x_rows, r, &start[(size_t)r * starts], &row[(size_t)r * m]);
+    d->hit = 1;
+    if (count > 1) {
+        d->hit = 0;
+        for (int32_t e = 0; e < count; e++) d->hit += start[(size_t)e + 1] > start[(size_t)e];
+        TRY(copy_out(&d->expert_start, start));
+    }
+    return t->gather ? copy_out(&d->x_row, row) : ST_OK;
+}
+
+int64_t element_bytes(const linear_trial *t) { return t->y_type == DT_F32 ? 4 : 2; }
+
 status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     const linear_weight *w = &p->w;
     const bool gated = t->epilogue == LINEAR_GATED || t->epilogue == LINEAR_GATED_OAI;
@@ -401,41 +460,17 @@ status make_data(const linear_probe *p, const linear_trial *t, bench_data *d) {
     d->x_rows = !t->gather ? t->m : t->top_k ? t->m / t->top_k : t->m / 2 + 1;
     d->ldx = w->k + (t->gather ? 8 : 0);
     d->ldy = d->n_out + (t->bias ? 4 : 0);
-    d->y_bytes = ((int64_t)t->m * d->ldy + kGuard) * (t->y_type == DT_F32 ? 4 : 2);
-    d->hit = 1;
+    d->y_bytes = ((int64_t)t->m * d->ldy + kGuard) * element_bytes(t);
     CUDA(cudaMalloc(&d->x, (size_t)(d->x_rows * d->ldx * 2)));
     CUDA(cudaMalloc(&d->y, (size_t)d->y_bytes));
     CUDA(cudaMalloc((void **)&d->sums, (size_t)(3 + d->n_out) * sizeof(double)));
     fill_values<<<512, 256, 0, p->stream>>>(d->x, d->x_rows * d->ldx, p->seed + 7, w->type);
-    if (t->rounded != AF_16) {
-        activation_quantiser q = {};
-        q.x = q.value = d->x;
-        q.ldx = d->ldx;
-        q.m = d->x_rows;
-        q.k = w->k;
-        q.type = w->type;
-        q.act = t->rounded;
-        TRY(kernel_quantize_activation(&q, p->stream));
-    }
+    if (t->rounded != AF_16) TRY(round_x(p, t->rounded, d));
     if (t->epilogue == LINEAR_RESIDUAL) {
         CUDA(cudaMalloc(&d->y_before, (size_t)d->y_bytes));
         fill_values<<<512, 256, 0, p->stream>>>(d->y_before, t->m * d->ldy, p->seed + 9, t->y_type);
     }
-    const int32_t routes = t->top_k ? kRoutes : 1;
-    const size_t starts = (size_t)w->count + 1, m = (size_t)t->m;
-    std::vector<int32_t> start(starts * (size_t)routes), row(m * (size_t)routes);
-    for (int32_t r = 0; r < routes; r++)
-        route(p, t, d->x_rows, r, &start[(size_t)r * starts], &row[(size_t)r * m]);
-    if (w->count > 1) {
-        d->hit = 0;
-        for (int32_t e = 0; e < w->count; e++) d->hit += start[(size_t)e + 1] > start[(size_t)e];
-        CUDA(cudaMalloc((void **)&d->expert_start, start.size() * 4));
-        CUDA(cudaMemcpy(d->expert_start, start.data(), start.size() * 4, cudaMemcpyDefault));
-    }
-    if (t->gather) {
-        CUDA(cudaMalloc((void **)&d->x_row, row.size() * 4));
-        CUDA(cudaMemcpy(d->x_row, row.data(), row.size() * 4, cudaMemcpyDefault));
-    }
+    TRY(make_routes(p, t, d));
     CUDA(cudaStreamSynchronize(p->stream));
     return ST_OK;
 }
@@ -552,8 +587,7 @@ static status ask_ahead(const linear_probe *p, bench_data *d, linear_problem *pr
     std::vector<int32_t> list(2 + 2 * n);
     list[0] = n;
     for (int32_t i = 0; i < n; i++) list[2 + 2 * i] = i % 2, list[3 + 2 * i] = i / 2 % 2;
-    CUDA(cudaMalloc((void **)&d->ahead, list.size() * sizeof(int32_t)));
-    CUDA(cudaMemcpy(d->ahead, list.data(), list.size() * sizeof(int32_t), cudaMemcpyDefault));
+    TRY(copy_out(&d->ahead, list));
     problem->ahead.list = d->ahead;
     problem->ahead.base = p->w.code;
     problem->ahead.stride = 512;
@@ -561,6 +595,106 @@ static status ask_ahead(const linear_probe *p, bench_data *d, linear_problem *pr
     problem->ahead.most = n - 1;
     problem->ahead.part = 1;
     problem->ahead.parts = 2;
+    return ST_OK;
+}
+
+// Once, over memory that is NaN in every type; a residual's begins with what is added to.
+static status run_once(linear_probe *p, const linear_trial *t, const bench_data *d,
+                       const linear_problem *problem) {
+    CUDA(cudaMemset(d->y, 0xff, (size_t)d->y_bytes));
+    if (d->y_before)
+        CUDA(cudaMemcpy(d->y, d->y_before, (size_t)(t->m * d->ldy * element_bytes(t)),
+                        cudaMemcpyDefault));
+    CUDA(cudaDeviceSynchronize());
+    if (t->sabotage == 1) TRY(spoil(p));
+    TRY(run(p, problem, 0));
+    CUDA(cudaStreamSynchronize(p->stream));
+    return t->sabotage == 1 ? spoil(p) : ST_OK; // undoes it
+}
+
+static status quantise_reference(const linear_probe *p, bench_data *d) {
+    const linear_weight *w = &p->w;
+    const int32_t span = w->act == AF_FP8 && w->format == WF_FP8B ? 128 : w->k;
+    const int64_t spans = (int64_t)d->x_rows * ((w->k + span - 1) / span);
+    CUDA(cudaMalloc((void **)&d->x_quantised, (size_t)d->x_rows * (size_t)w->k * sizeof(double)));
+    quantise_x<<<(unsigned)((spans + 7) / 8), 256, 0, p->stream>>>(
+        d->x_quantised, d->x, d->ldx, d->x_rows, w->k, span, w->act, w->type);
+    return ST_OK;
+}
+
+// What of the problem is compared: every m_step-th row and n_step-th column.
+static reference_args reference_of(const linear_probe *p, const linear_problem *problem,
+                                   const bench_data *d, int64_t samples) {
+    reference_args a = {};
+    a.q = p->q;
+    a.x_quantised = d->x_quantised;
+    a.x = d->x;
+    a.bias = problem->w->bias;
+    a.y_before = d->y_before;
+    a.y = d->y;
+    a.expert_start = d->expert_start;
+    a.x_row = d->x_row;
+    a.type = p->w.type;
+    a.y_type = problem->y_type;
+    a.ldx = d->ldx;
+    a.ldy = d->ldy;
+    a.m = problem->m;
+    a.n = p->w.n;
+    a.n_out = d->n_out;
+    a.k = p->w.k;
+    a.count = p->w.count;
+    a.epilogue = problem->epilogue;
+    a.limit = problem->limit;
+    a.sums = d->sums;
+    a.column = d->sums + 3;
+    a.m_step = a.n_step = 1;
+    a.rows = a.m;
+    a.cols = a.n_out;
+    while ((int64_t)a.rows * a.cols > std::max(samples, (int64_t)64)) {
+        int32_t &step = a.rows > 16 ? a.m_step : a.n_step;
+        step++;
+        a.rows = (a.m + a.m_step - 1) / a.m_step;
+        a.cols = (a.n_out + a.n_step - 1) / a.n_step;
+    }
+    return a;
+}
+
+static status measure_error(const linear_probe *p, const reference_args &a, linear_outcome *o) {
+    const int64_t warps = (int64_t)a.rows * a.cols;
+    CUDA(cudaMemset(a.sums, 0, (size_t)(3 + a.n_out) * sizeof(double)));
+    compare<<<(unsigned)((warps + 7) / 8), 256, 0, p->stream>>>(a);
+    CUDA(cudaStreamSynchronize(p->stream));
+    std::vector<double> sums((size_t)(3 + a.cols));
+    CUDA(cudaMemcpy(sums.data(), a.sums, sums.size() * sizeof(double), cudaMemcpyDefault));
+    o->rel_err = sqrt(sums[0] / sums[1]);
+    o->worst = 0;
+    for (int32_t i = 0; i < a.cols; i++) {
+        const double e = sqrt(sums[(size_t)(3 + i)] * a.cols / sums[1]);
+        if (e > o->worst || std::isnan(e)) o->worst = e;
+    }
+    o->compared = warps;
+    o->unwritten = (int64_t)sums[2];
+    return ST_OK;
+}
+
+// The hash of y, and how much was written beside it.
+static status inspect_y(const linear_trial *t, const bench_data *d, linear_outcome *o) {
+    const int64_t element = element_bytes(t);
+    std::vector<uint8_t> y((size_t)d->y_bytes);
+    CUDA(cudaMemcpy(y.data(), d->y, y.size(), cudaMemcpyDefault));
+    o->hash = 14695981039346656037ull;
+    for (size_t i = 0; i + 8 <= y.size(); i += 8) {
+        uint64_t v;
+        memcpy(&v, &y[i], 8);
+        o->hash = (o->hash ^ v) * 1099511628211ull;
+    }
+    o->outside = 0;
+    for (int64_t i = 0; i < (int64_t)t->m * d->ldy + kGuard; i++) {
+        const bool inside = i / d->ldy < t->m && i % d->ldy < d->n_out;
+        if (inside || (d->y_before && i < t->m * d->ldy)) continue;
+        for (int64_t b = 0; b < element; b++)
+            if (y[(size_t)(i * element + b)] != 0xff) o->outside++;
+    }
     return ST_OK;
 }
 
@@ -576,88 +710,63 @@ extern "C" status linear_probe_check(linear_probe *p, const linear_trial *t, int
     const char *name = ladder ? t->kernel : linear_choice(&problem);
     if (!name) return ST_UNSUPPORTED;
     snprintf(o->kernel, sizeof o->kernel, "%s", name);
-    CUDA(cudaMemset(d.y, 0xff, (size_t)d.y_bytes)); // NaN in every type
-    const int64_t element = t->y_type == DT_F32 ? 4 : 2;
-    if (d.y_before)
-        CUDA(cudaMemcpy(d.y, d.y_before, (size_t)(t->m * d.ldy * element), cudaMemcpyDefault));
-    CUDA(cudaDeviceSynchronize());
-    CUDA(cudaMemset(d.sums, 0, (size_t)(3 + d.n_out) * sizeof(double)));
-    if (t->sabotage == 1) TRY(spoil(p));
-    TRY(run(p, &problem, 0));
-    CUDA(cudaStreamSynchronize(p->stream));
-    if (t->sabotage == 1) TRY(spoil(p)); // undoes it
-
-    if (w.act != AF_16 && t->sabotage != 2) {
-        const int32_t span = w.act == AF_FP8 && w.format == WF_FP8B ? 128 : w.k;
-        const int64_t spans = (int64_t)d.x_rows * ((w.k + span - 1) / span);
-        CUDA(cudaMalloc((void **)&d.x_quantised, (size_t)d.x_rows * (size_t)w.k * sizeof(double)));
-        quantise_x<<<(unsigned)((spans + 7) / 8), 256, 0, p->stream>>>(
-            d.x_quantised, d.x, d.ldx, d.x_rows, w.k, span, w.act, w.type);
-    }
-    reference_args a = {};
-    a.q = p->q;
-    a.x_quantised = d.x_quantised;
-    a.x = d.x;
-    a.bias = t->bias ? w.bias : nullptr;
-    a.y_before = d.y_before;
-    a.y = d.y;
-    a.expert_start = d.expert_start;
-    a.x_row = d.x_row;
-    a.type = w.type;
-    a.y_type = t->y_type;
-    a.ldx = d.ldx;
-    a.ldy = d.ldy;
-    a.m = t->m;
-    a.n = w.n;
-    a.n_out = d.n_out;
-    a.k = w.k;
-    a.count = w.count;
-    a.epilogue = t->epilogue;
-    a.limit = problem.limit;
-    a.sums = d.sums;
-    a.column = d.sums + 3;
-    a.m_step = a.n_step = 1;
-    a.rows = t->m;
-    a.cols = d.n_out;
-    while ((int64_t)a.rows * a.cols > std::max(samples, (int64_t)64)) {
-        int32_t &step = a.rows > 16 ? a.m_step : a.n_step;
-        step++;
-        a.rows = (t->m + a.m_step - 1) / a.m_step;
-        a.cols = (d.n_out + a.n_step - 1) / a.n_step;
-    }
-    const int64_t warps = (int64_t)a.rows * a.cols;
-    compare<<<(unsigned)((warps + 7) / 8), 256, 0, p->stream>>>(a);
-    CUDA(cudaStreamSynchronize(p->stream));
-    std::vector<double> sums((size_t)(3 + a.cols));
-    CUDA(cudaMemcpy(sums.data(), d.sums, sums.size() * sizeof(double), cudaMemcpyDefault));
-    o->rel_err = sqrt(sums[0] / sums[1]);
-    o->worst = 0;
-    for (int32_t i = 0; i < a.cols; i++) {
-        const double e = sqrt(sums[(size_t)(3 + i)] * a.cols / sums[1]);
-        if (e > o->worst || std::isnan(e)) o->worst = e;
-    }
-    o->compared = warps;
-    o->unwritten = (int64_t)sums[2];
-
-    std::vector<uint8_t> y((size_t)d.y_bytes);
-    CUDA(cudaMemcpy(y.data(), d.y, y.size(), cudaMemcpyDefault));
-    o->hash = 14695981039346656037ull;
-    for (size_t i = 0; i + 8 <= y.size(); i += 8) {
-        uint64_t v;
-        memcpy(&v, &y[i], 8);
-        o->hash = (o->hash ^ v) * 1099511628211ull;
-    }
-    o->outside = 0;
-    for (int64_t i = 0; i < (int64_t)t->m * d.ldy + kGuard; i++) {
-        const bool inside = i / d.ldy < t->m && i % d.ldy < d.n_out;
-        if (inside || (d.y_before && i < t->m * d.ldy)) continue;
-        for (int64_t b = 0; b < element; b++)
-            if (y[(size_t)(i * element + b)] != 0xff) o->outside++;
-    }
-    int64_t code_bytes, scale_bytes;
-    TRY(linear_pack_bytes(&w, &code_bytes, &scale_bytes));
-    o->bytes = (code_bytes + scale_bytes) / w.count * d.hit;
+    TRY(run_once(p, t, &d, &problem));
+    if (w.act != AF_16 && t->sabotage != 2) TRY(quantise_reference(p, &d));
+    TRY(measure_error(p, reference_of(p, &problem, &d, samples), o));
+    TRY(inspect_y(t, &d, o));
+    o->bytes = (p->code_bytes + p->scale_bytes) / w.count * d.hit;
     o->bytes_io = ((int64_t)d.x_rows * w.k + (int64_t)t->m * d.n_out) * 2;
+    return ST_OK;
+}
+
+// cublasGemmEx in fp16 over the twins in turn.
+static status time_blas(linear_probe *p, int32_t m, int32_t launches, int32_t replays, bool rest,
+                        double *us) {
+    const float one = 1, zero = 0;
+    const int32_t n = p->w.n, k = p->w.k;
+    void *x16, *y16;
+    cudaGraph_t graph;
+    CUDA(cudaMalloc(&x16, (size_t)m * k * 2));
+    CUDA(cudaMalloc(&y16, (size_t)m * n * 2));
+    fill_values<<<512, 256, 0, p->stream>>>(x16, (int64_t)m * k, p->seed + 7, DT_F16);
+    const auto gemm = [&](int32_t i) {
+        return cublasGemmEx(p->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one,
+                            p->twin[(size_t)i % p->twin.size()], CUDA_R_16F, k, x16, CUDA_R_16F, k,
+                            &zero, y16, CUDA_R_16F, n, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+    };
+    bool good = gemm(0);
+    CUDA(cudaStreamSynchronize(p->stream));
+    CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
+    for (int32_t i = 0; i < launches; i++) good = good && gemm(i);
+    CUDA(cudaStreamEndCapture(p->stream, &graph));
+    if (!good) return FAIL(ST_DEVICE, "cublasGemmEx failed");
+    TRY(replay(p, graph, replays, launches, rest, us));
+    CUDA(cudaFree(x16));
+    CUDA(cudaFree(y16));
+    return ST_OK;
+}
+
+// n launches over the copies of the weight in turn, each to other experts where there are routes.
+static status capture(linear_probe *p, const linear_trial *t, const bench_data *d, int32_t n,
+                      cudaGraph_t *graph) {
+    std::vector<linear_weight> w = p->pool;
+    CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t copy = i % (int32_t)w.size();
+        linear_problem problem = problem_of(p, t, d, &w[(size_t)copy]);
+        if (t->top_k) {
+            problem.routed = t->routed && i > 0;
+            problem.expert_start += i % kRoutes * (p->w.count + 1);
+            if (problem.x_row) problem.x_row += (int64_t)(i % kRoutes) * t->m;
+        }
+        const status st = run(p, &problem, copy);
+        if (st != ST_OK) {
+            cudaStreamEndCapture(p->stream, graph);
+            return st;
+        }
+    }
+    CUDA(cudaStreamEndCapture(p->stream, graph));
     return ST_OK;
 }
 
@@ -679,48 +788,10 @@ extern "C" status linear_probe_time(linear_probe *p, const linear_trial *t, int3
         TRY(run(p, &first, 0));
         CUDA(cudaStreamSynchronize(p->stream));
     }
-    std::vector<linear_weight> w = p->pool;
-    int32_t n = launches(t->top_k ? kRoutes : p->pool.size());
-    CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t copy = i % (int32_t)w.size();
-        linear_problem problem = problem_of(p, t, &d, &w[(size_t)copy]);
-        if (t->top_k) {
-            problem.routed = t->routed && i > 0;
-            problem.expert_start += i % kRoutes * (p->w.count + 1);
-            if (problem.x_row) problem.x_row += (int64_t)(i % kRoutes) * t->m;
-        }
-        const status st = run(p, &problem, copy);
-        if (st != ST_OK) {
-            cudaStreamEndCapture(p->stream, &graph);
-            return st;
-        }
-    }
-    CUDA(cudaStreamEndCapture(p->stream, &graph));
+    const int32_t n = launches(t->top_k ? kRoutes : p->pool.size());
+    TRY(capture(p, t, &d, n, &graph));
     TRY(replay(p, graph, replays, n, rest, &o->us));
     o->cublas_us = 0;
     if (!cublas || p->twin.empty()) return ST_OK;
-
-    const float one = 1, zero = 0;
-    void *x16, *y16;
-    CUDA(cudaMalloc(&x16, (size_t)t->m * p->w.k * 2));
-    CUDA(cudaMalloc(&y16, (size_t)t->m * p->w.n * 2));
-    fill_values<<<512, 256, 0, p->stream>>>(x16, (int64_t)t->m * p->w.k, p->seed + 7, DT_F16);
-    n = launches(p->twin.size());
-    const auto gemm = [&](int32_t i) {
-        return cublasGemmEx(p->blas, CUBLAS_OP_T, CUBLAS_OP_N, p->w.n, t->m, p->w.k, &one,
-                            p->twin[(size_t)i % p->twin.size()], CUDA_R_16F, p->w.k, x16,
-                            CUDA_R_16F, p->w.k, &zero, y16, CUDA_R_16F, p->w.n, CUBLAS_COMPUTE_32F,
-                            CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
-    };
-    bool good = gemm(0);
-    CUDA(cudaStreamSynchronize(p->stream));
-    CUDA(cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal));
-    for (int32_t i = 0; i < n; i++) good = good && gemm(i);
-    CUDA(cudaStreamEndCapture(p->stream, &graph));
-    if (!good) return FAIL(ST_DEVICE, "cublasGemmEx failed");
-    TRY(replay(p, graph, replays, n, rest, &o->cublas_us));
-    CUDA(cudaFree(x16));
-    CUDA(cudaFree(y16));
-    return ST_OK;
+    return time_blas(p, t->m, launches(p->twin.size()), replays, rest, &o->cublas_us);
 }

@@ -133,26 +133,28 @@ status launch_finish(const finish_args &a, dtype sums, dtype y, cudaStream_t str
 // Products of 8-bit operands; where linear_tuned.def has nothing, best first for up to `rows` rows.
 struct variant {
     const char *name;
-    int32_t rank; // of cuBLASLt's suggestions; -1: linear_codes; -2: linear_codes_tall
+    int32_t rank; // of cuBLASLt's suggestions, or one of those below
     int32_t rows;
 };
+constexpr int32_t kOwn = -1, kOwnTall = -2; // linear_codes or linear_mid, and their tall kernels
 constexpr int32_t kAny = 1 << 30;
 const variant variants[] = {
-    {"codes_8", -1, 8},      {"codes_16", -1, 16},    {"codes_32", -1, 32},
-    {"codes_64", -1, 64},    {"cublaslt", 0, kAny},   {"cublaslt_1", 1, kAny},
-    {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny}, {"cublaslt_4", 4, kAny},
-    {"cublaslt_5", 5, kAny}, {"codes_tall", -2, kAny}};
+    {"codes_8", kOwn, 8},    {"codes_16", kOwn, 16},        {"codes_32", kOwn, 32},
+    {"codes_64", kOwn, 64},  {"cublaslt", 0, kAny},         {"cublaslt_1", 1, kAny},
+    {"cublaslt_2", 2, kAny}, {"cublaslt_3", 3, kAny},       {"cublaslt_4", 4, kAny},
+    {"cublaslt_5", 5, kAny}, {"codes_tall", kOwnTall, kAny}};
 
 // Products of 4-bit by 8-bit codes, by the most rows, of x that has as many as `from`: for fewer,
 // where W's bytes are all that takes time, the kernels of 16-bit x need no more of it. 0 rows: by
 // name only.
-const variant nibbles[] = {{"w4a8_32", -1, 32},   {"w4a8_64", -1, 64},  {"w4a8_tall", -2, kAny},
-                           {"w4a8_32x2", -1, 0},  {"w4a8_32x4", -1, 0}, {"w4a8_32x2x2", -1, 0},
-                           {"w4a8_64x2", -1, 0},  {"w4a8_64x3", -1, 0}, {"w4a8_64x4", -1, 0},
-                           {"w4a8_64x2x2", -1, 0}};
+const variant nibbles[] = {{"w4a8_32", kOwn, 32},         {"w4a8_64", kOwn, 64},
+                           {"w4a8_tall", kOwnTall, kAny}, {"w4a8_32x2", kOwn, 0},
+                           {"w4a8_32x4", kOwn, 0},        {"w4a8_32x2x2", kOwn, 0},
+                           {"w4a8_64x2", kOwn, 0},        {"w4a8_64x3", kOwn, 0},
+                           {"w4a8_64x4", kOwn, 0},        {"w4a8_64x2x2", kOwn, 0}};
 constexpr int32_t kNibblesFrom = 17;
 // The same of experts, from so many rows each on, in the mean.
-const variant of_experts = {"experts_codes", -1, kAny};
+const variant of_experts = {"experts_codes", kOwn, kAny};
 constexpr int32_t kExpertsFrom = 12;
 
 template <int N> const variant *named(const variant (&of)[N], const char *name) {
@@ -180,7 +182,7 @@ bool leaves_sums(const linear_problem *p, const variant *v) {
 const variant *choose(const linear_problem *p) {
     const char *name = p->kernel ? p->kernel : linear_tuned(p, 0);
     const variant *found = name ? named(variants, name) : nullptr;
-    if (found && found->rank == -2 && p->w->format == WF_FP8B) found = nullptr;
+    if (found && found->rank == kOwnTall && p->w->format == WF_FP8B) found = nullptr;
     for (const variant &v : variants)
         if (!found && !p->kernel && p->m <= v.rows) found = &v;
     if (!found) FAIL(ST_UNSUPPORTED, "no product of 8-bit operands %s", p->kernel);
@@ -205,20 +207,10 @@ activation_quantiser quantiser_of(const linear_problem *p, int32_t row, int32_t 
 // Rows of x that p quantises where its product takes those that x_row names.
 int32_t rows_of_x(const linear_problem *p) { return p->x_row && p->x_rows ? p->x_rows : p->m; }
 
-// Rows [row, row + m) of p, quantised into s.
-status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m, bool sums,
-                  void *scratch, int64_t scratch_bytes, const variant *v, cudaStream_t stream) {
+// The product of m_pad rows quantised in s by cuBLASLt, into `y`.
+linear_product product_of(const linear_problem *p, const plain_space &s, int32_t m_pad, void *y,
+                          int32_t rank) {
     const linear_weight *w = p->w;
-    const bool int8 = w->format == WF_INT8;
-    const int32_t m_pad = padded(p, m);
-    void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * size_of_y(p);
-    activation_quantiser q = quantiser_of(p, row, m);
-    q.code = s.code;
-    q.scale = s.scale;
-    q.m_pad = m_pad;
-    if (!p->x_coded) TRY(kernel_quantize_activation(&q, stream));
-    if (v->rank == -2) return linear_codes_tall_launch(p, row, m, s.code, s.scale, stream);
-    if (v->rank < 0) return linear_codes_launch(v->name, p, row, m, s.code, s.scale, m_pad, stream);
     linear_product product = {};
     product.format = w->format;
     product.m = m_pad;
@@ -231,10 +223,15 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     product.out = y;
     product.out_type = p->y_type;
     product.ldo = p->ldy;
-    product.workspace = scratch;
-    product.workspace_bytes = scratch_bytes;
-    product.rank = v->rank;
-    if (!sums) return linear_lt(&product, stream);
+    product.rank = rank;
+    return product;
+}
+
+// The product into s.sums, and what makes y of them.
+status product_and_finish(const linear_problem *p, const plain_space &s, int32_t row, int32_t m,
+                          linear_product product, cudaStream_t stream) {
+    const linear_weight *w = p->w;
+    const bool int8 = w->format == WF_INT8;
     product.out = s.sums;
     product.out_type = int8 ? DT_I32 : gated(p) ? w->type : p->y_type;
     product.ldo = w->n;
@@ -245,6 +242,25 @@ status plain_part(const linear_problem *p, const plain_space &s, int32_t row, in
     a.w_scale = product.w_scale;
     return w->type == DT_BF16 ? launch_finish<__nv_bfloat16>(a, product.out_type, p->y_type, stream)
                               : launch_finish<__half>(a, product.out_type, p->y_type, stream);
+}
+
+// Rows [row, row + m) of p, quantised into s.
+status plain_part(const linear_problem *p, const plain_space &s, int32_t row, int32_t m, bool sums,
+                  void *scratch, int64_t scratch_bytes, const variant *v, cudaStream_t stream) {
+    const int32_t m_pad = padded(p, m);
+    activation_quantiser q = quantiser_of(p, row, m);
+    q.code = s.code;
+    q.scale = s.scale;
+    q.m_pad = m_pad;
+    if (!p->x_coded) TRY(kernel_quantize_activation(&q, stream));
+    if (v->rank == kOwnTall) return linear_codes_tall_launch(p, row, m, s.code, s.scale, stream);
+    if (v->rank == kOwn)
+        return linear_codes_launch(v->name, p, row, m, s.code, s.scale, m_pad, stream);
+    void *y = static_cast<uint8_t *>(p->y) + row * p->ldy * size_of_y(p);
+    linear_product product = product_of(p, s, m_pad, y, v->rank);
+    product.workspace = scratch;
+    product.workspace_bytes = scratch_bytes;
+    return sums ? product_and_finish(p, s, row, m, product, stream) : linear_lt(&product, stream);
 }
 
 // The parts of p's rows and how many a part has, at most, in sixteens.
@@ -294,8 +310,8 @@ status nibbles_by(const variant *v, const linear_problem *p, void *space, cudaSt
     q.scale = s.scale;
     q.atoms = true;
     if (!p->x_coded) TRY(kernel_quantize_activation(&q, stream));
-    return v->rank == -2 ? linear_w4a8_tall_launch(p, s.code, s.scale, stream)
-                         : linear_w4a8_launch(v->name, p, s.code, s.scale, stream);
+    return v->rank == kOwnTall ? linear_w4a8_tall_launch(p, s.code, s.scale, stream)
+                               : linear_w4a8_launch(v->name, p, s.code, s.scale, stream);
 }
 
 // The problem whose x is `space`, the weight being `w`.

@@ -427,6 +427,66 @@ test.case("what cannot be written in whole leaves what was there", function()
   test.equal(select(2, command("cat " .. dir .. "/* | cksum")), before)
 end)
 
+test.case("what is misspelt is answered with the nearest there is, before any work", function()
+  refused("run e03 --only gpuu=h200", "has no axis 'gpuu': the nearest is 'gpu'")
+  refused("run e03 --only gpu=h20", "no value of gpu: the nearest is 'h200'")
+  refused("run e03_troughput", "the nearest is 'e03_throughput'")
+  local code, said = command("%s run e03 e99 --only gpu=h200 --only model=Llama-3.1-8B "
+    .. "--results " .. test.folder())
+  test.equal(code, 2)
+  test.contains(said, "amalgam: no experiment 'e99'")
+  test.equal(said:find("e03", 1, true), said:find("e03_", 1, true)) -- as the nearest alone
+  refused("rows e03 --only modle=x", "no row has 'modle': the nearest is 'model'")
+  refused("compare bad0a57f 1fc66593 --only e77", "no rows of 'bad0a57f' of experiments 'e77...'")
+  refused("bench server", "no benchmark 'server': the nearest is 'serve'")
+  refused("servers vlm", "no server 'vlm': the nearest is 'vllm'")
+end)
+
+test.case("chat passes over blank lines, and says what cannot be read", function()
+  local chat = "%s chat --model workloads/tiny --max-tokens 2 "
+  local code, said = command("printf '\\n  \\n\\t\\r\\nhi\\n \\n' | " .. chat)
+  test.equal(code, 0)
+  test.equal(select(2, said:gsub("tokens of prompt", "")), 1, said)
+  code, said = command(chat .. "< /tmp")
+  test.equal(code, 1)
+  test.contains(said, "standard input: Is a directory")
+end)
+
+test.case("a killed quantize leaves nothing beside its files", function()
+  local dir = test.folder()
+  local function temporaries()
+    local n = 0
+    for _, name in ipairs(amalgam.list(dir)) do n = n + (name:find("%.tmp$") and 1 or 0) end
+    return n
+  end
+  -- Killed when its temporary is seen; the files may be finished before the signal comes.
+  local function killed(signal)
+    return command(("rm -rf %s; %%s quantize --model workloads/tiny --out %s & p=$!; "
+      .. "while kill -0 $p 2>/dev/null; do set -- %s/*.tmp; if [ -e \"$1\" ]; then "
+      .. "kill -%s $p; break; fi; done; wait $p"):format(dir, dir, dir, signal))
+  end
+  local n_killed = 0
+  for _ = 1, 10 do
+    n_killed = n_killed + (killed("TERM") ~= 0 and 1 or 0)
+    test.equal(temporaries(), 0)
+  end
+  test.equal(n_killed > 0, true)
+  for _ = 1, 10 do -- the twin, which is also what the next run clears
+    if killed("KILL") ~= 0 and temporaries() > 0 then break end
+  end
+  test.equal(temporaries(), 1)
+  test.equal(command("%s quantize --model workloads/tiny --out " .. dir), 0)
+  test.equal(temporaries(), 0)
+end)
+
+test.case("a file that cannot be written is refused before the load", function()
+  for path, why in pairs({ ["README.md/x"] = "Not a directory", ["/tmp"] = "Is a directory" }) do
+    local code, said = command("%s bench serve --url http://127.0.0.1:1 --save-result " .. path)
+    test.equal(code, 1)
+    test.contains(said, why) -- and not that nobody listens there
+  end
+end)
+
 test.case("a folder that cannot be written is refused before the work", function()
   local code, said = command("%s quantize --model workloads/tiny --out README.md")
   test.equal(code, 1)

@@ -5,8 +5,10 @@
 #include "safetensors.h"
 #include "test.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static const char *in_dir(const char *name) {
@@ -43,6 +45,41 @@ static void refuse(const char *header, size_t n, status want, const char *says) 
 
 #define TENSOR(name, type, shape, begin, end)                                                      \
     "\"" name "\":{\"dtype\":\"" type "\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
+
+/* A draft of another process stays while that lives; a signal takes it along, SIGKILL does not, and
+ * whoever writes the file next clears that away. */
+static void test_drafts_of_the_dead(void **state) {
+    (void)state;
+    static const int numbers[] = {SIGTERM, SIGKILL};
+    for (int32_t i = 0; i < COUNT_OF(numbers); i++) {
+        int ends[2], code;
+        char temporary[300], c;
+        assert_int_equal(pipe(ends), 0);
+        const pid_t pid = fork();
+        if (pid == 0) {
+            file_draft f;
+            signal(SIGTERM, SIG_DFL);
+            file_remove_on_signals();
+            if (file_begin(&f, in_dir("draft")) == ST_OK) (void)!write(ends[1], "", 1);
+            for (;;) pause();
+        }
+        snprintf(temporary, sizeof temporary, "%s.%d.tmp", in_dir("draft"), (int)pid);
+        assert_int_equal(read(ends[0], &c, 1), 1);
+        assert_ok(file_write(in_dir("draft"), "a", 1));
+        assert_true(file_exists(temporary));
+        kill(pid, numbers[i]);
+        assert_int_equal(waitpid(pid, &code, 0), pid);
+        assert_true(WIFSIGNALED(code) && WTERMSIG(code) == numbers[i]);
+        assert_int_equal(file_exists(temporary), numbers[i] == SIGKILL);
+        assert_ok(file_write(in_dir("draft"), "b", 1));
+        assert_false(file_exists(temporary));
+        close(ends[0]);
+        close(ends[1]);
+    }
+    assert_ok(file_write(in_dir("draft.x.tmp"), "c", 1)); /* is no temporary */
+    assert_ok(file_write(in_dir("draft"), "d", 1));
+    assert_true(file_exists(in_dir("draft.x.tmp")));
+}
 
 static void test_reads(void **state) {
     (void)state;
@@ -358,7 +395,7 @@ int main(void) {
         cmocka_unit_test(test_lying_length),  cmocka_unit_test(test_pointer),
         cmocka_unit_test(test_truncation),    cmocka_unit_test(test_bit_flips),
         cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_index),
-        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_drafts_of_the_dead),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

@@ -1350,6 +1350,16 @@ static void what_is_wrong_is_said(void **state) {
         assert_int_equal(json_integer_value(at(at(v, "error"), "code")), refused_bodies[i].http);
         json_decref(v);
     }
+    static const char *const nowhere[][2] = {
+        {"/v1/embeddings", "no such path '/v1/embeddings': there are /v1/completions /v1/chat/"},
+        {"/v1/models/none", "the model 'none' is not served here, 'tiny' is"},
+        {"/%ff", "no such path '/\xef\xbf\xbd': there are"}};
+    for (int32_t i = 0; i < COUNT_OF(nowhere); i++) {
+        json_t *v = call_json(f->url, nowhere[i][0], "{}", 404);
+        const char *message = words(at(at(v, "error"), "message"));
+        if (!strstr(message, nowhere[i][1])) fail_msg("%s: '%s'", nowhere[i][0], message);
+        json_decref(v);
+    }
     json_decref(call_json(f->url, "/v1/chat/completions", "{\"messages\":[]}", 400));
     json_decref(call_json(f->url, "/v1/chat/completions",
                           "{\"echo\":true,\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}",
@@ -2722,6 +2732,54 @@ static void strangers_are_read_carefully(void **state) {
     name_the_mistakes();
 }
 
+/* `bench serve` under ctrl-C: one request has ended, one is in flight (its connection is never
+ * taken), one was never sent. */
+static void an_interrupted_load_says_what_it_has(void **state) {
+    (void)state;
+    const char *binary = getenv("AMALGAM_BINARY"), *path = "build/tests/interrupted.json";
+    stranger s;
+    int out[2], status_;
+    text said = {0};
+    json_t *v;
+    stranger_begin(&s, dialects, 1);
+    assert_int_equal(pipe(out), 0);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGINT, SIG_DFL);
+        dup2(out[1], STDOUT_FILENO);
+        close(out[0]);
+        execl(binary ? binary : "build/amalgam", "amalgam", "bench", "serve", "--url", s.url,
+              "--model", "m", "--vocab", "100", "--workload", "fixed", "--n", "3", "--users", "1",
+              "--prompt-tokens", "4", "--output-tokens", "2", "--json", "--save-result", path,
+              "--save-detailed", (char *)NULL);
+        _exit(127);
+    }
+    close(out[1]);
+    pthread_join(s.thread, NULL);
+    (void)usleep(200000);
+    assert_int_equal(kill(pid, SIGINT), 0);
+    hear_out(out[0], &said);
+    assert_int_equal(waitpid(pid, &status_, 0), pid);
+    assert_true(WIFEXITED(status_) && WEXITSTATUS(status_) == 130);
+    close(s.fd);
+    v = parsed(&said);
+    assert_true(json_is_true(at(v, "interrupted")));
+    assert_int_equal(json_integer_value(at(v, "n_completed")), 1);
+    assert_int_equal(json_integer_value(at(v, "n_cancelled")), 1);
+    assert_int_equal(json_integer_value(at(v, "n_failed")), 0);
+    json_decref(v);
+    assert_ok(json_file(&v, path));
+    assert_true(json_is_true(at(v, "amalgam_interrupted")));
+    assert_int_equal(json_integer_value(at(v, "num_prompts")), 2);
+    assert_int_equal(json_integer_value(at(v, "completed")), 1);
+    const json_t *errors = at(v, "errors");
+    assert_int_equal(json_array_size(errors), 2);
+    assert_string_equal(json_string_value(json_array_get(errors, 0)), "");
+    assert_string_equal(json_string_value(json_array_get(errors, 1)), "interrupted");
+    json_decref(v);
+    text_free(&said);
+}
+
 /* Slashes at the end of a URL mean nothing; what cannot be one is refused before the first request.
  */
 static void urls_are_read_as_meant(void **state) {
@@ -2744,6 +2802,9 @@ static void urls_are_read_as_meant(void **state) {
     const load_options joined = {.url = slashed, .path = "v1/completions"};
     assert_ok(load_run(&r, &a, &joined, &w, log));
     assert_int_equal(r.n_failed, 0);
+    snprintf(slashed, sizeof slashed, "%s/v1/", f->url); /* as OpenAI's clients have it */
+    assert_ok(load_run(&r, &a, &(load_options){.url = slashed}, &w, log));
+    assert_int_equal(r.n_failed, 0);
     memset(endless, 'u', sizeof endless - 1);
     const load_options cut = {.url = endless}, other = {.url = "file:///etc/passwd"};
     assert_status(load_ask_model(name, sizeof name, &vocab, &cut), ST_RANGE);
@@ -2751,71 +2812,73 @@ static void urls_are_read_as_meant(void **state) {
     arena_close(&a);
 }
 
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(plain_endpoints_answer),
+    cmocka_unit_test(a_lost_device_ends_all_requests),
+    cmocka_unit_test(a_salt_keeps_a_prefix_apart),
+    cmocka_unit_test(ends_are_counted_by_their_reasons),
+    cmocka_unit_test(parts_of_a_message_are_joined),
+    cmocka_unit_test(no_output_counts_as_none),
+    cmocka_unit_test(metrics_are_text_that_prometheus_reads),
+    cmocka_unit_test(prompts_come_in_four_forms),
+    cmocka_unit_test(special_tokens_are_added_as_asked),
+    cmocka_unit_test(a_prompt_is_cut_to_its_end),
+    cmocka_unit_test(draws_follow_the_seed),
+    cmocka_unit_test(tokens_are_found_in_the_text),
+    cmocka_unit_test(the_tokenizer_knows_ends),
+    cmocka_unit_test(stop_strings_want_a_tokenizer),
+    cmocka_unit_test(limits_are_where_they_are_said_to_be),
+    cmocka_unit_test(no_chance_is_a_number),
+    cmocka_unit_test(top_logprobs_want_logprobs),
+    cmocka_unit_test(made_up_tokens_have_no_logprobs),
+    cmocka_unit_test(stop_strings_cut_and_never_leak),
+    cmocka_unit_test(what_stops_can_be_kept),
+    cmocka_unit_test(logits_are_biased_and_penalised),
+    cmocka_unit_test(an_answer_has_its_least_length),
+    cmocka_unit_test(a_prompt_is_echoed),
+    cmocka_unit_test(a_prompt_is_scored),
+    cmocka_unit_test(a_prompt_has_its_own_scores),
+    cmocka_unit_test(a_prompt_alone_is_scored),
+    cmocka_unit_test(chat_streams_what_it_says_whole),
+    cmocka_unit_test(an_answer_can_be_gone_on_with),
+    cmocka_unit_test(the_usage_so_far_is_in_every_event),
+    cmocka_unit_test(the_default_length_fits_the_context),
+    cmocka_unit_test(what_is_wrong_is_said),
+    cmocka_unit_test(what_is_too_long_is_said),
+    cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
+    cmocka_unit_test(clients_that_leave_free_their_pages),
+    cmocka_unit_test(a_slow_reader_delays_nobody),
+    cmocka_unit_test(a_long_prompt_delays_nobody),
+    cmocka_unit_test(bodies_of_clients_that_left_are_not_read),
+    cmocka_unit_test(long_prompts_end_with_the_server),
+    cmocka_unit_test(waiting_for_a_step_is_counted),
+    cmocka_unit_test(broken_senders_are_cut_off),
+    cmocka_unit_test(the_load_generator_counts_right),
+    cmocka_unit_test(strangers_are_read_carefully),
+    cmocka_unit_test(an_interrupted_load_says_what_it_has),
+    cmocka_unit_test(commands_and_lua_measure_a_server),
+    cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
+    cmocka_unit_test(urls_are_read_as_meant),
+    cmocka_unit_test(ends_that_come_with_data_are_seen),
+    cmocka_unit_test(a_full_queue_is_429),
+    cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
+    cmocka_unit_test(what_comes_while_it_ends_is_refused),
+    cmocka_unit_test(the_key_is_wanted),
+    cmocka_unit_test(a_port_has_one_server),
+    cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),
+    cmocka_unit_test(shutdown_finishes_or_reports),
+    cmocka_unit_test(what_cannot_be_written_is_said),
+    cmocka_unit_test(a_line_is_one_message),
+    cmocka_unit_test(an_answer_can_be_stopped),
+    cmocka_unit_test(made_up_tokens_are_no_answer),
+    cmocka_unit_test(the_command_ends_while_it_loads),
+    cmocka_unit_test(the_command_takes_the_key_of_the_environment),
+    cmocka_unit_test(the_command_serves_until_sigterm),
+    cmocka_unit_test(the_command_ends_by_other_signals),
+    cmocka_unit_test(nohup_keeps_the_command),
+};
+
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(plain_endpoints_answer),
-        cmocka_unit_test(a_lost_device_ends_all_requests),
-        cmocka_unit_test(a_salt_keeps_a_prefix_apart),
-        cmocka_unit_test(ends_are_counted_by_their_reasons),
-        cmocka_unit_test(parts_of_a_message_are_joined),
-        cmocka_unit_test(no_output_counts_as_none),
-        cmocka_unit_test(metrics_are_text_that_prometheus_reads),
-        cmocka_unit_test(prompts_come_in_four_forms),
-        cmocka_unit_test(special_tokens_are_added_as_asked),
-        cmocka_unit_test(a_prompt_is_cut_to_its_end),
-        cmocka_unit_test(draws_follow_the_seed),
-        cmocka_unit_test(tokens_are_found_in_the_text),
-        cmocka_unit_test(the_tokenizer_knows_ends),
-        cmocka_unit_test(stop_strings_want_a_tokenizer),
-        cmocka_unit_test(limits_are_where_they_are_said_to_be),
-        cmocka_unit_test(no_chance_is_a_number),
-        cmocka_unit_test(top_logprobs_want_logprobs),
-        cmocka_unit_test(made_up_tokens_have_no_logprobs),
-        cmocka_unit_test(stop_strings_cut_and_never_leak),
-        cmocka_unit_test(what_stops_can_be_kept),
-        cmocka_unit_test(logits_are_biased_and_penalised),
-        cmocka_unit_test(an_answer_has_its_least_length),
-        cmocka_unit_test(a_prompt_is_echoed),
-        cmocka_unit_test(a_prompt_is_scored),
-        cmocka_unit_test(a_prompt_has_its_own_scores),
-        cmocka_unit_test(a_prompt_alone_is_scored),
-        cmocka_unit_test(chat_streams_what_it_says_whole),
-        cmocka_unit_test(an_answer_can_be_gone_on_with),
-        cmocka_unit_test(the_usage_so_far_is_in_every_event),
-        cmocka_unit_test(the_default_length_fits_the_context),
-        cmocka_unit_test(what_is_wrong_is_said),
-        cmocka_unit_test(what_is_too_long_is_said),
-        cmocka_unit_test(a_crowd_of_streams_gets_every_token_once),
-        cmocka_unit_test(clients_that_leave_free_their_pages),
-        cmocka_unit_test(a_slow_reader_delays_nobody),
-        cmocka_unit_test(a_long_prompt_delays_nobody),
-        cmocka_unit_test(bodies_of_clients_that_left_are_not_read),
-        cmocka_unit_test(long_prompts_end_with_the_server),
-        cmocka_unit_test(waiting_for_a_step_is_counted),
-        cmocka_unit_test(broken_senders_are_cut_off),
-        cmocka_unit_test(the_load_generator_counts_right),
-        cmocka_unit_test(strangers_are_read_carefully),
-        cmocka_unit_test(commands_and_lua_measure_a_server),
-        cmocka_unit_test(a_bias_is_given_in_lua_and_by_option),
-        cmocka_unit_test(urls_are_read_as_meant),
-        cmocka_unit_test(ends_that_come_with_data_are_seen),
-        cmocka_unit_test(a_full_queue_is_429),
-        cmocka_unit_test(a_stream_begins_when_all_of_it_is_taken),
-        cmocka_unit_test(what_comes_while_it_ends_is_refused),
-        cmocka_unit_test(the_key_is_wanted),
-        cmocka_unit_test(a_port_has_one_server),
-        cmocka_unit_test(clients_that_come_at_the_end_harm_nobody),
-        cmocka_unit_test(shutdown_finishes_or_reports),
-        cmocka_unit_test(what_cannot_be_written_is_said),
-        cmocka_unit_test(a_line_is_one_message),
-        cmocka_unit_test(an_answer_can_be_stopped),
-        cmocka_unit_test(made_up_tokens_are_no_answer),
-        cmocka_unit_test(the_command_ends_while_it_loads),
-        cmocka_unit_test(the_command_takes_the_key_of_the_environment),
-        cmocka_unit_test(the_command_serves_until_sigterm),
-        cmocka_unit_test(the_command_ends_by_other_signals),
-        cmocka_unit_test(nohup_keeps_the_command),
-    };
     signal(SIGPIPE, SIG_IGN);
     curl_global_init(CURL_GLOBAL_DEFAULT);
     const int failed = cmocka_run_group_tests(tests, open_shared, close_shared);

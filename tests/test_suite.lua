@@ -119,7 +119,7 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.equal(amalgam.rows(file_of("sheet", "e90_sheet"))[1].key.gpu, "l40s")
   code, text = run(path, "sheet", "--gpu", "l40")
   test.equal(code, 2)
-  test.contains(text, "'l40' is no value of gpu (values: h200)")
+  test.contains(text, "'l40' is no value of gpu: the nearest is 'h200' (values: h200)")
 end)
 
 test.case("a row says what the GPU did while it served, whatever the experiment keeps", function()
@@ -140,6 +140,30 @@ test.case("a row says what the GPU did while it served, whatever the experiment 
   for _, row in ipairs(amalgam.rows(file_of("during"))) do
     local gpu = row.provenance.gpu_during
     test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
+  end
+end)
+
+test.case("a row says what the GPU did after its benchmark, on no line of its point", function()
+  local path = write((HEAD:gsub("predicted", "measured") .. BODY .. [[
+  run = function(amalgam, point)
+    local lines = amalgam.bench("linear", { m = point.a })
+    return { status = "ok", metrics = { time_ms = #lines } }
+  end,
+}
+]]))
+  local bench = amalgam.bench
+  amalgam.bench = function(_, options)
+    local gpu = { kind = "gpu", sm_clock_mhz = 1725 }
+    return { { kind = "linear", us = 1 }, options.m == 1 and gpu or nil }
+  end
+  local code, text = run(path, "benched")
+  amalgam.bench = bench
+  test.equal(code, 0, text)
+  for _, row in ipairs(amalgam.rows(file_of("benched"))) do
+    local gpu = row.provenance.gpu_during
+    test.equal(row.metrics.time_ms, 1)
+    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
+    test.equal(gpu and gpu.kind, nil)
   end
 end)
 
@@ -856,6 +880,66 @@ test.case("rows of another GPU are in no mean of the paper, and are said to be l
   test.equal(speedup(ours) > 4, true)
 end)
 
+--- Rows of one version, or two, by two GPUs of a kind are told from those of one GPU alone.
+test.case("GPUs of one kind are told apart by their UUIDs", function()
+  local library = require("lib_rows")
+  local function row(version, uuid, precision, x)
+    return { experiment = "e10_x", status = "ok", origin = "measured", version = version,
+      time = "1", definition = "d", machine = "m", provenance = { gpu = { name = "NVIDIA H200",
+        uuid = uuid .. "-0000-1111" } }, metrics = { tokens_per_s = x, step_us = x },
+      key = { device = "cuda", model = "a", precision = precision } }
+  end
+  local rows = { row("1", "GPU-aaaaaaaa", "W4", 3), row("1", "GPU-bbbbbbbb", "W16", 2) }
+  local function told()
+    local data = report.data(rows, { version = "1" })
+    local text = report.fill("{{ gain('e10', 'model', {precision='W4'}, {precision='W16'}, "
+      .. "'tokens_per_s') }}", "here", report.environment(data))
+    data.used = {}
+    data:select("e10")
+    return text, report.rows_line(data.used)
+  end
+  local text, caption = told()
+  test.equal(text, "1.50 (1; 1 across GPUs)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1` (2 GPUs).")
+  rows[2].version = "2"
+  text, caption = told()
+  test.equal(text, "1.50 (1; 1 across commits)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1`, `2`.")
+  rows[2] = row("1", "GPU-aaaaaaaa", "W16", 2) -- the twin
+  text, caption = told()
+  test.equal(text, "1.50 (1)")
+  test.equal(caption, " Rows: e10 measured on NVIDIA H200 at `1`.")
+  test.equal(library.gpu_id(row("1", "", "W4", 1)), nil)
+
+  rows[3] = row("1", "GPU-bbbbbbbb", "W4", 4) -- again, there
+  local _, n, moved = report.repeated(report.data(rows, { version = "1" }), "e10")
+  test.equal(n, 1)
+  test.equal(moved, 1)
+
+  local function stored(name, list)
+    local lines = {}
+    for i, r in ipairs(list) do lines[i] = amalgam.json_encode(r) end
+    local path = ("%s/gpus/e10_x/m/%s.jsonl"):format(dir, name)
+    amalgam.write_file(path, table.concat(lines, "\n") .. "\n")
+    return path
+  end
+  local base, one = stored("aa", rows), stored("bb", { rows[1], rows[2] })
+  local note = "several of a kind, whose differences are in the ratios: GPU-aaaaaaaa, "
+    .. "GPU-bbbbbbbb in BASE, GPU-aaaaaaaa in HEAD"
+  test.contains(select(2, compared(base, one)), note)
+  test.contains(select(2, compared(base, one, "--json")), '"gpus":[{"base":["GPU-aaaaaaaa"')
+  test.equal(select(2, compared(one, one)):find("several of a kind"), nil)
+  local function shown(version)
+    return select(2, test.captured(function()
+      return require("lib_table").main({ "e10", "--results", dir .. "/gpus", "--version",
+        version })
+    end))
+  end
+  test.contains(shown("aa"), "gpu_uuid")
+  test.contains(shown("aa"), "GPU-bbbbbbbb")
+  test.equal(shown("bb"):find("GPU-", 1, true), nil)
+end)
+
 test.case("what a repetition differs by is that of one version and one point", function()
   local function row(version, model, us, more)
     return { experiment = "e06_steps", status = "ok", origin = "measured", version = version,
@@ -924,6 +1008,44 @@ test.case("of two definitions with another fixed fact only the later one counts"
   test.equal(#report.data({ row("1", 7, 1), other }, { version = "3" }):values("e07", {}, "x"), 2)
 end)
 
+--- What `amalgam report` says of these rows, and its paper.
+local function reported(rows)
+  local library, out = require("lib_rows"), dir .. "/partly"
+  local read = library.read
+  library.read = function() return rows, {} end
+  local ok, code, said = pcall(test.captured, function()
+    return report.main({ "--no-figures", "--results", out, "--out", out })
+  end)
+  library.read = read
+  return ok and code, ok and said or code, ok and amalgam.read_file(out .. "/PAPER.md")
+end
+
+test.case("a paper is made of whatever experiments have rows", function()
+  local all = require("lib_rows").read(identity.root .. "/results")
+  local names, seen = {}, {}
+  for _, row in ipairs(all) do
+    if not seen[row.experiment] then names[#names + 1] = row.experiment end
+    seen[row.experiment] = true
+  end
+  test.equal(#names >= 14, true)
+  for _, name in ipairs(names) do
+    local others, one = {}, {}
+    for _, row in ipairs(all) do
+      if row.experiment ~= name then
+        others[#others + 1] = row
+      elseif #one == 0 and row.status == "ok" then
+        one[1] = row
+      end
+    end
+    local code, said, paper = reported(others)
+    test.equal(code, 0, name .. ": " .. tostring(said))
+    test.contains(paper, name:sub(1, 3))
+    test.contains(said, "no rows for it of ")
+    code, said = reported(one)
+    test.equal(code, 0, name .. " alone: " .. tostring(said))
+  end
+end)
+
 test.case("the paper shows every table and figure, in the order of their numbers", function()
   local paper = amalgam.read_file(identity.root .. "/plots/paper.md")
   local last, files = { fig = 0, tab = 0 }, { fig = 0, tab = 0 }
@@ -937,6 +1059,21 @@ test.case("the paper shows every table and figure, in the order of their numbers
   end
   test.equal(last.fig, files.fig)
   test.equal(last.tab, files.tab)
+end)
+
+test.case("an option of serve that is misspelt is placed in the experiment", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(engine)
+    return engine.serve { model = "x", devise = "sim" }
+  end,
+}
+]])
+  local code, said = test.captured(function()
+    return runner.main({ path, "--results", dir .. "/misspelt" })
+  end)
+  test.equal(code, 2)
+  local line = select(2, amalgam.read_file(path):match("^(.-)devise"):gsub("\n", "")) + 1
+  test.contains(said, ("%s:%d: serve: unknown key 'devise'"):format(path, line))
 end)
 
 test.case("figures are drawn into a folder of any name", function()
