@@ -408,61 +408,68 @@ __device__ __forceinline__ void finish_row(const linear_args &p, const division 
         static_cast<T *>(p.y)[col] = from_f32<T>(v);
 }
 
-// The row of x, of which each warp of the CTA has a part, becomes the values of its codes in place.
-// x: of this warp's part, there already, `n` vectors of eight; behind each row of x is room for 16
-// bytes, of which the warp's largest takes place `place`.
+// The row of x, of which each warp of the CTA has a part, becomes the values of its codes.
+// from: this warp's part, of which `some` vectors of eight are there and others, of n, zeros. To x;
+// behind each row of x is room for 16 bytes, of which the warp's largest takes place `place`.
 template <typename T, act_format A>
-__device__ __forceinline__ void round_row(const division &d, uint8_t *shared, uint8_t *x, int n,
-                                          int place) {
+__device__ __forceinline__ void round_row(const division &d, uint8_t *shared, const T *from,
+                                          uint8_t *x, int some, int n, int place) {
     const int lane = threadIdx.x % 32;
     const auto largest_of = [&](uint8_t *part) {
         return reinterpret_cast<uint32_t *>(part + d.x_stride - 16) + place;
     };
-    eight<T, A> e;
+    eight<T, A> e[2];
+    const auto load = [&](int v) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            e[i].x = {};
+            if (v + 32 * i < some) e[i].x = load_pack(from + (v + 32 * i) * 8);
+        }
+    };
     uint32_t most = 0;
-#pragma unroll 2
-    for (int v = lane; v < n; v += 32) {
-        e.x = load_pack(reinterpret_cast<const T *>(x) + v * 8);
-        most = __vmaxu2(most, e.magnitudes());
+#pragma unroll 1
+    for (int v = (n - 1) / 64 * 64 + lane; v >= 0; v -= 64) { // the first two at last: they stay
+        load(v);
+        most = __vmaxu2(most, __vmaxu2(e[0].magnitudes(), e[1].magnitudes()));
     }
     most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
     if (lane == 0) *largest_of(x) = most;
     __syncthreads();
     most = lane < d.warps ? *largest_of(shared + lane * d.bytes + d.at_x) : 0;
     const float s = span_scale<T, A>(__reduce_max_sync(~0u, most));
-#pragma unroll 2
-    for (int v = lane; v < n; v += 32) {
-        e.x = load_pack(reinterpret_cast<const T *>(x) + v * 8);
-        store_pack(reinterpret_cast<T *>(x) + v * 8, e.values(s));
+#pragma unroll 1
+    for (int v = lane;;) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (v + 32 * i < n)
+                store_pack(reinterpret_cast<T *>(x) + (v + 32 * i) * 8, e[i].values(s));
+        if ((v += 64) >= n) break;
+        load(v);
     }
     __syncwarp();
 }
 
-// Asks for the row and waits until it is there, rounded. Once through the code of that before, with
-// whatever lies in its place.
-template <typename T, int F, int G>
-__device__ __forceinline__ void ask_rounded(const worker<T, F, G, 1> &work, uint8_t *shared,
-                                            uint8_t *mine, uint32_t bar) {
+// Waits until the row is there and rounds it. Once through the code of that before, with whatever
+// lies in its place.
+template <typename T, act_format A, int F, int G>
+__device__ __forceinline__ void take_rounded(const worker<T, F, G, 1> &work, uint8_t *shared,
+                                             uint8_t *mine) {
     const division &d = work.d;
+    const int n = work.units * 8, some = min(n, (work.p.k - work.begin * 64) / 8);
+    const T *from = reinterpret_cast<const T *>(mine + d.at_x);
 #pragma unroll 1
     for (int pass = 0; pass < 2; pass++) {
         if (pass == 1) {
-            proxy_fence();
-            __syncwarp();
+            from = static_cast<const T *>(work.p.x) + work.begin * 64;
             wait_for_previous();
-            work.ask_x(0, 1, 0, 0, bar);
-            barrier_wait(bar, 0);
         }
-        if (work.p.act == AF_INT8)
-            round_row<T, AF_INT8>(d, shared, mine + d.at_x, work.units * 8, pass);
-        else
-            round_row<T, AF_FP8>(d, shared, mine + d.at_x, work.units * 8, pass);
+        round_row<T, A>(d, shared, from, mine + d.at_x, some, n, pass);
     }
 }
 
 // A row of x by one matrix, whose strips CTAs take in turn. All columns of a product are that row.
-// kPlain: as of finish_row. kRounds: x is rounded first.
-template <typename T, int F, int G, bool kPlain, bool kRounds>
+// kPlain: as of finish_row. x is rounded for A first.
+template <typename T, int F, int G, bool kPlain, act_format A>
 __global__ void __maxnreg__(64)
     linear_strip(const __grid_constant__ linear_args p, const __grid_constant__ division d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) // never launched, and empty, on other architectures
@@ -498,8 +505,8 @@ __global__ void __maxnreg__(64)
     for (int i = 0; i < kPairs; i++) ask();
     work.x_at = work.x + lane / 8 * 16;
     asm volatile("" : "+r"(work.x_at)); // lest it be computed anew for each pair
-    if (kRounds) {
-        ask_rounded(work, shared, mine, bar);
+    if (A != AF_16) {
+        take_rounded<T, A>(work, shared, mine);
     } else {
         wait_for_previous();
         work.ask_x(0, 1, 0, 0, bar);
@@ -514,7 +521,7 @@ __global__ void __maxnreg__(64)
         for (int i = 0; i < pairs; i++, n++) {
             copies_wait_oldest();
             __syncwarp();
-            if (!kRounds && n == 0) barrier_wait(bar, 0);
+            if (A == AF_16 && n == 0) barrier_wait(bar, 0);
             work.multiply_pair(acc, i, n, scale, place);
             ask();
         }
@@ -781,10 +788,13 @@ status launch_row(const linear_args *a, int32_t n_sms, int32_t, kernel_stream st
     const bool again = tiles > n_sms && tiles <= 2 * n_sms;
     const bool plain =
         !a->bias && !a->y_f32 && a->epilogue == LINEAR_STORE && a->half_blocks == a->blocks;
-    void (*const kernels[2][2])(linear_args, division) = {
-        {linear_strip<T, F, G, false, false>, linear_strip<T, F, G, false, true>},
-        {linear_strip<T, F, G, true, false>, linear_strip<T, F, G, true, true>}};
-    return launch(kernels[plain][a->act != AF_16], a, divide<G>(a, tiles, 1, 1, kUnits / 2, again),
+    auto *const kernel =
+        a->act == AF_16
+            ? (plain ? linear_strip<T, F, G, true, AF_16> : linear_strip<T, F, G, false, AF_16>)
+        : a->act == AF_INT8
+            ? (plain ? linear_strip<T, F, G, true, AF_INT8> : linear_strip<T, F, G, false, AF_INT8>)
+            : linear_strip<T, F, G, false, AF_FP8>;
+    return launch(kernel, a, divide<G>(a, tiles, 1, 1, kUnits / 2, again),
                   dim3((unsigned)(again ? n_sms : tiles)), n_sms, stream);
 }
 

@@ -57,18 +57,6 @@ __device__ __forceinline__ ulonglong2 *row_of(const norm_ranks &ranks, int to, i
 
 // A piece of 16 bytes as it was loaded. As elements (pack) the compiler would take it apart right
 // behind its load, and whatever is asked for next would have to wait.
-template <typename T> __device__ __forceinline__ float2 pair_of(uint32_t word);
-template <> __device__ __forceinline__ float2 pair_of<__half>(uint32_t word) {
-    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
-}
-template <> __device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t word) {
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-}
-template <typename T> __device__ __forceinline__ uint32_t word_of(float a, float b) {
-    const T even = from_f32<T>(a), odd = from_f32<T>(b);
-    return *reinterpret_cast<const uint16_t *>(&even) |
-           uint32_t{*reinterpret_cast<const uint16_t *>(&odd)} << 16;
-}
 struct alignas(16) piece {
     uint32_t word[4];
 };
@@ -103,7 +91,7 @@ __device__ __forceinline__ piece sum_of(const piece &there, const piece &own, in
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 x = pair_of<T>(there.word[i]);
-        r.word[i] = word_of<T>(x.x + sum[i].x, x.y + sum[i].y);
+        r.word[i] = pack2<T>(x.x + sum[i].x, x.y + sum[i].y);
     }
     return r;
 }
@@ -122,7 +110,7 @@ __device__ __forceinline__ piece scaled(const piece &r, float scale, const piece
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 x = pair_of<T>(r.word[i]), g = pair_of<T>(gain.word[i]);
-        y.word[i] = word_of<T>(x.x * scale * g.x, x.y * scale * g.y);
+        y.word[i] = pack2<T>(x.x * scale * g.x, x.y * scale * g.y);
     }
     return y;
 }
@@ -136,41 +124,82 @@ __device__ __forceinline__ void load_pieces(piece (&to)[PACKS], const T *from, i
         if (col < cols) to[p] = load_piece(from + col);
     }
 }
-// y, and codes of the block's row of it, or y as their values, but for A16. `shared` as in
-// block_sum, used before it.
-template <act_format A, int PACKS, typename T>
-__device__ __forceinline__ void store_scaled(T *y, const piece (&r)[PACKS], float scale,
-                                             const piece (&gain)[PACKS], int32_t cols,
-                                             const activation_codes &codes, float *shared) {
-    eight<T, A> e[PACKS];
+
+// A piece of the row times its gain, in f32; y is that by the root's inverse.
+struct product {
+    float2 of[4];
+};
+template <typename T> __device__ __forceinline__ product times(const piece &r, const piece &gain) {
+    product p;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = pair_of<T>(r.word[i]), g = pair_of<T>(gain.word[i]);
+        p.of[i] = make_float2(x.x * g.x, x.y * g.y);
+    }
+    return p;
+}
+template <typename T> __device__ __forceinline__ piece scaled(const product &p, float scale) {
+    piece y;
+#pragma unroll
+    for (int i = 0; i < 4; i++) y.word[i] = pack2<T>(p.of[i].x * scale, p.of[i].y * scale);
+    return y;
+}
+__device__ __forceinline__ uint32_t largest(const product &p) { // bits of a magnitude
     uint32_t most = 0;
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-        const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
-        const piece v = col < cols ? scaled<T>(r[p], scale, gain[p]) : piece{};
-        if (col < cols && (A == AF_16 || codes.code)) store_piece(y + col, v);
-        if constexpr (A != AF_16) {
-            *reinterpret_cast<piece *>(&e[p].x) = v;
-            most = __vmaxu2(most, e[p].magnitudes());
-        }
+    for (int i = 0; i < 4; i++) {
+        most = max(most, __float_as_uint(p.of[i].x) & 0x7fffffffu);
+        most = max(most, __float_as_uint(p.of[i].y) & 0x7fffffffu);
     }
-    if constexpr (A != AF_16) {
-        uint32_t *const warps = reinterpret_cast<uint32_t *>(shared) + 32;
-        const int lane = (int)threadIdx.x % 32;
-        most = __reduce_max_sync(~0u, max(most >> 16, most & 0xffffu));
-        if (lane == 0) warps[threadIdx.x / 32] = most;
-        __syncthreads();
-        most = __reduce_max_sync(~0u, lane < (int)blockDim.x / 32 ? warps[lane] : 0u);
-        const float s = span_scale<T, A>(most);
-        if (threadIdx.x == 0 && codes.code) codes.scale[blockIdx.x] = s;
+    return most;
+}
+
+// y of the block's row r, and codes of it, or y as their values, but for A16. Rounding keeps order,
+// so the largest of y is the largest product's, and the block meets once for that and for the root.
+// shared: 64 words.
+template <act_format A, int PACKS, typename T>
+__device__ __forceinline__ void
+store_scaled(T *y, const piece (&r)[PACKS], float2 squares, const piece (&gain)[PACKS],
+             int32_t cols, float per_col, float eps, const activation_codes &codes, float *shared) {
+    product p[PACKS];
+    uint32_t most = 0;
 #pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            const int col = (p * (int)blockDim.x + (int)threadIdx.x) * 8;
+    for (int i = 0; i < PACKS; i++) {
+        const int col = (i * (int)blockDim.x + (int)threadIdx.x) * 8;
+        p[i] = {};
+        if (col < cols) p[i] = times<T>(r[i], gain[i]);
+        if (A != AF_16) most = max(most, largest(p[i]));
+    }
+    uint32_t *const warps = reinterpret_cast<uint32_t *>(shared) + 32;
+    const int lane = (int)threadIdx.x % 32;
+    if (A != AF_16) {
+        most = __reduce_max_sync(~0u, most);
+        if (lane == 0) warps[threadIdx.x / 32] = most;
+    }
+    const float sum = block_sum(squares.x + squares.y, shared);
+    if (A != AF_16) most = __reduce_max_sync(~0u, lane < (int)blockDim.x / 32 ? warps[lane] : 0u);
+    const float scale = rsqrtf(sum * per_col + eps);
+    float s = 0;
+    if constexpr (A != AF_16) {
+        const T top = from_f32<T>(__uint_as_float(most) * scale);
+        s = span_scale<T, A>(*reinterpret_cast<const uint16_t *>(&top));
+        if (threadIdx.x == 0 && codes.code) codes.scale[blockIdx.x] = s;
+    }
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        const int col = (i * (int)blockDim.x + (int)threadIdx.x) * 8;
+        const piece v = scaled<T>(p[i], scale);
+        if (A == AF_16 || codes.code) {
+            if (col < cols) store_piece(y + col, v);
+        }
+        if constexpr (A != AF_16) {
+            eight<T, A> e;
+            *reinterpret_cast<piece *>(&e.x) = v;
             if (!codes.code) {
-                if (col < cols) store_pack(y + col, e[p].values(s));
+                if (col < cols) store_pack(y + col, e.values(s));
                 continue;
             }
-            uint2 c = e[p].codes(s);
+            uint2 c = e.codes(s);
             if (codes.atoms) c = in_atoms(c);
             uint8_t *to = static_cast<uint8_t *>(codes.code) + int64_t{blockIdx.x} * cols + col;
             if (col < cols) *reinterpret_cast<uint2 *>(to) = c;
@@ -216,9 +245,8 @@ __global__ void __launch_bounds__(kThreadsMax)
         store_piece(residual + at * 8, r[p]);
         add_squares<T>(squares, r[p]);
     }
-    const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
+    store_scaled<A>(y, r, squares, gain, cols, per_col, eps, codes, shared);
     if (RANKS && threadIdx.x == 0) ranks.calls[blockIdx.x] = call; // all have read it: block_sum
-    store_scaled<A>(y, r, scale, gain, cols, codes, shared);
 }
 
 // The stream of a token is a row of the embedding.
@@ -243,8 +271,7 @@ __global__ void __launch_bounds__(kThreadsMax)
         store_piece(residual + col, r[p]);
         add_squares<T>(squares, r[p]);
     }
-    const float scale = rsqrtf(block_sum(squares.x + squares.y, shared) * per_col + eps);
-    store_scaled<A>(y, r, scale, gain, cols, codes, shared);
+    store_scaled<A>(y, r, squares, gain, cols, per_col, eps, codes, shared);
 }
 
 struct shape {

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-/* residual[r,i] = round(residual[r,i] + add[r,i]);  y[r,i] = residual[r,i] / root_r * w[i]
+/* residual[r,i] = round(residual[r,i] + add[r,i]);  y[r,i] = residual[r,i] * w[i] / root_r
  * with root_r = sqrt(mean_i(residual[r,i]^2) + eps) of the rounded residual.
  *
  *   y, residual, add   [rows, cols] of `type`, device, 16-byte aligned; y may be `add`
@@ -23,7 +23,7 @@ status kernel_norm_add(void *y, void *residual, const void *add, const void *w, 
                        int32_t cols, float eps, dtype type, const activation_codes *codes,
                        kernel_stream stream);
 
-/* residual[r,i] = table[id[r],i];  y[r,i] = residual[r,i] / root_r * w[i], root_r and rounding as
+/* residual[r,i] = table[id[r],i];  y[r,i] = residual[r,i] * w[i] / root_r, root_r and rounding as
  * above: the first kernel of a step. It begins when all before it is over, so that the tables of
  * the step, whose upload the stream has waited for, are constants to all that follow.
  *

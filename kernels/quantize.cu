@@ -282,8 +282,11 @@ __global__ void __launch_bounds__(256) quantize_spans(const activation_quantiser
 }
 
 // Of few rows blocks lie apart: where all come to the SM that is free first, their bytes go through
-// it one after another. And of many inputs a row's bytes go through the SMs of a cluster.
+// it one after another. And of many inputs a row's bytes go through the SMs of a cluster. What a
+// block takes of an SM for that: less than is left beside two CTAs of attention, whose end it and
+// what is launched behind it would else wait for; of clusters by measurement.
 constexpr int kRowsFew = 64;
+unsigned room_of(bool clusters, int rows) { return room_for_fewer(clusters && rows > 8 ? 4 : 5); }
 
 template <typename T, act_format A>
 status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
@@ -314,8 +317,8 @@ status launch_activation(const activation_quantiser &a, cudaStream_t stream) {
         : per == 1 ? quantize_rows<T, A, 1, false>
         : per == 4 ? quantize_rows<T, A, 4, false>
                    : quantize_rows<T, A, 8, false>;
-    const unsigned room = wide ? room_for_fewer(4) : few ? room_for_fewer(2) : 0;
-    return launch_clusters("quantize_activation", kernel, grid, block, cluster, room, stream, a);
+    return launch_clusters("quantize_activation", kernel, grid, block, cluster,
+                           few ? room_of(wide, rows) : 0, stream, a);
 }
 
 } // namespace

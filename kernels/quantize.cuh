@@ -101,6 +101,22 @@ __device__ __forceinline__ float to_middle(float s) {
     return s < 0x1p-90f ? 0x1p120f : s > 0x1p100f ? 0x1p-100f : 1.f;
 }
 
+// 1 / s rounded, of s that to_middle has moved: what __frcp_rn does once it knows s to be no end.
+__device__ __forceinline__ float inverse(float s) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(s));
+    return fmaf(r, -fmaf(s, r, -1.f), r);
+}
+
+// Two elements, the first in the lower half.
+template <typename T> __device__ __forceinline__ float2 pair_of(uint32_t word);
+template <> __device__ __forceinline__ float2 pair_of<__half>(uint32_t word) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+}
+template <> __device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
 // Plus an integer of eight bits: that is in the low bits, and nothing is lost.
 constexpr float kInteger = 12582912.f;
 
@@ -114,11 +130,22 @@ template <typename T, act_format A> struct eight {
     }
     // Of e4m3 the quotients; of int8 the nearest integers of them as kInteger + i, in f32.
     __device__ __forceinline__ void quotients(float (&q)[8], float s) const {
-        const float shift = to_middle(s), t = s * shift, r = __frcp_rn(t);
+        const uint4 w = *reinterpret_cast<const uint4 *>(&x);
+        const float2 f[4] = {pair_of<T>(w.x), pair_of<T>(w.y), pair_of<T>(w.z), pair_of<T>(w.w)};
+        const float shift = to_middle(s), t = s * shift, r = inverse(t);
+#pragma unroll
+        for (int i = 0; i < 8; i++) q[i] = i % 2 ? f[i / 2].y : f[i / 2].x;
+        // The scale is the largest's: only where it is subnormal are others over 127 of it.
+        if (__builtin_expect(shift != 1.f, 0))
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                q[i] *= shift;
+                if (A == AF_INT8) q[i] = clamp_to(q[i], -127 * t, 127 * t);
+            }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            q[i] = quotient(to_f32(x.v[i]) * shift, t, r);
-            if (A == AF_INT8) q[i] = clamp_to(q[i], -127, 127) + kInteger;
+            q[i] = quotient(q[i], t, r);
+            if (A == AF_INT8) q[i] += kInteger;
         }
     }
     static __device__ __forceinline__ uint32_t e4m3_pair(float a, float b) {
@@ -151,8 +178,7 @@ template <typename T, act_format A> struct eight {
             if constexpr (A == AF_FP8)
                 v = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(
                     (__nv_fp8x2_storage_t)e4m3_pair(q[i], q[i + 1]), __NV_E4M3)));
-            y.v[i] = from_f32<T>(v.x * s);
-            y.v[i + 1] = from_f32<T>(v.y * s);
+            reinterpret_cast<uint32_t *>(&y)[i / 2] = pack2<T>(v.x * s, v.y * s);
         }
         return y;
     }
@@ -163,7 +189,8 @@ template <typename T, act_format A> __device__ __forceinline__ float span_scale(
     *reinterpret_cast<uint16_t *>(&top) = (uint16_t)amax;
     const float a = to_f32(top);
     constexpr float largest = A == AF_FP8 ? kE4m3Max : 127.f;
-    if (a >= 0x1p-90f && a <= 0x1p100f) return quotient(a, largest, 1 / largest);
+    if (__builtin_expect(a >= 0x1p-90f && a <= 0x1p100f, 1))
+        return quotient(a, largest, 1 / largest);
     return a <= FLT_MAX ? f32_scale(a, largest) : NAN;
 }
 
