@@ -15,6 +15,7 @@
  * things hold: on cpu the two logits are no further apart than 2 * bound * |logits of the row|,
  * each moved by no more than the bound; no more than a token in 16 is like that; and what is left
  * keeps the bound. */
+#include "folder.h"
 #include "gpu_run.h"
 
 enum { LAYERS_MAX = 4, EXPERTS_MAX = 32 };
@@ -348,6 +349,51 @@ static void test_abandoned(void **state) {
     assert_memory_equal(logits[0], logits[1], sizeof logits[0]);
 }
 
+/* Experts as large as those of Qwen3-30B-A3B, of whose gate, up and down one launch is made for a
+ * token alone (linear_both), in an odd number of layers. */
+static const char large_experts[] =
+    "{\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"qwen3_moe\",\"vocab_size\":512,"
+    "\"hidden_size\":2048,\"moe_intermediate_size\":768,\"intermediate_size\":768,"
+    "\"num_hidden_layers\":3,\"num_attention_heads\":32,\"num_key_value_heads\":4,\"head_dim\":128,"
+    "\"num_experts\":128,\"num_experts_per_tok\":8,\"norm_topk_prob\":true,"
+    "\"decoder_sparse_step\":1,\"mlp_only_layers\":[],\"hidden_act\":\"silu\","
+    "\"max_position_embeddings\":256,\"rms_norm_eps\":1e-6,\"rope_theta\":1e6,"
+    "\"tie_word_embeddings\":false,\"torch_dtype\":\"float16\"}";
+
+/* A token alone has the logits that it has beside two like it, whose experts are two launches; but
+ * for those that go through another expert, one in 16 at most. Twin: those of the next token. */
+static void test_token_alone(void **state) {
+    (void)state;
+    if (only && strcmp(only, "alone")) skip();
+    enum { N = 48, VOCAB = 512 };
+    static float alone[N][VOCAB], beside[N][3][VOCAB];
+    char path[80];
+    int32_t token[N], n_other = 0, n_alike = 0;
+    FILE *f = fopen(path_join(path, sizeof path, folder, "config.json"), "w");
+    assert_non_null(f);
+    assert_true(fputs(large_experts, f) >= 0 && fclose(f) == 0);
+    for (int32_t i = 0; i < N; i++) token[i] = (i * 37 + 5) % VOCAB;
+    const int32_t *const same[] = {token, token, token}, one[] = {1, 1, 1};
+    forced = DT_F16;
+    made = true;
+    run r;
+    assert_ok(run_open(&r, "cuda", folder, "W4A16KV8", (device_options){0}));
+    for (int32_t i = 0; i < N; i++) step(&r, 1, one, &i, same, NULL, NULL, alone[i]);
+    for (int32_t i = 0; i < N; i++) {
+        const int32_t at[] = {i, i, i};
+        step(&r, 3, one, at, same, NULL, NULL, beside[i][0]);
+    }
+    run_close(&r);
+    made = false;
+    for (int32_t i = 0; i < N; i++) {
+        n_other += !(relative_error(alone[i], beside[i][0], VOCAB) < 3e-3);
+        n_alike += relative_error(alone[i], beside[(i + 1) % N][0], VOCAB) < 3e-3;
+    }
+    print_message("  a token alone: %d of %d otherwise, twin %d\n", n_other, N, N - n_alike);
+    assert_true(n_other * 16 <= N);
+    assert_int_equal(n_alike, 0);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     device *d;
@@ -389,10 +435,10 @@ int main(int argc, char **argv) {
     only = argc > 1 ? argv[1] : NULL;
     if (gpu_missing(&result)) return result;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals), cmocka_unit_test(test_architectures),
-        cmocka_unit_test(test_formats),  cmocka_unit_test(test_dequant_first),
-        cmocka_unit_test(test_graphs),   cmocka_unit_test(test_abandoned),
-        cmocka_unit_test(test_error),
+        cmocka_unit_test(test_refusals),    cmocka_unit_test(test_architectures),
+        cmocka_unit_test(test_formats),     cmocka_unit_test(test_dequant_first),
+        cmocka_unit_test(test_graphs),      cmocka_unit_test(test_abandoned),
+        cmocka_unit_test(test_token_alone), cmocka_unit_test(test_error),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

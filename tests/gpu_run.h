@@ -21,6 +21,7 @@ typedef struct {
 
 static dtype forced; /* type that weights of a checkpoint are said to have */
 static float moved;  /* added to element 0 of the first quantised linear: the twin */
+static bool made;    /* weights are made, of the folder there is but the config */
 
 static status load_forced(device *d, const weight_source *s, const precision *p, weight *out) {
     weight_source t = *s;
@@ -57,7 +58,7 @@ static status run_open(run *r, const char *name, const char *dir, const char *fo
     r->d->ops = &r->ops;
     checkpoint *k;
     assert_ok(arena_open(&r->a, 16 << 20));
-    assert_ok(checkpoint_open(&k, &r->c, dir, 1));
+    assert_ok(checkpoint_open(&k, &r->c, made ? NULL : dir, 1));
     const status st = forward_load(&r->f, &r->a, r->d, k, &r->c, &r->p, NULL, NULL);
     checkpoint_close(k);
     if (st == ST_UNSUPPORTED) return st;
