@@ -11,7 +11,8 @@ set key off
 set logscale x 2
 set xrange [0.06:260]
 set xtics ("1/16" 0.0625, "1/4" 0.25, "1" 1, "4" 4, "16" 16, "64" 64, "256" 256)
-set yrange [0.8:2.2]
+highest = awk("NR > 1 && $6 > m { m = $6 } END { print m }") + 0
+set yrange [0.8:ceil(5 * highest) / 5.0]
 set format y "%.1f"
 set xlabel "prompt tokens an answer token"
 set arrow 1 from graph 0, first 1 to graph 1, first 1 nohead lc rgb "#000000" lw 0.8 dt 2

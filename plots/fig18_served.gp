@@ -7,7 +7,7 @@ loaded = awk("NR > 1 && $1 == 1 && !seen[$2]++ { printf \"%s \", $2 }")
 offline = awk("NR > 1 && $1 == 2 && !seen[$2]++ { printf \"%s \", $2 }")
 at(s) = 0 + sum [i=1:words(offline)] (word(offline, i) eq s ? i : 0)
 pick(p, s, k, x) = column("panel") == p && strcol("precision") eq s && strcol("kind") eq k ? x : NaN
-set multiplot layout 1,3 margins 0.085,0.985,0.29,0.95 spacing 0.085,0.1
+set multiplot layout 1,3 margins 0.085,0.985,0.29,0.95 spacing 0.1,0.1
 set key off
 set xrange [0:*]
 set xlabel "request rate (1/s)"
@@ -51,6 +51,7 @@ if (words(offline)) {
 }
 unset label
 load plots."/legend.gp"
+set key width 2
 plot for [s in loaded] NaN with linespoints lt format_lt(s) title s, \
      NaN with lines lt 8 lw 1 dt 2 title "predicted"
 unset multiplot
