@@ -145,17 +145,17 @@ end
 --- What numbers are whose origin neither the experiment nor the point says.
 local ORIGIN_OF = { cuda = "measured", sim = "predicted", null = "reference" }
 
---- What went wrong in a point. An error of amalgam.serve, which `watched` calls, is placed in the
---- experiment.
+--- What went wrong in a point. Errors of amalgam.serve and amalgam.bench, which `watched` calls,
+--- are placed where the experiment has their name, or the key that is none.
 ---@param loaded Loaded
 ---@param why any
 ---@return table # a result
 local function failure(loaded, why)
   why = tostring(why):gsub("%c", " ")
-  local of_serve = why:match("lib_run%.lua:%d+: (serve: .*)")
-  if of_serve then
-    local key = of_serve:match("^serve: unknown key '([^']+)'")
-    why = ("%s: %s"):format(experiment.place(loaded, key or "serve"), of_serve)
+  local said, name = why:match("lib_run%.lua:%d+: ((%a+).*)")
+  if name == "serve" or name == "bench" then
+    local key = said:match("^serve: unknown key '([^']+)'")
+    why = ("%s: %s"):format(experiment.place(loaded, key or name), said)
   end
   return { status = is_mistake(why) and "mistake" or "failed", reason = why }
 end

@@ -122,11 +122,21 @@ test.case("--gpu takes a data sheet that the experiment does not name", function
   test.contains(text, "'l40' is no value of gpu: the nearest is 'h200' (values: h200)")
 end)
 
+--- Points of a = 1, and no others, know what the GPU did.
+local function knows_of_gpu(name)
+  for _, row in ipairs(amalgam.rows(file_of(name))) do
+    local gpu = row.provenance.gpu_during
+    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
+    test.equal(gpu and gpu.kind, nil)
+    test.equal(row.metrics.time_ms, 1)
+  end
+end
+
 test.case("a row says what the GPU did while it served, whatever the experiment keeps", function()
   local path = write((HEAD:gsub("predicted", "measured") .. BODY .. [[
   run = function(amalgam, point)
     local result = point.a == 1 and amalgam.serve({}) or {}
-    return { status = "ok", metrics = { time_ms = (result.metrics or { time_ms = 2 }).time_ms } }
+    return { status = "ok", metrics = { time_ms = (result.metrics or { time_ms = 1 }).time_ms } }
   end,
 }
 ]]))
@@ -137,10 +147,7 @@ test.case("a row says what the GPU did while it served, whatever the experiment 
   local code, text = run(path, "during")
   amalgam.serve = serve
   test.equal(code, 0, text)
-  for _, row in ipairs(amalgam.rows(file_of("during"))) do
-    local gpu = row.provenance.gpu_during
-    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
-  end
+  knows_of_gpu("during")
 end)
 
 test.case("a row says what the GPU did after its benchmark, on no line of its point", function()
@@ -159,11 +166,20 @@ test.case("a row says what the GPU did after its benchmark, on no line of its po
   local code, text = run(path, "benched")
   amalgam.bench = bench
   test.equal(code, 0, text)
-  for _, row in ipairs(amalgam.rows(file_of("benched"))) do
-    local gpu = row.provenance.gpu_during
-    test.equal(row.metrics.time_ms, 1)
-    test.equal(gpu and gpu.sm_clock_mhz, row.key.a == 1 and 1725 or nil)
-    test.equal(gpu and gpu.kind, nil)
+  knows_of_gpu("benched")
+end)
+
+test.case("what a benchmark fails of is placed in the experiment", function()
+  local path = write(HEAD .. BODY .. [[
+  run = function(amalgam, point)
+    if point.a == 1 then amalgam.bench("harness", { no_such_option = 1 }) end
+    return { status = "ok", metrics = { time_ms = 1 } }
+  end,
+}
+]])
+  test.equal((run(path, "unbenched")), 1)
+  for _, row in ipairs(amalgam.rows(file_of("unbenched"))) do
+    if row.key.a == 1 then test.contains(row.reason, path .. ":9: bench harness: unknown") end
   end
 end)
 
