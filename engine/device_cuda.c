@@ -1011,7 +1011,7 @@ static status cuda_moe_enter(device *d, tensor out, tensor residual, tensor add,
     const bool told = t <= MOE_TOLD_TOKENS && out.cols <= MOE_LEAVE_DIM_MAX;
     /* Not of text, which is no decode step: somebody may look at what lies between gate_up and
      * down. Nor of a last layer whose words those of the next step's first one are. */
-    c->joined = told && c->graph && t <= LINEAR_WORD_ROWS &&
+    c->joined = !cudev_replayed(c) && told && c->graph && t <= LINEAR_WORD_ROWS &&
                 c->layer <= (c->config.n_layers & ~1) && joins(c, t);
     const moe_enter p = {.x = out.data,
                          .residual = residual.data,

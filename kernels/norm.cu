@@ -104,17 +104,6 @@ template <typename T> __device__ __forceinline__ void add_squares(float2 &sum, c
     }
 }
 
-template <typename T>
-__device__ __forceinline__ piece scaled(const piece &r, float scale, const piece &gain) {
-    piece y;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 x = pair_of<T>(r.word[i]), g = pair_of<T>(gain.word[i]);
-        y.word[i] = pack2<T>(x.x * scale * g.x, x.y * scale * g.y);
-    }
-    return y;
-}
-
 // A thread's pieces of a row.
 template <int PACKS, typename T>
 __device__ __forceinline__ void load_pieces(piece (&to)[PACKS], const T *from, int32_t cols) {
